@@ -1,0 +1,269 @@
+"""Batched weighted k-means: many independent problems side by side, as one operator.
+
+`kmeans` is the public function; `fusion_kernels::kmeans` is the operator behind it, which stays one node under
+`torch.compile`. The reference in `fusion_kernels.reference.kmeans` specifies what every backend computes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusion_kernels.library import Backend, Operator, operator
+from fusion_kernels.reference.kmeans import Results, Status
+from fusion_kernels.reference.kmeans import kmeans as _reference
+
+__all__ = ["OPERATOR", "KMeansResult", "Status", "kmeans", "register"]
+
+_SEEDINGS = ("k-means++", "random")
+_ALGORITHMS = ("hartigan", "lloyd")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+class KMeansResult(NamedTuple):
+    """What :func:`kmeans` returns. Shapes are for x (B, N, D); for x (N, D) every one lacks the leading B.
+
+    Attributes:
+        labels: (B, N) int64, the cluster of every point.
+        centroids: (B, K, D), float64 for float64 x, else float32.
+        inertia: (B,), dtype of centroids: weighted sum of squared distances of the points to their centroids.
+        counts: (B, K) int64, points per cluster.
+        n_iter: (B,) int64, passes over the points: Lloyd iterations plus rounds of Hartigan moves, each with the
+            last one that finds nothing to change.
+        status: (B,) int64, a :class:`Status` for every problem.
+    """
+
+    labels: Tensor
+    centroids: Tensor
+    inertia: Tensor
+    counts: Tensor
+    n_iter: Tensor
+    status: Tensor
+
+
+def _fake(
+    x: Tensor,
+    sample_weight: Tensor | None,
+    init: Tensor | None,
+    n_clusters: int,
+    seeding: str,
+    n_init: int,
+    algorithm: str,
+    max_iter: int,
+    tol: float,
+    seed: int,
+) -> Results:
+    B, N, D = x.shape
+    integer = functools.partial(x.new_empty, dtype=torch.int64)
+    return (
+        integer((B, N)),
+        x.new_empty((B, n_clusters, D)),
+        x.new_empty((B,)),
+        integer((B, n_clusters)),
+        integer((B,)),
+        integer((B,)),
+    )
+
+
+OPERATOR: Operator = operator(
+    "kmeans",
+    "(Tensor x, Tensor? sample_weight, Tensor? init, int n_clusters, str seeding, int n_init, str algorithm, "
+    "int max_iter, float tol, int seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+)
+
+
+def register(
+    name: str, function: Callable[..., Results], device_types: tuple[str, ...], unavailable: str | None = None
+) -> None:
+    """Add a backend of `fusion_kernels::kmeans`; its inputs' values are checked before `function` sees them.
+
+    The checks that read values live here rather than in :func:`kmeans`, where `torch.compile` could not trace them.
+    """
+
+    def checked(
+        x: Tensor,
+        sample_weight: Tensor | None,
+        init: Tensor | None,
+        n_clusters: int,
+        seeding: str,
+        n_init: int,
+        algorithm: str,
+        max_iter: int,
+        tol: float,
+        seed: int,
+    ) -> Results:
+        _check_values(sample_weight, init, n_clusters)
+        return function(x, sample_weight, init, n_clusters, seeding, n_init, algorithm, max_iter, tol, seed)
+
+    OPERATOR.register(Backend(name, checked, device_types, unavailable))
+
+
+register("reference", _reference, ("cpu", "cuda"))
+
+
+def kmeans(
+    x: Tensor,
+    n_clusters: int,
+    *,
+    sample_weight: Tensor | None = None,
+    init: str | Tensor = "k-means++",
+    n_init: int = 1,
+    algorithm: str = "hartigan",
+    max_iter: int = 100,
+    tol: float = 0.0,
+    seed: int = 0,
+    backend: str = "auto",
+) -> KMeansResult:
+    """Partition points into clusters of small weighted inertia; the problems of a batch are independent.
+
+    A point of weight w counts like w copies of it: in seeding, means, inertia, moves and relocation. Points of
+    weight 0 shape nothing and are labelled at the end with the nearest centroid that has points.
+
+    `"lloyd"` alternates nearest centroids and weighted means (Lloyd 1982) until the labels stop changing. A cluster
+    that loses all its points gets the one with the largest weighted squared distance to its centroid. `"hartigan"`
+    continues with moves of single points that lower the inertia (Hartigan 1975; Telgarsky & Vattani 2010) until no
+    move does; with few points per cluster, where nearly every partition is a fixed point of Lloyd's iteration, this
+    matters. Every round makes moves between disjoint pairs of clusters, the largest decrease first, ties to the
+    lowest point. Its result is never worse than Lloyd's from the same seeds, and it never empties a cluster.
+
+    Labels, centroids, counts and inertia belong together. The centroids are the weighted means of their points, and
+    every point has its nearest centroid, ties to either, up to rounding: at a fixed point both hold. `"lloyd"`
+    stopped by `max_iter` or `tol` returns nearest centroids that are not quite means; `"hartigan"` stopped by
+    `max_iter` returns means that may not be the nearest. With `N <= n_clusters` every point is a cluster of its own,
+    whatever `init` says, and the clusters left over repeat the last point (zeros if N is 0).
+
+    Values of x that are not finite, and weights that are all zero, spoil their own problem only: see
+    :class:`Status`. The same seed gives the same result. All problems use the same random stream, so that a problem
+    has the same result alone as in a batch. The result is not differentiable.
+
+    Args:
+        x: (N, D) or (B, N, D) points, D >= 1. float32 or float64; float16 and bfloat16 are computed in float32.
+        n_clusters: K >= 1.
+        sample_weight: (N,) or (B, N) non-negative finite weights, floating point or integer; None for ones.
+        init: `"k-means++"` (Arthur & Vassilvitskii 2007, greedy: every step draws 2 + floor(ln K) points with
+            probability proportional to weight times squared distance and keeps the best), `"random"` (K different
+            points, drawn with probability proportional to weight), floating point centroids (K, D) or (B, K, D), or
+            integer labels (N,) or (B, N) in [0, K).
+        n_init: number of seedings to try; the result with the lowest inertia is returned, the first of equals. 1 when
+            `init` is a tensor.
+        algorithm: `"hartigan"` or `"lloyd"`.
+        max_iter: most Lloyd iterations, and most rounds of Hartigan moves after them. 0 assigns the points to the
+            initial centroids.
+        tol: if positive, Lloyd also stops once the squared shift of all centroids together is no more than tol times
+            the mean weighted variance of the columns of x.
+        seed: in [0, 2**63).
+        backend: `"auto"` or the name of a backend. Only `"auto"` can be traced by `torch.compile`.
+
+    Returns:
+        :class:`KMeansResult`, with the batch dimension of x or without.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has a wrong shape, device or value.
+        BackendUnavailableError: `backend` cannot run here.
+    """
+    _check_points(x)
+    _check_options(n_clusters, n_init, algorithm, max_iter, tol, seed)
+    if sample_weight is not None:
+        _check_weights(x, sample_weight)
+    start, seeding = _check_init(x, init, n_clusters, n_init)
+
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    batched = x.ndim == 3
+    points = x.detach().to(dtype)
+    weights = None if sample_weight is None else sample_weight.detach().to(dtype)
+    if start is not None:
+        start = start.detach().to(dtype if start.is_floating_point() else torch.int64)
+    if not batched:
+        points = points.unsqueeze(0)
+        weights = None if weights is None else weights.unsqueeze(0)
+        start = None if start is None else start.unsqueeze(0)
+    function = OPERATOR.overload if backend == "auto" else OPERATOR.select(backend, x.device).function
+    results: Results = function(
+        points, weights, start, n_clusters, seeding, n_init, algorithm, max_iter, float(tol), seed
+    )
+    if batched:
+        return KMeansResult(*results)
+    return KMeansResult(*(result.squeeze(0) for result in results))
+
+
+def _check_points(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is {type(x).__name__}: pass a torch.Tensor")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"x is {x.dtype}: convert it to one of {', '.join(map(str, _FLOATS))}")
+    if x.ndim not in (2, 3):
+        raise ValueError(f"x has shape {tuple(x.shape)}: pass (N, D), or (B, N, D) for a batch")
+    if x.shape[-1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}: pass points with at least one column")
+
+
+def _check_options(n_clusters: int, n_init: int, algorithm: str, max_iter: int, tol: float, seed: int) -> None:
+    for name, value, least in (
+        ("n_clusters", n_clusters, 1),
+        ("n_init", n_init, 1),
+        ("max_iter", max_iter, 0),
+        ("seed", seed, 0),
+    ):
+        if not isinstance(value, int):
+            raise TypeError(f"{name} is {type(value).__name__}: pass an int")
+        if value < least:
+            raise ValueError(f"{name} is {value}: pass at least {least}")
+    if seed >= 2**63:
+        raise ValueError(f"seed is {seed}: pass less than 2**63")
+    if not isinstance(tol, (int, float)):
+        raise TypeError(f"tol is {type(tol).__name__}: pass a float")
+    if not 0.0 <= tol < math.inf:
+        raise ValueError(f"tol is {tol}: pass 0 or a positive finite number")
+    if algorithm not in _ALGORITHMS:
+        raise ValueError(f"unknown algorithm {algorithm!r}: use one of {', '.join(_ALGORITHMS)}")
+
+
+def _check_weights(x: Tensor, sample_weight: Tensor) -> None:
+    if not isinstance(sample_weight, Tensor):
+        raise TypeError(f"sample_weight is {type(sample_weight).__name__}: pass a torch.Tensor or None")
+    if sample_weight.dtype not in _FLOATS + _INTEGERS:
+        raise TypeError(f"sample_weight is {sample_weight.dtype}: convert it to floating point or integers")
+    if sample_weight.shape != x.shape[:-1]:
+        raise ValueError(f"sample_weight has shape {tuple(sample_weight.shape)}: x needs {tuple(x.shape[:-1])}")
+    if sample_weight.device != x.device:
+        raise ValueError(f"sample_weight is on {sample_weight.device}: move it to {x.device}, where x is")
+
+
+def _check_init(x: Tensor, init: str | Tensor, n_clusters: int, n_init: int) -> tuple[Tensor | None, str]:
+    """The initial centroids or labels, if given, and the name of the seeding."""
+    if isinstance(init, str):
+        if init not in _SEEDINGS:
+            raise ValueError(
+                f"unknown init {init!r}: use one of {', '.join(_SEEDINGS)}, a tensor of centroids or one of labels"
+            )
+        return None, init
+    if not isinstance(init, Tensor):
+        raise TypeError(f"init is {type(init).__name__}: pass {' or '.join(map(repr, _SEEDINGS))} or a torch.Tensor")
+    if init.dtype not in _FLOATS + _INTEGERS:
+        raise TypeError(f"init is {init.dtype}: pass floating point centroids or integer labels")
+    if init.is_floating_point():
+        kind, shape = "centroids", (*x.shape[:-2], n_clusters, x.shape[-1])
+    else:
+        kind, shape = "labels", tuple(x.shape[:-1])
+    if tuple(init.shape) != shape:
+        raise ValueError(f"init has shape {tuple(init.shape)}: {kind} for this x and n_clusters need {shape}")
+    if init.device != x.device:
+        raise ValueError(f"init is on {init.device}: move it to {x.device}, where x is")
+    if n_init != 1:
+        raise ValueError(f"n_init is {n_init}: pass 1 when init is a tensor, as every run would be the same")
+    return init, _SEEDINGS[0]
+
+
+def _check_values(sample_weight: Tensor | None, init: Tensor | None, n_clusters: int) -> None:
+    if sample_weight is not None and not bool((sample_weight.isfinite() & (sample_weight >= 0)).all()):
+        raise ValueError("sample_weight holds NaN, infinity or negative values: pass finite weights of at least 0")
+    if init is not None and not init.is_floating_point() and not bool(((init >= 0) & (init < n_clusters)).all()):
+        raise ValueError(f"init holds labels outside [0, {n_clusters}): relabel them or raise n_clusters")

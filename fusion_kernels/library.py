@@ -1,0 +1,121 @@
+"""The operator registry: each operator's schema once, its backends, and which of them answers here.
+
+An operator is declared with :func:`operator` (its `torch.library` schema and fake kernel) and gets one implementation
+per backend with :meth:`Operator.register`. A public function asks :meth:`Operator.select` for the backend to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+NAMESPACE = "fusion_kernels"
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an operator.
+
+    Attributes:
+        name: what a caller passes as `backend=`.
+        function: takes the operator's schema arguments.
+        device_types: `torch.device.type` values it runs on.
+        unavailable: None when it can run on this machine, else the reason why not, in one line.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    device_types: tuple[str, ...]
+    unavailable: str | None = None
+
+
+@dataclass
+class Operator:
+    """A `torch.library` operator with a preference-ordered list of backends."""
+
+    name: str
+    schema: str
+    backends: list[Backend] = field(default_factory=list)
+
+    @property
+    def overload(self) -> Any:
+        """The dispatched operator, `torch.ops.fusion_kernels.<name>.default`."""
+        return getattr(getattr(torch.ops, NAMESPACE), self.name).default
+
+    def register(self, backend: Backend) -> None:
+        """Add `backend` behind those already there: earlier ones are preferred by `backend="auto"`."""
+        self.backends.append(backend)
+
+    def select(self, backend: str, device: torch.device) -> Backend:
+        """Return the backend for tensors on `device`.
+
+        Args:
+            backend: a backend's name, or `"auto"` for the first that is available on `device`.
+
+        Raises:
+            ValueError: no backend has that name.
+            BackendUnavailableError: the backend exists but cannot run here or on `device`.
+        """
+        if backend == "auto":
+            for candidate in self.backends:
+                if candidate.unavailable is None and device.type in candidate.device_types:
+                    return candidate
+            raise BackendUnavailableError(f"{self.name}: no backend runs on device type {device.type!r}")
+        for candidate in self.backends:
+            if candidate.name == backend:
+                if candidate.unavailable is not None:
+                    raise BackendUnavailableError(f"{self.name}: backend {backend!r}: {candidate.unavailable}")
+                if device.type not in candidate.device_types:
+                    raise BackendUnavailableError(
+                        f"{self.name}: backend {backend!r} runs on {', '.join(candidate.device_types)}, "
+                        f"the tensor is on {device.type}"
+                    )
+                return candidate
+        names = ", ".join(["auto", *(b.name for b in self.backends)])
+        raise ValueError(f"{self.name}: unknown backend {backend!r}: use one of {names}")
+
+
+_OPERATORS: dict[str, Operator] = {}
+
+
+def operator(name: str, schema: str, fake: Callable[..., Any]) -> Operator:
+    """Declare `fusion_kernels::<name>` with `schema` (argument list and returns) and its fake kernel.
+
+    The dispatched operator runs whatever `select("auto", ...)` picks for its first tensor's device. Tensors in the
+    result are new: no operator mutates or aliases its inputs.
+    """
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.define(qualified, schema)
+    op = Operator(name, schema)
+
+    def dispatch(*args: Any, **kwargs: Any) -> Any:
+        device = next(a.device for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+        return op.select("auto", device).function(*args, **kwargs)
+
+    torch.library.impl(qualified, "CompositeExplicitAutograd", dispatch)
+    torch.library.register_fake(qualified, fake)
+    _OPERATORS[name] = op
+    return op
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """Which backend answers for each operator here, by device type, and why the others do not.
+
+    Returns:
+        `{operator: {"cpu": backend, "cuda": backend, "<backend>": reason it is unavailable, ...}}`; `"cuda"` is
+        present only when CUDA is.
+    """
+    report: dict[str, dict[str, str]] = {}
+    device_types = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for name, op in sorted(_OPERATORS.items()):
+        row = {device: op.select("auto", torch.device(device)).name for device in device_types}
+        row.update({b.name: b.unavailable for b in op.backends if b.unavailable is not None})
+        report[name] = row
+    return report

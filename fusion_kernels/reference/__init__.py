@@ -1,0 +1,1 @@
+"""One slow, obvious implementation per operator: the specification that every backend is tested against."""

@@ -1,0 +1,35 @@
+"""Shrink the feed-forward layers of a Transformer in one shot, keep their outputs and tangent kernel, and train on.
+
+Importing this package also lets `AutoModel*.from_pretrained` load checkpoints whose layers differ in width.
+"""
+
+from mlp_fusion.checkpoint import heterogeneous as _heterogeneous
+from mlp_fusion.checkpoint.compress import compress
+from mlp_fusion.checkpoint.folding import restore
+from mlp_fusion.checkpoint.plan import FusionPlan, plan
+from mlp_fusion.checkpoint.verify import Verification, verify
+from mlp_fusion.errors import InputError
+from mlp_fusion.fusing import fuse
+from mlp_fusion.measure import FFNRow, FusionReport
+from mlp_fusion.modules import FusedGLU, FusedMLP
+from mlp_fusion.neurons import NeuronBundle
+
+_heterogeneous.register()
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FFNRow",
+    "FusedGLU",
+    "FusedMLP",
+    "FusionPlan",
+    "FusionReport",
+    "InputError",
+    "NeuronBundle",
+    "Verification",
+    "compress",
+    "fuse",
+    "plan",
+    "restore",
+    "verify",
+]

@@ -1,0 +1,16 @@
+"""DistilBERT: one `ffn` module per block; the list of blocks builds them without their index."""
+
+from mlp_fusion.architectures.base import Architecture
+
+ENTRIES = (
+    Architecture(
+        model_types=("distilbert",),
+        layers="transformer.layer",
+        module="ffn",
+        projections={"w_in": "ffn.lin1", "w_out": "ffn.lin2"},
+        layer_class="Transformer",
+        width_key="hidden_dim",
+        activation_key="activation",
+        dropout="ffn.dropout",
+    ),
+)

@@ -1,0 +1,144 @@
+"""`verify`: does a fused checkpoint reload to what was saved?"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from mlp_fusion.architectures import get_architecture
+from mlp_fusion.checkpoint.compress import model_class, model_output, reference_outputs
+from mlp_fusion.checkpoint.metadata import FUSION_KEY, REFERENCE_FILE, fusion_record
+from mlp_fusion.checkpoint.source import read_headers, weight_files
+from mlp_fusion.errors import InputError
+from mlp_fusion.measure import relative_error
+from mlp_fusion.measure.report import render
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: its name, whether it passed, and what was seen."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome of :func:`verify`; `passed` when every check is."""
+
+    checkpoint: str
+    checks: list[Check]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {**dataclasses.asdict(self), "passed": self.passed}
+
+    def table(self) -> str:
+        """The checks as text."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for title in ("check", "result", "seen"):
+            table.add_column(title)
+        for check in self.checks:
+            table.add_row(check.name, "ok" if check.passed else "FAILED", check.detail)
+        return f"{self.checkpoint}\n{render(table)}"
+
+
+def verify(out: str | Path, against: nn.Module | None = None) -> Verification:
+    """Reload a fused checkpoint through transformers and compare it with what was in memory when it was written.
+
+    Args:
+        out: the checkpoint's folder.
+        against: the fused model in memory. None: the outputs that `compress` recorded.
+
+    Returns:
+        The checks: shapes as config and record state them, every tensor finite, a clean load, equal outputs (relative
+        Frobenius difference at most 0.3 sqrt(eps) of the dtype: folding rounds once more than the explicit scale).
+
+    Raises:
+        InputError: not a fused checkpoint, or unreadable, or nothing to compare with.
+    """
+    folder = Path(out)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    headers = read_headers(folder)
+    record = fusion_record(headers.config)
+    if record is None:
+        raise InputError(f"{folder}: not a fused checkpoint: config.json has no {FUSION_KEY!r} entry")
+    if against is None and not (folder / REFERENCE_FILE).is_file():
+        raise InputError(f"{folder / REFERENCE_FILE} is missing: pass the model in memory to compare with")
+    model, info = model_class(headers.config).from_pretrained(
+        folder, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    checks = [
+        _check_shapes(headers.config, record, headers.tensors),
+        _check_finite(folder),
+        _check_loading(headers.config, info),
+        _check_outputs(folder, model.eval(), against),
+    ]
+    return Verification(str(folder), checks)
+
+
+def _check_shapes(config: Any, record: dict[str, Any], tensors: Any) -> Check:
+    architecture = get_architecture(config.model_type)
+    wrong, seen = [], 0
+    for name, info in tensors.items():
+        matched = architecture.match(name)
+        if matched is None or matched[2] != f"{architecture.projections['w_in']}.weight":
+            continue
+        seen += 1
+        expected = record["widths"].get(str(matched[1]), record["original_width"])
+        width = info.shape[1] if architecture.transposed else info.shape[0]
+        if width != expected:
+            wrong.append(f"{name} has {width} neurons, expected {expected}")
+    if wrong or not seen:
+        return Check("shapes", False, wrong[0] if wrong else "no FFN found")
+    return Check("shapes", True, f"{seen} FFNs, {len(record['widths'])} of them fused")
+
+
+def _check_finite(folder: Path) -> Check:
+    count = 0
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+                count += 1
+                tensor = handle.get_tensor(name)
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    return Check("finite", False, f"{name} holds NaN or Inf")
+    return Check("finite", True, f"{count} tensors")
+
+
+def _check_loading(config: Any, info: dict[str, Any]) -> Check:
+    architecture = get_architecture(config.model_type)
+    mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
+    missing = sorted(info["missing_keys"])
+    if mismatched:
+        return Check("loads", False, f"{mismatched[0]} has another shape than config.json says")
+    lost = [name for name in missing if (m := architecture.match(name)) and m[2].startswith(f"{architecture.module}.")]
+    if lost:
+        return Check("loads", False, f"{lost[0]} is missing")
+    # The original may lack weights of its own (a pooler that nobody trained); that is not this checkpoint's fault.
+    return Check("loads", True, f"not in the checkpoint: {missing[0]}" if missing else "every weight found its place")
+
+
+def _check_outputs(folder: Path, model: Any, against: nn.Module | None) -> Check:
+    expected = load_file(folder / REFERENCE_FILE) if against is None else reference_outputs(against, seed=0)
+    error = relative_error(model_output(model, expected["input_ids"]), expected["output"])
+    limit = 0.3 * torch.finfo(model.dtype).eps ** 0.5
+    return Check(
+        "outputs", error <= limit, f"relative difference {error:.1e} to the model in memory (limit {limit:.1e})"
+    )

@@ -1,0 +1,192 @@
+"""The command line: `mlp-fusion plan | compress | verify | env`.
+
+Exit codes: 0 done, 1 failed, 2 bad input. Errors are one line on standard error; with `--json`, standard output
+holds one JSON object and nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import mlp_fusion
+from fusion_kernels import backends
+from mlp_fusion.errors import InputError
+
+Command = Callable[..., Any]
+
+_model = click.argument("model")
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+
+
+def _selection(command: Command) -> Command:
+    """The options that say which FFNs shrink, and to what width."""
+    width = click.option("--width", required=True, help="Neurons to keep per FFN: a count (768) or a share (0.25).")
+    layers = click.option("--layers", default="all", show_default=True, help="all, 4-11, last:8, first:4, or 0,2,5.")
+    return width(layers(command))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(mlp_fusion.__version__)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Shrink the feed-forward layers (FFNs) of a Transformer in one shot.
+
+    MODEL is a local checkpoint folder, or a name on the Hugging Face hub.
+    """
+    # `main` reads --debug itself: it also meets errors raised before a command starts.
+
+
+@cli.command()
+@_model
+@_selection
+@_json
+def plan(model: str, width: str, layers: str, as_json: bool) -> None:
+    """Say what compressing MODEL would do, from its config and tensor headers alone."""
+    _emit(mlp_fusion.plan(model, parse_width(width), layers), as_json)
+
+
+@cli.command()
+@_model
+@click.argument("out", type=click.Path(path_type=Path))
+@_selection
+@click.option("--method", default="fusion", show_default=True, help="Compression method.")
+@click.option(
+    "--optimizer",
+    default="adamw",
+    show_default=True,
+    help="What the model will be trained with (adamw, sgd, ...), or none for inference.",
+)
+@click.option("--seed", default=0, show_default=True, help="The same seed gives the same checkpoint.")
+@click.option("--text", type=click.Path(path_type=Path), help="Sentences, one a line, to measure the errors on.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@_json
+def compress(
+    model: str,
+    out: Path,
+    width: str,
+    layers: str,
+    method: str,
+    optimizer: str,
+    seed: int,
+    text: Path | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Fuse the FFNs of MODEL and write a plain checkpoint to OUT, which must not exist or be empty."""
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("FFNs"), TimeElapsedColumn())
+    with Progress(TextColumn("fusing"), *columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("fusing", total=None)
+        report = mlp_fusion.compress(
+            model,
+            out,
+            parse_width(width),
+            layers,
+            method,
+            optimizer=None if optimizer == "none" else optimizer,
+            seed=seed,
+            text=text,
+            device=device,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    _emit(report, as_json)
+    if not as_json:
+        click.echo(f"written: {out}")
+
+
+@cli.command()
+@click.argument("out")
+@_json
+def verify(out: str, as_json: bool) -> None:
+    """Reload what compress wrote to OUT and compare it with what was in memory when it was written."""
+    result = mlp_fusion.verify(out)
+    _emit(result, as_json)
+    if not result.passed:
+        raise SystemExit(1)
+
+
+@cli.command()
+@_json
+def env(as_json: bool) -> None:
+    """Versions, devices, and which backend each operator uses here and why."""
+    report = environment()
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    rows = [*report["versions"].items(), *(("device", device) for device in report["devices"])]
+    rows += [(name, ", ".join(f"{k}: {v}" for k, v in row.items())) for name, row in report["backends"].items()]
+    for name, value in rows:
+        click.echo(f"{name:14} {value}")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and backends, as plain JSON types."""
+    versions: dict[str, str] = {"python": platform.python_version()}
+    for package in ("mlp-fusion", "torch", "triton", "transformers", "safetensors", "numpy", "accelerate", "peft"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    versions["cuda"] = torch.version.cuda or "none (CPU build of torch)"
+    devices = [f"cpu, {torch.get_num_threads()} threads"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / 2**30
+        devices.append(f"cuda:{index}, {properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB")
+    return {"versions": versions, "devices": devices, "backends": backends()}
+
+
+def parse_width(text: str) -> int | float:
+    """`"768"` is a count, `"0.25"` a share.
+
+    Raises:
+        InputError: neither.
+    """
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    raise InputError(f"--width {text!r}: give a count such as 768 or a share such as 0.25")
+
+
+def _emit(result: Any, as_json: bool) -> None:
+    click.echo(json.dumps(result.to_dict()) if as_json else result.table())
+
+
+def main() -> None:
+    """Run the command line; the entry point of `mlp-fusion`."""
+    # Other people's progress bars and advice would drown the one table that was asked for.
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted; nothing was written", 130)
+    except Exception as error:
+        if "--debug" in sys.argv[1:]:
+            raise
+        # Whatever went wrong, the reader gets one line; the traceback is one option away.
+        message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, InputError):
+            _fail(message, 2)
+        _fail(f"{type(error).__name__}: {message} (--debug shows where)", 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"mlp-fusion: {message}", err=True)
+    sys.exit(code)

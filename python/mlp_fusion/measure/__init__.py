@@ -1,0 +1,16 @@
+"""What a compression cost: errors of outputs and of the tangent kernel, sentence embeddings, the report."""
+
+from mlp_fusion.measure.activations import Activations, capture_activations, random_batch
+from mlp_fusion.measure.errors import FFNErrors, ffn_errors, relative_error
+from mlp_fusion.measure.report import FFNRow, FusionReport
+
+__all__ = [
+    "Activations",
+    "FFNErrors",
+    "FFNRow",
+    "FusionReport",
+    "capture_activations",
+    "ffn_errors",
+    "random_batch",
+    "relative_error",
+]

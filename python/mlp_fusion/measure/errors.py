@@ -1,0 +1,68 @@
+"""How far a fused FFN is from the original: its outputs and its neural tangent kernel (NTK)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusion_kernels import ntk_gram
+from fusion_kernels.ntk import Kernel
+from mlp_fusion.neurons import NeuronBundle
+
+#: The kernels: what a gradient-descent step sees, and what a sign (Adam-like) step sees.
+KERNELS: tuple[Kernel, ...] = ("gd", "sign")
+
+
+@dataclass(frozen=True)
+class FFNErrors:
+    """Relative Frobenius errors of one fused FFN.
+
+    Attributes:
+        output: of the outputs.
+        ntk: kernel (`gd`, `sign`) -> part (`total`, `w_in`, `b_in`, `w_out`) -> error. The gate counts with `w_in`; a
+            part that the FFN lacks (a bias) is left out. The output bias is untouched by fusion and counts nowhere.
+    """
+
+    output: float
+    ntk: dict[str, dict[str, float]]
+
+
+def relative_error(approximation: Tensor, exact: Tensor) -> float:
+    """`|approximation - exact|_F / |exact|_F` in float64; 0 when both are 0, inf when only `exact` is."""
+    difference = float(torch.linalg.vector_norm(approximation.double() - exact.double()))
+    norm = float(torch.linalg.vector_norm(exact.double()))
+    if norm == 0.0:
+        return 0.0 if difference == 0.0 else float("inf")
+    return difference / norm
+
+
+def _parts(bundle: NeuronBundle) -> dict[str, tuple[str, ...]]:
+    weights = ("w_gate", "w_in") if bundle.gated else ("w_in",)
+    biases = tuple(name for name in ("b_gate", "b_in") if getattr(bundle, name) is not None)
+    return {"w_in": weights, **({"b_in": biases} if biases else {}), "w_out": ("w_out",)}
+
+
+def ffn_errors(original: NeuronBundle, fused: NeuronBundle, x: Tensor) -> FFNErrors:
+    """Compare one fused FFN with the original on real inputs.
+
+    Args:
+        original: the FFN before, B = 1.
+        fused: after, B = 1, in the parameterization it will be trained in: the kernel depends on it.
+        x: `(T, d)` inputs of this FFN. Time and memory grow as T^2 for the kernels.
+
+    Source: section 4.2 of arXiv 2307.08941 for the kernel; the sign kernel is `J sign(J)^T`, what a step of sign
+    descent, to which Adam is close, changes the outputs by.
+    """
+    output = relative_error(fused.forward(x)[0], original.forward(x)[0])
+    ntk: dict[str, dict[str, float]] = {}
+    for kernel in KERNELS:
+        totals: list[Tensor] = [torch.zeros(()), torch.zeros(())]
+        errors: dict[str, float] = {}
+        for part, names in _parts(original).items():
+            grams = [ntk_gram(b, x, params=names, kernel=kernel) for b in (fused, original)]
+            errors[part] = relative_error(*grams)
+            totals = [total + gram for total, gram in zip(totals, grams, strict=True)]
+        ntk[kernel] = {"total": relative_error(*totals), **errors}
+    return FFNErrors(output, ntk)

@@ -1,0 +1,159 @@
+"""`FusionReport`: what was fused and what it cost, for people (`table`) and for programs (`to_dict`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class FFNRow:
+    """One fused FFN.
+
+    Attributes:
+        layer: layer index.
+        path: the layer's path in the model.
+        neurons_before, neurons_after: widths.
+        output_error: relative Frobenius error of the FFN's outputs.
+        ntk_error: kernel (`gd`, `sign`) -> part (`total`, `w_in`, `b_in`, `w_out`) -> relative Frobenius error.
+        largest_cluster, singletons, empty_clusters: how the neurons were grouped; None for methods without clusters.
+        status: `ok`, or what went less than well (`max_iter`, `empty_clusters`).
+        seconds: wall-clock time of the method; FFNs worked on side by side share theirs equally.
+    """
+
+    layer: int
+    path: str
+    neurons_before: int
+    neurons_after: int
+    output_error: float
+    ntk_error: dict[str, dict[str, float]]
+    largest_cluster: int | None
+    singletons: int | None
+    empty_clusters: int | None
+    status: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EmbeddingSimilarity:
+    """Cosine of mean-pooled last hidden states, compressed model against original, over `sentences` texts."""
+
+    mean: float
+    minimum: float
+    sentences: int
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """The outcome of :func:`mlp_fusion.fuse`.
+
+    Attributes:
+        model_type: the architecture's name.
+        method, optimizer, parameterization, seed: how it was done.
+        sample: what the errors were measured on, in words.
+        sample_rows: token positions the errors were measured on.
+        parameters_before, parameters_after: of the whole model.
+        bytes_before, bytes_after: of its parameters in their dtypes.
+        seconds: wall-clock time of the whole call.
+        rows: one per fused FFN.
+        embeddings: set by `compress` when it had sentences to compare.
+    """
+
+    model_type: str
+    method: str
+    optimizer: str | None
+    parameterization: str
+    seed: int
+    sample: str
+    sample_rows: int
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    rows: list[FFNRow] = field(default_factory=list)
+    embeddings: EmbeddingSimilarity | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; the inverse of :meth:`from_dict`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> FusionReport:
+        """Rebuild a report that `to_dict` made."""
+        rows = [FFNRow(**row) for row in data["rows"]]
+        embeddings = None if data["embeddings"] is None else EmbeddingSimilarity(**data["embeddings"])
+        return cls(**{**data, "rows": rows, "embeddings": embeddings})
+
+    def table(self) -> str:
+        """The report as text: a row per FFN, and the totals under it."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("FFN")
+        for title in ("neurons", "output\nerror", "NTK error\nSGD", "NTK error\nAdam", "largest\ncluster"):
+            table.add_column(title, justify="right")
+        for title in ("singletons", "seconds"):
+            table.add_column(title, justify="right")
+        for row in self.rows:
+            table.add_row(
+                row.path,
+                f"{row.neurons_before} → {row.neurons_after}",
+                f"{row.output_error:.3f}",
+                f"{row.ntk_error['gd']['total']:.3g}",
+                f"{row.ntk_error['sign']['total']:.3g}",
+                _count(row.largest_cluster),
+                _count(row.singletons),
+                f"{row.seconds:.2f}",
+            )
+        return "\n".join([render(table), *self._totals()])
+
+    def _totals(self) -> list[str]:
+        lines = [
+            _change("parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}", self._share()),
+            _change("bytes", format_bytes(self.bytes_before), format_bytes(self.bytes_after), self._share(of="bytes")),
+        ]
+        if self.embeddings is not None:
+            e = self.embeddings
+            lines.append(
+                f"cosine of {e.sentences} sentence embeddings to the original's: "
+                f"mean {e.mean:.3f}, smallest {e.minimum:.3f}"
+            )
+        lines.append(
+            f"errors: relative Frobenius, {self.sample_rows} token positions of {self.sample}; "
+            f"parameterization {self.parameterization}" + ("" if self.optimizer is None else f" (for {self.optimizer})")
+        )
+        troubled = [f"{row.path}: {row.status}" for row in self.rows if row.status != "ok"]
+        return lines + ([f"note: {'; '.join(troubled)}"] if troubled else [])
+
+    def _share(self, of: str = "parameters") -> float:
+        return float(getattr(self, f"{of}_after") / max(1, getattr(self, f"{of}_before")))
+
+
+def _change(name: str, before: str, after: str, share: float) -> str:
+    return f"{name}: {before} → {after} ({share:.1%})"
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def format_bytes(count: int) -> str:
+    """Bytes in binary units, as people read them."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def render(table: Table) -> str:
+    """A rich table as plain text, wide enough for its content."""
+    buffer = io.StringIO()
+    Console(file=buffer, width=160, no_color=True).print(table)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).strip("\n")

@@ -1,0 +1,282 @@
+"""`FusedMLP` and `FusedGLU`: feed-forward modules of fused neurons.
+
+Weights live in child projections (`torch.nn.Linear`, or the class the host model uses), so that optimisers, LoRA, FSDP
+and quantisers see what they expect; the forward pass runs through the children, so that adapters and hooks on them
+take part. What is added is `scale`, the number of neurons that each fused neuron stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fusion_kernels.activations import get_activation
+from mlp_fusion.modules.layouts import make_projection, read_bundle, read_projection
+from mlp_fusion.neurons import SCALE_EXPONENTS, NeuronBundle, check_parameterization, output_factor, scale_power
+
+Self_ = TypeVar("Self_", bound="FusedFFN")
+
+
+class FusedFFN(nn.Module):
+    """What plain and gated fused feed-forward modules share; use :class:`FusedMLP` or :class:`FusedGLU`.
+
+    Attributes:
+        scale: `(h,)` buffer (or parameter, when one was passed), or None when p = 1 or p is folded into the weights.
+        parameterization: `scaled` (p explicit; Adam-like optimisers), `split` (sqrt(p) on both sides; SGD-like) or
+            `folded` (p inside the output weights; export and inference).
+    """
+
+    #: role -> default child name, in the order of the constructor's projections
+    ROLES: ClassVar[Mapping[str, str]] = {}
+
+    scale: Tensor | None
+
+    def __init__(
+        self,
+        projections: Mapping[str, nn.Module],
+        activation: str,
+        *,
+        scale: Tensor | None = None,
+        parameterization: str = "folded",
+        names: Mapping[str, str] | None = None,
+        dropout: float = 0.0,
+        borrowed: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        """Build from ready projections whose weights already are in `parameterization`.
+
+        Args:
+            projections: role -> projection, the roles of `ROLES`.
+            activation: a name in `fusion_kernels.activations.ACTIVATIONS`.
+            scale: `(h,)` cluster sizes; must be None for `folded`.
+            parameterization: see the class.
+            names: role -> child name, where the host model calls them otherwise.
+            dropout: probability of the dropout behind the output projection.
+            borrowed: role -> module that owns that projection under `names[role]`: a sibling in the host model, which
+                keeps the parameter's name. Borrowed projections are not children of this module.
+
+        Raises:
+            ValueError: unknown activation or parameterization, or a scale where there can be none.
+        """
+        super().__init__()
+        get_activation(activation)
+        self.activation = activation
+        self.parameterization = check_parameterization(parameterization)
+        if scale is not None and parameterization == "folded":
+            raise ValueError("a folded module has its scale inside the output weights: pass scale=None")
+        self.projection_names = dict(self.ROLES if names is None else names)
+        # In a dict, so outside the module tree, on purpose: the owner holds these parameters, this module calls them.
+        self._borrowed = dict(borrowed or {})
+        for role, module in projections.items():
+            if role not in self._borrowed:
+                self.add_module(self.projection_names[role], module)
+        if isinstance(scale, nn.Parameter):
+            self.register_parameter("scale", scale)
+        else:
+            self.register_buffer("scale", scale)
+        self.dropout = nn.Dropout(dropout)
+
+    def projection(self, role: str) -> nn.Module:
+        """The child (or borrowed) projection in `role`, with whatever adapter has been put around it."""
+        module = getattr(self._borrowed.get(role, self), self.projection_names[role])
+        assert isinstance(module, nn.Module)
+        return module
+
+    @property
+    def scale_exponent(self) -> float:
+        """How much of p the stored weights carry: the a of p^a."""
+        return SCALE_EXPONENTS.get(self.parameterization, 0.0)
+
+    def _before_activation(self, z: Tensor) -> Tensor:
+        """Undo the p^a that the weights in front of the activation carry."""
+        if self.scale is None or self.scale_exponent == 0.0:
+            return z
+        return (z * scale_power(self.scale, -self.scale_exponent)).to(z.dtype)
+
+    def _project_out(self, hidden: Tensor) -> Tensor:
+        if self.scale is not None:
+            # The scale may be float32 beside a bfloat16 model; the output projection wants the model's dtype.
+            factor = output_factor(self.scale, self.scale_exponent, "w_gate" in self.projection_names)
+            hidden = (hidden * factor).to(hidden.dtype)
+        return self.dropout(self.projection("w_out")(hidden))
+
+    @classmethod
+    def from_bundle(
+        cls: type[Self_],
+        bundle: NeuronBundle,
+        parameterization: str = "folded",
+        *,
+        names: Mapping[str, str] | None = None,
+        kind: type[nn.Module] = nn.Linear,
+        dropout: float = 0.0,
+    ) -> Self_:
+        """A module that computes `bundle.forward`, in the parameterization asked for.
+
+        Args:
+            bundle: one FFN (B = 1), gated for `FusedGLU` and plain for `FusedMLP`.
+            parameterization: `folded`, `scaled` or `split`. A bundle without a scale has p = 1: nothing is scaled.
+            names: role -> child name; `ROLES` when None.
+            kind: `torch.nn.Linear` or transformers' `Conv1D`.
+            dropout: probability of the dropout behind the output projection.
+
+        Raises:
+            ValueError: B != 1, a gated bundle for a plain module or the reverse, unknown parameterization.
+        """
+        projections, scale = cls.split_bundle(bundle, parameterization, kind)
+        return cls(
+            projections,
+            bundle.activation,
+            scale=scale,
+            parameterization=parameterization,
+            names=names,
+            dropout=dropout,
+        )
+
+    @classmethod
+    def split_bundle(
+        cls, bundle: NeuronBundle, parameterization: str, kind: type[nn.Module] = nn.Linear
+    ) -> tuple[dict[str, nn.Module], Tensor | None]:
+        """The projections (role -> new module) and the scale that represent `bundle` in `parameterization`."""
+        if bundle.batch != 1:
+            raise ValueError(f"a module holds one FFN, the bundle has {bundle.batch}: select one")
+        if bundle.gated != ("w_gate" in cls.ROLES):
+            raise ValueError(f"{cls.__name__} takes a {'gated' if 'w_gate' in cls.ROLES else 'plain'} bundle")
+        b = bundle.parameterized(parameterization)
+        biases = {"w_in": b.b_in, "w_gate": b.b_gate, "w_out": b.b_out}
+        projections = {}
+        for role in cls.ROLES:
+            weight = getattr(b, role)[0]
+            bias = biases[role]
+            weight = weight.t() if role == "w_out" else weight
+            projections[role] = make_projection(weight, None if bias is None else bias[0], kind)
+        return projections, None if b.scale is None else b.scale[0].clone()
+
+    def as_bundle(self) -> NeuronBundle:
+        """This FFN as a `NeuronBundle` with B = 1, in its own parameterization; detached views of the weights.
+
+        Raises:
+            InputError: a projection is not a plain `Linear` or `Conv1D` (an adapter, a quantised layer).
+        """
+        projections = {role: self.projection(role) for role in self.ROLES}
+        return read_bundle(projections, self.activation, self.scale, self.scale_exponent)
+
+    def trainable_parts(self) -> tuple[str, ...]:
+        """Which of the bundle's tensors require grad: the parameters that count in this module's tangent kernel."""
+        parts = []
+        for role in self.ROLES:
+            for name, parameter in self.projection(role).named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    parts.append(role if name == "weight" else role.replace("w_", "b_"))
+        return tuple(parts)
+
+    @torch.no_grad()
+    def merge_scale(self) -> None:
+        """Fold p into the weights, in place: afterwards this is a plain FFN with the same outputs and no `scale`.
+
+        Parameters keep their identity (and so stay in their optimiser), but their dynamics change: do this for export
+        or inference, not in the middle of a training run.
+        """
+        if self.scale is None:
+            return
+        folded, _ = self.split_bundle(self.as_bundle(), "folded")
+        for role in self.ROLES:
+            current = self.projection(role)
+            weight, bias = read_projection(current)
+            plain_weight, plain_bias = read_projection(folded[role])
+            weight.copy_(plain_weight)
+            if bias is not None and plain_bias is not None:
+                bias.copy_(plain_bias)
+        del self.scale
+        self.register_buffer("scale", None)
+        self.parameterization = "folded"
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, parameterization={self.parameterization}"
+
+
+class FusedMLP(FusedFFN):
+    """`y = fc2(act(fc1(x)) * scale)`: a plain feed-forward module of fused neurons.
+
+    The state_dict is that of a plain MLP (`fc1.weight`, `fc1.bias`, `fc2.weight`, `fc2.bias`) plus `scale`.
+
+    Shapes: x `(..., d)` -> y `(..., d_out)`, any number of leading dimensions, in the dtype of the weights.
+
+    Source: MLP Fusion (arXiv 2307.08941) for P = diag(scale) between activation and output projection.
+    """
+
+    ROLES: ClassVar[Mapping[str, str]] = {"w_in": "fc1", "w_out": "fc2"}
+
+    @classmethod
+    def from_mlp(
+        cls,
+        fc1: nn.Linear,
+        fc2: nn.Linear,
+        activation: str = "gelu",
+        scale: Tensor | None = None,
+        parameterization: str = "folded",
+    ) -> FusedMLP:
+        """Take over the weights of `y = fc2(act(fc1(x)) * scale)`; copies, so the originals stay as they are.
+
+        Args:
+            fc1, fc2: projections d -> h and h -> d_out, with or without bias.
+            activation: `gelu` (exact), `gelu_tanh`, `relu` or `silu`.
+            scale: `(h,)` cluster sizes, integer or floating; None for all ones. A `torch.nn.Parameter` stays one.
+            parameterization: how the module stores the scale: `folded`, `scaled` or `split`; the outputs are the same.
+
+        Raises:
+            ValueError: shapes disagree, unknown activation or parameterization, a trainable scale to be folded.
+            InputError: a projection is not a plain `Linear` or `Conv1D`.
+        """
+        return _from_projections(cls, {"w_in": fc1, "w_out": fc2}, activation, scale, parameterization)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self._before_activation(self.projection("w_in")(x))
+        return self._project_out(get_activation(self.activation).function(z))
+
+
+class FusedGLU(FusedFFN):
+    """`y = down(act(gate(x)) * up(x) * scale)`: a gated feed-forward module of fused neurons (SwiGLU, GeGLU).
+
+    The state_dict is that of a plain gated MLP (`gate`, `up`, `down`) plus `scale`.
+
+    Shapes: x `(..., d)` -> y `(..., d_out)`, in the dtype of the weights.
+    """
+
+    ROLES: ClassVar[Mapping[str, str]] = {"w_gate": "gate", "w_in": "up", "w_out": "down"}
+
+    @classmethod
+    def from_mlp(
+        cls,
+        gate: nn.Linear,
+        up: nn.Linear,
+        down: nn.Linear,
+        activation: str = "silu",
+        scale: Tensor | None = None,
+        parameterization: str = "folded",
+    ) -> FusedGLU:
+        """Take over the weights of `y = down(act(gate(x)) * up(x) * scale)`; arguments as in `FusedMLP.from_mlp`."""
+        projections = {"w_gate": gate, "w_in": up, "w_out": down}
+        return _from_projections(cls, projections, activation, scale, parameterization)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = get_activation(self.activation).function(self._before_activation(self.projection("w_gate")(x)))
+        return self._project_out(gate * self.projection("w_in")(x))
+
+
+def _from_projections(
+    cls: type[Self_],
+    projections: Mapping[str, nn.Module],
+    activation: str,
+    scale: Tensor | None,
+    parameterization: str,
+) -> Self_:
+    if isinstance(scale, nn.Parameter) and parameterization == "folded":
+        raise ValueError("a trainable scale cannot be folded into the weights: use scaled or split")
+    module = cls.from_bundle(read_bundle(projections, activation, scale), parameterization)
+    if isinstance(scale, nn.Parameter):
+        trainable = nn.Parameter(scale.detach().to(torch.promote_types(scale.dtype, torch.float32), copy=True))
+        del module.scale
+        module.register_parameter("scale", trainable)
+    return module

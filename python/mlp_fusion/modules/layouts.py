@@ -1,0 +1,81 @@
+"""How a projection lies in memory: `torch.nn.Linear` (out, in) or GPT-2's `Conv1D` (in, out)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mlp_fusion.errors import InputError
+from mlp_fusion.neurons import NeuronBundle
+
+
+def read_projection(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Return a projection's weight as `(out, in)` and its `(out,)` bias or None; views, detached from autograd.
+
+    Raises:
+        InputError: not a plain floating-point `Linear` or `Conv1D`: an adapter, a quantised layer, a parametrisation.
+    """
+    kind = type(module)
+    if kind not in (nn.Linear, Conv1D):
+        raise InputError(
+            f"a projection is a {kind.__module__}.{kind.__name__}, not a plain torch.nn.Linear or Conv1D: "
+            "merge adapters and load the weights unquantised before fusing"
+        )
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, Tensor)
+    if not weight.is_floating_point():
+        raise InputError(f"a projection's weight is {weight.dtype}: load the model unquantised before fusing")
+    if weight.is_meta:
+        raise InputError("a projection's weight is on the meta device (offloaded): load the model into memory first")
+    weight = weight.detach()
+    return (weight.t() if kind is Conv1D else weight), None if bias is None else bias.detach()
+
+
+def read_bundle(
+    projections: Mapping[str, nn.Module], activation: str, scale: Tensor | None = None, scale_exponent: float = 0.0
+) -> NeuronBundle:
+    """The FFN made of `projections` (role -> module; roles `w_in`, `w_out` and, when gated, `w_gate`), with B = 1.
+
+    Args:
+        projections: plain `Linear` or `Conv1D` modules.
+        activation: a name in `fusion_kernels.activations.ACTIVATIONS`.
+        scale: `(N,)` cluster sizes, integer or floating, or None.
+        scale_exponent: the a with which the projections carry the scale.
+
+    Raises:
+        InputError: see :func:`read_projection`.
+        ValueError: shapes disagree or the activation is unknown.
+    """
+    tensors: dict[str, Any] = {}
+    for role, module in projections.items():
+        weight, bias = read_projection(module)
+        tensors[role] = (weight.t() if role == "w_out" else weight).unsqueeze(0)
+        tensors[role.replace("w_", "b_")] = None if bias is None else bias.unsqueeze(0)
+    if scale is not None:
+        scale = scale.detach().unsqueeze(0)
+        scale = scale if scale.is_floating_point() else scale.float()
+    exponent = 0.0 if scale is None else scale_exponent
+    return NeuronBundle(activation=activation, scale=scale, scale_exponent=exponent, **tensors)
+
+
+def make_projection(weight: Tensor, bias: Tensor | None, kind: type[nn.Module] = nn.Linear) -> nn.Module:
+    """A new `Linear` or `Conv1D` with copies of the `(out, in)` weight and `(out,)` bias, in their dtype and device."""
+    out_features, in_features = weight.shape
+    module: nn.Module
+    if kind is Conv1D:
+        # Conv1D has no device argument, and its initialisation draws random numbers that a meta tensor does not.
+        with torch.device("meta"):
+            module = Conv1D(out_features, in_features)
+        weight = weight.t()
+        bias = torch.zeros(out_features, dtype=weight.dtype, device=weight.device) if bias is None else bias
+    else:
+        module = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+    module.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
+    if bias is not None:
+        module.bias = nn.Parameter(bias.clone())
+    return module

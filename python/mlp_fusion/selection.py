@@ -1,0 +1,122 @@
+"""Which layers, how wide, and which parameterization: the options of `plan`, `fuse` and `compress`, checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from mlp_fusion.errors import InputError
+from mlp_fusion.neurons import Parameterization
+
+Layers = Iterable[int] | str | None
+Width = int | float
+
+_ADAPTIVE = ("adam", "adamw", "adamax", "nadam", "radam", "adafactor", "lion", "signsgd", "lamb", "rmsprop", "adagrad")
+_GRADIENT = ("sgd", "momentum", "nesterov", "muon", "lbfgs")
+
+#: Optimiser name -> the parameterization that keeps the training dynamics under it.
+OPTIMIZERS: dict[str, Parameterization] = {
+    **dict.fromkeys(_ADAPTIVE, "scaled"),
+    **dict.fromkeys(_GRADIENT, "split"),
+}
+
+
+def parameterization_for(optimizer: str | None) -> Parameterization:
+    """`scaled` for Adam-like optimisers, `split` for SGD-like ones, `folded` for None (inference and export).
+
+    Raises:
+        InputError: unknown optimiser.
+    """
+    if optimizer is None:
+        return "folded"
+    if optimizer.lower() not in OPTIMIZERS:
+        raise InputError(f"unknown optimizer {optimizer!r}: use None or one of {', '.join(sorted(OPTIMIZERS))}")
+    return OPTIMIZERS[optimizer.lower()]
+
+
+def resolve_layers(layers: Layers, available: list[int]) -> list[int]:
+    """Turn a choice of layers into sorted indices.
+
+    Args:
+        layers: None or `"all"`; a range or any iterable of indices; a text of comma-separated parts, each `4`, `4-11`
+            (both ends included), `first:4` or `last:8`.
+        available: the indices of the layers that have an FFN.
+
+    Raises:
+        InputError: a part cannot be read, a layer does not exist, or nothing is chosen.
+    """
+    if layers is None or layers == "all":
+        return sorted(available)
+    chosen: set[int] = set()
+    if isinstance(layers, str):
+        for part in layers.split(","):
+            chosen.update(_parse_part(part.strip(), sorted(available)))
+    else:
+        for index in layers:
+            if isinstance(index, bool) or not isinstance(index, int):
+                raise InputError(f"layers holds {index!r}: give layer numbers")
+            chosen.add(index)
+    missing = sorted(chosen - set(available))
+    if missing:
+        raise InputError(
+            f"layers {', '.join(map(str, missing))} out of range: the model has FFNs in layers "
+            f"{min(available)}-{max(available)}"
+        )
+    if not chosen:
+        raise InputError("no layer chosen: layers is empty")
+    return sorted(chosen)
+
+
+def _parse_part(part: str, available: list[int]) -> list[int]:
+    if found := re.fullmatch(r"(first|last):(\d+)", part):
+        count = int(found[2])
+        if not 1 <= count <= len(available):
+            raise InputError(f"layers {part!r}: the model has {len(available)} FFNs")
+        return available[:count] if found[1] == "first" else available[-count:]
+    if found := re.fullmatch(r"(\d+)(?:-(\d+))?", part):
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise InputError(f"layers {part!r}: the range runs backwards")
+        return list(range(first, last + 1))
+    raise InputError(f"layers {part!r} cannot be read: use all, 4, 4-11, first:4, last:8, or several with commas")
+
+
+def width_multiple(full: int) -> int:
+    """The multiple that an FFN of `full` neurons keeps when shrunk by a share.
+
+    128 is the tile that serving engines and GPU kernels cut matrices into; 8 is the least that keeps 16-bit rows
+    aligned for tensor cores. FFNs that do not have the property are not given it.
+    """
+    if full >= 1024 and full % 128 == 0:
+        return 128
+    return 8 if full % 8 == 0 else 1
+
+
+def resolve_width(width: Width, full: int) -> int:
+    """The number of neurons that an FFN of `full` neurons keeps.
+
+    Args:
+        width: a count (int), or a share (float) strictly between 0 and 1, rounded to `width_multiple(full)`.
+        full: neurons now.
+
+    Raises:
+        InputError: zero, negative, not smaller than `full`, or a count that engines cannot serve (not a multiple of 8
+            where `full` is one).
+    """
+    if isinstance(width, bool) or not isinstance(width, (int, float)):
+        raise InputError(f"width {width!r}: give a count such as 768 or a share such as 0.25")
+    if isinstance(width, int):
+        count, multiple = width, 8 if full % 8 == 0 else 1
+        if count <= 0:
+            raise InputError(f"width {width} must be positive")
+        if count % multiple:
+            near = max(multiple, round(count / multiple) * multiple)
+            raise InputError(f"width {width} is not a multiple of {multiple}, as engines need it: use {near}")
+    else:
+        if not 0.0 < width < 1.0:
+            raise InputError(f"width {width} as a share must lie strictly between 0 and 1; a count is an integer")
+        multiple = width_multiple(full)
+        count = max(multiple, round(width * full / multiple) * multiple)
+    if count >= full:
+        raise InputError(f"width {width} gives {count} neurons: not smaller than the FFN's {full}")
+    return count
