@@ -58,7 +58,8 @@ class Architecture:
         projections: role (`w_in`, `w_out`, `w_gate`) -> path of that projection.
         width_key: config key of the FFN's width.
         activation_key: config key of the activation's name.
-        layer_class: the class that is built once per layer with its index, or that builds the list of layers.
+        layer_class: `module:Class` of what is built once per layer and gets the layer's index.
+        layer_class_builds_list: it is built once instead, and makes the list of layers itself.
         dropout: path of the dropout behind the output projection, if the FFN module owns one.
         transposed: weights are stored `(in, out)` (GPT-2's `Conv1D`).
     """
@@ -72,6 +73,7 @@ class Architecture:
     activation_key: str = "hidden_act"
     dropout: str | None = None
     transposed: bool = False
+    layer_class_builds_list: bool = False
     _pattern: re.Pattern[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -85,7 +87,7 @@ class Architecture:
     # --- config ------------------------------------------------------------------------------------------------------
 
     def width(self, config: Any) -> int:
-        """The FFN width that `config` states for every layer (before any per-layer override)."""
+        """The FFN width that `config` states, of one layer or of a model with equal layers."""
         return int(getattr(config, self.width_key))
 
     def activation(self, config: Any) -> str:
@@ -125,6 +127,10 @@ class Architecture:
 
     def projection(self, site: FFNSite, role: str) -> nn.Module:
         return site.layer.get_submodule(self.projections[role])
+
+    def neurons(self, site: FFNSite) -> int:
+        """The width of the FFN at `site`."""
+        return read_projection(self.projection(site, "w_in"))[0].shape[0]
 
     def fused(self, site: FFNSite) -> FusedFFN | None:
         """The fused module at `site`, or None where the model's own FFN stands."""

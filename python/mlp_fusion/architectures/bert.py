@@ -69,7 +69,7 @@ def _entry(model_types: tuple[str, ...], layer_class: str) -> SplitArchitecture:
 
 
 ENTRIES = (
-    _entry(("bert",), "BertLayer"),
-    _entry(("roberta",), "RobertaLayer"),
-    _entry(("xlm-roberta",), "XLMRobertaLayer"),
+    _entry(("bert",), "transformers.models.bert.modeling_bert:BertLayer"),
+    _entry(("roberta",), "transformers.models.roberta.modeling_roberta:RobertaLayer"),
+    _entry(("xlm-roberta",), "transformers.models.xlm_roberta.modeling_xlm_roberta:XLMRobertaLayer"),
 )

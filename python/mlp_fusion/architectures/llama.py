@@ -9,7 +9,7 @@ def _entry(model_type: str, layer_class: str, activation_key: str = "hidden_act"
         layers="layers",
         module="mlp",
         projections={"w_gate": "mlp.gate_proj", "w_in": "mlp.up_proj", "w_out": "mlp.down_proj"},
-        layer_class=layer_class,
+        layer_class=f"transformers.models.{model_type}.modeling_{model_type}:{layer_class}",
         activation_key=activation_key,
     )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from mlp_fusion.architectures import Architecture
+from mlp_fusion.architectures import Architecture, get_architecture
+from mlp_fusion.errors import InputError
 
 #: Key in config.json. Readers that do not know it keep it and pass over it.
 FUSION_KEY = "mlp_fusion"
@@ -22,35 +24,48 @@ REFERENCE_FILE = f"{SIDE_FOLDER}/reference.safetensors"
 REPORT_FILE = f"{SIDE_FOLDER}/report.json"
 
 
+def check_config(config: Any) -> Architecture:
+    """The architecture of a model that can be fused.
+
+    Raises:
+        InputError: unknown architecture, quantised, fused already, or layers that differ in some other way already.
+    """
+    architecture = get_architecture(config.model_type)
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is not None:
+        kind = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else quantisation.quant_method
+        raise InputError(
+            f"the weights are quantised ({getattr(kind, 'value', kind)}): start from the unquantised checkpoint"
+        )
+    if fusion_record(config) is not None:
+        raise InputError("the model is fused already: start again from the original, fusing twice compounds the loss")
+    if config.is_heterogeneous:
+        raise InputError("the model's layers differ already (per_layer_config): only models of equal layers are fused")
+    return architecture
+
+
 def record_fusion(
-    model: nn.Module, architecture: Architecture, widths: dict[int, int], *, method: str, parameterization: str
+    model: nn.Module, architecture: Architecture, fused: list[int], *, method: str, parameterization: str
 ) -> None:
-    """Write the new widths and how they came about into `model.config`.
+    """Write the widths and how they came about into `model.config`, once the FFNs of the layers `fused` are in place.
 
     One width in all layers becomes the config's width itself, so that the checkpoint is an ordinary one; otherwise
     the config gets transformers' `per_layer_config`.
     """
     config: Any = model.config
-    full = architecture.width(config)
-    everywhere = {site.index: widths.get(site.index, full) for site in architecture.sites(model)}
-    apply_widths(config, architecture, everywhere)
     record = {
         "format": FORMAT_VERSION,
         "method": method,
         "parameterization": parameterization,
-        "original_width": full,
-        "widths": {str(index): width for index, width in sorted(widths.items())},
+        "fused_layers": fused,
+        "original_width": architecture.width(config),
     }
-    setattr(config, FUSION_KEY, record)
-
-
-def apply_widths(config: Any, architecture: Architecture, widths: dict[int, int]) -> None:
-    """State `widths` (layer -> neurons, every layer) in `config`, plainly when they are all the same."""
-    values = set(widths.values())
-    if len(values) == 1:
-        setattr(config, architecture.width_key, values.pop())
+    widths = {site.index: architecture.neurons(site) for site in architecture.sites(model)}
+    if len(set(widths.values())) == 1:
+        setattr(config, architecture.width_key, widths[fused[0]])
     else:
-        config.per_layer_config = {index: {architecture.width_key: width} for index, width in sorted(widths.items())}
+        config.per_layer_config = {index: {architecture.width_key: width} for index, width in widths.items()}
+    setattr(config, FUSION_KEY, record)
 
 
 def fusion_record(config: Any) -> dict[str, Any] | None:

@@ -13,8 +13,8 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from mlp_fusion.architectures import Architecture, get_architecture
-from mlp_fusion.checkpoint.metadata import fusion_record
+from mlp_fusion.architectures import Architecture
+from mlp_fusion.checkpoint.metadata import check_config
 from mlp_fusion.checkpoint.source import Headers, TensorInfo, model_headers, read_headers
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure.report import format_bytes, render
@@ -140,22 +140,6 @@ def plan(model_or_path: nn.Module | str | Path, width: Width, layers: Layers = N
         loads_in=_loads_in(uniform, headers.config.model_type),
         warnings=_warnings(ffns),
     )
-
-
-def check_config(config: Any) -> Architecture:
-    """The architecture of an unfused, unquantised model.
-
-    Raises:
-        InputError: unknown architecture, quantised, or fused already.
-    """
-    architecture = get_architecture(config.model_type)
-    quantisation = getattr(config, "quantization_config", None)
-    if quantisation is not None:
-        kind = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else quantisation.quant_method
-        raise InputError(f"the weights are quantised ({kind}): start from the unquantised checkpoint")
-    if fusion_record(config) is not None:
-        raise InputError("the model is fused already: start again from the original, fusing twice compounds the loss")
-    return architecture
 
 
 def _find_ffns(

@@ -90,7 +90,13 @@ def read_headers(name: str | Path) -> Headers:
 
 
 def model_headers(model: nn.Module) -> Headers:
-    """The same of a model in memory; its buffers are left out, as most are not saved."""
+    """The same of a model in memory; its buffers are left out, as most are not saved.
+
+    Raises:
+        InputError: it is no Hugging Face model.
+    """
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        raise InputError(f"{type(model).__name__} has no config.model_type: give a Hugging Face model")
     names = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "uint8": "U8"}
     tensors = {
         name: TensorInfo(tuple(p.shape), names.get(str(p.dtype).removeprefix("torch."), str(p.dtype)))

@@ -48,7 +48,8 @@ def tokenize(folder: Path, sentences: Sequence[str], max_positions: int | None) 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    length = min(_MAX_TOKENS, max_positions or _MAX_TOKENS)
+    # RoBERTa counts positions from its padding id on, so that a few of the table's rows are never reached.
+    length = min(_MAX_TOKENS, max(1, (max_positions or _MAX_TOKENS + 2) - 2))
     ordered = sorted(sentences, key=len)
     chunks = [ordered[i : i + _BATCH] for i in range(0, len(ordered), _BATCH)]
     return [

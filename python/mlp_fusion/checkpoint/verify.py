@@ -101,13 +101,13 @@ def _check_shapes(config: Any, record: dict[str, Any], tensors: Any) -> Check:
         if matched is None or matched[2] != f"{architecture.projections['w_in']}.weight":
             continue
         seen += 1
-        expected = record["widths"].get(str(matched[1]), record["original_width"])
+        expected = architecture.width(config.per_layer_config[matched[1]])
         width = info.shape[1] if architecture.transposed else info.shape[0]
         if width != expected:
             wrong.append(f"{name} has {width} neurons, expected {expected}")
     if wrong or not seen:
         return Check("shapes", False, wrong[0] if wrong else "no FFN found")
-    return Check("shapes", True, f"{seen} FFNs, {len(record['widths'])} of them fused")
+    return Check("shapes", True, f"{seen} FFNs, {len(record['fused_layers'])} of them fused")
 
 
 def _check_finite(folder: Path) -> Check:
@@ -128,7 +128,8 @@ def _check_loading(config: Any, info: dict[str, Any]) -> Check:
     missing = sorted(info["missing_keys"])
     if mismatched:
         return Check("loads", False, f"{mismatched[0]} has another shape than config.json says")
-    lost = [name for name in missing if (m := architecture.match(name)) and m[2].startswith(f"{architecture.module}.")]
+    projections = tuple(f"{path}." for path in architecture.projections.values())
+    lost = [name for name in missing if (m := architecture.match(name)) and m[2].startswith(projections)]
     if lost:
         return Check("loads", False, f"{lost[0]} is missing")
     # The original may lack weights of its own (a pooler that nobody trained); that is not this checkpoint's fault.

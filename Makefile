@@ -1,0 +1,45 @@
+# Two targets for people: `make demo` and `make test`. Everything is installed into $(VENV) and nowhere else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_OUT := build/demo
+
+.PHONY: demo test lint types coverage bench clean
+
+$(VENV)/.base: constraints.txt pyproject.toml setup.py
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.base
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	rm -rf $(DEMO_OUT)
+	$(BIN)/python examples/demo.py $(DEMO_OUT)
+
+test: $(VENV)/.test lint types
+	$(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+coverage: $(VENV)/.test
+	$(BIN)/python -m pytest -n auto --cov --cov-report=term-missing:skip-covered
+
+bench: $(VENV)/.test
+	$(BIN)/python bench/main_job.py
+
+clean:
+	rm -rf build $(VENV)

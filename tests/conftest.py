@@ -1,0 +1,36 @@
+"""What every test gets: one thread, quiet libraries, and uninitialised memory made visible."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import settings
+
+# Tiny tensors gain nothing from threads, and test processes run side by side.
+torch.set_num_threads(1)
+settings.register_profile("mlp_fusion", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("mlp_fusion")
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.empty` returns NaN (or the largest integer) in tests: reading memory before writing it must show."""
+    for name in ("empty", "empty_like"):
+        original = getattr(torch, name)
+
+        def poisoned(*args: Any, _original: Any = original, **kwargs: Any) -> torch.Tensor:
+            tensor: torch.Tensor = _original(*args, **kwargs)
+            if tensor.device.type == "meta" or isinstance(tensor, torch._subclasses.FakeTensor):
+                return tensor
+            if tensor.is_floating_point():
+                return tensor.fill_(float("nan"))
+            return tensor if tensor.dtype == torch.bool or tensor.is_complex() else tensor.fill_(
+                torch.iinfo(tensor.dtype).max
+            )  # fmt: skip
+
+        monkeypatch.setattr(torch, name, poisoned)

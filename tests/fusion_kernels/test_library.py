@@ -1,0 +1,56 @@
+"""The operator registry: selection of backends, and what it says of those that are not there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusion_kernels import BackendUnavailableError, backends
+from fusion_kernels.activations import ACTIVATIONS, get_activation
+from fusion_kernels.library import Backend, Operator
+
+
+def _operator() -> Operator:
+    op = Operator("double", "(Tensor x) -> Tensor")
+    op.register(Backend("fast", lambda x: x * 2, ("cuda",)))
+    op.register(Backend("absent", lambda x: x * 2, ("cpu",), unavailable="its library is not built: run the build"))
+    op.register(Backend("reference", lambda x: x + x, ("cpu", "cuda")))
+    return op
+
+
+def test_auto_takes_the_first_that_can_run() -> None:
+    assert _operator().select("auto", torch.device("cpu")).name == "reference"
+    assert _operator().select("auto", torch.device("cuda")).name == "fast"
+
+
+def test_asking_by_name() -> None:
+    assert _operator().select("reference", torch.device("cuda")).name == "reference"
+    with pytest.raises(BackendUnavailableError, match="its library is not built"):
+        _operator().select("absent", torch.device("cpu"))
+    with pytest.raises(BackendUnavailableError, match="runs on cuda, the tensor is on cpu"):
+        _operator().select("fast", torch.device("cpu"))
+    with pytest.raises(ValueError, match="unknown backend 'quick': use one of auto, fast, absent, reference"):
+        _operator().select("quick", torch.device("cpu"))
+    with pytest.raises(BackendUnavailableError, match="no backend runs on device type 'xpu'"):
+        _operator().select("auto", torch.device("xpu"))
+
+
+def test_backends_lists_every_operator() -> None:
+    report = backends()
+    assert set(report) == {"kmeans", "ntk_gram"}
+    assert all(row["cpu"] == "reference" for row in report.values())
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_activation_derivatives_match_autograd(name: str) -> None:
+    z = torch.linspace(-9, 9, 1801, dtype=torch.float64).requires_grad_()
+    activation = ACTIVATIONS[name]
+    (expected,) = torch.autograd.grad(activation.function(z).sum(), z)
+    found: Tensor = activation.derivative(z.detach())
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_unknown_activation() -> None:
+    with pytest.raises(ValueError, match="unknown activation 'tanh': use one of gelu, gelu_tanh, relu, silu"):
+        get_activation("tanh")

@@ -1,0 +1,406 @@
+"""The command line: what it prints where, its exit codes, and its one-line errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import checkpoints as ck
+import pytest
+import safetensors
+import torch
+import transformers
+
+import fusion_kernels
+import mlp_fusion
+from families import WIDTH
+from mlp_fusion import InputError
+from mlp_fusion import cli as cli_module
+from mlp_fusion.checkpoint import compress as compress_module
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Standard output as one JSON object, by the letter of the standard, and nothing else."""
+
+        def refuse(constant: str) -> NoReturn:
+            raise AssertionError(f"{constant} is no JSON")
+
+        data = json.loads(self.out, parse_constant=refuse)
+        assert isinstance(data, dict)
+        return data
+
+    @property
+    def error(self) -> str:
+        """The one line on standard error, standard output being empty."""
+        assert self.out == ""
+        assert "Traceback" not in self.err
+        lines = [line for line in self.err.splitlines() if line.strip()]
+        assert len(lines) == 1, self.err
+        return lines[0]
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run `mlp-fusion` with the given arguments in this process."""
+
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["mlp-fusion", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            cli_module.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        else:
+            code = 0
+        return Outcome(code, *capfd.readouterr())
+
+    return call
+
+
+def run_for_real(*arguments: object, **environment: str) -> Outcome:
+    """Run the installed `mlp-fusion` in a process of its own, cut off from the hub."""
+    program = shutil.which("mlp-fusion", path=str(Path(sys.executable).parent))
+    assert program is not None
+    done = subprocess.run(
+        [program, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ck.save_tiny(tmp_path_factory.mktemp("source") / "bert")
+
+
+@pytest.fixture(scope="module")
+def fused(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("fused") / "bert-fused"
+    mlp_fusion.compress(source, out, 16)
+    return out
+
+
+# --- plan ------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_prints_a_table(run: Run, source: Path) -> None:
+    done = run("plan", source, "--width", "16", "--layers", "0-1")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == mlp_fusion.plan(source, 16, "0-1").table() + "\n"
+    assert f"{WIDTH} → 16" in done.out
+
+
+def test_plan_prints_json(run: Run, source: Path) -> None:
+    done = run("plan", source, "--width", "0.5", "--json")
+    assert (done.code, done.err) == (0, "")
+    assert done.json == json.loads(json.dumps(mlp_fusion.plan(source, 0.5).to_dict()))
+    assert [row["neurons_after"] for row in done.json["ffns"]] == [32, 32, 32]
+
+
+def test_width_is_a_count_or_a_share(run: Run, source: Path) -> None:
+    kept = [run("plan", source, "--json", "--width", width).json["ffns"][0]["neurons_after"] for width in ("8", "0.25")]
+    assert kept == [8, 16]
+
+
+@pytest.mark.parametrize(
+    ("text", "width"), [("768", 768), ("0.25", 0.25), (".5", 0.5), ("-8", -8), ("0", 0), ("1.0", 1.0), ("1e-1", 0.1)]
+)
+def test_parse_width(text: str, width: float) -> None:
+    parsed = cli_module.parse_width(text)
+    assert parsed == width
+    assert type(parsed) is type(width)
+
+
+@pytest.mark.parametrize("text", ["", "half", "25%", "0,25", "0x10", "1/4", "16 neurons"])
+def test_parse_width_refuses(text: str) -> None:
+    with pytest.raises(InputError, match="give a count such as 768 or a share such as 0.25") as caught:
+        cli_module.parse_width(text)
+    assert repr(text) in str(caught.value)
+
+
+# --- compress and verify ---------------------------------------------------------------------------------------------
+
+
+def test_compress_prints_a_table(run: Run, source: Path, fused: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run("compress", source, out, "--width", "0.25", "--device", "cpu")
+    assert done.code == 0
+    lines = done.out.splitlines()
+    assert lines[-1] == f"written: {out}"
+    assert sum(f"{WIDTH} → 16" in line for line in lines) == 3
+    assert any(line.startswith("parameters: ") for line in lines)
+    assert (out / ck.WEIGHTS).read_bytes() == (fused / ck.WEIGHTS).read_bytes()
+
+
+def test_compress_prints_json(run: Run, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run("compress", source, out, "--width", "24", "--layers", "last:1", "--optimizer", "sgd", "--seed", "7",
+               "--method", "fusion", "--json")  # fmt: skip
+    assert done.code == 0
+    report = done.json
+    assert report == json.loads((out / "mlp_fusion" / "report.json").read_text())
+    assert [(row["layer"], row["neurons_after"]) for row in report["rows"]] == [(2, 24)]
+    assert (report["optimizer"], report["parameterization"], report["seed"]) == ("sgd", "split", 7)
+    mlp_fusion.compress(source, tmp_path / "same", 24, [2], optimizer="sgd", seed=7)
+    assert (out / ck.WEIGHTS).read_bytes() == (tmp_path / "same" / ck.WEIGHTS).read_bytes()
+
+
+def test_compress_for_inference(run: Run, source: Path, tmp_path: Path) -> None:
+    done = run("compress", source, tmp_path / "out", "--width", "8", "--optimizer", "none", "--json")
+    assert done.code == 0
+    assert done.json["optimizer"] is None
+    assert done.json["parameterization"] == "folded"
+    assert not (tmp_path / "out" / "mlp_fusion" / "scale.safetensors").exists()
+
+
+def test_compress_passes_the_text_on(run: Run, source: Path, tmp_path: Path) -> None:
+    done = run("compress", source, tmp_path / "out", "--width", "8", "--text", tmp_path / "absent.txt")
+    assert done.code == 2
+    assert done.error.startswith(f"mlp-fusion: {tmp_path / 'absent.txt'}: cannot be read")
+    assert not (tmp_path / "out").exists()
+
+
+def test_verify_prints_a_table(run: Run, fused: Path) -> None:
+    done = run("verify", fused)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.splitlines()[0] == str(fused)
+    assert [line.split()[:2] for line in done.out.splitlines()[-4:]] == [
+        ["shapes", "ok"], ["finite", "ok"], ["loads", "ok"], ["outputs", "ok"]
+    ]  # fmt: skip
+
+
+def test_verify_prints_json(run: Run, fused: Path) -> None:
+    done = run("verify", fused, "--json")
+    assert (done.code, done.err) == (0, "")
+    assert done.json["passed"] is True
+    assert done.json["checkpoint"] == str(fused)
+    assert [check["passed"] for check in done.json["checks"]] == [True] * 4
+
+
+@pytest.mark.parametrize("value", [1.5, float("nan")])
+def test_verify_that_fails(value: float, run: Run, fused: Path, tmp_path: Path) -> None:
+    folder = ck.copy(fused, tmp_path / "broken")
+    ck.replace_tensor(folder, "classifier.weight", lambda weight: weight * value)
+    done = run("verify", folder, "--json")
+    assert (done.code, done.err) == (1, "")
+    assert done.json["passed"] is False
+    table = run("verify", folder)
+    assert table.code == 1
+    assert table.out.count("FAILED") == sum(not check["passed"] for check in done.json["checks"])
+
+
+# --- env -------------------------------------------------------------------------------------------------------------
+
+
+def test_env_prints_json(run: Run) -> None:
+    done = run("env", "--json")
+    assert (done.code, done.err) == (0, "")
+    assert done.json.keys() == {"versions", "devices", "backends"}
+    versions = done.json["versions"]
+    assert versions["mlp-fusion"] == mlp_fusion.__version__
+    assert versions["torch"] == torch.__version__
+    assert versions["transformers"] == transformers.__version__
+    assert versions["safetensors"] == safetensors.__version__
+    assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert done.json["devices"][0].startswith("cpu")
+    assert len(done.json["devices"]) == 1 + torch.cuda.device_count()
+    assert done.json["backends"] == json.loads(json.dumps(fusion_kernels.backends()))
+    assert done.json["backends"]
+
+
+def test_env_prints_a_list(run: Run) -> None:
+    done = run("env")
+    assert (done.code, done.err) == (0, "")
+    for word in (torch.__version__, transformers.__version__, "cpu", *fusion_kernels.backends()):
+        assert word in done.out
+
+
+def test_env_without_a_package(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        if package == "triton":
+            raise cli_module.importlib.metadata.PackageNotFoundError(package)
+        return "1.2.3"
+
+    monkeypatch.setattr(cli_module.importlib.metadata, "version", version)
+    versions = run("env", "--json").json["versions"]
+    assert (versions["triton"], versions["numpy"]) == ("not installed", "1.2.3")
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("json_option", [[], ["--json"]])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--width", "7"], "width 7 is not a multiple of 8"),
+        (["--width", "many"], "--width 'many': give a count"),
+        (["--width", "1.5"], "strictly between 0 and 1"),
+        (["--width", "nan"], "strictly between 0 and 1"),
+        (["--width", "16", "--layers", "9"], "layers 9 out of range"),
+        (["--width", "16", "--layers", "2-1"], "runs backwards"),
+    ],
+)
+def test_bad_options(options: list[str], words: str, json_option: list[str], run: Run, source: Path) -> None:
+    done = run("plan", source, *options, *json_option)
+    assert done.code == 2
+    assert done.error.startswith("mlp-fusion: ")
+    assert words in done.error
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--device", "tpu"], "device 'tpu'"),
+        (["--method", "magic"], "unknown method 'magic'"),
+        (["--optimizer", "magic"], "unknown optimizer 'magic'"),
+        (["--width", "64"], "not smaller than the FFN's 64"),
+    ],
+)
+@pytest.mark.parametrize("json_option", [[], ["--json"]])
+def test_bad_options_of_compress(
+    options: list[str], words: str, json_option: list[str], run: Run, source: Path, tmp_path: Path
+) -> None:
+    done = run("compress", source, tmp_path / "out", "--width", "16", *options, *json_option)
+    assert done.code == 2
+    assert words in done.error
+    assert os.listdir(tmp_path) == []
+
+
+def test_bad_weights_found_in_the_middle(run: Run, source: Path, tmp_path: Path) -> None:
+    folder = ck.copy(source, tmp_path / "source")
+    ck.replace_tensor(folder, "bert.encoder.layer.2.output.dense.weight", lambda weight: weight / 0)
+    done = run("compress", folder, tmp_path / "out", "--width", "16")
+    assert done.code == 2
+    assert "bert.encoder.layer.2" in done.error
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_bad_folders(run: Run, source: Path, tmp_path: Path) -> None:
+    for command in (["plan", tmp_path, "--width", "8"], ["compress", tmp_path, tmp_path / "o", "--width", "8"],
+                    ["verify", tmp_path]):  # fmt: skip
+        done = run(*command)
+        assert (done.code, done.error) == (
+            2,
+            f"mlp-fusion: {tmp_path / 'config.json'} is missing: not a Hugging Face checkpoint",
+        )
+    assert run("verify", source).code == 2
+    assert run("verify", tmp_path / "nowhere").error == f"mlp-fusion: {tmp_path / 'nowhere'}: no such folder"
+    assert "is not empty" in run("compress", source, source, "--width", "8").error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan", "MODEL"], "Missing option '--width'"),
+        (["compress", "MODEL", "OUT"], "Missing option '--width'"),
+        (["plan", "--width", "8"], "Missing argument 'MODEL'"),
+        (["compress", "MODEL", "--width", "8"], "Missing argument 'OUT'"),
+        (["verify"], "Missing argument 'OUT'"),
+        (["plan", "MODEL", "--width", "8", "--size", "3"], "No such option"),
+        (["compress", "MODEL", "OUT", "--width", "8", "--seed", "x"], "'x' is not a valid integer"),
+        (["plan", "MODEL", "MORE", "--width", "8"], "unexpected extra argument"),
+        (["shrink"], "No such command 'shrink'"),
+        (["--quiet"], "No such option"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], words: str, run: Run, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert words in done.err
+    assert "Traceback" not in done.err
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["plan", "-h"], ["compress", "--help"], ["verify", "-h"]])
+def test_help(arguments: list[str], run: Run) -> None:
+    done = run(*arguments)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("Usage: ")
+
+
+def test_version(run: Run) -> None:
+    done = run("--version")
+    assert (done.code, done.err) == (0, "")
+    assert mlp_fusion.__version__ in done.out
+
+
+def test_other_errors(run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise RuntimeError("two\n  lines")
+
+    monkeypatch.setattr(compress_module, "fuse", fail)
+    arguments = ("compress", source, tmp_path / "out", "--width", "16")
+    for option in ([], ["--json"]):
+        done = run(*arguments, *option)
+        assert done.code == 1
+        assert done.error == "mlp-fusion: RuntimeError: two lines (--debug shows where)"
+    with pytest.raises(RuntimeError, match="two"):
+        run("--debug", *arguments)
+    assert os.listdir(tmp_path) == []
+
+
+def test_debug_shows_where_bad_input_was_met(run: Run, source: Path) -> None:
+    with pytest.raises(InputError, match="width 7"):
+        run("--debug", "plan", source, "--width", "7")
+
+
+def test_interrupt(run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compress_module, "_write_card", interrupt)
+    done = run("compress", source, tmp_path / "out", "--width", "16")
+    assert done.code == 130
+    assert done.error == "mlp-fusion: interrupted; nothing was written"
+    assert os.listdir(tmp_path) == []
+
+
+# --- the installed program -------------------------------------------------------------------------------------------
+
+
+def test_program_compresses(source: Path, fused: Path, tmp_path: Path) -> None:
+    done = run_for_real("compress", source, tmp_path / "out", "--width", "0.25", "--json")
+    assert done.code == 0, done.err
+    assert done.json["rows"][0]["neurons_after"] == 16
+    assert "Traceback" not in done.err
+    assert (tmp_path / "out" / ck.WEIGHTS).read_bytes() == (fused / ck.WEIGHTS).read_bytes()
+
+
+def test_program_meets_a_name_that_is_no_folder() -> None:
+    done = run_for_real("plan", "no-such-organisation/no-such-model", "--width", "0.25")
+    assert done.code == 2
+    assert done.error.startswith("mlp-fusion: no-such-organisation/no-such-model: ")
+
+
+def test_program_shows_a_traceback_when_asked(source: Path) -> None:
+    done = run_for_real("--debug", "plan", source, "--width", "7")
+    assert done.code != 0
+    assert "Traceback (most recent call last)" in done.err
+    assert "InputError: width 7" in done.err
+    assert done.out == ""
+
+
+@pytest.mark.xfail(strict=True, reason="with --debug, bad input exits with 1 rather than 2")
+def test_program_keeps_its_exit_code_when_debugging(source: Path) -> None:
+    assert run_for_real("--debug", "plan", source, "--width", "7").code == 2

@@ -1,0 +1,230 @@
+"""Saving and loading fused models: plain checkpoints out, plain or fused state in, and training that goes on."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+from families import FAMILIES, tiny_model, token_batch
+from mlp_fusion import InputError, fuse, restore
+from mlp_fusion.checkpoint.metadata import SCALE_FILE
+from mlp_fusion.modules import FusedFFN
+
+BATCH = token_batch()
+LABELS = torch.tensor([0, 1, 0, 1])
+
+
+def logits(model: Any) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        found: Tensor = model(**BATCH).logits
+    return found
+
+
+def train(model: Any, optimizer: str, steps: int = 3) -> None:
+    cls: Any = torch.optim.AdamW if optimizer == "adamw" else torch.optim.SGD
+    step = cls(model.parameters(), lr=1e-3)
+    model.train()
+    for _ in range(steps):
+        model(**BATCH, labels=LABELS).loss.backward()
+        step.step()
+        step.zero_grad()
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("layers", ["all", "1-2"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", None])
+def test_round_trip_after_training(family: str, layers: str, optimizer: str | None, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    fuse(model, 16, layers=layers, optimizer=optimizer, sample=BATCH)
+    train(model, optimizer or "adamw")
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
+    assert not any(isinstance(m, FusedFFN) for m in loaded.modules())
+    hidden = loaded(**BATCH, output_hidden_states=True).hidden_states
+    assert len(hidden) == 4
+
+    if optimizer is None:
+        assert not (tmp_path / SCALE_FILE).exists()
+        return
+    restore(loaded, tmp_path)
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    assert list(ours) == list(theirs)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_training_goes_on_as_if_never_interrupted(optimizer: str, tmp_path: Path) -> None:
+    model = tiny_model("roberta", dtype=torch.float64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    fuse(model, 16, optimizer=optimizer, sample=BATCH)
+    model.save_pretrained(tmp_path)
+    other = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float64)
+    plain = copy.deepcopy(other)
+    restore(other, tmp_path)
+    for m in (model, other, plain):
+        train(m, optimizer, steps=5)
+    torch.testing.assert_close(logits(other), logits(model), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(logits(plain), logits(model), rtol=1e-6, atol=1e-6)
+
+
+def test_restore_for_another_optimizer(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    fuse(model, 16, optimizer="adamw", sample=BATCH)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    restore(loaded, tmp_path, optimizer="sgd")
+    assert {m.parameterization for m in loaded.modules() if isinstance(m, FusedFFN)} == {"split"}
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
+    restore(again, tmp_path / "again")
+    assert {m.parameterization for m in again.modules() if isinstance(m, FusedFFN)} == {"split"}
+
+
+def test_restore_of_the_bare_encoder_of_a_task_model(tmp_path: Path) -> None:
+    model = tiny_model("bert")
+    fuse(model, 16, sample=BATCH)
+    model.save_pretrained(tmp_path)
+    encoder = AutoModel.from_pretrained(tmp_path).eval()
+    before = encoder(**BATCH).last_hidden_state
+    restore(encoder, tmp_path)
+    assert sum(isinstance(m, FusedFFN) for m in encoder.modules()) == 3
+    torch.testing.assert_close(encoder(**BATCH).last_hidden_state, before, rtol=1e-5, atol=1e-5)
+
+
+def test_restore_refusals(tmp_path: Path) -> None:
+    tiny_model("bert").save_pretrained(tmp_path / "plain")
+    with pytest.raises(InputError, match="not a fused checkpoint"):
+        restore(AutoModel.from_pretrained(tmp_path / "plain"), tmp_path / "plain")
+    model = tiny_model("bert")
+    fuse(model, 16)
+    model.save_pretrained(tmp_path / "fused")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "fused")
+    with pytest.raises(InputError, match=re.escape(f"{SCALE_FILE} is missing")):
+        restore(loaded, tmp_path / "plain")
+    scales = load_file(tmp_path / "fused" / SCALE_FILE)
+    wrong = {k: v[:-1] for k, v in scales.items()}
+    (tmp_path / "wrong" / "mlp_fusion").mkdir(parents=True)
+    save_file(wrong, tmp_path / "wrong" / SCALE_FILE)
+    with pytest.raises(InputError, match="has 15 entries, the layer 16 neurons"):
+        restore(loaded, tmp_path / "wrong")
+    save_file({"encoder.layer.9.intermediate.scale": torch.ones(16)}, tmp_path / "wrong" / SCALE_FILE)
+    with pytest.raises(InputError, match=r"layer\.9.* fits no layer"):
+        restore(loaded, tmp_path / "wrong")
+    assert not any(isinstance(m, FusedFFN) for m in loaded.modules())
+    restore(loaded, tmp_path / "fused")
+    with pytest.raises(InputError, match="has its fused FFNs already"):
+        restore(loaded, tmp_path / "fused")
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_load_state_dict_takes_plain_and_own_states(family: str, optimizer: str, tmp_path: Path) -> None:
+    source = tiny_model(family)
+    fuse(source, 16, optimizer=optimizer, sample=BATCH)
+    train(source, optimizer)
+    source.save_pretrained(tmp_path)
+    target = tiny_model(family)
+    fuse(target, 16, optimizer=optimizer, sample=BATCH)
+    untrained = logits(target)
+    assert not torch.allclose(untrained, logits(source), atol=1e-4)
+
+    plain = load_file(tmp_path / "model.safetensors")
+    copies = {k: v.clone() for k, v in plain.items()}
+    target.load_state_dict(plain, strict=True)
+    torch.testing.assert_close(logits(target), logits(source), rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(copies[k], v) for k, v in plain.items())
+    target.load_state_dict(source.state_dict(), strict=True)
+    torch.testing.assert_close(logits(target), logits(source), rtol=0, atol=0)
+
+
+def test_saving_does_not_change_the_model_and_can_be_repeated(tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    fuse(model, 16, sample=BATCH)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "two", state_dict=model.state_dict())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert not any("scale" in k for k in one)
+    assert one["transformer.h.0.mlp.c_fc.weight"].shape == (16, 16)
+    assert one["transformer.h.0.mlp.c_proj.weight"].shape == (16, 16)
+
+
+def test_sharded_and_secondary_process_saves(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    fuse(model, 16, layers=[0], sample=BATCH)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert (tmp_path / "sharded" / "model.safetensors.index.json").is_file()
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "sharded")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "second", is_main_process=False)
+    assert not (tmp_path / "second" / SCALE_FILE).exists()
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_copies_and_pickles_still_fold(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    fuse(model, 16, sample=BATCH)
+    for n, other in enumerate((copy.deepcopy(model), pickle.loads(pickle.dumps(model)))):
+        with torch.no_grad():
+            for p in other.parameters():
+                p.mul_(1.01)
+        torch.testing.assert_close(logits(model), logits(model))
+        assert not torch.allclose(logits(other), logits(model))
+        other.save_pretrained(tmp_path / str(n))
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / str(n))
+        torch.testing.assert_close(logits(loaded), logits(other), rtol=1e-5, atol=1e-5)
+        other.load_state_dict(load_file(tmp_path / str(n) / "model.safetensors"))
+        torch.testing.assert_close(logits(loaded), logits(other), rtol=1e-5, atol=1e-5)
+
+
+class _Examples(Dataset):
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        g = torch.Generator().manual_seed(index)
+        return {"input_ids": torch.randint(3, 97, (9,), generator=g), "labels": torch.tensor(index % 2)}
+
+
+@pytest.mark.parametrize(("family", "layers"), [("roberta", "all"), ("gpt2", "all"), ("llama", "1-2")])
+def test_trainer_trains_saves_and_resumes(family: str, layers: str, tmp_path: Path) -> None:
+    def trainer(folder: Path, epochs: int) -> Trainer:
+        model = tiny_model(family)
+        fuse(model, 16, layers=layers, sample=BATCH)
+        arguments = TrainingArguments(
+            output_dir=str(folder), num_train_epochs=epochs, per_device_train_batch_size=4, save_strategy="epoch",
+            learning_rate=1e-3, lr_scheduler_type="constant", report_to=[], use_cpu=True, disable_tqdm=True,
+            logging_steps=1000, seed=1,
+        )  # fmt: skip
+        return Trainer(model=model, args=arguments, train_dataset=_Examples())
+
+    straight = trainer(tmp_path / "straight", 2)
+    before = {n: p.detach().clone() for n, p in straight.model.named_parameters()}
+    straight.train()
+    assert any(not torch.equal(p, before[n]) for n, p in straight.model.named_parameters())
+
+    checkpoint = tmp_path / "straight" / "checkpoint-4"
+    loaded = AutoModelForSequenceClassification.from_pretrained(checkpoint)
+    resumed = trainer(tmp_path / "resumed", 2)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    torch.testing.assert_close(logits(resumed.model), logits(straight.model), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(loaded), logits(straight.model), rtol=1e-4, atol=1e-4)
+    assert (checkpoint / SCALE_FILE).is_file()

@@ -1,0 +1,279 @@
+"""`fuse` on every family: what it does to the model, that it trains on, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, OPTConfig, OPTForCausalLM
+
+from families import FAMILIES, WIDTH, tiny_model, token_batch
+from mlp_fusion import FusedGLU, FusedMLP, InputError, fuse, methods
+from mlp_fusion.architectures import get_architecture
+from mlp_fusion.measure import capture_activations
+from mlp_fusion.modules import FusedFFN
+from mlp_fusion.neurons import NeuronBundle
+
+LABELS = torch.tensor([0, 1, 0, 1])
+
+
+def _logits(model: nn.Module) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        logits: Tensor = model(**token_batch()).logits
+    return logits
+
+
+def _ffns(model: Any) -> list[FusedFFN]:
+    return [m for m in model.modules() if isinstance(m, FusedFFN)]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", None])
+def test_fused_ffns_compute_the_fused_bundles(family: str, optimizer: str | None) -> None:
+    model = tiny_model(family, dtype=torch.float64)
+    original = copy.deepcopy(model)
+    names = [n for n, _ in model.named_parameters()]
+    report = fuse(model, 16, layers=[0, 2], optimizer=optimizer, seed=3, sample=token_batch())
+
+    assert [n for n, _ in model.named_parameters()] == names
+    assert len(_ffns(model)) == 2
+    assert all(type(m) is (FusedGLU if "gate_proj" in " ".join(names) else FusedMLP) for m in _ffns(model))
+    architecture = get_architecture(model.config.model_type)
+    sites = architecture.sites(original)
+    bundle = NeuronBundle.stack([architecture.read(sites[i], original.config) for i in (0, 2)])
+    expected = methods.get_method("fusion")(bundle, 16, seed=3).bundle
+    rows = capture_activations(model, architecture, architecture.sites(model), token_batch(), rows=99, seed=0)
+    for position, layer in enumerate((0, 2)):
+        torch.testing.assert_close(expected.select(position).forward(rows[layer].x)[0], rows[layer].y)
+        assert report.rows[position].layer == layer
+        assert (report.rows[position].neurons_before, report.rows[position].neurons_after) == (WIDTH, 16)
+    untouched = architecture.read(sites[1], original.config).forward(rows[1].x)[0]
+    torch.testing.assert_close(untouched, rows[1].y)
+    assert not torch.allclose(_logits(model), _logits(original))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_bare_loop_trains_every_parameter_of_the_fused_ffns(family: str, optimizer: str) -> None:
+    model = tiny_model(family)
+    fuse(model, 16, sample=token_batch(), optimizer=optimizer)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    cls: Any = torch.optim.AdamW if optimizer == "adamw" else torch.optim.SGD
+    steps = cls(model.parameters(), lr=1e-3)
+    model.train()
+    losses = []
+    for _ in range(3):
+        loss = model(**token_batch(), labels=LABELS).loss
+        loss.backward()
+        steps.step()
+        steps.zero_grad()
+        losses.append(loss.item())
+    assert all(torch.isfinite(torch.tensor(losses)))
+    architecture = get_architecture(model.config.model_type)
+    for site in architecture.sites(model):
+        for role in architecture.projections:
+            for kind, parameter in architecture.projection(site, role).named_parameters():
+                name = f"{site.path}.{architecture.projections[role]}.{kind}"
+                assert not torch.equal(parameter, before[name]), name
+
+
+def test_tied_neurons_cost_nothing() -> None:
+    """A model whose FFNs hold 16 neurons four times each is fused to 16 without changing its outputs."""
+    for family in ("roberta", "gpt2", "llama"):
+        model = tiny_model(family, dtype=torch.float64)
+        architecture = get_architecture(model.config.model_type)
+        for site in architecture.sites(model):
+            bundle = architecture.read(site, model.config)
+            rows = bundle.vectors()[:, :16].repeat(1, 4, 1)
+            architecture.install(site, bundle.with_vectors(rows, None), "folded")
+        before = _logits(model)
+        report = fuse(model, 16, sample=token_batch(), optimizer="sgd")
+        torch.testing.assert_close(_logits(model), before)
+        assert max(row.output_error for row in report.rows) < 1e-7
+        assert max(row.ntk_error["gd"]["total"] for row in report.rows) < 1e-7
+        assert {row.largest_cluster for row in report.rows} == {4}
+
+
+def test_report_counts_what_is_there() -> None:
+    model = tiny_model("bert")
+    total = sum(p.numel() for p in model.parameters())
+    progress: list[tuple[int, int]] = []
+    report = fuse(model, 0.25, layers="last:2", sample=token_batch(), progress=lambda *p: progress.append(p))
+    assert report.parameters_before == total
+    assert report.parameters_after == sum(p.numel() for p in model.parameters())
+    assert report.parameters_before - report.parameters_after == 2 * 48 * (24 + 1 + 24)
+    assert report.bytes_after == 4 * report.parameters_after
+    assert [row.path for row in report.rows] == ["bert.encoder.layer.1", "bert.encoder.layer.2"]
+    assert progress[-1] == (2, 2)
+    for row, module in zip(report.rows, _ffns(model), strict=True):
+        assert module.scale is not None
+        assert int(module.scale.sum()) == WIDTH
+        assert row.largest_cluster == int(module.scale.max())
+        assert row.singletons == int((module.scale == 1).sum())
+        assert row.seconds > 0
+        assert row.output_error > 0
+    assert "random" in fuse(tiny_model("bert"), 16).sample
+
+
+def test_same_seed_same_bits() -> None:
+    models = [tiny_model("qwen3") for _ in range(3)]
+    for model, seed in zip(models, (1, 1, 2), strict=True):
+        fuse(model, 16, seed=seed)
+    states = [m.state_dict() for m in models]
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert not all(torch.equal(states[0][k], states[2][k]) for k in states[0])
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "gemma"])
+def test_dtype_mode_and_frozen_parameters_are_kept(family: str) -> None:
+    model = tiny_model(family, dtype=torch.bfloat16)
+    model.train()
+    architecture = get_architecture(family)
+    site = architecture.sites(model)[1]
+    architecture.projection(site, "w_out").requires_grad_(False)
+    fuse(model, 16, sample=token_batch())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(m.training for m in model.modules())
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+    assert frozen
+    assert all(n.startswith(f"{site.path}.{architecture.projections['w_out']}") for n in frozen)
+    assert torch.isfinite(_logits(model)).all()
+    for module in _ffns(model):
+        assert module.scale is not None
+        assert module.scale.dtype == torch.float32
+
+
+def test_dropout_of_the_family_is_kept() -> None:
+    for family, where in (("gpt2", "transformer.h.0.mlp"), ("distilbert", "distilbert.transformer.layer.0.ffn")):
+        extra = {"resid_pdrop": 0.3} if family == "gpt2" else {"dropout": 0.3}
+        model = tiny_model(family, **extra)
+        fuse(model, 16)
+        assert model.get_submodule(where).dropout.p == 0.3
+        model.train()
+        x = torch.randn(2, 3, 16 if family == "gpt2" else 24)
+        zeros = (model.get_submodule(where)(x) == 0).float().mean()
+        assert 0.05 < zeros < 0.6
+
+
+def test_lora_by_the_familys_own_names() -> None:
+    model = tiny_model("bert")
+    fuse(model, 16, sample=token_batch())
+    config = LoraConfig(r=2, target_modules=["intermediate.dense", "output.dense"], init_lora_weights=False)
+    wrapped = get_peft_model(copy.deepcopy(model), config)
+    assert not torch.allclose(_logits(wrapped), _logits(model))
+    wrapped.train()
+    wrapped(**token_batch(), labels=LABELS).loss.backward()
+    adapters = {n: p.grad for n, p in wrapped.named_parameters() if "lora" in n and "attention" not in n}
+    assert len(adapters) == 3 * 2 * 2
+    assert all(g is not None and bool((g != 0).any()) for g in adapters.values())
+    merged = copy.deepcopy(wrapped).merge_and_unload()
+    torch.testing.assert_close(_logits(merged), _logits(wrapped))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model("llama")
+        fuse(model, 16, sample=token_batch())
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()
+        model(**token_batch(), labels=LABELS).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name])
+
+
+def _quantised() -> Any:
+    model = tiny_model("llama")
+    model.config.quantization_config = BitsAndBytesConfig(load_in_8bit=True)
+    return model
+
+
+def _nan() -> Any:
+    model = tiny_model("gpt2")
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.weight[3, 3] = float("nan")
+    return model
+
+
+def _fused() -> Any:
+    model = tiny_model("bert")
+    fuse(model, 16)
+    return model
+
+
+def _other_activation() -> Any:
+    model = tiny_model("bert")
+    model.bert.encoder.layer[2].intermediate.intermediate_act_fn = nn.ReLU()
+    return model
+
+
+def _unknown_activation() -> Any:
+    return tiny_model("bert", hidden_act="quick_gelu")
+
+
+def _without_ffns() -> Any:
+    return tiny_model("bert", num_hidden_layers=0)
+
+
+def _meta() -> Any:
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.to("meta")
+    return model
+
+
+def _lora() -> Any:
+    return get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["up_proj"]))
+
+
+def _opt() -> Any:
+    return OPTForCausalLM(
+        OPTConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32)
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (_opt, {}, "unknown architecture 'opt': supported are bert"),
+        (lambda: nn.Linear(2, 2), {}, "give a Hugging Face model"),
+        (_quantised, {}, "quantised"),
+        (_nan, {}, r"transformer.h.1: w_out holds NaN or Inf"),
+        (_fused, {}, "fused already"),
+        (_other_activation, {}, r"layer.2: this FFN does not compute what the 'bert' architecture says"),
+        (_unknown_activation, {}, "activation 'quick_gelu' is not supported"),
+        (_without_ffns, {}, "no FFN found"),
+        (_meta, {}, "on the meta device"),
+        (_lora, {}, "merge adapters"),
+        (lambda: tiny_model("bert"), {"width": 0}, "must be positive"),
+        (lambda: tiny_model("bert"), {"width": -8}, "must be positive"),
+        (lambda: tiny_model("bert"), {"width": 128}, "not smaller than the FFN's 64"),
+        (lambda: tiny_model("bert"), {"width": 20}, "not a multiple of 8"),
+        (lambda: tiny_model("bert"), {"layers": [1, 3]}, "layers 3 out of range"),
+        (lambda: tiny_model("bert"), {"method": "fussion"}, "unknown method 'fussion': use one of fusion"),
+        (lambda: tiny_model("bert"), {"optimizer": "adamm"}, "unknown optimizer"),
+        (lambda: tiny_model("bert"), {"sample": []}, "sample needs at least one batch"),
+    ],
+)
+def test_refusals_leave_the_model_as_it_was(make: Any, options: dict[str, Any], message: str) -> None:
+    model = make()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    config = repr(getattr(model, "config", None))
+    modules = [type(m) for m in model.modules()]
+    attributes = set(model.__dict__)
+    with pytest.raises(InputError, match=message) as caught:
+        fuse(model, **{"width": 16, **options})
+    assert "\n" not in str(caught.value)
+    assert [type(m) for m in model.modules()] == modules
+    assert repr(getattr(model, "config", None)) == config
+    assert set(model.__dict__) == attributes
+    after = model.state_dict()
+    for key, tensor in before.items():
+        if tensor.device.type != "meta":
+            torch.testing.assert_close(after[key], tensor, rtol=0, atol=0, equal_nan=True)

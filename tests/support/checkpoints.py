@@ -1,0 +1,95 @@
+"""Tiny checkpoints on disk, and ways to change or damage them, for the tests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from families import WIDTH, tiny_model
+
+WEIGHTS = "model.safetensors"
+
+
+def save_tiny(folder: Path, family: str = "bert", **options: Any) -> Path:
+    """Save a tiny model of `family` to `folder`; `options` as in `tiny_model`."""
+    tiny_model(family, **options).save_pretrained(folder)
+    return folder
+
+
+def copy(source: Path, target: Path) -> Path:
+    """A copy of a checkpoint, to damage."""
+    return Path(shutil.copytree(source, target))
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, whatever its shards."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found.update(load_file(file))
+    return found
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
+    """Rewrite a single-file checkpoint with `change` applied to its tensors."""
+    changed = {name: tensor.contiguous() for name, tensor in change(tensors(folder)).items()}
+    save_file(changed, folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def drop_tensor(folder: Path, *parts: str) -> Path:
+    """Take out the tensors whose names contain one of `parts`."""
+    return edit_tensors(folder, lambda state: {k: v for k, v in state.items() if not any(part in k for part in parts)})
+
+
+def replace_tensor(folder: Path, name: str, change: Callable[[Tensor], Tensor]) -> Path:
+    """Rewrite one tensor."""
+    return edit_tensors(folder, lambda state: {**state, name: change(state[name])})
+
+
+def rename_tensors(folder: Path, rename: Callable[[str], str]) -> Path:
+    """Rewrite the checkpoint under other tensor names."""
+    return edit_tensors(folder, lambda state: {rename(name): tensor for name, tensor in state.items()})
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it is."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def edit_config(folder: Path, **changes: Any) -> Path:
+    """Set keys of config.json; None removes one."""
+    config = {k: v for k, v in {**read_config(folder), **changes}.items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def tie_neurons(model: nn.Module, groups: int, seed: int = 0) -> None:
+    """Make every tiny FFN hold only `groups` distinct neurons, each several times over and in mixed order.
+
+    In a tiny model, an axis of length `WIDTH` is an FFN's neuron axis and nothing else. Such an FFN can be fused to
+    `groups` neurons without any loss.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    state = model.state_dict()
+    layers = {}
+    for name, tensor in state.items():
+        for axis in (axis for axis, length in enumerate(tensor.shape) if length == WIDTH):
+            layer = next(part for part in name.split(".") if part.isdigit())
+            order = layers.setdefault(
+                layer, (torch.arange(WIDTH) % groups)[torch.randperm(WIDTH, generator=generator)]
+            )  # fmt: skip
+            state[name] = tensor = tensor.index_select(axis, order)
+    model.load_state_dict(state)
+
+
+def relative_difference(one: Tensor, other: Tensor) -> float:
+    """`|one - other|_F / |other|_F` in float64."""
+    return float(torch.linalg.vector_norm(one.double() - other.double()) / torch.linalg.vector_norm(other.double()))
