@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import platform
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -177,10 +178,10 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted; nothing was written", 130)
-    except Exception as error:
-        if "--debug" in sys.argv[1:]:
-            raise
+    except Exception as error:  # noqa: BLE001  (reported below, and with its traceback when asked for)
         # Whatever went wrong, the reader gets one line; the traceback is one option away.
+        if "--debug" in sys.argv[1:]:
+            traceback.print_exc()
         message = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, InputError):
             _fail(message, 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -74,8 +74,7 @@ def fuse(
     chosen = [site for site in sites if site.index in indices]
     originals = [architecture.read(site, config) for site in chosen]
     widths = [resolve_width(width, bundle.width) for bundle in originals]
-    for site, bundle in zip(chosen, originals, strict=True):
-        _check_finite(site, bundle)
+    _check_finite(model)
     before = count_parameters(model)
 
     batches = random_batch(model, seed=seed) if sample is None else sample
@@ -135,13 +134,10 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
 
 
-def _check_finite(site: FFNSite, bundle: NeuronBundle) -> None:
-    tensors: Mapping[str, Tensor | None] = {
-        n: getattr(bundle, n) for n in ("w_gate", "w_in", "b_gate", "b_in", "w_out")
-    }
-    for name, tensor in tensors.items():
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{site.path}: {name} holds NaN or Inf: the checkpoint is damaged")
+def _check_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and parameter.is_floating_point() and not bool(parameter.isfinite().all()):
+            raise InputError(f"{name} holds NaN or Inf: the checkpoint is damaged")
 
 
 def _self_test(architecture: Architecture, site: FFNSite, bundle: NeuronBundle, rows: Activations) -> None:

@@ -48,6 +48,8 @@ def resolve_layers(layers: Layers, available: list[int]) -> list[int]:
     if layers is None or layers == "all":
         return sorted(available)
     chosen: set[int] = set()
+    if not isinstance(layers, Iterable):
+        raise InputError(f"layers is {layers!r}: give a range, a list or a text such as last:8")
     if isinstance(layers, str):
         for part in layers.split(","):
             chosen.update(_parse_part(part.strip(), sorted(available)))
@@ -109,8 +111,8 @@ def resolve_width(width: Width, full: int) -> int:
         count, multiple = width, 8 if full % 8 == 0 else 1
         if count <= 0:
             raise InputError(f"width {width} must be positive")
-        if count % multiple:
-            near = max(multiple, round(count / multiple) * multiple)
+        if count % multiple and count < full:
+            near = min(max(multiple, round(count / multiple) * multiple), full - multiple)
             raise InputError(f"width {width} is not a multiple of {multiple}, as engines need it: use {near}")
     else:
         if not 0.0 < width < 1.0:

@@ -193,7 +193,9 @@ def test_heads_stay(family: str, task: str, tmp_path: Path) -> None:
     assert mlp_fusion.verify(tmp_path / "out").passed
     loaded = load(tmp_path / "out", task)
     reference = load_file(tmp_path / "out" / REFERENCE)
-    assert ck.relative_difference(output(loaded, reference["input_ids"]), reference["output"]) < 1e-5
+    kind = "last_hidden_state" if task == "Model" else "logits"
+    assert set(reference) == {"input_ids", kind}
+    assert ck.relative_difference(output(loaded, reference["input_ids"]), reference[kind]) < 1e-5
 
 
 def test_shards_in(source: Path, fused: Path, tmp_path: Path) -> None:
@@ -202,8 +204,15 @@ def test_shards_in(source: Path, fused: Path, tmp_path: Path) -> None:
     load(source).save_pretrained(folder, max_shard_size="15KB")
     ck.edit_config(folder, **ck.read_config(source))
     mlp_fusion.compress(folder, tmp_path / "out", 16)
-    assert (tmp_path / "out" / ck.WEIGHTS).read_bytes() == (fused / ck.WEIGHTS).read_bytes()
-    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+    before, after = (json.loads((f / "model.safetensors.index.json").read_text()) for f in (folder, tmp_path / "out"))
+    assert after["weight_map"] == before["weight_map"]
+    assert len(set(after["weight_map"].values())) > 2
+    tensors = ck.tensors(tmp_path / "out")
+    assert after["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+    expected = ck.tensors(fused)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert mlp_fusion.verify(tmp_path / "out").passed
 
 
 def test_real_model(tmp_path: Path) -> None:
@@ -213,10 +222,8 @@ def test_real_model(tmp_path: Path) -> None:
     sentences.write_text("A man is playing a guitar.\nThe stock market fell.\nHow do I bake bread at home?\n" * 4)
     report = mlp_fusion.compress(folder, tmp_path / "out", 0.5, "last:2", text=sentences)
 
-    assert [(row.layer, row.neurons_before, row.neurons_after) for row in report.rows] == [
-        (4, 1536, 768),
-        (5, 1536, 768),
-    ]
+    assert [row.layer for row in report.rows] == [4, 5]
+    assert {(row.neurons_before, row.neurons_after) for row in report.rows} == {(1536, 768)}
     assert report.embeddings is not None
     assert report.embeddings.sentences == 12
     assert 0.8 < report.embeddings.minimum <= report.embeddings.mean < 0.99999
@@ -236,8 +243,8 @@ def test_config_is_the_source_s_but_for_widths(source: Path, fused: Path) -> Non
         "format": 1,
         "method": "fusion",
         "parameterization": "scaled",
+        "fused_layers": [0, 1, 2],
         "original_width": WIDTH,
-        "widths": {"0": 16, "1": 16, "2": 16},
     }
     assert after.pop("intermediate_size") == 16
     assert before.pop("intermediate_size") == WIDTH
@@ -247,7 +254,7 @@ def test_config_is_the_source_s_but_for_widths(source: Path, fused: Path) -> Non
 
 def test_config_with_one_width_per_layer(source: Path, uneven: Path) -> None:
     before, after = ck.read_config(source), ck.read_config(uneven)
-    assert after.pop("mlp_fusion")["widths"] == {"2": 16}
+    assert after.pop("mlp_fusion")["fused_layers"] == [2]
     widths = dict.fromkeys("012", after["intermediate_size"])
     widths |= {layer: changed["intermediate_size"] for layer, changed in after.pop("per_layer_config").items()}
     assert widths == {"0": WIDTH, "1": WIDTH, "2": 16}
@@ -342,7 +349,6 @@ def _bare_encoder(folder: Path) -> None:
     ck.edit_config(ck.save_tiny(folder, task="Model"), architectures=["BertForMaskedLM"])
 
 
-@pytest.mark.xfail(strict=True, reason="both the old and the fused FFNs are written when the loader renames tensors")
 @pytest.mark.parametrize("make", [_without_prefix, _without_class, _bare_encoder])
 def test_names_that_differ_from_the_model_s(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / "source")
@@ -410,13 +416,12 @@ def test_sentences_of_the_caller(family: str, tmp_path: Path) -> None:
 
     # The cosines are those of the mean of the last hidden states, before against after.
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    models = [load(checkpoint, "Model") for checkpoint in (folder, tmp_path / "out")]
     cosines = []
     for sentence in ("the cat sat", "a cat"):
         batch = tokenizer(sentence, return_tensors="pt")
         with torch.no_grad():
-            one, other = (
-                load(f, "Model").eval()(**batch).last_hidden_state[0].mean(0) for f in (folder, tmp_path / "out")
-            )
+            one, other = (model.eval()(**batch).last_hidden_state[0].mean(0) for model in models)
         cosines.append(float(torch.nn.functional.cosine_similarity(one, other, dim=0)))
     assert min(cosines) >= report.embeddings.minimum - 1e-5
     assert report.embeddings.minimum - 1e-5 <= (3 * report.embeddings.mean - sum(cosines)) <= 1 + 1e-5
@@ -448,7 +453,7 @@ def test_uneven_widths_load_with_the_package(source: Path, uneven: Path) -> None
     assert not any(info.values())
     assert [layer.intermediate.dense.out_features for layer in model.bert.encoder.layer] == [WIDTH, WIDTH, 16]
     reference = load_file(uneven / REFERENCE)
-    assert ck.relative_difference(output(model, reference["input_ids"]), reference["output"]) < 1e-5
+    assert ck.relative_difference(output(model, reference["input_ids"]), reference["logits"]) < 1e-5
     in_memory = load(source)
     mlp_fusion.fuse(in_memory, 16, [2])
     assert ck.relative_difference(output(model), output(in_memory)) < 1e-5
@@ -486,7 +491,7 @@ def test_without_the_package(fused: Path, uneven: Path) -> None:
     )  # fmt: skip
     seen = json.loads(done.stdout)
     assert seen["ours"] == []
-    expected = load_file(fused / REFERENCE)["output"]
+    expected = load_file(fused / REFERENCE)["logits"]
     assert ck.relative_difference(torch.tensor(seen["logits"]), expected) < 1e-5
     assert seen["failure"] is not None
     assert re.search("mismatch|shape|size", seen["failure"])
@@ -527,7 +532,6 @@ def test_output_over_the_source(source: Path) -> None:
     assert "is not empty" in compress_refused(source, source)
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="a file among the parents of OUT is met only after the work")
 def test_output_below_a_file(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     compress_refused(source, tmp_path / "file" / "out")
@@ -552,14 +556,14 @@ def test_output_is_relative_to_the_working_directory(
     assert os.listdir(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError, SystemExit])
+@pytest.mark.parametrize(
+    ("error", "exists"),
+    [(RuntimeError, False), (KeyboardInterrupt, False), (KeyboardInterrupt, True), (SystemExit, False)],
+)
 @pytest.mark.parametrize("step", ["fuse", "_write_config", "save_file", "_write_card"])
-@pytest.mark.parametrize("exists", [False, True])
 def test_nothing_is_left_after_a_failure(
     step: str, error: type[BaseException], exists: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if exists and error is not KeyboardInterrupt:
-        pytest.skip("one kind of error shows it")
     out = tmp_path / "out"
     if exists:
         out.mkdir()
@@ -574,7 +578,6 @@ def test_nothing_is_left_after_a_failure(
     assert tree(tmp_path) == before
 
 
-@pytest.mark.xfail(strict=True, reason="parents made for OUT stay when the work fails")
 def test_no_parent_is_left_after_a_failure(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compress_module, "_write_card", None)
     with pytest.raises(TypeError):
@@ -613,7 +616,6 @@ def test_weights_that_are_not_finite(value: float, rest: str, source: Path, tmp_
     assert "NaN or Inf" in message
 
 
-@pytest.mark.xfail(strict=True, reason="NaN outside the FFNs that are fused is written on without a word")
 @pytest.mark.parametrize(
     "name", ["bert.encoder.layer.1.intermediate.dense.weight", "classifier.weight", "bert.pooler.dense.bias"]
 )
@@ -638,13 +640,19 @@ def test_shapes_that_disagree_with_the_config(source: Path, tmp_path: Path) -> N
     assert "48" in message
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"", b"\n \t\n", b"\tonly a label\n"])
-def test_text_without_text(content: bytes, source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xff\xfe\x00", "cannot be read as UTF-8 text"),
+        (b"", "no text in it"),
+        (b"\n \t\n", "no text in it"),
+        (b"\tonly a label\n", "no text in it"),
+    ],
+)
+def test_text_without_text(content: bytes, words: str, source: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(content)
-    message = compress_refused(source, tmp_path / "out", text=text)
-    assert message.startswith(f"{text}: {'cannot be read as UTF-8' if content[:1] == b'/xff'[:1] else ''}")
-    assert ("UTF-8" in message) is (content[0:1] == b"\xff")
+    assert compress_refused(source, tmp_path / "out", text=text).startswith(f"{text}: {words}")
 
 
 def test_text_that_is_not_there(source: Path, tmp_path: Path) -> None:
@@ -661,7 +669,7 @@ def test_devices_refused(device: str, source: Path, tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"method": "magic"}, "unknown method 'magic': use one of"),
-        ({"optimizer": "magic"}, "unknown optimizer 'magic': use None or one of adadelta, "[:31]),
+        ({"optimizer": "magic"}, "unknown optimizer 'magic': use None or one of"),
         ({"layers": "7"}, "layers 7 out of range"),
         ({"width": 0}, "must be positive"),
         ({"width": 1.0}, "strictly between 0 and 1"),
@@ -691,7 +699,6 @@ def test_pickles(source: Path, tmp_path: Path) -> None:
     assert "a pickle can run any code" in compress_refused(folder, tmp_path / "out")
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="a damaged tokenizer.json is met as a JSONDecodeError")
 def test_damaged_tokenizer(source: Path, tmp_path: Path) -> None:
     folder = ck.copy(source, tmp_path / "source")
     (folder / "tokenizer.json").write_text("{")
@@ -748,7 +755,7 @@ def test_a_changed_weight(name: str, broken: Path) -> None:
     ck.replace_tensor(broken, name, lambda tensor: tensor * 1.02)
     verified = mlp_fusion.verify(broken)
     assert failed(verified) == {"outputs"}
-    assert float(re.findall(r"difference (\S+) ", detail(verified, "outputs"))[0]) > 1e-4
+    assert float(re.findall(r"difference of logits (\S+) ", detail(verified, "outputs"))[0]) > 1e-4
     assert verified.to_dict()["passed"] is False
     assert verified.table().count("FAILED") == 1
 
@@ -766,62 +773,58 @@ def test_neurons_in_another_order_on_both_sides(broken: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite(value: float, broken: Path) -> None:
-    def damage(tensor: Tensor) -> Tensor:
-        tensor[0, 0] = value
-        return tensor
-
     # The embedding of a token that the recorded sequence does not hold: only looking at every weight finds it.
     unused = min(set(range(97)) - set(load_file(broken / REFERENCE)["input_ids"].flatten().tolist()))
+
+    def damage(tensor: Tensor) -> Tensor:
+        tensor[unused % len(tensor), 0] = value
+        return tensor
+
     name = "bert.embeddings.word_embeddings.weight"
-    ck.replace_tensor(
-        broken, name, lambda table: table.index_copy(0, torch.tensor([unused]), damage(table[:1].clone()))
-    )
+    ck.replace_tensor(broken, name, damage)
     verified = mlp_fusion.verify(broken)
     assert failed(verified) == {"finite"}
     assert detail(verified, "finite") == f"{name} holds NaN or Inf"
     ck.replace_tensor(broken, f"bert.encoder.layer.0.{W_OUT}", damage)
-    verified = mlp_fusion.verify(broken)
-    assert failed(verified) == {"finite", "outputs"}
+    assert failed(mlp_fusion.verify(broken)) == {"finite", "outputs"}
 
 
 def test_width_in_the_config_changed(broken: Path) -> None:
     ck.edit_config(broken, intermediate_size=24)
     verified = mlp_fusion.verify(broken)
-    assert failed(verified) == {"loads", "outputs"}
+    assert failed(verified) == {"shapes", "loads", "outputs"}
+    assert f"{W_IN} has 16 neurons, expected 24" in detail(verified, "shapes")
     assert "has another shape than config.json says" in detail(verified, "loads")
 
 
 def test_per_layer_width_in_the_config_lost(uneven: Path, tmp_path: Path) -> None:
     folder = ck.edit_config(ck.copy(uneven, tmp_path / "x"), per_layer_config=None)
     verified = mlp_fusion.verify(folder)
-    assert failed(verified) == {"loads", "outputs"}
+    assert failed(verified) == {"shapes", "loads", "outputs"}
+    assert detail(verified, "shapes") == f"bert.encoder.layer.2.{W_IN} has 16 neurons, expected {WIDTH}"
     assert "bert.encoder.layer.2." in detail(verified, "loads")
 
 
-@pytest.mark.parametrize("widths", [{"0": 16, "1": 24, "2": 16}, {"0": 16, "2": 16}, {}])
-def test_record_and_shapes_disagree(widths: dict[str, int], broken: Path) -> None:
-    ck.edit_config(broken, mlp_fusion={**ck.read_config(broken)["mlp_fusion"], "widths": widths})
+def test_one_ffn_narrower_than_the_config_says(broken: Path) -> None:
+    for rest, axis in ((W_IN, 0), (B_IN, 0), (W_OUT, 1)):
+        ck.replace_tensor(broken, f"bert.encoder.layer.1.{rest}", lambda tensor, axis=axis: tensor.narrow(axis, 0, 8))
     verified = mlp_fusion.verify(broken)
-    assert failed(verified) == {"shapes"}
-    assert re.search(rf"{W_IN} has 16 neurons, expected (24|{WIDTH})", detail(verified, "shapes"))
+    assert failed(verified) == {"shapes", "loads", "outputs"}
+    assert detail(verified, "shapes") == f"bert.encoder.layer.1.{W_IN} has 8 neurons, expected 16"
 
 
 @pytest.mark.parametrize("rest", [W_IN, B_IN, W_OUT, "output.dense.bias"])
 def test_a_lost_ffn_tensor(rest: str, broken: Path) -> None:
     name = f"bert.encoder.layer.1.{rest}"
     ck.drop_tensor(broken, name)
-    if rest in (W_IN, W_OUT):
-        verified = mlp_fusion.verify(broken)
-        assert "loads" in failed(verified)
-    else:
-        verified = mlp_fusion.verify(broken)
-        assert failed(verified) >= {"loads", "outputs"}
+    verified = mlp_fusion.verify(broken)
+    assert failed(verified) >= {"loads", "outputs"}
     assert detail(verified, "loads") == f"{name} is missing"
 
 
 def test_another_reference(broken: Path) -> None:
     reference = load_file(broken / REFERENCE)
-    save_file({**reference, "output": reference["output"] * 1.01}, broken / REFERENCE)
+    save_file({**reference, "logits": reference["logits"] * 1.01}, broken / REFERENCE)
     assert failed(mlp_fusion.verify(broken)) == {"outputs"}
     save_file({**reference, "input_ids": reference["input_ids"].flip(1)}, broken / REFERENCE)
     assert failed(mlp_fusion.verify(broken)) == {"outputs"}
@@ -885,7 +888,6 @@ def _record_empty(folder: Path) -> None:
     ck.edit_config(folder, mlp_fusion={})
 
 
-@pytest.mark.xfail(strict=True, reason="a damaged side file or record is met as another error than InputError")
 @pytest.mark.parametrize("damage", [_reference_cut_short, _record_empty])
 def test_verify_refuses_damaged_records(damage: Callable[[Path], None], broken: Path) -> None:
     damage(broken)

@@ -244,7 +244,7 @@ def _opt() -> Any:
         (_opt, {}, "unknown architecture 'opt': supported are bert"),
         (lambda: nn.Linear(2, 2), {}, "give a Hugging Face model"),
         (_quantised, {}, "quantised"),
-        (_nan, {}, r"transformer.h.1: w_out holds NaN or Inf"),
+        (_nan, {}, r"transformer\.h\.1\.mlp\.c_proj\.weight holds NaN or Inf"),
         (_fused, {}, "fused already"),
         (_other_activation, {}, r"layer.2: this FFN does not compute what the 'bert' architecture says"),
         (_unknown_activation, {}, "activation 'quick_gelu' is not supported"),

@@ -47,6 +47,7 @@ def test_last_counts_ffns_not_numbers() -> None:
         ("7-5", "runs backwards"),
         ([1.5], "give layer numbers"),
         ([True], "give layer numbers"),
+        (3, "give a range, a list"),
     ],
 )
 def test_bad_layers(layers: Any, message: str) -> None:
@@ -87,6 +88,8 @@ def test_widths(width: float, full: int, expected: int) -> None:
         (0.99, "not smaller than the FFN's 1536"),
         (383, "not a multiple of 8, as engines need it: use 384"),
         (3, "use 8"),
+        (1533, "use 1528"),
+        (1537, "not smaller than the FFN's 1536"),
         (True, "give a count"),
         ("768", "give a count"),
         (None, "give a count"),

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mlp_fusion.architectures import get_architecture
-from mlp_fusion.checkpoint.metadata import FUSION_KEY, REFERENCE_FILE, REPORT_FILE, side_path
+from mlp_fusion.architectures import Architecture, get_architecture
+from mlp_fusion.checkpoint.folding import fold_state_dict
+from mlp_fusion.checkpoint.metadata import FUSION_KEY, REFERENCE_FILE, REPORT_FILE, SCALE_FILE, side_path
 from mlp_fusion.checkpoint.plan import FusionPlan, plan
-from mlp_fusion.checkpoint.source import companion_files, local_folder, read_config, weight_files
+from mlp_fusion.checkpoint.source import local_folder, read_config
 from mlp_fusion.checkpoint.text import compare_embeddings, embed, read_sentences, tokenize
+from mlp_fusion.checkpoint.writing import appears_when_complete, check_output, copy_companions, write_weights
 from mlp_fusion.errors import InputError
 from mlp_fusion.fusing import Progress, fuse
 from mlp_fusion.measure import FusionReport, random_batch
@@ -74,45 +72,32 @@ def compress(
     folder = local_folder(path)
     config = read_config(folder)
 
-    model, absent = _load(folder, config)
+    model, head = _load(folder, config)
     model.to(torch_device)
     positions = getattr(config, "max_position_embeddings", None)
     batches = tokenize(folder, sentences, positions)
     originals = None if batches is None else embed(model, batches)
     chosen = [ffn.layer for ffn in planned.ffns if ffn.chosen]
-    report = fuse(
-        model, width, chosen, method, optimizer=optimizer, seed=seed, sample=batches, progress=progress
-    )  # fmt: skip
+    report = fuse(model, width, chosen, method, optimizer=optimizer, seed=seed, sample=batches, progress=progress)
     changes: dict[str, Any] = {}
     if batches is not None and originals is not None:
         changes["embeddings"] = compare_embeddings(embed(model, batches), originals)
         changes["sample"] = "the package's sentences" if text is None else Path(text).name
     report = FusionReport(**{**report.__dict__, **changes})
 
-    with _appears_when_complete(out) as staging:
-        # Weights that the loader made up, because the checkpoint has none, are not passed off as its own; those that
-        # the model class passes over are carried along.
-        state = {k: v for k, v in model.state_dict().items() if k not in absent}
-        state.update(_passed_over(folder, set(state)))
-        model.save_pretrained(staging, state_dict=state)
-        _write_config(folder, staging, model.config)
-        for file in companion_files(folder):
-            target = staging / file
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / file, target)
-        reference = {k: v.cpu().contiguous() for k, v in reference_outputs(model, seed).items()}
+    architecture = get_architecture(config.model_type)
+    plain, scales = fold_state_dict(model, architecture, model.state_dict())
+    reference = reference_outputs(model, seed, head=head)
+    with appears_when_complete(out) as staging:
+        write_weights(folder, staging, architecture, _fused_tensors(architecture, plain, chosen))
+        _write_config(folder, staging, architecture, model.config)
+        copy_companions(folder, staging)
+        if scales:
+            save_file(scales, side_path(staging, SCALE_FILE))
         save_file(reference, side_path(staging, REFERENCE_FILE))
         side_path(staging, REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
         _write_card(staging, planned, report)
     return report
-
-
-def check_output(out: Path) -> None:
-    """Raise InputError unless `out` can be made, or is an empty folder."""
-    if out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out} exists and is not empty: choose another folder or empty it")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file: choose another folder")
 
 
 def resolve_device(device: str) -> torch.device:
@@ -142,52 +127,56 @@ def model_class(config: Any) -> Any:
     return transformers.AutoModel
 
 
-@torch.no_grad()
-def reference_outputs(model: Any, seed: int) -> dict[str, Tensor]:
-    """Outputs of `model` on one random sequence: `input_ids` and `output` (logits, or the last hidden state)."""
-    batch = random_batch(model, seed=seed, batch=1, length=_REFERENCE_TOKENS)
-    return {"input_ids": batch["input_ids"], "output": model_output(model, batch["input_ids"])}
+def reference_outputs(model: Any, seed: int, *, head: bool) -> dict[str, Tensor]:
+    """Outputs of `model` on one random sequence, as :func:`model_outputs`, and the `input_ids`."""
+    ids = random_batch(model, seed=seed, batch=1, length=_REFERENCE_TOKENS)["input_ids"]
+    return {"input_ids": ids, **model_outputs(model, ids, head=head)}
 
 
 @torch.no_grad()
-def model_output(model: Any, input_ids: Tensor) -> Tensor:
-    """The logits of `model`, or its last hidden state where it has no head; float32 on the CPU."""
+def model_outputs(model: Any, input_ids: Tensor, *, head: bool) -> dict[str, Tensor]:
+    """`logits` of `model`, or `last_hidden_state` where it has no head or `head` is False; float32 on the CPU.
+
+    A head that the checkpoint has no weights for is drawn anew on every load: there is nothing to compare.
+    """
     training = model.training
-    outputs = model.eval()(input_ids=input_ids.to(next(model.parameters()).device))
+    model.eval()
+    ids = input_ids.to(next(model.parameters()).device)
+    outputs = model(input_ids=ids) if head else model.base_model(input_ids=ids)
     model.train(training)
-    tensor: Tensor = outputs.logits if "logits" in outputs else outputs[0]
-    return tensor.float().cpu()
+    name = "logits" if "logits" in outputs else "last_hidden_state"
+    return {name: outputs[name].float().cpu().contiguous()}
 
 
-def _load(folder: Path, config: Any) -> tuple[Any, set[str]]:
-    """The model in its own dtype, and the names of weights that the checkpoint lacks."""
-    loaded = model_class(config).from_pretrained(
+def _load(folder: Path, config: Any) -> tuple[Any, bool]:
+    """The model in its own dtype, and whether every one of its weights is in the checkpoint."""
+    model, info = model_class(config).from_pretrained(
         folder, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True,
         ignore_mismatched_sizes=True,
     )  # fmt: skip
-    model, info = loaded
-    if info.get("mismatched_keys"):
+    if info["mismatched_keys"]:
         name, stored, stated = min(info["mismatched_keys"])
         raise InputError(f"{folder}: {name} is {tuple(stored)}, but config.json makes it {tuple(stated)}")
-    return model.eval(), set(info["missing_keys"])
+    return model.eval(), not info["missing_keys"]
 
 
-def _passed_over(folder: Path, loaded: set[str]) -> dict[str, Tensor]:
-    """Tensors of the checkpoint that the model class has no place for."""
-    extra: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
-                if name not in loaded:
-                    extra[name] = handle.get_tensor(name)
-    return extra
+def _fused_tensors(
+    architecture: Architecture, plain: Mapping[str, Tensor], layers: list[int]
+) -> dict[tuple[int, str], Tensor]:
+    """The folded tensors of the fused FFNs by (layer, path below it): checkpoints may prefix layers otherwise."""
+    paths = {f"{path}.{kind}" for path in architecture.projections.values() for kind in ("weight", "bias")}
+    found = {}
+    for name, tensor in plain.items():
+        matched = architecture.match(name)
+        if matched is not None and matched[1] in layers and matched[2] in paths:
+            found[matched[1], matched[2]] = tensor
+    return found
 
 
-def _write_config(source: Path, target: Path, fused: Any) -> None:
+def _write_config(source: Path, target: Path, architecture: Architecture, fused: Any) -> None:
     """The source's own config.json with the widths changed: rewriting it would rename keys that old readers need."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     described = fused.to_dict()
-    architecture = get_architecture(fused.model_type)
     for key in (architecture.width_key, "per_layer_config", FUSION_KEY):
         if described.get(key) is not None:
             config[key] = described[key]
@@ -209,17 +198,3 @@ def _write_card(folder: Path, planned: FusionPlan, report: FusionReport) -> None
     (folder / "README.md").write_text(
         str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")), encoding="utf-8"
     )  # fmt: skip
-
-
-@contextmanager
-def _appears_when_complete(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into; it becomes `out` at the end, or vanishes on any error or interrupt."""
-    staging = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-        # A rename replaces an empty folder in one step, and fails if the folder has been filled in the meantime.
-        staging.rename(out)
-    except BaseException:
-        shutil.rmtree(staging)
-        raise

@@ -125,7 +125,8 @@ def plan(model_or_path: nn.Module | str | Path, width: Width, layers: Layers = N
         ffns.append(_planned(index, path, index in chosen, before, after, parts))
     saved_parameters = sum(f.parameters_before - f.parameters_after for f in ffns)
     saved_bytes = sum(f.bytes_before - f.bytes_after for f in ffns)
-    parameters = sum(t.numel for t in headers.tensors.values())
+    # Integer tensors are buffers (position ids): they take bytes, but are no parameters.
+    parameters = sum(t.numel for t in headers.tensors.values() if t.floating)
     size = sum(t.nbytes for t in headers.tensors.values())
     uniform = len({f.neurons_after for f in ffns}) == 1
     return FusionPlan(
@@ -165,7 +166,28 @@ def _find_ffns(
                 raise InputError(f"{headers.name}: {path}.{below}.weight is missing: the checkpoint is incomplete")
     if not found:
         raise InputError(f"{headers.name}: no FFN found where the {headers.config.model_type!r} architecture has them")
+    _compare_with_config(headers, architecture, found)
     return dict(sorted(found.items())), claimed
+
+
+def _compare_with_config(
+    headers: Headers, architecture: Architecture, found: Mapping[tuple[int, str], Mapping[str, TensorInfo]]
+) -> None:
+    layers, width = headers.config.num_hidden_layers, architecture.width(headers.config)
+    if len(found) != layers:
+        raise InputError(f"{headers.name}: FFNs of {len(found)} layers, but config.json says {layers}: incomplete")
+    for (_, path), parts in found.items():
+        inputs = headers.config.hidden_size
+        for key, info in parts.items():
+            role, kind = key.split(".")
+            shape: tuple[int, ...] = (inputs, width) if role == "w_out" else (width, inputs)
+            if kind == "bias":
+                shape = shape[:1]
+            elif architecture.transposed:
+                shape = shape[::-1]
+            if info.shape != shape:
+                name = f"{path}.{architecture.projections[role]}.{kind}"
+                raise InputError(f"{headers.name}: {name} is {info.shape}, but config.json makes it {shape}")
 
 
 def _refuse_strays(headers: Headers, architecture: Architecture, claimed: set[str]) -> None:

@@ -128,7 +128,7 @@ def companion_files(folder: Path) -> list[Path]:
         for path in folder.rglob("*")
         if path.is_file()
         and path.suffix in _COMPANIONS
-        and path.name != INDEX_FILE
+        and not path.name.endswith(".index.json")
         and path.relative_to(folder) != Path("config.json")
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
@@ -201,7 +201,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _check_hub_name(name: str | Path) -> None:
     text = str(name)
-    if text.startswith((".", "/", "~")) or text.count("/") > 1 or Path(name).is_file():
+    if text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1 or Path(name).is_file():
         raise InputError(f"{name}: no such folder")
 
 

@@ -42,18 +42,28 @@ def read_sentences(file: Path | None, *, limit: int = 256) -> list[str]:
 
 
 def tokenize(folder: Path, sentences: Sequence[str], max_positions: int | None) -> list[Batch] | None:
-    """Padded batches of the sentences by the checkpoint's own tokenizer, or None when it has none."""
+    """Padded batches of the sentences by the checkpoint's own tokenizer, or None when it has none.
+
+    Raises:
+        InputError: it has one that cannot be loaded.
+    """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
         return None
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    # Without any token to pad with, sentences run one by one.
+    padding = tokenizer.pad_token is not None
+    size = _BATCH if padding else 1
     # RoBERTa counts positions from its padding id on, so that a few of the table's rows are never reached.
     length = min(_MAX_TOKENS, max(1, (max_positions or _MAX_TOKENS + 2) - 2))
     ordered = sorted(sentences, key=len)
-    chunks = [ordered[i : i + _BATCH] for i in range(0, len(ordered), _BATCH)]
+    chunks = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     return [
-        dict(tokenizer(chunk, padding=True, truncation=True, max_length=length, return_tensors="pt"))
+        dict(tokenizer(chunk, padding=padding, truncation=True, max_length=length, return_tensors="pt"))
         for chunk in chunks
     ]
 

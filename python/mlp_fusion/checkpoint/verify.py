@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from rich import box
 from rich.table import Table
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from mlp_fusion.architectures import get_architecture
-from mlp_fusion.checkpoint.compress import model_class, model_output, reference_outputs
+from mlp_fusion.checkpoint.compress import model_class, model_outputs, reference_outputs
 from mlp_fusion.checkpoint.metadata import FUSION_KEY, REFERENCE_FILE, fusion_record
 from mlp_fusion.checkpoint.source import read_headers, weight_files
 from mlp_fusion.errors import InputError
@@ -78,19 +78,36 @@ def verify(out: str | Path, against: nn.Module | None = None) -> Verification:
     record = fusion_record(headers.config)
     if record is None:
         raise InputError(f"{folder}: not a fused checkpoint: config.json has no {FUSION_KEY!r} entry")
-    if against is None and not (folder / REFERENCE_FILE).is_file():
-        raise InputError(f"{folder / REFERENCE_FILE} is missing: pass the model in memory to compare with")
+    _check_record(folder, record)
+    recorded = _read_reference(folder) if against is None else None
     model, info = model_class(headers.config).from_pretrained(
         folder, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True,
         ignore_mismatched_sizes=True,
     )  # fmt: skip
+    expected = recorded or reference_outputs(against, seed=0, head=not info["missing_keys"])
     checks = [
         _check_shapes(headers.config, record, headers.tensors),
         _check_finite(folder),
         _check_loading(headers.config, info),
-        _check_outputs(folder, model.eval(), against),
+        _check_outputs(expected, model.eval()),
     ]
     return Verification(str(folder), checks)
+
+
+def _check_record(folder: Path, record: Any) -> None:
+    if not isinstance(record, dict) or not {"format", "parameterization", "fused_layers"} <= set(record):
+        raise InputError(f"{folder}: the {FUSION_KEY!r} entry of config.json is damaged: compress again")
+
+
+def _read_reference(folder: Path) -> dict[str, Tensor]:
+    file = folder / REFERENCE_FILE
+    if not file.is_file():
+        raise InputError(f"{file} is missing: pass the model in memory to compare with")
+    try:
+        reference: dict[str, Tensor] = load_file(file)
+    except SafetensorError as error:
+        raise InputError(f"{file}: damaged or cut short: compress again") from error
+    return reference
 
 
 def _check_shapes(config: Any, record: dict[str, Any], tensors: Any) -> Check:
@@ -136,10 +153,10 @@ def _check_loading(config: Any, info: dict[str, Any]) -> Check:
     return Check("loads", True, f"not in the checkpoint: {missing[0]}" if missing else "every weight found its place")
 
 
-def _check_outputs(folder: Path, model: Any, against: nn.Module | None) -> Check:
-    expected = load_file(folder / REFERENCE_FILE) if against is None else reference_outputs(against, seed=0)
-    error = relative_error(model_output(model, expected["input_ids"]), expected["output"])
+def _check_outputs(expected: dict[str, Tensor], model: Any) -> Check:
+    found = model_outputs(model, expected["input_ids"], head="logits" in expected)
+    kind = next(iter(found))
+    error = relative_error(found[kind], expected[kind])
     limit = 0.3 * torch.finfo(model.dtype).eps ** 0.5
-    return Check(
-        "outputs", error <= limit, f"relative difference {error:.1e} to the model in memory (limit {limit:.1e})"
-    )
+    seen = f"relative difference of {kind.replace('_', ' ')} {error:.1e} to the model in memory (limit {limit:.1e})"
+    return Check("outputs", error <= limit, seen)
