@@ -3,7 +3,7 @@
 Importing this package also lets `AutoModel*.from_pretrained` load checkpoints whose layers differ in width.
 """
 
-from mlp_fusion.checkpoint import heterogeneous as _heterogeneous
+from mlp_fusion.checkpoint import hosts as _hosts
 from mlp_fusion.checkpoint.compress import compress
 from mlp_fusion.checkpoint.folding import restore
 from mlp_fusion.checkpoint.plan import FusionPlan, plan
@@ -14,7 +14,7 @@ from mlp_fusion.measure import FFNRow, FusionReport
 from mlp_fusion.modules import FusedGLU, FusedMLP
 from mlp_fusion.neurons import NeuronBundle
 
-_heterogeneous.register()
+_hosts.register()
 
 __version__ = "0.1.0"
 

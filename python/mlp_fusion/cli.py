@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -69,7 +70,13 @@ def plan(model: str, width: str, layers: str, as_json: bool) -> None:
     show_default=True,
     help="What the model will be trained with (adamw, sgd, ...), or none for inference.",
 )
-@click.option("--seed", default=0, show_default=True, help="The same seed gives the same checkpoint.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 2**63 - 1),
+    help="The same seed gives the same checkpoint.",
+)
 @click.option("--text", type=click.Path(path_type=Path), help="Sentences, one a line, to measure the errors on.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @_json
@@ -87,7 +94,9 @@ def compress(
 ) -> None:
     """Fuse the FFNs of MODEL and write a plain checkpoint to OUT, which must not exist or be empty."""
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("FFNs"), TimeElapsedColumn())
-    with Progress(TextColumn("fusing"), *columns, console=Console(stderr=True), transient=True) as bar:
+    # On a pipe, a bar that is drawn once at the end is a blank line in front of the error.
+    hidden = not sys.stderr.isatty()
+    with Progress(TextColumn("fusing"), *columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
         task = bar.add_task("fusing", total=None)
         report = mlp_fusion.compress(
             model,
@@ -171,11 +180,12 @@ def main() -> None:
     # Other people's progress bars and advice would drown the one table that was asked for.
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    # A job that is ended by its scheduler cleans up like one that is interrupted by hand.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        _fail(f"{' '.join(error.format_message().split())} (--help lists the options)", error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted; nothing was written", 130)
     except Exception as error:  # noqa: BLE001  (reported below, and with its traceback when asked for)

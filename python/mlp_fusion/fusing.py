@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mlp_fusion.architectures import Architecture, FFNSite
-from mlp_fusion.checkpoint.folding import attach
-from mlp_fusion.checkpoint.metadata import check_config, record_fusion
+from mlp_fusion.checkpoint.folding import unfold_on_load
+from mlp_fusion.checkpoint.metadata import check_config, fused_config, replace_config
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure import FFNRow, FusionReport, capture_activations, ffn_errors, random_batch, relative_error
 from mlp_fusion.measure.activations import Activations, Batch
@@ -69,6 +69,8 @@ def fuse(
     architecture, sites = find_ffns(model)
     config: Any = model.config
     parameterization = parameterization_for(optimizer)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise InputError(f"seed {seed!r}: give an integer from 0 to 2**63 - 1")
     reducer = get_method(method)
     indices = set(resolve_layers(layers, [site.index for site in sites]))
     chosen = [site for site in sites if site.index in indices]
@@ -87,12 +89,16 @@ def fuse(
         _row(site, original, reduction, parameterization, seconds, sampled)
         for site, original, (reduction, seconds), sampled in zip(chosen, originals, reduced, activations, strict=True)
     ]
+    after_widths = {site.index: architecture.neurons(site) for site in sites}
+    after_widths.update({site.index: k for site, k in zip(chosen, widths, strict=True)})
+    changed = fused_config(
+        config, architecture, after_widths, sorted(indices), method=method, form=parameterization
+    )  # fmt: skip
     # Everything that can go wrong has gone right: only now is the model touched.
     for site, (reduction, _) in zip(chosen, reduced, strict=True):
         architecture.install(site, reduction.bundle, parameterization)
-    fused_layers = [site.index for site in chosen]
-    record_fusion(model, architecture, fused_layers, method=method, parameterization=parameterization)
-    attach(model, architecture)
+    replace_config(model, changed)
+    unfold_on_load(model, architecture)
     after = count_parameters(model)
     return FusionReport(
         model_type=config.model_type,
@@ -117,7 +123,7 @@ def find_ffns(model: nn.Module) -> tuple[Architecture, list[FFNSite]]:
     Raises:
         InputError: not a Hugging Face model, one that `check_config` refuses, or no FFN found.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if not model_type:
         raise InputError(f"{type(model).__name__} has no config.model_type: give a Hugging Face model")
@@ -125,6 +131,11 @@ def find_ffns(model: nn.Module) -> tuple[Architecture, list[FFNSite]]:
     sites = architecture.sites(model)
     if not sites:
         raise InputError(f"no FFN found in {type(model).__name__} where the {model_type!r} architecture has them")
+    layers = config.num_hidden_layers
+    if [site.index for site in sites] != list(range(layers)):
+        raise InputError(f"the model has {len(sites)} FFNs, its config says {layers} layers: mend the config")
+    if any("base_layer" in name for name, _ in model.named_modules()):
+        raise InputError("the model carries adapters: merge adapters into the weights first (merge_and_unload)")
     return architecture, sites
 
 

@@ -51,8 +51,8 @@ class NeuronBundle:
         b_in, b_gate: `(B, N)` biases of `w_in` and `w_gate`, or None.
         b_out: `(B, d_out)` output bias, or None. No method touches it.
         scale: `(B, N)` size-scaling vector p (how many neurons each one stands for), or None for all ones.
-        scale_exponent: the exponent a of `METHOD` section 2: the stored weights are p^a times the canonical ones, and
-            the forward pass divides that out again. 0 is the explicit-P form, 1/2 the sqrt(P) split.
+        scale_exponent: the exponent a: the stored weights are p^a times the canonical ones, and the forward pass
+            divides that out again. 0 is the explicit-P form, 1/2 the sqrt(P) split.
 
     Raises:
         ValueError: shapes disagree, or the activation is unknown.
@@ -177,7 +177,7 @@ class NeuronBundle:
         SGD-like ones. A bundle without a scale is returned as it is: p = 1 everywhere.
 
         Raises:
-            ValueError: unknown parameterization.
+            ValueError: unknown parameterization, or a negative scale to be split.
         """
         check_parameterization(parameterization)
         bundle = self.canonical()
@@ -189,6 +189,8 @@ class NeuronBundle:
         exponent = SCALE_EXPONENTS[parameterization]
         if exponent == 0.0:
             return bundle
+        if bool((bundle.scale < 0).any()):
+            raise ValueError(f"a negative scale has no {parameterization!r} form: use 'scaled' or 'folded'")
         weights = bundle._scale_weights(scale_power(bundle.scale, exponent))
         return dataclasses.replace(bundle, **weights, scale_exponent=exponent)
 
@@ -302,4 +304,6 @@ class NeuronBundle:
 
 def output_factor(scale: Tensor, exponent: float, gated: bool) -> Tensor:
     """What multiplies the hidden activations: p^(1-a), or p^(1-2a) when an up projection carries a p^a of its own."""
+    if exponent == 0.0:
+        return scale  # whatever its sign: a scale that is trained may pass through 0
     return scale_power(scale, 1.0 - (2.0 if gated else 1.0) * exponent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from numbers import Integral, Real
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.neurons import Parameterization
@@ -29,9 +30,14 @@ def parameterization_for(optimizer: str | None) -> Parameterization:
     """
     if optimizer is None:
         return "folded"
-    if optimizer.lower() not in OPTIMIZERS:
-        raise InputError(f"unknown optimizer {optimizer!r}: use None or one of {', '.join(sorted(OPTIMIZERS))}")
-    return OPTIMIZERS[optimizer.lower()]
+    known = ", ".join(sorted(OPTIMIZERS))
+    if not isinstance(optimizer, str):
+        raise InputError(f"optimizer {optimizer!r}: give a name, one of {known}, or None")
+    # Trainer's names carry an implementation: adamw_torch_fused, paged_lion_8bit.
+    named = [part for part in optimizer.lower().split("_") if part in OPTIMIZERS]
+    if not named:
+        raise InputError(f"unknown optimizer {optimizer!r}: use one of {known}, or none for inference")
+    return OPTIMIZERS[named[0]]
 
 
 def resolve_layers(layers: Layers, available: list[int]) -> list[int]:
@@ -45,7 +51,7 @@ def resolve_layers(layers: Layers, available: list[int]) -> list[int]:
     Raises:
         InputError: a part cannot be read, a layer does not exist, or nothing is chosen.
     """
-    if layers is None or layers == "all":
+    if layers is None or (isinstance(layers, str) and layers == "all"):
         return sorted(available)
     chosen: set[int] = set()
     if not isinstance(layers, Iterable):
@@ -55,9 +61,9 @@ def resolve_layers(layers: Layers, available: list[int]) -> list[int]:
             chosen.update(_parse_part(part.strip(), sorted(available)))
     else:
         for index in layers:
-            if isinstance(index, bool) or not isinstance(index, int):
+            if isinstance(index, bool) or not isinstance(index, Integral):
                 raise InputError(f"layers holds {index!r}: give layer numbers")
-            chosen.add(index)
+            chosen.add(int(index))
     missing = sorted(chosen - set(available))
     if missing:
         raise InputError(
@@ -105,20 +111,20 @@ def resolve_width(width: Width, full: int) -> int:
         InputError: zero, negative, not smaller than `full`, or a count that engines cannot serve (not a multiple of 8
             where `full` is one).
     """
-    if isinstance(width, bool) or not isinstance(width, (int, float)):
+    if isinstance(width, bool) or not isinstance(width, Real):
         raise InputError(f"width {width!r}: give a count such as 768 or a share such as 0.25")
-    if isinstance(width, int):
-        count, multiple = width, 8 if full % 8 == 0 else 1
+    if isinstance(width, Integral):
+        count, multiple = int(width), 8 if full % 8 == 0 else 1
         if count <= 0:
             raise InputError(f"width {width} must be positive")
         if count % multiple and count < full:
             near = min(max(multiple, round(count / multiple) * multiple), full - multiple)
-            raise InputError(f"width {width} is not a multiple of {multiple}, as engines need it: use {near}")
+            raise InputError(f"width {count} is not a multiple of {multiple}, as engines need it: use {near}")
     else:
         if not 0.0 < width < 1.0:
             raise InputError(f"width {width} as a share must lie strictly between 0 and 1; a count is an integer")
         multiple = width_multiple(full)
-        count = max(multiple, round(width * full / multiple) * multiple)
+        count = max(multiple, round(float(width) * full / multiple) * multiple)
     if count >= full:
         raise InputError(f"width {width} gives {count} neurons: not smaller than the FFN's {full}")
     return count

@@ -37,7 +37,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ck.edit_config(folder, position_embedding_type="absolute", gradient_checkpointing=False, of_mine=[1, {"a": 2}])
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
-    (folder / "modules.json").write_text("[]")
+    (folder / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
     (folder / "merges.txt").write_bytes(b"\xc3\xa4 \xff\n")
     (folder / "chat_template.jinja").write_text("{{ x }}")
     (folder / ".cache").mkdir()
@@ -439,7 +439,9 @@ def test_sentences_of_the_package(source: Path, tmp_path: Path) -> None:
 def test_no_tokenizer_no_sentences(source: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("never read by a model without a tokenizer\n")
-    report = mlp_fusion.compress(source, tmp_path / "out", 16, "0", text=text)
+    with pytest.raises(InputError, match=r"has no tokenizer to read .*text\.txt with"):
+        mlp_fusion.compress(source, tmp_path / "out", 16, "0", text=text)
+    report = mlp_fusion.compress(source, tmp_path / "out", 16, "0")
     assert report.sample == "random token ids"
     assert report.embeddings is None
     assert (report.sample_rows, "embedding" in report.table()) == (8 * 38, False)
@@ -669,7 +671,7 @@ def test_devices_refused(device: str, source: Path, tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"method": "magic"}, "unknown method 'magic': use one of"),
-        ({"optimizer": "magic"}, "unknown optimizer 'magic': use None or one of"),
+        ({"optimizer": "magic"}, "unknown optimizer 'magic': use one of"),
         ({"layers": "7"}, "layers 7 out of range"),
         ({"width": 0}, "must be positive"),
         ({"width": 1.0}, "strictly between 0 and 1"),

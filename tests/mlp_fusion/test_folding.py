@@ -204,7 +204,9 @@ class _Examples(Dataset):
         return {"input_ids": torch.randint(3, 97, (9,), generator=g), "labels": torch.tensor(index % 2)}
 
 
-@pytest.mark.parametrize(("family", "layers"), [("roberta", "all"), ("gpt2", "all"), ("llama", "1-2")])
+@pytest.mark.parametrize(
+    ("family", "layers"), [("roberta", "all"), ("gpt2", "0"), ("distilbert", "0"), ("llama", "1-2")]
+)
 def test_trainer_trains_saves_and_resumes(family: str, layers: str, tmp_path: Path) -> None:
     def trainer(folder: Path, epochs: int) -> Trainer:
         model = tiny_model(family)

@@ -83,7 +83,7 @@ def test_bad_samples() -> None:
     architecture = get_architecture("bert")
     sites = architecture.sites(model)
     for sample in ([], [{"tokens": torch.ones(1, 3)}], {"attention_mask": torch.ones(1, 3)}):
-        with pytest.raises(InputError, match="mapping with input_ids"):
+        with pytest.raises(InputError, match="input_ids"):
             capture_activations(model, architecture, sites, sample, rows=9, seed=0)
     empty = {"input_ids": torch.ones(1, 3, dtype=torch.int64), "attention_mask": torch.zeros(1, 3)}
     with pytest.raises(InputError, match="no token"):

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from mlp_fusion.architectures import Architecture, get_architecture
 from mlp_fusion.checkpoint.folding import fold_state_dict
-from mlp_fusion.checkpoint.metadata import FUSION_KEY, REFERENCE_FILE, REPORT_FILE, SCALE_FILE, side_path
+from mlp_fusion.checkpoint.metadata import (
+    FUSION_KEY,
+    REFERENCE_FILE,
+    REPORT_FILE,
+    SCALE_FILE,
+    side_path,
+    state_layer_count,
+)
 from mlp_fusion.checkpoint.plan import FusionPlan, plan
 from mlp_fusion.checkpoint.source import local_folder, read_config
 from mlp_fusion.checkpoint.text import compare_embeddings, embed, read_sentences, tokenize
@@ -63,19 +70,23 @@ def compress(
         InputError: as `plan`, or the output folder is not empty, the text cannot be read, or there is no such device.
             Nothing is written.
     """
-    out = Path(out)
+    out = Path(out).expanduser().resolve()
     check_output(out)
     torch_device = resolve_device(device)
-    sentences = read_sentences(None if text is None else Path(text))
+    sentences = read_sentences(None if text is None else Path(text).expanduser())
     parameterization_for(optimizer)
     planned = plan(path, width, layers)
     folder = local_folder(path)
+    if folder.resolve() in out.parents:
+        raise InputError(f"{out} lies inside {folder}: choose a folder elsewhere")
     config = read_config(folder)
 
     model, head = _load(folder, config)
     model.to(torch_device)
     positions = getattr(config, "max_position_embeddings", None)
     batches = tokenize(folder, sentences, positions)
+    if batches is None and text is not None:
+        raise InputError(f"{folder} has no tokenizer to read {text} with: add its files, or leave out the text")
     originals = None if batches is None else embed(model, batches)
     chosen = [ffn.layer for ffn in planned.ffns if ffn.chosen]
     report = fuse(model, width, chosen, method, optimizer=optimizer, seed=seed, sample=batches, progress=progress)
@@ -91,6 +102,7 @@ def compress(
     with appears_when_complete(out) as staging:
         write_weights(folder, staging, architecture, _fused_tensors(architecture, plain, chosen))
         _write_config(folder, staging, architecture, model.config)
+        state_layer_count(staging, model.config)
         copy_companions(folder, staging)
         if scales:
             save_file(scales, side_path(staging, SCALE_FILE))
@@ -157,6 +169,10 @@ def _load(folder: Path, config: Any) -> tuple[Any, bool]:
     if info["mismatched_keys"]:
         name, stored, stated = min(info["mismatched_keys"])
         raise InputError(f"{folder}: {name} is {tuple(stored)}, but config.json makes it {tuple(stated)}")
+    architecture = get_architecture(config.model_type)
+    lost = sorted(name for name in info["missing_keys"] if architecture.match(name) is not None)
+    if lost:
+        raise InputError(f"{folder}: {lost[0]} is missing: the checkpoint is incomplete")
     return model.eval(), not info["missing_keys"]
 
 

@@ -1,25 +1,36 @@
 """Between the fused model in memory (explicit scale) and the plain checkpoint on disk (scale inside the weights).
 
-`save_pretrained` of a fused model writes folded weights, so that any program loads them, and the scale in a side
-file; `load_state_dict` of a fused model takes plain weights as well as its own; `restore` rebuilds the fused model from
-a plain one and the side file.
+`save_pretrained` of a model with fused FFNs writes folded weights, so that any program loads them, and the scale in a
+side file; `load_state_dict` of one takes plain weights as well as its own; `restore` rebuilds the fused model from a
+plain one and the side file.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from mlp_fusion.architectures import Architecture, FFNSite, get_architecture
-from mlp_fusion.checkpoint.metadata import FUSION_KEY, SCALE_FILE, fusion_record, side_path
+from mlp_fusion.checkpoint.metadata import (
+    FUSION_KEY,
+    REFERENCE_FILE,
+    REPORT_FILE,
+    SCALE_FILE,
+    adopt_fused_config,
+    fusion_record,
+    side_path,
+    state_layer_count,
+    update_record,
+)
 from mlp_fusion.errors import InputError
 from mlp_fusion.neurons import SCALE_EXPONENTS, scale_power
 from mlp_fusion.selection import parameterization_for
@@ -62,51 +73,71 @@ def _exponents(parameterization: str) -> tuple[float, float]:
     return a, a - 1.0
 
 
-def fold_state_dict(model: nn.Module, architecture: Architecture, state: Mapping[str, Tensor]) -> tuple[dict, dict]:
+def fold_state_dict(
+    model: nn.Module, architecture: Architecture, state: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Split a fused model's state dict into a plain one with folded weights, and the scales.
 
     Returns:
         `(plain, scales)`; the tensors of `state` are not changed.
+
+    Raises:
+        InputError: a fused FFN's tensors are not in `state` under the model's own names, or are sharded.
     """
     plain = dict(state)
     scales: dict[str, Tensor] = {}
     for site in architecture.sites(model):
         fused = architecture.fused(site)
-        name = architecture.scale_name(site.path)
-        if fused is None or name not in plain:
+        if fused is None or fused.scale is None:
             continue
+        rescaling = _Rescaling(architecture, f"{site.path}.")
+        name = architecture.scale_name(site.path)
+        needed = [name, *(rescaling.key(role, "weight") for role in architecture.projections)]
+        for key in needed:
+            if key not in plain:
+                raise InputError(
+                    f"{key} is not in the state dict: merge adapters first, and pass a state dict with the model's "
+                    "own names"
+                )
+            if type(plain[key]) not in (Tensor, nn.Parameter):
+                raise InputError(f"{key} is a {type(plain[key]).__name__}: pass state_dict= with full tensors")
         scale = plain.pop(name)
         scales[name] = scale.detach().to("cpu", torch.float32).contiguous()
         before, after = _exponents(fused.parameterization)
-        _Rescaling(architecture, f"{site.path}.").apply(plain, scale, -before, -after)
+        rescaling.apply(plain, scale, -before, -after)
     return plain, scales
 
 
-@dataclass(eq=False)
-class FoldingSave:
-    """`save_pretrained` of a fused model: the host class's own, given folded weights, plus the side file.
+def save_folded(
+    model: Any,
+    save: Callable[..., None],
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
+    """`save_pretrained` of a model with fused FFNs: `save`, the host's own, given folded weights; and the side file.
 
-    An instance stands in the model's `__dict__`, so that every caller (a training loop, `Trainer`, `push_to_hub`) gets
-    it. It is an object rather than a bound function so that the model still copies and pickles.
+    Raises:
+        InputError: see :func:`fold_state_dict`; or `push_to_hub`, which would leave the side file behind.
     """
-
-    model: Any
-    architecture: Architecture
-
-    def __call__(
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write a plain checkpoint; arguments as in `transformers.PreTrainedModel.save_pretrained`."""
-        state = self.model.state_dict() if state_dict is None else state_dict
-        plain, scales = fold_state_dict(self.model, self.architecture, state)
-        if is_main_process and scales:
-            save_file(scales, side_path(save_directory, SCALE_FILE), metadata={"format": "pt"})
-        save = type(self.model).save_pretrained
-        save(self.model, save_directory, is_main_process=is_main_process, state_dict=plain, **kwargs)
+    if push_to_hub:
+        raise InputError("save_pretrained(push_to_hub=True) would leave the scale behind: use model.push_to_hub(name)")
+    adopt_fused_config(model)
+    architecture = get_architecture(model.config.model_type)
+    state = model.state_dict() if state_dict is None else state_dict
+    plain, scales = fold_state_dict(model, architecture, state)
+    update_record(model, architecture)
+    save(model, save_directory, is_main_process=is_main_process, state_dict=plain, **kwargs)
+    folder = Path(save_directory)
+    if is_main_process and folder.is_dir():
+        # What an earlier save or compression left beside the weights does not belong to these weights.
+        for stale in (SCALE_FILE, REFERENCE_FILE, REPORT_FILE):
+            (folder / stale).unlink(missing_ok=True)
+        if scales:
+            save_file(scales, side_path(folder, SCALE_FILE), metadata={"format": "pt"})
+        state_layer_count(folder, model.config)
 
 
 @dataclass(eq=False)
@@ -129,9 +160,8 @@ class UnfoldOnLoad:
         state[scale_key] = fused.scale
 
 
-def attach(model: nn.Module, architecture: Architecture) -> None:
-    """Make saving fold and loading unfold, for the FFNs of `model` that are fused."""
-    model.__dict__["save_pretrained"] = FoldingSave(model, architecture)
+def unfold_on_load(model: nn.Module, architecture: Architecture) -> None:
+    """Make `load_state_dict` unfold plain weights, for the FFNs of `model` that are fused."""
     hook = UnfoldOnLoad(architecture)
     for site in architecture.sites(model):
         if architecture.fused(site) is not None:
@@ -161,17 +191,23 @@ def restore(model: nn.Module, path: str | os.PathLike[str], optimizer: str | Non
     if any(architecture.fused(site) is not None for site in sites.values()):
         raise InputError("the model has its fused FFNs already")
     parameterization = record["parameterization"] if optimizer == "as saved" else parameterization_for(optimizer)
+    if record["parameterization"] == "folded":
+        raise InputError(f"{path}: saved with its scale folded for good: it trains on as it is, nothing to restore")
     scales = _read_scales(path, sites)
+    without = sorted(set(record["fused_layers"]) - {sites[name].index for name in scales})
+    if without:
+        raise InputError(f"{path}: {SCALE_FILE} has no scale for layer {without[0]}: it belongs to another checkpoint")
+    bundles = {name: architecture.read(sites[name], config) for name in scales}
     for name, scale in scales.items():
-        bundle = architecture.read(sites[name], config)
-        if scale.shape != (bundle.width,):
-            raise InputError(f"{SCALE_FILE}: {name} has {scale.numel()} entries, the layer {bundle.width} neurons")
+        if scale.shape != (bundles[name].width,):
+            raise InputError(
+                f"{SCALE_FILE}: {name} has {scale.numel()} entries, the layer {bundles[name].width} neurons"
+            )
     for name, scale in scales.items():
-        bundle = architecture.read(sites[name], config)
-        unfolded = bundle.unfolded(scale.to(bundle.w_in.device).unsqueeze(0))
+        unfolded = bundles[name].unfolded(scale.to(bundles[name].w_in.device).unsqueeze(0))
         architecture.install(sites[name], unfolded, parameterization)
-    config.__dict__[FUSION_KEY] = {**record, "parameterization": parameterization}
-    attach(model, architecture)
+    update_record(model, architecture)
+    unfold_on_load(model, architecture)
 
 
 def _read_scales(path: str | os.PathLike[str], sites: Mapping[str, FFNSite]) -> dict[str, Tensor]:
@@ -180,7 +216,10 @@ def _read_scales(path: str | os.PathLike[str], sites: Mapping[str, FFNSite]) -> 
         file = cached_file(os.fspath(path), name, subfolder=folder)
     except OSError as error:
         raise InputError(f"{path}: {SCALE_FILE} is missing: the checkpoint cannot be trained on as before") from error
-    scales = load_file(Path(file))
+    try:
+        scales = load_file(file)
+    except SafetensorError as error:
+        raise InputError(f"{file}: damaged or cut short: fetch it again") from error
     # A task model saved and its bare encoder loaded, or the reverse, differ in a leading `bert.` and the like.
     found: dict[str, Tensor] = {}
     for key, scale in scales.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,28 +46,80 @@ def check_config(config: Any) -> Architecture:
     return architecture
 
 
-def record_fusion(
-    model: nn.Module, architecture: Architecture, fused: list[int], *, method: str, parameterization: str
-) -> None:
-    """Write the widths and how they came about into `model.config`, once the FFNs of the layers `fused` are in place.
+def fused_config(
+    config: Any, architecture: Architecture, widths: dict[int, int], fused: list[int], *, method: str, form: str
+) -> Any:
+    """A copy of `config` that states the new widths and how they came about.
 
-    One width in all layers becomes the config's width itself, so that the checkpoint is an ordinary one; otherwise
-    the config gets transformers' `per_layer_config`.
+    A copy, because models share config objects (a teacher and its student, say). One width in all layers becomes the
+    config's width itself, so that the checkpoint is an ordinary one; otherwise the config gets transformers'
+    `per_layer_config`.
+
+    Args:
+        config: of the unfused model.
+        widths: neurons of every layer after the fusion.
+        fused: layers to fuse.
+        method: name of the method.
+        form: the parameterization.
     """
-    config: Any = model.config
+    changed = copy.deepcopy(config)
     record = {
         "format": FORMAT_VERSION,
         "method": method,
-        "parameterization": parameterization,
+        "parameterization": form,
         "fused_layers": fused,
         "original_width": architecture.width(config),
     }
-    widths = {site.index: architecture.neurons(site) for site in architecture.sites(model)}
     if len(set(widths.values())) == 1:
-        setattr(config, architecture.width_key, widths[fused[0]])
+        setattr(changed, architecture.width_key, widths[fused[0]])
     else:
-        config.per_layer_config = {index: {architecture.width_key: width} for index, width in widths.items()}
-    setattr(config, FUSION_KEY, record)
+        changed.per_layer_config = {index: {architecture.width_key: width} for index, width in widths.items()}
+    setattr(changed, FUSION_KEY, record)
+    return changed
+
+
+def replace_config(model: nn.Module, config: Any) -> None:
+    """Make `config` the config of `model` and of every submodule that shares its present one."""
+    present = model.config
+    for module in model.modules():
+        if module.__dict__.get("config") is present:
+            module.config = config
+
+
+def adopt_fused_config(model: nn.Module) -> None:
+    """Let a model whose inner model was fused share the inner one's config, as it did before."""
+    if fusion_record(model.config) is not None:
+        return
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if config is not None and fusion_record(config) is not None:
+            replace_config(model, config)
+            return
+
+
+def update_record(model: Any, architecture: Architecture) -> None:
+    """Make the record say the parameterization that the fused FFNs of `model` have now."""
+    found = [f for site in architecture.sites(model) if (f := architecture.fused(site)) is not None]
+    forms = {f.parameterization for f in found if f.scale is not None} or {"folded"}
+    if len(forms) > 1:
+        raise InputError(f"the model's FFNs are in different parameterizations ({', '.join(sorted(forms))}): use one")
+    record = fusion_record(model.config)
+    if record is not None:
+        setattr(model.config, FUSION_KEY, {**record, "parameterization": forms.pop()})
+
+
+def state_layer_count(folder: Path, config: Any) -> None:
+    """Write `num_hidden_layers` into the config.json of a model with per-layer widths.
+
+    Programs that read it with the base config class (`Trainer`, when it resumes) do not know a family's own name for
+    it, and transformers checks layer indices against it.
+    """
+    file = folder / "config.json"
+    if not config.is_heterogeneous or not file.is_file():
+        return
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["num_hidden_layers"] = config.num_hidden_layers
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def fusion_record(config: Any) -> dict[str, Any] | None:

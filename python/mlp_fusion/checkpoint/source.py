@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import get_safetensors_metadata, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    NotASafetensorsRepoError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig
@@ -70,9 +75,9 @@ def read_headers(name: str | Path) -> Headers:
         InputError: there is no such checkpoint, its config cannot be read, it has no safetensors (pickled weights are
             refused), or a file is missing or cut short.
     """
-    folder = Path(name)
+    folder = Path(name).expanduser()
     if folder.is_dir():
-        return Headers(str(name), read_config(folder), _local_tensors(folder))
+        return Headers(str(folder), read_config(folder), _local_tensors(folder))
     _check_hub_name(name)
     config = read_config(name)
     try:
@@ -111,7 +116,7 @@ def local_folder(name: str | Path) -> Path:
     Raises:
         InputError: it is neither a folder nor reachable.
     """
-    folder = Path(name)
+    folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     _check_hub_name(name)
@@ -122,16 +127,35 @@ def local_folder(name: str | Path) -> Path:
 
 
 def companion_files(folder: Path) -> list[Path]:
-    """Files beside the weights that belong to the model whatever its width, relative to `folder`."""
-    return sorted(
-        path.relative_to(folder)
-        for path in folder.rglob("*")
+    """Files beside the weights that belong to the model whatever its width, relative to `folder`.
+
+    Small files of the top folder, and whole module folders of sentence-transformers (pooling and projections, weights
+    included), which `modules.json` names. Other subfolders (training checkpoints, other formats) are left out.
+    """
+    found = [
+        path
+        for path in folder.iterdir()
         if path.is_file()
         and path.suffix in _COMPANIONS
         and not path.name.endswith(".index.json")
-        and path.relative_to(folder) != Path("config.json")
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+        and path.name != "config.json"
+        and not path.name.startswith(".")
+    ]
+    for module in _module_folders(folder):
+        found += [path for path in module.rglob("*") if path.is_file() and path.suffix not in _PICKLES]
+    return sorted(path.relative_to(folder) for path in found)
+
+
+def _module_folders(folder: Path) -> list[Path]:
+    file = folder / "modules.json"
+    if not file.is_file():
+        return []
+    try:
+        paths = [str(module["path"]) for module in json.loads(file.read_text(encoding="utf-8"))]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: not a list of modules ({_first_line(error)})") from error
+    inside = [(folder / path).resolve() for path in paths if path]
+    return [folder / path.relative_to(folder.resolve()) for path in inside if folder.resolve() in path.parents]
 
 
 def read_config(name: str | Path) -> Any:
@@ -145,7 +169,7 @@ def read_config(name: str | Path) -> Any:
         raise InputError(f"{file} is missing: not a Hugging Face checkpoint")
     try:
         return AutoConfig.from_pretrained(str(name), trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
         raise InputError(f"{name}: config.json cannot be used ({_first_line(error)})") from error
 
 
@@ -194,8 +218,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        return {str(k): str(v) for k, v in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: not a safetensors index ({_first_line(error)})") from error
 
 

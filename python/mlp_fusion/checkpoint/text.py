@@ -15,6 +15,11 @@ from mlp_fusion.errors import InputError
 from mlp_fusion.measure.activations import Batch
 from mlp_fusion.measure.report import EmbeddingSimilarity
 
+#: One of these is there when a checkpoint has a tokenizer.
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json",
+)  # fmt: skip
 _BATCH = 16
 _MAX_TOKENS = 128
 
@@ -47,7 +52,7 @@ def tokenize(folder: Path, sentences: Sequence[str], max_positions: int | None) 
     Raises:
         InputError: it has one that cannot be loaded.
     """
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -71,7 +71,7 @@ def verify(out: str | Path, against: nn.Module | None = None) -> Verification:
     Raises:
         InputError: not a fused checkpoint, or unreadable, or nothing to compare with.
     """
-    folder = Path(out)
+    folder = Path(out).expanduser()
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     headers = read_headers(folder)

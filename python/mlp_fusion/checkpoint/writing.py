@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -20,11 +21,16 @@ from mlp_fusion.errors import InputError
 
 def check_output(out: Path) -> None:
     """Raise InputError unless `out` can be made, or is an empty folder."""
+    if out == Path.cwd():
+        raise InputError(f"{out} is the working folder, which cannot be exchanged: name a new one")
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out} exists and is not empty: choose another folder or empty it")
     for path in (out, *out.parents):
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is a file: choose another folder")
+    parent = next(path for path in out.parents if path.is_dir())
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{parent} cannot be written to: choose another folder")
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from mlp_fusion.errors import InputError
 
 Batch = Mapping[str, Tensor]
 
+_POOL = 64
+
 
 @dataclass(frozen=True, eq=False)
 class Activations:
@@ -29,6 +31,8 @@ def random_batch(model: nn.Module, *, seed: int, batch: int = 8, length: int = 6
     positions = getattr(config, "max_position_embeddings", None) or length
     # RoBERTa counts positions from its padding id on, so that a few of the table's rows are never reached.
     length = min(length, max(1, int(positions) - 2))
+    chunk = getattr(config, "chunk_size_feed_forward", 0) or 1
+    length = max(chunk, length - length % chunk)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, int(config.vocab_size), (batch, length), generator=generator)
     pad = getattr(config, "pad_token_id", None)
@@ -37,22 +41,38 @@ def random_batch(model: nn.Module, *, seed: int, batch: int = 8, length: int = 6
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def as_batches(sample: Batch | Iterable[Batch]) -> list[Batch]:
-    """A list of batches from one batch or an iterable of them.
+def take_batches(sample: Batch | Iterable[Batch], tokens: int) -> list[dict[str, Tensor]]:
+    """Batches from one batch or an iterable of them, until they hold `tokens` tokens; masks are on the CPU.
 
     Raises:
-        InputError: it is empty, or a batch is not a mapping with `input_ids`.
+        InputError: there is none, a batch is not a mapping of tensors with `input_ids`, or no token is left unmasked.
     """
     # A tokenizer's BatchEncoding is a UserDict: a mapping by behaviour, not by type.
-    batches: Sequence[Any] = [sample] if hasattr(sample, "keys") else list(sample)
-    if not batches or any(not hasattr(b, "keys") or "input_ids" not in b for b in batches):
+    batches: Iterable[Any] = [sample] if hasattr(sample, "keys") else sample
+    taken: list[dict[str, Tensor]] = []
+    seen = 0
+    for batch in batches:
+        if not hasattr(batch, "keys") or not isinstance(batch.get("input_ids"), Tensor):
+            raise InputError(
+                'a batch of sample must map input_ids to a tensor, as a tokenizer with return_tensors="pt"'
+            )
+        # Labels are a head's business, and text columns nobody's; extra leading dimensions (choices) are flattened.
+        tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim >= 2 and k != "labels"}
+        taken.append({k: v.reshape(-1, v.shape[-1]) for k, v in tensors.items()})
+        seen += int(token_mask(taken[-1]).sum())
+        if seen >= tokens:
+            break
+    if not taken:
         raise InputError("sample needs at least one batch: a mapping with input_ids, as a tokenizer returns it")
-    return [dict(b) for b in batches]
+    if seen == 0:
+        raise InputError("sample has no token: every attention mask is zero")
+    return taken
 
 
-def _token_mask(batch: Batch) -> Tensor:
+def token_mask(batch: Batch) -> Tensor:
+    """`(batch, length)` bool, on the CPU: which positions are tokens."""
     mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+    return (torch.ones_like(batch["input_ids"]) if mask is None else mask).bool().cpu()
 
 
 @torch.no_grad()
@@ -76,11 +96,10 @@ def capture_activations(
     Raises:
         InputError: the sample has no token, or an FFN did not run.
     """
-    batches = as_batches(sample)
-    masks = [_token_mask(b) for b in batches]
+    # Rows are drawn from this many times as many tokens: enough to mix sentences, and an end to endless samples.
+    batches = take_batches(sample, _POOL * rows)
+    masks = [token_mask(b) for b in batches]
     total = sum(int(m.sum()) for m in masks)
-    if total == 0:
-        raise InputError("sample has no token: every attention mask is zero")
     chosen = torch.zeros(total, dtype=torch.bool)
     chosen[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:rows]] = True
     kept: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in sites]
@@ -97,12 +116,18 @@ def capture_activations(
         handles.append(architecture.projection(site, "w_in").register_forward_pre_hook(save_input))
         handles.append(architecture.projection(site, "w_out").register_forward_hook(save_output))
     device = next(model.parameters()).device
+    # The head has no FFN of ours, may ask for more than token ids, and makes the largest tensors of all.
+    base: Any = getattr(model, "base_model", model)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         start = 0
         for batch, mask in zip(batches, masks, strict=True):
-            model(**{k: v.to(device) for k, v in batch.items() if k != "labels"})
+            try:
+                base(**{k: v.to(device) for k, v in batch.items()})
+            except (ValueError, IndexError, TypeError, RuntimeError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise InputError(f"the model cannot run on the sample ({type(error).__name__}: {reason})") from error
             keep = torch.zeros_like(mask)
             keep[mask] = chosen[start : start + int(mask.sum())]
             start += int(mask.sum())

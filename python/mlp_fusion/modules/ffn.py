@@ -7,7 +7,7 @@ take part. What is added is `scale`, the number of neurons that each fused neuro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, TypeVar
 
 import torch
@@ -55,7 +55,8 @@ class FusedFFN(nn.Module):
             names: role -> child name, where the host model calls them otherwise.
             dropout: probability of the dropout behind the output projection.
             borrowed: role -> module that owns that projection under `names[role]`: a sibling in the host model, which
-                keeps the parameter's name. Borrowed projections are not children of this module.
+                keeps the parameter's name. Borrowed projections are not children of this module; the host passes the
+                output projection to `forward`.
 
         Raises:
             ValueError: unknown activation or parameterization, or a scale where there can be none.
@@ -95,12 +96,13 @@ class FusedFFN(nn.Module):
             return z
         return (z * scale_power(self.scale, -self.scale_exponent)).to(z.dtype)
 
-    def _project_out(self, hidden: Tensor) -> Tensor:
+    def _project_out(self, hidden: Tensor, w_out: nn.Module | None) -> Tensor:
         if self.scale is not None:
             # The scale may be float32 beside a bfloat16 model; the output projection wants the model's dtype.
             factor = output_factor(self.scale, self.scale_exponent, "w_gate" in self.projection_names)
             hidden = (hidden * factor).to(hidden.dtype)
-        return self.dropout(self.projection("w_out")(hidden))
+        projection = self.projection("w_out") if w_out is None else w_out
+        return self.dropout(projection(hidden))
 
     @classmethod
     def from_bundle(
@@ -192,6 +194,15 @@ class FusedFFN(nn.Module):
         self.register_buffer("scale", None)
         self.parameterization = "folded"
 
+    def _apply(self: Self_, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self_:
+        """Keep a float32 scale float32 when the module is cast to half precision: it holds counts."""
+        before = self.scale
+        super()._apply(fn, recurse)
+        if before is not None and self.scale is not None and not isinstance(before, nn.Parameter):
+            lowered = torch.finfo(self.scale.dtype).bits < min(32, torch.finfo(before.dtype).bits)
+            self.scale = before.to(self.scale.device) if lowered else self.scale
+        return self
+
     def extra_repr(self) -> str:
         return f"activation={self.activation}, parameterization={self.parameterization}"
 
@@ -231,9 +242,10 @@ class FusedMLP(FusedFFN):
         """
         return _from_projections(cls, {"w_in": fc1, "w_out": fc2}, activation, scale, parameterization)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, w_out: nn.Module | None = None) -> Tensor:
+        """`(..., d)` -> `(..., d_out)`; `w_out` is the output projection where it is not this module's own."""
         z = self._before_activation(self.projection("w_in")(x))
-        return self._project_out(get_activation(self.activation).function(z))
+        return self._project_out(get_activation(self.activation).function(z), w_out)
 
 
 class FusedGLU(FusedFFN):
@@ -262,7 +274,7 @@ class FusedGLU(FusedFFN):
 
     def forward(self, x: Tensor) -> Tensor:
         gate = get_activation(self.activation).function(self._before_activation(self.projection("w_gate")(x)))
-        return self._project_out(gate * self.projection("w_in")(x))
+        return self._project_out(gate * self.projection("w_in")(x), None)
 
 
 def _from_projections(
@@ -275,6 +287,9 @@ def _from_projections(
     if isinstance(scale, nn.Parameter) and parameterization == "folded":
         raise ValueError("a trainable scale cannot be folded into the weights: use scaled or split")
     module = cls.from_bundle(read_bundle(projections, activation, scale), parameterization)
+    for role, source in projections.items():
+        for name, parameter in source.named_parameters(recurse=False):
+            module.projection(role).get_parameter(name).requires_grad_(parameter.requires_grad)
     if isinstance(scale, nn.Parameter):
         trainable = nn.Parameter(scale.detach().to(torch.promote_types(scale.dtype, torch.float32), copy=True))
         del module.scale
