@@ -118,7 +118,8 @@ def _check_shapes(config: Any, record: dict[str, Any], tensors: Any) -> Check:
         if matched is None or matched[2] != f"{architecture.projections['w_in']}.weight":
             continue
         seen += 1
-        expected = architecture.width(config.per_layer_config[matched[1]])
+        layer = config.per_layer_config[matched[1]] if config.is_heterogeneous else config
+        expected = architecture.width(layer)
         width = info.shape[1] if architecture.transposed else info.shape[0]
         if width != expected:
             wrong.append(f"{name} has {width} neurons, expected {expected}")
