@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_OUT := build/demo
 
-.PHONY: demo test lint types coverage bench clean
+.PHONY: demo test lint types bench clean
 
 $(VENV)/.base: constraints.txt pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
@@ -26,7 +26,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(DEMO_OUT)
 
 test: $(VENV)/.test lint types
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --cov --cov-report=term:skip-covered --cov-fail-under=95
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -34,9 +34,6 @@ lint: $(VENV)/.test
 
 types: $(VENV)/.test
 	$(BIN)/mypy
-
-coverage: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto --cov --cov-report=term-missing:skip-covered
 
 bench: $(VENV)/.test
 	$(BIN)/python bench/main_job.py

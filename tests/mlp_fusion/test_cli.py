@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import checkpoints as ck
 import pytest
 import safetensors
 import torch
 import transformers
 
+import checkpoints as ck
 import fusion_kernels
 import mlp_fusion
 from families import WIDTH

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoints as ck
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import checkpoints as ck
 import mlp_fusion
 from families import FAMILIES, WIDTH, tiny_model, token_batch
 from mlp_fusion import InputError, Verification

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import checkpoints as ck
 import pytest
 import torch
 import transformers
 from torch import nn
 
+import checkpoints as ck
 import mlp_fusion
 from families import FAMILIES, WIDTH, tiny_model
 from mlp_fusion import InputError

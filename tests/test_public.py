@@ -1,0 +1,49 @@
+"""The promised names: they exist, are documented, and take the promised arguments."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import fusion_kernels
+import mlp_fusion
+
+SIGNATURES = {
+    fusion_kernels.kmeans: "x n_clusters sample_weight init n_init algorithm max_iter tol seed backend",
+    fusion_kernels.ntk_gram: "block x1 x2 reduce params kernel backend",
+    fusion_kernels.backends: "",
+    mlp_fusion.fuse: "model width layers method optimizer seed sample progress",
+    mlp_fusion.plan: "model_or_path width layers",
+    mlp_fusion.compress: "path out width layers method optimizer seed text device progress",
+    mlp_fusion.verify: "out against",
+    mlp_fusion.restore: "model path optimizer",
+    mlp_fusion.FusedMLP.from_mlp: "fc1 fc2 activation scale parameterization",
+    mlp_fusion.FusedGLU.from_mlp: "gate up down activation scale parameterization",
+    mlp_fusion.FusedMLP.from_bundle: "bundle parameterization names kind dropout",
+}
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: f.__qualname__)
+def test_signatures_hold_what_is_promised(function: object) -> None:
+    assert callable(function)
+    found = list(inspect.signature(function).parameters)
+    promised = SIGNATURES[function].split()
+    assert [name for name in found if name in promised] == promised
+
+
+@pytest.mark.parametrize("package", [fusion_kernels, mlp_fusion], ids=lambda p: p.__name__)
+def test_every_public_name_is_documented(package: object) -> None:
+    names = vars(package)["__all__"]
+    assert sorted(names, key=str.lower) == sorted(set(names), key=str.lower)
+    for name in names:
+        documentation = inspect.getdoc(getattr(package, name))
+        assert documentation, name
+        assert len(documentation) > 40, name
+
+
+def test_public_methods_are_documented() -> None:
+    for cls in (mlp_fusion.FusedMLP, mlp_fusion.FusedGLU, mlp_fusion.NeuronBundle, mlp_fusion.FusionReport):
+        for name, member in vars(cls).items():
+            if callable(member) and not name.startswith("_") and name != "forward":
+                assert inspect.getdoc(member), f"{cls.__name__}.{name}"
