@@ -20,6 +20,7 @@ void Run<T>::hartigan() {
   uniform_ = std::all_of(p_.w, p_.w + p_.n, [&](double w) { return w == p_.w[0]; });
   cost_.resize(p_.width);
   target_.resize(p_.width);
+  second_.resize(p_.width);
   gain_.resize(p_.width);
   weights_.assign(K_, 0.0);
   factor_.resize(K_);
@@ -54,44 +55,67 @@ void Run<T>::hartigan() {
 }
 
 // The cheapest other cluster of every point of a tile: of all clusters, or, once that is known, of the changed ones and
-// what was cheapest before. Points whose cheapest cluster has itself changed start afresh.
+// what was cheapest before. Points whose cheapest cluster has changed and may have become another start afresh.
 template <class T>
 void Run<T>::find_entries(int64_t begin, int64_t width, bool all) {
-  Index stale[kTile];
+  Index lost[kTile];
   int64_t count = 0;
   if (!all) {
     for (int64_t j = begin; j < std::min(begin + width, p_.n); ++j) {
-      if (target_[j] == kNoTarget || is_changed_[target_[j]]) stale[count++] = static_cast<Index>(j);
+      if (!keeps_target(j)) lost[count++] = static_cast<Index>(j);
     }
     all = count > kScanned;
   }
   if (all) {
     std::fill_n(cost_.begin() + begin, width, std::numeric_limits<T>::infinity());
+    std::fill_n(second_.begin() + begin, width, std::numeric_limits<T>::infinity());
     std::fill_n(target_.begin() + begin, width, kNoTarget);
   }
   const std::vector<Index>& clusters = all ? every_ : changed_;
   cheapest_entry(Entry<T>{v_ + begin, p_.stride, clusters.data(), static_cast<int64_t>(clusters.size()), width,
                           p_.sq + begin, labels_.data() + begin, uniform_ ? factor_.data() : nullptr, weights_.data(),
-                          p_.w + begin, cost_.data() + begin, target_.data() + begin});
+                          p_.w + begin, cost_.data() + begin, target_.data() + begin, second_.data() + begin});
   if (!all) {
-    for (int64_t i = 0; i < count; ++i) find_entry(stale[i]);
+    for (int64_t i = 0; i < count; ++i) find_entry(lost[i]);
   }
 }
 
-// As find_entries, for one point among all clusters, with the same arithmetic.
+template <class T>
+T Run<T>::entry_cost(int64_t c, int64_t j) const {
+  const T d = v_[c * p_.stride + j] + p_.sq[j];
+  return uniform_ ? d * factor_[c] : static_cast<T>(d * (weights_[c] / (weights_[c] + p_.w[j])));
+}
+
+// Whether the cheapest of the clusters that have not changed, and the point's target, is known: then it is the target,
+// with its cost brought up to date.
+template <class T>
+bool Run<T>::keeps_target(int64_t j) {
+  const Index c = target_[j];
+  if (c == kNoTarget || c == labels_[j]) return false;
+  if (!is_changed_[c]) return true;
+  cost_[j] = entry_cost(c, j);
+  return cost_[j] < second_[j];
+}
+
+// As find_entries, for one point among all clusters.
 template <class T>
 void Run<T>::find_entry(int64_t j) {
-  cost_[j] = std::numeric_limits<T>::infinity();
-  target_[j] = kNoTarget;
+  T least = std::numeric_limits<T>::infinity(), second = least;
+  Index target = kNoTarget;
   for (int64_t c = 0; c < K_; ++c) {
     if (c == labels_[j]) continue;
-    const T d = v_[c * p_.stride + j] + p_.sq[j];
-    const T cost = uniform_ ? d * factor_[c] : static_cast<T>(d * (weights_[c] / (weights_[c] + p_.w[j])));
-    if (cost < cost_[j]) {
-      cost_[j] = cost;
-      target_[j] = static_cast<Index>(c);
+    const T cost = entry_cost(c, j);
+    if (cost < least) {
+      second = least;
+      least = cost;
+      target = static_cast<Index>(c);
+    } else if (cost < second) {
+      second = cost;
     }
   }
+  cost_[j] = least;
+  second_[j] = second;
+  target_[j] = target;
 }
 
 // How much the move of point j to its cheapest other cluster lowers the inertia: (2), or 0 if not beyond rounding.

@@ -8,7 +8,7 @@ namespace {
 
 // sum[j] (+)= sum over Count rows, in order.
 template <int Count, class T>
-MLP_INLINE void add_rows(const T* const* rows, const double* w, int64_t width, bool first, double* sum) {
+MLP_INLINE void add_some(const T* const* rows, const double* w, int64_t width, bool first, double* sum) {
   for (int64_t j = 0; j < width; j += 2 * kLanes) {
     Double8 a = {}, b = {};
     if (!first) {
@@ -26,13 +26,17 @@ MLP_INLINE void add_rows(const T* const* rows, const double* w, int64_t width, b
 }
 
 template <class T>
-MLP_INLINE void mean_row_body(const T* const* rows, const double* w, int64_t count, int64_t width, double scale,
-                              double shift, double* scratch, T* out) {
+MLP_INLINE void add_rows_body(const T* const* rows, const double* w, int64_t count, int64_t width, bool first,
+                              double* sum) {
   int64_t i = 0;
-  for (; i + 4 <= count; i += 4) add_rows<4>(rows + i, w + i, width, i == 0, scratch);
-  for (; i + 2 <= count; i += 2) add_rows<2>(rows + i, w + i, width, i == 0, scratch);
-  for (; i < count; ++i) add_rows<1>(rows + i, w + i, width, i == 0, scratch);
-  for (int64_t j = 0; j < width; j += kLanes) store_double(out + j, shift + scale * load<Double8>(scratch + j));
+  for (; i + 4 <= count; i += 4) add_some<4>(rows + i, w + i, width, first && i == 0, sum);
+  for (; i + 2 <= count; i += 2) add_some<2>(rows + i, w + i, width, first && i == 0, sum);
+  for (; i < count; ++i) add_some<1>(rows + i, w + i, width, first && i == 0, sum);
+}
+
+template <class T>
+MLP_INLINE void scale_row_body(const double* sum, int64_t width, double scale, double shift, T* out) {
+  for (int64_t j = 0; j < width; j += kLanes) store_double(out + j, shift + scale * load<Double8>(sum + j));
 }
 
 template <class T>
@@ -93,11 +97,14 @@ MLP_INLINE void cheapest_entry_body(const Entry<T>& e) {
         const Double8 share = e.W[c] / (e.W[c] + load<Double8>(e.w + j));
         cost = __builtin_convertvector(__builtin_convertvector(distance, Double8) * share, V);
       }
-      const V old = load<V>(e.cost + j);
+      const V old = load<V>(e.cost + j), second = load<V>(e.second + j);
       const Int8 target = load<Int8>(e.target + j);
-      const M other = __builtin_convertvector(load<Int8>(e.labels + j) != id, M);
+      const M other = __builtin_convertvector((load<Int8>(e.labels + j) != id) & (target != id), M);
       const M lower = __builtin_convertvector(id < target, M);
       const M take = other & ((cost < old) | ((cost == old) & lower));
+      const V rejected = take ? old : cost;
+      const M closer = other & (rejected < second);
+      store(e.second + j, closer ? rejected : second);
       store(e.cost + j, take ? cost : old);
       store(e.target + j, as_int<T>(take) ? id : target);
     }
@@ -198,13 +205,20 @@ MLP_INLINE void centre_row_body(const T* x, const double* offset, double scale, 
 
 }  // namespace
 
-MLP_CLONES void mean_row(const float* const* rows, const double* w, int64_t count, int64_t width, double scale,
-                         double shift, double* scratch, float* out) {
-  mean_row_body(rows, w, count, width, scale, shift, scratch, out);
+MLP_CLONES void add_rows(const float* const* rows, const double* w, int64_t count, int64_t width, bool first,
+                         double* sum) {
+  add_rows_body(rows, w, count, width, first, sum);
 }
-MLP_CLONES void mean_row(const double* const* rows, const double* w, int64_t count, int64_t width, double scale,
-                         double shift, double* scratch, double* out) {
-  mean_row_body(rows, w, count, width, scale, shift, scratch, out);
+MLP_CLONES void add_rows(const double* const* rows, const double* w, int64_t count, int64_t width, bool first,
+                         double* sum) {
+  add_rows_body(rows, w, count, width, first, sum);
+}
+
+MLP_CLONES void scale_row(const double* sum, int64_t width, double scale, double shift, float* out) {
+  scale_row_body(sum, width, scale, shift, out);
+}
+MLP_CLONES void scale_row(const double* sum, int64_t width, double scale, double shift, double* out) {
+  scale_row_body(sum, width, scale, shift, out);
 }
 
 MLP_CLONES void column_minimum(const float* v, int64_t stride, int64_t K, int64_t width, float* least) {

@@ -18,11 +18,12 @@ constexpr int64_t kBlock = 64;
 // Candidates whose potentials one pass over the points computes.
 constexpr int64_t kTrials = 4;
 
-// out[j] = shift + scale * sum_i w[i] rows[i][j], the terms in order of i. `scratch` holds `width` doubles.
-void mean_row(const float* const* rows, const double* w, int64_t count, int64_t width, double scale, double shift,
-              double* scratch, float* out);
-void mean_row(const double* const* rows, const double* w, int64_t count, int64_t width, double scale, double shift,
-              double* scratch, double* out);
+// sum[j] += sum_i w[i] rows[i][j], the terms in order of i; `first` overwrites instead.
+void add_rows(const float* const* rows, const double* w, int64_t count, int64_t width, bool first, double* sum);
+void add_rows(const double* const* rows, const double* w, int64_t count, int64_t width, bool first, double* sum);
+// out[j] = shift + scale * sum[j].
+void scale_row(const double* sum, int64_t width, double scale, double shift, float* out);
+void scale_row(const double* sum, int64_t width, double scale, double shift, double* out);
 
 // least[j] = min over the K rows c of v[c][j].
 void column_minimum(const float* v, int64_t stride, int64_t K, int64_t width, float* least);
@@ -32,9 +33,9 @@ void column_minimum(const double* v, int64_t stride, int64_t K, int64_t width, d
 void first_within(const float* v, int64_t stride, int64_t K, int64_t width, const float* bound, int32_t* first);
 void first_within(const double* v, int64_t stride, int64_t K, int64_t width, const double* bound, int32_t* first);
 
-// Lower (cost, target)[j], in lexicographic order, to the cheapest of the given clusters that is not the point's own:
-// cost of entering c is (v[c][j] + sq[j]) * factor[c], or W[c] / (W[c] + w[j]) in place of the factor when `factor` is
-// null. W has an entry per cluster, as has the factor.
+// Lower (cost, target)[j], in lexicographic order, to the cheapest of the given clusters that are neither the point's own
+// nor its target, and second[j] to the cheapest that is not taken. The cost of entering c is (v[c][j] + sq[j]) *
+// factor[c], or W[c] / (W[c] + w[j]) in place of the factor when `factor` is null; both have an entry per cluster.
 template <class T>
 struct Entry {
   const T* v;
@@ -49,6 +50,7 @@ struct Entry {
   const double* w;
   T* cost;
   int32_t* target;
+  T* second;
 };
 void cheapest_entry(const Entry<float>& entry);
 void cheapest_entry(const Entry<double>& entry);

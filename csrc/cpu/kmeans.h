@@ -12,11 +12,12 @@
 //   w_j (W_a / (W_a - w_j) |x_j - m_a|^2 - W_b / (W_b + w_j) |x_j - m_b|^2).                                (2)
 //
 // What is computed is specified by fusion_kernels/reference/kmeans.py; distances closer than `slack` G_jj are ties,
-// which covers the rounding of G and V. Sums over members are taken in double in the order of the points, tiles of
+// which covers the rounding of G and V. Sums are taken in double and in an order that the data alone decides, tiles of
 // columns are independent, and so the bits do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace mlp_fusion {
@@ -91,15 +92,22 @@ class Run {
  public:
   // `v` holds clusters * problem.stride elements; it need not be initialised.
   Run(const Problem<T>& problem, const Options& options, T* v);
+  ~Run();
 
   Outcome solve(const Start<T>& start);
 
  private:
   static constexpr Index kNone = -1;
+  // Members from which on a cluster keeps its row of S, in double: while few of them come and go, the row is corrected
+  // by those. All such rows together are a 24th of n x n doubles.
+  static constexpr int64_t kLarge = 24;
 
   void start_from(const Start<T>& start);
   void gather_members();
   double norm_of(const std::vector<Index>& members) const;
+  struct Sum;
+  struct Edits;
+  Edits edits_of(int64_t c);
   void update_norms();
   void update_rows(int64_t begin, int64_t width);
   template <class Work>
@@ -114,6 +122,8 @@ class Run {
 
   void hartigan();
   void find_entries(int64_t begin, int64_t width, bool all);
+  T entry_cost(int64_t c, int64_t j) const;
+  bool keeps_target(int64_t j);
   void find_entry(int64_t j);
   double gain(int64_t j) const;
   std::vector<Index> disjoint_moves() const;
@@ -130,6 +140,7 @@ class Run {
   T* v_;                                    // (K, stride): V of (1)
   std::vector<double> norms_;               // (K): q of (1)
   std::vector<std::vector<Index>> centre_;  // (K): as in Outcome
+  std::vector<std::unique_ptr<Sum>> sums_;  // (K): of large clusters
   std::vector<Index> labels_;               // (width), kNone beyond n; empty before the first assignment
   std::vector<Index> changed_;              // clusters whose norm and row are not up to date
   std::vector<char> is_changed_;            // (K)
@@ -141,6 +152,7 @@ class Run {
   bool uniform_ = false;         // all weights are equal
   std::vector<T> cost_;          // (width)
   std::vector<Index> target_;    // (width)
+  std::vector<T> second_;        // (width): no other cluster costs less than this
   std::vector<double> gain_;     // (width), 0 unless a move lowers the inertia
   std::vector<double> weights_;  // (K): W of the members
   std::vector<T> factor_;        // (K): W / (W + w) for uniform weights

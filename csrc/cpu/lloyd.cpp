@@ -1,6 +1,6 @@
 // One run of k-means: the matrix V, the members of the clusters, and Lloyd's iteration.
 #include <algorithm>
-#include <cmath>
+#include <iterator>
 #include <limits>
 
 #include "kernels.h"
@@ -15,6 +15,13 @@ constexpr int64_t kScanned = 32;
 
 }  // namespace
 
+// The row of S of a large cluster, and the points that it sums.
+template <class T>
+struct Run<T>::Sum {
+  std::vector<Index> members;
+  std::vector<double> row;
+};
+
 template <class T>
 Run<T>::Run(const Problem<T>& problem, const Options& options, T* v)
     : p_(problem),
@@ -23,7 +30,11 @@ Run<T>::Run(const Problem<T>& problem, const Options& options, T* v)
       v_(v),
       norms_(K_, 0.0),
       centre_(K_),
+      sums_(K_),
       is_changed_(K_, 0) {}
+
+template <class T>
+Run<T>::~Run() = default;
 
 template <class T>
 Outcome Run<T>::solve(const Start<T>& start) {
@@ -111,12 +122,78 @@ double Run<T>::norm_of(const std::vector<Index>& members) const {
   return total / (weight * weight);
 }
 
+// What brings the row of S of a cluster up to date: rows of G to add, with negative weights for those to subtract.
+template <class T>
+struct Run<T>::Edits {
+  int64_t cluster = 0;
+  bool afresh = false;
+  std::vector<const T*> rows;
+  std::vector<double> w;
+};
+
+template <class T>
+typename Run<T>::Edits Run<T>::edits_of(int64_t c) {
+  const std::vector<Index>& members = centre_[c];
+  std::vector<Index> joined, left;
+  if (sums_[c] != nullptr) {
+    const std::vector<Index>& old = sums_[c]->members;
+    std::set_difference(members.begin(), members.end(), old.begin(), old.end(), std::back_inserter(joined));
+    std::set_difference(old.begin(), old.end(), members.begin(), members.end(), std::back_inserter(left));
+  }
+  Edits edits;
+  edits.cluster = c;
+  edits.afresh = sums_[c] == nullptr || 2 * (joined.size() + left.size()) > members.size();
+  const auto add = [&](Index l, double sign) {
+    edits.rows.push_back(p_.row(l));
+    edits.w.push_back(sign * p_.w[l]);
+  };
+  if (edits.afresh) {
+    for (Index l : members) add(l, 1);
+  } else {
+    for (Index l : joined) add(l, 1);
+    for (Index l : left) add(l, -1);
+  }
+  if (sums_[c] == nullptr) sums_[c].reset(new Sum{{}, std::vector<double>(p_.width)});
+  sums_[c]->members = members;
+  return edits;
+}
+
+// The norms of the changed clusters, and the rows of S of the large ones among them.
 template <class T>
 void Run<T>::update_norms() {
-  int64_t work = 0;
-  for (Index c : changed_) work += centre_[c].size() * centre_[c].size();
+  std::vector<Edits> large;
+  int64_t work = 0, entries = 0;
+  for (Index c : changed_) {
+    const int64_t count = centre_[c].size();
+    if (count >= kLarge) {
+      large.push_back(edits_of(c));
+      entries += large.back().rows.size() * p_.width;
+    } else {
+      sums_[c].reset();
+      work += count * count;
+    }
+  }
+  const int64_t tiles = (p_.width + kTile - 1) / kTile;
+  for_each_if(entries >= kWorthThreads, entries == 0 ? 0 : tiles, [&](int64_t tile) {
+    const int64_t begin = tile * kTile, width = std::min(kTile, p_.width - begin);
+    for (const Edits& edits : large) {
+      std::vector<const T*> rows(edits.rows);
+      for (const T*& row : rows) row += begin;
+      add_rows(rows.data(), edits.w.data(), rows.size(), width, edits.afresh, sums_[edits.cluster]->row.data() + begin);
+    }
+  });
   for_each_if(work >= kWorthThreads, changed_.size(), [&](int64_t i) {
-    norms_[changed_[i]] = norm_of(centre_[changed_[i]]);
+    const Index c = changed_[i];
+    if (sums_[c] == nullptr) {
+      norms_[c] = norm_of(centre_[c]);
+      return;
+    }
+    double total = 0, weight = 0;
+    for (Index l : centre_[c]) {
+      total += p_.w[l] * sums_[c]->row[l];
+      weight += p_.w[l];
+    }
+    norms_[c] = total / (weight * weight);
   });
 }
 
@@ -135,7 +212,13 @@ void Run<T>::update_rows(int64_t begin, int64_t width) {
       w.push_back(p_.w[l]);
       weight += p_.w[l];
     }
-    mean_row(rows.data(), w.data(), rows.size(), width, -2 / weight, norms_[c], scratch, v_ + c * p_.stride + begin);
+    const double* sum = scratch;
+    if (sums_[c] != nullptr) {
+      sum = sums_[c]->row.data() + begin;
+    } else {
+      add_rows(rows.data(), w.data(), rows.size(), width, true, scratch);
+    }
+    scale_row(sum, width, -2 / weight, norms_[c], v_ + c * p_.stride + begin);
   }
 }
 

@@ -46,14 +46,17 @@ class Shape:
 
 
 def gram_bytes(n: int, k: int, element_size: int, runs: int) -> int:
-    """Bytes of the Gram matrix of n points and of the K x n matrix of each of `runs` runs at a time."""
-    return (n + 32) * (n + runs * k) * element_size
+    """Bytes of the Gram matrix of n points and of what each of `runs` runs at a time computes from it.
+
+    Those are K rows of distances and, in float64, sums of rows of at most n / 24 large clusters.
+    """
+    return (n + 32) * (n + runs * k) * element_size + runs * n * n // 3
 
 
 def gram_cost(shape: Shape) -> float:
     """Cost on the Gram matrix: half of a product once, and then nothing that depends on d."""
     n, k = shape.n, shape.k
-    once = n * n * shape.d / 2
+    once = 0.5 * n * n * shape.d
     if shape.seeding == "centroids":
         once += n * k * shape.d
     iterations = min(LLOYD_ITERATIONS, shape.max_iter)
