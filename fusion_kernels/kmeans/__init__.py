@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fusion_kernels import native
-from fusion_kernels.kmeans import cpu_backend
+from fusion_kernels.kmeans import cpu_backend, gpu_backend
 from fusion_kernels.library import Backend, Operator, operator
 from fusion_kernels.reference import kmeans as reference
 from fusion_kernels.reference.kmeans import Results, Status
@@ -128,7 +128,9 @@ def register(
 
 
 register("cpu", cpu_backend.kmeans, ("cpu",), native.UNAVAILABLE, bounded=True)
+register("triton", gpu_backend.kmeans, ("cuda",), gpu_backend.UNAVAILABLE, bounded=True)
 register("reference", reference.kmeans, ("cpu", "cuda"))
+register("triton-fast", gpu_backend.kmeans_fast, ("cuda",), gpu_backend.UNAVAILABLE, bounded=True)
 ASSIGN.register(Backend("cpu", cpu_backend.assign, ("cpu",), native.UNAVAILABLE))
 ASSIGN.register(Backend("reference", reference.assign, ("cpu", "cuda")))
 
@@ -185,7 +187,8 @@ def kmeans(
         tol: if positive, Lloyd also stops once the squared shift of all centroids together is no more than tol times
             the mean weighted variance of the columns of x.
         seed: in [0, 2**63).
-        backend: `"auto"` or the name of a backend. Only `"auto"` can be traced by `torch.compile`.
+        backend: `"auto"` or the name of a backend; `"triton-fast"`, which `"auto"` never takes, clusters the points
+            rounded to 11 significant bits. Only `"auto"` can be traced by `torch.compile`.
         workspace_bytes: bound on the memory that backends other than the reference use beside inputs and results; None
             for their default. It never changes labels by more than the choice between near-ties.
 

@@ -9,7 +9,7 @@ def _means_kernel(
     x_ptr, weight_ptr, begin_ptr, length_ptr, members_ptr, mass_ptr, centroid_ptr, N, D, K,
     U: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """centroid (B, K, D) = weighted means of the rows of x (B, N, D) by cluster; clusters without members keep theirs."""
+    """centroid (B, K, D) = weighted means of the rows of x (B, N, D); clusters without members keep theirs."""
     tiles = tl.cdiv(D, BD)
     cluster = (tl.program_id(0) // tiles).to(tl.int64)
     b = cluster // K

@@ -56,7 +56,6 @@ def _plus_plus_kernel(
     weight_ptr,
     total_ptr,
     levels_ptr,
-    cursor_ptr,
     closest_ptr,
     seeds_ptr,
     slack_factor,
@@ -70,19 +69,18 @@ def _plus_plus_kernel(
 ):
     """seeds (B, K) int32: every next one is the best of TRIALS draws by weight times squared distance.
 
-    One program per problem. levels are uniform random numbers (float64) used in order from cursor (B,), which is moved
-    on: problems whose points run out use fewer. The first seed fills the places that are then left. T is a power of two
-    of at least TRIALS; closest (B, N) is scratch; total (B,) the sums of weight.
+    One program per problem. levels (1 + (K - 1) TRIALS,) float64 are uniform random numbers, one for the first seed and
+    TRIALS for every other one, the same for all problems. The first seed fills the places that are left once every
+    point coincides with a seed. T is a power of two of at least TRIALS; closest (B, N) is scratch; total (B,) the sums
+    of weight.
     """
     b = tl.program_id(0).to(tl.int64)
     if tl.load(state_ptr + b) == RUNNING:
-        cursor = tl.load(cursor_ptr + b)
         t = tl.arange(0, T)
-        level = tl.load(levels_ptr + cursor + tl.zeros((T,), tl.int32))
+        level = tl.load(levels_ptr + tl.zeros((T,), tl.int32))
         seed = tl.min(
             _draw(b, weight_ptr, closest_ptr, level, tl.load(total_ptr + b), N, False, BLOCK), 0
         )  # fmt: skip
-        cursor += 1
         tl.store(seeds_ptr + b * K, seed)
         mass = _closest(
             b, seed, gram_ptr, diagonal_ptr, weight_ptr, closest_ptr, slack_factor, N, stride, True, BLOCK
@@ -90,7 +88,7 @@ def _plus_plus_kernel(
         opening = seed
         step = 1
         while (step < K) & (mass > 0.0):
-            level = tl.load(levels_ptr + cursor + t, mask=t < TRIALS, other=0.0)
+            level = tl.load(levels_ptr + 1 + (step - 1) * TRIALS + t, mask=t < TRIALS, other=0.0)
             drawn = _draw(b, weight_ptr, closest_ptr, level, mass, N, True, BLOCK)  # (T,)
             norm = tl.load(diagonal_ptr + b * N + drawn)
             cost = tl.zeros((T,), tl.float64)
@@ -114,9 +112,7 @@ def _plus_plus_kernel(
             mass = _closest(
                 b, seed, gram_ptr, diagonal_ptr, weight_ptr, closest_ptr, slack_factor, N, stride, False, BLOCK
             )  # fmt: skip
-            cursor += TRIALS
             step += 1
         for first in range(step, K, BLOCK):
             c = first + tl.arange(0, BLOCK)
             tl.store(seeds_ptr + b * K + c, tl.zeros((BLOCK,), tl.int32) + opening, mask=c < K)
-        tl.store(cursor_ptr + b, cursor)

@@ -1,13 +1,13 @@
 """Device code: Lloyd's iteration on inner products; no kernel here sees a point's coordinates.
 
-Per problem, `products` (K, stride) holds x_j · m_c for centroid c and point j, and `norms` (K,) holds |m_c|². A centroid
-is a weighted mean of points, so its row of products is the weighted mean of their rows of Gram, and its norm the mean of
-its own row over its members. Only the clusters that changed since are summed again, from a work list that the device
-keeps; the others keep their bits. Sums run over a cluster's members by rising index: no floating-point atomics, and the
-same bits on every run.
+Per problem, `products` (K, stride) holds x_j · m_c for centroid c and point j, and `norms` (K,) holds |m_c|². A
+centroid is a weighted mean of points, so its row of products is the weighted mean of their rows of Gram, and its norm
+the mean of its own row over its members. Only the clusters that changed since are summed again, from a work list that
+the device keeps; the others keep their bits. Sums run over a cluster's members by rising index: no floating-point
+atomics, and the same bits on every run.
 
 Labels: -1 a point without weight, which takes no part; -2 a point without a cluster yet. States of a problem: see
-`State` in `triton_backend`; a problem that is done is skipped by every kernel, so that the host may launch rounds
+`State` in `triton_run`; a problem that is done is skipped by every kernel, so that the host may launch rounds
 without asking whether any problem is still running.
 """
 
@@ -64,6 +64,7 @@ def _members_kernel(
     P,
     TOL: tl.constexpr,
     BLOCK: tl.constexpr,
+    BM: tl.constexpr,
 ):
     """The members of every changed cluster by rising index, their shares of its weight, and that weight.
 
@@ -87,9 +88,9 @@ def _members_kernel(
         total = tl.sum(mass, 0)
         tl.store(mass_ptr + b * K + c, total)
         tl.debug_barrier()
-        cross = tl.zeros((BLOCK,), tl.float64)
-        for first in range(0, found, BLOCK):
-            k = first + tl.arange(0, BLOCK)
+        cross = tl.zeros((BM,), tl.float64)
+        for first in range(0, found, BM):
+            k = first + tl.arange(0, BM)
             j = tl.load(members_ptr + b * N + begin + k, mask=k < found, other=0)
             share = tl.load(weight_ptr + b * N + j, mask=k < found, other=0.0) / total
             tl.store(share_ptr + b * N + begin + k, share.to(share_ptr.dtype.element_ty), mask=k < found)
@@ -203,7 +204,7 @@ def _assign_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """The nearest centroid of every point: assigned (B, N), its weighted squared distance cost (B, N), and counts (B, K).
+    """Nearest centroids: assigned (B, N), their weighted squared distances cost (B, N), and the new counts (B, K).
 
     Distances within the slack are ties: they go to the current cluster, else to the lowest id. Clusters whose entry of
     filled (B, K) is 0 are passed over. GIVEN keeps the labels and computes the cost; IDLE assigns the points without
@@ -248,10 +249,9 @@ def _assign_kernel(
             here = norm - 2.0 * tl.load(products_ptr + (b * K + at) * stride + j, mask=known, other=0.0)
             # The error of a distance grows with both norms.
             margin = slack + norm * slack_factor
-            if MODE == GIVEN:
-                stay = known
-            else:
-                stay = known & (here <= best + 2.0 * margin)
+            stay = known
+            if MODE != GIVEN:
+                stay = stay & (here <= best + 2.0 * margin)
             assigned = tl.where(stay, current, nearest)
             distance = diagonal + tl.where(stay, here, best)
             weight = tl.load(weight_ptr + b * N + j, mask=j < N, other=0.0)

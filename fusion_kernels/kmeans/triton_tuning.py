@@ -15,7 +15,7 @@ STRIDE_MULTIPLE = 32
 #: Shared memory that a program may use where the hardware offers little and where it offers much, in bytes.
 SMALL_SHARED_MEMORY, LARGE_SHARED_MEMORY = 99 * 1024, 227 * 1024
 #: Memory for the problems worked on at the same time, in bytes; the batch is cut accordingly.
-WORKSPACE = 8 << 30
+WORKSPACE_BYTES = 8 << 30
 #: Programs that keep a large GPU busy: work lists of a batch are spread over about this many.
 _PROGRAMS = 4096
 
@@ -56,7 +56,7 @@ def gram_config(rows: int, split: bool, shared_memory: int) -> GramConfig:
         return GramConfig((32, 32), 32, 1024, 4, 2)
     if shared_memory >= LARGE_SHARED_MEMORY:
         return GramConfig((128, 128), 64, 1024, 8, 3 if split else 4)
-    return GramConfig((128, 128), 32, 1024, 8, 3 if split else 4)
+    return GramConfig((64, 64), 64, 1024, 4, 3) if split else GramConfig((128, 128), 32, 1024, 8, 4)
 
 
 def sweep_config(N: int, K: int, wide: bool) -> SweepConfig:
