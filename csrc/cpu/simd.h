@@ -10,7 +10,8 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+// The loader's choice needs glibc, and the fallback is the baseline alone.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define MLP_CLONES __attribute__((target_clones("avx512f", "fma", "default")))
 #else
 #define MLP_CLONES

@@ -73,7 +73,7 @@ def direct_cost(shape: Shape) -> float:
     n, k, d = shape.n, shape.k, shape.d
     # One more assignment, for the centroids of the last iteration, and the means of every one.
     iterations = 1 + min(LLOYD_ITERATIONS, shape.max_iter)
-    run = iterations * (n * k * d + n * d * MEMORY_COST)
+    run = float(iterations * (n * k * d + n * d * MEMORY_COST))
     if shape.hartigan and shape.max_iter > 0:
         run += HARTIGAN_SWEEPS * n * k * d
     if shape.seeding == "k-means++":
