@@ -255,7 +255,7 @@ def _assign_kernel(
             assigned = tl.where(stay, current, nearest)
             distance = diagonal + tl.where(stay, here, best)
             weight = tl.load(weight_ptr + b * N + j, mask=j < N, other=0.0)
-            cost = tl.where(distance > margin, weight * distance.to(tl.float64), 0.0)
+            cost = tl.where((distance > margin) & (weight > 0.0), weight * distance.to(tl.float64), 0.0)
             tl.store(cost_ptr + b * N + j, cost, mask=j < N)
             tl.store(assigned_ptr + b * N + j, tl.where(current == -1, -1, assigned), mask=j < N)
             moved = (assigned != current) & (current != -1) & (j < N)

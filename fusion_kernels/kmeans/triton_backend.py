@@ -70,7 +70,8 @@ def kmeans(
         if n_clusters >= N:
             return _one_point_each(x, sample_weight, init, n_clusters)
         size = tuning.problem_bytes(N, n_clusters, D, x.element_size(), precision == "exact")
-        _check_memory(size, x)
+        if x.is_cuda:
+            _check_memory(size, N, torch.cuda.get_device_properties(x.device).total_memory)
         options = _Options(n_clusters, seeding, n_init, algorithm, max_iter, tol, seed, precision)
         bound = tuning.WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
         at_once = max(1, bound // size)
@@ -89,13 +90,10 @@ def kmeans(
     return labels, centroids, inertia, counts, n_iter, status
 
 
-def _check_memory(size: int, x: Tensor) -> None:
-    if not x.is_cuda:
-        return
-    there = torch.cuda.get_device_properties(x.device).total_memory
+def _check_memory(size: int, n_points: int, there: int) -> None:
     if size > there:
         raise ValueError(
-            f"{x.shape[1]} points need {size >> 30} GiB for their inner products, more than the device has: "
+            f"{n_points} points need {size >> 30} GiB for their inner products, more than the device has: "
             "use backend='reference', or cluster a sample"
         )
 
@@ -292,7 +290,7 @@ def _one_point_each(x: Tensor, sample_weight: Tensor | None, init: Tensor | None
     B, N, D = x.shape
     integer: Callable[..., Tensor] = torch.zeros(B, dtype=torch.int64, device=x.device).new_full
     if B == 0:
-        none = integer(0, 0)
+        none = integer((0,), 0)
         return integer((0, N), 0), x.new_empty(0, K, D), x.new_empty(0), integer((0, K), 0), none, none.clone()
     finite = is_finite(x)
     if init is not None and init.is_floating_point():

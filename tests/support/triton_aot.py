@@ -23,6 +23,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+_INSTRUCTIONS = {
+    "wgmma": r"wgmma\.mma_async",
+    "mma.sync": r"\bmma\.sync",
+    "cp.async": r"cp\.async",
+    "float atomics": r"\b(atom|red)\.\S*\.(f|bf)\d",
+}
 _TYPES = {
     torch.float16: "fp16",
     torch.float32: "fp32",
@@ -86,7 +92,7 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
         usage["STACK"],
         usage["LOCAL"],
         compiled.metadata.shared,
-        {name: len(re.findall(name, ptx)) for name in (r"wgmma\.mma_async", r"mma\.sync", r"cp\.async", r"atom\..*f")},
+        {name: len(re.findall(pattern, ptx)) for name, pattern in _INSTRUCTIONS.items()},
     )
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
+if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+    raise ImportError("triton is already imported: its own functions would not be interpreted")
 os.environ["TRITON_INTERPRET"] = "1"
 
 from triton.runtime import interpreter
