@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_OUT := build/demo
+# The compiled library is built where there is a C++ compiler; without one the torch reference answers.
+INSTALL := $(BIN)/pip install --quiet --no-build-isolation -c constraints.txt
+SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 
 .PHONY: demo test lint types bench clean
 
@@ -10,15 +13,15 @@ $(VENV)/.base: constraints.txt pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt torch 'setuptools>=77'
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.base
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo]'
+$(VENV)/.demo: $(VENV)/.base $(SOURCES)
+	$(INSTALL) -e '.[demo]'
 	touch $@
 
-$(VENV)/.test: $(VENV)/.base
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+$(VENV)/.test: $(VENV)/.base $(SOURCES)
+	$(INSTALL) -e '.[test]'
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo

@@ -109,13 +109,13 @@ def backends() -> dict[str, dict[str, str]]:
     """Which backend answers for each operator here, by device type, and why the others do not.
 
     Returns:
-        `{operator: {"cpu": backend, "cuda": backend, "<backend>": reason it is unavailable, ...}}`; `"cuda"` is
-        present only when CUDA is.
+        `{operator: {"cpu": backend, "cuda": backend, "<backend> unavailable": reason, ...}}`; `"cuda"` is present only
+        when CUDA is.
     """
     report: dict[str, dict[str, str]] = {}
     device_types = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for name, op in sorted(_OPERATORS.items()):
         row = {device: op.select("auto", torch.device(device)).name for device in device_types}
-        row.update({b.name: b.unavailable for b in op.backends if b.unavailable is not None})
+        row.update({f"{b.name} unavailable": b.unavailable for b in op.backends if b.unavailable is not None})
         report[name] = row
     return report

@@ -14,11 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusion_kernels import native
+from fusion_kernels.kmeans import cpu_backend, gpu_backend
 from fusion_kernels.library import Backend, Operator, operator
+from fusion_kernels.reference import kmeans as reference
 from fusion_kernels.reference.kmeans import Results, Status
-from fusion_kernels.reference.kmeans import kmeans as _reference
 
-__all__ = ["OPERATOR", "KMeansResult", "Status", "kmeans", "register"]
+__all__ = ["ASSIGN", "OPERATOR", "KMeansResult", "Status", "kmeans", "kmeans_assign", "register"]
 
 _SEEDINGS = ("k-means++", "random")
 _ALGORITHMS = ("hartigan", "lloyd")
@@ -58,6 +60,7 @@ def _fake(
     max_iter: int,
     tol: float,
     seed: int,
+    workspace_bytes: int | None = None,
 ) -> Results:
     B, N, D = x.shape
     integer = functools.partial(x.new_empty, dtype=torch.int64)
@@ -74,17 +77,34 @@ def _fake(
 OPERATOR: Operator = operator(
     "kmeans",
     "(Tensor x, Tensor? sample_weight, Tensor? init, int n_clusters, str seeding, int n_init, str algorithm, "
-    "int max_iter, float tol, int seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int max_iter, float tol, int seed, int? workspace_bytes=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
 
 
+ASSIGN: Operator = operator(
+    "kmeans_assign",
+    "(Tensor x, Tensor centroids) -> Tensor",
+    lambda x, centroids: x.new_empty(x.shape[:2], dtype=torch.int64),
+)
+
+
 def register(
-    name: str, function: Callable[..., Results], device_types: tuple[str, ...], unavailable: str | None = None
+    name: str,
+    function: Callable[..., Results],
+    device_types: tuple[str, ...],
+    unavailable: str | None = None,
+    *,
+    bounded: bool = False,
 ) -> None:
     """Add a backend of `fusion_kernels::kmeans`; its inputs' values are checked before `function` sees them.
 
     The checks that read values live here rather than in :func:`kmeans`, where `torch.compile` could not trace them.
+
+    Args:
+        bounded: whether `function` takes `workspace_bytes` as its last argument. Backends that do not keep no
+            workspace worth bounding.
     """
 
     def checked(
@@ -98,14 +118,21 @@ def register(
         max_iter: int,
         tol: float,
         seed: int,
+        workspace_bytes: int | None = None,
     ) -> Results:
         _check_values(sample_weight, init, n_clusters)
-        return function(x, sample_weight, init, n_clusters, seeding, n_init, algorithm, max_iter, tol, seed)
+        bound = (workspace_bytes,) if bounded else ()
+        return function(x, sample_weight, init, n_clusters, seeding, n_init, algorithm, max_iter, tol, seed, *bound)
 
     OPERATOR.register(Backend(name, checked, device_types, unavailable))
 
 
-register("reference", _reference, ("cpu", "cuda"))
+register("cpu", cpu_backend.kmeans, ("cpu",), native.UNAVAILABLE, bounded=True)
+register("triton", gpu_backend.kmeans, ("cuda",), gpu_backend.UNAVAILABLE, bounded=True)
+register("reference", reference.kmeans, ("cpu", "cuda"))
+register("triton-fast", gpu_backend.kmeans_fast, ("cuda",), gpu_backend.UNAVAILABLE, bounded=True)
+ASSIGN.register(Backend("cpu", cpu_backend.assign, ("cpu",), native.UNAVAILABLE))
+ASSIGN.register(Backend("reference", reference.assign, ("cpu", "cuda")))
 
 
 def kmeans(
@@ -120,6 +147,7 @@ def kmeans(
     tol: float = 0.0,
     seed: int = 0,
     backend: str = "auto",
+    workspace_bytes: int | None = None,
 ) -> KMeansResult:
     """Partition points into clusters of small weighted inertia; the problems of a batch are independent.
 
@@ -159,7 +187,10 @@ def kmeans(
         tol: if positive, Lloyd also stops once the squared shift of all centroids together is no more than tol times
             the mean weighted variance of the columns of x.
         seed: in [0, 2**63).
-        backend: `"auto"` or the name of a backend. Only `"auto"` can be traced by `torch.compile`.
+        backend: `"auto"` or the name of a backend; `"triton-fast"`, which `"auto"` never takes, clusters the points
+            rounded to 11 significant bits. Only `"auto"` can be traced by `torch.compile`.
+        workspace_bytes: bound on the memory that backends other than the reference use beside inputs and results; None
+            for their default. It never changes labels by more than the choice between near-ties.
 
     Returns:
         :class:`KMeansResult`, with the batch dimension of x or without.
@@ -170,7 +201,7 @@ def kmeans(
         BackendUnavailableError: `backend` cannot run here.
     """
     _check_points(x)
-    _check_options(n_clusters, n_init, algorithm, max_iter, tol, seed)
+    _check_options(n_clusters, n_init, algorithm, max_iter, tol, seed, workspace_bytes)
     if sample_weight is not None:
         _check_weights(x, sample_weight)
     start, seeding = _check_init(x, init, n_clusters, n_init)
@@ -187,11 +218,48 @@ def kmeans(
         start = None if start is None else start.unsqueeze(0)
     function = OPERATOR.overload if backend == "auto" else OPERATOR.select(backend, x.device).function
     results: Results = function(
-        points, weights, start, n_clusters, seeding, n_init, algorithm, max_iter, float(tol), seed
+        points, weights, start, n_clusters, seeding, n_init, algorithm, max_iter, float(tol), seed, workspace_bytes
     )
     if batched:
         return KMeansResult(*results)
     return KMeansResult(*(result.squeeze(0) for result in results))
+
+
+def kmeans_assign(x: Tensor, centroids: Tensor, *, backend: str = "auto") -> Tensor:
+    """The nearest centroid of every point: what :func:`kmeans` calls its labels, for points that it has not seen.
+
+    Args:
+        x: (N, D) or (B, N, D) points, D >= 1. float32 or float64; float16 and bfloat16 are computed in float32.
+        centroids: (K, D) or (B, K, D) floating point, K >= 1, on the device of x; computed in the dtype of x.
+        backend: `"auto"` or the name of a backend. Only `"auto"` can be traced by `torch.compile`.
+
+    Returns:
+        (N,) or (B, N) int64. Ties up to rounding go to the lowest id; points that are not finite to 0.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has a wrong shape or device.
+        BackendUnavailableError: `backend` cannot run here.
+    """
+    _check_points(x)
+    if not isinstance(centroids, Tensor):
+        raise TypeError(f"centroids is {type(centroids).__name__}: pass a torch.Tensor")
+    if centroids.dtype not in _FLOATS:
+        raise TypeError(f"centroids is {centroids.dtype}: convert it to one of {', '.join(map(str, _FLOATS))}")
+    if centroids.ndim != x.ndim or centroids.shape[:-2] + centroids.shape[-1:] != x.shape[:-2] + x.shape[-1:]:
+        expected = f"({', '.join([*map(str, x.shape[:-2]), 'K', str(x.shape[-1])])})"
+        raise ValueError(f"centroids has shape {tuple(centroids.shape)}: this x needs {expected}")
+    if centroids.shape[-2] == 0:
+        raise ValueError(f"centroids has shape {tuple(centroids.shape)}: pass at least one centroid")
+    if centroids.device != x.device:
+        raise ValueError(f"centroids is on {centroids.device}: move it to {x.device}, where x is")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    points, centres = x.detach().to(dtype), centroids.detach().to(dtype)
+    if x.ndim == 2:
+        points, centres = points.unsqueeze(0), centres.unsqueeze(0)
+    function = ASSIGN.overload if backend == "auto" else ASSIGN.select(backend, x.device).function
+    labels: Tensor = function(points, centres)
+    return labels.squeeze(0) if x.ndim == 2 else labels
 
 
 def _check_points(x: Tensor) -> None:
@@ -205,12 +273,15 @@ def _check_points(x: Tensor) -> None:
         raise ValueError(f"x has shape {tuple(x.shape)}: pass points with at least one column")
 
 
-def _check_options(n_clusters: int, n_init: int, algorithm: str, max_iter: int, tol: float, seed: int) -> None:
+def _check_options(
+    n_clusters: int, n_init: int, algorithm: str, max_iter: int, tol: float, seed: int, workspace_bytes: int | None
+) -> None:
     for name, value, least in (
         ("n_clusters", n_clusters, 1),
         ("n_init", n_init, 1),
         ("max_iter", max_iter, 0),
         ("seed", seed, 0),
+        ("workspace_bytes", 1 if workspace_bytes is None else workspace_bytes, 1),
     ):
         if not isinstance(value, int):
             raise TypeError(f"{name} is {type(value).__name__}: pass an int")

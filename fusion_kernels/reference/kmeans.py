@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 # A squared distance of a point x is known up to a few rounding errors of |x|²: differences below this multiple of
-# |x|² are ties. It covers the largest error seen for sums of tens of thousands of terms.
-_SLACK = 16 * torch.finfo(torch.float64).eps
+# eps |x|² are ties. It covers the largest error seen for sums of tens of thousands of terms.
+_SLACK = 16
 # Entries of one block of point-to-centroid distances (64 MiB of float64).
 _BLOCK_ENTRIES = 1 << 23
 
@@ -50,7 +50,7 @@ class Status(IntEnum):
 
 @dataclass(frozen=True)
 class _Points:
-    """The n points of positive weight of one problem, in float64.
+    """The n points of positive weight of one problem, in one dtype: that of the arithmetic.
 
     Attributes:
         rows: (n, D), as given.
@@ -70,7 +70,7 @@ class _Points:
 
 
 @dataclass(frozen=True)
-class _Partition:
+class Partition:
     """Labels (n,) of the points and centroids (K, D), both in the coordinates of the caller's choice."""
 
     labels: Tensor
@@ -137,57 +137,111 @@ def _cluster(
     max_iter: int,
     tol: float,
     seed: int,
-) -> tuple[_Partition, Status]:
+) -> tuple[Partition, Status]:
     """One problem: the special cases, then the best of `n_init` runs on the points of positive weight."""
-    N, D = rows.shape
-    zeros = torch.zeros(N, dtype=torch.int64, device=rows.device)
-    given_centroids = start is not None and start.is_floating_point()
-    finite = math.isfinite(float(rows.square().sum())) and (
-        start is None or not given_centroids or math.isfinite(float(start.square().sum()))
-    )
-    if not finite:
-        return _Partition(zeros, rows.new_full((n_clusters, D), math.nan), math.nan, 0, True), Status.NON_FINITE
-    if N > 0 and not bool((w > 0).any()):
-        return _Partition(zeros, rows.new_zeros(n_clusters, D), 0.0, 0, True), Status.ZERO_WEIGHT
-    if n_clusters >= N:
-        settled = _one_point_each(rows, n_clusters)
-        return settled, Status.EMPTY_CLUSTERS if n_clusters > N else Status.OK
+    special = special_case(rows, w, start, n_clusters)
+    if special is not None:
+        return special
 
     # Points without weight take no part: they are labelled at the end. The others are copied even when they are all
     # points, because the bits of a product can depend on where in memory, and so where in the batch, a problem lies.
     active = (w > 0).nonzero().squeeze(1)
-    points = _centre(rows[active], w[active])
-    if start is not None:
-        start = start - points.offset if given_centroids else start[active]
+    if start is not None and not start.is_floating_point():
+        start = start[active]
     if len(active) <= n_clusters:
-        best = _one_point_each(points.rows, n_clusters)
+        best = one_point_each(rows[active], n_clusters)
     else:
-        generator = torch.Generator().manual_seed(seed)
-        best = _run(points, start, n_clusters, seeding, algorithm, max_iter, tol, generator)
-        for _ in range(n_init - 1):
-            other = _run(points, start, n_clusters, seeding, algorithm, max_iter, tol, generator)
-            best = other if other.inertia < best.inertia else best
+        best = best_run(rows[active], w[active], start, n_clusters, seeding, n_init, algorithm, max_iter, tol, seed)
 
-    filled = torch.bincount(best.labels, minlength=n_clusters) > 0
-    labels = zeros.clone()
+    labels = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     labels[active] = best.labels
+    filled = torch.bincount(best.labels, minlength=n_clusters) > 0
     idle = (w == 0).nonzero().squeeze(1)
     if len(idle):
+        offset = (w / w.sum()) @ rows
         candidates = filled.nonzero().squeeze(1)
-        nearest = _assign(_centre(rows[idle], w[idle], points.offset), best.centroids[candidates] - points.offset)
+        nearest = _assign(_centre(rows[idle], w[idle], offset), best.centroids[candidates] - offset)
         labels[idle] = candidates[nearest]
-    status = Status.OK if best.converged else Status.MAX_ITER
-    if not bool(filled.all()):
-        status = Status.EMPTY_CLUSTERS
-    return _Partition(labels, best.centroids, best.inertia, best.n_iter, best.converged), status
+    status = status_of(best.converged, bool(filled.all()))
+    return Partition(labels, best.centroids, best.inertia, best.n_iter, best.converged), status
 
 
-def _one_point_each(rows: Tensor, n_clusters: int) -> _Partition:
+def special_case(rows: Tensor, w: Tensor, start: Tensor | None, n_clusters: int) -> tuple[Partition, Status] | None:
+    """The result for one problem that needs no clustering: not finite, no weight, or no more points than clusters.
+
+    Args:
+        rows: (N, D) points.
+        w: (N,) weights.
+        start: None, (K, D) initial centroids or (N,) labels.
+    """
+    N, D = rows.shape
+    zeros = torch.zeros(N, dtype=torch.int64, device=rows.device)
+    given_centroids = start is not None and start.is_floating_point()
+    if not is_finite(rows) or (start is not None and given_centroids and not is_finite(start)):
+        return Partition(zeros, rows.new_full((n_clusters, D), math.nan), math.nan, 0, True), Status.NON_FINITE
+    if N > 0 and not bool((w > 0).any()):
+        return Partition(zeros, rows.new_zeros(n_clusters, D), 0.0, 0, True), Status.ZERO_WEIGHT
+    if n_clusters >= N:
+        return one_point_each(rows, n_clusters), Status.EMPTY_CLUSTERS if n_clusters > N else Status.OK
+    return None
+
+
+def is_finite(rows: Tensor) -> bool:
+    """Whether the sum of squares is finite in float64."""
+    return math.isfinite(float(rows.to(torch.float64).square().sum()))
+
+
+def status_of(converged: bool, all_filled: bool) -> Status:
+    """How a problem that was clustered ended."""
+    if not all_filled:
+        return Status.EMPTY_CLUSTERS
+    return Status.OK if converged else Status.MAX_ITER
+
+
+def assign(x: Tensor, centroids: Tensor) -> Tensor:
+    """Nearest of the centroids (B, K, D) to each point of x (B, N, D): (B, N) int64, ties up to rounding the lowest id.
+
+    A point that is not finite is labelled 0.
+    """
+    labels = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
+    for b in range(len(x)):
+        centres = centroids[b].to(torch.float64)
+        offset = centres.mean(0)
+        rows = x[b].to(torch.float64)
+        labels[b] = _assign(_centre(rows, rows.new_ones(len(rows)), offset), centres - offset)
+    return labels
+
+
+def best_run(
+    rows: Tensor,
+    w: Tensor,
+    start: Tensor | None,
+    n_clusters: int,
+    seeding: str,
+    n_init: int,
+    algorithm: str,
+    max_iter: int,
+    tol: float,
+    seed: int,
+) -> Partition:
+    """The best of `n_init` runs on n > K points of positive weight, in the dtype of `rows`; the first of equals."""
+    points = _centre(rows, w)
+    if start is not None and start.is_floating_point():
+        start = start - points.offset
+    generator = torch.Generator().manual_seed(seed)
+    best = _run(points, start, n_clusters, seeding, algorithm, max_iter, tol, generator)
+    for _ in range(n_init - 1):
+        other = _run(points, start, n_clusters, seeding, algorithm, max_iter, tol, generator)
+        best = other if other.inertia < best.inertia else best
+    return best
+
+
+def one_point_each(rows: Tensor, n_clusters: int) -> Partition:
     """No more points than clusters: every point is a centroid; the clusters left over repeat the last point."""
     n, D = rows.shape
     labels = torch.arange(n, device=rows.device)
     last = rows[-1:] if n else rows.new_zeros(1, D)
-    return _Partition(labels, torch.cat([rows, last.expand(n_clusters - n, D)]), 0.0, 0, True)
+    return Partition(labels, torch.cat([rows, last.expand(n_clusters - n, D)]), 0.0, 0, True)
 
 
 def _centre(rows: Tensor, w: Tensor, offset: Tensor | None = None) -> _Points:
@@ -195,7 +249,7 @@ def _centre(rows: Tensor, w: Tensor, offset: Tensor | None = None) -> _Points:
         offset = (w / w.sum()) @ rows
     x = rows - offset
     sq = x.square().sum(1)
-    return _Points(rows, offset, x, w, sq, _SLACK * sq)
+    return _Points(rows, offset, x, w, sq, _SLACK * torch.finfo(x.dtype).eps * sq)
 
 
 def _run(
@@ -207,7 +261,7 @@ def _run(
     max_iter: int,
     tol: float,
     generator: torch.Generator,
-) -> _Partition:
+) -> Partition:
     """Seed, iterate, and return the partition with centroids in the original coordinates."""
     labels = None
     if start is None:
@@ -231,7 +285,7 @@ def _run(
     centroids = centroids + points.offset
     if at_means:
         centroids = _means(points.rows, points.w, labels, centroids)
-    return _Partition(labels, centroids, inertia, n_iter, converged)
+    return Partition(labels, centroids, inertia, n_iter, converged)
 
 
 def _seed_plus_plus(points: _Points, n_clusters: int, generator: torch.Generator) -> Tensor:
@@ -240,15 +294,15 @@ def _seed_plus_plus(points: _Points, n_clusters: int, generator: torch.Generator
     Draws are made on the CPU, so that every device sees the same ones. When every point coincides with a seed, the
     first seed fills the remaining places.
     """
-    trials = 2 + int(math.log(n_clusters))
+    first, levels = seeding_levels(n_clusters, generator)
     device = points.x.device
-    seeds = _draw(points.w, 1, generator).to(device)
+    seeds = _draw(points.w, first).to(device)
     closest = _seed_distances(points, seeds)[0]
-    for _ in range(1, n_clusters):
+    for step in range(n_clusters - 1):
         mass = points.w * closest
         if not bool((mass > 0).any()):
             return torch.cat([seeds, seeds[:1].expand(n_clusters - len(seeds))])
-        candidates = _draw(mass, trials, generator).to(device)
+        candidates = _draw(mass, levels[step]).to(device)
         distances = torch.minimum(closest, _seed_distances(points, candidates))
         best = int((distances @ points.w).argmin())
         seeds = torch.cat([seeds, candidates[best : best + 1]])
@@ -256,12 +310,21 @@ def _seed_plus_plus(points: _Points, n_clusters: int, generator: torch.Generator
     return seeds
 
 
-def _draw(mass: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """(n,) indices on the CPU, drawn with replacement with probability proportional to `mass`."""
-    cumulative = (mass / mass.max()).cpu().cumsum(0)
-    levels = torch.rand(n, dtype=torch.float64, generator=generator) * cumulative[-1]
+def seeding_levels(n_clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The uniform draws of one k-means++ seeding, all at its start: (1,), then (K - 1, trials), float64 on the CPU.
+
+    A seeding that ends early has then left the stream where any other does, for the next one to go on from.
+    """
+    trials = 2 + int(math.log(n_clusters))
+    first = torch.rand(1, dtype=torch.float64, generator=generator)
+    return first, torch.rand(n_clusters - 1, trials, dtype=torch.float64, generator=generator)
+
+
+def _draw(mass: Tensor, levels: Tensor) -> Tensor:
+    """Indices on the CPU, one per level in [0, 1), with probability proportional to `mass`."""
+    cumulative = (mass / mass.max()).cpu().to(torch.float64).cumsum(0)
     # The first index whose cumulative mass exceeds the level has mass of its own: mass 0 is never drawn.
-    return torch.searchsorted(cumulative, levels, right=True)
+    return torch.searchsorted(cumulative, levels * cumulative[-1], right=True)
 
 
 def _seed_distances(points: _Points, seeds: Tensor) -> Tensor:
@@ -271,13 +334,17 @@ def _seed_distances(points: _Points, seeds: Tensor) -> Tensor:
 
 
 def _seed_random(points: _Points, n_clusters: int, generator: torch.Generator) -> Tensor:
-    """K distinct points, drawn one after the other with probability proportional to weight.
+    return random_seeds(points.w, n_clusters, generator).to(points.x.device)
+
+
+def random_seeds(w: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
+    """(K,) distinct points on the CPU, drawn one after the other with probability proportional to the weights w (n,).
 
     Exponential clocks with the weights as rates: the order in which they ring is that of such draws.
     """
-    uniform = torch.rand(len(points.w), dtype=torch.float64, generator=generator)
-    rings = -torch.log1p(-uniform) / points.w.cpu()
-    return rings.argsort(stable=True)[:n_clusters].to(points.x.device)
+    uniform = torch.rand(len(w), dtype=torch.float64, generator=generator)
+    rings = -torch.log1p(-uniform) / w.cpu()
+    return rings.argsort(stable=True)[:n_clusters]
 
 
 def _lloyd(

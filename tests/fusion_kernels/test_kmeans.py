@@ -1,4 +1,4 @@
-"""k-means against a plain-loop float64 oracle, its invariants by brute force, and its edge cases."""
+"""k-means against a plain-loop float64 oracle, its invariants by brute force, its edge cases; on every CPU backend."""
 
 from __future__ import annotations
 
@@ -12,11 +12,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusion_kernels.kmeans import KMeansResult, Status, kmeans
+from fusion_kernels import kmeans as public_kmeans
+from fusion_kernels import native
+from fusion_kernels.kmeans import KMeansResult, Status
 
 Array = npt.NDArray[Any]
 
 INITS = ("k-means++", "random")
+BACKENDS = ("reference",) if native.UNAVAILABLE else ("reference", "cpu")
+#: Options that `kmeans` below adds to every call: the backend under test.
+COMMON: dict[str, Any] = {}
+
+
+@pytest.fixture(autouse=True, params=BACKENDS)
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COMMON, "backend", request.param)
+
+
+def kmeans(x: Tensor, n_clusters: int, **options: Any) -> KMeansResult:
+    return public_kmeans(x, n_clusters, **COMMON, **options)
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusion_kernels.kmeans import OPERATOR, KMeansResult, Status, kmeans
+from fusion_kernels import kmeans as public_kmeans
+from fusion_kernels import native
+from fusion_kernels.kmeans import OPERATOR, KMeansResult, Status
 from fusion_kernels.library import BackendUnavailableError
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+BACKENDS = ("reference",) if native.UNAVAILABLE else ("reference", "cpu")
+#: Options that `kmeans` below adds to every call: the backend under test, if the test names none.
+COMMON: dict[str, Any] = {}
+
+
+@pytest.fixture(params=BACKENDS)
+def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COMMON, "backend", request.param)
+
+
+def kmeans(x: Tensor, n_clusters: int, **options: Any) -> KMeansResult:
+    return public_kmeans(x, n_clusters, **{**COMMON, **options})
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +58,7 @@ def problem(result: KMeansResult, b: int) -> KMeansResult:
 # --- independence and determinism ------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("algorithm", ["lloyd", "hartigan"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_problem_is_the_same_alone_and_in_a_batch(algorithm: str, dtype: torch.dtype) -> None:
@@ -61,6 +76,7 @@ def test_a_problem_is_the_same_alone_and_in_a_batch(algorithm: str, dtype: torch
             assert_same(problem(batch, b), kmeans(x[b], 19, sample_weight=w[b], init=init[b], algorithm=algorithm))
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_all_zero_weights_spoil_their_own_problem_only() -> None:
     x = torch.stack([normal(60, 4, seed=s) for s in range(3)])
     w = torch.stack([random_weights(60, seed=s) for s in range(3)])
@@ -76,6 +92,7 @@ def test_all_zero_weights_spoil_their_own_problem_only() -> None:
         assert_same(problem(result, b), kmeans(x[b], 5, sample_weight=w[b]))
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_non_finite_points_spoil_their_own_problem_only(value: float) -> None:
     x = torch.stack([normal(50, 4, seed=s) for s in range(3)])
@@ -90,6 +107,7 @@ def test_non_finite_points_spoil_their_own_problem_only(value: float) -> None:
         assert_same(problem(result, b), problem(clean, b))
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_non_finite_centroids_spoil_their_own_problem_only() -> None:
     x = torch.stack([normal(50, 4, seed=s) for s in range(2)])
     init = x[:, :6].clone()
@@ -99,12 +117,14 @@ def test_non_finite_centroids_spoil_their_own_problem_only() -> None:
     assert_same(problem(result, 1), kmeans(x[1], 6, init=init[1]))
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_non_finite_wins_over_every_other_status() -> None:
     x = torch.full((3, 2), math.nan)
     assert int(kmeans(x, 5, sample_weight=torch.zeros(3)).status) == Status.NON_FINITE
     assert int(kmeans(torch.zeros(3, 2), 5, sample_weight=torch.zeros(3)).status) == Status.ZERO_WEIGHT
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_the_seed_decides_everything() -> None:
     x, w = normal(300, 9), random_weights(300)
     torch.manual_seed(0)
@@ -116,6 +136,7 @@ def test_the_seed_decides_everything() -> None:
         assert not torch.equal(first.labels, kmeans(x, 20, sample_weight=w, init=init, seed=12).labels)
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_a_large_offset_does_not_cancel() -> None:
     x = normal(200, 6, dtype=torch.float64)
     init = x[:9].clone()
@@ -124,6 +145,7 @@ def test_a_large_offset_does_not_cancel() -> None:
     assert float(far.inertia) == pytest.approx(float(near.inertia), rel=1e-6)
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_inputs_are_left_alone() -> None:
     x, w, init = normal(60, 4), random_weights(60), normal(5, 4)
     copies = x.clone(), w.clone(), init.clone()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusion_kernels import BackendUnavailableError, backends
+from fusion_kernels import BackendUnavailableError, backends, native
 from fusion_kernels.activations import ACTIVATIONS, get_activation
 from fusion_kernels.library import Backend, Operator
 
@@ -38,8 +38,13 @@ def test_asking_by_name() -> None:
 
 def test_backends_lists_every_operator() -> None:
     report = backends()
-    assert set(report) == {"kmeans", "ntk_gram"}
-    assert all(row["cpu"] == "reference" for row in report.values())
+    assert set(report) == {"kmeans", "kmeans_assign", "ntk_gram"}
+    compiled = "reference" if native.UNAVAILABLE else "cpu"
+    assert {name: row["cpu"] for name, row in report.items()} == {
+        "kmeans": compiled,
+        "kmeans_assign": compiled,
+        "ntk_gram": "reference",
+    }
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))

@@ -1,0 +1,22 @@
+"""How Triton kernels are launched, and what the GPU offers them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fusion_kernels.kmeans import triton_tuning as tuning
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may use."""
+    if device.type != "cuda":
+        return tuning.SMALL_SHARED_MEMORY
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+    """Launch `programs` programs of a kernel; options are its constants, `num_warps` and `num_stages`."""
+    kernel[(programs,)](*arguments, **options)

@@ -1,0 +1,161 @@
+"""Points as the Triton kernels of k-means see them: weights, and the inner products of the centred points."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusion_kernels.kmeans import _triton_gram as gram_kernels
+from fusion_kernels.kmeans import triton_tuning as tuning
+from fusion_kernels.kmeans.triton_launch import launch, shared_memory
+
+# Given centroids this far away, in units of the largest entry of the points, are brought nearer: they are equally far
+# for every point, and their squares must not overflow.
+_FAR = {torch.float32: 2.0**40, torch.float64: 2.0**400}
+
+
+@dataclass
+class Points:
+    """The points of B problems as the kernels see them.
+
+    Attributes:
+        x: (B, N, D), as given, float32 or float64.
+        mean: (B, D), what is subtracted before products are formed.
+        weight: (B, N) float64.
+        total: (B,) float64, sums of weight.
+        gram: (B, N, stride), inner products of the centred points, scaled by one power of two per problem.
+        diagonal: (B, N), of gram.
+        finite: (B,) bool, of x and of given centroids.
+        products: (B, K, stride), of centroids with points.
+        norms: (B, K), squared norms of the centroids.
+    """
+
+    x: Tensor
+    mean: Tensor
+    weight: Tensor
+    total: Tensor
+    gram: Tensor
+    diagonal: Tensor
+    finite: Tensor
+    products: Tensor
+    norms: Tensor
+
+
+def prepare(x: Tensor, sample_weight: Tensor | None, start: Tensor | None, n_clusters: int, exact: bool) -> Points:
+    """Centre the points and form their Gram matrix; with given centroids `start` (B, K, D), their products too."""
+    B, N, D = x.shape
+    K = n_clusters
+    weight = x.new_ones((B, N), dtype=torch.float64) if sample_weight is None else sample_weight.double().contiguous()
+    total, mean = weight.new_empty(B), x.new_empty(B, D)
+    launch(gram_kernels._total_kernel, B, weight, total, N, BLOCK=512)
+    launch(gram_kernels._column_mean_kernel, B * -(-D // 128), x, weight, total, mean, N, D, BN=32, BD=128)
+
+    stride = tuning.round_up(N, tuning.STRIDE_MULTIPLE)
+    gram, products = x.new_empty(B, N, stride), x.new_empty(B, K, stride)
+    norms = x.new_empty(B, K)
+    if x.dtype == torch.float64:
+        finite = _gram_float64(x, mean, start, gram, products, norms)
+    else:
+        finite = _gram_float32(x, mean, start, gram, products, norms, exact)
+    diagonal = gram.diagonal(dim1=1, dim2=2).contiguous()
+    return Points(x, mean, weight, total, gram, diagonal, finite, products, norms)
+
+
+def _gram_float64(
+    x: Tensor, mean: Tensor, start: Tensor | None, gram: Tensor, products: Tensor, norms: Tensor
+) -> Tensor:
+    """Fill gram, and with `start` products and norms; return whether the inputs are finite, per problem."""
+    N = x.shape[1]
+    finite = is_finite(x)
+    if start is not None:
+        finite &= is_finite(start)
+    for b in range(len(x)):
+        # One problem at a time: a batched product may round differently than a single one.
+        centred = x[b] - mean[b]
+        _, exponent = torch.frexp(centred.abs().amax())
+        centred = torch.ldexp(centred, -exponent)
+        lower = torch.tril(centred @ centred.T)
+        gram[b, :, :N] = lower + torch.tril(lower, -1).T
+        if start is not None:
+            origin = torch.ldexp(start[b] - mean[b], -exponent).clamp(-_FAR[x.dtype], _FAR[x.dtype])
+            products[b, :, :N] = origin @ centred.T
+            norms[b] = origin.square().sum(1)
+    return finite
+
+
+@dataclass
+class _Split:
+    """Centred rows as two float16 numbers per entry: (B, n, depth) planes, exponents (B, n), finite (B, n)."""
+
+    high: Tensor
+    low: Tensor
+    exponent: Tensor
+    finite: Tensor
+
+
+def _split(x: Tensor, mean: Tensor, exact: bool) -> _Split:
+    B, n, D = x.shape
+    depth = tuning.round_up(D, tuning.DEPTH_MULTIPLE)
+    high = torch.empty(B, n, depth, dtype=torch.float16, device=x.device)
+    low = torch.empty_like(high) if exact else high
+    exponent = torch.empty(B, n, dtype=torch.int32, device=x.device)
+    finite = torch.empty_like(exponent)
+    launch(
+        gram_kernels._split_kernel,
+        B * n, x, mean, high, low, exponent, finite, n, D, depth,
+        SPLIT=exact, BD=64 if D <= 64 else 1024,
+    )  # fmt: skip
+    return _Split(high, low, exponent, finite)
+
+
+def _gram_float32(
+    x: Tensor, mean: Tensor, start: Tensor | None, gram: Tensor, products: Tensor, norms: Tensor, exact: bool
+) -> Tensor:
+    """As `_gram_float64`, on tensor cores."""
+    points = _split(x, mean, exact)
+    largest = points.exponent.amax(1)
+    finite = points.finite.amin(1) > 0
+    scale = _scale(points, largest)
+    _gram(points, scale, points, scale, gram, exact)
+    if start is not None:
+        origin = _split(start.contiguous(), mean, exact)
+        finite &= origin.finite.amin(1) > 0
+        origin_scale = _scale(origin, largest)
+        _gram(origin, origin_scale, points, scale, products, exact)
+        B, K, depth = origin.high.shape
+        launch(
+            gram_kernels._row_norm_kernel, B * K, origin.high, origin.low, origin_scale, norms, depth,
+            SPLIT=exact, BD=256,
+        )  # fmt: skip
+    return finite
+
+
+def _scale(rows: _Split, largest: Tensor) -> Tensor:
+    """(B, n) float32 powers of two that bring the split rows to one exponent per problem, points to entries below 1."""
+    far = int(math.log2(_FAR[torch.float32]))
+    exponent = ((rows.exponent - largest[:, None]).clamp(max=far) - 15).clamp(min=-126)
+    return ((exponent + 127) << 23).view(torch.float32)
+
+
+def _gram(a: _Split, a_scale: Tensor, b: _Split, b_scale: Tensor, out: Tensor, exact: bool) -> None:
+    B, M, depth = a.high.shape
+    N = b.high.shape[1]
+    symmetric = a is b
+    config = tuning.gram_config(N, exact, shared_memory(out.device))
+    BM, BN = config.tile
+    side = -(-N // BN)
+    tiles = side * (side + 1) // 2 if symmetric else -(-M // BM) * side
+    launch(
+        gram_kernels._gram_kernel,
+        B * tiles, a.high, a.low, a_scale, b.high, b.low, b_scale, out, M, N, depth, out.shape[2],
+        SYMMETRIC=symmetric, SPLIT=exact, BM=BM, BN=BN, BD=config.depth, CHUNK=config.chunk,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def is_finite(x: Tensor) -> Tensor:
+    """(B,) bool: no NaN, no infinity, and in float64, which is what squares are formed in, none too large to square."""
+    return x.square().sum((1, 2)).isfinite() if x.dtype == torch.float64 else x.isfinite().all(2).all(1)

@@ -1,0 +1,335 @@
+"""The Triton k-means against the reference, interpreted on the CPU: kernels one by one, then the whole backend.
+
+float64 problems must match the reference label by label: what differs there is logic, not rounding.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import Any
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+import triton_interpreter  # noqa: F401, I001 - before any kernel is defined
+import torch
+from torch import Tensor
+
+from fusion_kernels import BackendUnavailableError
+from fusion_kernels import kmeans as public_kmeans
+from fusion_kernels.kmeans import Status, gpu_backend, triton_backend, triton_points, triton_run, triton_tuning
+from fusion_kernels.kmeans._triton_moves import _select_moves_kernel
+from fusion_kernels.reference.kmeans import kmeans as reference
+
+FIELDS = ("labels", "centroids", "inertia", "counts", "n_iter", "status")
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that share a work list only cost time here; one test below has many."""
+    monkeypatch.setattr(triton_tuning, "_PROGRAMS", 1)
+
+
+def blobs(B: int, n: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, n, d): overlapping groups of points of different sizes, away from the origin."""
+    g = torch.Generator().manual_seed(seed)
+    middle = 3 * torch.randn(B, 7, d, generator=g, dtype=torch.float64)
+    at = torch.randint(7, (B, n, 1), generator=g).expand(-1, -1, d)
+    x = middle.gather(1, at) + torch.randn(B, n, d, generator=g, dtype=torch.float64)
+    return (x * (0.1 + 3 * torch.rand(B, n, 1, generator=g, dtype=torch.float64)) + 5).to(dtype)
+
+
+def weights(B: int, n: int, dtype: torch.dtype = torch.float32, idle: float = 0.2) -> Tensor:
+    g = torch.Generator().manual_seed(1)
+    return (0.1 + 3 * torch.rand(B, n, generator=g)).mul(torch.rand(B, n, generator=g) >= idle).to(dtype)
+
+
+def run(
+    x: Tensor,
+    n_clusters: int,
+    sample_weight: Tensor | None = None,
+    init: str | Tensor = "k-means++",
+    n_init: int = 1,
+    algorithm: str = "hartigan",
+    max_iter: int = 100,
+    tol: float = 0.0,
+    seed: int = 0,
+    function: Any = triton_backend.kmeans,
+    **options: Any,
+) -> dict[str, Tensor]:
+    start, seeding = (None, init) if isinstance(init, str) else (init, "k-means++")
+    found = function(x, sample_weight, start, n_clusters, seeding, n_init, algorithm, max_iter, tol, seed, **options)
+    return dict(zip(FIELDS, found, strict=True))
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], eps: float) -> None:
+    for name in ("labels", "n_iter", "status", "counts"):
+        assert torch.equal(found[name], expected[name]), name
+    torch.testing.assert_close(found["centroids"], expected["centroids"], rtol=8 * eps, atol=8 * eps, equal_nan=True)
+    torch.testing.assert_close(found["inertia"], expected["inertia"], rtol=64 * eps, atol=64 * eps, equal_nan=True)
+
+
+# --- Gram ------------------------------------------------------------------------------------------------------------
+
+
+def centred(x: Tensor, mean: Tensor) -> Tensor:
+    return x.double() - mean[:, None].double()
+
+
+def relative_errors(gram: Tensor, rows: Tensor) -> Tensor:
+    """(B, N, N) errors of a Gram matrix, scaled by an unknown power of two, relative to the norms of its rows."""
+    exact = rows @ rows.mT
+    scale = torch.exp2(torch.log2(gram.double().abs().amax((1, 2)) / exact.abs().amax((1, 2))).round())
+    norms = rows.norm(dim=2)
+    return (gram.double() / scale[:, None, None] - exact) / (norms[:, :, None] * norms[:, None, :])
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(("n", "d"), [(17, 1), (123, 65), (17, 1537), (65, 129)])
+def test_gram_errs_at_most_twice_as_much_as_torch(n: int, d: int, exact: bool) -> None:
+    x = blobs(2, n, d, seed=n)
+    # Rows of very different sizes: every one has a scale of its own.
+    x[1] = (x[1] - 5) * torch.logspace(-12, 12, n)[:, None]
+    points = triton_points.prepare(x, None, None, 1, exact)
+    rows = centred(x, points.mean)
+    found = relative_errors(points.gram[:, :, :n], rows)
+    # What torch has to work with: centred float32 rows, or for the fast form the same rounded to 11 bits.
+    given = rows.float()
+    if not exact:
+        exponent = torch.frexp(given.abs().amax(2, keepdim=True))[1]
+        given = torch.ldexp(torch.ldexp(given, 15 - exponent).half().float(), exponent - 15)
+    torchs = relative_errors(given @ given.mT, rows)
+    # 22 bits per entry are two fewer than float32 has, which no sum hides where there is a single column.
+    factor = 4 if d == 1 else 2
+    assert float(found.abs().max()) <= factor * float(torchs.abs().max())
+    assert float(found.square().mean()) <= factor**2 * float(torchs.square().mean())
+    assert torch.equal(points.gram[:, :, :n], points.gram[:, :, :n].mT)
+    assert bool(points.finite.all())
+
+
+def test_gram_of_large_and_tiny_numbers() -> None:
+    x = blobs(1, 17, 5).repeat(3, 1, 1)
+    x[1] *= 2.0**120
+    x[2] *= 2.0**-120
+    gram = triton_points.prepare(x, None, None, 1, True).gram[:, :, :17]
+    assert torch.equal(gram[0], gram[1])
+    assert torch.equal(gram[0], gram[2])
+
+
+def test_products_with_given_centroids() -> None:
+    x, start = blobs(2, 65, 17), blobs(2, 5, 17, seed=3)
+    start[0, 1] *= 1e30
+    points = triton_points.prepare(x, None, start, 5, True)
+    rows, origin = centred(x, points.mean), centred(start, points.mean)
+    scale = (points.gram[:, 0, 0].double() / rows[:, 0].square().sum(1))[:, None]
+    near = torch.tensor([[True, False, True, True, True], [True] * 5])
+    expected = origin @ rows.mT * scale[:, :, None]
+    torch.testing.assert_close(points.products[:, :, :65].double()[near], expected[near], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(points.norms.double()[near], (origin.square().sum(2) * scale)[near], rtol=1e-5, atol=0.0)
+    assert float(points.norms[0, 1]) > 1e20
+    assert bool(points.norms.isfinite().all())
+
+
+# --- Hartigan's moves ------------------------------------------------------------------------------------------------
+
+
+def greedy(gain: list[float], source: list[int], target: list[int]) -> list[int]:
+    taken: set[int] = set()
+    moves = []
+    for j in sorted(range(len(gain)), key=lambda j: (-gain[j], j)):
+        if gain[j] > 0 and source[j] not in taken and target[j] not in taken:
+            taken |= {source[j], target[j]}
+            moves.append(j)
+    return sorted(moves)
+
+
+@pytest.mark.parametrize("kind", ["random", "equal", "chain", "none"])
+def test_selected_moves_are_those_of_the_greedy_walk(kind: str) -> None:
+    n, K = 123, 65
+    g = torch.Generator().manual_seed(0)
+    source = torch.randint(K, (1, n), generator=g, dtype=torch.int32)
+    target = (source + torch.randint(1, K, (1, n), generator=g, dtype=torch.int32)) % K
+    gain = torch.rand(1, n, generator=g, dtype=torch.float64) - 0.3
+    if kind == "equal":
+        gain = gain.sign()
+    elif kind == "none":
+        gain = -gain.abs()
+    elif kind == "chain":
+        # Every move but the first waits for the one before it.
+        source = torch.arange(n, dtype=torch.int32)[None] % (K - 1)
+        target = source + 1
+        gain = torch.linspace(2, 1, n, dtype=torch.float64)[None]
+    integers = torch.full((1, n), -7, dtype=torch.int32)
+    state, n_iter, n_changed = (torch.zeros(1, dtype=torch.int32) for _ in range(3))
+    labels, counts = source.clone(), torch.bincount(source[0], minlength=K).to(torch.int32)[None]
+    lists = [integers[:, :K].clone() for _ in range(3)]
+    changed = torch.zeros(1, K, dtype=torch.int32)
+    _select_moves_kernel[(1,)](
+        state, n_iter, n_changed, *lists, changed, labels, gain, target, counts, integers.clone(),
+        torch.zeros(1, K, dtype=torch.int64), integers[:, :K].clone(), n, K, BLOCK=32, BK=32,
+    )  # fmt: skip
+    moves = greedy(gain[0].tolist(), source[0].tolist(), target[0].tolist())
+    assert (labels != source).nonzero()[:, 1].tolist() == moves
+    assert torch.equal(labels[0, moves], target[0, moves])
+    touched = sorted({*source[0, moves].tolist(), *target[0, moves].tolist()})
+    assert lists[0][0, : int(n_changed)].tolist() == touched
+    assert torch.equal(counts[0].long(), torch.bincount(labels[0], minlength=K))
+    assert lists[2][0, touched].tolist() == counts[0, touched].tolist()
+    assert not bool(changed.any())
+    assert int(state) == (triton_run.State.FIXED if kind == "none" else triton_run.State.RUNNING)
+
+
+# --- the whole backend -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "k", "options"),
+    [
+        (17, 1, 5, {"algorithm": "lloyd"}),
+        (17, 17, 1, {}),
+        (65, 17, 16, {"init": "random", "n_init": 2}),
+        (65, 1, 16, {"init": "random", "algorithm": "lloyd", "n_init": 2}),
+        (123, 65, 16, {"max_iter": 3}),
+        (65, 17, 5, {"algorithm": "lloyd", "max_iter": 1}),
+        (65, 17, 5, {"algorithm": "lloyd", "max_iter": 0}),
+        (65, 17, 5, {"max_iter": 0}),
+        (123, 5, 16, {"algorithm": "lloyd", "tol": 0.3}),
+    ],
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_float64_is_the_reference(n: int, d: int, k: int, options: dict[str, Any], weighted: bool) -> None:
+    x = blobs(1, n, d, dtype=torch.float64)
+    options = {**options, "sample_weight": weights(1, n, torch.float64) if weighted else None, "seed": 3}
+    expected = run(x, k, function=reference, **options)
+    assert_same(run(x, k, **options), expected, torch.finfo(torch.float64).eps)
+    if "tol" in options:
+        plain = run(x, k, function=reference, **{**options, "tol": 0.0})
+        assert bool((plain["n_iter"] > expected["n_iter"]).any()), "tol must have stopped it"
+
+
+@pytest.mark.parametrize("algorithm", ["lloyd", "hartigan"])
+@pytest.mark.parametrize("kind", ["centroids", "empty", "labels", "skipping"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_given_starts(kind: str, algorithm: str, dtype: torch.dtype) -> None:
+    x = blobs(1, 40, 3, dtype=dtype)
+    init: Tensor
+    if kind == "centroids":
+        init = x[:, :5] + 0.25
+    elif kind == "empty":
+        # Far centroids lose all their points and are given others.
+        init = torch.cat([x[:, :3], 900 + x[:, :2]], 1)
+    else:
+        init = torch.randint(5 if kind == "labels" else 2, (1, 40), generator=torch.Generator().manual_seed(2))
+    options: dict[str, Any] = {"init": init, "algorithm": algorithm, "sample_weight": weights(1, 40, dtype)}
+    expected = run(x, 5, function=reference, **options)
+    assert_same(run(x, 5, **options), expected, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("init", ["k-means++", "random"])
+def test_float32_labels_are_nearest_and_means_are_means(init: str) -> None:
+    x, w = blobs(1, 123, 17), weights(1, 123)
+    found = run(x, 16, w, init, algorithm="lloyd")
+    assert int(found["status"]) == Status.OK
+    distances = torch.cdist(x.double(), found["centroids"].double())[0].square()
+    gap = distances.gather(1, found["labels"][0, :, None])[:, 0] - distances.min(1).values
+    assert float((gap / (x[0] - x[0].mean(0)).double().square().sum(1)).max()) <= 1e-5
+    inertia = (w[0].double() * distances.gather(1, found["labels"][0, :, None])[:, 0]).sum()
+    torch.testing.assert_close(found["inertia"][0].double(), inertia, rtol=1e-6, atol=0.0)
+    for c in range(16):
+        inside = found["labels"][0] == c
+        mean = (w[0, inside, None] * x[0, inside]).double().sum(0) / w[0, inside].double().sum()
+        torch.testing.assert_close(found["centroids"][0, c].double(), mean, rtol=1e-6, atol=1e-6)
+    # Near-ties aside, that is where the reference ends too.
+    expected = run(x, 16, w, init, function=reference, algorithm="lloyd")
+    torch.testing.assert_close(found["inertia"], expected["inertia"], rtol=1e-5, atol=0.0)
+
+
+def test_fast_clusters_nearly_as_well() -> None:
+    x = blobs(1, 65, 17)
+    found, expected = run(x, 16, precision="fast"), run(x, 16, function=reference)
+    torch.testing.assert_close(found["inertia"], expected["inertia"], rtol=0.05, atol=0.0)
+    with pytest.raises(ValueError, match="unknown precision 'bf16': use one of exact, fast"):
+        run(x, 16, precision="bf16")
+
+
+def test_a_problem_has_the_same_bits_alone_in_a_batch_and_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = blobs(5, 17, 17), weights(5, 17)
+    # The neighbours: not finite, without weight, with fewer points of weight than clusters.
+    x[1, 7, 3] = math.nan
+    x[1, 8, 3] = -math.inf
+    w[2] = 0
+    w[3] = 0
+    w[3, [2, 5, 16]] = 1
+    options: dict[str, Any] = {"n_init": 2, "max_iter": 3}
+    together = run(x, 4, w, **options)
+    monkeypatch.setattr(triton_tuning, "_PROGRAMS", 3)
+    for b in (0, 1, 3):
+        alone = run(x[b : b + 1], 4, w[b : b + 1], **options)
+        for name in FIELDS:
+            torch.testing.assert_close(alone[name][0], together[name][b], rtol=0.0, atol=0.0, equal_nan=True)
+    assert together["status"].tolist()[1:4] == [Status.NON_FINITE, Status.ZERO_WEIGHT, Status.EMPTY_CLUSTERS]
+    in_parts = run(x, 4, w, workspace_bytes=2 * triton_tuning.problem_bytes(17, 4, 17, 4, True), **options)
+    for name in FIELDS:
+        torch.testing.assert_close(in_parts[name], together[name], rtol=0.0, atol=0.0, equal_nan=True)
+    assert_same(together, run(x, 4, w, function=reference, **options), torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("init", ["k-means++", "random", "centroids"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fewer_distinct_points_than_clusters(init: str, dtype: torch.dtype) -> None:
+    x = blobs(1, 5, 17, dtype=dtype).repeat(1, 6, 1)
+    start: str | Tensor = x[:, :9] if init == "centroids" else init
+    found, expected = run(x, 9, None, start), run(x, 9, None, start, function=reference)
+    for name in ("labels", "counts", "status"):
+        assert torch.equal(found[name], expected[name]), name
+    torch.testing.assert_close(found["centroids"], expected["centroids"])
+    assert float(found["inertia"]) <= 1e-8
+
+
+@pytest.mark.parametrize(("n", "k"), [(0, 3), (1, 1), (1, 5), (17, 17), (17, 20)])
+def test_as_many_clusters_as_points(n: int, k: int) -> None:
+    x, w = blobs(4, n, 3) if n else torch.zeros(4, 0, 3), torch.ones(4, n)
+    if n:
+        x[1, 0, 0], w[2] = math.inf, 0
+    start = torch.zeros(4, k, 3)
+    start[3, 0, 0] = math.nan
+    for init in ("random", start):
+        assert_same(run(x, k, w, init), run(x, k, w, init, function=reference), 0.0)
+
+
+def test_no_problems_and_given_centroids_that_are_not_finite() -> None:
+    found = run(torch.zeros(0, 9, 3), 4)
+    assert [tuple(f.shape) for f in found.values()] == [(0, 9), (0, 4, 3), (0,), (0, 4), (0,), (0,)]
+    x, start = blobs(2, 17, 3), torch.zeros(2, 4, 3)
+    start[1, 2, 2] = math.nan
+    assert_same(run(x, 4, None, start), run(x, 4, None, start, function=reference), 1e-6)
+
+
+# --- around it -------------------------------------------------------------------------------------------------------
+
+
+def test_large_problems_are_refused_with_a_remedy() -> None:
+    size = triton_tuning.problem_bytes(100_000, 10, 3, 4, True)
+    with pytest.raises(ValueError, match=r"100000 points need 37 GiB .* use backend='reference', or cluster a sample"):
+        triton_backend._check_memory(size, 100_000, size - 1)
+    triton_backend._check_memory(size, 100_000, size)
+
+
+def test_configurations_depend_on_the_problem_alone() -> None:
+    small, large = triton_tuning.SMALL_SHARED_MEMORY, triton_tuning.LARGE_SHARED_MEMORY
+    assert triton_tuning.gram_config(3072, True, small) != triton_tuning.gram_config(3072, True, large)
+    for n, k in [(2, 1), (17, 5), (65, 64), (3072, 768), (14336, 3584)]:
+        config = triton_tuning.sweep_config(n, k, False)
+        assert all(v & (v - 1) == 0 and v > 0 for v in vars(config).values())
+        for B in (1, 3, 200, 10**6):
+            assert 1 <= triton_tuning.list_programs(B, k) <= k
+
+
+@pytest.mark.skipif(gpu_backend.UNAVAILABLE is None, reason="there is a GPU that it runs on")
+def test_asking_for_it_without_a_gpu_says_why() -> None:
+    for name in ("triton", "triton-fast"):
+        with pytest.raises(BackendUnavailableError, match=f"backend '{name}': {gpu_backend.UNAVAILABLE}"):
+            public_kmeans(torch.zeros(5, 2), 2, backend=name)

@@ -1,0 +1,25 @@
+"""Points like the neurons of a trained network, for the tests and the benchmarks of k-means."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def neuron_like(n: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(n, d): a power-law spectrum, lognormal norms, 5% near duplicates, 1% exact duplicates and 1% zero rows.
+
+    The columns are not rotated: k-means would not see it.
+    """
+    g = torch.Generator().manual_seed(seed)
+    spectrum = torch.arange(1, d + 1, dtype=torch.float32).pow(-0.5)
+    x = torch.randn(n, d, generator=g).mul_(spectrum)
+    x *= torch.randn(n, 1, generator=g).mul_(0.5).exp_()
+    kind = torch.rand(n, generator=g)
+    source = torch.randint(n, (n,), generator=g)
+    near, exact, zero = kind < 0.05, (kind >= 0.05) & (kind < 0.06), (kind >= 0.06) & (kind < 0.07)
+    noise = torch.randn(n, d, generator=g).mul_(1e-3).mul_(spectrum)
+    x = torch.where(near[:, None], x[source] + noise, x)
+    x[exact] = x[source[exact]]
+    x[zero] = 0
+    return x.to(dtype)

@@ -1,0 +1,156 @@
+"""Compile Triton kernels for GPUs that are not here, and read what they use.
+
+As a script (`python triton_aot.py 80 N,K,D ...`, in a process without TRITON_INTERPRET) it compiles every kernel that
+`fusion_kernels.kmeans.triton_backend` launches for problems of these shapes, as it launches them, and writes JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+_INSTRUCTIONS = {
+    "wgmma": r"wgmma\.mma_async",
+    "mma.sync": r"\bmma\.sync",
+    "cp.async": r"cp\.async",
+    "float atomics": r"\b(atom|red)\.\S*\.(f|bf)\d",
+}
+_TYPES = {
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel: its arguments by name, and `num_warps`, `num_stages`."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel uses; stack, local and shared memory in bytes, registers per thread."""
+
+    kernel: str
+    constants: dict[str, Any]
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    instructions: dict[str, int]
+
+
+def compile_launch(launch: Launch, capability: int) -> Resources:
+    """Compile for compute capability `capability` (80, 90, ...), specialised on the arguments as a launch would be."""
+    names = launch.kernel.arg_names
+    constant_names = {p.name for p in launch.kernel.params if p.is_constexpr}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for i, name in enumerate(names):
+        value = launch.arguments[name]
+        if name in constant_names or (isinstance(value, int) and value == 1):
+            signature[name] = "constexpr"
+            constants[(i,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+    usage = _usage(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    return Resources(
+        launch.kernel.__name__,
+        {name: value for name, value in launch.arguments.items() if name in constant_names} | launch.options,
+        usage["REG"],
+        usage["STACK"],
+        usage["LOCAL"],
+        compiled.metadata.shared,
+        {name: len(re.findall(pattern, ptx)) for name, pattern in _INSTRUCTIONS.items()},
+    )
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        out = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", out)}
+
+
+def kmeans_launches(N: int, K: int, D: int, shared_memory: int) -> Iterator[Launch]:
+    """Every distinct launch of the backend for problems of N points, in all modes; nothing is run."""
+    from fusion_kernels.kmeans import triton_backend, triton_points, triton_run
+
+    launches: dict[str, Launch] = {}
+
+    def record(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+        named = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+        launch = Launch(
+            kernel, named, {"num_warps": named.pop("num_warps", 4), "num_stages": named.pop("num_stages", 3)}
+        )
+        key = [kernel.__name__, *launch.options.values()]
+        for value in named.values():
+            if isinstance(value, torch.Tensor):
+                key.append(str(value.dtype))
+            else:
+                key.append(str(value))
+        launches.setdefault(" ".join(map(str, key)), launch)
+
+    with ExitStack() as patches:
+        for module in (triton_backend, triton_points, triton_run):
+            patches.enter_context(mock.patch.object(module, "launch", record))
+        patches.enter_context(mock.patch.object(triton_points, "shared_memory", return_value=shared_memory))
+        patches.enter_context(mock.patch.object(triton_run._Poll, "all_done", return_value=False))
+        for dtype in (torch.float32, torch.float64):
+            x = torch.zeros(1, N, D, dtype=dtype)
+            weight = torch.ones(1, N, dtype=dtype)
+            for init in (None, x[:, :K], torch.zeros(1, N, dtype=torch.int64)):
+                for precision in triton_backend.PRECISIONS:
+                    arguments = (x, weight, init, K, "k-means++", 1, "hartigan", 1, 0.1, 0)
+                    triton_backend.kmeans(*arguments, precision=precision)
+    yield from launches.values()
+
+
+def main() -> None:
+    """Write a JSON list of :class:`Resources` for the capability and shapes of the command line."""
+    capability = int(sys.argv[1])
+    shared_memory = (227 if capability >= 90 else 99) * 1024
+    found: dict[str, dict[str, Any]] = {}
+    for shape in sys.argv[2:]:
+        N, K, D = map(int, shape.split(","))
+        for launch in kmeans_launches(N, K, D, shared_memory):
+            resources = asdict(compile_launch(launch, capability))
+            found[json.dumps(resources, sort_keys=True, default=str)] = resources
+    sys.stdout.write(json.dumps(list(found.values()), default=str))
+
+
+if __name__ == "__main__":
+    main()
