@@ -93,9 +93,6 @@ class Run:
 
     def start_from_labels(self) -> None:
         """Let the means of the labelled points be the centroids, and refill the clusters that have none."""
-        # Clusters without points lie on the mean of all points, which is the origin here.
-        self.points.products.zero_()
-        self.points.norms.zero_()
         self.list_all(self.state != State.SPOILED)
         self.rebuild(tol=False)
         self.changed.zero_()

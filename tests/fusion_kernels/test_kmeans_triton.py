@@ -228,6 +228,39 @@ def test_given_starts(kind: str, algorithm: str, dtype: torch.dtype) -> None:
     assert_same(run(x, 5, **options), expected, torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ties_go_to_the_lowest_cluster_and_the_current_one_wins(dtype: torch.dtype) -> None:
+    # Twice the same centroids, in different blocks of clusters.
+    x = blobs(1, 30, 3, dtype=dtype)
+    found = run(x, 20, init=x[:, :10].repeat(1, 2, 1), algorithm="lloyd", max_iter=0)
+    assert int(found["labels"].max()) == 9
+    # 0 is as far from the mean -1 of its neighbours' cluster as from that of its own.
+    x = torch.tensor([[[-3.0], [-1.0], [0.0], [4.0]]], dtype=dtype)
+    labels = torch.tensor([[0, 0, 1, 1]])
+    assert torch.equal(run(x, 2, init=labels, algorithm="lloyd")["labels"], labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_relocation_takes_the_dearest_point_of_a_cluster_with_others(dtype: torch.dtype) -> None:
+    x = torch.tensor([[[0.0], [1.0], [2.5], [100.0]], [[0.0], [1.0], [4.0], [100.0]]], dtype=dtype)
+    init = torch.tensor([[[1.0], [60.0], [1e6]]], dtype=dtype).repeat(2, 1, 1)
+    # The farthest point is alone in its cluster and stays there; weight counts like distance.
+    w = torch.tensor([[1.0, 1.0, 1.0, 1.0], [100.0, 1.0, 1.0, 1.0]], dtype=dtype)
+    found = run(x, 3, w, init, algorithm="lloyd", max_iter=1)
+    assert found["labels"].tolist() == [[0, 0, 2, 1], [2, 2, 0, 1]]
+
+
+def test_moves_refill_a_cluster_that_lloyd_left_empty() -> None:
+    x = torch.tensor([3.0, 4.001, 9.002, 9.003, 1.004, 10.005, 4.006, 3.007], dtype=torch.float64).view(1, 8, 1)
+    init = torch.tensor([3.0, 4.401, 1e6], dtype=torch.float64).view(1, 3, 1)
+    stopped = run(x, 3, None, init, algorithm="lloyd", max_iter=1)
+    assert int(stopped["status"]) == Status.EMPTY_CLUSTERS
+    moved = run(x, 3, None, init, max_iter=1)
+    assert int(moved["counts"].min()) == 1
+    for found, algorithm in ((stopped, "lloyd"), (moved, "hartigan")):
+        assert_same(found, run(x, 3, None, init, algorithm=algorithm, max_iter=1, function=reference), 1e-15)
+
+
 @pytest.mark.parametrize("init", ["k-means++", "random"])
 def test_float32_labels_are_nearest_and_means_are_means(init: str) -> None:
     x, w = blobs(1, 123, 17), weights(1, 123)
@@ -287,6 +320,18 @@ def test_fewer_distinct_points_than_clusters(init: str, dtype: torch.dtype) -> N
         assert torch.equal(found[name], expected[name]), name
     torch.testing.assert_close(found["centroids"], expected["centroids"])
     assert float(found["inertia"]) <= 1e-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_k_means_plus_plus_repeats_its_first_seed_when_points_run_out(dtype: torch.dtype) -> None:
+    x = blobs(2, 7, 65, dtype=dtype).repeat(1, 5, 1)
+    # So near that only rounding errors tell them apart once they have been multiplied.
+    g = torch.Generator().manual_seed(0)
+    x = x + (1e-5 if dtype == torch.float32 else 1e-10) * torch.randn(x.shape, generator=g, dtype=dtype)
+    start = run(x, 12, algorithm="lloyd", max_iter=0)["centroids"]
+    for seeds in start:
+        assert float(torch.pdist(seeds[:7]).min()) > 1
+        assert torch.equal(seeds[7:], seeds[:1].expand(5, -1))
 
 
 @pytest.mark.parametrize(("n", "k"), [(0, 3), (1, 1), (1, 5), (17, 17), (17, 20)])
