@@ -255,8 +255,8 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=16)
     parser.add_argument("--out", type=Path, default=Path("bench/results/gpu.json"))
     options = parser.parse_args()
-    if gpu_backend.UNAVAILABLE is not None:
-        sys.exit(f"bench/gpu.py needs a GPU that the Triton backend runs on: {gpu_backend.UNAVAILABLE}")
+    if gpu_backend.why_not() is not None:
+        sys.exit(f"bench/gpu.py needs a GPU that the Triton backend runs on: {gpu_backend.why_not()}")
     import triton
 
     with torch.no_grad():

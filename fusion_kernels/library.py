@@ -27,13 +27,14 @@ class Backend:
         name: what a caller passes as `backend=`.
         function: takes the operator's schema arguments.
         device_types: `torch.device.type` values it runs on.
-        unavailable: None when it can run on this machine, else the reason why not, in one line.
+        why_not: returns None when it can run on this machine, else the reason in one line. Called when it is needed:
+            asking for GPUs while the package is imported would keep a program from forking afterwards.
     """
 
     name: str
     function: Callable[..., Any]
     device_types: tuple[str, ...]
-    unavailable: str | None = None
+    why_not: Callable[[], str | None] = lambda: None
 
 
 @dataclass
@@ -65,13 +66,14 @@ class Operator:
         """
         if backend == "auto":
             for candidate in self.backends:
-                if candidate.unavailable is None and device.type in candidate.device_types:
+                if device.type in candidate.device_types and candidate.why_not() is None:
                     return candidate
             raise BackendUnavailableError(f"{self.name}: no backend runs on device type {device.type!r}")
         for candidate in self.backends:
             if candidate.name == backend:
-                if candidate.unavailable is not None:
-                    raise BackendUnavailableError(f"{self.name}: backend {backend!r}: {candidate.unavailable}")
+                reason = candidate.why_not()
+                if reason is not None:
+                    raise BackendUnavailableError(f"{self.name}: backend {backend!r}: {reason}")
                 if device.type not in candidate.device_types:
                     raise BackendUnavailableError(
                         f"{self.name}: backend {backend!r} runs on {', '.join(candidate.device_types)}, "
@@ -116,6 +118,7 @@ def backends() -> dict[str, dict[str, str]]:
     device_types = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for name, op in sorted(_OPERATORS.items()):
         row = {device: op.select("auto", torch.device(device)).name for device in device_types}
-        row.update({f"{b.name} unavailable": b.unavailable for b in op.backends if b.unavailable is not None})
+        reasons = {backend.name: backend.why_not() for backend in op.backends}
+        row.update({f"{backend} unavailable": reason for backend, reason in reasons.items() if reason is not None})
         report[name] = row
     return report

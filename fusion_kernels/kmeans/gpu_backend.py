@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from fusion_kernels.reference.kmeans import Results
 
 
-def _why_not() -> str | None:
+@functools.cache
+def why_not() -> str | None:
     """In one line why the backend cannot run here, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: install triton>=3.6"
@@ -21,9 +23,6 @@ def _why_not() -> str | None:
     if min(torch.cuda.get_device_capability(i)[0] for i in range(torch.cuda.device_count())) < 8:
         return "it needs GPUs of compute capability 8.0 or newer"
     return None
-
-
-UNAVAILABLE: str | None = _why_not()
 
 
 def kmeans(*arguments: Any) -> Results:

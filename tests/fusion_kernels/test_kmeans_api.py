@@ -282,4 +282,4 @@ def test_errors(kind: type[Exception], message: str, x: Tensor, options: dict[st
 def test_a_backend_that_cannot_run_here_says_so() -> None:
     with pytest.raises(BackendUnavailableError, match="'reference' runs on cpu, cuda, the tensor is on meta"):
         kmeans(X.to("meta"), 2, backend="reference")
-    assert OPERATOR.select("reference", torch.device("cpu")).unavailable is None
+    assert OPERATOR.select("reference", torch.device("cpu")).why_not() is None

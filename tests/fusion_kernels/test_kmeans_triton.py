@@ -373,8 +373,8 @@ def test_configurations_depend_on_the_problem_alone() -> None:
             assert 1 <= triton_tuning.list_programs(B, k) <= k
 
 
-@pytest.mark.skipif(gpu_backend.UNAVAILABLE is None, reason="there is a GPU that it runs on")
+@pytest.mark.skipif(gpu_backend.why_not() is None, reason="there is a GPU that it runs on")
 def test_asking_for_it_without_a_gpu_says_why() -> None:
     for name in ("triton", "triton-fast"):
-        with pytest.raises(BackendUnavailableError, match=f"backend '{name}': {gpu_backend.UNAVAILABLE}"):
+        with pytest.raises(BackendUnavailableError, match=f"backend '{name}': {gpu_backend.why_not()}"):
             public_kmeans(torch.zeros(5, 2), 2, backend=name)

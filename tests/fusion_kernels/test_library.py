@@ -14,7 +14,7 @@ from fusion_kernels.library import Backend, Operator
 def _operator() -> Operator:
     op = Operator("double", "(Tensor x) -> Tensor")
     op.register(Backend("fast", lambda x: x * 2, ("cuda",)))
-    op.register(Backend("absent", lambda x: x * 2, ("cpu",), unavailable="its library is not built: run the build"))
+    op.register(Backend("absent", lambda x: x * 2, ("cpu",), why_not=lambda: "its library is not built: run the build"))
     op.register(Backend("reference", lambda x: x + x, ("cpu", "cuda")))
     return op
 
