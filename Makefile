@@ -42,4 +42,4 @@ bench: $(VENV)/.test
 	$(BIN)/python bench/main_job.py
 
 clean:
-	rm -rf build $(VENV)
+	rm -rf build $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage *.egg-info fusion_kernels/*.so

@@ -1,6 +1,6 @@
 """The published fusion on all-MiniLM-L6-v2: errors per FFN on real sentences, over seeds, and the time of each step.
 
-    python bench/main_job.py [--data FOLDER] [--seeds 5] [--out bench/results/main_job-cpu.json]
+    python bench/main_job.py [--data FOLDER] [--seeds 5] [--out build/main_job.json]
 
 To compare with: output errors of .323 / .425 for layers 1 / 4 at 384 neurons, measured on SST-2 sentences with
 scikit-learn's clustering. With `--data`, that folder's `sst2_dev.tsv` is used; without, the package's sentences.
@@ -91,8 +91,8 @@ def main() -> None:
     """Measure, print the figures, and write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with sst2_dev.tsv")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/main_job-cpu.json"))
+    parser.add_argument("--seeds", type=int, default=5, help="seeds to take medians over")
+    parser.add_argument("--out", type=Path, default=Path("build/main_job.json"), help="JSON to write")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

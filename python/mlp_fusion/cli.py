@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import platform
 import signal
 import sys
@@ -34,7 +35,11 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 
 def _selection(command: Command) -> Command:
     """The options that say which FFNs shrink, and to what width."""
-    width = click.option("--width", required=True, help="Neurons to keep per FFN: a count (768) or a share (0.25).")
+    width = click.option(
+        "--width",
+        required=True,
+        help="Neurons to keep per FFN: a count (768; a multiple of 8) or a share (0.25; rounded to a multiple of 128).",
+    )
     layers = click.option("--layers", default="all", show_default=True, help="all, 4-11, last:8, first:4, or 0,2,5.")
     return width(layers(command))
 
@@ -180,10 +185,14 @@ def main() -> None:
     # Other people's progress bars and advice would drown the one table that was asked for.
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     # A job that is ended by its scheduler cleans up like one that is interrupted by hand.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         cli(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         _fail(f"{' '.join(error.format_message().split())} (--help lists the options)", error.exit_code)
     except (click.Abort, KeyboardInterrupt):

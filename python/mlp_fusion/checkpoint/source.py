@@ -170,6 +170,8 @@ def read_config(name: str | Path) -> Any:
     try:
         return AutoConfig.from_pretrained(str(name), trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
+        if not Path(name).is_dir():
+            raise InputError(f"{name}: no folder here, and not reachable on the hub ({_first_line(error)})") from error
         raise InputError(f"{name}: config.json cannot be used ({_first_line(error)})") from error
 
 

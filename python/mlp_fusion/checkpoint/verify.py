@@ -102,7 +102,7 @@ def _check_record(folder: Path, record: Any) -> None:
 def _read_reference(folder: Path) -> dict[str, Tensor]:
     file = folder / REFERENCE_FILE
     if not file.is_file():
-        raise InputError(f"{file} is missing: pass the model in memory to compare with")
+        raise InputError(f"{file} is missing, only compress writes it: use mlp_fusion.verify(folder, against=model)")
     try:
         reference: dict[str, Tensor] = load_file(file)
     except SafetensorError as error:
