@@ -269,7 +269,7 @@ void Run<T>::assign_tile(int64_t begin, int64_t width, const Index* current, Ind
   for (int64_t i = 0; i < count; ++i) {
     const Index j = leaving[i];
     Index c = 0;
-    while (!(v[c * p_.stride + j] <= bound[j])) ++c;
+    while (c + 1 < K_ && !(v[c * p_.stride + j] <= bound[j])) ++c;
     assigned[j] = c;
   }
 }
