@@ -872,7 +872,9 @@ def test_verify_refuses_what_is_not_fused(source: Path, tmp_path: Path) -> None:
 
 def test_verify_refuses_what_cannot_be_compared(broken: Path) -> None:
     (broken / REFERENCE).unlink()
-    assert verify_refused(broken) == f"{broken / REFERENCE} is missing, only compress writes it: use mlp_fusion.verify(folder, against=model)"
+    assert verify_refused(broken) == (
+        f"{broken / REFERENCE} is missing, only compress writes it: use mlp_fusion.verify(folder, against=model)"
+    )
 
 
 def test_verify_refuses_a_file_cut_short(broken: Path) -> None:
