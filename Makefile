@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 DEMO_OUT := build/demo
 # The compiled library is built where there is a C++ compiler; without one the torch reference answers.
 INSTALL := $(BIN)/pip install --quiet --no-build-isolation -c constraints.txt
+# CUDA builds of torch bring their own Triton. For others, the release that the resource gate of the kernels was set with.
+TRITON := 'triton==3.6.0; platform_system == "Linux"'
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 
 .PHONY: demo test lint types bench clean
@@ -22,6 +24,7 @@ $(VENV)/.demo: $(VENV)/.base $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.base $(SOURCES)
 	$(INSTALL) -e '.[test]'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet $(TRITON)
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo

@@ -139,7 +139,7 @@ def _products_kernel(
             rows = tl.load(gram_ptr + (b * N + member)[:, None] * stride + j[None, :], mask=mask, other=0.0)  # (U, BN)
             row += tl.sum(share[:, None] * rows, 0)
         # A cluster without members keeps the centroid that it had.
-        tl.store(products_ptr + (b * K + c) * stride + j, row, mask=(j < N) & (length > 0))
+        tl.store(products_ptr + (b * K + c) * stride + j, row, mask=(j < N) & (tl.zeros_like(j) < length))
 
 
 @triton.jit
