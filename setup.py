@@ -50,7 +50,7 @@ def cpu_library(*, optional: bool) -> Extension:
     import torch
 
     folder = Path(torch.__file__).parent
-    sources = [ROOT / "csrc" / "library.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+    sources = [path for folder in ("csrc", "csrc/cpu") for path in sorted((ROOT / folder).glob("*.cpp"))]
     headers = sorted((ROOT / "csrc" / "cpu").glob("*.h"))
     return Extension(
         "fusion_kernels._C",

@@ -3,7 +3,7 @@
     python bench/kmeans.py [--shapes NAME ...] [--large] [--quick] [--threads N] [--out bench/results/kmeans-cpu.json]
 
 Needs scikit-learn and faiss-cpu, which nothing else in the project does. Every peer runs with all threads on the same
-points: with its own seeding (k-means++), from the same given centroids, and from the same random points. Seconds are
+points: with k-means++ of its own, from the same given centroids, and from the same random points. Seconds are
 the least of a few runs, of a single run where one takes longer than two seconds, as elapsed and as used by all threads;
 nothing is extrapolated. On a busy machine only the processor seconds of `--threads 1` are comparable. `--large` adds
 (14336, 3584, 12288), for which only this library is timed. The run fails if a result is worse than a peer's from the
@@ -26,6 +26,8 @@ from typing import Any
 import faiss
 import sklearn
 import torch
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -130,10 +132,15 @@ def compare(x: Tensor, K: int, ten: bool, rate: float) -> dict[str, Any]:
     if ten:
         found["sklearn"]["lloyd n_init=10"] = scikit(n_init=10)
 
-    def faiss_lloyd(start: Any, n_iter: int) -> dict[str, Any]:
-        index = faiss.Kmeans(d, K, niter=max(1, n_iter), min_points_per_centroid=1, seed=SEED)
+    def faiss_lloyd(start: Any, n_iter: int, **options: Any) -> dict[str, Any]:
+        index = faiss.Kmeans(d, K, niter=max(1, n_iter), min_points_per_centroid=1, seed=SEED, **options)
         taken, _ = timed(lambda: index.train(rows, init_centroids=start), 3)
         return {**taken, "inertia": inertia(x, _tensor(index.centroids)), "n_iter": index.cp.niter}
+
+    # faiss does as many iterations as it is told: as many as this library needed.
+    plus_plus = {"init_method": faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS}
+    found["faiss"] = {"lloyd": faiss_lloyd(None, found["ours"]["lloyd"]["n_iter"], **plus_plus)}
+    found["ward"] = ward_start(x, K, found["ours"]["hartigan"]["inertia"])
 
     # Given centroids: distinct points, so that no cluster is empty and all libraries iterate alike.
     start = kmeans(x, K, algorithm="lloyd", max_iter=0, seed=SEED).centroids
@@ -161,6 +168,29 @@ def compare(x: Tensor, K: int, ten: bool, rate: float) -> dict[str, Any]:
     return found
 
 
+def ward_start(x: Tensor, K: int, hartigan: float) -> dict[str, float]:
+    """Ward's tree cut at K clusters, and Hartigan moves from there: does an agglomerative start earn its time?
+
+    The tree is scipy's nearest-neighbour chain on the distances of the Gram matrix. `inertia / hartigan` below 1 means
+    that the start ended lower than k-means++ did.
+    """
+    started = time.perf_counter()
+    centred = x - x.mean(0)
+    gram = centred @ centred.T
+    squares = gram.diagonal()
+    distances = (squares[:, None] + squares[None, :] - 2 * gram).clamp_(min=0).sqrt_().fill_diagonal_(0)
+    tree = linkage(squareform(distances.numpy(), checks=False), "ward")
+    labels = torch.from_numpy(fcluster(tree, K, "maxclust")).long() - 1
+    seconds = time.perf_counter() - started
+    taken, result = timed(lambda: kmeans(x, K, init=labels, backend="cpu"))
+    return {
+        "tree seconds": seconds,
+        "seconds from its labels": taken["seconds"],
+        "inertia": float(result.inertia),
+        "inertia / hartigan": float(result.inertia) / hartigan,
+    }
+
+
 def _tensor(array: Any) -> Tensor:
     return torch.from_numpy(array).float()
 
@@ -171,6 +201,7 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
     pairs = {
         "sklearn / lloyd": (scikit["lloyd"], ours["lloyd"]),
         "sklearn / hartigan": (scikit["lloyd"], ours["hartigan"]),
+        "faiss k-means++ / lloyd": (found["faiss"]["lloyd"], ours["lloyd"]),
         "same seeds sklearn": (same["sklearn"], same["ours"]),
         "same seeds faiss": (same["faiss"], same["ours"]),
         "random points faiss": (found["random points"]["faiss"], found["random points"]["ours"]),
@@ -184,6 +215,7 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
         result[name] = peer["seconds"] / own["seconds"]
         result[f"{name}, processor"] = peer["processor seconds"] / own["processor seconds"]
     result["time / floor"] = ours["lloyd"]["seconds"] / found["floor seconds"]
+    result["ward inertia / hartigan"] = found["ward"]["inertia / hartigan"]
     result["hartigan inertia / sklearn"] = ours["hartigan"]["inertia"] / scikit["lloyd"]["inertia"]
     return result
 
@@ -206,7 +238,7 @@ def batched(problems: int) -> dict[str, Any]:
 
 
 def growth() -> dict[str, list[dict[str, float]]]:
-    """Seconds of this library while one size grows and the others stay."""
+    """Seconds and peak memory of this library while one size grows and the others stay."""
     tables: dict[str, list[dict[str, float]]] = {}
     base = {"N": 2048, "K": 512, "D": 1024, "B": 1}
     steps = {"N": (512, 1024, 2048, 4096), "K": (64, 256, 512, 1024), "D": (256, 1024, 4096, 16384), "B": (1, 4, 16)}
@@ -221,6 +253,9 @@ def growth() -> dict[str, list[dict[str, float]]]:
                     lambda x=x, K=size["K"], algorithm=algorithm: kmeans(x, K, algorithm=algorithm, backend="cpu"), 3
                 )
                 row[algorithm] = taken["seconds"]
+            peak = peak_bytes(lambda x=x, K=size["K"]: kmeans(x, K, backend="cpu"))
+            if peak is not None:
+                row["peak bytes"] = peak
             tables[name].append(row)
     return tables
 
@@ -239,11 +274,12 @@ def large() -> dict[str, Any]:
 def show(name: str, found: dict[str, Any]) -> None:
     """One shape as a few lines of text."""
     print(f"\n{name} (N {found['N']}, K {found['K']}, D {found['D']}), floor {found['floor seconds'] * 1e3:.1f} ms")
-    for library in ("ours", "sklearn", "same seeds", "random points"):
+    for library in ("ours", "sklearn", "faiss", "same seeds", "random points"):
         for run, row in found[library].items():
             print(f"  {library:14} {run:18} {row['seconds'] * 1e3:10.1f} ms  inertia {row['inertia']:.6g}", end="")
             print(f"  {row['n_iter']} iterations")
     print("  " + ", ".join(f"{key} {value:.4g}" for key, value in found["ratios"].items()))
+    print(f"  Ward start {found['ward']}")
     print(f"  peak memory {found['peak bytes']}")
 
 

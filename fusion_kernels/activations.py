@@ -40,6 +40,10 @@ def _relu_derivative(z: Tensor) -> Tensor:
     return (z > 0).to(z.dtype)
 
 
+def _relu2_derivative(z: Tensor) -> Tensor:
+    return 2.0 * torch.relu(z)
+
+
 def _silu_derivative(z: Tensor) -> Tensor:
     s = torch.sigmoid(z)
     return s * (1.0 + z * (1.0 - s))
@@ -51,6 +55,7 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation("gelu", F.gelu, _gelu_derivative),
         Activation("gelu_tanh", lambda z: F.gelu(z, approximate="tanh"), _gelu_tanh_derivative),
         Activation("relu", torch.relu, _relu_derivative),
+        Activation("relu2", lambda z: torch.relu(z).square(), _relu2_derivative),
         Activation("silu", F.silu, _silu_derivative),
     )
 }
@@ -60,7 +65,7 @@ def get_activation(name: str) -> Activation:
     """Return the activation called `name`.
 
     Raises:
-        ValueError: `name` is not one of `gelu` (exact, by erf), `gelu_tanh`, `relu`, `silu`.
+        ValueError: `name` is not one of `gelu` (exact, by erf), `gelu_tanh`, `relu`, `relu2` (squared ReLU), `silu`.
     """
     if name not in ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r}: use one of {', '.join(ACTIVATIONS)}")

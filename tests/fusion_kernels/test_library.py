@@ -57,5 +57,5 @@ def test_activation_derivatives_match_autograd(name: str) -> None:
 
 
 def test_unknown_activation() -> None:
-    with pytest.raises(ValueError, match="unknown activation 'tanh': use one of gelu, gelu_tanh, relu, silu"):
+    with pytest.raises(ValueError, match="unknown activation 'tanh': use one of gelu, gelu_tanh, relu, relu2, silu"):
         get_activation("tanh")

@@ -21,6 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
     "relu": F.relu,
+    "relu2": lambda z: F.relu(z) ** 2,
     "silu": F.silu,
 }
 KERNELS: tuple[Kernel, ...] = ("gd", "sign")

@@ -19,6 +19,7 @@ _NAIVE = {
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
     "relu": F.relu,
+    "relu2": lambda z: F.relu(z) ** 2,
     "silu": F.silu,
 }
 
