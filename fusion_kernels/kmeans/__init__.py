@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from fusion_kernels import native
 from fusion_kernels.kmeans import cpu_backend, gpu_backend
 from fusion_kernels.library import Backend, Operator, operator
 from fusion_kernels.reference import kmeans as reference
-from fusion_kernels.reference.kmeans import Results, Status
+from fusion_kernels.reference.kmeans import Options, Results, Status
 
 __all__ = ["ASSIGN", "OPERATOR", "KMeansResult", "Status", "kmeans", "kmeans_assign", "register"]
 
@@ -54,13 +54,7 @@ def _fake(
     sample_weight: Tensor | None,
     init: Tensor | None,
     n_clusters: int,
-    seeding: str,
-    n_init: int,
-    algorithm: str,
-    max_iter: int,
-    tol: float,
-    seed: int,
-    workspace_bytes: int | None = None,
+    *_: object,
 ) -> Results:
     B, N, D = x.shape
     integer = functools.partial(x.new_empty, dtype=torch.int64)
@@ -92,46 +86,28 @@ ASSIGN: Operator = operator(
 
 def register(
     name: str,
-    function: Callable[..., Results],
+    function: Callable[[Tensor, Tensor | None, Tensor | None, Options], Results],
     device_types: tuple[str, ...],
     why_not: Callable[[], str | None] = lambda: None,
-    *,
-    bounded: bool = False,
 ) -> None:
     """Add a backend of `fusion_kernels::kmeans`; its inputs' values are checked before `function` sees them.
 
     The checks that read values live here rather than in :func:`kmeans`, where `torch.compile` could not trace them.
-
-    Args:
-        bounded: whether `function` takes `workspace_bytes` as its last argument. Backends that do not keep no
-            workspace worth bounding.
     """
 
-    def checked(
-        x: Tensor,
-        sample_weight: Tensor | None,
-        init: Tensor | None,
-        n_clusters: int,
-        seeding: str,
-        n_init: int,
-        algorithm: str,
-        max_iter: int,
-        tol: float,
-        seed: int,
-        workspace_bytes: int | None = None,
-    ) -> Results:
-        _check_values(sample_weight, init, n_clusters)
-        bound = (workspace_bytes,) if bounded else ()
-        return function(x, sample_weight, init, n_clusters, seeding, n_init, algorithm, max_iter, tol, seed, *bound)
+    def checked(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, *rest: Any) -> Results:
+        options = Options(*rest)
+        _check_values(sample_weight, init, options.n_clusters)
+        return function(x, sample_weight, init, options)
 
     OPERATOR.register(Backend(name, checked, device_types, why_not))
 
 
-register("cpu", cpu_backend.kmeans, ("cpu",), lambda: native.UNAVAILABLE, bounded=True)
+register("cpu", cpu_backend.kmeans, ("cpu",), lambda: native.UNAVAILABLE)
 register("reference", reference.kmeans, ("cpu", "cuda"))
 # Behind the reference, and so for those who ask by name, until bench/gpu.py has passed on a GPU.
-register("triton", gpu_backend.kmeans, ("cuda",), gpu_backend.why_not, bounded=True)
-register("triton-fast", gpu_backend.kmeans_fast, ("cuda",), gpu_backend.why_not, bounded=True)
+register("triton", gpu_backend.kmeans, ("cuda",), gpu_backend.why_not)
+register("triton-fast", gpu_backend.kmeans_fast, ("cuda",), gpu_backend.why_not)
 ASSIGN.register(Backend("cpu", cpu_backend.assign, ("cpu",), lambda: native.UNAVAILABLE))
 ASSIGN.register(Backend("reference", reference.assign, ("cpu", "cuda")))
 

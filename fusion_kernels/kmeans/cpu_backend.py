@@ -25,23 +25,12 @@ from torch import Tensor
 from fusion_kernels import native
 from fusion_kernels.kmeans import tuning
 from fusion_kernels.reference import kmeans as reference
-from fusion_kernels.reference.kmeans import Partition, Results, Status
+from fusion_kernels.reference.kmeans import Options, Partition, Results, Status
 
 #: Bytes of Gram matrices and what is computed from them at a time, unless the caller says otherwise.
 WORKSPACE_BYTES = 2 << 30
 # Centroids this far away, in units of the largest coordinate of the points, are equally far for every point.
 _FAR = {torch.float32: 2.0**40, torch.float64: 2.0**400}
-
-
-@dataclass(frozen=True)
-class _Options:
-    n_clusters: int
-    seeding: str
-    n_init: int
-    algorithm: str
-    max_iter: int
-    tol: float
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -55,33 +44,19 @@ class _Solved:
     converged: Tensor
 
 
-def kmeans(
-    x: Tensor,
-    sample_weight: Tensor | None,
-    init: Tensor | None,
-    n_clusters: int,
-    seeding: str,
-    n_init: int,
-    algorithm: str,
-    max_iter: int,
-    tol: float,
-    seed: int,
-    workspace_bytes: int | None = None,
-) -> Results:
+def kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options: Options) -> Results:
     """Cluster each problem of a batch; arguments and results as in `fusion_kernels.reference.kmeans.kmeans`.
 
-    Args:
-        workspace_bytes: bound on the memory for Gram matrices and what is computed from them, 2 GiB by default. It
-            changes how many problems are solved at a time, and whether one that does not fit is solved directly.
+    `options.workspace_bytes` bounds the memory for Gram matrices and what is computed from them, 2 GiB by default. It
+    changes how many problems are solved at a time, and whether one that does not fit is solved directly.
 
     Raises:
         ValueError: Hartigan moves on a problem for which neither a Gram matrix nor the (N, K) distances of the direct
             form fit into the workspace.
     """
-    B, N, D = x.shape
+    (B, N, D), n_clusters = x.shape, options.n_clusters
     x = x.contiguous()
-    workspace = WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
-    options = _Options(n_clusters, seeding, n_init, algorithm, max_iter, tol, seed)
+    workspace = WORKSPACE_BYTES if options.workspace_bytes is None else options.workspace_bytes
     results = (
         torch.zeros(B, N, dtype=torch.int64),
         x.new_zeros(B, n_clusters, D),
@@ -127,7 +102,7 @@ def _runs_at_a_time(problems: int, n_init: int) -> int:
     return threads if problems * n_init >= threads else 1
 
 
-def _chunks(problems: Tensor, n: int, D: int, element_size: int, workspace: int, options: _Options) -> Iterator[Tensor]:
+def _chunks(problems: Tensor, n: int, D: int, element_size: int, workspace: int, options: Options) -> Iterator[Tensor]:
     """Problems to solve together: as many as the workspace holds, at least one."""
     if not len(problems):
         return
@@ -137,7 +112,7 @@ def _chunks(problems: Tensor, n: int, D: int, element_size: int, workspace: int,
 
 
 def _solve_plain(
-    x: Tensor, w: Tensor, init: Tensor | None, chunk: Tensor, options: _Options, workspace: int, results: Results
+    x: Tensor, w: Tensor, init: Tensor | None, chunk: Tensor, options: Options, workspace: int, results: Results
 ) -> None:
     """Problems whose points all have weight and outnumber the clusters."""
     # Without a copy where the chunk is a range of the batch.
@@ -161,7 +136,7 @@ def _counts(labels: Tensor, n_clusters: int) -> Tensor:
 
 
 def _solve_special(
-    x: Tensor, w: Tensor, init: Tensor | None, b: int, options: _Options, workspace: int, results: Results
+    x: Tensor, w: Tensor, init: Tensor | None, b: int, options: Options, workspace: int, results: Results
 ) -> None:
     """A problem with points without weight, or with no more points than clusters."""
     start = None if init is None else init[b]
@@ -180,7 +155,7 @@ def _solve_special(
 
 
 def _solve_weighted_points(
-    rows: Tensor, w: Tensor, start: Tensor | None, options: _Options, workspace: int
+    rows: Tensor, w: Tensor, start: Tensor | None, options: Options, workspace: int
 ) -> tuple[Partition, Status]:
     """One problem by its points of positive weight; the others are labelled at the end."""
     active = (w > 0).nonzero().squeeze(1)
@@ -209,7 +184,7 @@ def _solve_weighted_points(
     )
 
 
-def _solve(x: Tensor, w: Tensor, init: Tensor | None, options: _Options, workspace: int) -> _Solved:
+def _solve(x: Tensor, w: Tensor, init: Tensor | None, options: Options, workspace: int) -> _Solved:
     """x (b, n, D) contiguous with weights w (b, n) > 0 in float64, n > K, by the form that costs less."""
     b, n, D = x.shape
     seeding = options.seeding if init is None else "centroids" if init.is_floating_point() else "labels"
@@ -228,7 +203,7 @@ def _solve(x: Tensor, w: Tensor, init: Tensor | None, options: _Options, workspa
     return _solve_direct(x, w, init, options)
 
 
-def _solve_gram(x: Tensor, w: Tensor, init: Tensor | None, options: _Options) -> _Solved:
+def _solve_gram(x: Tensor, w: Tensor, init: Tensor | None, options: Options) -> _Solved:
     ops = native.operators()
     w = w.contiguous()
     points, offset, scale = ops.prepare(x, w)
@@ -270,13 +245,13 @@ def _solve_gram(x: Tensor, w: Tensor, init: Tensor | None, options: _Options) ->
     return _Solved(labels, centroids, inertia, n_iter, converged)
 
 
-def _random_seeds(w: Tensor, n_clusters: int, options: _Options) -> Tensor:
+def _random_seeds(w: Tensor, n_clusters: int, options: Options) -> Tensor:
     """(n_init, K) distinct points of one problem, every problem by the same random stream."""
     generator = torch.Generator().manual_seed(options.seed)
     return torch.stack([reference.random_seeds(w, n_clusters, generator) for _ in range(options.n_init)])
 
 
-def _without_spoilt(x: Tensor, w: Tensor, init: Tensor | None, finite: Tensor, options: _Options) -> _Solved:
+def _without_spoilt(x: Tensor, w: Tensor, init: Tensor | None, finite: Tensor, options: Options) -> _Solved:
     """The problems that are finite, and the results that stand for the others."""
     (b, n, D), K = x.shape, options.n_clusters
     solved = _Solved(
@@ -296,20 +271,15 @@ def _without_spoilt(x: Tensor, w: Tensor, init: Tensor | None, finite: Tensor, o
     return solved
 
 
-def _solve_direct(x: Tensor, w: Tensor, init: Tensor | None, options: _Options) -> _Solved:
+def _solve_direct(x: Tensor, w: Tensor, init: Tensor | None, options: Options) -> _Solved:
     """One problem after the other by the reference's steps in the dtype of x."""
     settled: list[Partition] = []
     for b in range(len(x)):
         start = None if init is None else init[b]
         special = reference.special_case(x[b], w[b], start, options.n_clusters)
         settled.append(
-            special[0]
-            if special is not None
-            else reference.best_run(
-                x[b], w[b].to(x.dtype), start, options.n_clusters, options.seeding, options.n_init,
-                options.algorithm, options.max_iter, options.tol, options.seed,
-            )
-        )  # fmt: skip
+            special[0] if special is not None else reference.best_run(x[b], w[b].to(x.dtype), start, options)
+        )
     labels = torch.stack([s.labels for s in settled])
     centroids = torch.stack([s.centroids for s in settled])
     converged = torch.tensor([s.converged for s in settled])

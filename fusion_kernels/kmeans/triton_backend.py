@@ -30,31 +30,20 @@ from fusion_kernels.kmeans import triton_tuning as tuning
 from fusion_kernels.kmeans.triton_launch import launch
 from fusion_kernels.kmeans.triton_points import Points, is_finite, prepare
 from fusion_kernels.kmeans.triton_run import SLACK, Run, State
-from fusion_kernels.reference.kmeans import Results, Status
+from fusion_kernels.reference.kmeans import Options, Results, Status
 
 PRECISIONS = ("exact", "fast")
 
 
 def kmeans(
-    x: Tensor,
-    sample_weight: Tensor | None,
-    init: Tensor | None,
-    n_clusters: int,
-    seeding: str,
-    n_init: int,
-    algorithm: str,
-    max_iter: int,
-    tol: float,
-    seed: int,
-    workspace_bytes: int | None = None,
-    *,
-    precision: str = "exact",
+    x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options: Options, *, precision: str = "exact"
 ) -> Results:
     """Cluster each problem of a batch; arguments and results as in `fusion_kernels.reference.kmeans.kmeans`.
 
+    `options.workspace_bytes` bounds what the problems worked on at the same time take, though one always is; 8 GiB by
+    default. It changes no result.
+
     Args:
-        workspace_bytes: what the problems worked on at the same time may take, though one always is; 8 GiB by default.
-            It changes no result.
         precision: `"exact"` multiplies float32 points to nearly float32 accuracy; `"fast"` clusters the centred points
             rounded to 11 significant bits per entry. Means and inertia are those of x in either case. float64 is
             always exact.
@@ -64,16 +53,15 @@ def kmeans(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
-    B, N, D = x.shape
+    (B, N, D), n_clusters, exact = x.shape, options.n_clusters, precision == "exact"
     guard = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
     with guard:
         if n_clusters >= N:
             return _one_point_each(x, sample_weight, init, n_clusters)
-        size = tuning.problem_bytes(N, n_clusters, D, x.element_size(), precision == "exact")
+        size = tuning.problem_bytes(N, n_clusters, D, x.element_size(), exact)
         if x.is_cuda:
             _check_memory(size, N, torch.cuda.get_device_properties(x.device).total_memory)
-        options = _Options(n_clusters, seeding, n_init, algorithm, max_iter, tol, seed, precision)
-        bound = tuning.WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+        bound = tuning.WORKSPACE_BYTES if options.workspace_bytes is None else options.workspace_bytes
         at_once = max(1, bound // size)
         parts = [
             _cluster(
@@ -81,6 +69,7 @@ def kmeans(
                 None if sample_weight is None else sample_weight[b : b + at_once],
                 None if init is None else init[b : b + at_once],
                 options,
+                exact,
             )
             for b in range(0, max(B, 1), at_once)
         ]
@@ -96,18 +85,6 @@ def _check_memory(size: int, n_points: int, there: int) -> None:
             f"{n_points} points need {size >> 30} GiB for their inner products, more than the device has: "
             "use backend='reference', or cluster a sample"
         )
-
-
-@dataclass(frozen=True)
-class _Options:
-    n_clusters: int
-    seeding: str
-    n_init: int
-    algorithm: str
-    max_iter: int
-    tol: float
-    seed: int
-    precision: str
 
 
 @dataclass
@@ -128,13 +105,13 @@ class _Outcome:
         return _Outcome(*(torch.where(better.view(-1, *[1] * (mine.ndim - 1)), theirs, mine) for mine, theirs in pairs))
 
 
-def _cluster(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options: _Options) -> Results:
+def _cluster(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options: Options, exact: bool) -> Results:
     """The problems of one part of the batch, N > K."""
     B, K = len(x), options.n_clusters
     if B == 0:
         return _one_point_each(x, sample_weight, init, K)
     given = init if init is not None and init.is_floating_point() else None
-    points = prepare(x, sample_weight, given, K, options.precision == "exact")
+    points = prepare(x, sample_weight, given, K, exact)
     active = points.weight > 0
     rank = active.cumsum(1) - 1
     n_active = rank[:, -1] + 1
@@ -191,7 +168,7 @@ class _Seeding:
     """Draws seeds with the reference's random numbers, in its order, whatever the problems beside a problem are."""
 
     def __init__(
-        self, points: Points, active: Tensor, rank: Tensor, n_active: Tensor, state: Tensor, options: _Options
+        self, points: Points, active: Tensor, rank: Tensor, n_active: Tensor, state: Tensor, options: Options
     ) -> None:
         self.points, self.active, self.rank, self.n_active = points, active, rank, n_active
         self.state, self.options = state, options
@@ -228,7 +205,7 @@ class _Seeding:
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def _results(points: Points, best: _Outcome, centroids: Tensor, spoiled: Tensor, options: _Options) -> Results:
+def _results(points: Points, best: _Outcome, centroids: Tensor, spoiled: Tensor, options: Options) -> Results:
     """Means and inertia of the best run from the points themselves; `centroids` holds those of empty clusters."""
     x, K = points.x, options.n_clusters
     B, N, D = x.shape

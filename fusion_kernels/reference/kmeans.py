@@ -49,6 +49,31 @@ class Status(IntEnum):
 
 
 @dataclass(frozen=True)
+class Options:
+    """How problems are to be solved: what every backend is told, in the order of the operator's schema.
+
+    Attributes:
+        n_clusters: K.
+        seeding: `"k-means++"` or `"random"`; meaningless where centroids or labels are given.
+        n_init: seedings to try.
+        algorithm: `"hartigan"` or `"lloyd"`.
+        max_iter: most Lloyd iterations, and most rounds of Hartigan moves after them.
+        tol: squared shift of all centroids at which Lloyd stops, relative to the mean variance of a column.
+        seed: of the random stream, which every problem starts anew.
+        workspace_bytes: bound on a backend's own memory, or None for its default; the reference has none to bound.
+    """
+
+    n_clusters: int
+    seeding: str = "k-means++"
+    n_init: int = 1
+    algorithm: str = "hartigan"
+    max_iter: int = 100
+    tol: float = 0.0
+    seed: int = 0
+    workspace_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class _Points:
     """The n points of positive weight of one problem, in one dtype: that of the arithmetic.
 
@@ -80,30 +105,20 @@ class Partition:
     converged: bool
 
 
-def kmeans(
-    x: Tensor,
-    sample_weight: Tensor | None,
-    init: Tensor | None,
-    n_clusters: int,
-    seeding: str,
-    n_init: int,
-    algorithm: str,
-    max_iter: int,
-    tol: float,
-    seed: int,
-) -> Results:
+def kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options: Options) -> Results:
     """Cluster each problem of a batch; see :func:`fusion_kernels.kmeans.kmeans` for the meaning of the arguments.
 
     Args:
         x: (B, N, D) float32 or float64.
         sample_weight: (B, N), dtype of x, non-negative and finite; None for ones.
-        init: None to seed by `seeding`; (B, K, D), dtype of x, centroids; or (B, N) int64 labels in [0, K).
+        init: None to seed by `options.seeding`; (B, K, D), dtype of x, centroids; or (B, N) int64 labels in [0, K).
+        options: the rest.
 
     Returns:
         labels (B, N) int64, centroids (B, K, D) and inertia (B,) in the dtype of x, counts (B, K), n_iter (B,) and
         status (B,) int64.
     """
-    B, N, D = x.shape
+    (B, N, D), n_clusters = x.shape, options.n_clusters
     labels = torch.zeros(B, N, dtype=torch.int64, device=x.device)
     centroids = x.new_zeros(B, n_clusters, D)
     inertia = x.new_zeros(B)
@@ -116,7 +131,7 @@ def kmeans(
         start = None if init is None else init[b]
         if start is not None and start.is_floating_point():
             start = start.to(torch.float64)
-        settled, problem_status = _cluster(rows, w, start, n_clusters, seeding, n_init, algorithm, max_iter, tol, seed)
+        settled, problem_status = _cluster(rows, w, start, options)
         labels[b] = settled.labels
         centroids[b] = settled.centroids
         inertia[b] = settled.inertia
@@ -126,19 +141,9 @@ def kmeans(
     return labels, centroids, inertia, counts, n_iter, status
 
 
-def _cluster(
-    rows: Tensor,
-    w: Tensor,
-    start: Tensor | None,
-    n_clusters: int,
-    seeding: str,
-    n_init: int,
-    algorithm: str,
-    max_iter: int,
-    tol: float,
-    seed: int,
-) -> tuple[Partition, Status]:
+def _cluster(rows: Tensor, w: Tensor, start: Tensor | None, options: Options) -> tuple[Partition, Status]:
     """One problem: the special cases, then the best of `n_init` runs on the points of positive weight."""
+    n_clusters = options.n_clusters
     special = special_case(rows, w, start, n_clusters)
     if special is not None:
         return special
@@ -151,7 +156,7 @@ def _cluster(
     if len(active) <= n_clusters:
         best = one_point_each(rows[active], n_clusters)
     else:
-        best = best_run(rows[active], w[active], start, n_clusters, seeding, n_init, algorithm, max_iter, tol, seed)
+        best = best_run(rows[active], w[active], start, options)
 
     labels = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     labels[active] = best.labels
@@ -212,26 +217,15 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     return labels
 
 
-def best_run(
-    rows: Tensor,
-    w: Tensor,
-    start: Tensor | None,
-    n_clusters: int,
-    seeding: str,
-    n_init: int,
-    algorithm: str,
-    max_iter: int,
-    tol: float,
-    seed: int,
-) -> Partition:
+def best_run(rows: Tensor, w: Tensor, start: Tensor | None, options: Options) -> Partition:
     """The best of `n_init` runs on n > K points of positive weight, in the dtype of `rows`; the first of equals."""
     points = _centre(rows, w)
     if start is not None and start.is_floating_point():
         start = start - points.offset
-    generator = torch.Generator().manual_seed(seed)
-    best = _run(points, start, n_clusters, seeding, algorithm, max_iter, tol, generator)
-    for _ in range(n_init - 1):
-        other = _run(points, start, n_clusters, seeding, algorithm, max_iter, tol, generator)
+    generator = torch.Generator().manual_seed(options.seed)
+    best = _run(points, start, options, generator)
+    for _ in range(options.n_init - 1):
+        other = _run(points, start, options, generator)
         best = other if other.inertia < best.inertia else best
     return best
 
@@ -252,33 +246,24 @@ def _centre(rows: Tensor, w: Tensor, offset: Tensor | None = None) -> _Points:
     return _Points(rows, offset, x, w, sq, _SLACK * torch.finfo(x.dtype).eps * sq)
 
 
-def _run(
-    points: _Points,
-    start: Tensor | None,
-    n_clusters: int,
-    seeding: str,
-    algorithm: str,
-    max_iter: int,
-    tol: float,
-    generator: torch.Generator,
-) -> Partition:
+def _run(points: _Points, start: Tensor | None, options: Options, generator: torch.Generator) -> Partition:
     """Seed, iterate, and return the partition with centroids in the original coordinates."""
     labels = None
     if start is None:
-        draw = _seed_random if seeding == "random" else _seed_plus_plus
-        centroids = points.x[draw(points, n_clusters, generator)]
+        draw = _seed_random if options.seeding == "random" else _seed_plus_plus
+        centroids = points.x[draw(points, options.n_clusters, generator)]
     elif start.is_floating_point():
         centroids = start
     else:
-        centroids = _means(points.x, points.w, start, points.x.new_zeros(n_clusters, points.x.shape[1]))
+        centroids = _means(points.x, points.w, start, points.x.new_zeros(options.n_clusters, points.x.shape[1]))
         labels = _relocate(points, start, centroids)
         centroids = _means(points.x, points.w, labels, centroids)
 
-    labels, centroids, n_iter, converged = _lloyd(points, labels, centroids, max_iter, tol)
+    labels, centroids, n_iter, converged = _lloyd(points, labels, centroids, options.max_iter, options.tol)
     # Lloyd that was stopped returns the centroids that its labels are nearest to, not the labels' means.
-    at_means = converged and tol == 0.0
-    if algorithm == "hartigan":
-        labels, centroids, rounds, converged = _hartigan(points, labels, centroids, max_iter)
+    at_means = converged and options.tol == 0.0
+    if options.algorithm == "hartigan":
+        labels, centroids, rounds, converged = _hartigan(points, labels, centroids, options.max_iter)
         n_iter += rounds
         at_means = True
     inertia = float(points.w @ (points.x - centroids[labels]).square().sum(1))

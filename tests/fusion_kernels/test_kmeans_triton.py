@@ -22,6 +22,7 @@ from fusion_kernels import BackendUnavailableError
 from fusion_kernels import kmeans as public_kmeans
 from fusion_kernels.kmeans import Status, gpu_backend, triton_backend, triton_points, triton_run, triton_tuning
 from fusion_kernels.kmeans._triton_moves import _select_moves_kernel
+from fusion_kernels.reference.kmeans import Options
 from fusion_kernels.reference.kmeans import kmeans as reference
 
 FIELDS = ("labels", "centroids", "inertia", "counts", "n_iter", "status")
@@ -61,7 +62,9 @@ def run(
     **options: Any,
 ) -> dict[str, Tensor]:
     start, seeding = (None, init) if isinstance(init, str) else (init, "k-means++")
-    found = function(x, sample_weight, start, n_clusters, seeding, n_init, algorithm, max_iter, tol, seed, **options)
+    bound = options.pop("workspace_bytes", None)
+    how = Options(n_clusters, seeding, n_init, algorithm, max_iter, tol, seed, bound)
+    found = function(x, sample_weight, start, how, **options)
     return dict(zip(FIELDS, found, strict=True))
 
 

@@ -108,6 +108,7 @@ def _usage(cubin: bytes) -> dict[str, int]:
 def kmeans_launches(N: int, K: int, D: int, shared_memory: int) -> Iterator[Launch]:
     """Every distinct launch of the backend for problems of N points, in all modes; nothing is run."""
     from fusion_kernels.kmeans import triton_backend, triton_points, triton_run
+    from fusion_kernels.reference.kmeans import Options
 
     launches: dict[str, Launch] = {}
 
@@ -134,8 +135,8 @@ def kmeans_launches(N: int, K: int, D: int, shared_memory: int) -> Iterator[Laun
             weight = torch.ones(1, N, dtype=dtype)
             for init in (None, x[:, :K], torch.zeros(1, N, dtype=torch.int64)):
                 for precision in triton_backend.PRECISIONS:
-                    arguments = (x, weight, init, K, "k-means++", 1, "hartigan", 1, 0.1, 0)
-                    triton_backend.kmeans(*arguments, precision=precision)
+                    options = Options(K, max_iter=1, tol=0.1)
+                    triton_backend.kmeans(x, weight, init, options, precision=precision)
     yield from launches.values()
 
 
