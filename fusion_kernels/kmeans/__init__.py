@@ -110,6 +110,7 @@ register("triton", gpu_backend.kmeans, ("cuda",), gpu_backend.why_not)
 register("triton-fast", gpu_backend.kmeans_fast, ("cuda",), gpu_backend.why_not)
 ASSIGN.register(Backend("cpu", cpu_backend.assign, ("cpu",), lambda: native.UNAVAILABLE))
 ASSIGN.register(Backend("reference", reference.assign, ("cpu", "cuda")))
+ASSIGN.register(Backend("triton", gpu_backend.assign, ("cuda",), gpu_backend.why_not))
 
 
 def kmeans(

@@ -7,6 +7,7 @@ import importlib.util
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fusion_kernels.reference.kmeans import Results
 
@@ -30,6 +31,13 @@ def kmeans(*arguments: Any) -> Results:
     from fusion_kernels.kmeans import triton_backend
 
     return triton_backend.kmeans(*arguments)
+
+
+def assign(x: Tensor, centroids: Tensor) -> Tensor:
+    """See `fusion_kernels.kmeans.triton_assign.assign`."""
+    from fusion_kernels.kmeans import triton_assign
+
+    return triton_assign.assign(x, centroids)
 
 
 def kmeans_fast(*arguments: Any) -> Results:

@@ -14,7 +14,6 @@ float64 points use a float64 Gram matrix from torch and the same kernels otherwi
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,9 +26,9 @@ from fusion_kernels.kmeans import _triton_results as result_kernels
 from fusion_kernels.kmeans import _triton_seed as seed_kernels
 from fusion_kernels.kmeans import _triton_sweep as sweep_kernels
 from fusion_kernels.kmeans import triton_tuning as tuning
-from fusion_kernels.kmeans.triton_launch import launch
-from fusion_kernels.kmeans.triton_points import Points, is_finite, prepare
-from fusion_kernels.kmeans.triton_run import SLACK, Run, State
+from fusion_kernels.kmeans.triton_launch import device_guard, launch
+from fusion_kernels.kmeans.triton_points import SLACK, Points, is_finite, prepare
+from fusion_kernels.kmeans.triton_run import Run, State
 from fusion_kernels.reference.kmeans import Options, Results, Status
 
 PRECISIONS = ("exact", "fast")
@@ -54,8 +53,7 @@ def kmeans(
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
     (B, N, D), n_clusters, exact = x.shape, options.n_clusters, precision == "exact"
-    guard = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-    with guard:
+    with device_guard(x):
         if n_clusters >= N:
             return _one_point_each(x, sample_weight, init, n_clusters)
         size = tuning.problem_bytes(N, n_clusters, D, x.element_size(), exact)

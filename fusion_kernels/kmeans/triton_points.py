@@ -17,6 +17,11 @@ from fusion_kernels.kmeans.triton_launch import launch, shared_memory
 _FAR = {torch.float32: 2.0**40, torch.float64: 2.0**400}
 
 
+# A squared distance is known up to this multiple of the squared norms that it comes from: what float32 accumulation
+# leaves, and what the reference grants float64. The fast mode needs no more: its Gram matrix is that of rounded points.
+SLACK = {torch.float32: 8 * torch.finfo(torch.float32).eps, torch.float64: 16 * torch.finfo(torch.float64).eps}
+
+
 @dataclass
 class Points:
     """The points of B problems as the kernels see them.
@@ -87,7 +92,7 @@ def _gram_float64(
 
 
 @dataclass
-class _Split:
+class Split:
     """Centred rows as two float16 numbers per entry: (B, n, depth) planes, exponents (B, n), finite (B, n)."""
 
     high: Tensor
@@ -96,7 +101,8 @@ class _Split:
     finite: Tensor
 
 
-def _split(x: Tensor, mean: Tensor, exact: bool) -> _Split:
+def split(x: Tensor, mean: Tensor, exact: bool) -> Split:
+    """Split the rows of x (B, n, D) float32, contiguous, less mean (B, D); without `exact` there is no low part."""
     B, n, D = x.shape
     depth = tuning.round_up(D, tuning.DEPTH_MULTIPLE)
     high = torch.empty(B, n, depth, dtype=torch.float16, device=x.device)
@@ -108,22 +114,22 @@ def _split(x: Tensor, mean: Tensor, exact: bool) -> _Split:
         B * n, x, mean, high, low, exponent, finite, n, D, depth,
         SPLIT=exact, BD=64 if D <= 64 else 1024,
     )  # fmt: skip
-    return _Split(high, low, exponent, finite)
+    return Split(high, low, exponent, finite)
 
 
 def _gram_float32(
     x: Tensor, mean: Tensor, start: Tensor | None, gram: Tensor, products: Tensor, norms: Tensor, exact: bool
 ) -> Tensor:
     """As `_gram_float64`, on tensor cores."""
-    points = _split(x, mean, exact)
+    points = split(x, mean, exact)
     largest = points.exponent.amax(1)
     finite = points.finite.amin(1) > 0
-    scale = _scale(points, largest)
+    scale = to_one_exponent(points, largest)
     _gram(points, scale, points, scale, gram, exact)
     if start is not None:
-        origin = _split(start.contiguous(), mean, exact)
+        origin = split(start.contiguous(), mean, exact)
         finite &= origin.finite.amin(1) > 0
-        origin_scale = _scale(origin, largest)
+        origin_scale = to_one_exponent(origin, largest)
         _gram(origin, origin_scale, points, scale, products, exact)
         B, K, depth = origin.high.shape
         launch(
@@ -133,14 +139,14 @@ def _gram_float32(
     return finite
 
 
-def _scale(rows: _Split, largest: Tensor) -> Tensor:
+def to_one_exponent(rows: Split, largest: Tensor) -> Tensor:
     """(B, n) float32 powers of two that bring the split rows to one exponent per problem, points to entries below 1."""
     far = int(math.log2(_FAR[torch.float32]))
     exponent = ((rows.exponent - largest[:, None]).clamp(max=far) - 15).clamp(min=-126)
     return ((exponent + 127) << 23).view(torch.float32)
 
 
-def _gram(a: _Split, a_scale: Tensor, b: _Split, b_scale: Tensor, out: Tensor, exact: bool) -> None:
+def _gram(a: Split, a_scale: Tensor, b: Split, b_scale: Tensor, out: Tensor, exact: bool) -> None:
     B, M, depth = a.high.shape
     N = b.high.shape[1]
     symmetric = a is b

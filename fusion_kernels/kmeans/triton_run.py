@@ -14,11 +14,8 @@ from fusion_kernels.kmeans import _triton_results as result_kernels
 from fusion_kernels.kmeans import _triton_sweep as sweep_kernels
 from fusion_kernels.kmeans import triton_tuning as tuning
 from fusion_kernels.kmeans.triton_launch import launch
-from fusion_kernels.kmeans.triton_points import Points
+from fusion_kernels.kmeans.triton_points import SLACK, Points
 
-# A squared distance is known up to this multiple of the squared norms that it comes from: what float32 accumulation
-# leaves, and what the reference grants float64. The fast mode needs no more: its Gram matrix is that of rounded points.
-SLACK = {torch.float32: 8 * torch.finfo(torch.float32).eps, torch.float64: 16 * torch.finfo(torch.float64).eps}
 # Rounds between two questions whether all problems are done.
 _POLL_EVERY = 8
 

@@ -6,7 +6,7 @@ problems beside it: a problem has the same result, to the bit, alone as in a bat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 #: Entries of a row of the split points are padded to a multiple of this, so that odd D keeps wide, aligned loads.
 DEPTH_MULTIPLE = 64
@@ -57,6 +57,15 @@ def gram_config(rows: int, split: bool, shared_memory: int) -> GramConfig:
     if shared_memory >= LARGE_SHARED_MEMORY:
         return GramConfig((128, 128), 64, 1024, 8, 3 if split else 4)
     return GramConfig((64, 64), 64, 1024, 4, 3) if split else GramConfig((128, 128), 32, 1024, 8, 4)
+
+
+def nearest_config(rows: int, shared_memory: int) -> GramConfig:
+    """For the nearest centroids of `rows` points per problem.
+
+    Narrower tiles than the Gram matrix has: the search for the least distance needs registers of its own.
+    """
+    config = gram_config(rows, True, shared_memory)
+    return replace(config, tile=(config.tile[0], min(64, config.tile[1])))
 
 
 def sweep_config(N: int, K: int, wide: bool) -> SweepConfig:

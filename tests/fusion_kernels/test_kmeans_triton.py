@@ -18,12 +18,22 @@ import triton_interpreter  # noqa: F401, I001 - before any kernel is defined
 import torch
 from torch import Tensor
 
-from fusion_kernels import BackendUnavailableError
+from fusion_kernels import BackendUnavailableError, kmeans_assign
 from fusion_kernels import kmeans as public_kmeans
-from fusion_kernels.kmeans import Status, gpu_backend, triton_backend, triton_points, triton_run, triton_tuning
+from fusion_kernels.kmeans import (
+    Status,
+    gpu_backend,
+    triton_assign,
+    triton_backend,
+    triton_points,
+    triton_run,
+    triton_tuning,
+)
 from fusion_kernels.kmeans._triton_moves import _select_moves_kernel
 from fusion_kernels.reference.kmeans import Options
+from fusion_kernels.reference.kmeans import assign as assign_reference
 from fusion_kernels.reference.kmeans import kmeans as reference
+from points import nearest_gap
 
 FIELDS = ("labels", "centroids", "inertia", "counts", "n_iter", "status")
 
@@ -356,6 +366,41 @@ def test_no_problems_and_given_centroids_that_are_not_finite() -> None:
     assert_same(run(x, 4, None, start), run(x, 4, None, start, function=reference), 1e-6)
 
 
+# --- nearest centroids -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "d", "k"), [(1, 1, 1), (17, 1, 5), (123, 17, 40), (70, 65, 1), (33, 1537, 17)])
+def test_assign_finds_the_nearest(n: int, d: int, k: int) -> None:
+    x, centroids = blobs(2, n, d, seed=n), blobs(2, k, d, seed=k + 1)
+    labels = triton_assign.assign(x, centroids)
+    for b in range(2):
+        assert nearest_gap(x[b], centroids[b], labels[b]) <= 32 * torch.finfo(torch.float32).eps
+        assert torch.equal(triton_assign.assign(x[b : b + 1], centroids[b : b + 1])[0], labels[b])
+    assert torch.equal(
+        triton_assign.assign(x.double(), centroids.double()), assign_reference(x.double(), centroids.double())
+    )
+
+
+def test_assign_does_not_depend_on_how_many_points_are_split_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, centroids = blobs(2, 123, 17), blobs(2, 40, 17, seed=1)
+    whole = triton_assign.assign(x, centroids)
+    monkeypatch.setattr(triton_assign, "POINTS_BYTES", 2 * 64 * 4 * 50)
+    assert torch.equal(triton_assign.assign(x, centroids), whole)
+
+
+def test_assign_at_the_edges() -> None:
+    x = torch.tensor([[[0.0], [1.0], [2.0], [3.0], [7.0], [math.nan]]])
+    centroids = torch.tensor([[[3.0], [1.0], [3.0]]])
+    assert triton_assign.assign(x, centroids).tolist() == [[1, 1, 0, 0, 0, 0]]
+    # Ties across the steps over the centroids, too, go to the lowest id.
+    assert triton_assign.assign(x[:, :5], centroids.repeat(1, 30, 1)).tolist() == [[1, 1, 0, 0, 0]]
+    assert triton_assign.assign(x[:, :5] + 2.0**20, centroids + 2.0**20).tolist() == [[1, 1, 0, 0, 0]]
+    assert triton_assign.assign(x[:, :5] * 2.0**90, centroids).tolist() == [[1, 0, 0, 0, 0]]
+    assert triton_assign.assign(x, centroids * math.inf).tolist() == [[0] * 6]
+    assert triton_assign.assign(x[:, :0], centroids).shape == (1, 0)
+    assert triton_assign.assign(torch.zeros(0, 4, 2), torch.zeros(0, 3, 2)).shape == (0, 4)
+
+
 # --- around it -------------------------------------------------------------------------------------------------------
 
 
@@ -378,6 +423,8 @@ def test_configurations_depend_on_the_problem_alone() -> None:
 
 @pytest.mark.skipif(gpu_backend.why_not() is None, reason="there is a GPU that it runs on")
 def test_asking_for_it_without_a_gpu_says_why() -> None:
+    with pytest.raises(BackendUnavailableError, match=f"kmeans_assign: backend 'triton': {gpu_backend.why_not()}"):
+        kmeans_assign(torch.zeros(5, 2), torch.zeros(1, 2), backend="triton")
     for name in ("triton", "triton-fast"):
         with pytest.raises(BackendUnavailableError, match=f"backend '{name}': {gpu_backend.why_not()}"):
             public_kmeans(torch.zeros(5, 2), 2, backend=name)

@@ -44,7 +44,8 @@ def test_kernels_compile_within_the_resources(capability: int) -> None:
     names = {kernel["kernel"] for kernel in found}
     assert names == {
         "_assign_kernel", "_best_move_kernel", "_column_mean_kernel", "_commit_kernel", "_gram_kernel",
-        "_means_kernel", "_members_kernel", "_norms_kernel", "_partition_cost_kernel", "_plus_plus_kernel",
+        "_means_kernel", "_members_kernel", "_nearest_kernel", "_norms_kernel", "_partition_cost_kernel",
+        "_plus_plus_kernel",
         "_point_cost_kernel", "_products_kernel", "_row_norm_kernel", "_select_moves_kernel", "_settle_kernel",
         "_split_kernel", "_total_kernel",
     }  # fmt: skip
@@ -55,8 +56,8 @@ def test_kernels_compile_within_the_resources(capability: int) -> None:
     grams = [kernel for kernel in found if kernel["kernel"] == "_gram_kernel"]
     # Exact and fast, Gram and products with given centroids, large and small.
     assert len(grams) == 8
-    for kernel in grams:
+    for kernel in [*grams, *(kernel for kernel in found if kernel["kernel"] == "_nearest_kernel")]:
         # wgmma works on 64 rows and more.
-        hopper = capability == 90 and kernel["constants"]["BM"] >= 64
+        hopper = capability == 90 and kernel["constants"].get("BM", kernel["constants"].get("BN")) >= 64
         assert kernel["instructions"]["wgmma" if hopper else "mma.sync"] > 0, kernel
         assert kernel["instructions"]["cp.async"] > 0, kernel

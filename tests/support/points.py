@@ -1,4 +1,4 @@
-"""Points like the neurons of a trained network, for the tests and the benchmarks of k-means."""
+"""Points like the neurons of a trained network, and how near labels are, for the tests and benchmarks of k-means."""
 
 from __future__ import annotations
 
@@ -23,3 +23,18 @@ def neuron_like(n: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float3
     x[exact] = x[source[exact]]
     x[zero] = 0
     return x.to(dtype)
+
+
+def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
+    """(n, K) in float64, from differences."""
+    return torch.cdist(x.double(), centroids.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+def nearest_gap(x: Tensor, centroids: Tensor, labels: Tensor) -> float:
+    """How much farther than the nearest the labels' centroids are, relative to the points' squared norms.
+
+    Norms are those from the mean of the centroids: what the rounding of a product-based distance is relative to.
+    """
+    distances = squared_distances(x, centroids)
+    gap = distances.gather(1, labels[:, None]).squeeze(1) - distances.min(1).values
+    return float((gap / squared_distances(x, centroids.double().mean(0)[None]).squeeze(1)).max())

@@ -107,7 +107,7 @@ def _usage(cubin: bytes) -> dict[str, int]:
 
 def kmeans_launches(N: int, K: int, D: int, shared_memory: int) -> Iterator[Launch]:
     """Every distinct launch of the backend for problems of N points, in all modes; nothing is run."""
-    from fusion_kernels.kmeans import triton_backend, triton_points, triton_run
+    from fusion_kernels.kmeans import triton_assign, triton_backend, triton_points, triton_run
     from fusion_kernels.reference.kmeans import Options
 
     launches: dict[str, Launch] = {}
@@ -126,9 +126,10 @@ def kmeans_launches(N: int, K: int, D: int, shared_memory: int) -> Iterator[Laun
         launches.setdefault(" ".join(map(str, key)), launch)
 
     with ExitStack() as patches:
-        for module in (triton_backend, triton_points, triton_run):
+        for module in (triton_assign, triton_backend, triton_points, triton_run):
             patches.enter_context(mock.patch.object(module, "launch", record))
-        patches.enter_context(mock.patch.object(triton_points, "shared_memory", return_value=shared_memory))
+        for module in (triton_assign, triton_points):
+            patches.enter_context(mock.patch.object(module, "shared_memory", return_value=shared_memory))
         patches.enter_context(mock.patch.object(triton_run._Poll, "all_done", return_value=False))
         for dtype in (torch.float32, torch.float64):
             x = torch.zeros(1, N, D, dtype=dtype)
@@ -137,6 +138,7 @@ def kmeans_launches(N: int, K: int, D: int, shared_memory: int) -> Iterator[Laun
                 for precision in triton_backend.PRECISIONS:
                     options = Options(K, max_iter=1, tol=0.1)
                     triton_backend.kmeans(x, weight, init, options, precision=precision)
+        triton_assign.assign(torch.zeros(1, N, D), torch.zeros(1, K, D))
     yield from launches.values()
 
 

@@ -1,0 +1,62 @@
+"""Nearest centroids with Triton: products and the search for the least distance in one kernel, no (N, K) matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusion_kernels.kmeans import _triton_assign as assign_kernels
+from fusion_kernels.kmeans import _triton_gram as gram_kernels
+from fusion_kernels.kmeans import triton_tuning as tuning
+from fusion_kernels.kmeans.triton_launch import device_guard, launch, shared_memory
+from fusion_kernels.kmeans.triton_points import SLACK, Split, split, to_one_exponent
+from fusion_kernels.reference import kmeans as reference
+
+#: Bytes of split points at a time: what is kept beside points and labels.
+POINTS_BYTES = 1 << 30
+
+
+def assign(x: Tensor, centroids: Tensor) -> Tensor:
+    """Nearest centroids (B, N) int64 of x (B, N, D) among centroids (B, K, D), both float32 or both float64.
+
+    Ties up to rounding go to the lowest id; points that are not finite to 0. float64 is the reference's own steps:
+    tensor cores have nothing for it.
+    """
+    if x.dtype == torch.float64:
+        return reference.assign(x, centroids)
+    B, N, D = x.shape
+    labels = torch.zeros(B, N, dtype=torch.int64, device=x.device)
+    if B == 0 or N == 0:
+        return labels
+    with device_guard(x):
+        # What is nearest does not depend on the origin, and rounding is least with one among the centroids.
+        origin = centroids.double().mean(1).float()
+        centres = split(centroids.contiguous(), origin, exact=True)
+        largest = centres.exponent.amax(1)
+        at_once = max(1, POINTS_BYTES // (B * tuning.round_up(D, tuning.DEPTH_MULTIPLE) * 4))
+        for begin in range(0, N, at_once):
+            points = split(x[:, begin : begin + at_once].contiguous(), origin, exact=True)
+            labels[:, begin : begin + at_once] = _nearest(points, centres, largest, N)
+    return labels
+
+
+def _nearest(points: Split, centres: Split, largest: Tensor, total: int) -> Tensor:
+    """(B, n) labels of some of `total` points per problem."""
+    (B, n, depth), K = points.high.shape, centres.high.shape[1]
+    scales, norms = [], []
+    for rows in (points, centres):
+        scale = to_one_exponent(rows, largest)
+        norm = torch.empty_like(scale)
+        launch(gram_kernels._row_norm_kernel, norm.numel(), rows.high, rows.low, scale, norm, depth, SPLIT=True, BD=256)
+        scales.append(scale)
+        norms.append(norm)
+    labels = torch.empty(B, n, dtype=torch.int64, device=points.high.device)
+    config = tuning.nearest_config(total, shared_memory(labels.device))
+    BN, BK = config.tile
+    launch(
+        assign_kernels._nearest_kernel,
+        B * -(-n // BN), points.high, points.low, scales[0], norms[0], centres.high, centres.low, scales[1], norms[1],
+        labels, SLACK[torch.float32], n, K, depth, BN=BN, BK=BK, BD=config.depth, CHUNK=config.chunk,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return torch.where(points.finite > 0, labels, 0)
