@@ -2,12 +2,11 @@
 
     python bench/kmeans.py [--shapes NAME ...] [--large] [--quick] [--threads N] [--out bench/results/kmeans-cpu.json]
 
-Needs scikit-learn and faiss-cpu, which nothing else in the project does. Every peer runs with all threads on the same
-points: with k-means++ of its own, from the same given centroids, and from the same random points. Seconds are
-the least of a few runs, of a single run where one takes longer than two seconds, as elapsed and as used by all threads;
-nothing is extrapolated. On a busy machine only the processor seconds of `--threads 1` are comparable. `--large` adds
-(14336, 3584, 12288), for which only this library is timed. The run fails if a result is worse than a peer's from the
-same seeds.
+Needs the packages of the extra `bench`. Every peer runs with all threads on the same points: with k-means++ of its
+own, from the same given centroids, and from the same random points. Seconds are the least of a few runs, of a single
+run where one takes longer than two seconds, as elapsed and as used by all threads; nothing is extrapolated. On a busy
+machine only the processor seconds of `--threads 1` are comparable. `--large` adds (14336, 3584, 12288), for which only
+this library is timed. The run fails if a result is worse than a peer's from the same seeds.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from points import nearest_gap, neuron_like, squared_distances
+from sklearn.cluster import KMeans
 from torch import Tensor
 
 from fusion_kernels import native
@@ -140,13 +141,13 @@ def test_any_shape(n: int, d: int, share: float, seed: int, weighted: bool, copi
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_scikit_learn_from_the_same_centroids(weighted: bool) -> None:
-    cluster = pytest.importorskip("sklearn.cluster")
     x, w = normal(500, 65), random_weights(500) if weighted else torch.ones(500)
     init = x[:80] + 0.1
-    model = cluster.KMeans(80, init=init.double().numpy(), n_init=1, tol=0.0, algorithm="lloyd", max_iter=300)
+    model = KMeans(80, init=init.double().numpy(), n_init=1, tol=0.0, algorithm="lloyd", max_iter=300)
     model.fit(x.double().numpy(), sample_weight=w.double().numpy())
     found = kmeans(x.double(), 80, sample_weight=w, init=init.double(), algorithm="lloyd", backend="cpu", max_iter=300)
-    assert float(found.inertia) <= model.inertia_ * (1 + 1e-9)
+    assert torch.equal(found.labels, torch.from_numpy(model.labels_).long())
+    assert float(found.inertia) == pytest.approx(model.inertia_, rel=1e-9)
 
 
 # --- properties ------------------------------------------------------------------------------------------------------
