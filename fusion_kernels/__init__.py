@@ -1,7 +1,20 @@
-"""Operators for shrinking feed-forward layers: weighted k-means on neuron vectors and empirical-NTK products."""
+"""Operators for shrinking feed-forward layers: weighted k-means, empirical-NTK products, and the small layers."""
 
 from fusion_kernels.kmeans import KMeansResult, Status, kmeans, kmeans_assign
 from fusion_kernels.library import BackendUnavailableError, backends
+from fusion_kernels.mlp import fused_glu_mlp, fused_mlp, mlp_backend, split_gate_up
 from fusion_kernels.ntk import ntk_gram
 
-__all__ = ["BackendUnavailableError", "KMeansResult", "Status", "backends", "kmeans", "kmeans_assign", "ntk_gram"]
+__all__ = [
+    "BackendUnavailableError",
+    "KMeansResult",
+    "Status",
+    "backends",
+    "fused_glu_mlp",
+    "fused_mlp",
+    "kmeans",
+    "kmeans_assign",
+    "mlp_backend",
+    "ntk_gram",
+    "split_gate_up",
+]

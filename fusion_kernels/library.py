@@ -87,11 +87,14 @@ class Operator:
 _OPERATORS: dict[str, Operator] = {}
 
 
-def operator(name: str, schema: str, fake: Callable[..., Any]) -> Operator:
+def operator(
+    name: str, schema: str, fake: Callable[..., Any], choose: Callable[..., str] = lambda *_, **__: "auto"
+) -> Operator:
     """Declare `fusion_kernels::<name>` with `schema` (argument list and returns) and its fake kernel.
 
-    The dispatched operator runs whatever `select("auto", ...)` picks for its first tensor's device. Tensors in the
-    result are new: no operator mutates or aliases its inputs.
+    The dispatched operator runs the backend that `choose` names from the operator's arguments: by default the first
+    that is available on its first tensor's device. Tensors in the result are new: no operator mutates or aliases its
+    inputs.
     """
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema)
@@ -99,7 +102,7 @@ def operator(name: str, schema: str, fake: Callable[..., Any]) -> Operator:
 
     def dispatch(*args: Any, **kwargs: Any) -> Any:
         device = next(a.device for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
-        return op.select("auto", device).function(*args, **kwargs)
+        return op.select(choose(*args, **kwargs), device).function(*args, **kwargs)
 
     torch.library.impl(qualified, "CompositeExplicitAutograd", dispatch)
     torch.library.register_fake(qualified, fake)

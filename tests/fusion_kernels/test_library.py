@@ -38,11 +38,13 @@ def test_asking_by_name() -> None:
 
 def test_backends_lists_every_operator() -> None:
     report = backends()
-    assert set(report) == {"kmeans", "kmeans_assign", "ntk_gram"}
+    assert set(report) == {"kmeans", "kmeans_assign", "mlp", "mlp_backward", "ntk_gram"}
     compiled = "reference" if native.UNAVAILABLE else "cpu"
     assert {name: row["cpu"] for name, row in report.items()} == {
         "kmeans": compiled,
         "kmeans_assign": compiled,
+        "mlp": "torch",
+        "mlp_backward": "torch",
         "ntk_gram": "reference",
     }
 

@@ -1,0 +1,241 @@
+"""Feed-forward blocks of few neurons, plain and gated, forward and backward: `fused_mlp` and `fused_glu_mlp`.
+
+After fusion the hidden layer is narrow, and what decides is how often its activations cross the memory. Both functions
+are one operator each way (`fusion_kernels::mlp`, `fusion_kernels::mlp_backward`), one node under `torch.compile`. The
+reference in `fusion_kernels.reference.mlp` specifies what every backend computes and holds the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fusion_kernels.activations import get_activation
+from fusion_kernels.library import Backend
+from fusion_kernels.mlp import torch_backend
+from fusion_kernels.mlp.operators import MLP, MLP_BACKWARD
+from fusion_kernels.mlp.pinning import mlp_backend, pinned
+from fusion_kernels.mlp.reference_backend import backward as reference_backward
+from fusion_kernels.mlp.reference_backend import forward as reference_forward
+from fusion_kernels.reference import mlp as reference
+
+__all__ = ["fused_glu_mlp", "fused_mlp", "mlp_backend", "split_gate_up"]
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+MLP.register(Backend("torch", reference_forward, ("cpu", "cuda")))
+MLP.register(Backend("reference", reference_forward, ("cpu", "cuda")))
+MLP_BACKWARD.register(Backend("torch", torch_backend.backward, ("cpu", "cuda")))
+MLP_BACKWARD.register(Backend("reference", reference_backward, ("cpu", "cuda")))
+
+
+def fused_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    scale: Tensor | None = None,
+    activation: str = "gelu",
+    checkpoint_level: int = 1,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Return y = (phi(x w1ᵀ + b1) * scale) w2ᵀ + b2, a feed-forward block with the size-scaling vector.
+
+    The computation runs in the dtype of x, under autocast in autocast's, with float32 accumulation in the products (and
+    float64 for float64). Weights of another dtype, such as float32 masters, are cast once per call, and the scale is
+    folded into w2 in that cast: it costs nothing per token, and its gradient comes from the product that gives w2's.
+    Gradients have the dtype of what they belong to; tensors that do not require grad cost nothing in the backward.
+
+    First derivatives run through the operator. Second and higher ones (`create_graph=True`) are right too, in plain
+    torch. Under `torch.func` transforms and forward-mode AD the block runs as the composition of torch's operations
+    that specifies it (`fusion_kernels.reference.mlp`): every transform works, without what the backends save.
+
+    Args:
+        x: (..., d) float16, bfloat16, float32 or float64, any number of tokens, contiguous or not.
+        w1: (h, d), as in `torch.nn.Linear`, any h and d.
+        b1: (h,) or None.
+        w2: (d_out, h).
+        b2: (d_out,) or None.
+        scale: (h,) of a floating-point or integer dtype, or None for ones; differentiable where floating.
+        activation: phi, one of `gelu` (exact, by erf), `gelu_tanh`, `relu`, `relu2` (squared ReLU), `silu`.
+        checkpoint_level: which hidden tensors (tokens, h) are kept for the backward besides x: 0 the pre-activations
+            and the activations; 1 the pre-activations; 2 none, at the price of computing the first product again.
+            Nothing is kept where no gradient is needed.
+        backend: `"auto"` for the process-wide pin (see :func:`mlp_backend`) or, without one, the best that is known
+            to work here; or a name to insist on: `"cpu"` (compiled, tokens in chunks), `"torch"` (torch's operations),
+            `"reference"`, and on CUDA `"cublas"`, `"epilogue"`, `"resident"` (forward that saves nothing only).
+
+    Returns:
+        (..., d_out) in the dtype of the computation, contiguous.
+
+    Raises:
+        ValueError: a shape, dtype, device, activation, level or backend that does not fit; the message names it.
+        BackendUnavailableError: `backend` cannot run here.
+
+    Source: Wei et al., "NTK-approximating MLP Fusion for Efficient Language Model Fine-tuning", 2023, arXiv 2307.08941,
+    for the scale between activation and output projection.
+    """
+    weights = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "scale": scale}
+    _check(x, weights, ("w1", "w2"), activation, checkpoint_level)
+    return _run(x, w1, b1, None, None, w2, b2, scale, activation, checkpoint_level, backend)
+
+
+def fused_glu_mlp(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    scale: Tensor | None = None,
+    activation: str = "silu",
+    checkpoint_level: int = 1,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Return y = (phi(x w_gateᵀ + b_gate) * (x w_upᵀ + b_up) * scale) w_downᵀ + b_down, a gated feed-forward block.
+
+    SwiGLU with `silu`, GeGLU with `gelu` or `gelu_tanh`, ReGLU with `relu` (Shazeer 2020, arXiv 2002.05202). What is
+    said of :func:`fused_mlp` holds here.
+
+    Args:
+        x: (..., d).
+        w_gate: (h, d); the halves of one stored tensor come from :func:`split_gate_up`.
+        w_up: (h, d).
+        w_down: (d_out, h).
+        b_gate: (h,) or None.
+        b_up: (h,) or None.
+        b_down: (d_out,) or None.
+        scale: (h,) or None.
+        activation: phi.
+        checkpoint_level: as in :func:`fused_mlp`; level 0 keeps three hidden tensors, level 1 two.
+        backend: as in :func:`fused_mlp`.
+
+    Returns:
+        (..., d_out) in the dtype of the computation, contiguous.
+
+    Raises:
+        ValueError: a shape, dtype, device, activation, level or backend that does not fit; the message names it.
+        BackendUnavailableError: `backend` cannot run here.
+    """
+    weights = {
+        "w_gate": w_gate, "w_up": w_up, "w_down": w_down, "b_gate": b_gate, "b_up": b_up, "b_down": b_down,
+        "scale": scale,
+    }  # fmt: skip
+    _check(x, weights, ("w_gate", "w_up", "w_down"), activation, checkpoint_level)
+    return _run(x, w_up, b_up, w_gate, b_gate, w_down, b_down, scale, activation, checkpoint_level, backend)
+
+
+def split_gate_up(weight: Tensor, layout: str = "concatenated") -> tuple[Tensor, Tensor]:
+    """Return the gate and the up projection of a tensor that holds both, as views.
+
+    The operators read the views where they lie, without copies, and their gradients meet in one tensor.
+
+    Args:
+        weight: (2 h, ...): a weight (2 h, d) or a bias (2 h,).
+        layout: `"concatenated"` for all gate rows before all up rows (Phi-3, most fused SwiGLU layers), `"interleaved"`
+            for gate and up rows in turn (gpt-oss).
+
+    Returns:
+        (gate, up), each (h, ...).
+
+    Raises:
+        ValueError: an odd number of rows, or an unknown layout.
+    """
+    if weight.ndim == 0 or weight.shape[0] % 2:
+        raise ValueError(f"weight must have an even number of rows, gate and up: got {tuple(weight.shape)}")
+    h = weight.shape[0] // 2
+    if layout == "concatenated":
+        gate, up = weight.unflatten(0, (2, h)).unbind(0)
+    elif layout == "interleaved":
+        gate, up = weight.unflatten(0, (h, 2)).unbind(1)
+    else:
+        raise ValueError(f"unknown layout {layout!r}: use concatenated or interleaved")
+    return gate, up
+
+
+def _run(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    scale: Tensor | None,
+    activation: str,
+    checkpoint_level: int,
+    backend: str,
+) -> Tensor:
+    """The block by the operator or, where that cannot be differentiated as is asked, by its specification."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    block = (w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
+    if torch._C._are_functorch_transforms_active() or _has_tangents():
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.mlp(x, *block, activation)
+    if backend == "auto":
+        backend = pinned()
+    # Level 2 asks for no more than y, so that nothing is made to be saved where no gradient is needed.
+    level = checkpoint_level if torch.is_grad_enabled() and _requires_grad(x, *block) else 2
+    rows = x if x.ndim == 2 else x.flatten(0, -2) if x.ndim > 2 else x.unsqueeze(0)
+    y: Tensor = MLP.overload(rows, *block, activation, level, backend)[0]
+    return y if x.ndim == 2 else y.unflatten(0, x.shape[:-1]) if x.ndim > 2 else y.squeeze(0)
+
+
+def _requires_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _has_tangents() -> bool:
+    """Whether forward-mode AD is on; its levels are not visible to a compiler, which does not support them either."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def _check(
+    x: Tensor,
+    weights: Mapping[str, Tensor | None],
+    matrices: tuple[str, ...],
+    activation: str,
+    checkpoint_level: int,
+) -> None:
+    """Raise a ValueError that names what does not fit; `matrices` names the input projections, then the output one."""
+    get_activation(activation)
+    if checkpoint_level not in (0, 1, 2):
+        raise ValueError(f"checkpoint_level must be 0, 1 or 2, got {checkpoint_level!r}")
+    if x.dtype not in _FLOATS:
+        raise ValueError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    for name in matrices:
+        matrix = weights[name]
+        if matrix is None or matrix.ndim != 2:
+            raise ValueError(f"{name} must be a matrix, got {None if matrix is None else tuple(matrix.shape)}")
+    first, last = weights[matrices[0]], weights[matrices[-1]]
+    assert first is not None
+    assert last is not None
+    (h, d), d_out = first.shape, last.shape[0]
+    if x.ndim == 0 or x.shape[-1] != d:
+        raise ValueError(f"x must be (..., {d}) for this {matrices[0]}, got {tuple(x.shape)}")
+    for name, t in weights.items():
+        if t is None:
+            continue
+        if name == "scale":
+            if t.dtype not in (*_FLOATS, *_INTEGERS):
+                raise ValueError(f"scale must have a floating-point or integer dtype, got {t.dtype}")
+        elif t.dtype not in _FLOATS:
+            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+        expected: tuple[int, ...]
+        if name in matrices:
+            expected = (d_out, h) if name == matrices[-1] else (h, d)
+        else:
+            expected = (d_out,) if name in ("b2", "b_down") else (h,)
+        if t.shape != expected:
+            raise ValueError(f"{name} must be {expected}, got {tuple(t.shape)}")
+        if t.device != x.device:
+            raise ValueError(f"{name} is on {t.device}, x is on {x.device}")

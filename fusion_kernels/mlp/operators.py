@@ -1,0 +1,183 @@
+"""`fusion_kernels::mlp` and `fusion_kernels::mlp_backward`: one operator per direction, plain and gated alike.
+
+The operators do not look at the grad mode: what the forward saves is its argument `checkpoint_level`, and it returns
+what it saves, so that a compiler sees (and may recompute) these tensors like any others. The first derivative is the
+backward operator. Its own derivative, which makes `create_graph=True` right to any order, is that of the reference's
+formulas; gradients of gradients are rare enough for plain torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusion_kernels.library import NAMESPACE, Operator, operator
+from fusion_kernels.mlp import tuning
+from fusion_kernels.reference import mlp as reference
+
+#: y (T, d_out); z, g, a (T, h), each empty (0,) where the level does not save it or the block has none.
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+#: dX, dW_in, db_in, dW_gate, db_gate, dW_out, db_out, dp, each empty (0,) where it is not asked for.
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+#: What both operators take: x (T, d) and the seven tensors of the block.
+N_INPUTS = 8
+_INPUTS = (
+    "Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_gate, Tensor? b_gate, Tensor w_out, Tensor? b_out, Tensor? scale"
+)
+
+
+def _fake_forward(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    scale: Tensor | None,
+    activation: str,
+    checkpoint_level: int,
+    backend: str,
+) -> Outputs:
+    T, h = x.shape[0], w_in.shape[0]
+    nothing = (0,)
+    return (
+        x.new_empty((T, w_out.shape[0])),
+        x.new_empty((T, h) if checkpoint_level < 2 else nothing),
+        x.new_empty((T, h) if checkpoint_level < 2 and w_gate is not None else nothing),
+        x.new_empty((T, h) if checkpoint_level == 0 else nothing),
+    )
+
+
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    scale: Tensor | None,
+    z: Tensor,
+    g: Tensor,
+    a: Tensor,
+    activation: str,
+    checkpoint_level: int,
+    backend: str,
+    needs: Sequence[bool],
+) -> Gradients:
+    inputs = (x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
+    return packed(
+        x, [t.new_empty(t.shape) if n and t is not None else None for t, n in zip(inputs, needs, strict=True)]
+    )
+
+
+def packed(x: Tensor, gradients: Sequence[Tensor | None]) -> Gradients:
+    """The gradients as the operator returns them: an empty tensor like x where there is none."""
+    dx, dw_in, db_in, dw_gate, db_gate, dw_out, db_out, dp = (
+        x.new_empty((0,)) if gradient is None else gradient for gradient in gradients
+    )
+    return dx, dw_in, db_in, dw_gate, db_gate, dw_out, db_out, dp
+
+
+def saved(y: Tensor, z: Tensor, g: Tensor | None, a: Tensor, checkpoint_level: int) -> Outputs:
+    """What the operator returns at this level, of what the forward has computed."""
+    nothing = y.new_empty((0,))
+    return (
+        y,
+        z if checkpoint_level < 2 else nothing,
+        g if checkpoint_level < 2 and g is not None else nothing.clone(),
+        a if checkpoint_level == 0 else nothing.clone(),
+    )
+
+
+def _choose(x: Tensor, w_in: Tensor, w_gate: Tensor | None, w_out: Tensor, checkpoint_level: int, backend: str) -> str:
+    if backend != "auto" or x.device.type != "cuda":
+        return backend
+    shape = tuning.Shape(x.shape[0], x.shape[1], w_in.shape[0], w_out.shape[0], w_gate is not None, checkpoint_level)
+    return tuning.measured(torch.cuda.get_device_name(x.device), x.dtype, shape) or "auto"
+
+
+MLP: Operator = operator(
+    "mlp",
+    f"({_INPUTS}, str activation, int checkpoint_level, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_forward,
+    lambda x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale, activation, checkpoint_level, backend: _choose(
+        x, w_in, w_gate, w_out, checkpoint_level, backend
+    ),
+)
+MLP_BACKWARD: Operator = operator(
+    "mlp_backward",
+    f"(Tensor dy, {_INPUTS}, Tensor z, Tensor g, Tensor a, str activation, int checkpoint_level, str backend, "
+    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+    lambda dy, x, w_in, b_in, w_gate, b_gate, w_out, *rest: _choose(x, w_in, w_gate, w_out, rest[-3], rest[-2]),
+)
+
+
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:N_INPUTS], *output[1:])
+    ctx.options = inputs[N_INPUTS:]
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:N_INPUTS])
+    nothing = (None,) * len(ctx.options)
+    if dy is None:
+        return (*(None for _ in needs), *nothing)
+    gradients = MLP_BACKWARD.overload(dy, *ctx.saved_tensors, *ctx.options, needs)
+    return (*(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *nothing)
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.needs = inputs[-1]
+    ctx.mark_non_differentiable(*(t for t, need in zip(output, ctx.needs, strict=True) if not need))
+    ctx.save_for_backward(*inputs[: 1 + N_INPUTS])
+    ctx.activation = inputs[4 + N_INPUTS]
+    ctx.unused = len(inputs) - 1 - N_INPUTS
+
+
+def _differentiate_twice(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad[: 1 + N_INPUTS]
+    with torch.enable_grad():
+        # Views, because dy usually depends on the other inputs: what leads from one to another is not ours to count.
+        inputs = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+        dy, x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale = inputs
+        assert dy is not None
+        assert x is not None
+        assert w_in is not None
+        assert w_out is not None
+        outputs = reference.mlp_backward(
+            dy, x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale, ctx.activation, ctx.needs
+        )
+    # A gradient that no input reaches has nothing to differentiate, e.g. that of b_out when dy is constant.
+    pairs = [
+        (output, cotangent)
+        for output, cotangent in zip(outputs, cotangents, strict=True)
+        if output is not None and cotangent is not None and output.requires_grad
+    ]
+    sources = [t for t, want in zip(inputs, wanted, strict=True) if want and t is not None]
+    found = iter(
+        torch.autograd.grad(
+            [output for output, _ in pairs],
+            sources,
+            [cotangent for _, cotangent in pairs],
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )
+        if pairs
+        else [None] * len(sources)
+    )
+    return (*(next(found) if want else None for want in wanted), *(None,) * ctx.unused)
+
+
+torch.library.register_autograd(f"{NAMESPACE}::mlp", _differentiate, setup_context=_save_forward)
+torch.library.register_autograd(f"{NAMESPACE}::mlp_backward", _differentiate_twice, setup_context=_save_backward)

@@ -1,0 +1,130 @@
+"""A feed-forward block of few neurons and its gradients: the specification of `fusion_kernels::mlp`.
+
+With p the scale (1 where there is none), z = x W_inᵀ + b_in and, in a gated block, g = x W_gateᵀ + b_gate,
+
+    a = phi(z)   or   a = phi(g) z                y = a (W_out diag(p))ᵀ + b_out
+
+p is folded into W_out when that is cast to the dtype of the computation, so that it costs nothing per token, and its
+gradient comes from the product that gives the one of W_out:
+
+    dA = dY W_out diag(p)          K = dYᵀ a          dW_out = K diag(p)          dp = sum_o W_out o K
+    plain   dZ = dA phi'(z)        gated   dZ = dA phi(g)        dG = dA z phi'(g)
+    dX = dZ W_in + dG W_gate       dW_in = dZᵀ X      db_in = sum_t dZ            (likewise W_gate, b_gate with dG)
+
+All of it is made of differentiable torch operations: `mlp` is also what runs under `torch.func`, and derivatives of
+`mlp_backward` are the second derivatives of the operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fusion_kernels.activations import get_activation
+
+#: dX, dW_in, db_in, dW_gate, db_gate, dW_out, db_out, dp; None for what was not asked for.
+Gradients = tuple[
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None,
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None,
+]  # fmt: skip
+
+
+def fold_scale(w_out: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """W_out diag(p) in `dtype`, rounded once; W_out itself where there is neither a scale nor a cast."""
+    if scale is None:
+        return w_out.to(dtype)
+    wide = torch.promote_types(torch.promote_types(w_out.dtype, dtype), torch.float32)
+    return (w_out.to(wide) * scale.to(wide)).to(dtype)
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b in the dtype of x, the weights cast to it."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def hidden(
+    x: Tensor, w_in: Tensor, b_in: Tensor | None, w_gate: Tensor | None, b_gate: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(z, g, a), each (T, h); g is None for a plain block."""
+    phi = get_activation(activation).function
+    z = project(x, w_in, b_in)
+    if w_gate is None:
+        return z, None, phi(z)
+    g = project(x, w_gate, b_gate)
+    return z, g, phi(g) * z
+
+
+def mlp(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    scale: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Return y (..., d_out) in the dtype of x.
+
+    Args:
+        x: (..., d).
+        w_in: (h, d); the up projection of a gated block.
+        b_in: (h,).
+        w_gate: (h, d); the block is gated when it is there.
+        b_gate: (h,).
+        w_out: (d_out, h).
+        b_out: (d_out,).
+        scale: (h,), of a floating-point or integer dtype.
+        activation: name of phi in `fusion_kernels.activations`.
+    """
+    _, _, a = hidden(x, w_in, b_in, w_gate, b_gate, activation)
+    return F.linear(a, fold_scale(w_out, scale, x.dtype), None if b_out is None else b_out.to(x.dtype))
+
+
+def mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    scale: Tensor | None,
+    activation: str,
+    needs: Sequence[bool],
+) -> Gradients:
+    """Return the gradients of `mlp` for dy (T, d_out) and x (T, d), each in the dtype of what it belongs to.
+
+    Args:
+        needs: whether x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale each need theirs.
+    """
+    phi = get_activation(activation)
+    z, g, a = hidden(x, w_in, b_in, w_gate, b_gate, activation)
+    da = dy @ fold_scale(w_out, scale, x.dtype)
+    dg: Tensor | None = None
+    if g is None:
+        dz = da * phi.derivative(z)
+    else:
+        dz = da * phi.function(g)
+        dg = da * z * phi.derivative(g)
+    dx = dz @ w_in.to(x.dtype)
+    if dg is not None and w_gate is not None:
+        dx = dx + dg @ w_gate.to(x.dtype)
+    k = dy.mT @ a
+    wide = torch.promote_types(torch.promote_types(w_out.dtype, x.dtype), torch.float32)
+    k_wide = k.to(wide)
+    return (
+        dx if needs[0] else None,
+        (dz.mT @ x).to(w_in.dtype) if needs[1] else None,
+        dz.sum(0).to(b_in.dtype) if needs[2] and b_in is not None else None,
+        (dg.mT @ x).to(w_gate.dtype) if needs[3] and dg is not None and w_gate is not None else None,
+        dg.sum(0).to(b_gate.dtype) if needs[4] and dg is not None and b_gate is not None else None,
+        (k if scale is None else k_wide * scale.to(wide)).to(w_out.dtype) if needs[5] else None,
+        dy.sum(0).to(b_out.dtype) if needs[6] and b_out is not None else None,
+        (k_wide * w_out.to(wide)).sum(0).to(scale.dtype) if needs[7] and scale is not None else None,
+    )
