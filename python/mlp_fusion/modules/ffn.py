@@ -1,20 +1,26 @@
 """`FusedMLP` and `FusedGLU`: feed-forward modules of fused neurons.
 
 Weights live in child projections (`torch.nn.Linear`, or the class the host model uses), so that optimisers, LoRA, FSDP
-and quantisers see what they expect; the forward pass runs through the children, so that adapters and hooks on them
-take part. What is added is `scale`, the number of neurons that each fused neuron stands for.
+and quantisers see what they expect. What is added is `scale`, the number of neurons that each fused neuron stands for.
+
+The forward pass hands the children's weights to `fusion_kernels.fused_mlp` or `fused_glu_mlp`. Where a child is more
+than its weights (an adapter around it, hooks on it, a quantised weight), the pass runs through the children instead, so
+that they take part, and says so once.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fusion_kernels import fused_glu_mlp, fused_mlp
 from fusion_kernels.activations import get_activation
-from mlp_fusion.modules.layouts import make_projection, read_bundle, read_projection
+from mlp_fusion.modules.layouts import make_projection, obstacle, read_bundle, read_projection, weights_of
 from mlp_fusion.neurons import SCALE_EXPONENTS, NeuronBundle, check_parameterization, output_factor, scale_power
 
 Self_ = TypeVar("Self_", bound="FusedFFN")
@@ -27,6 +33,8 @@ class FusedFFN(nn.Module):
         scale: `(h,)` buffer (or parameter, when one was passed), or None when p = 1 or p is folded into the weights.
         parameterization: `scaled` (p explicit; Adam-like optimisers), `split` (sqrt(p) on both sides; SGD-like) or
             `folded` (p inside the output weights; export and inference).
+        checkpoint_level: which hidden tensors are kept for the backward: 0 pre-activations and activations, 1
+            pre-activations, 2 none, at the price of computing the first product again. May be changed at any time.
     """
 
     #: role -> default child name, in the order of the constructor's projections
@@ -44,6 +52,7 @@ class FusedFFN(nn.Module):
         names: Mapping[str, str] | None = None,
         dropout: float = 0.0,
         borrowed: Mapping[str, nn.Module] | None = None,
+        checkpoint_level: int = 1,
     ) -> None:
         """Build from ready projections whose weights already are in `parameterization`.
 
@@ -57,14 +66,18 @@ class FusedFFN(nn.Module):
             borrowed: role -> module that owns that projection under `names[role]`: a sibling in the host model, which
                 keeps the parameter's name. Borrowed projections are not children of this module; the host passes the
                 output projection to `forward`.
+            checkpoint_level: see the class.
 
         Raises:
-            ValueError: unknown activation or parameterization, or a scale where there can be none.
+            ValueError: unknown activation, parameterization or level, or a scale where there can be none.
         """
         super().__init__()
         get_activation(activation)
         self.activation = activation
         self.parameterization = check_parameterization(parameterization)
+        if checkpoint_level not in (0, 1, 2):
+            raise ValueError(f"checkpoint_level must be 0, 1 or 2, got {checkpoint_level!r}")
+        self.checkpoint_level = checkpoint_level
         if scale is not None and parameterization == "folded":
             raise ValueError("a folded module has its scale inside the output weights: pass scale=None")
         self.projection_names = dict(self.ROLES if names is None else names)
@@ -90,6 +103,30 @@ class FusedFFN(nn.Module):
         """How much of p the stored weights carry: the a of p^a."""
         return SCALE_EXPONENTS.get(self.parameterization, 0.0)
 
+    def _weights(self, w_out: nn.Module | None) -> dict[str, tuple[Tensor, Tensor | None]] | None:
+        """role -> weight `(out, in)` and bias of every projection, or None where one of them has to be called."""
+        found = {}
+        for role in self.ROLES:
+            projection = w_out if role == "w_out" and w_out is not None else self.projection(role)
+            reason = obstacle(projection)
+            if reason is not None:
+                if not torch.compiler.is_compiling():
+                    _say_once(reason)
+                return None
+            found[role] = weights_of(projection)
+        if self.scale is not None and self.scale_exponent != 0.0:
+            # The p^a in front of the activation divides rows of a weight, which costs nothing per token.
+            role = "w_gate" if "w_gate" in found else "w_in"
+            power, (weight, bias) = scale_power(self.scale, -self.scale_exponent), found[role]
+            found[role] = weight * power.unsqueeze(1), None if bias is None else bias * power
+        return found
+
+    def _factor(self) -> Tensor | None:
+        """`(h,)`, what multiplies the activations, or None."""
+        if self.scale is None:
+            return None
+        return output_factor(self.scale, self.scale_exponent, "w_gate" in self.ROLES)
+
     def _before_activation(self, z: Tensor) -> Tensor:
         """Undo the p^a that the weights in front of the activation carry."""
         if self.scale is None or self.scale_exponent == 0.0:
@@ -97,9 +134,9 @@ class FusedFFN(nn.Module):
         return (z * scale_power(self.scale, -self.scale_exponent)).to(z.dtype)
 
     def _project_out(self, hidden: Tensor, w_out: nn.Module | None) -> Tensor:
-        if self.scale is not None:
+        factor = self._factor()
+        if factor is not None:
             # The scale may be float32 beside a bfloat16 model; the output projection wants the model's dtype.
-            factor = output_factor(self.scale, self.scale_exponent, "w_gate" in self.projection_names)
             hidden = (hidden * factor).to(hidden.dtype)
         projection = self.projection("w_out") if w_out is None else w_out
         return self.dropout(projection(hidden))
@@ -113,6 +150,7 @@ class FusedFFN(nn.Module):
         names: Mapping[str, str] | None = None,
         kind: type[nn.Module] = nn.Linear,
         dropout: float = 0.0,
+        checkpoint_level: int = 1,
     ) -> Self_:
         """A module that computes `bundle.forward`, in the parameterization asked for.
 
@@ -122,6 +160,7 @@ class FusedFFN(nn.Module):
             names: role -> child name; `ROLES` when None.
             kind: `torch.nn.Linear` or transformers' `Conv1D`.
             dropout: probability of the dropout behind the output projection.
+            checkpoint_level: see the class.
 
         Raises:
             ValueError: B != 1, a gated bundle for a plain module or the reverse, unknown parameterization.
@@ -134,6 +173,7 @@ class FusedFFN(nn.Module):
             parameterization=parameterization,
             names=names,
             dropout=dropout,
+            checkpoint_level=checkpoint_level,
         )
 
     @classmethod
@@ -204,7 +244,19 @@ class FusedFFN(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation}, parameterization={self.parameterization}"
+        return (
+            f"activation={self.activation}, parameterization={self.parameterization}, "
+            f"checkpoint_level={self.checkpoint_level}"
+        )
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    warnings.warn(
+        f"a fused FFN holds {reason}: it runs through its projections one by one, so that it takes part, "
+        "and without the fused kernels",
+        stacklevel=2,
+    )
 
 
 class FusedMLP(FusedFFN):
@@ -227,6 +279,7 @@ class FusedMLP(FusedFFN):
         activation: str = "gelu",
         scale: Tensor | None = None,
         parameterization: str = "folded",
+        checkpoint_level: int = 1,
     ) -> FusedMLP:
         """Take over the weights of `y = fc2(act(fc1(x)) * scale)`; copies, so the originals stay as they are.
 
@@ -235,15 +288,22 @@ class FusedMLP(FusedFFN):
             activation: `gelu` (exact), `gelu_tanh`, `relu`, `relu2` or `silu`.
             scale: `(h,)` cluster sizes, integer or floating; None for all ones. A `torch.nn.Parameter` stays one.
             parameterization: how the module stores the scale: `folded`, `scaled` or `split`; the outputs are the same.
+            checkpoint_level: what is kept for the backward, see the class.
 
         Raises:
             ValueError: shapes disagree, unknown activation or parameterization, a trainable scale to be folded.
             InputError: a projection is not a plain `Linear` or `Conv1D`.
         """
-        return _from_projections(cls, {"w_in": fc1, "w_out": fc2}, activation, scale, parameterization)
+        projections = {"w_in": fc1, "w_out": fc2}
+        return _from_projections(cls, projections, activation, scale, parameterization, checkpoint_level)
 
     def forward(self, x: Tensor, w_out: nn.Module | None = None) -> Tensor:
         """`(..., d)` -> `(..., d_out)`; `w_out` is the output projection where it is not this module's own."""
+        weights = self._weights(w_out)
+        if weights is not None:
+            level = self.checkpoint_level
+            y = fused_mlp(x, *weights["w_in"], *weights["w_out"], self._factor(), self.activation, level)
+            return self.dropout(y)
         z = self._before_activation(self.projection("w_in")(x))
         return self._project_out(get_activation(self.activation).function(z), w_out)
 
@@ -267,12 +327,20 @@ class FusedGLU(FusedFFN):
         activation: str = "silu",
         scale: Tensor | None = None,
         parameterization: str = "folded",
+        checkpoint_level: int = 1,
     ) -> FusedGLU:
         """Take over the weights of `y = down(act(gate(x)) * up(x) * scale)`; arguments as in `FusedMLP.from_mlp`."""
         projections = {"w_gate": gate, "w_in": up, "w_out": down}
-        return _from_projections(cls, projections, activation, scale, parameterization)
+        return _from_projections(cls, projections, activation, scale, parameterization, checkpoint_level)
 
     def forward(self, x: Tensor) -> Tensor:
+        weights = self._weights(None)
+        if weights is not None:
+            (w_gate, b_gate), (w_up, b_up), (w_down, b_down) = (weights[r] for r in ("w_gate", "w_in", "w_out"))
+            biases = b_gate, b_up, b_down
+            level = self.checkpoint_level
+            y = fused_glu_mlp(x, w_gate, w_up, w_down, *biases, self._factor(), self.activation, level)
+            return self.dropout(y)
         gate = get_activation(self.activation).function(self._before_activation(self.projection("w_gate")(x)))
         return self._project_out(gate * self.projection("w_in")(x), None)
 
@@ -283,10 +351,12 @@ def _from_projections(
     activation: str,
     scale: Tensor | None,
     parameterization: str,
+    checkpoint_level: int,
 ) -> Self_:
     if isinstance(scale, nn.Parameter) and parameterization == "folded":
         raise ValueError("a trainable scale cannot be folded into the weights: use scaled or split")
-    module = cls.from_bundle(read_bundle(projections, activation, scale), parameterization)
+    bundle = read_bundle(projections, activation, scale)
+    module = cls.from_bundle(bundle, parameterization, checkpoint_level=checkpoint_level)
     for role, source in projections.items():
         for name, parameter in source.named_parameters(recurse=False):
             module.projection(role).get_parameter(name).requires_grad_(parameter.requires_grad)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from mlp_fusion.errors import InputError
@@ -61,6 +62,35 @@ def read_bundle(
         scale = scale if scale.is_floating_point() else scale.float()
     exponent = 0.0 if scale is None else scale_exponent
     return NeuronBundle(activation=activation, scale=scale, scale_exponent=exponent, **tensors)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why `module` has to be called, rather than its weight and bias be read and used: what it is, or None.
+
+    Calling is what applies an adapter, a quantised weight, a hook or a parametrisation; reading would pass by them.
+    """
+    kind = type(module)
+    if kind not in (nn.Linear, Conv1D):
+        return f"a {kind.__module__}.{kind.__qualname__}"
+    if any(getattr(module, name) for name in _HOOKS) or _has_any_global_hook():
+        return "a projection with hooks"
+    if "forward" in module.__dict__:
+        return "a projection with a forward method of its own"
+    for parameter in (module.weight, module.bias):
+        if parameter is not None and type(parameter) not in (nn.Parameter, Tensor):
+            return f"a projection with a {type(parameter).__module__}.{type(parameter).__qualname__} in it"
+    return None
+
+
+def weights_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight as `(out, in)` and the bias of a projection that has no :func:`obstacle`, with their gradients."""
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, Tensor)
+    return (weight.t() if type(module) is Conv1D else weight), bias
 
 
 def make_projection(weight: Tensor, bias: Tensor | None, kind: type[nn.Module] = nn.Linear) -> nn.Module:

@@ -1,0 +1,54 @@
+"""One of two processes that train a fused module together: `python parallel.py RANK ddp|fsdp2 FOLDER`.
+
+Each takes half of the batch; rank 0 writes the gradients that DDP or FSDP2 reduced to `FOLDER/gradients.pt`.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from bundles import random_bundle
+from mlp_fusion import FusedMLP
+
+
+def module_and_batch() -> tuple[FusedMLP, Tensor]:
+    """The module, and a batch (16, 5), of which each process takes 8 rows."""
+    module = FusedMLP.from_bundle(random_bundle(width=17, scale=True, dtype=torch.float32), "scaled")
+    return module, torch.randn(16, 5, generator=torch.Generator().manual_seed(3))
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    """A mean, so that the mean over processes is the mean over the batch."""
+    loss: Tensor = model(x).square().mean()
+    return loss
+
+
+def main() -> None:
+    rank, kind, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    module, x = module_and_batch()
+    model: Any = module
+    if kind == "ddp":
+        model = nn.parallel.DistributedDataParallel(module)
+    else:
+        fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="a fused FFN holds")  # the fused operators must be taken
+        loss_of(model, x[rank * 8 : rank * 8 + 8]).backward()
+    gradients = {n: p.grad.full_tensor() if kind == "fsdp2" else p.grad for n, p in module.named_parameters()}
+    if rank == 0:
+        torch.save(gradients, f"{folder}/gradients.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
