@@ -1,0 +1,151 @@
+"""The expert layers of Mixture-of-Experts models after fusion: `fused_experts`, the blocks of `fused_mlp` side by side.
+
+Rows are sorted by expert, so that every expert's rows lie together, and all of them go through one operator each way
+(`fusion_kernels::experts`, `fusion_kernels::experts_backward`). Nothing here waits for a GPU to learn how many rows an
+expert has, unless the `loop` backend has to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusion_kernels import transforms
+from fusion_kernels.activations import get_activation
+from fusion_kernels.experts import grouped_mm_backend, loop_backend
+from fusion_kernels.experts.operators import EXPERTS, EXPERTS_BACKWARD
+from fusion_kernels.library import Backend
+from fusion_kernels.reference import experts as reference
+
+__all__ = ["fused_experts"]
+
+EXPERTS.register(Backend("loop", loop_backend.forward, ("cpu", "cuda")))
+EXPERTS.register(Backend("grouped_mm", grouped_mm_backend.forward, ("cpu", "cuda")))
+EXPERTS_BACKWARD.register(Backend("loop", loop_backend.backward, ("cpu", "cuda")))
+EXPERTS_BACKWARD.register(Backend("grouped_mm", grouped_mm_backend.backward, ("cpu", "cuda")))
+
+
+def fused_experts(
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    w_gate: Tensor | None = None,
+    *,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+    b_gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    activation: str = "silu",
+    checkpoint_level: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """Return y_t = sum_k weight_tk expert_(index_tk)(x_t), every expert a block as in `fused_mlp` or `fused_glu_mlp`.
+
+    The result does not depend on the order in which experts are worked on, and has the same bits every time: every row
+    is computed once and the k rows of a token are summed in their order.
+
+    Args:
+        x: (T, d) tokens.
+        top_k_index: (T, k) integer ids of each token's experts. Ids of E and above stand for experts that live
+            elsewhere: they contribute nothing.
+        top_k_weights: (T, k) what each of them counts; differentiable.
+        w_in: (E, h, d) input projections, of gated blocks the up projections.
+        w_out: (E, d_out, h) output projections.
+        w_gate: (E, h, d) gate projections, or None for plain blocks.
+        b_in: (E, h) or None.
+        b_out: (E, d_out) or None.
+        b_gate: (E, h) or None.
+        scale: (E, h) cluster sizes of fused neurons, or None for ones.
+        activation: a name in `fusion_kernels.activations`.
+        checkpoint_level: what is kept for the backward, as in `fused_mlp`.
+        backend: `"auto"`, `"loop"` (expert by expert) or `"grouped_mm"` (torch's grouped products: float32, bfloat16 or
+            float16, sizes multiples of 16 bytes).
+
+    Returns:
+        (T, d_out) in the dtype of x, under autocast in autocast's.
+
+    Raises:
+        ValueError: a shape, dtype, activation or level that does not fit; the message names it.
+        BackendUnavailableError: `backend` cannot run here.
+
+    Source: Shazeer et al. 2017 (arXiv 1701.06538) for the layer; MLP Fusion (arXiv 2307.08941) for the scale.
+    """
+    weights = {"w_in": w_in, "b_in": b_in, "w_gate": w_gate, "b_gate": b_gate, "w_out": w_out, "b_out": b_out}
+    weights["scale"] = scale
+    _check(x, top_k_index, top_k_weights, weights, activation, checkpoint_level)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    T, k = top_k_index.shape
+    owner, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    inverse = torch.zeros_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    ends = torch.searchsorted(owner, torch.arange(len(w_in), device=owner.device, dtype=owner.dtype), right=True)
+    rows = x.unsqueeze(1).expand(-1, k, -1).flatten(0, 1)
+    with torch.autocast(x.device.type, enabled=False):
+        if transforms.active():
+            blocks = (w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
+            y = reference.experts(rows[order], ends, *blocks, activation)[inverse]
+        else:
+            tensors: tuple[Any, ...] = tuple(weights.values())
+            needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, *tensors))
+            level = checkpoint_level if needed else 2
+            sorted_rows = _Permuted.apply(rows, order, inverse)
+            y = EXPERTS.overload(sorted_rows, ends.int(), *tensors, activation, level, backend)[0]
+            y = _Permuted.apply(y, inverse, order)
+        return (y.unflatten(0, (T, k)) * top_k_weights.unsqueeze(2)).sum(1).to(x.dtype)
+
+
+class _Permuted(torch.autograd.Function):
+    """x[order], whose gradient is another permutation: indexing alone would add up gradients without need."""
+
+    @staticmethod
+    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        return x[order]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _Permuted.apply(dy, inverse, order), None, None
+
+
+def _check(
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    weights: dict[str, Tensor | None],
+    activation: str,
+    checkpoint_level: int,
+) -> None:
+    get_activation(activation)
+    if checkpoint_level not in (0, 1, 2):
+        raise ValueError(f"checkpoint_level must be 0, 1 or 2, got {checkpoint_level!r}")
+    w_in, w_out = weights["w_in"], weights["w_out"]
+    if w_in is None or w_in.ndim != 3 or w_out is None or w_out.ndim != 3:
+        raise ValueError("w_in must be (experts, h, d) and w_out (experts, d_out, h)")
+    (E, h, d), d_out = w_in.shape, w_out.shape[1]
+    if x.ndim != 2 or x.shape[1] != d:
+        raise ValueError(f"x must be (tokens, {d}) for this w_in, got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating point, got {x.dtype}")
+    if top_k_index.ndim != 2 or len(top_k_index) != len(x) or top_k_index.is_floating_point():
+        raise ValueError(f"top_k_index must be integers ({len(x)}, k), got {tuple(top_k_index.shape)}")
+    if top_k_weights.shape != top_k_index.shape:
+        raise ValueError(f"top_k_weights must be {tuple(top_k_index.shape)}, got {tuple(top_k_weights.shape)}")
+    shapes = {
+        "w_in": (E, h, d), "w_gate": (E, h, d), "w_out": (E, d_out, h), "b_in": (E, h), "b_gate": (E, h),
+        "b_out": (E, d_out), "scale": (E, h),
+    }  # fmt: skip
+    for name, t in weights.items():
+        if t is not None and t.shape != shapes[name]:
+            raise ValueError(f"{name} must be {shapes[name]}, got {tuple(t.shape)}")
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name} is on {t.device}, x is on {x.device}")
+    if weights["b_gate"] is not None and weights["w_gate"] is None:
+        raise ValueError("b_gate is there without w_gate")

@@ -1,0 +1,274 @@
+"""`fused_experts` against a sum written token by token, in every backend."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from fusion_kernels import fused_experts
+
+BACKENDS = ("loop", "grouped_mm")
+#: What a backend is compared in, and how closely.
+EXACT = {"loop": (torch.float64, 1e-10), "grouped_mm": (torch.float32, 2e-5)}
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda z: F.relu(z) ** 2,
+    "silu": F.silu,
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def layer(
+    E: int, d: int, h: int, d_out: int, gated: bool, bias: bool, scale: bool, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    found = {"w_in": torch.randn(E, h, d) / d**0.5, "w_out": torch.randn(E, d_out, h) / h**0.5}
+    if gated:
+        found["w_gate"] = torch.randn(E, h, d) / d**0.5
+    if bias:
+        found |= {"b_in": torch.randn(E, h), "b_out": torch.randn(E, d_out)}
+        if gated:
+            found["b_gate"] = torch.randn(E, h)
+    if scale:
+        found["scale"] = torch.randint(1, 6, (E, h)).float()
+    return {name: t.to(dtype).requires_grad_() for name, t in found.items()}
+
+
+def routing(
+    T: int, k: int, E: int, dtype: torch.dtype = torch.float64, skip: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Distinct experts per token, none of them `skip`; weights that require grad."""
+    scores = torch.rand(T, E)
+    if skip is not None and k < E:
+        scores[:, skip] = -1
+    return scores.topk(k).indices, torch.rand(T, k).to(dtype).requires_grad_()
+
+
+def token_by_token(x: Tensor, index: Tensor, weights: Tensor, activation: str, **p: Tensor) -> Tensor:
+    rows = []
+    for t in range(len(x)):
+        y = torch.zeros(p["w_out"].shape[1], dtype=x.dtype)
+        for e, share in zip(index[t].tolist(), weights[t], strict=True):
+            if e >= len(p["w_in"]):
+                continue
+            hidden = F.linear(x[t], p["w_in"][e], p["b_in"][e] if "b_in" in p else None)
+            if "w_gate" in p:
+                gate = F.linear(x[t], p["w_gate"][e], p["b_gate"][e] if "b_gate" in p else None)
+                hidden = ACTIVATIONS[activation](gate) * hidden
+            else:
+                hidden = ACTIVATIONS[activation](hidden)
+            if "scale" in p:
+                hidden = hidden * p["scale"][e]
+            y = y + share * F.linear(hidden, p["w_out"][e], p["b_out"][e] if "b_out" in p else None)
+        rows.append(y)
+    return torch.stack(rows) if rows else x.new_zeros(0, p["w_out"].shape[1])
+
+
+def results(y: Tensor, x: Tensor, weights: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    target = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y.dtype)
+    sources = {"x": x, "weights": weights, **parameters}
+    found = torch.autograd.grad((y * target).sum(), list(sources.values()), allow_unused=True)
+    zero = {name: torch.zeros_like(t) if g is None else g for (name, t), g in zip(sources.items(), found, strict=True)}
+    return {"y": y.detach(), **zero}
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("gated", "bias", "scale"), [(True, False, True), (True, True, True), (False, True, True), (True, False, False)]
+)
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_outputs_and_gradients(backend: str, level: int, gated: bool, bias: bool, scale: bool, activation: str) -> None:
+    T, k, E, d, h, d_out = 23, 2, 5, 8, 12, 4
+    dtype, tolerance = EXACT[backend]
+    p = layer(E, d, h, d_out, gated, bias, scale, dtype)
+    x = torch.randn(T, d, dtype=dtype, requires_grad=True)
+    index, weights = routing(T, k, E, dtype, skip=3)
+    options: dict[str, Any] = {"activation": activation, "checkpoint_level": level, "backend": backend}
+    found = results(fused_experts(x, index, weights, **p, **options), x, weights, p)
+    expected = results(token_by_token(x, index, weights, activation, **p), x, weights, p)
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    assert not bool(found["w_in"][3].any())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 40),
+    st.integers(1, 6),
+    st.integers(1, 17),
+    st.integers(1, 123),
+    st.booleans(),
+    st.sampled_from(sorted(ACTIVATIONS)),
+)
+def test_any_shape(T: int, E: int, d: int, h: int, gated: bool, activation: str) -> None:
+    p = layer(E, d, h, 3, gated, True, True)
+    x = torch.randn(T, d, dtype=torch.float64, requires_grad=True)
+    index, weights = routing(T, min(2, E), E)
+    y = fused_experts(x, index, weights, **p, activation=activation)
+    found = results(y, x, weights, p)
+    if T == 0:
+        assert y.shape == (0, 3)
+        assert not any(bool(found[name].any()) for name in p)
+        return
+    same(found, results(token_by_token(x, index, weights, activation, **p), x, weights, p), 1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_experts_elsewhere_contribute_nothing(backend: str) -> None:
+    dtype, tolerance = EXACT[backend]
+    p = layer(3, 8, 8, 8, True, True, True, dtype)
+    x = torch.randn(9, 8, dtype=dtype, requires_grad=True)
+    index, weights = routing(9, 2, 6, dtype)
+    found = results(fused_experts(x, index, weights, **p, backend=backend), x, weights, p)
+    expected = results(token_by_token(x, index, weights, "silu", **p), x, weights, p)
+    same(found, expected, tolerance)
+    assert bool((index >= 3).any())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_errs_at_most_twice_as_much_as_torch(backend: str, dtype: torch.dtype) -> None:
+    p = layer(4, 64, 48, 64, True, False, True, torch.float32)
+    x = torch.randn(70, 64, requires_grad=True)
+    index, weights = routing(70, 2, 4, torch.float32)
+    wide = {n: t.detach().to(dtype).double().requires_grad_() for n, t in p.items()}
+    xw, ww = x.detach().to(dtype).double().requires_grad_(), weights.detach().to(dtype).double().requires_grad_()
+    exact = results(token_by_token(xw, index, ww, "silu", **wide), xw, ww, wide)
+
+    def errors(run: Any) -> dict[str, Tensor]:
+        q = {n: t.detach().to(dtype).requires_grad_() for n, t in p.items()}
+        xs, ws = x.detach().to(dtype).requires_grad_(), weights.detach().to(dtype).requires_grad_()
+        found = results(run(xs, index, ws, **q), xs, ws, q)
+        return {name: (found[name].double() - value).abs() for name, value in exact.items()}
+
+    def expert_by_expert(x: Tensor, index: Tensor, weights: Tensor, **q: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for e in range(4):
+            token, place = (index == e).nonzero(as_tuple=True)
+            hidden = F.silu(F.linear(x[token], q["w_gate"][e])) * F.linear(x[token], q["w_in"][e]) * q["scale"][e]
+            y = y.index_add(0, token, F.linear(hidden, q["w_out"][e]) * weights[token, place, None])
+        return y
+
+    found, allowed = errors(functools.partial(fused_experts, backend=backend)), errors(expert_by_expert)
+    for name in exact:
+        assert float(found[name].max()) <= 2 * float(allowed[name].max()), name
+        assert float(found[name].square().mean()) <= 4 * float(allowed[name].square().mean()), name
+
+
+def test_what_is_kept() -> None:
+    p = layer(4, 8, 12, 8, True, False, True)
+    x = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
+    index, weights = routing(30, 2, 4)
+    counts = {}
+    for level in (0, 1, 2):
+        shapes: list[tuple[int, ...]] = []
+
+        def keep(t: Tensor, shapes: list[tuple[int, ...]] = shapes) -> Tensor:
+            shapes.append(tuple(t.shape))
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            fused_experts(x, index, weights, **p, checkpoint_level=level)
+        counts[level] = shapes.count((60, 12))
+    assert counts == {0: 3, 1: 2, 2: 0}
+
+
+def test_gradients_of_gradients_and_transforms() -> None:
+    p = layer(3, 4, 5, 2, True, True, True)
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    index, weights = routing(6, 2, 3)
+    names = list(p)
+
+    def run(x: Tensor, weights: Tensor, *values: Tensor) -> Tensor:
+        return fused_experts(x, index, weights, **dict(zip(names, values, strict=True)))
+
+    assert torch.autograd.gradgradcheck(run, (x, weights, *p.values()))
+    tangent = torch.randn_like(x)
+    _, found = torch.func.jvp(lambda x: run(x, weights, *p.values()), (x.detach(),), (tangent,))
+    y = run(x, weights, *p.values())
+    u = torch.randn_like(y)
+    (back,) = torch.autograd.grad(y, x, u)
+    torch.testing.assert_close((found * u).sum(), (back * tangent).sum())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_bits_every_time_and_compiled(backend: str) -> None:
+    p = layer(4, 16, 16, 16, True, False, True, torch.float32)
+    x = torch.randn(50, 16, requires_grad=True)
+    index, weights = routing(50, 2, 4, torch.float32)
+    first = results(fused_experts(x, index, weights, **p, backend=backend), x, weights, p)
+    again = results(fused_experts(x, index, weights, **p, backend=backend), x, weights, p)
+    compiled = torch.compile(
+        lambda *a, **q: fused_experts(*a, **q, backend=backend), fullgraph=True, backend="aot_eager"
+    )
+    third = results(compiled(x, index, weights, **p), x, weights, p)
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+        torch.testing.assert_close(third[name], value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_as_operators(backend: str) -> None:
+    dtype, _ = EXACT[backend]
+    p = layer(3, 4, 8, 4, True, True, True, dtype)
+    x = torch.randn(7, 4, dtype=dtype, requires_grad=True)
+    ends = torch.tensor([2, 2, 6], dtype=torch.int32)
+    blocks = [p[n] for n in ("w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out", "scale")]
+    arguments = (x, ends, *blocks, "silu", 1, backend)
+    torch.library.opcheck(torch.ops.fusion_kernels.experts.default, arguments)
+    with torch.no_grad():
+        _, z, g, a = torch.ops.fusion_kernels.experts(*arguments)
+    detached = (t.detach() for t in (x, ends, *blocks))
+    dy = torch.randn(7, 4, dtype=dtype)
+    torch.library.opcheck(
+        torch.ops.fusion_kernels.experts_backward.default, (dy, *detached, z, g, a, "silu", 1, backend, [True] * 8)
+    )
+
+
+ERRORS: list[tuple[dict[str, Any], str]] = [
+    ({"x": torch.zeros(4, 3)}, r"x must be \(tokens, 8\) for this w_in, got \(4, 3\)"),
+    ({"top_k_index": torch.zeros(3, 2, dtype=torch.long)}, r"top_k_index must be integers \(4, k\), got \(3, 2\)"),
+    ({"top_k_weights": torch.zeros(4, 1)}, r"top_k_weights must be \(4, 2\), got \(4, 1\)"),
+    ({"w_in": torch.zeros(6, 8)}, r"w_in must be \(experts, h, d\)"),
+    ({"scale": torch.ones(3, 5)}, r"scale must be \(3, 6\), got \(3, 5\)"),
+    ({"b_gate": torch.ones(3, 6), "w_gate": None}, "b_gate is there without w_gate"),
+    ({"activation": "tanh"}, "unknown activation 'tanh'"),
+    ({"checkpoint_level": 5}, "checkpoint_level must be 0, 1 or 2, got 5"),
+    ({"backend": "grouped_mm"}, r"not torch.float32 and \(6, 8, 8\): use backend='loop'"),
+    ({"backend": "nothing"}, "unknown backend 'nothing': use one of auto, loop, grouped_mm"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), ERRORS, ids=[e[1][:30] for e in ERRORS])
+def test_errors(change: dict[str, Any], message: str) -> None:
+    given_ = {
+        "x": torch.zeros(4, 8), "top_k_index": torch.zeros(4, 2, dtype=torch.long), "top_k_weights": torch.ones(4, 2),
+        "w_in": torch.zeros(3, 6, 8), "w_out": torch.zeros(3, 8, 6), "w_gate": torch.zeros(3, 6, 8),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        fused_experts(**(given_ | change))
