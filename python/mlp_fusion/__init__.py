@@ -11,7 +11,7 @@ from mlp_fusion.checkpoint.verify import Verification, verify
 from mlp_fusion.errors import InputError
 from mlp_fusion.fusing import fuse
 from mlp_fusion.measure import FFNRow, FusionReport
-from mlp_fusion.modules import FusedGLU, FusedMLP
+from mlp_fusion.modules import FusedExperts, FusedGLU, FusedMLP
 from mlp_fusion.neurons import NeuronBundle
 
 _hosts.register()
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FFNRow",
+    "FusedExperts",
     "FusedGLU",
     "FusedMLP",
     "FusionPlan",

@@ -15,22 +15,10 @@ from typing import Any
 from torch import nn
 
 from mlp_fusion.errors import InputError
+from mlp_fusion.modules.activations import CONFIG_ACTIVATIONS
 from mlp_fusion.modules.ffn import FusedFFN, FusedGLU, FusedMLP
 from mlp_fusion.modules.layouts import read_bundle, read_projection
 from mlp_fusion.neurons import NeuronBundle
-
-#: Activation names as configs spell them -> the names of `fusion_kernels.activations`.
-CONFIG_ACTIVATIONS: dict[str, str] = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "relu": "relu",
-    "relu2": "relu2",
-    "silu": "silu",
-    "swish": "silu",
-}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
   `per_layer_config`, but its layer classes read the global config and raise. Wrapped, a layer of such a model is built
   from its own config, through plain `AutoModel*.from_pretrained`. Models with equal layers are built as ever.
 - `PreTrainedModel.save_pretrained`: a model that contains fused FFNs is saved folded, whichever of its modules the call
-  is made on. Other models are saved as ever.
+  is made on; one with fused experts that hold a scale is refused. Other models are saved as ever.
 - The feed-forward method of families that split their FFN over sibling modules: it hands a fused FFN the projection
   that lies in the sibling.
 
@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 from mlp_fusion.architectures import ARCHITECTURES
 from mlp_fusion.architectures.bert import SplitArchitecture
 from mlp_fusion.checkpoint.folding import save_folded
-from mlp_fusion.modules import FusedFFN
+from mlp_fusion.errors import InputError
+from mlp_fusion.modules import FusedExperts, FusedFFN
 
 _Method = Callable[..., Any]
 _MARK = "_wrapped_by_mlp_fusion"
@@ -52,6 +53,11 @@ def _wrap(cls: type, name: str, wrapper: Callable[[_Method], _Method]) -> None:
 
 def _saving(save: _Method) -> _Method:
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        if any(isinstance(module, FusedExperts) and module.scale is not None for module in self.modules()):
+            raise InputError(
+                "the model holds fused experts with a scale, which no plain checkpoint has: "
+                "call merge_scale() on every FusedExperts before saving"
+            )
         if any(isinstance(module, FusedFFN) for module in self.modules()):
             save_folded(self, save, *args, **kwargs)
         else:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar, TypeVar
 
 import torch
@@ -21,26 +21,20 @@ from torch import Tensor, nn
 from fusion_kernels import fused_glu_mlp, fused_mlp
 from fusion_kernels.activations import get_activation
 from mlp_fusion.modules.layouts import make_projection, obstacle, read_bundle, read_projection, weights_of
-from mlp_fusion.neurons import SCALE_EXPONENTS, NeuronBundle, check_parameterization, output_factor, scale_power
+from mlp_fusion.modules.scaled import ScaledModule
+from mlp_fusion.neurons import NeuronBundle, scale_power
 
 Self_ = TypeVar("Self_", bound="FusedFFN")
 
 
-class FusedFFN(nn.Module):
+class FusedFFN(ScaledModule):
     """What plain and gated fused feed-forward modules share; use :class:`FusedMLP` or :class:`FusedGLU`.
 
-    Attributes:
-        scale: `(h,)` buffer (or parameter, when one was passed), or None when p = 1 or p is folded into the weights.
-        parameterization: `scaled` (p explicit; Adam-like optimisers), `split` (sqrt(p) on both sides; SGD-like) or
-            `folded` (p inside the output weights; export and inference).
-        checkpoint_level: which hidden tensors are kept for the backward: 0 pre-activations and activations, 1
-            pre-activations, 2 none, at the price of computing the first product again. May be changed at any time.
+    Its `scale` is `(h,)`.
     """
 
     #: role -> default child name, in the order of the constructor's projections
     ROLES: ClassVar[Mapping[str, str]] = {}
-
-    scale: Tensor | None
 
     def __init__(
         self,
@@ -71,37 +65,24 @@ class FusedFFN(nn.Module):
         Raises:
             ValueError: unknown activation, parameterization or level, or a scale where there can be none.
         """
-        super().__init__()
-        get_activation(activation)
-        self.activation = activation
-        self.parameterization = check_parameterization(parameterization)
-        if checkpoint_level not in (0, 1, 2):
-            raise ValueError(f"checkpoint_level must be 0, 1 or 2, got {checkpoint_level!r}")
-        self.checkpoint_level = checkpoint_level
-        if scale is not None and parameterization == "folded":
-            raise ValueError("a folded module has its scale inside the output weights: pass scale=None")
+        super().__init__(activation, scale, parameterization, checkpoint_level)
         self.projection_names = dict(self.ROLES if names is None else names)
         # In a dict, so outside the module tree, on purpose: the owner holds these parameters, this module calls them.
         self._borrowed = dict(borrowed or {})
         for role, module in projections.items():
             if role not in self._borrowed:
                 self.add_module(self.projection_names[role], module)
-        if isinstance(scale, nn.Parameter):
-            self.register_parameter("scale", scale)
-        else:
-            self.register_buffer("scale", scale)
         self.dropout = nn.Dropout(dropout)
+
+    @property
+    def gated(self) -> bool:
+        return "w_gate" in self.ROLES
 
     def projection(self, role: str) -> nn.Module:
         """The child (or borrowed) projection in `role`, with whatever adapter has been put around it."""
         module = getattr(self._borrowed.get(role, self), self.projection_names[role])
         assert isinstance(module, nn.Module)
         return module
-
-    @property
-    def scale_exponent(self) -> float:
-        """How much of p the stored weights carry: the a of p^a."""
-        return SCALE_EXPONENTS.get(self.parameterization, 0.0)
 
     def _weights(self, w_out: nn.Module | None) -> dict[str, tuple[Tensor, Tensor | None]] | None:
         """role -> weight `(out, in)` and bias of every projection, or None where one of them has to be called."""
@@ -120,12 +101,6 @@ class FusedFFN(nn.Module):
             power, (weight, bias) = scale_power(self.scale, -self.scale_exponent), found[role]
             found[role] = weight * power.unsqueeze(1), None if bias is None else bias * power
         return found
-
-    def _factor(self) -> Tensor | None:
-        """`(h,)`, what multiplies the activations, or None."""
-        if self.scale is None:
-            return None
-        return output_factor(self.scale, self.scale_exponent, "w_gate" in self.ROLES)
 
     def _before_activation(self, z: Tensor) -> Tensor:
         """Undo the p^a that the weights in front of the activation carry."""
@@ -230,24 +205,7 @@ class FusedFFN(nn.Module):
             weight.copy_(plain_weight)
             if bias is not None and plain_bias is not None:
                 bias.copy_(plain_bias)
-        del self.scale
-        self.register_buffer("scale", None)
-        self.parameterization = "folded"
-
-    def _apply(self: Self_, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self_:
-        """Keep a float32 scale float32 when the module is cast to half precision: it holds counts."""
-        before = self.scale
-        super()._apply(fn, recurse)
-        if before is not None and self.scale is not None and not isinstance(before, nn.Parameter):
-            lowered = torch.finfo(self.scale.dtype).bits < min(32, torch.finfo(before.dtype).bits)
-            self.scale = before.to(self.scale.device) if lowered else self.scale
-        return self
-
-    def extra_repr(self) -> str:
-        return (
-            f"activation={self.activation}, parameterization={self.parameterization}, "
-            f"checkpoint_level={self.checkpoint_level}"
-        )
+        self._forget_scale()
 
 
 @functools.cache

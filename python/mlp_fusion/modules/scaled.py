@@ -1,0 +1,81 @@
+"""What every fused module has: neurons that stand for several, and how that is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fusion_kernels.activations import get_activation
+from mlp_fusion.neurons import SCALE_EXPONENTS, check_parameterization, output_factor
+
+Self_ = TypeVar("Self_", bound="ScaledModule")
+
+
+class ScaledModule(nn.Module):
+    """A module of fused neurons; its subclasses hold the weights.
+
+    Attributes:
+        activation: a name in `fusion_kernels.activations`.
+        scale: buffer (or parameter, when one was passed), the number p of neurons that each fused one stands for, or
+            None when p = 1 or p is folded into the weights.
+        parameterization: `scaled` (p explicit; Adam-like optimisers), `split` (sqrt(p) on both sides; SGD-like) or
+            `folded` (p inside the output weights; export and inference).
+        checkpoint_level: which hidden tensors are kept for the backward: 0 pre-activations and activations, 1
+            pre-activations, 2 none, at the price of computing the first product again. May be changed at any time.
+    """
+
+    scale: Tensor | None
+
+    def __init__(self, activation: str, scale: Tensor | None, parameterization: str, checkpoint_level: int) -> None:
+        """Raises ValueError: unknown activation, parameterization or level, or a scale where there can be none."""
+        super().__init__()
+        get_activation(activation)
+        self.activation = activation
+        self.parameterization = check_parameterization(parameterization)
+        if checkpoint_level not in (0, 1, 2):
+            raise ValueError(f"checkpoint_level must be 0, 1 or 2, got {checkpoint_level!r}")
+        self.checkpoint_level = checkpoint_level
+        if scale is not None and parameterization == "folded":
+            raise ValueError("a folded module has its scale inside the output weights: pass scale=None")
+        if isinstance(scale, nn.Parameter):
+            self.register_parameter("scale", scale)
+        else:
+            self.register_buffer("scale", scale)
+
+    @property
+    def scale_exponent(self) -> float:
+        """How much of p the stored weights carry: the a of p^a."""
+        return SCALE_EXPONENTS.get(self.parameterization, 0.0)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the activation of a gate projection multiplies an up projection."""
+        raise NotImplementedError
+
+    def _factor(self) -> Tensor | None:
+        """What multiplies the activations, in the shape of the scale, or None."""
+        return None if self.scale is None else output_factor(self.scale, self.scale_exponent, self.gated)
+
+    def _forget_scale(self) -> None:
+        """After p went into the weights."""
+        del self.scale
+        self.register_buffer("scale", None)
+        self.parameterization = "folded"
+
+    def _apply(self: Self_, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self_:
+        """Keep a float32 scale float32 when the module is cast to half precision: it holds counts."""
+        before = self.scale
+        super()._apply(fn, recurse)
+        if before is not None and self.scale is not None and not isinstance(before, nn.Parameter):
+            lowered = torch.finfo(self.scale.dtype).bits < min(32, torch.finfo(before.dtype).bits)
+            self.scale = before.to(self.scale.device) if lowered else self.scale
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"activation={self.activation}, parameterization={self.parameterization}, "
+            f"checkpoint_level={self.checkpoint_level}"
+        )
