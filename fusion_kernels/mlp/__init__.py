@@ -15,7 +15,8 @@ from torch.autograd import forward_ad
 
 from fusion_kernels.activations import get_activation
 from fusion_kernels.library import Backend
-from fusion_kernels.mlp import torch_backend
+from fusion_kernels import native
+from fusion_kernels.mlp import cpu_backend, torch_backend
 from fusion_kernels.mlp.operators import MLP, MLP_BACKWARD
 from fusion_kernels.mlp.pinning import mlp_backend, pinned
 from fusion_kernels.mlp.reference_backend import backward as reference_backward
@@ -27,8 +28,10 @@ __all__ = ["fused_glu_mlp", "fused_mlp", "mlp_backend", "split_gate_up"]
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
+MLP.register(Backend("cpu", cpu_backend.forward, ("cpu",), lambda: native.UNAVAILABLE))
 MLP.register(Backend("torch", reference_forward, ("cpu", "cuda")))
 MLP.register(Backend("reference", reference_forward, ("cpu", "cuda")))
+MLP_BACKWARD.register(Backend("cpu", cpu_backend.backward, ("cpu",), lambda: native.UNAVAILABLE))
 MLP_BACKWARD.register(Backend("torch", torch_backend.backward, ("cpu", "cuda")))
 MLP_BACKWARD.register(Backend("reference", reference_backward, ("cpu", "cuda")))
 
