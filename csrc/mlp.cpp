@@ -117,7 +117,7 @@ Outputs forward(const Tensor x, const Tensor w_in, const std::optional<Tensor> b
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // dx, dw_in, db_in, dw_gate, db_gate, k, db_out, empty where `needs`, a bit for each from the lowest, does not ask for
-// them. Gradients of weights are float32, of float64 weights float64; those of biases float64.
+// them. All but dx are float32, in a block of float64 float64.
 Gradients backward(const Tensor dy, const Tensor x, const Tensor w_in, const std::optional<Tensor> b_in,
                    const std::optional<Tensor> w_gate, const std::optional<Tensor> b_gate, const Tensor w_out,
                    const Tensor z, const Tensor g, const Tensor a, int64_t activation, int64_t needs) {
@@ -132,11 +132,8 @@ Gradients backward(const Tensor dy, const Tensor x, const Tensor w_in, const std
       return (needs >> bit & 1) != 0 ? allocate(shape, type) : allocate({0}, type);
     };
     Tensor dx = wanted(0, {rows, d}, dtype), dw_in = wanted(1, {h, d}, sums), dw_gate = wanted(3, {h, d}, sums);
-    Tensor k = wanted(5, {d_out, h}, sums), db_in = wanted(2, {h}, ScalarType::Double);
-    Tensor db_gate = wanted(4, {h}, ScalarType::Double), db_out = wanted(6, {d_out}, ScalarType::Double);
-    for (const Tensor* sum : {&db_in, &db_gate, &db_out}) {
-      std::fill_n(static_cast<double*>(sum->data_ptr()), sum->numel(), 0.0);
-    }
+    Tensor k = wanted(5, {d_out, h}, sums), db_in = wanted(2, {h}, sums), db_gate = wanted(4, {h}, sums);
+    Tensor db_out = wanted(6, {d_out}, sums);
     if (rows == 0 || h == 0) {  // sums of nothing
       for (const Tensor* sum : {&dw_in, &dw_gate, &k}) {
         std::fill_n(static_cast<S*>(sum->data_ptr()), sum->numel(), S{0});
@@ -144,7 +141,7 @@ Gradients backward(const Tensor dy, const Tensor x, const Tensor w_in, const std
       std::fill_n(static_cast<T*>(dx.data_ptr()), dx.numel(), T(0.0f));
     }
     const MlpGradients<T> out{data<T>(dx),          data<S>(dw_in),        data<S>(dw_gate),      data<S>(k),
-                              data<double>(db_in), data<double>(db_gate), data<double>(db_out)};
+                              data<S>(db_in), data<S>(db_gate), data<S>(db_out)};
     mlp_backward<T>(block, matrix<T>(dy, "dy", dtype, rows, d_out), matrix<T>(x, "x", dtype, rows, d),
                     kept<T>(z, "z", dtype, rows, h), kept<T>(g, "g", dtype, rows, h), kept<T>(a, "a", dtype, rows, h),
                     out);

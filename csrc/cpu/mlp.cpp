@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <type_traits>
+#include <vector>
 
 #include "parallel.h"
 
@@ -118,15 +119,28 @@ class WeightGradient {
   Buffer<T> part_;
 };
 
+// Sums over chunks of the columns of a matrix, in double until the end.
 template <class T>
-void add_column_sums(const Matrix<T>& m, double* sum) {
-  if (sum == nullptr) return;
-  constexpr int64_t columns = 64;
-  in_pieces((m.columns + columns - 1) / columns * kGrain, [&](int64_t i, int64_t) {
-    const int64_t j = i / kGrain * columns;
-    add_columns(m.data + j, m.rows, std::min(columns, m.columns - j), m.row_stride, sum + j);
-  });
-}
+class BiasGradient {
+ public:
+  BiasGradient(typename Summed<T>::Type* out, int64_t columns) : out_(out), sum_(out == nullptr ? 0 : columns, 0.0) {}
+  void add(const Matrix<T>& m) {
+    if (out_ == nullptr) return;
+    constexpr int64_t width = 64;
+    const int64_t pieces = (m.columns + width - 1) / width;
+    for_each_if(m.rows * m.columns > kGrain && torch::stable::get_num_threads() > 1, pieces, [&](int64_t i) {
+      const int64_t j = i * width;
+      add_columns(m.data + j, m.rows, std::min(width, m.columns - j), m.row_stride, sum_.data() + j);
+    });
+  }
+  void finish() const {
+    if (out_ != nullptr) std::copy(sum_.begin(), sum_.end(), out_);
+  }
+
+ private:
+  typename Summed<T>::Type* out_;
+  std::vector<double> sum_;
+};
 
 int64_t rows_per_chunk(int64_t h) { return std::max(kLeastRows, kTileElements / std::max<int64_t>(h, 1)); }
 
@@ -163,6 +177,7 @@ void mlp_backward(const Block<T>& block, Matrix<T> dy, Matrix<T> x, T* z, T* g, 
   const Buffer<T> z_tile(again ? tile : 0), g_tile(again && gated ? tile : 0);
   const Buffer<T> dz_tile(inner ? tile : 0), dg_tile(inner && gated ? tile : 0), a_tile(needs_a ? tile : 0);
   WeightGradient<T> dw_in(out.dw_in, h, d), dw_gate(out.dw_gate, h, d), k(out.k, d_out, h);
+  BiasGradient<T> db_in(out.db_in, h), db_gate(out.db_gate, h), db_out(out.db_out, d_out);
   for (int64_t begin = 0; begin < x.rows; begin += step) {
     const int64_t end = std::min(begin + step, x.rows), rows = end - begin, n = rows * h;
     const bool first = begin == 0;
@@ -189,14 +204,15 @@ void mlp_backward(const Block<T>& block, Matrix<T> dy, Matrix<T> x, T* z, T* g, 
       }
       dw_in.add(dz, tokens, first);
       dw_gate.add(dg, tokens, first);
-      add_column_sums(dz, out.db_in);
-      if (gated) add_column_sums(dg, out.db_gate);
+      db_in.add(dz);
+      db_gate.add(dg);
     } else if (needs_a) {
       in_pieces(n, [&](int64_t i, int64_t count) { activate<T>(block.phi, zs + i, at(gs, i), count, as + i); });
     }
     k.add(upstream, contiguous(as, rows, h), first);
-    add_column_sums(upstream, out.db_out);
+    db_out.add(upstream);
   }
+  for (const BiasGradient<T>* sum : {&db_in, &db_gate, &db_out}) sum->finish();
 }
 
 #define MLP_INSTANTIATE(T)                                                     \

@@ -49,7 +49,7 @@ template <class T>
 struct MlpGradients {
   T* dx = nullptr;
   typename Summed<T>::Type *dw_in = nullptr, *dw_gate = nullptr, *k = nullptr;
-  double *db_in = nullptr, *db_gate = nullptr, *db_out = nullptr;
+  typename Summed<T>::Type *db_in = nullptr, *db_gate = nullptr, *db_out = nullptr;
 };
 template <class T>
 void mlp_backward(const Block<T>& block, Matrix<T> dy, Matrix<T> x, T* z, T* g, T* a, const MlpGradients<T>& out);
