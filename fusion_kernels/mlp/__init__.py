@@ -13,24 +13,30 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fusion_kernels.activations import get_activation
-from fusion_kernels.library import Backend
-from fusion_kernels.mlp import torch_backend
-from fusion_kernels.mlp.operators import MLP, MLP_BACKWARD
+from fusion_kernels import native
+from fusion_kernels.activations import ACTIVATIONS, get_activation
+from fusion_kernels.kmeans.gpu_backend import why_not as triton_why_not
+from fusion_kernels.mlp import cpu_backend, gpu_backend, reference_backend, torch_backend
+from fusion_kernels.mlp.operators import register, run, without_autocast
 from fusion_kernels.mlp.pinning import mlp_backend, pinned
-from fusion_kernels.mlp.reference_backend import backward as reference_backward
-from fusion_kernels.mlp.reference_backend import forward as reference_forward
 from fusion_kernels.reference import mlp as reference
 
 __all__ = ["fused_glu_mlp", "fused_mlp", "mlp_backend", "split_gate_up"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_SCALES = (*_FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_composed = without_autocast(reference.mlp)
 
-MLP.register(Backend("torch", reference_forward, ("cpu", "cuda")))
-MLP.register(Backend("reference", reference_forward, ("cpu", "cuda")))
-MLP_BACKWARD.register(Backend("torch", torch_backend.backward, ("cpu", "cuda")))
-MLP_BACKWARD.register(Backend("reference", reference_backward, ("cpu", "cuda")))
+#: Up to so many tokens, a CPU trains the block as torch's own operations.
+SMALL_TOKENS = 32
+
+register("cpu", cpu_backend.forward, cpu_backend.backward, ("cpu",), lambda: native.UNAVAILABLE)
+register("torch", reference_backend.forward, torch_backend.backward, ("cpu", "cuda"))
+register("reference", reference_backend.forward, reference_backend.backward, ("cpu", "cuda"))
+# Behind the others, and so by name or by the table of `tuning` only, until they have been measured on a GPU.
+register("cublas", gpu_backend.cublas_forward, gpu_backend.cublas_backward, ("cuda",), triton_why_not)
+register("epilogue", gpu_backend.epilogue_forward, gpu_backend.epilogue_backward, ("cuda",), triton_why_not)
+register("resident", gpu_backend.resident_forward, gpu_backend.epilogue_backward, ("cuda",), triton_why_not)
 
 
 def fused_mlp(
@@ -68,8 +74,9 @@ def fused_mlp(
             and the activations; 1 the pre-activations; 2 none, at the price of computing the first product again.
             Nothing is kept where no gradient is needed.
         backend: `"auto"` for the process-wide pin (see :func:`mlp_backend`) or, without one, the best that is known
-            to work here; or a name to insist on: `"cpu"` (compiled, tokens in chunks), `"torch"` (torch's operations),
-            `"reference"`, and on CUDA `"cublas"`, `"epilogue"`, `"resident"` (forward that saves nothing only).
+            to work here (on a CPU, up to 32 tokens with gradients, torch's operations and autograd); or a name to
+            insist on: `"cpu"` (compiled, tokens in chunks), `"torch"` (torch's operations), `"reference"`, and on CUDA
+            `"cublas"`, `"epilogue"`, `"resident"` (forward that saves nothing only).
 
     Returns:
         (..., d_out) in the dtype of the computation, contiguous.
@@ -81,8 +88,9 @@ def fused_mlp(
     Source: Wei et al., "NTK-approximating MLP Fusion for Efficient Language Model Fine-tuning", 2023, arXiv 2307.08941,
     for the scale between activation and output projection.
     """
-    weights = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "scale": scale}
-    _check(x, weights, ("w1", "w2"), activation, checkpoint_level)
+    if not _fits(x, w1, b1, None, None, w2, b2, scale, activation, checkpoint_level):
+        weights = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "scale": scale}
+        _check(x, weights, ("w1", "w2"), activation, checkpoint_level)
     return _run(x, w1, b1, None, None, w2, b2, scale, activation, checkpoint_level, backend)
 
 
@@ -125,11 +133,12 @@ def fused_glu_mlp(
         ValueError: a shape, dtype, device, activation, level or backend that does not fit; the message names it.
         BackendUnavailableError: `backend` cannot run here.
     """
-    weights = {
-        "w_gate": w_gate, "w_up": w_up, "w_down": w_down, "b_gate": b_gate, "b_up": b_up, "b_down": b_down,
-        "scale": scale,
-    }  # fmt: skip
-    _check(x, weights, ("w_gate", "w_up", "w_down"), activation, checkpoint_level)
+    if not _fits(x, w_up, b_up, w_gate, b_gate, w_down, b_down, scale, activation, checkpoint_level):
+        weights = {
+            "w_gate": w_gate, "w_up": w_up, "w_down": w_down, "b_gate": b_gate, "b_up": b_up, "b_down": b_down,
+            "scale": scale,
+        }  # fmt: skip
+        _check(x, weights, ("w_gate", "w_up", "w_down"), activation, checkpoint_level)
     return _run(x, w_up, b_up, w_gate, b_gate, w_down, b_down, scale, activation, checkpoint_level, backend)
 
 
@@ -177,17 +186,31 @@ def _run(
     """The block by the operator or, where that cannot be differentiated as is asked, by its specification."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    block = (w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
-    if torch._C._are_functorch_transforms_active() or _has_tangents():
-        with torch.autocast(x.device.type, enabled=False):
-            return reference.mlp(x, *block, activation)
     if backend == "auto":
         backend = pinned()
+    block = (w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
+    if torch._C._are_functorch_transforms_active() or _has_tangents() or _is_small(x, backend):
+        return _composed(x, *block, activation)
     # Level 2 asks for no more than y, so that nothing is made to be saved where no gradient is needed.
     level = checkpoint_level if torch.is_grad_enabled() and _requires_grad(x, *block) else 2
     rows = x if x.ndim == 2 else x.flatten(0, -2) if x.ndim > 2 else x.unsqueeze(0)
-    y: Tensor = MLP.overload(rows, *block, activation, level, backend)[0]
+    y = run(rows, *block, activation, level, backend)
     return y if x.ndim == 2 else y.unflatten(0, x.shape[:-1]) if x.ndim > 2 else y.squeeze(0)
+
+
+def _is_small(x: Tensor, backend: str) -> bool:
+    """Whether this is a training step on a CPU with so few tokens that calls cost more than what they do.
+
+    Under torch's own autograd every call is C++, and what it saves is small beside the weights. Not under a compiler,
+    which has no calls and must not depend on the number of tokens.
+    """
+    return (
+        backend == "auto"
+        and x.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and x.numel() <= SMALL_TOKENS * x.shape[-1]
+    )
 
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
@@ -197,6 +220,41 @@ def _requires_grad(*tensors: Tensor | None) -> bool:
 def _has_tangents() -> bool:
     """Whether forward-mode AD is on; its levels are not visible to a compiler, which does not support them either."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def _fits(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    scale: Tensor | None,
+    activation: str,
+    checkpoint_level: int,
+) -> bool:
+    """Whether all is as it usually is, in a few microseconds; what is not is for `_check` to judge."""
+    if w_in.ndim != 2 or w_out.ndim != 2 or x.ndim == 0:
+        return False
+    dtype, device, inner, outer = w_in.dtype, x.device, w_in.shape, w_out.shape
+    return (
+        activation in ACTIVATIONS
+        and checkpoint_level in (0, 1, 2)
+        and x.dtype in _FLOATS
+        and dtype in _FLOATS
+        and x.shape[-1] == inner[1]
+        and outer[1] == inner[0]
+        and w_in.device == device
+        and w_out.device == device
+        and w_out.dtype == dtype
+        and (w_gate is None or (w_gate.shape == inner and w_gate.dtype == dtype and w_gate.device == device))
+        and all(
+            b is None or (b.shape == (n,) and b.dtype == dtype and b.device == device)
+            for b, n in ((b_in, inner[0]), (b_gate, inner[0]), (b_out, outer[0]))
+        )
+        and (scale is None or (scale.shape == inner[:1] and scale.dtype in _SCALES and scale.device == device))
+    )
 
 
 def _check(
@@ -226,7 +284,7 @@ def _check(
         if t is None:
             continue
         if name == "scale":
-            if t.dtype not in (*_FLOATS, *_INTEGERS):
+            if t.dtype not in _SCALES:
                 raise ValueError(f"scale must have a floating-point or integer dtype, got {t.dtype}")
         elif t.dtype not in _FLOATS:
             raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")

@@ -4,24 +4,29 @@ The operators do not look at the grad mode: what the forward saves is its argume
 what it saves, so that a compiler sees (and may recompute) these tensors like any others. The first derivative is the
 backward operator. Its own derivative, which makes `create_graph=True` right to any order, is that of the reference's
 formulas; gradients of gradients are rare enough for plain torch.
+
+Outside of tracing, `run` calls the backend itself: a Python operator costs as much as a block of one token on a CPU, or
+as the kernels of a thousand on a GPU. The derivative is then that of `_Direct`, by the same backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from fusion_kernels.library import NAMESPACE, Operator, operator
+from fusion_kernels.library import NAMESPACE, Backend, Operator, operator
 from fusion_kernels.mlp import tuning
 from fusion_kernels.reference import mlp as reference
 
 #: y (T, d_out); z, g, a (T, h), each empty (0,) where the level does not save it or the block has none.
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
-#: dX, dW_in, db_in, dW_gate, db_gate, dW_out, db_out, dp, each empty (0,) where it is not asked for.
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+#: What a backend's backward returns: dX, dW_in, db_in, dW_gate, db_gate, dW_out, db_out, dp, each in the dtype of what
+#: it belongs to; None where it is not asked for. The operator returns empty (0,) tensors there.
+Gradients = reference.Gradients
 
 #: What both operators take: x (T, d) and the seven tensors of the block.
 N_INPUTS = 8
@@ -103,21 +108,88 @@ def _choose(x: Tensor, w_in: Tensor, w_gate: Tensor | None, w_out: Tensor, check
     return tuning.measured(torch.cuda.get_device_name(x.device), x.dtype, shape) or "auto"
 
 
+def _choose_forward(*arguments: Any) -> str:
+    x, w_in, _, w_gate, _, w_out, _, _, _, checkpoint_level, backend = arguments
+    return _choose(x, w_in, w_gate, w_out, checkpoint_level, backend)
+
+
+def _choose_backward(*arguments: Any) -> str:
+    _, x, w_in, _, w_gate, _, w_out, *_, checkpoint_level, backend, _ = arguments
+    return _choose(x, w_in, w_gate, w_out, checkpoint_level, backend)
+
+
 MLP: Operator = operator(
     "mlp",
     f"({_INPUTS}, str activation, int checkpoint_level, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_forward,
-    lambda x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale, activation, checkpoint_level, backend: _choose(
-        x, w_in, w_gate, w_out, checkpoint_level, backend
-    ),
+    _choose_forward,
 )
 MLP_BACKWARD: Operator = operator(
     "mlp_backward",
     f"(Tensor dy, {_INPUTS}, Tensor z, Tensor g, Tensor a, str activation, int checkpoint_level, str backend, "
     "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
-    lambda dy, x, w_in, b_in, w_gate, b_gate, w_out, *rest: _choose(x, w_in, w_gate, w_out, rest[-3], rest[-2]),
+    _choose_backward,
 )
+
+
+def register(
+    name: str,
+    forward: Callable[..., Outputs],
+    backward: Callable[..., Gradients],
+    device_types: tuple[str, ...],
+    why_not: Callable[[], str | None] = lambda: None,
+) -> None:
+    """Add a backend of both operators: functions of their schemas' arguments, the backward's with `Gradients`.
+
+    They run with autocast off, whatever it was where the operator was called: what they compute in is the dtype of x.
+    """
+
+    def packed(*arguments: Any) -> tuple[Tensor, ...]:
+        empty = arguments[1].new_empty
+        return tuple(empty((0,)) if gradient is None else gradient for gradient in direct(*arguments))
+
+    direct = without_autocast(backward)
+    _BACKWARDS[name] = direct
+    MLP.register(Backend(name, without_autocast(forward), device_types, why_not))
+    MLP_BACKWARD.register(Backend(name, packed, device_types, why_not))
+
+
+_BACKWARDS: dict[str, Callable[..., Gradients]] = {}
+Result = TypeVar("Result")
+
+
+def without_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
+    """`function`, whose first argument is a tensor, with autocast off on its device."""
+
+    @functools.wraps(function)
+    def run_it(first: Tensor, *rest: Any) -> Result:
+        if not torch.is_autocast_enabled(first.device.type):
+            return function(first, *rest)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *rest)
+
+    return run_it
+
+
+def run(*arguments: Any) -> Tensor:
+    """y of the forward operator's arguments, differentiable."""
+    tensors = arguments[:N_INPUTS]
+    if not _is_direct(tensors):
+        y: Tensor = MLP.overload(*arguments)[0]
+        return y
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _Direct.apply(*arguments)
+    return MLP.select(_choose_forward(*arguments), arguments[0].device).function(*arguments)[0]
+
+
+def _is_direct(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether nothing looks at the operators: no compiler, no dispatch mode, no tensor subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    )
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
@@ -136,7 +208,29 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None
     return (*(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *nothing)
 
 
-def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
+class _Direct(torch.autograd.Function):
+    """The forward operator's derivative without the operators between."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y, z, g, a = MLP.select(_choose_forward(*inputs), inputs[0].device).function(*inputs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:N_INPUTS], z, g, a)
+        ctx.options = inputs[N_INPUTS:]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        (dy,) = cotangents
+        saved = ctx.saved_tensors
+        if dy is None or torch.is_grad_enabled() or not _is_direct((dy, *saved)):
+            return _differentiate(ctx, dy)
+        arguments = (dy, *saved, *ctx.options, ctx.needs_input_grad[:N_INPUTS])
+        chosen = MLP_BACKWARD.select(_choose_backward(*arguments), dy.device).name
+        return (*_BACKWARDS[chosen](*arguments), None, None, None)
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.needs = inputs[-1]
     ctx.mark_non_differentiable(*(t for t, need in zip(output, ctx.needs, strict=True) if not need))

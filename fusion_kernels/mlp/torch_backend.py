@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.activations import get_activation
-from fusion_kernels.mlp.operators import Gradients, packed
+from fusion_kernels.mlp.operators import Gradients
 from fusion_kernels.reference import mlp as reference
 
 _aten = torch.ops.aten
@@ -109,8 +109,7 @@ def gradients(
         dw_out, dp = output_gradients(dy.t() @ a, w_out, scale, needs)
     if needs[6] and b_out is not None:
         db_out = dy.sum(0).to(b_out.dtype)
-    wanted = (dx, dw_in, db_in, dw_gate, db_gate, dw_out, db_out, dp)
-    return packed(x, [gradient if need else None for gradient, need in zip(wanted, needs, strict=True)])
+    return dx, dw_in, db_in if needs[2] else None, dw_gate, db_gate if needs[4] else None, dw_out, db_out, dp
 
 
 def output_gradients(
@@ -118,7 +117,7 @@ def output_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dW_out, dp) from K = dYᵀ a (d_out, h)."""
     if scale is None:
-        return k.to(w_out.dtype), None
+        return k.to(w_out.dtype) if needs[5] else None, None
     wide = torch.promote_types(torch.promote_types(w_out.dtype, k.dtype), torch.float32)
     dp = (k.to(wide) * w_out.to(wide)).sum(0).to(scale.dtype) if needs[7] else None
     return (k.to(wide) * scale.to(wide)).to(w_out.dtype) if needs[5] else None, dp

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ _INSTRUCTIONS = {
 }
 _TYPES = {
     torch.float16: "fp16",
+    torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.float64: "fp64",
     torch.int32: "i32",
@@ -69,7 +70,7 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
     attributes: dict[tuple[int], list[list[Any]]] = {}
     for i, name in enumerate(names):
         value = launch.arguments[name]
-        if name in constant_names or (isinstance(value, int) and value == 1):
+        if name in constant_names or value is None or (isinstance(value, int) and value == 1):
             signature[name] = "constexpr"
             constants[(i,)] = value
         elif isinstance(value, torch.Tensor):
@@ -105,12 +106,8 @@ def _usage(cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", out)}
 
 
-def kmeans_launches(N: int, K: int, D: int, shared_memory: int) -> Iterator[Launch]:
-    """Every distinct launch of the backend for problems of N points, in all modes; nothing is run."""
-    from fusion_kernels.kmeans import triton_assign, triton_backend, triton_points, triton_run
-    from fusion_kernels.reference.kmeans import Options
-
-    launches: dict[str, Launch] = {}
+def recorder(launches: dict[str, Launch]) -> Callable[..., None]:
+    """A stand-in for `triton_launch.launch` that enters every distinct launch into `launches` and runs nothing."""
 
     def record(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
         named = dict(zip(kernel.arg_names, arguments, strict=False)) | options
@@ -125,6 +122,17 @@ def kmeans_launches(N: int, K: int, D: int, shared_memory: int) -> Iterator[Laun
                 key.append(str(value))
         launches.setdefault(" ".join(map(str, key)), launch)
 
+    return record
+
+
+def kmeans_launches(N: int, K: int, D: int, shared_memory: int) -> Iterator[Launch]:
+    """Every distinct launch of the backend for problems of N points, in all modes; nothing is run."""
+    from fusion_kernels.kmeans import triton_assign, triton_backend, triton_points, triton_run
+    from fusion_kernels.reference.kmeans import Options
+
+    launches: dict[str, Launch] = {}
+
+    record = recorder(launches)
     with ExitStack() as patches:
         for module in (triton_assign, triton_backend, triton_points, triton_run):
             patches.enter_context(mock.patch.object(module, "launch", record))

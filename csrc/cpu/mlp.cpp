@@ -1,0 +1,226 @@
+#include "mlp.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <type_traits>
+#include <vector>
+
+#include "parallel.h"
+
+namespace mlp_fusion {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Elements of a chunk's hidden tile: in float 1 MiB, so that the few tiles of a step fit the caches of a core, and the
+// fewest rows for which a product still runs at full speed.
+constexpr int64_t kTileElements = 1 << 18;
+constexpr int64_t kLeastRows = 256;
+// Elements of a pointwise step that one thread takes at a time.
+constexpr int64_t kGrain = 1 << 14;
+
+template <class T>
+constexpr ScalarType kType = std::is_same_v<T, double>     ? ScalarType::Double
+                             : std::is_same_v<T, BFloat16> ? ScalarType::BFloat16
+                             : std::is_same_v<T, Half>     ? ScalarType::Half
+                                                           : ScalarType::Float;
+
+// Memory that the allocator of PyTorch aligns for vectors, released with the object.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n) {
+    if (n == 0) return;
+    const std::array<int64_t, 1> shape{n};
+    tensor_ = torch::stable::empty({shape.data(), 1}, kType<T>, std::nullopt,
+                                   torch::stable::Device(torch::headeronly::DeviceType::CPU));
+    data_ = static_cast<T*>(tensor_.data_ptr());
+  }
+  T* data() const { return data_; }
+
+ private:
+  Tensor tensor_;
+  T* data_ = nullptr;
+};
+
+template <class T>
+Tensor view(const Matrix<T>& m) {
+  const std::array<int64_t, 2> sizes{m.rows, m.columns}, strides{m.row_stride, m.column_stride};
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::from_blob(m.data, {sizes.data(), 2}, {strides.data(), 2}, cpu, kType<T>);
+}
+
+template <class T>
+Matrix<T> contiguous(T* data, int64_t rows, int64_t columns) {
+  return {data, rows, columns, columns, 1};
+}
+
+// out = a b, plus what is there if `add`. The dispatcher has no stable form for the numbers that addmm takes; the
+// interface of compiled models has.
+template <class T>
+void multiply(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, bool add = false) {
+  const Tensor to = view(out), left = view(a), right = view(b);
+  STABLE_TORCH_ERROR_CODE_CHECK(add ? aoti_torch_cpu_addmm_out(to.get(), to.get(), left.get(), right.get(), 1.0, 1.0)
+                                    : aoti_torch_cpu_mm_out(to.get(), left.get(), right.get()));
+}
+
+// out = x wᵀ + b.
+template <class T>
+void project(const Matrix<T>& out, const Matrix<T>& x, const Matrix<T>& w, const T* bias) {
+  if (bias != nullptr) {
+    for (int64_t i = 0; i < out.rows; ++i) std::copy_n(bias, out.columns, out.data + i * out.row_stride);
+  }
+  multiply(out, x, w.transposed(), bias != nullptr);
+}
+
+// Call work(begin, count) for pieces of n elements, on all threads.
+template <class Work>
+void in_pieces(int64_t n, const Work& work) {
+  const int64_t pieces = (n + kGrain - 1) / kGrain;
+  for_each_if(pieces > 1 && torch::stable::get_num_threads() > 1, pieces, [&](int64_t i) {
+    work(i * kGrain, std::min(kGrain, n - i * kGrain));
+  });
+}
+
+template <class T>
+T* at(T* data, int64_t offset) {
+  return data == nullptr ? nullptr : data + offset;
+}
+
+// Sums over chunks of products out (+)= aᵀ b. Halves are summed in float, from products that are rounded once each.
+template <class T>
+class WeightGradient {
+ public:
+  WeightGradient(typename Summed<T>::Type* sum, int64_t rows, int64_t columns)
+      : sum_(sum), rows_(rows), columns_(columns), part_(kDirect || sum == nullptr ? 0 : rows * columns) {
+    if (!kDirect && sum != nullptr) std::fill_n(sum, rows * columns, 0.0f);
+  }
+  explicit operator bool() const { return sum_ != nullptr; }
+  void add(const Matrix<T>& a, const Matrix<T>& b, bool first) {
+    if (sum_ == nullptr) return;
+    if constexpr (kDirect) {
+      multiply(contiguous(sum_, rows_, columns_), a.transposed(), b, !first);
+    } else {
+      multiply(contiguous(part_.data(), rows_, columns_), a.transposed(), b);
+      in_pieces(rows_ * columns_, [&](int64_t i, int64_t count) { accumulate(part_.data() + i, count, sum_ + i); });
+    }
+  }
+
+ private:
+  static constexpr bool kDirect = std::is_same_v<T, typename Summed<T>::Type>;
+  typename Summed<T>::Type* sum_;
+  int64_t rows_, columns_;
+  Buffer<T> part_;
+};
+
+// Sums over chunks of the columns of a matrix, in double until the end.
+template <class T>
+class BiasGradient {
+ public:
+  BiasGradient(typename Summed<T>::Type* out, int64_t columns) : out_(out), sum_(out == nullptr ? 0 : columns, 0.0) {}
+  void add(const Matrix<T>& m) {
+    if (out_ == nullptr) return;
+    constexpr int64_t width = 64;
+    const int64_t pieces = (m.columns + width - 1) / width;
+    for_each_if(m.rows * m.columns > kGrain && torch::stable::get_num_threads() > 1, pieces, [&](int64_t i) {
+      const int64_t j = i * width;
+      add_columns(m.data + j, m.rows, std::min(width, m.columns - j), m.row_stride, sum_.data() + j);
+    });
+  }
+  void finish() const {
+    if (out_ != nullptr) std::copy(sum_.begin(), sum_.end(), out_);
+  }
+
+ private:
+  typename Summed<T>::Type* out_;
+  std::vector<double> sum_;
+};
+
+int64_t rows_per_chunk(int64_t h) { return std::max(kLeastRows, kTileElements / std::max<int64_t>(h, 1)); }
+
+}  // namespace
+
+template <class T>
+void mlp_forward(const Block<T>& block, Matrix<T> x, T* y, T* z, T* g, T* a) {
+  const int64_t h = block.w_in.rows, d_out = block.w_out.rows, step = rows_per_chunk(h);
+  const int64_t tile = std::min(step, x.rows) * h;
+  // Without gate, the activations may take the place of pre-activations that nobody keeps; with it too.
+  const Buffer<T> z_tile(z == nullptr ? tile : 0), g_tile(block.w_gate && g == nullptr ? tile : 0);
+  const Buffer<T> a_tile(a == nullptr && z != nullptr ? tile : 0);
+  for (int64_t begin = 0; begin < x.rows; begin += step) {
+    const int64_t end = std::min(begin + step, x.rows), rows = end - begin, n = rows * h;
+    const Matrix<T> tokens = x.narrow(begin, end);
+    T* zs = z == nullptr ? z_tile.data() : z + begin * h;
+    T* gs = !block.w_gate ? nullptr : g == nullptr ? g_tile.data() : g + begin * h;
+    T* as = a != nullptr ? a + begin * h : z == nullptr ? zs : a_tile.data();
+    project(contiguous(zs, rows, h), tokens, block.w_in, block.b_in);
+    if (block.w_gate) project(contiguous(gs, rows, h), tokens, block.w_gate, block.b_gate);
+    in_pieces(n, [&](int64_t i, int64_t count) { activate<T>(block.phi, zs + i, at(gs, i), count, as + i); });
+    project(contiguous(y + begin * d_out, rows, d_out), contiguous(as, rows, h), block.w_out, block.b_out);
+  }
+}
+
+template <class T>
+void mlp_backward(const Block<T>& block, Matrix<T> dy, Matrix<T> x, T* z, T* g, T* a, const MlpGradients<T>& out) {
+  const int64_t h = block.w_in.rows, d = x.columns, d_out = block.w_out.rows, step = rows_per_chunk(h);
+  const int64_t tile = std::min(step, x.rows) * h;
+  const bool gated = static_cast<bool>(block.w_gate);
+  const bool inner = out.dx != nullptr || out.dw_in != nullptr || out.db_in != nullptr || out.dw_gate != nullptr ||
+                     out.db_gate != nullptr;
+  const bool needs_a = out.k != nullptr && a == nullptr, again = z == nullptr && (inner || needs_a);
+  const Buffer<T> z_tile(again ? tile : 0), g_tile(again && gated ? tile : 0);
+  const Buffer<T> dz_tile(inner ? tile : 0), dg_tile(inner && gated ? tile : 0), a_tile(needs_a ? tile : 0);
+  WeightGradient<T> dw_in(out.dw_in, h, d), dw_gate(out.dw_gate, h, d), k(out.k, d_out, h);
+  BiasGradient<T> db_in(out.db_in, h), db_gate(out.db_gate, h), db_out(out.db_out, d_out);
+  for (int64_t begin = 0; begin < x.rows; begin += step) {
+    const int64_t end = std::min(begin + step, x.rows), rows = end - begin, n = rows * h;
+    const bool first = begin == 0;
+    const Matrix<T> tokens = x.narrow(begin, end), upstream = dy.narrow(begin, end);
+    T *zs = z == nullptr ? z_tile.data() : z + begin * h, *gs = nullptr;
+    if (gated) gs = g == nullptr ? g_tile.data() : g + begin * h;
+    T* as = a == nullptr ? a_tile.data() : a + begin * h;
+    if (again) {
+      project(contiguous(zs, rows, h), tokens, block.w_in, block.b_in);
+      if (gated) project(contiguous(gs, rows, h), tokens, block.w_gate, block.b_gate);
+    }
+    if (inner) {
+      T *dzs = dz_tile.data(), *dgs = dg_tile.data();
+      multiply(contiguous(dzs, rows, h), upstream, block.w_out);
+      in_pieces(n, [&](int64_t i, int64_t count) {
+        activate_backward<T>(block.phi, dzs + i, zs + i, at(gs, i), count, dzs + i, at(dgs, i),
+                             needs_a ? as + i : nullptr);
+      });
+      const Matrix<T> dz = contiguous(dzs, rows, h), dg = contiguous(dgs, rows, h);
+      if (out.dx != nullptr) {
+        const Matrix<T> dx = contiguous(out.dx + begin * d, rows, d);
+        multiply(dx, dz, block.w_in);
+        if (gated) multiply(dx, dg, block.w_gate, true);
+      }
+      dw_in.add(dz, tokens, first);
+      dw_gate.add(dg, tokens, first);
+      db_in.add(dz);
+      db_gate.add(dg);
+    } else if (needs_a) {
+      in_pieces(n, [&](int64_t i, int64_t count) { activate<T>(block.phi, zs + i, at(gs, i), count, as + i); });
+    }
+    k.add(upstream, contiguous(as, rows, h), first);
+    db_out.add(upstream);
+  }
+  for (const BiasGradient<T>* sum : {&db_in, &db_gate, &db_out}) sum->finish();
+}
+
+#define MLP_INSTANTIATE(T)                                                     \
+  template void mlp_forward(const Block<T>&, Matrix<T>, T*, T*, T*, T*);       \
+  template void mlp_backward(const Block<T>&, Matrix<T>, Matrix<T>, T*, T*, T*, const MlpGradients<T>&);
+MLP_INSTANTIATE(float)
+MLP_INSTANTIATE(double)
+MLP_INSTANTIATE(BFloat16)
+MLP_INSTANTIATE(Half)
+
+}  // namespace mlp_fusion

@@ -1,0 +1,57 @@
+// A feed-forward block on the CPU, tokens in chunks whose hidden tile stays in the cache: the formulas of
+// fusion_kernels/reference/mlp.py, with products by PyTorch's BLAS.
+#pragma once
+
+#include <cstdint>
+
+#include "mlp_pointwise.h"
+
+namespace mlp_fusion {
+
+// A matrix with any strides, in elements. A null one is not there.
+template <class T>
+struct Matrix {
+  T* data = nullptr;
+  int64_t rows = 0, columns = 0, row_stride = 0, column_stride = 1;
+
+  explicit operator bool() const { return data != nullptr; }
+  Matrix transposed() const { return {data, columns, rows, column_stride, row_stride}; }
+  Matrix narrow(int64_t begin, int64_t end) const {
+    return {data + begin * row_stride, end - begin, columns, row_stride, column_stride};
+  }
+};
+
+// The weights in the dtype of x. w_out carries the scale.
+template <class T>
+struct Block {
+  Activation phi;
+  Matrix<T> w_in, w_gate, w_out;  // (h, d), (h, d) or null, (d_out, h)
+  T *b_in = nullptr, *b_gate = nullptr, *b_out = nullptr;
+};
+
+// Sums over tokens are taken in float, for double in double.
+template <class T>
+struct Summed {
+  using Type = float;
+};
+template <>
+struct Summed<double> {
+  using Type = double;
+};
+
+// y (T, d_out) of x (T, d). Whichever of z, g, a (T, h) are not null are kept; all are contiguous.
+template <class T>
+void mlp_forward(const Block<T>& block, Matrix<T> x, T* y, T* z, T* g, T* a);
+
+// Gradients; whatever is null is not computed. dx (T, d), the others as what they belong to, contiguous; k (d_out, h) is
+// that of w_out. z, g, a are what the forward kept, null where it did not.
+template <class T>
+struct MlpGradients {
+  T* dx = nullptr;
+  typename Summed<T>::Type *dw_in = nullptr, *dw_gate = nullptr, *k = nullptr;
+  typename Summed<T>::Type *db_in = nullptr, *db_gate = nullptr, *db_out = nullptr;
+};
+template <class T>
+void mlp_backward(const Block<T>& block, Matrix<T> dy, Matrix<T> x, T* z, T* g, T* a, const MlpGradients<T>& out);
+
+}  // namespace mlp_fusion

@@ -1,0 +1,328 @@
+#include "mlp_pointwise.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "simd.h"
+
+namespace mlp_fusion {
+namespace {
+
+typedef float Float16 __attribute__((vector_size(64)));
+typedef int32_t Int16 __attribute__((vector_size(64)));
+
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// What exp and the normal distribution need to know of an element type. `tail` are the coefficients, lowest first, of
+// P(q) with erfc(s) = 2 exp(-s²) P(q) / (s + k), q = (s - k) / (s + k) and k = 2.5: Chebyshev interpolants, computed in
+// 50 digits. `log2e` to `ln2_low` reduce exp's argument to |r| <= ln2 / 2, for which `exp` are 1 / i!.
+template <class T>
+struct Constants;
+
+template <>
+struct Constants<float> {
+  using V = Float16;
+  using I = Int16;
+  static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+  static constexpr int32_t kBias = 127, kMantissa = 23;
+  static constexpr float kLeast = -87.0f;  // below, exp counts as 0
+  static constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.42860682030941723e-6f;
+  static constexpr float kExp[] = {1.0f, 1.0f, 0.5f, 1.66666667e-1f, 4.16666667e-2f, 8.33333333e-3f, 1.38888889e-3f,
+                                   1.98412698e-4f};
+  static constexpr float kTail[] = {0.5270159072f,    -0.4023259254f,   0.2269572684f,    -0.08562552228f,
+                                    0.01417829591f,   0.004195920514f,  -0.002398563096f, -0.0002169067802f,
+                                    0.0003295116577f, 2.344095109e-5f,  -3.502672846e-5f, -3.61161362e-6f};
+};
+
+template <>
+struct Constants<double> {
+  using V = Double8;
+  using I = Long8;
+  static constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr int64_t kBias = 1023, kMantissa = 52;
+  static constexpr double kLeast = -708.0;
+  static constexpr double kLn2High = 0.693147180369123816490, kLn2Low = 1.90821492927058770002e-10;
+  static constexpr double kExp[] = {1.0,
+                                    1.0,
+                                    1.0 / 2,
+                                    1.0 / 6,
+                                    1.0 / 24,
+                                    1.0 / 120,
+                                    1.0 / 720,
+                                    1.0 / 5040,
+                                    1.0 / 40320,
+                                    1.0 / 362880,
+                                    1.0 / 3628800,
+                                    1.0 / 39916800,
+                                    1.0 / 479001600,
+                                    1.0 / 6227020800};
+  static constexpr double kTail[] = {
+      0.527015910152858952,     -0.402325924719574066,    0.2269570583240486,       -0.0856255726230620923,
+      0.0141807750659692007,    0.00419652215244743364,   -0.00240939276107296846,  -0.000219604150844811411,
+      0.000351346856536762931,  0.0000291540346222383947, -0.0000563023828865657201, -9.76669054068464287e-6,
+      9.12204793289983811e-6,   3.37874581399073492e-6,   -1.1657437454767716e-6,   -9.8416359877534871e-7,
+      -3.77570730819525214e-9,  2.27237372418897643e-7,   7.00281624710309165e-8,   -3.71737854563948931e-8,
+      -2.71256525657198059e-8,  3.26055024545487806e-9,   5.78813185454912734e-9,   -2.24613595095671902e-11,
+      -5.87636788078608722e-10};
+};
+
+template <class T>
+using Values = typename Constants<T>::V;
+
+template <class T>
+constexpr int64_t kWidth = sizeof(Values<T>) / sizeof(T);
+
+template <class T, int N>
+MLP_INLINE Values<T> polynomial(const T (&coefficients)[N], Values<T> x) {
+  Values<T> sum = Values<T>{} + coefficients[N - 1];
+#pragma GCC unroll 32
+  for (int i = N - 2; i >= 0; --i) sum = sum * x + coefficients[i];
+  return sum;
+}
+
+// exp(x) for x <= 0.
+template <class T>
+MLP_INLINE Values<T> exp_negative(Values<T> x) {
+  using C = Constants<T>;
+  using V = typename C::V;
+  using I = typename C::I;
+  const auto vanishes = x < C::kLeast;
+  const V bounded = vanishes ? V{} + C::kLeast : x;
+  const V shifted = bounded * static_cast<T>(1.4426950408889634) + C::kMagic;
+  const V n = shifted - C::kMagic;
+  const V r = (bounded - n * C::kLn2High) - n * C::kLn2Low;
+  const I exponent = (I)shifted - (I)(V{} + C::kMagic);
+  const V power = (V)((exponent + C::kBias) << C::kMantissa);
+  const V value = polynomial<T>(C::kExp, r) * power;
+  return vanishes ? V{} : value;
+}
+
+// s = 1 / (1 + exp(-x)) and c = 1 - s, both without cancellation.
+template <class T>
+MLP_INLINE void sigmoid(Values<T> x, Values<T>& s, Values<T>& c) {
+  using V = Values<T>;
+  const auto negative = x < T{0};
+  const V e = exp_negative<T>(negative ? x : -x);
+  const V larger = T{1} / (T{1} + e), smaller = e * larger;
+  s = negative ? smaller : larger;
+  c = negative ? larger : smaller;
+}
+
+// phi(x) and its derivative.
+template <Activation Phi, class T>
+MLP_INLINE void evaluate(Values<T> x, Values<T>& value, Values<T>& slope) {
+  using V = Values<T>;
+  if constexpr (Phi == Activation::kGelu) {
+    // From the tail of the normal distribution, which also gives the density.
+    constexpr T k = T(2.5);
+    const auto negative = x < T{0};
+    const V e = exp_negative<T>(T(-0.5) * x * x);
+    const V s = (negative ? -x : x) * static_cast<T>(0.70710678118654752);
+    const V w = T{1} / (s + k);
+    const V tail = e * w * polynomial<T>(Constants<T>::kTail, T{1} - (2 * k) * w);
+    const V below = negative ? tail : T{1} - tail;
+    value = x * below;
+    slope = below + x * e * static_cast<T>(0.39894228040143268);
+  } else if constexpr (Phi == Activation::kGeluTanh) {
+    // (1 + tanh(u)) / 2 is the sigmoid of 2u.
+    constexpr T c = T(1.5957691216057308), cubic = T(0.044715);
+    V s, rest;
+    const V square = x * x;
+    sigmoid<T>(c * x * (T{1} + cubic * square), s, rest);
+    value = x * s;
+    slope = s + x * s * rest * (c * (T{1} + (3 * cubic) * square));
+  } else if constexpr (Phi == Activation::kRelu) {
+    value = x < T{0} ? V{} : x;
+    slope = x > T{0} ? V{} + T{1} : V{};
+  } else if constexpr (Phi == Activation::kRelu2) {
+    const V positive = x < T{0} ? V{} : x;
+    value = positive * positive;
+    slope = T{2} * positive;
+  } else {
+    V s, rest;
+    sigmoid<T>(x, s, rest);
+    value = x * s;
+    slope = s * (T{1} + x * rest);
+  }
+}
+
+template <class T>
+MLP_INLINE Values<Wide<T>> read(const T* from) {
+  if constexpr (std::is_same_v<T, Wide<T>>) {
+    return load<Values<T>>(from);
+  } else {
+    Wide<T> v[kWidth<Wide<T>>];
+    for (int64_t i = 0; i < kWidth<Wide<T>>; ++i) v[i] = static_cast<Wide<T>>(from[i]);
+    return load<Values<Wide<T>>>(v);
+  }
+}
+
+template <class T>
+MLP_INLINE void write(T* to, Values<Wide<T>> v) {
+  if constexpr (std::is_same_v<T, Wide<T>>) {
+    store(to, v);
+  } else {
+    for (int64_t i = 0; i < kWidth<Wide<T>>; ++i) to[i] = static_cast<T>(v[i]);
+  }
+}
+
+template <Activation Phi, class T>
+MLP_INLINE void forward_at(const T* z, const T* g, T* a) {
+  Values<Wide<T>> value, slope;
+  if (g == nullptr) {
+    evaluate<Phi, Wide<T>>(read(z), value, slope);
+  } else {
+    evaluate<Phi, Wide<T>>(read(g), value, slope);
+    value *= read(z);
+  }
+  write(a, value);
+}
+
+template <Activation Phi, class T>
+MLP_INLINE void backward_at(const T* da, const T* z, const T* g, T* dz, T* dg, T* a) {
+  Values<Wide<T>> value, slope;
+  const Values<Wide<T>> upstream = read(da), input = read(z);
+  if (g == nullptr) {
+    evaluate<Phi, Wide<T>>(input, value, slope);
+    write(dz, upstream * slope);
+  } else {
+    evaluate<Phi, Wide<T>>(read(g), value, slope);
+    write(dg, upstream * input * slope);
+    write(dz, upstream * value);
+    value *= input;
+  }
+  if (a != nullptr) write(a, value);
+}
+
+// The elements that do not fill a vector, in zero-padded copies.
+template <class T>
+struct Padded {
+  T values[kWidth<Wide<T>>] = {};
+  MLP_INLINE const T* from(const T* x, int64_t count) {
+    if (x == nullptr) return nullptr;
+    std::copy_n(x, count, values);
+    return values;
+  }
+  MLP_INLINE void to(T* x, int64_t count) const {
+    if (x != nullptr) std::copy_n(values, count, x);
+  }
+};
+
+template <Activation Phi, class T>
+MLP_INLINE void forward_body(const T* z, const T* g, int64_t n, T* a) {
+  constexpr int64_t width = kWidth<Wide<T>>;
+  const int64_t whole = n / width * width, rest = n - whole;
+  if (g == nullptr) {
+    for (int64_t i = 0; i < whole; i += width) forward_at<Phi>(z + i, static_cast<const T*>(nullptr), a + i);
+  } else {
+    for (int64_t i = 0; i < whole; i += width) forward_at<Phi>(z + i, g + i, a + i);
+  }
+  if (rest > 0) {
+    Padded<T> last_z, last_g, last_a;
+    forward_at<Phi>(last_z.from(z + whole, rest), last_g.from(g == nullptr ? g : g + whole, rest), last_a.values);
+    last_a.to(a + whole, rest);
+  }
+}
+
+template <Activation Phi, class T>
+MLP_INLINE void backward_body(const T* da, const T* z, const T* g, int64_t n, T* dz, T* dg, T* a) {
+  constexpr int64_t width = kWidth<Wide<T>>;
+  const int64_t whole = n / width * width, rest = n - whole;
+  const auto at = [](auto* x, int64_t i) { return x == nullptr ? x : x + i; };
+  for (int64_t i = 0; i < whole; i += width) {
+    backward_at<Phi>(da + i, z + i, at(g, i), dz + i, at(dg, i), at(a, i));
+  }
+  if (rest > 0) {
+    Padded<T> last_da, last_z, last_g, last_dz, last_dg, last_a;
+    backward_at<Phi>(last_da.from(da + whole, rest), last_z.from(z + whole, rest), last_g.from(at(g, whole), rest),
+                     last_dz.values, last_dg.values, a == nullptr ? nullptr : last_a.values);
+    last_dz.to(dz + whole, rest);
+    last_dg.to(at(dg, whole), rest);
+    last_a.to(at(a, whole), rest);
+  }
+}
+
+template <class T>
+MLP_INLINE void add_columns_body(const T* x, int64_t rows, int64_t columns, int64_t stride, double* sum) {
+  constexpr int64_t block = 4 * kLanes;
+  int64_t j = 0;
+  for (; j + block <= columns; j += block) {
+    Double8 s[4];
+    for (int64_t v = 0; v < 4; ++v) s[v] = load<Double8>(sum + j + v * kLanes);
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* row = x + i * stride + j;
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < 4; ++v) {
+        double wide[kLanes];
+        for (int64_t lane = 0; lane < kLanes; ++lane) wide[lane] = static_cast<Wide<T>>(row[v * kLanes + lane]);
+        s[v] += load<Double8>(wide);
+      }
+    }
+    for (int64_t v = 0; v < 4; ++v) store(sum + j + v * kLanes, s[v]);
+  }
+  for (; j < columns; ++j) {
+    for (int64_t i = 0; i < rows; ++i) sum[j] += static_cast<Wide<T>>(x[i * stride + j]);
+  }
+}
+
+template <class T>
+MLP_INLINE void accumulate_body(const T* part, int64_t n, float* sum) {
+  for (int64_t i = 0; i < n; ++i) sum[i] += static_cast<float>(part[i]);
+}
+
+}  // namespace
+
+// Function multiversioning takes no templates: one function for every activation and element type.
+#define MLP_ACTIVATION(Name, T)                                                                                   \
+  MLP_CLONES static void forward_##Name##_##T(const T* z, const T* g, int64_t n, T* a) {                          \
+    forward_body<Activation::k##Name>(z, g, n, a);                                                                \
+  }                                                                                                               \
+  MLP_CLONES static void backward_##Name##_##T(const T* da, const T* z, const T* g, int64_t n, T* dz, T* dg, T* a) { \
+    backward_body<Activation::k##Name>(da, z, g, n, dz, dg, a);                                                   \
+  }
+
+#define MLP_ELEMENT_TYPE(T)                                                                                       \
+  MLP_ACTIVATION(Gelu, T)                                                                                         \
+  MLP_ACTIVATION(GeluTanh, T)                                                                                     \
+  MLP_ACTIVATION(Relu, T)                                                                                         \
+  MLP_ACTIVATION(Relu2, T)                                                                                        \
+  MLP_ACTIVATION(Silu, T)                                                                                         \
+  MLP_CLONES static void add_columns_##T(const T* x, int64_t rows, int64_t columns, int64_t stride, double* sum) { \
+    add_columns_body(x, rows, columns, stride, sum);                                                              \
+  }                                                                                                               \
+  template <>                                                                                                     \
+  void activate<T>(Activation phi, const T* z, const T* g, int64_t n, T* a) {                                     \
+    constexpr decltype(&forward_Gelu_##T) kForward[] = {forward_Gelu_##T, forward_GeluTanh_##T, forward_Relu_##T,  \
+                                                        forward_Relu2_##T, forward_Silu_##T};                     \
+    kForward[static_cast<int64_t>(phi)](z, g, n, a);                                                              \
+  }                                                                                                               \
+  template <>                                                                                                     \
+  void activate_backward<T>(Activation phi, const T* da, const T* z, const T* g, int64_t n, T* dz, T* dg, T* a) { \
+    constexpr decltype(&backward_Gelu_##T) kBackward[] = {backward_Gelu_##T, backward_GeluTanh_##T,               \
+                                                          backward_Relu_##T, backward_Relu2_##T, backward_Silu_##T}; \
+    kBackward[static_cast<int64_t>(phi)](da, z, g, n, dz, dg, a);                                                 \
+  }                                                                                                               \
+  template <>                                                                                                     \
+  void add_columns<T>(const T* x, int64_t rows, int64_t columns, int64_t stride, double* sum) {                   \
+    add_columns_##T(x, rows, columns, stride, sum);                                                               \
+  }
+
+MLP_ELEMENT_TYPE(float)
+MLP_ELEMENT_TYPE(double)
+MLP_ELEMENT_TYPE(BFloat16)
+MLP_ELEMENT_TYPE(Half)
+
+MLP_CLONES static void accumulate_BFloat16(const BFloat16* part, int64_t n, float* sum) { accumulate_body(part, n, sum); }
+MLP_CLONES static void accumulate_Half(const Half* part, int64_t n, float* sum) { accumulate_body(part, n, sum); }
+
+template <>
+void accumulate<BFloat16>(const BFloat16* part, int64_t n, float* sum) {
+  accumulate_BFloat16(part, n, sum);
+}
+template <>
+void accumulate<Half>(const Half* part, int64_t n, float* sum) {
+  accumulate_Half(part, n, sum);
+}
+
+}  // namespace mlp_fusion

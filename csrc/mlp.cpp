@@ -1,0 +1,168 @@
+// The compiled operators of a feed-forward block, steps of fusion_kernels/mlp/cpu_backend.py, which casts the weights
+// and folds the scale; here only what would read out of bounds is checked.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+
+#include "cpu/mlp.h"
+
+namespace mlp_fusion {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Tensor allocate(std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return torch::stable::empty({shape.begin(), shape.size()}, dtype, std::nullopt,
+                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return tensor.numel() == 0 ? nullptr : static_cast<T*>(tensor.data_ptr());
+}
+
+// An element that pointers to empty tensors may point to: null means that a tensor is not there.
+alignas(64) char kNowhere[64];
+
+void check(const Tensor& t, const char* name, ScalarType dtype, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns,
+                  name, ": wrong device, dtype or shape");
+}
+
+template <class T>
+Matrix<T> matrix(const Tensor& t, const char* name, ScalarType dtype, int64_t rows, int64_t columns) {
+  check(t, name, dtype, rows, columns);
+  T* elements = t.numel() == 0 ? reinterpret_cast<T*>(kNowhere) : static_cast<T*>(t.data_ptr());
+  return {elements, rows, columns, t.stride(0), t.stride(1)};
+}
+
+template <class T>
+T* bias(const std::optional<Tensor>& t, const char* name, ScalarType dtype, int64_t n) {
+  if (!t.has_value()) return nullptr;
+  STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == dtype && t->is_contiguous() && t->dim() == 1 && t->size(0) == n,
+                  name, ": wrong device, dtype, shape or strides");
+  return data<T>(*t);
+}
+
+// The elements of what the forward kept, null where it is empty: (T, h), contiguous.
+template <class T>
+T* kept(const Tensor& t, const char* name, ScalarType dtype, int64_t rows, int64_t h) {
+  if (t.numel() == 0) return nullptr;
+  check(t, name, dtype, rows, h);
+  STD_TORCH_CHECK(t.is_contiguous(), name, ": must be contiguous");
+  return data<T>(t);
+}
+
+template <class Work>
+auto with_dtype(const Tensor& x, const Work& work) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return work(double{});
+    case ScalarType::BFloat16:
+      return work(BFloat16{});
+    case ScalarType::Half:
+      return work(Half{});
+    default:
+      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "mlp: float16, bfloat16, float32 or float64 expected");
+      return work(float{});
+  }
+}
+
+template <class T>
+Block<T> make_block(const Tensor& x, const Tensor& w_in, const std::optional<Tensor>& b_in,
+                    const std::optional<Tensor>& w_gate, const std::optional<Tensor>& b_gate, const Tensor& w_out,
+                    const std::optional<Tensor>& b_out, int64_t activation) {
+  STD_TORCH_CHECK(x.dim() == 2 && w_in.dim() == 2 && w_out.dim() == 2, "mlp: x and the weights must be matrices");
+  STD_TORCH_CHECK(activation >= 0 && activation < 5, "mlp: unknown activation");
+  const int64_t h = w_in.size(0), d = x.size(1), d_out = w_out.size(0);
+  const ScalarType dtype = x.scalar_type();
+  Block<T> block{static_cast<Activation>(activation),
+                 matrix<T>(w_in, "w_in", dtype, h, d),
+                 {},
+                 matrix<T>(w_out, "w_out", dtype, d_out, h),
+                 bias<T>(b_in, "b_in", dtype, h),
+                 bias<T>(b_gate, "b_gate", dtype, h),
+                 bias<T>(b_out, "b_out", dtype, d_out)};
+  if (w_gate) block.w_gate = matrix<T>(*w_gate, "w_gate", dtype, h, d);
+  return block;
+}
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Outputs forward(const Tensor x, const Tensor w_in, const std::optional<Tensor> b_in, const std::optional<Tensor> w_gate,
+                const std::optional<Tensor> b_gate, const Tensor w_out, const std::optional<Tensor> b_out,
+                int64_t activation, int64_t checkpoint_level) {
+  return with_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Block<T> block = make_block<T>(x, w_in, b_in, w_gate, b_gate, w_out, b_out, activation);
+    const int64_t rows = x.size(0), h = w_in.size(0), d_out = w_out.size(0);
+    const auto dtype = x.scalar_type();
+    const auto hidden = [&](bool keep) { return keep ? allocate({rows, h}, dtype) : allocate({0}, dtype); };
+    Tensor y = allocate({rows, d_out}, dtype), z = hidden(checkpoint_level < 2);
+    Tensor g = hidden(checkpoint_level < 2 && w_gate.has_value()), a = hidden(checkpoint_level == 0);
+    if (rows > 0) {
+      mlp_forward<T>(block, matrix<T>(x, "x", dtype, rows, x.size(1)), data<T>(y), data<T>(z), data<T>(g), data<T>(a));
+    }
+    return Outputs{y, z, g, a};
+  });
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// dx, dw_in, db_in, dw_gate, db_gate, k, db_out, empty where `needs`, a bit for each from the lowest, does not ask for
+// them. All but dx are float32, in a block of float64 float64.
+Gradients backward(const Tensor dy, const Tensor x, const Tensor w_in, const std::optional<Tensor> b_in,
+                   const std::optional<Tensor> w_gate, const std::optional<Tensor> b_gate, const Tensor w_out,
+                   const Tensor z, const Tensor g, const Tensor a, int64_t activation, int64_t needs) {
+  return with_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    using S = typename Summed<T>::Type;
+    const Block<T> block = make_block<T>(x, w_in, b_in, w_gate, b_gate, w_out, std::nullopt, activation);
+    const int64_t rows = x.size(0), d = x.size(1), h = w_in.size(0), d_out = w_out.size(0);
+    const auto dtype = x.scalar_type();
+    const auto sums = std::is_same_v<S, double> ? ScalarType::Double : ScalarType::Float;
+    const auto wanted = [&](int bit, std::initializer_list<int64_t> shape, ScalarType type) {
+      return (needs >> bit & 1) != 0 ? allocate(shape, type) : allocate({0}, type);
+    };
+    Tensor dx = wanted(0, {rows, d}, dtype), dw_in = wanted(1, {h, d}, sums), dw_gate = wanted(3, {h, d}, sums);
+    Tensor k = wanted(5, {d_out, h}, sums), db_in = wanted(2, {h}, sums), db_gate = wanted(4, {h}, sums);
+    Tensor db_out = wanted(6, {d_out}, sums);
+    if (rows == 0 || h == 0) {  // sums of nothing
+      for (const Tensor* sum : {&dw_in, &dw_gate, &k}) {
+        std::fill_n(static_cast<S*>(sum->data_ptr()), sum->numel(), S{0});
+      }
+      std::fill_n(static_cast<T*>(dx.data_ptr()), dx.numel(), T(0.0f));
+    }
+    const MlpGradients<T> out{data<T>(dx),          data<S>(dw_in),        data<S>(dw_gate),      data<S>(k),
+                              data<S>(db_in), data<S>(db_gate), data<S>(db_out)};
+    mlp_backward<T>(block, matrix<T>(dy, "dy", dtype, rows, d_out), matrix<T>(x, "x", dtype, rows, d),
+                    kept<T>(z, "z", dtype, rows, h), kept<T>(g, "g", dtype, rows, h), kept<T>(a, "a", dtype, rows, h),
+                    out);
+    return Gradients{dx, dw_in, db_in, dw_gate, db_gate, k, db_out};
+  });
+}
+
+}  // namespace
+}  // namespace mlp_fusion
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fusion_kernels_native, m) {
+  m.def(
+      "mlp(Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_gate, Tensor? b_gate, Tensor w_out, Tensor? b_out, "
+      "int activation, int checkpoint_level) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "mlp_backward(Tensor dy, Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_gate, Tensor? b_gate, Tensor w_out, "
+      "Tensor z, Tensor g, Tensor a, int activation, int needs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusion_kernels_native, CPU, m) {
+  m.impl("mlp", TORCH_BOX(&mlp_fusion::forward));
+  m.impl("mlp_backward", TORCH_BOX(&mlp_fusion::backward));
+}

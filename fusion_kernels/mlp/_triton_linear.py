@@ -1,0 +1,342 @@
+"""Device code: products with a weight whose epilogue is the activation of an MLP, or the derivative of it.
+
+One program per tile (BM, BN) of the hidden activations; the hidden tensors are contiguous. Biases, saved tensors and
+second outputs that are not wanted are None. Expert e's weight begins `w_stride_e` entries after the one before.
+"""
+
+import triton
+import triton.language as tl
+
+from fusion_kernels.mlp._triton_tiles import accumulate, activation, halves, load, rows_of, stored, tile_of
+
+
+@triton.jit
+def _place(acc, first, end, first_n, N, EVEN_N: tl.constexpr):
+    """Rows (BM, 1) int64, columns (BN,) and the mask of a tile."""
+    m = first + tl.arange(0, acc.shape[0])
+    n = first_n + tl.arange(0, acc.shape[1])
+    mask = (m < end)[:, None] if EVEN_N else (m < end)[:, None] & (n < N)[None, :]
+    return m.to(tl.int64)[:, None], n, mask
+
+
+@triton.jit
+def _store_act(
+    acc, bias_ptr, z_ptr, a_ptr, expert, first, end, first_n, N,
+    ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    if PARTS > 1:
+        HALF: tl.constexpr = acc.shape[1] // 2
+        left, right = halves(acc)
+        _store_act(left, bias_ptr, z_ptr, a_ptr, expert, first, end, first_n, N, ACTIVATION, EVEN_N, PARTS // 2)
+        _store_act(right, bias_ptr, z_ptr, a_ptr, expert, first, end, first_n + HALF, N, ACTIVATION, EVEN_N, PARTS // 2)
+    else:
+        rows, n, mask = _place(acc, first, end, first_n, N, EVEN_N)
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        z = stored(acc, a_ptr)
+        a, _ = activation(z, ACTIVATION)
+        at = rows * N + n[None, :]
+        if z_ptr is not None:
+            tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=mask)
+        tl.store(a_ptr + at, a.to(a_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_act_backward(
+    acc, z_ptr, dz_ptr, a_ptr, partial_ptr, tile_m, first, end, first_n, N, z_stride,
+    ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    if PARTS > 1:
+        HALF: tl.constexpr = acc.shape[1] // 2
+        left, right = halves(acc)
+        _store_act_backward(
+            left, z_ptr, dz_ptr, a_ptr, partial_ptr, tile_m, first, end, first_n, N, z_stride,
+            ACTIVATION, EVEN_N, PARTS // 2,
+        )  # fmt: skip
+        _store_act_backward(
+            right, z_ptr, dz_ptr, a_ptr, partial_ptr, tile_m, first, end, first_n + HALF, N, z_stride,
+            ACTIVATION, EVEN_N, PARTS // 2,
+        )  # fmt: skip
+    else:
+        rows, n, mask = _place(acc, first, end, first_n, N, EVEN_N)
+        z = tl.load(z_ptr + rows * z_stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        a, slope = activation(z, ACTIVATION)
+        dz = acc * slope
+        at = rows * N + n[None, :]
+        tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+        if a_ptr is not None:
+            tl.store(a_ptr + at, a.to(a_ptr.dtype.element_ty), mask=mask)
+        if partial_ptr is not None:
+            total = tl.sum(tl.where(rows < end, dz, 0.0), 0)
+            tl.store(partial_ptr + tile_m.to(tl.int64) * N + n, total, mask=n < N)
+
+
+@triton.jit
+def _store_glu(
+    zg, zu, gate_bias_ptr, up_bias_ptr, zg_ptr, zu_ptr, a_ptr, expert, first, end, first_n, N,
+    ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    if PARTS > 1:
+        HALF: tl.constexpr = zg.shape[1] // 2
+        gate_left, gate_right = halves(zg)
+        up_left, up_right = halves(zu)
+        _store_glu(
+            gate_left, up_left, gate_bias_ptr, up_bias_ptr, zg_ptr, zu_ptr, a_ptr, expert, first, end, first_n, N,
+            ACTIVATION, EVEN_N, PARTS // 2,
+        )  # fmt: skip
+        _store_glu(
+            gate_right, up_right, gate_bias_ptr, up_bias_ptr, zg_ptr, zu_ptr, a_ptr, expert, first, end,
+            first_n + HALF, N, ACTIVATION, EVEN_N, PARTS // 2,
+        )  # fmt: skip
+    else:
+        rows, n, mask = _place(zg, first, end, first_n, N, EVEN_N)
+        if gate_bias_ptr is not None:
+            zg += tl.load(gate_bias_ptr + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        if up_bias_ptr is not None:
+            zu += tl.load(up_bias_ptr + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        zg = stored(zg, a_ptr)
+        zu = stored(zu, a_ptr)
+        value, _ = activation(zg, ACTIVATION)
+        at = rows * N + n[None, :]
+        if zg_ptr is not None:
+            tl.store(zg_ptr + at, zg.to(zg_ptr.dtype.element_ty), mask=mask)
+            tl.store(zu_ptr + at, zu.to(zu_ptr.dtype.element_ty), mask=mask)
+        tl.store(a_ptr + at, (value * zu).to(a_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_glu_backward(
+    da, zg_ptr, zu_ptr, dzg_ptr, dzu_ptr, a_ptr, gate_partial_ptr, up_partial_ptr, tile_m, first, end, first_n, N,
+    zg_stride, zu_stride, ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    if PARTS > 1:
+        HALF: tl.constexpr = da.shape[1] // 2
+        left, right = halves(da)
+        _store_glu_backward(
+            left, zg_ptr, zu_ptr, dzg_ptr, dzu_ptr, a_ptr, gate_partial_ptr, up_partial_ptr, tile_m, first, end,
+            first_n, N, zg_stride, zu_stride, ACTIVATION, EVEN_N, PARTS // 2,
+        )  # fmt: skip
+        _store_glu_backward(
+            right, zg_ptr, zu_ptr, dzg_ptr, dzu_ptr, a_ptr, gate_partial_ptr, up_partial_ptr, tile_m, first, end,
+            first_n + HALF, N, zg_stride, zu_stride, ACTIVATION, EVEN_N, PARTS // 2,
+        )  # fmt: skip
+    else:
+        rows, n, mask = _place(da, first, end, first_n, N, EVEN_N)
+        zg = tl.load(zg_ptr + rows * zg_stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        zu = tl.load(zu_ptr + rows * zu_stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        value, slope = activation(zg, ACTIVATION)
+        dzg = da * zu * slope
+        dzu = da * value
+        at = rows * N + n[None, :]
+        tl.store(dzg_ptr + at, dzg.to(dzg_ptr.dtype.element_ty), mask=mask)
+        tl.store(dzu_ptr + at, dzu.to(dzu_ptr.dtype.element_ty), mask=mask)
+        if a_ptr is not None:
+            tl.store(a_ptr + at, (value * zu).to(a_ptr.dtype.element_ty), mask=mask)
+        if gate_partial_ptr is not None:
+            at_partial = tile_m.to(tl.int64) * N + n
+            tl.store(gate_partial_ptr + at_partial, tl.sum(tl.where(rows < end, dzg, 0.0), 0), mask=n < N)
+            tl.store(up_partial_ptr + at_partial, tl.sum(tl.where(rows < end, dzu, 0.0), 0), mask=n < N)
+
+
+@triton.jit
+def _linear_act_kernel(
+    x_ptr,
+    w_ptr,
+    x2_ptr,
+    w2_ptr,
+    bias_ptr,
+    z_ptr,
+    a_ptr,
+    offsets_ptr,
+    T,
+    N,
+    K,
+    E,
+    tiles_m,
+    x_stride,
+    w_stride_e,
+    w_stride_n,
+    w_stride_k,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    BE: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """z (T, N) = x (T, K) · w + bias, and a = activation(z). With x2 and w2, of the same strides, z gains x2 · w2."""
+    tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tl.cdiv(N, BN), GROUP)
+    expert, first, end = rows_of(tile_m, offsets_ptr, T, E, BM, BE)
+    if first < end:
+        n = tile_n * BN + tl.arange(0, BN)
+        acc = tl.zeros((BM, BN), tl.float32)
+        acc = accumulate(
+            acc, x_ptr, w_ptr + expert * w_stride_e, first, end, n, N, K,
+            x_stride, w_stride_n, w_stride_k, PRECISION, EVEN_N, EVEN_K, BM, BK,
+        )  # fmt: skip
+        if x2_ptr is not None:
+            acc = accumulate(
+                acc, x2_ptr, w2_ptr + expert * w_stride_e, first, end, n, N, K,
+                x_stride, w_stride_n, w_stride_k, PRECISION, EVEN_N, EVEN_K, BM, BK,
+            )  # fmt: skip
+        _store_act(acc, bias_ptr, z_ptr, a_ptr, expert, first, end, tile_n * BN, N, ACTIVATION, EVEN_N, PARTS)
+
+
+@triton.jit
+def _linear_act_backward_kernel(
+    dy_ptr,
+    w_ptr,
+    z_ptr,
+    dz_ptr,
+    a_ptr,
+    partial_ptr,
+    offsets_ptr,
+    T,
+    N,
+    K,
+    E,
+    tiles_m,
+    dy_stride,
+    w_stride_e,
+    w_stride_n,
+    w_stride_k,
+    z_stride,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    BE: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """dz (T, N) = (dy (T, K) · w) * activation'(z), a = activation(z); partial (tiles_m, N): sums of dz over a tile."""
+    tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tl.cdiv(N, BN), GROUP)
+    expert, first, end = rows_of(tile_m, offsets_ptr, T, E, BM, BE)
+    if first < end:
+        n = tile_n * BN + tl.arange(0, BN)
+        acc = tl.zeros((BM, BN), tl.float32)
+        acc = accumulate(
+            acc, dy_ptr, w_ptr + expert * w_stride_e, first, end, n, N, K,
+            dy_stride, w_stride_n, w_stride_k, PRECISION, EVEN_N, EVEN_K, BM, BK,
+        )  # fmt: skip
+        _store_act_backward(
+            acc, z_ptr, dz_ptr, a_ptr, partial_ptr, tile_m, first, end, tile_n * BN, N, z_stride, ACTIVATION, EVEN_N,
+            PARTS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _linear_glu_kernel(
+    x_ptr,
+    gate_ptr,
+    up_ptr,
+    gate_bias_ptr,
+    up_bias_ptr,
+    zg_ptr,
+    zu_ptr,
+    a_ptr,
+    offsets_ptr,
+    T,
+    N,
+    K,
+    E,
+    tiles_m,
+    x_stride,
+    w_stride_e,
+    w_stride_n,
+    w_stride_k,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    BE: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """zg = x · gate + bias, zu = x · up + bias, a = activation(zg) * zu, all (T, N); gate and up have equal strides."""
+    tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tl.cdiv(N, BN), GROUP)
+    expert, first, end = rows_of(tile_m, offsets_ptr, T, E, BM, BE)
+    if first < end:
+        n = tile_n * BN + tl.arange(0, BN)
+        k = tl.arange(0, BK)
+        # As in `accumulate`, with one tile of x for both products.
+        x = x_ptr + tl.minimum(first + tl.arange(0, BM), end - 1).to(tl.int64)[:, None] * x_stride + k[None, :]
+        at_w = expert * w_stride_e + n.to(tl.int64)[None, :] * w_stride_n + k.to(tl.int64)[:, None] * w_stride_k
+        gate = gate_ptr + at_w
+        up = up_ptr + at_w
+        zg = tl.zeros((BM, BN), tl.float32)
+        zu = tl.zeros((BM, BN), tl.float32)
+        for start in range(0, K, BK):
+            inside = k < K - start
+            left = load(x, None, inside[None, :], True, EVEN_K)
+            to_gate = load(gate, inside[:, None], (n < N)[None, :], EVEN_K, EVEN_N)
+            to_up = load(up, inside[:, None], (n < N)[None, :], EVEN_K, EVEN_N)
+            zg = tl.dot(left, to_gate, zg, input_precision=PRECISION)
+            zu = tl.dot(left, to_up, zu, input_precision=PRECISION)
+            x += BK
+            gate += BK * w_stride_k
+            up += BK * w_stride_k
+        _store_glu(
+            zg, zu, gate_bias_ptr, up_bias_ptr, zg_ptr, zu_ptr, a_ptr, expert, first, end, tile_n * BN, N, ACTIVATION,
+            EVEN_N, PARTS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _linear_glu_backward_kernel(
+    dy_ptr,
+    w_ptr,
+    zg_ptr,
+    zu_ptr,
+    dzg_ptr,
+    dzu_ptr,
+    a_ptr,
+    gate_partial_ptr,
+    up_partial_ptr,
+    offsets_ptr,
+    T,
+    N,
+    K,
+    E,
+    tiles_m,
+    dy_stride,
+    w_stride_e,
+    w_stride_n,
+    w_stride_k,
+    zg_stride,
+    zu_stride,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    BE: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """da = dy (T, K) · w; dzg = da * zu * activation'(zg), dzu = da * activation(zg), a = activation(zg) * zu."""
+    tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tl.cdiv(N, BN), GROUP)
+    expert, first, end = rows_of(tile_m, offsets_ptr, T, E, BM, BE)
+    if first < end:
+        n = tile_n * BN + tl.arange(0, BN)
+        da = tl.zeros((BM, BN), tl.float32)
+        da = accumulate(
+            da, dy_ptr, w_ptr + expert * w_stride_e, first, end, n, N, K,
+            dy_stride, w_stride_n, w_stride_k, PRECISION, EVEN_N, EVEN_K, BM, BK,
+        )  # fmt: skip
+        _store_glu_backward(
+            da, zg_ptr, zu_ptr, dzg_ptr, dzu_ptr, a_ptr, gate_partial_ptr, up_partial_ptr, tile_m, first, end,
+            tile_n * BN, N, zg_stride, zu_stride, ACTIVATION, EVEN_N, PARTS,
+        )  # fmt: skip

@@ -1,0 +1,141 @@
+"""Device code that the kernels of the MLP share: activations, which tile a program computes, and its product.
+
+A product is `a (rows, K) · b (K, N)` with float32 accumulators, where b is a weight in either layout. Rows belong to
+experts when `offsets` (E + 1) is given: expert e owns rows `offsets[e]` to `offsets[e + 1]`, a tile never crosses from
+one expert to the next, and each program finds its own expert, so that the host need not know the offsets. The grid is
+sized by the worst case, and the tiles left over have no rows.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def activation(z, ACTIVATION: tl.constexpr):
+    """Value and derivative of an activation at z, both float32; what the caller does not use is not computed."""
+    if ACTIVATION == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+        value = z * cdf
+        slope = cdf + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh u) / 2 = sigmoid(2u), without the cancellation.
+        half = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        value = z * half
+        slope = half + value * (1.0 - half) * (1.5957691216057308 + 0.21406444881780076 * z * z)
+    elif ACTIVATION == "silu":
+        half = tl.sigmoid(z)
+        value = z * half
+        slope = half * (1.0 + z * (1.0 - half))
+    elif ACTIVATION == "relu":
+        # NaN stays NaN; the slope is 0 at the kink.
+        value = tl.where(z <= 0.0, 0.0, z)
+        slope = tl.where(z <= 0.0, 0.0, 1.0)
+    elif ACTIVATION == "relu2":
+        kept = tl.where(z <= 0.0, 0.0, z)
+        value = kept * kept
+        slope = 2.0 * kept
+    else:
+        tl.static_assert(ACTIVATION == "none", "unknown activation")
+        value = z
+        slope = z * 0.0 + 1.0
+    return value, slope
+
+
+@triton.jit
+def stored(value, like):
+    """float32 numbers as they would be read back from a tensor of `like`'s dtype.
+
+    Activations are taken of z so rounded: the result is the same whether z was saved, recomputed, or never stored.
+    """
+    return value.to(like.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def tile_of(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """(m, n) of a program's tile: GROUP tiles down, then across, so that programs that run together share in L2."""
+    band = pid // (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - band * GROUP, GROUP)
+    within = pid % (GROUP * tiles_n)
+    return band * GROUP + within % height, within // height
+
+
+@triton.jit
+def rows_of(tile, offsets_ptr, T, E, BM: tl.constexpr, BE: tl.constexpr):
+    """Expert (int64), first row and end of the rows of a tile of at most BM rows; first >= end for a tile left over.
+
+    Without offsets: expert 0 owns the rows [0, T). BE is a power of two and at least E.
+    """
+    if offsets_ptr is None:
+        expert = 0
+        first = tile * BM
+        end = T
+    else:
+        e = tl.arange(0, BE)
+        begin = tl.load(offsets_ptr + e, mask=e < E, other=0)
+        stop = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
+        tiles = tl.cdiv(stop - begin, BM)
+        until = tl.cumsum(tiles, 0)
+        expert = tl.sum((until <= tile).to(tl.int64), 0)
+        own = e == expert
+        first = tl.sum(tl.where(own, begin + (tile - (until - tiles)) * BM, 0), 0)
+        end = tl.sum(tl.where(own, stop, 0), 0)
+    return expert, first, end
+
+
+@triton.jit
+def load(ptr, rows, columns, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr):
+    """A tile with zeros where the mask `rows` (R, 1) or `columns` (1, C) is false; EVEN: it is true."""
+    if EVEN_ROWS and EVEN_COLUMNS:
+        tile = tl.load(ptr)
+    elif EVEN_COLUMNS:
+        tile = tl.load(ptr, mask=rows, other=0.0)
+    elif EVEN_ROWS:
+        tile = tl.load(ptr, mask=columns, other=0.0)
+    else:
+        tile = tl.load(ptr, mask=rows & columns, other=0.0)
+    return tile
+
+
+@triton.jit
+def accumulate(
+    acc,
+    a_ptr,
+    b_ptr,
+    first,
+    end,
+    n,
+    N,
+    K,
+    a_stride,
+    b_stride_n,
+    b_stride_k,
+    PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """acc (BM, BN) += a[first : first + BM] · b[:, n]; EVEN_N, EVEN_K where the tiles divide N and K.
+
+    Rows past the end are read from the last one: no masks for them in the loop, and nothing of them is stored.
+    """
+    k = tl.arange(0, BK)
+    rows = tl.minimum(first + tl.arange(0, BM), end - 1).to(tl.int64)
+    a = a_ptr + rows[:, None] * a_stride + k[None, :]
+    b = b_ptr + n.to(tl.int64)[None, :] * b_stride_n + k.to(tl.int64)[:, None] * b_stride_k
+    for start in range(0, K, BK):
+        inside = k < K - start
+        left = load(a, None, inside[None, :], True, EVEN_K)
+        right = load(b, inside[:, None], (n < N)[None, :], EVEN_K, EVEN_N)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        a += BK
+        b += BK * b_stride_k
+    return acc
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right half of a tile's columns: epilogues work on parts, which take fewer registers."""
+    BM: tl.constexpr = tile.shape[0]
+    BN: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))

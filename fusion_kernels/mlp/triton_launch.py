@@ -1,0 +1,57 @@
+"""How the Triton kernels of the MLP are launched: on which device, in which precision, over which rows."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusion_kernels.kmeans.triton_launch import launch, shared_memory
+from fusion_kernels.mlp.triton_tuning import HALF, IEEE, TF32, Gpu
+
+
+@functools.cache
+def gpu(device: torch.device) -> Gpu:
+    """What the device offers; an interpreted kernel on the CPU runs one program at a time."""
+    count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return Gpu(shared_memory(device), count)
+
+
+def kind(dtype: torch.dtype) -> str:
+    """What products of this dtype are made of: float32 follows `torch.backends.cuda.matmul.fp32_precision`.
+
+    Raises:
+        ValueError: the kernels are not for this dtype.
+    """
+    if dtype in (torch.float16, torch.bfloat16):
+        return HALF
+    if dtype != torch.float32:
+        raise ValueError(f"the Triton kernels take float16, bfloat16 and float32, not {dtype}: convert x first")
+    return TF32 if torch.backends.cuda.matmul.fp32_precision == "tf32" else IEEE
+
+
+def row_stride(x: Tensor) -> int:
+    """Entries from one row of x (T, n) to the next.
+
+    Raises:
+        ValueError: the entries of a row are not neighbours.
+    """
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        raise ValueError(f"rows must be contiguous, strides are {tuple(x.stride())}: call .contiguous() first")
+    return x.stride(0)
+
+
+def start(kernel: Any, programs: int, x: Tensor, *arguments: Any, **options: Any) -> None:
+    """Launch a kernel whose first argument is x, on x's device; no programs, no launch."""
+    if programs == 0:
+        return
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        launch(kernel, programs, x, *arguments, **options)
+
+
+def ceil_div(value: int, divisor: int) -> int:
+    """value / divisor, rounded up."""
+    return -(-value // divisor)

@@ -1,0 +1,191 @@
+"""Shapes to launch configurations for the Triton kernels of the MLP: pure functions, nothing is timed at run time.
+
+A tile's cost is taken as its products plus the operands that it loads, in waves over the multiprocessors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fusion_kernels.kmeans.triton_tuning import LARGE_SHARED_MEMORY, SMALL_SHARED_MEMORY
+
+#: What the products of float32 inputs are made of, or that the inputs have 16 bits.
+HALF, TF32, IEEE = "half", "tf32", "ieee"
+#: Entries that a tile could multiply in the time in which it loads one row or column: what makes large tiles cheaper.
+_LOAD = 64
+#: Tokens and warps of the hidden-resident kernel and the float32 accumulators per thread that leave registers for the
+#: rest, by whether there is much shared memory; then its outputs and inputs per step, and stages.
+_RESIDENT_ROWS = {
+    True: ((128, 8, 96), (64, 4, 64), (64, 8, 128), (32, 4, 96), (16, 4, 64)),
+    False: ((128, 8, 96), (64, 4, 64), (64, 8, 64), (32, 4, 96), (16, 4, 64)),
+}
+_RESIDENT_ODD_ROWS = ((64, 8, 32), (16, 4, 16))
+_RESIDENT_STEPS = ((128, 64, 3), (128, 64, 2), (64, 64, 3), (64, 64, 2), (64, 32, 3), (64, 32, 2), (32, 32, 2))
+#: Entries of a tile per thread that an epilogue works on at a time.
+_EPILOGUE = 32
+#: Entries per program of a pointwise pass.
+_POINTS = 2048
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What configurations depend on: bytes of shared memory per program, and the number of multiprocessors."""
+
+    shared_memory: int
+    multiprocessors: int
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Launch configuration of a product: tile (BM, BN), BK entries per step, GROUP tiles down, then across."""
+
+    BM: int
+    BN: int
+    BK: int
+    GROUP: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def parts(self) -> int:
+        """Parts of the tile that the epilogue works on one after the other, to keep out of local memory."""
+        return max(1, self.BM * self.BN // (_EPILOGUE * 32 * self.num_warps))
+
+
+@dataclass(frozen=True)
+class ResidentConfig:
+    """Launch configuration of `_resident_kernel`: BM tokens, H0 + H1 neurons, BK inputs and BN outputs per step."""
+
+    BM: int
+    H0: int
+    H1: int
+    BK: int
+    BN: int
+    num_warps: int
+    num_stages: int
+
+
+_TILES = {
+    # 16-bit inputs, 227 KiB of shared memory.
+    (HALF, True): (
+        TileConfig(128, 256, 64, 8, 8, 3),
+        TileConfig(128, 128, 64, 8, 8, 4),
+        TileConfig(128, 64, 64, 8, 4, 4),
+        TileConfig(64, 128, 64, 8, 4, 4),
+        TileConfig(64, 64, 64, 8, 4, 4),
+        TileConfig(32, 64, 64, 8, 4, 4),
+        TileConfig(16, 64, 128, 8, 4, 3),
+        TileConfig(16, 16, 128, 8, 2, 3),
+    ),
+    # 99 KiB.
+    (HALF, False): (
+        TileConfig(128, 128, 32, 8, 8, 4),
+        TileConfig(128, 64, 32, 8, 8, 4),
+        TileConfig(64, 64, 64, 8, 4, 4),
+        TileConfig(32, 64, 64, 8, 4, 4),
+        TileConfig(16, 64, 128, 8, 4, 3),
+        TileConfig(16, 16, 128, 8, 2, 3),
+    ),
+    (TF32, True): (
+        TileConfig(128, 128, 32, 8, 8, 4),
+        TileConfig(64, 64, 32, 8, 8, 4),
+        TileConfig(16, 64, 64, 8, 4, 3),
+        TileConfig(16, 16, 64, 8, 2, 3),
+    ),
+    (TF32, False): (
+        TileConfig(128, 64, 32, 8, 8, 3),
+        TileConfig(64, 64, 32, 8, 4, 3),
+        TileConfig(16, 64, 64, 8, 4, 3),
+        TileConfig(16, 16, 64, 8, 2, 3),
+    ),
+    # Sums without tensor cores need a register per entry of the operands.
+    (IEEE, True): (TileConfig(64, 64, 16, 8, 8, 3), TileConfig(32, 32, 16, 8, 4, 3), TileConfig(16, 16, 32, 8, 4, 3)),
+    (IEEE, False): (TileConfig(64, 64, 16, 8, 8, 3), TileConfig(32, 32, 16, 8, 4, 3), TileConfig(16, 16, 32, 8, 4, 3)),
+}
+
+#: Where entries can only be loaded one by one, which takes many addresses.
+_ODD_TILES = (TileConfig(64, 64, 32, 8, 8, 2), TileConfig(32, 64, 32, 8, 8, 2), TileConfig(16, 32, 32, 8, 4, 2))
+
+
+def tile_candidates(kind: str, gpu: Gpu, wide: bool, aligned: bool = True) -> tuple[TileConfig, ...]:
+    """Configurations that fit the GPU.
+
+    Args:
+        wide: for kernels that hold two accumulators, or two tiles beside one.
+        aligned: rows begin at multiples of 16 entries.
+    """
+    if not aligned and kind != IEEE:
+        return _ODD_TILES if kind == HALF else _ODD_TILES[1:]
+    candidates = _TILES[kind, gpu.shared_memory >= LARGE_SHARED_MEMORY]
+    # Two accumulators take the registers of one of twice the columns, and their operands the shared memory.
+    most = max(config.BM * config.BN // config.num_warps for config in candidates)
+    return tuple(c for c in candidates if not wide or 2 * c.BM * c.BN // c.num_warps <= most)
+
+
+def tile_config(
+    rows: int, columns: int, kind: str, gpu: Gpu, *, wide: bool = False, aligned: bool = True, problems: int = 1
+) -> TileConfig:
+    """For `problems` products of (rows, columns) entries each; `wide` and `aligned` as in `tile_candidates`."""
+
+    def cost(config: TileConfig) -> int:
+        tiles = problems * -(-rows // config.BM) * -(-columns // config.BN)
+        waves = -(-tiles // gpu.multiprocessors)
+        return waves * (config.BM * config.BN + _LOAD * (config.BM + config.BN))
+
+    return min(tile_candidates(kind, gpu, wide, aligned), key=cost)
+
+
+def resident_candidates(h: int, kind: str, gpu: Gpu, gated: bool, aligned: bool = True) -> tuple[ResidentConfig, ...]:
+    """Configurations of the hidden-resident kernel that fit the GPU; none where h is too large, or for float32.
+
+    Args:
+        gated: for two input projections.
+        aligned: rows of x and of the input projections begin at multiples of 16 entries.
+    """
+    if kind != HALF:
+        return ()
+    H0, H1 = hidden_parts(h)
+    fits = []
+    rows = _RESIDENT_ROWS[gpu.shared_memory >= LARGE_SHARED_MEMORY] if aligned else _RESIDENT_ODD_ROWS
+    for BM, num_warps, most in rows:
+        hidden = (H0 + H1) * (2 if gated else 1)
+        if BM * hidden > most * 32 * num_warps:
+            continue
+        for BN, BK, num_stages in _RESIDENT_STEPS if aligned else _RESIDENT_STEPS[-1:]:
+            first = num_stages * (BM + hidden) * BK
+            second = num_stages * (H0 + H1) * BN + BM * (H0 + H1 + BN)
+            if 2 * max(first, second) <= gpu.shared_memory:
+                fits.append(ResidentConfig(BM, H0, H1, BK, BN, num_warps, num_stages))
+                break
+    return tuple(fits)
+
+
+def resident_config(T: int, h: int, kind: str, gpu: Gpu, gated: bool, aligned: bool = True) -> ResidentConfig | None:
+    """For T tokens and h neurons, or None where they do not fit; the rest as in `resident_candidates`."""
+
+    def cost(config: ResidentConfig) -> int:
+        return -(-T // (config.BM * gpu.multiprocessors)) * (config.BM + _LOAD)
+
+    return min(resident_candidates(h, kind, gpu, gated, aligned), key=cost, default=None)
+
+
+def hidden_parts(h: int) -> tuple[int, int]:
+    """Two powers of two, at least 16 and the second possibly 0, with the smallest sum that is not below h."""
+    whole = max(16, 1 << (h - 1).bit_length())
+    first = whole // 2
+    if first < 16:
+        return whole, 0
+    second = max(16, 1 << max(0, h - first - 1).bit_length())
+    return (first, second) if whole >= 256 or first + second < whole else (whole, 0)
+
+
+def pointwise_block(R: int, C: int) -> tuple[int, int]:
+    """Rows and columns per program of a pass over (R, C) entries."""
+    columns = min(_POINTS, 1 << (max(1, C) - 1).bit_length())
+    return min(_POINTS // columns, 1 << (max(1, R) - 1).bit_length()), columns
+
+
+def gpu_of(capability: int) -> Gpu:
+    """The large GPU of a compute capability (80, 90, ...); 99 KiB stand for every one that is not of a data centre."""
+    large = 90 <= capability < 120
+    return Gpu(LARGE_SHARED_MEMORY, 132) if large else Gpu(SMALL_SHARED_MEMORY, 108)
