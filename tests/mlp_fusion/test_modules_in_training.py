@@ -4,8 +4,10 @@ results, under compilation, autocast, checkpointing, accumulation, replicas and 
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,17 +23,20 @@ from transformers.pytorch_utils import Conv1D
 
 import parallel
 from bundles import random_bundle
+from fusion_kernels import mlp_backend, native
 from mlp_fusion import FusedGLU, FusedMLP
 from mlp_fusion.modules import FusedFFN, ffn, layouts
 
 FORMS = ("folded", "scaled", "split")
+BACKEND = "torch" if native.UNAVAILABLE else "cpu"
 
 
 @pytest.fixture(autouse=True)
-def _unsaid() -> Iterator[None]:
-    """What is said once is said anew in every test."""
+def _fresh() -> Iterator[None]:
+    """What is said once is said anew in every test; a backend is pinned, or the few tokens here would not see one."""
     ffn._say_once.cache_clear()
-    yield
+    with mlp_backend(BACKEND):
+        yield
     ffn._say_once.cache_clear()
 
 
@@ -122,6 +127,26 @@ def test_levels_are_checked() -> None:
         FusedMLP.from_mlp(nn.Linear(3, 4), nn.Linear(4, 3), checkpoint_level=3)
     assert FusedMLP.from_mlp(nn.Linear(3, 4), nn.Linear(4, 3), checkpoint_level=2).checkpoint_level == 2
     assert "checkpoint_level=2" in repr(FusedMLP.from_mlp(nn.Linear(3, 4), nn.Linear(4, 3), checkpoint_level=2))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_few_tokens_call_the_children_and_many_do_not(gated: bool, form: str) -> None:
+    module = build(gated, form, d=40, dtype=torch.float32)
+    called: list[bool] = []
+    for role in module.ROLES:
+        projection = module.projection(role)
+        projection.forward = types.MethodType(lambda p, x: called.append(True) or nn.Linear.forward(p, x), projection)  # type: ignore[method-assign]
+    few = {"folded": 32, "scaled": 40, "split": 80}[form]
+    with mlp_backend("auto"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ffn, "obstacle", lambda _: None)
+        for tokens, through in [(0, True), (1, True), (few, True), (few + 1, False)]:
+            called.clear()
+            x = torch.randn(tokens, 40)
+            y = module(x)
+            assert bool(called) == through, tokens
+            expected = module.as_bundle().forward(x)[0]
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
 # --- children that are more than their weights -----------------------------------------------------------------------
@@ -277,7 +302,10 @@ def test_transforms_of_torch_func() -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_replicas_and_shards(kind: str, tmp_path: Path) -> None:
     script = Path(parallel.__file__)
-    processes = [subprocess.Popen([sys.executable, script, str(rank), kind, tmp_path]) for rank in range(2)]
+    environment = {**os.environ, "FUSION_KERNELS_MLP_BACKEND": BACKEND}
+    processes = [
+        subprocess.Popen([sys.executable, script, str(rank), kind, tmp_path], env=environment) for rank in range(2)
+    ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     module, x = parallel.module_and_batch()
     parallel.loss_of(module, x).backward()

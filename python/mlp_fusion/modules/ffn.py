@@ -5,7 +5,7 @@ and quantisers see what they expect. What is added is `scale`, the number of neu
 
 The forward pass hands the children's weights to `fusion_kernels.fused_mlp` or `fused_glu_mlp`. Where a child is more
 than its weights (an adapter around it, hooks on it, a quantised weight), the pass runs through the children instead, so
-that they take part, and says so once.
+that they take part, and says so once. So it does, in silence, for so few tokens on a CPU that nothing else is faster.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ from torch import Tensor, nn
 
 from fusion_kernels import fused_glu_mlp, fused_mlp
 from fusion_kernels.activations import get_activation
+from fusion_kernels.mlp.pinning import pinned
 from mlp_fusion.modules.layouts import make_projection, obstacle, read_bundle, read_projection, weights_of
 from mlp_fusion.modules.scaled import ScaledModule
 from mlp_fusion.neurons import NeuronBundle, scale_power
 
 Self_ = TypeVar("Self_", bound="FusedFFN")
+
+#: Up to so many tokens, calls are what an FFN costs on a CPU, and the children's are the cheapest.
+FEW_TOKENS = 32
 
 
 class FusedFFN(ScaledModule):
@@ -83,6 +87,18 @@ class FusedFFN(ScaledModule):
         module = getattr(self._borrowed.get(role, self), self.projection_names[role])
         assert isinstance(module, nn.Module)
         return module
+
+    def _has_few_tokens(self, x: Tensor) -> bool:
+        """Whether calling the children costs less than the operator would, which folds the scale into the weights.
+
+        A fold is a pass over (d, h) weights, a scaled activation one over (tokens, h). Not under a compiler, which has
+        no calls and must not depend on the number of tokens, and not where a backend is pinned.
+        """
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or pinned() != "auto":
+            return False
+        folds = 0 if self.scale is None else 1 if self.scale_exponent == 0.0 else 2
+        d = x.shape[-1] if x.ndim else 0
+        return x.numel() <= max(FEW_TOKENS, folds * d) * d
 
     def _weights(self, w_out: nn.Module | None) -> dict[str, tuple[Tensor, Tensor | None]] | None:
         """role -> weight `(out, in)` and bias of every projection, or None where one of them has to be called."""
@@ -257,7 +273,7 @@ class FusedMLP(FusedFFN):
 
     def forward(self, x: Tensor, w_out: nn.Module | None = None) -> Tensor:
         """`(..., d)` -> `(..., d_out)`; `w_out` is the output projection where it is not this module's own."""
-        weights = self._weights(w_out)
+        weights = None if self._has_few_tokens(x) else self._weights(w_out)
         if weights is not None:
             level = self.checkpoint_level
             y = fused_mlp(x, *weights["w_in"], *weights["w_out"], self._factor(), self.activation, level)
@@ -292,7 +308,7 @@ class FusedGLU(FusedFFN):
         return _from_projections(cls, projections, activation, scale, parameterization, checkpoint_level)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = self._weights(None)
+        weights = None if self._has_few_tokens(x) else self._weights(None)
         if weights is not None:
             (w_gate, b_gate), (w_up, b_up), (w_down, b_down) = (weights[r] for r in ("w_gate", "w_in", "w_out"))
             biases = b_gate, b_up, b_down
