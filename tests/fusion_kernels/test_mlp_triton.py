@@ -221,9 +221,12 @@ def check_resident(p: Problem, config: ResidentConfig | None) -> None:
     assert_close(y, p.product(exact, p.out.T, True, p.b_out), p.product(torchs, p.out.T, False, p.b_out))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+RESIDENT = [(1, 17, 1), (17, 1, 3), (123, 17, 50), (65, 128, 64), (3, 1537, 50)]
+
+
 @pytest.mark.parametrize(
-    ("T", "d", "h"), [(1, 17, 1), (17, 1, 3), (17, 123, 17), (123, 17, 50), (65, 128, 64), (3, 1537, 50)]
+    ("T", "d", "h", "activation"),
+    [(*shape, "gelu") for shape in RESIDENT] + [(17, 123, 17, name) for name in ACTIVATIONS],
 )
 def test_resident(T: int, d: int, h: int, activation: str) -> None:
     p = Problem((T, d, h), torch.float16, activation, bias=T != 17)
