@@ -8,10 +8,11 @@ eager layers, `torch.compile` (default and max-autotune), Liger's gated kernels 
 installed, bfloat16, forward, backward and both, as calls and captured in a CUDA graph. All run on the same weights with
 the scale folded in, except ours, which fold it in every call.
 
+On a CPU with `--threads 1` what counts are processor seconds, which other programs disturb less than elapsed ones.
 Variants are timed in turn, round after round; given are medians and quartiles of the rounds, and ratios of medians. The
 floor is the operations of the products over the rate that a large product reaches in the same run, and on a GPU at
 least the bytes that an epilogue-fused path moves over the rate of a large copy. Peak memory is that of one training
-step beyond x and the weights. On a busy machine use one thread.
+step beyond x and the weights.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import functools
 import importlib
 import json
+import os
 import platform
 import statistics
 import sys
@@ -42,9 +44,9 @@ CPU_WIDTHS = [(384, 384), (768, 192), (768, 768)]
 CPU_TOKENS = [1, 128, 1024, 8192]
 GPU_WIDTHS = [(768, 192), (768, 384), (768, 768), (1024, 256), (2048, 512), (4096, 1024), (4096, 3584)]
 GPU_TOKENS = [1024, 8192, 65536]
-#: Seconds that the rounds of one comparison may take on a CPU, and calls that one timing covers at least.
-BUDGET = 5.0
+#: Seconds that one timing of calls takes at least, and rounds of a comparison, whatever they take.
 LEAST_SECONDS = 2e-3
+LEAST_ROUNDS = 5
 
 Step = Callable[[], Any]
 
@@ -140,23 +142,24 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "lower quartile": low, "upper quartile": high, "rounds": len(seconds)}
 
 
-def in_turn(steps: dict[str, Step], rounds: int) -> dict[str, dict[str, float]]:
+def in_turn(steps: dict[str, Step], rounds: int, budget: float) -> dict[str, dict[str, float]]:
     """Seconds of each step on the CPU, one after the other in every round, in alternating order."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     calls: dict[str, int] = {}
     for name, step in steps.items():
         step()
-        started = time.perf_counter()
+        started = clock()
         step()
-        calls[name] = max(1, int(LEAST_SECONDS / (time.perf_counter() - started)))
+        calls[name] = max(1, int(LEAST_SECONDS / max(clock() - started, 1e-6)))
     taken: dict[str, list[float]] = {name: [] for name in steps}
     began = time.perf_counter()
     for number in range(rounds):
         for name in list(steps)[:: 1 if number % 2 else -1]:
-            started = time.perf_counter()
+            started = clock()
             for _ in range(calls[name]):
                 steps[name]()
-            taken[name].append((time.perf_counter() - started) / calls[name])
-        if time.perf_counter() - began > BUDGET and number >= 4:
+            taken[name].append((clock() - started) / calls[name])
+        if time.perf_counter() - began > budget and number + 1 >= LEAST_ROUNDS:
             break
     return {name: summary(seconds) for name, seconds in taken.items()}
 
@@ -167,13 +170,15 @@ def floor_flops(tokens: int, d: int, h: int, gated: bool) -> dict[str, int]:
     return {"forward": forward, "backward": 2 * forward, "both": 3 * forward}
 
 
-def cpu_shape(tokens: int, d: int, h: int, gated: bool, rounds: int, rate: float) -> dict[str, Any]:
+def cpu_shape(tokens: int, d: int, h: int, gated: bool, options: argparse.Namespace, rate: float) -> dict[str, Any]:
     """One shape on the CPU: seconds of both, their ratios, share of the floor, peak memory."""
     problem = Problem.draw(tokens, d, h, gated, "cpu", torch.float32)
     peer = problem.sequential()
     found: dict[str, Any] = {"tokens": tokens, "d": d, "h": h, "gated": gated}
     scale = torch.rand(h) + 0.5
-    forward = in_turn({"ours": forward_only(problem.fused), "layers": forward_only(peer)}, rounds)
+    forward = in_turn(
+        {"ours": forward_only(problem.fused), "layers": forward_only(peer)}, options.rounds, options.budget
+    )
     both = in_turn(
         {
             "ours": training(problem, problem.fused),
@@ -181,7 +186,8 @@ def cpu_shape(tokens: int, d: int, h: int, gated: bool, rounds: int, rate: float
             "ours, level 2": training(problem, functools.partial(problem.fused, 2)),
             "ours, scale": training(problem, functools.partial(problem.fused, 1, scale=scale)),
         },
-        rounds,
+        options.rounds,
+        options.budget,
     )
     flops = floor_flops(tokens, d, h, gated)
     for name, rows in (("forward", forward), ("both", both)):
@@ -200,7 +206,7 @@ def cpu_shape(tokens: int, d: int, h: int, gated: bool, rounds: int, rate: float
 def cpu_product_rate() -> float:
     """Operations per second of a large float32 product."""
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    seconds = in_turn({"product": lambda: a @ b}, 15)["product"]["median"]
+    seconds = in_turn({"product": lambda: a @ b}, 15, 10.0)["product"]["median"]
     return 2 * 2048.0**3 / seconds
 
 
@@ -210,6 +216,8 @@ def run_cpu(options: argparse.Namespace) -> dict[str, Any]:
     rate = cpu_product_rate()
     result: dict[str, Any] = {
         "machine": {"processor": platform.machine(), "threads": options.threads},
+        "seconds": "of the processor" if options.threads == 1 else "elapsed",
+        "load average": os.getloadavg(),
         "versions": {"torch": torch.__version__},
         "backends": {name: row for name, row in backends().items() if name.startswith("mlp")},
         "product operations per second": rate,
@@ -218,7 +226,7 @@ def run_cpu(options: argparse.Namespace) -> dict[str, Any]:
     for gated in (False, True):
         for d, h in CPU_WIDTHS:
             for tokens in options.tokens or CPU_TOKENS:
-                found = cpu_shape(tokens, d, h, gated, options.rounds, rate)
+                found = cpu_shape(tokens, d, h, gated, options, rate)
                 result["shapes"].append(found)
                 ratios = {name: found[name]["ratios to layers"] for name in ("forward", "both")}
                 rounded = {n: {k: round(v, 3) for k, v in row.items()} for n, row in ratios.items()}
@@ -393,6 +401,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="*", type=int, help="instead of the token counts of the device")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--rounds", type=int, default=60, help="at most, of each comparison")
+    parser.add_argument("--budget", type=float, default=5.0, help="seconds for the rounds of a comparison on a CPU")
     parser.add_argument("--out", type=Path, help="bench/results/fused_mlp-DEVICE.json if not given")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
