@@ -12,7 +12,6 @@ this library is timed. The run fails if a result is worse than a peer's from the
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import platform
 import sys
@@ -40,6 +39,7 @@ from mlp_fusion.neurons import NeuronBundle
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from demo import model_folder
+from measuring import peak_bytes
 from points import neuron_like
 
 #: Shapes N, K, D, and how often scikit-learn runs with ten seedings: once where that takes a minute or less.
@@ -68,23 +68,6 @@ def timed(work: Callable[[], Any], repeats: int = 5) -> tuple[dict[str, float], 
         if elapsed > 2:
             break
     return {"seconds": elapsed, "processor seconds": processor}, result
-
-
-def peak_bytes(work: Callable[[], Any]) -> int | None:
-    """How far `work` raises the resident memory of the process, where Linux tells."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is needed now
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        before = _resident("VmRSS")
-        work()
-        return _resident("VmHWM") - before
-    except (OSError, AttributeError):
-        return None
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def minilm_rows() -> Tensor:

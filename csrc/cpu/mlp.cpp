@@ -21,7 +21,7 @@ using torch::stable::Tensor;
 // Elements of a chunk's hidden tile: in float 1 MiB, so that the few tiles of a step fit the caches of a core, and the
 // fewest rows for which a product still runs at full speed.
 constexpr int64_t kTileElements = 1 << 18;
-constexpr int64_t kLeastRows = 256;
+constexpr int64_t kLeastRows = 512;
 // Elements of a pointwise step that one thread takes at a time.
 constexpr int64_t kGrain = 1 << 14;
 
@@ -150,7 +150,7 @@ template <class T>
 void mlp_forward(const Block<T>& block, Matrix<T> x, T* y, T* z, T* g, T* a) {
   const int64_t h = block.w_in.rows, d_out = block.w_out.rows, step = rows_per_chunk(h);
   const int64_t tile = std::min(step, x.rows) * h;
-  // Without gate, the activations may take the place of pre-activations that nobody keeps; with it too.
+  // The activations take the place of pre-activations that nobody keeps.
   const Buffer<T> z_tile(z == nullptr ? tile : 0), g_tile(block.w_gate && g == nullptr ? tile : 0);
   const Buffer<T> a_tile(a == nullptr && z != nullptr ? tile : 0);
   for (int64_t begin = 0; begin < x.rows; begin += step) {

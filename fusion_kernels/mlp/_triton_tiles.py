@@ -11,6 +11,15 @@ import triton.language as tl
 
 
 @triton.jit
+def sigmoids(x):
+    """sigmoid(x) and 1 - sigmoid(x), both with all their digits, from one exponential that cannot overflow."""
+    small = tl.exp(-tl.abs(x))
+    large = 1.0 / (1.0 + small)
+    small *= large
+    return tl.where(x < 0.0, small, large), tl.where(x < 0.0, large, small)
+
+
+@triton.jit
 def activation(z, ACTIVATION: tl.constexpr):
     """Value and derivative of an activation at z, both float32; what the caller does not use is not computed."""
     if ACTIVATION == "gelu":
@@ -19,13 +28,13 @@ def activation(z, ACTIVATION: tl.constexpr):
         slope = cdf + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh u) / 2 = sigmoid(2u), without the cancellation.
-        half = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-        value = z * half
-        slope = half + value * (1.0 - half) * (1.5957691216057308 + 0.21406444881780076 * z * z)
+        share, rest = sigmoids(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        value = z * share
+        slope = share + value * rest * (1.5957691216057308 + 0.21406444881780076 * z * z)
     elif ACTIVATION == "silu":
-        half = tl.sigmoid(z)
-        value = z * half
-        slope = half * (1.0 + z * (1.0 - half))
+        share, rest = sigmoids(z)
+        value = z * share
+        slope = share * (1.0 + z * rest)
     elif ACTIVATION == "relu":
         # NaN stays NaN; the slope is 0 at the kink.
         value = tl.where(z <= 0.0, 0.0, z)

@@ -27,20 +27,27 @@ SHAPES = ("3072,768,1537", "64,16,64")
 
 
 @functools.cache
-def resources(capability: int) -> list[dict[str, Any]]:
-    """In a process of its own: in this one the kernels may be interpreted."""
+def resources(script: str, capability: int, *arguments: str) -> list[dict[str, Any]]:
+    """What a script of tests/support finds, in a process of its own: in this one the kernels may be interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, str(ROOT / "tests" / "support" / "triton_aot.py"), str(capability), *SHAPES]
+    command = [sys.executable, str(ROOT / "tests" / "support" / script), str(capability), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout)
     return found
 
 
+def assert_within(found: list[dict[str, Any]], capability: int) -> None:
+    for kernel in found:
+        assert kernel["stack"] == kernel["local"] == 0, kernel
+        assert kernel["shared"] <= SHARED_MEMORY[capability], kernel
+        assert kernel["instructions"]["float atomics"] == 0, kernel
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_within_the_resources(capability: int) -> None:
-    found = resources(capability)
+    found = resources("triton_aot.py", capability, *SHAPES)
     names = {kernel["kernel"] for kernel in found}
     assert names == {
         "_assign_kernel", "_best_move_kernel", "_column_mean_kernel", "_commit_kernel", "_gram_kernel",
@@ -49,10 +56,7 @@ def test_kernels_compile_within_the_resources(capability: int) -> None:
         "_point_cost_kernel", "_products_kernel", "_row_norm_kernel", "_select_moves_kernel", "_settle_kernel",
         "_split_kernel", "_total_kernel",
     }  # fmt: skip
-    for kernel in found:
-        assert kernel["stack"] == kernel["local"] == 0, kernel
-        assert kernel["shared"] <= SHARED_MEMORY[capability], kernel
-        assert kernel["instructions"]["float atomics"] == 0, kernel
+    assert_within(found, capability)
     grams = [kernel for kernel in found if kernel["kernel"] == "_gram_kernel"]
     # Exact and fast, Gram and products with given centroids, large and small.
     assert len(grams) == 8
@@ -61,3 +65,24 @@ def test_kernels_compile_within_the_resources(capability: int) -> None:
         hopper = capability == 90 and kernel["constants"].get("BM", kernel["constants"].get("BN")) >= 64
         assert kernel["instructions"]["wgmma" if hopper else "mma.sync"] > 0, kernel
         assert kernel["instructions"]["cp.async"] > 0, kernel
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_of_the_mlp_compile_within_the_resources(capability: int) -> None:
+    found = resources("triton_aot_mlp.py", capability)
+    names = {kernel["kernel"] for kernel in found}
+    products = {
+        "_expert_gradient_kernel", "_linear_act_backward_kernel", "_linear_act_kernel", "_linear_glu_backward_kernel",
+        "_linear_glu_kernel", "_resident_kernel",
+    }  # fmt: skip
+    assert names == products | {"_act_backward_kernel", "_act_kernel", "_column_sums_kernel"}
+    assert_within(found, capability)
+    for kernel in found:
+        constants, instructions = kernel["constants"], kernel["instructions"]
+        if kernel["kernel"] not in products or (constants["PRECISION"] == "ieee" and constants["BK"] == 16):
+            # Full float32 has no tensor cores.
+            continue
+        hopper = capability == 90 and constants["BM"] >= 64
+        assert instructions["wgmma"] + (0 if hopper else instructions["mma.sync"]) > 0, kernel
+        # Entries that are loaded one by one are not pipelined.
+        assert instructions["cp.async"] > 0 or constants.get("EVEN_K", constants.get("EVEN_D")) is False, kernel

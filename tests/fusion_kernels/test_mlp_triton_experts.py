@@ -1,0 +1,146 @@
+"""The Triton kernels of the MLP for experts: every expert's rows as if it were alone, to the bit."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+import triton_interpreter  # noqa: F401, I001 - before any kernel is defined
+import torch
+from torch import Tensor
+
+from fusion_kernels.mlp import triton_linear, triton_pointwise
+from fusion_kernels.mlp.triton_tuning import TileConfig
+
+DTYPES = [torch.float32, torch.float16]
+#: Rows of every expert: none at either end and in between, one, less than a tile, a tile, more.
+COUNTS = [(0, 1, 0, 16, 33, 7, 0), (40,), (0, 0, 0), (5, 64)]
+TILE = TileConfig(16, 16, 16, 2, 4, 2)
+d, h = 19, 23
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=g) / 4).to(dtype)
+
+
+def offsets_of(counts: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+
+
+def rows(tensor: Tensor | None, offsets: Tensor, e: int) -> Tensor:
+    assert tensor is not None
+    return tensor[int(offsets[e]) : int(offsets[e + 1])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_plain(counts: tuple[int, ...], dtype: torch.dtype) -> None:
+    E, offsets = len(counts), offsets_of(counts)
+    T = int(offsets[-1])
+    x, dy = draw(T, d, dtype=dtype, seed=1), draw(T, d, dtype=dtype, seed=2)
+    w, b, out = (draw(E, *s, dtype=dtype, seed=3 + i) for i, s in enumerate([(h, d), (h,), (d, h)]))
+    z, a = triton_linear.linear_act(x, w, b, "gelu", save_z=True, offsets=offsets, config=TILE)
+    assert z is not None
+    dz, again, db = triton_linear.linear_act_backward(
+        dy, out, z, "gelu", need_a=True, need_db1=True, offsets=offsets, config=TILE
+    )
+    assert again is not None
+    assert torch.equal(again, a)
+    assert db is not None
+    assert db.shape == (E, h)
+    for e in range(E):
+        alone = triton_linear.linear_act(rows(x, offsets, e), w[e], b[e], "gelu", save_z=True, config=TILE)
+        assert torch.equal(rows(z, offsets, e), rows(alone[0], offsets_of(counts[e : e + 1]), 0))
+        assert torch.equal(rows(a, offsets, e), alone[1])
+        dz_alone, _, db_alone = triton_linear.linear_act_backward(
+            rows(dy, offsets, e), out[e], rows(z, offsets, e), "gelu", need_a=False, need_db1=True, config=TILE
+        )
+        assert torch.equal(rows(dz, offsets, e), dz_alone)
+        assert torch.equal(db[e], db_alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_gated(counts: tuple[int, ...], dtype: torch.dtype) -> None:
+    E, offsets = len(counts), offsets_of(counts)
+    T = int(offsets[-1])
+    x, dy = draw(T, d, dtype=dtype, seed=1), draw(T, d, dtype=dtype, seed=2)
+    # One tensor for both, as experts have it in checkpoints.
+    both, out = draw(E, 2 * h, d, dtype=dtype, seed=3), draw(E, d, h, dtype=dtype, seed=4)
+    gate, up = both[:, :h], both[:, h:]
+    b = draw(E, h, dtype=dtype, seed=5)
+    zg, zu, a = triton_linear.linear_glu(x, gate, up, b, None, "silu", save_z=True, offsets=offsets, config=TILE)
+    assert zg is not None
+    assert zu is not None
+    dzg, dzu, again, dbg, dbu = triton_linear.linear_glu_backward(
+        dy, out, zg, zu, "silu", need_a=True, need_db=True, offsets=offsets, config=TILE
+    )
+    assert again is not None
+    assert torch.equal(again, a)
+    assert dbg is not None
+    assert dbu is not None
+    for e in range(E):
+        alone = triton_linear.linear_glu(
+            rows(x, offsets, e), gate[e], up[e], b[e], None, "silu", save_z=True, config=TILE
+        )
+        own = [rows(t, offsets, e) for t in (zg, zu, a)]
+        assert all(
+            torch.equal(found, expected) for found, expected in zip(own, alone, strict=True) if expected is not None
+        )
+        expected = triton_linear.linear_glu_backward(
+            rows(dy, offsets, e), out[e], own[0], own[1], "silu", need_a=False, need_db=True, config=TILE
+        )
+        found = (rows(dzg, offsets, e), rows(dzu, offsets, e), dbg[e], dbu[e])
+        assert all(
+            torch.equal(f, x) for f, x in zip(found, (*expected[:2], *expected[3:]), strict=True) if x is not None
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_products(counts: tuple[int, ...], dtype: torch.dtype) -> None:
+    E, offsets = len(counts), offsets_of(counts)
+    T = int(offsets[-1])
+    a, a2 = draw(T, h, dtype=dtype, seed=1), draw(T, h, dtype=dtype, seed=2)
+    w, w2, bias = (draw(E, *s, dtype=dtype, seed=3 + i) for i, s in enumerate([(d, h), (d, h), (d,)]))
+    y = triton_linear.grouped_linear(a, w.mT, offsets, bias)
+    back = triton_linear.grouped_linear(a, w.mT, offsets, second=(a2, w2.mT))
+    x = draw(T, d, dtype=dtype, seed=7)
+    gradient = triton_linear.grouped_weight_gradient(a, x, offsets, dtype=torch.float32)
+    small = triton_linear.grouped_weight_gradient(a, x, offsets, config=TILE)
+    sums = triton_pointwise.column_sums(x, offsets)
+    assert gradient.shape == small.shape == (E, h, d)
+    assert small.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    for e in range(E):
+        own, own2, own_x = (rows(t, offsets, e).double() for t in (a, a2, x))
+        exact = own @ w[e].double().T + bias[e].double()
+        torch.testing.assert_close(rows(y, offsets, e).double(), exact, rtol=eps, atol=4 * eps)
+        exact = own @ w[e].double().T + own2 @ w2[e].double().T
+        torch.testing.assert_close(rows(back, offsets, e).double(), exact, rtol=eps, atol=4 * eps)
+        torch.testing.assert_close(gradient[e].double(), own.T @ own_x, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(small[e].double(), own.T @ own_x, rtol=eps, atol=2e-6)
+        torch.testing.assert_close(sums[e].double(), own_x.sum(0), rtol=1e-6, atol=1e-6)
+
+
+def test_rows_of_no_expert_are_left_alone() -> None:
+    x, w = draw(50, d, dtype=torch.float32, seed=1), draw(2, h, d, dtype=torch.float32, seed=2)
+    offsets = torch.tensor([3, 20, 41], dtype=torch.int32)
+    _, a = triton_linear.linear_act(x, w, None, "relu", save_z=False, offsets=offsets, config=TILE)
+    # What is uninitialised is NaN in tests.
+    assert bool(a[:3].isnan().all())
+    assert bool(a[41:].isnan().all())
+    torch.testing.assert_close(a[3:20], torch.relu(x[3:20] @ w[0].T), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(a[20:41], torch.relu(x[20:41] @ w[1].T), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(triton_pointwise.column_sums(x, offsets)[1], x[20:41].sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_pairs_of_different_strides_are_refused() -> None:
+    x, w = draw(8, d, dtype=torch.float32, seed=1), draw(1, d, h, dtype=torch.float32, seed=2)
+    with pytest.raises(ValueError, match="must have the same strides"):
+        triton_linear.grouped_linear(x, w, offsets_of((8,)), second=(x, w.mT.contiguous().mT))

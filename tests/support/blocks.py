@@ -1,0 +1,121 @@
+"""Feed-forward blocks and their eager counterpart, for the tests of `fused_mlp` and `fused_glu_mlp`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fusion_kernels import fused_glu_mlp, fused_mlp
+from fusion_kernels.activations import get_activation
+
+
+@dataclass
+class MLPBlock:
+    """x, the upstream gradient, and the tensors of a block; gated when `w_gate` is there."""
+
+    x: Tensor
+    dy: Tensor
+    w_in: Tensor
+    w_out: Tensor
+    w_gate: Tensor | None = None
+    b_in: Tensor | None = None
+    b_gate: Tensor | None = None
+    b_out: Tensor | None = None
+    scale: Tensor | None = None
+    activation: str = "gelu"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is, by name, but for dy."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("dy", "activation")}
+        return {name: t for name, t in named.items() if t is not None}
+
+    def leaves(self) -> dict[str, Tensor]:
+        """What can have a gradient."""
+        return {name: t for name, t in self.tensors().items() if t.is_floating_point()}
+
+    def to(self, dtype: torch.dtype) -> MLPBlock:
+        """Detached copies in `dtype`; an integer scale stays one."""
+        moved = {name: t.detach().to(dtype, copy=True) for name, t in self.leaves().items()}
+        return replace(self, **moved, dy=self.dy.detach().to(dtype, copy=True))
+
+    def training(self) -> MLPBlock:
+        """All that can have a gradient asks for it."""
+        for t in self.leaves().values():
+            t.requires_grad_()
+        return self
+
+    def fused(self, level: int = 1, backend: str = "auto") -> Tensor:
+        """The public function's result."""
+        if self.w_gate is None:
+            return fused_mlp(
+                self.x, self.w_in, self.b_in, self.w_out, self.b_out, self.scale, self.activation, level,
+                backend=backend,
+            )  # fmt: skip
+        return fused_glu_mlp(
+            self.x, self.w_gate, self.w_in, self.w_out, self.b_gate, self.b_in, self.b_out, self.scale,
+            self.activation, level, backend=backend,
+        )  # fmt: skip
+
+    def eager(self) -> Tensor:
+        """What a module of ordinary layers computes, the scale as a factor of its own."""
+        phi = get_activation(self.activation).function
+        z = F.linear(self.x, self.w_in, self.b_in)
+        a = phi(z) if self.w_gate is None else phi(F.linear(self.x, self.w_gate, self.b_gate)) * z
+        return F.linear(a if self.scale is None else (a * self.scale).to(a.dtype), self.w_out, self.b_out)
+
+    def gradients(self, y: Tensor) -> dict[str, Tensor]:
+        """Gradients of y for dy, by name."""
+        leaves = {name: t for name, t in self.leaves().items() if t.requires_grad}
+        return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), self.dy), strict=True))
+
+
+def make_block(
+    *shape: int,
+    d: int = 12,
+    h: int = 9,
+    d_out: int = 7,
+    gated: bool = False,
+    bias: bool = True,
+    scale: str | None = "float",
+    activation: str = "gelu",
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> MLPBlock:
+    """A random block with x of `shape` (..., d) without d; scale is `"float"`, `"int"` or None."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*size: int, by: float = 1.0) -> Tensor:
+        return (torch.randn(*size, generator=g, dtype=torch.float64) * by).to(dtype)
+
+    counts = torch.randint(1, 9, (h,), generator=g)
+    return MLPBlock(
+        x=draw(*shape, d),
+        dy=draw(*shape, d_out),
+        w_in=draw(h, d, by=max(d, 1) ** -0.5),
+        w_out=draw(d_out, h, by=max(h, 1) ** -0.5),
+        w_gate=draw(h, d, by=max(d, 1) ** -0.5) if gated else None,
+        b_in=draw(h, by=0.1) if bias else None,
+        b_gate=draw(h, by=0.1) if bias and gated else None,
+        b_out=draw(d_out, by=0.1) if bias else None,
+        scale=None if scale is None else counts if scale == "int" else counts.to(dtype) + 0.25,
+        activation=activation,
+    )
+
+
+def assert_as_good(found: Tensor, exact: Tensor, peer: Tensor, what: str) -> None:
+    """At most twice the error of torch in the same dtype, in the maximum and in RMS, beside float64 `exact`.
+
+    Added is what torch may have by luck, where there are few entries or one rounding: a unit in the last place of the
+    largest entry, half of one in RMS. float64 itself is compared to 64 units.
+    """
+    assert found.shape == exact.shape, what
+    if not exact.numel():
+        return
+    error, peers = (found.double() - exact).abs(), (peer.double() - exact).abs()
+    ulp = torch.finfo(found.dtype).eps * float(exact.abs().max()) * (64 if found.dtype == torch.float64 else 1)
+    assert float(error.max()) <= 2 * float(peers.max()) + ulp, (what, float(error.max()), float(peers.max()))
+    rms, allowed = float(error.square().mean().sqrt()), float(peers.square().mean().sqrt())
+    assert rms <= 2 * allowed + 0.5 * ulp, (what, rms, allowed)

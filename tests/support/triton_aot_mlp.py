@@ -1,0 +1,92 @@
+"""Every launch of the Triton kernels of the MLP, as the host functions choose them, compiled by `triton_aot`.
+
+As a script (`python triton_aot_mlp.py 80`, in a process without TRITON_INTERPRET) it writes JSON, as `triton_aot` does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from unittest import mock
+
+import torch
+from torch import Tensor
+from triton_aot import Launch, compile_launch, recorder
+
+#: Tokens, inputs, neurons: few and many tokens of a small model, a larger one, and rows that are not aligned.
+SHAPES = [(1024, 768, 192), (65536, 768, 192), (65536, 2048, 512), (8192, 123, 50)]
+
+
+def mlp_launches(capability: int) -> Iterator[Launch]:
+    """Every distinct launch for SHAPES in bfloat16, some in float32 with and without TF32; nothing is run."""
+    from fusion_kernels.mlp import triton_launch, triton_linear, triton_resident, triton_tuning
+
+    launches: dict[str, Launch] = {}
+    gpu = triton_tuning.gpu_of(capability)
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(triton_launch, "launch", recorder(launches)))
+        for module in (triton_linear, triton_resident):
+            patches.enter_context(mock.patch.object(module, "gpu", return_value=gpu))
+        for shape in SHAPES:
+            _block(*shape, torch.bfloat16)
+        _experts(8192, 768, 192, 8, torch.bfloat16)
+        for kind in (triton_tuning.TF32, triton_tuning.IEEE):
+            patches.enter_context(mock.patch.object(triton_linear, "kind", return_value=kind))
+            _block(8192, 768, 192, torch.float32)
+    yield from launches.values()
+
+
+def _block(T: int, d: int, h: int, dtype: torch.dtype) -> None:
+    from fusion_kernels.mlp import triton_linear, triton_pointwise, triton_resident, triton_tuning
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, w, out, b, z = new(T, d), new(h, d), new(d, h), new(h), new(T, h)
+    # gelu has the most to compute.
+    triton_linear.linear_act(x, w, b, "gelu", save_z=True)
+    triton_linear.linear_act_backward(x, out, z, "gelu", need_a=True, need_db1=True)
+    triton_linear.linear_glu(x, w, w, b, b, "gelu", save_z=True)
+    triton_linear.linear_glu_backward(x, out, z, z, "gelu", need_a=True, need_db=True)
+    triton_pointwise.act_forward(z, "gelu")
+    triton_pointwise.act_backward(z, z, "gelu", True)
+    triton_pointwise.glu_act_backward(z, z, z, "gelu", True)
+    if dtype != torch.float32:
+        aligned = d % 16 == 0
+        gpu = triton_resident.gpu(x.device)
+        if triton_tuning.resident_config(T, h, triton_tuning.HALF, gpu, False, aligned):
+            triton_resident.mlp_resident(x, w, b, out, new(d), "gelu")
+        if triton_tuning.resident_config(T, h, triton_tuning.HALF, gpu, True, aligned):
+            triton_resident.glu_resident(x, w, w, b, b, out, new(d), "gelu")
+
+
+def _experts(T: int, d: int, h: int, E: int, dtype: torch.dtype) -> None:
+    from fusion_kernels.mlp import triton_linear, triton_pointwise
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    offsets = torch.empty(E + 1, dtype=torch.int32, device="meta")
+    x, w, out, b, z = new(T, d), new(E, h, d), new(E, d, h), new(E, h), new(T, h)
+    triton_linear.linear_act(x, w, b, "gelu", save_z=True, offsets=offsets)
+    triton_linear.linear_act_backward(x, out, z, "gelu", need_a=True, need_db1=True, offsets=offsets)
+    triton_linear.linear_glu(x, w, w, None, None, "silu", save_z=True, offsets=offsets)
+    triton_linear.linear_glu_backward(x, out, z, z, "silu", need_a=True, need_db=False, offsets=offsets)
+    triton_linear.grouped_linear(z, out.mT, offsets)
+    triton_linear.grouped_linear(z, w, offsets, second=(z, w))
+    triton_linear.grouped_weight_gradient(z, x, offsets)
+    triton_pointwise.column_sums(x, offsets)
+
+
+def main() -> None:
+    """Write a JSON list of `Resources` for the capability of the command line."""
+    capability = int(sys.argv[1])
+    found = [asdict(compile_launch(launch, capability)) for launch in mlp_launches(capability)]
+    sys.stdout.write(json.dumps(found, default=str))
+
+
+if __name__ == "__main__":
+    main()
