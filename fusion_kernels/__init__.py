@@ -2,6 +2,38 @@
 
 from fusion_kernels.kmeans import KMeansResult, Status, kmeans, kmeans_assign
 from fusion_kernels.library import BackendUnavailableError, backends
-from fusion_kernels.ntk import ntk_gram
+from fusion_kernels.ntk import (
+    NTKComparison,
+    NTKOperator,
+    gradient_dots,
+    gradient_gram,
+    gradient_norms,
+    jvp,
+    ntk_compare,
+    ntk_gram,
+    ntk_operator,
+    ntk_vp,
+    trace_ntk_vp,
+    vjp,
+)
 
-__all__ = ["BackendUnavailableError", "KMeansResult", "Status", "backends", "kmeans", "kmeans_assign", "ntk_gram"]
+__all__ = [
+    "BackendUnavailableError",
+    "KMeansResult",
+    "NTKComparison",
+    "NTKOperator",
+    "Status",
+    "backends",
+    "gradient_dots",
+    "gradient_gram",
+    "gradient_norms",
+    "jvp",
+    "kmeans",
+    "kmeans_assign",
+    "ntk_compare",
+    "ntk_gram",
+    "ntk_operator",
+    "ntk_vp",
+    "trace_ntk_vp",
+    "vjp",
+]

@@ -3,6 +3,26 @@
 from __future__ import annotations
 
 from fusion_kernels.ntk.block import Block, Bundle, Kernel
-from fusion_kernels.ntk.gram import _NTK_GRAM, _NTK_GRAM_OUT, Reduce, ntk_gram
+from fusion_kernels.ntk.compare import NTKComparison, ntk_compare
+from fusion_kernels.ntk.gradients import gradient_dots, gradient_gram, gradient_norms
+from fusion_kernels.ntk.gram import Reduce, ntk_gram
+from fusion_kernels.ntk.jacobian import NTKOperator, jvp, ntk_operator, ntk_vp, trace_ntk_vp, vjp
 
-__all__ = ["_NTK_GRAM", "_NTK_GRAM_OUT", "Block", "Bundle", "Kernel", "Reduce", "ntk_gram"]
+__all__ = [
+    "Block",
+    "Bundle",
+    "Kernel",
+    "NTKComparison",
+    "NTKOperator",
+    "Reduce",
+    "gradient_dots",
+    "gradient_gram",
+    "gradient_norms",
+    "jvp",
+    "ntk_compare",
+    "ntk_gram",
+    "ntk_operator",
+    "ntk_vp",
+    "trace_ntk_vp",
+    "vjp",
+]

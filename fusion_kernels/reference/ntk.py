@@ -173,7 +173,7 @@ def symmetric(gram: Tensor) -> Tensor:
         flat = symmetric(gram.transpose(1, 2).reshape(n * outputs, n * outputs))
         return flat.view(n, outputs, n, outputs).transpose(1, 2)
     rows = torch.arange(gram.shape[0], device=gram.device)
-    lower = (rows[:, None] >= rows)[(..., *(None,) * (gram.ndim - 2))]
+    lower = (rows[:, None] >= rows).view(*gram.shape[:2], *(1,) * (gram.ndim - 2))
     return torch.where(lower, gram, gram.transpose(0, 1))
 
 
@@ -201,7 +201,7 @@ def ntk_sums(
     """
     reduce = "trace" if direction is None else "vector"
     ka, kb = (
-        ntk_gram(x1, x2, *block[:6], exponent, activation, params, kernel, reduce, direction, block[6]).double()  # type: ignore[arg-type]
+        ntk_gram(x1, x2, *block[:6], exponent, activation, params, kernel, reduce, direction, block[6]).double()  # type: ignore[call-arg,arg-type]
         for block, exponent, activation, params in (
             (a, a_exponent, a_activation, a_params),
             (b, b_exponent, b_activation, b_params),
