@@ -91,7 +91,7 @@ def operator(name: str, schema: str, fake: Callable[..., Any]) -> Operator:
     """Declare `fusion_kernels::<name>` with `schema` (argument list and returns) and its fake kernel.
 
     The dispatched operator runs whatever `select("auto", ...)` picks for its first tensor's device. Tensors in the
-    result are new: no operator mutates or aliases its inputs.
+    result are new: no operator aliases its inputs, or mutates any but those that its schema marks.
     """
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema)

@@ -11,7 +11,16 @@ import mlp_fusion
 
 SIGNATURES = {
     fusion_kernels.kmeans: "x n_clusters sample_weight init n_init algorithm max_iter tol seed backend",
-    fusion_kernels.ntk_gram: "block x1 x2 reduce params kernel backend",
+    fusion_kernels.ntk_gram: "block x1 x2 reduce params metric kernel precision block_size out backend",
+    fusion_kernels.ntk_vp: "block x v params metric kernel",
+    fusion_kernels.trace_ntk_vp: "block x v reduce params metric kernel",
+    fusion_kernels.ntk_operator: "block x reduce params metric kernel shift",
+    fusion_kernels.jvp: "block x tangents",
+    fusion_kernels.vjp: "block x cotangent params",
+    fusion_kernels.gradient_gram: "block x cotangents params metric form",
+    fusion_kernels.gradient_norms: "block x cotangents params metric form",
+    fusion_kernels.gradient_dots: "block x cotangents direction",
+    fusion_kernels.ntk_compare: "a b x reduce params metrics kernel columns eigenvalues seed block_size backend",
     fusion_kernels.backends: "",
     mlp_fusion.fuse: "model width layers method optimizer seed sample progress",
     mlp_fusion.plan: "model_or_path width layers",

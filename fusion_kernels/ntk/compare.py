@@ -184,14 +184,15 @@ def ntk_compare(
         return function(rows, second, *described, kernel, direction, block_size).cpu()
 
     if columns is None:
+        drawn = torch.arange(n, device=rows.device)
         groups = sums(None)[None]
     else:
         drawn = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:columns].to(rows.device)
-        parts = drawn.tensor_split(_GROUPS)
-        groups = torch.stack([sums(rows[part]) * (n / len(part)) for part in parts])
+        groups = torch.stack([sums(rows[part]) for part in drawn.tensor_split(_GROUPS)])
     operators = [_operator(p, rows, named, direction, kernel) for p in both]
-    centred = _centred(groups.mean(0), operators, rows)
-    total = groups.mean(0).tolist()
+    total = groups.sum(0)
+    centred = _centred(total, operators, rows, drawn)
+    aa, ab, bb, dd = total.tolist()
     spectra = [
         largest_eigenvalues(k, eigenvalues if kernel == "gd" else 0, steps=2 * eigenvalues + 20, seed=seed)
         for k in operators
@@ -200,9 +201,9 @@ def ntk_compare(
     return NTKComparison(
         rows=n,
         columns=n if columns is None else columns,
-        relative_error=_relative(total[3], total[0]),
+        relative_error=_relative(dd, aa),
         standard_error=_standard_error(groups),
-        cosine=_cosine(*total[:3]),
+        cosine=_cosine(aa, ab, bb),
         alignment=_cosine(*centred),
         trace=(traces[0], traces[1]),
         eigenvalues=(spectra[0][0], spectra[1][0]),
@@ -214,16 +215,27 @@ def _operator(prepared: Prepared, x: Tensor, named: str, direction: Tensor | Non
     return exactly(lambda rows: NTKOperator(prepared, rows, named, direction, kernel))(x)
 
 
-def _centred(sums: Tensor, operators: Sequence[NTKOperator], x: Tensor) -> tuple[float, float, float]:
-    """<A, A>, <A, B>, <B, B> of the centred kernels, from those of the kernels and their row and column sums."""
-    n = len(x)
-    ones = x.new_ones(n)
-    rows = [k.matvec(ones).double().cpu() for k in operators]
-    columns = [k.rmatvec(ones).double().cpu() for k in operators]
+def _centred(sums: Tensor, operators: Sequence[NTKOperator], x: Tensor, drawn: Tensor) -> tuple[float, float, float]:
+    """<A, A>, <A, B>, <B, B> of the centred kernels on the columns `drawn`, from those of the kernels.
+
+    With r, c and mu the row means, column means and mean of a kernel and u the sums of its rows over the drawn columns,
+    these are the sums of products of `A_nm - r_n - c_m + mu`, expanded: sums of squares, whichever columns are drawn.
+    """
+    n, m = len(x), len(drawn)
+    indicator = torch.zeros_like(x[:, 0])
+    indicator[drawn] = 1.0
+    both = torch.stack([torch.ones_like(indicator), indicator], 1)
+    products = [k.matmat(both).double().cpu() for k in operators]
+    rows = [product[:, 0] / n for product in products]
+    parts = [product[:, 1] for product in products]
+    columns = [k.rmatvec(both[:, 0]).double().cpu()[drawn.cpu()] / n for k in operators]
+    means = [float(r.mean()) for r in rows]
     result = []
     for value, (i, j) in zip(sums[:3].tolist(), ((0, 0), (0, 1), (1, 1)), strict=True):
-        beside = float(rows[i] @ rows[j] + columns[i] @ columns[j]) / n
-        result.append(value - beside + float(rows[i].sum() * rows[j].sum()) / n**2)
+        value -= float(rows[j] @ parts[i] + rows[i] @ parts[j])
+        value += means[j] * float(parts[i].sum()) + means[i] * float(parts[j].sum())
+        value += m * float(rows[i] @ rows[j]) - n * float(columns[i] @ columns[j]) - n * m * means[i] * means[j]
+        result.append(value)
     return result[0], result[1], result[2]
 
 

@@ -44,17 +44,15 @@ def _layers(prepared: Prepared) -> Iterator[_Layer]:
     n, s = c.shape[:2]
     x = prepared.rows["x"]
     hidden, slopes = block_factors(prepared, x)
-    root = torch.ones_like(hidden[0] if len(hidden) else hidden.sum(0))
-    if prepared.metric is not None:
-        root = prepared.metric.sqrt()
+    root = hidden.new_ones(hidden.shape[1]) if prepared.metric is None else prepared.metric.sqrt()
     back = c.flatten(0, 1) @ prepared.tensors["w_out"].T * root
     for name, slope in slopes.items():
         weight, bias = f"w_{name}" in prepared.parts, f"b_{name}" in prepared.parts
         if weight or bias:
-            yield x.view(n, s, -1), (slope * back).view(n, s, -1), weight, bias
+            yield x.view(n, s, x.shape[1]), (slope * back).view(n, s, slope.shape[1]), weight, bias
     weight, bias = "w_out" in prepared.parts, "b_out" in prepared.parts
     if weight:
-        yield (hidden * root).view(n, s, -1), c, True, False
+        yield (hidden * root).view(n, s, hidden.shape[1]), c, True, False
     if bias:
         yield c.new_zeros(n, s, 0), c, False, True
 

@@ -262,11 +262,13 @@ class NTKOperator:
         if tensor.ndim not in (1, 2) or len(tensor) != self.shape[0]:
             raise ValueError(f"a vector for this operator must be ({self.shape[0]},) or ({self.shape[0]}, M): "
                              f"got {tuple(tensor.shape)}")  # fmt: skip
-        columns = tensor.detach().to(self._w_out).reshape(self.shape[0], -1)
+        columns = tensor.detach().to(self._w_out)
+        if tensor.ndim == 1:
+            columns = columns[:, None]
         run = exactly(lambda part: self._kernel(part, side))
         if self._full:
-            rows = len(self._x[0])
-            parts = [run(c.reshape(rows, -1)).reshape(-1, 1) for c in columns.unbind(1)]
+            outputs = self._w_out.shape[1]
+            parts = [run(c.reshape(len(self._x[0]), outputs)).reshape(-1, 1) for c in columns.unbind(1)]
             result = torch.cat(parts, 1) if parts else columns
         else:
             result = run(columns)

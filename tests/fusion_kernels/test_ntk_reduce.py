@@ -121,7 +121,7 @@ def test_tiles_are_the_reference(
         expected = ntk_gram(bundle, x, x2, kernel=kernel, backend="reference")
         # In float32 a sign may differ where a slope or an input is within rounding of 0: not for these inputs.
         assert (found - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
-    if dtype == torch.float32 and kernel == "gd":
+    if dtype == torch.float32 and kernel == "gd" and rows > 1:
         exact = ntk_gram(bundle.to(torch.float64), x.double(), backend="reference")
         errors = [(ntk_gram(bundle, x, backend=name) - exact).norm() for name in ("cpu", "reference")]
         assert errors[0] <= 2 * errors[1]
