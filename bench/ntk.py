@@ -204,7 +204,11 @@ def torch_func() -> list[dict[str, Any]]:
         found = alternated(work, 3)
         rows.append(
             {
-                "kernel": "trace", "N": n, "d": d, "h": h, "outputs": outputs,
+                "kernel": "trace",
+                "N": n,
+                "d": d,
+                "h": h,
+                "outputs": outputs,
                 **found,
                 "errors": {name: difference(call(), exact) for name, call in work.items()},
                 "times": {name: ratio(found, name) for name in work},

@@ -153,14 +153,19 @@ void kernel_matrix(const TangentKernel<T>& kernel, int64_t n1, int64_t n2, bool 
     T *const e = scratch.get(), *const product = e + t.rows * t.columns, *const total = product + t.rows * t.columns;
     if (with_inputs) inputs_tile(kernel, t, e);
     T* const to = out + t.i * stride + t.j;
-    kernel_tile(kernel, t, e, product, total, to, stride);
-    if (symmetric && t.i == t.j) {
+    if (!symmetric || t.i == t.j) {
+      kernel_tile(kernel, t, e, product, total, to, stride);
+      if (!symmetric) return;
       for (int64_t i = 0; i < t.rows; ++i) {
         for (int64_t j = 0; j < i; ++j) to[j * stride + i] = to[i * stride + j];
       }
-    } else if (symmetric) {
-      transpose(to, stride, t.rows, t.columns, out + t.j * stride + t.i, stride);
+      return;
     }
+    // Both places are written from a dense tile: the rows of `out` may be a power of two apart, which read column by
+    // column would compete for the same few lines of the cache.
+    kernel_tile(kernel, t, e, product, total, total, t.columns);
+    for (int64_t i = 0; i < t.rows; ++i) std::copy_n(total + i * t.columns, t.columns, to + i * stride);
+    transpose(total, t.columns, t.rows, t.columns, out + t.j * stride + t.i, stride);
   });
 }
 

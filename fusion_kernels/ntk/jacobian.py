@@ -199,18 +199,21 @@ class NTKOperator:
         self._w_out, self._parts, self._shift = prepared.tensors["w_out"], prepared.parts, shift
         self._full = reduce == "full"
         self._same = 1.0
-        self._x, self._v = (x, x), (self._w_out, self._w_out)
         left = right = torch.ones_like(self._w_out[:, 0])
         if not self._full:
             left, right, self._same = contraction(self._w_out, direction, kernel)
         metric = torch.ones_like(left) if prepared.metric is None else prepared.metric
-        self._hidden = (hidden * metric, hidden)
-        second = slopes
-        if kernel == "sign":
-            second = {name: s.sign() for name, s in slopes.items()}
+        if kernel == "gd":
+            # One set of factors serves both sides: these matrices are most of the memory.
+            root = metric.sqrt()
+            hidden, slopes = hidden * root, {name: s * (left * root) for name, s in slopes.items()}
+            self._x, self._v, self._hidden = (x, x), (self._w_out, self._w_out), (hidden, hidden)
+            self._slopes = (slopes, slopes)
+        else:
             self._x, self._v = (x, x.sign()), (self._w_out, self._w_out.sign())
-            self._hidden = (self._hidden[0], hidden.sign())
-        self._slopes = ({n: s * metric * left for n, s in slopes.items()}, {n: s * right for n, s in second.items()})
+            self._hidden = (hidden * metric, hidden.sign())
+            first = {name: s * (metric * left) for name, s in slopes.items()}
+            self._slopes = (first, {name: s.sign() * right for name, s in slopes.items()})
         self._products = (_Products(uses), _Products(uses))
         size = len(x) * (prepared.outputs if self._full else 1)
         self.shape = (size, size)
@@ -227,12 +230,10 @@ class NTKOperator:
 
     def _input_side(self, name: str, u: Tensor, side: int) -> Tensor:
         """E u for the inputs and the bias of the term `name`."""
-        result = torch.zeros_like(u)
-        if f"w_{name}" in self._parts:
-            result += self._products[side].apply("x", self._x[side], self._x[1 - side], u)
-        if f"b_{name}" in self._parts:
-            result += u.sum(0)
-        return result
+        if f"w_{name}" not in self._parts:
+            return u.sum(0).expand_as(u)
+        result = self._products[side].apply("x", self._x[side], self._x[1 - side], u)
+        return result.add_(u.sum(0)) if f"b_{name}" in self._parts else result
 
     def _kernel(self, v: Tensor, side: int) -> Tensor:
         """K v for (N, outputs) or (N, columns); side 1 is the transpose."""
@@ -280,7 +281,7 @@ class NTKOperator:
         return self._columns(v, 0)
 
     def rmatvec(self, v: Any) -> Any:
-        """K' v; K itself for gradient descent without a metric's asymmetry."""
+        """K' v; the same as `matvec` for gradient descent."""
         return self._columns(v, 1)
 
     def matmat(self, v: Any) -> Any:
