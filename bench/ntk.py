@@ -372,11 +372,11 @@ def main() -> None:
         steps["neural-tangents"] = lambda: neural_tangents(options.neural_tangents, options.threads)
     if options.large:
         steps["large comparison"] = lambda: comparison(65536)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     for name, step in steps.items():
         result[name] = step()
         print(f"\n{name}: {json.dumps(result[name], indent=1)}", flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"written: {options.out}")
 
 
