@@ -65,7 +65,8 @@ for _ in range(6):
     seconds.append(time.perf_counter() - started)
     processor.append(time.process_time() - used)
 np.save(sys.argv[3], np.asarray(kernel) * data["w_out"].shape[1])
-print(json.dumps({"seconds": seconds[1:], "processor seconds": processor[1:], "versions": {"jax": jax.__version__, "neural-tangents": nt.__version__}}))
+versions = {"jax": jax.__version__, "neural-tangents": nt.__version__}
+print(json.dumps({"seconds": seconds[1:], "processor seconds": processor[1:], "versions": versions}))
 """
 
 
