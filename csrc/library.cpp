@@ -1,13 +1,9 @@
-// The compiled operators of fusion_kernels, registered with PyTorch through the LibTorch stable ABI: one build serves
-// every later PyTorch. They are steps of the public operators, called by fusion_kernels/kmeans/cpu_backend.py, which
-// checks values and documents the whole; here only what would read out of bounds is checked.
+// The compiled k-means operators of fusion_kernels, registered with PyTorch through the LibTorch stable ABI: one build
+// serves every later PyTorch. They are steps of the public operators, called by fusion_kernels/kmeans/cpu_backend.py,
+// which checks values and documents the whole; here only what would read out of bounds is checked.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <initializer_list>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -18,47 +14,10 @@
 #include "cpu/points.h"
 #include "cpu/products.h"
 #include "cpu/simd.h"
+#include "cpu/tensors.h"
 
 namespace mlp_fusion {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Tensor new_tensor(std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::empty({shape.begin(), shape.size()}, dtype, std::nullopt,
-                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
-}
-
-void check(const Tensor& tensor, const char* name, ScalarType dtype, std::initializer_list<int64_t> shape) {
-  bool fits = tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == dtype &&
-              tensor.dim() == static_cast<int64_t>(shape.size());
-  for (int64_t d = 0; fits && d < tensor.dim(); ++d) fits = tensor.size(d) == shape.begin()[d];
-  STD_TORCH_CHECK(fits, name, ": wrong device, dtype, shape or strides");
-}
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.data_ptr());
-}
-
-template <class T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-
-template <class T>
-const T* data(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? data<T>(*tensor) : nullptr;
-}
-
-// Call work(T{}) with T the element type of x: float or double.
-template <class Work>
-auto with_dtype(const Tensor& x, const Work& work) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
-                  "kmeans: float32 or float64 expected");
-  return x.scalar_type() == ScalarType::Double ? work(double{}) : work(float{});
-}
 
 // Distance between rows of a Gram matrix: padded, and not a multiple of the page size, at which the rows of a column
 // would compete for the same few lines of the cache.

@@ -4,19 +4,43 @@ from fusion_kernels.experts import fused_experts
 from fusion_kernels.kmeans import KMeansResult, Status, kmeans, kmeans_assign
 from fusion_kernels.library import BackendUnavailableError, backends
 from fusion_kernels.mlp import fused_glu_mlp, fused_mlp, mlp_backend, split_gate_up
-from fusion_kernels.ntk import ntk_gram
+from fusion_kernels.ntk import (
+    NTKComparison,
+    NTKOperator,
+    gradient_dots,
+    gradient_gram,
+    gradient_norms,
+    jvp,
+    ntk_compare,
+    ntk_gram,
+    ntk_operator,
+    ntk_vp,
+    trace_ntk_vp,
+    vjp,
+)
 
 __all__ = [
     "BackendUnavailableError",
     "KMeansResult",
+    "NTKComparison",
+    "NTKOperator",
     "Status",
     "backends",
     "fused_experts",
     "fused_glu_mlp",
     "fused_mlp",
+    "gradient_dots",
+    "gradient_gram",
+    "gradient_norms",
+    "jvp",
     "kmeans",
     "kmeans_assign",
     "mlp_backend",
+    "ntk_compare",
     "ntk_gram",
+    "ntk_operator",
+    "ntk_vp",
     "split_gate_up",
+    "trace_ntk_vp",
+    "vjp",
 ]

@@ -93,8 +93,8 @@ def operator(
     """Declare `fusion_kernels::<name>` with `schema` (argument list and returns) and its fake kernel.
 
     The dispatched operator runs the backend that `choose` names from the operator's arguments: by default the first
-    that is available on its first tensor's device. Tensors in the result are new: no operator mutates or aliases its
-    inputs.
+    that is available on its first tensor's device. Tensors in the result are new: no operator aliases its inputs, or
+    mutates any but those that its schema marks.
     """
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema)

@@ -6,6 +6,8 @@ so in `fusion_kernels.backends()`.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +39,17 @@ UNAVAILABLE: str | None = load(Path(__file__).parent)
 def operators() -> Any:
     """The library's operators. They are there only when :data:`UNAVAILABLE` is None."""
     return getattr(torch.ops, NAMESPACE)
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Products of float32 in float32, whatever `torch.set_float32_matmul_precision` allows."""
+    precision = torch.get_float32_matmul_precision()
+    if precision == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

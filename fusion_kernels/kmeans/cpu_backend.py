@@ -14,7 +14,6 @@ may depend on the number of threads.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,7 +66,7 @@ def kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options
     )
     w = torch.ones(B, N, dtype=torch.float64) if sample_weight is None else sample_weight.to(torch.float64)
     plain = (w > 0).all(1) if n_clusters < N else torch.zeros(B, dtype=torch.bool)
-    with _exact_products():
+    with native.exact_products():
         for chunk in _chunks(plain.nonzero().squeeze(1), N, D, x.element_size(), workspace, options):
             _solve_plain(x, w, init, chunk, options, workspace, results)
         for b in (~plain).nonzero().squeeze(1).tolist():
@@ -77,23 +76,9 @@ def kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options
 
 def assign(x: Tensor, centroids: Tensor) -> Tensor:
     """Nearest centroids (B, N) int64 of x (B, N, D) among centroids (B, K, D)."""
-    with _exact_products():
+    with native.exact_products():
         labels: Tensor = native.operators().nearest(x.contiguous(), centroids.contiguous())
     return labels
-
-
-@contextlib.contextmanager
-def _exact_products() -> Iterator[None]:
-    """Products of float32 in float32, whatever `torch.set_float32_matmul_precision` allows."""
-    precision = torch.get_float32_matmul_precision()
-    if precision == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def _runs_at_a_time(problems: int, n_init: int) -> int:

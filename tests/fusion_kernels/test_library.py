@@ -45,7 +45,7 @@ def test_backends_lists_every_operator() -> None:
         "kmeans_assign": "cpu" if compiled else "reference",
         "mlp": "cpu" if compiled else "torch",
         "mlp_backward": "cpu" if compiled else "torch",
-        "ntk_gram": "reference",
+        **dict.fromkeys(("ntk_gram", "ntk_gram_out", "ntk_sums"), "cpu" if compiled else "reference"),
     }
 
 

@@ -306,7 +306,7 @@ def test_replicas_and_shards(kind: str, tmp_path: Path) -> None:
     processes = [
         subprocess.Popen([sys.executable, script, str(rank), kind, tmp_path], env=environment) for rank in range(2)
     ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [process.wait(timeout=600) for process in processes] == [0, 0]
     module, x = parallel.module_and_batch()
     parallel.loss_of(module, x).backward()
     found = torch.load(tmp_path / "gradients.pt", weights_only=True)

@@ -76,7 +76,8 @@ class FusedFFN(ScaledModule):
         for role, module in projections.items():
             if role not in self._borrowed:
                 self.add_module(self.projection_names[role], module)
-        self.dropout = nn.Dropout(dropout)
+        # A dropout that drops nothing would still draw a mask in training.
+        self.dropout: nn.Module = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
 
     @property
     def gated(self) -> bool:

@@ -1,0 +1,203 @@
+// Tiles of a tangent kernel: the products of inputs, hidden values and slopes of a few hundred rows each, combined while
+// they lie in the cache. Every tile is computed by one thread, so that nothing depends on how many there are.
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "ntk.h"
+#include "parallel.h"
+#include "products.h"
+#include "simd.h"
+
+namespace mlp_fusion {
+namespace {
+
+// Edge of the squares that are transposed at a time: a line of the cache of float.
+constexpr int64_t kSquare = 16;
+
+// to = before + constant + (e + bias) ∘ s for rows of the tile, dense but for `to`. Null before: zeros; null e: only the
+// bias; null s: neither.
+template <class T>
+MLP_INLINE void combine_body(const T* before, const T* e, const T* s, T bias, T constant, int64_t rows, int64_t columns,
+                             T* to, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i, to += stride) {
+    const int64_t row = i * columns;
+    for (int64_t j = 0; j < columns; ++j) {
+      T value = constant;
+      if (before != nullptr) value += before[row + j];
+      if (s != nullptr) value += ((e != nullptr ? e[row + j] : T(0)) + bias) * s[row + j];
+      to[j] = value;
+    }
+  }
+}
+
+// to (columns, rows) = from (rows, columns) transposed.
+template <class T>
+MLP_INLINE void transpose_body(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to,
+                               int64_t to_stride) {
+  for (int64_t j0 = 0; j0 < columns; j0 += kSquare) {
+    for (int64_t i0 = 0; i0 < rows; i0 += kSquare) {
+      const int64_t i1 = std::min(i0 + kSquare, rows), j1 = std::min(j0 + kSquare, columns);
+      for (int64_t j = j0; j < j1; ++j) {
+        for (int64_t i = i0; i < i1; ++i) to[j * to_stride + i] = from[i * from_stride + j];
+      }
+    }
+  }
+}
+
+// sums += <a, a>, <a, b>, <b, b> and |a - b|², in double.
+template <class T>
+MLP_INLINE void add_sums_body(const T* a, const T* b, int64_t n, double* sums) {
+  Double8 aa{}, ab{}, bb{}, dd{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Double8 u = load_double(a + i), v = load_double(b + i);
+    aa += u * u;
+    ab += u * v;
+    bb += v * v;
+    dd += (u - v) * (u - v);
+  }
+  double total[4] = {sum(aa), sum(ab), sum(bb), sum(dd)};
+  for (; i < n; ++i) {
+    const double u = a[i], v = b[i];
+    total[0] += u * u;
+    total[1] += u * v;
+    total[2] += v * v;
+    total[3] += (u - v) * (u - v);
+  }
+  for (int64_t k = 0; k < 4; ++k) sums[k] += total[k];
+}
+
+#define MLP_DEFINE(T)                                                                                                \
+  MLP_CLONES void combine(const T* before, const T* e, const T* s, T bias, T constant, int64_t rows,                 \
+                          int64_t columns, T* to, int64_t stride) {                                                  \
+    combine_body(before, e, s, bias, constant, rows, columns, to, stride);                                           \
+  }                                                                                                                  \
+  MLP_CLONES void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to,                \
+                            int64_t to_stride) {                                                                     \
+    transpose_body(from, from_stride, rows, columns, to, to_stride);                                                 \
+  }                                                                                                                  \
+  MLP_CLONES void add_sums(const T* a, const T* b, int64_t n, double* sums) { add_sums_body(a, b, n, sums); }
+MLP_DEFINE(float)
+MLP_DEFINE(double)
+#undef MLP_DEFINE
+
+// Rows [i, i + rows) of one side and [j, j + columns) of the other.
+struct Tile {
+  int64_t i, j, rows, columns;
+};
+
+// The tiles of an (n1, n2) matrix, row by row; of a symmetric one, those that reach the diagonal or lie below it.
+std::vector<Tile> tiles_of(int64_t n1, int64_t n2, bool symmetric, int64_t edge) {
+  std::vector<Tile> tiles;
+  for (int64_t i = 0; i < n1; i += edge) {
+    for (int64_t j = 0; j < (symmetric ? i + 1 : n2); j += edge) {
+      tiles.push_back({i, j, std::min(edge, n1 - i), std::min(edge, n2 - j)});
+    }
+  }
+  return tiles;
+}
+
+template <class T>
+bool needs_inputs(const TangentKernel<T>& kernel) {
+  return std::any_of(kernel.terms.begin(), kernel.terms.end(), [](const Term& term) { return term.weights; });
+}
+
+// One tile of x1 x2ᵀ, dense.
+template <class T>
+void inputs_tile(const TangentKernel<T>& kernel, const Tile& t, T* e) {
+  const int64_t d = kernel.d;
+  multiply_transposed(kernel.left.x + t.i * d, t.rows, d, kernel.right.x + t.j * d, t.columns, d, d, e, t.columns);
+}
+
+// One tile of the kernel from that of x1 x2ᵀ, written to `to` with the given distance between rows; `product` and
+// `total` are scratch of the tile's size.
+template <class T>
+void kernel_tile(const TangentKernel<T>& kernel, const Tile& t, const T* e, T* product, T* total, T* to,
+                 int64_t stride) {
+  const int64_t h = kernel.h, width = kernel.width;
+  const T* before = nullptr;
+  if (kernel.left.hidden != nullptr) {
+    multiply_transposed(kernel.left.hidden + t.i * h, t.rows, h, kernel.right.hidden + t.j * h, t.columns, h, h, total,
+                        t.columns);
+    before = total;
+  }
+  T constant = kernel.constant;
+  for (size_t k = 0; k < kernel.terms.size(); ++k) {
+    const Term& term = kernel.terms[k];
+    const bool last = k + 1 == kernel.terms.size();
+    multiply_transposed(kernel.left.slopes + t.i * width + term.begin, t.rows, width,
+                        kernel.right.slopes + t.j * width + term.begin, t.columns, width, term.columns, product,
+                        t.columns);
+    combine(before, term.weights ? e : nullptr, product, T(term.bias), constant, t.rows, t.columns, last ? to : total,
+            last ? stride : t.columns);
+    before = total;
+    constant = T{0};
+  }
+  if (kernel.terms.empty()) {
+    combine(before, static_cast<const T*>(nullptr), static_cast<const T*>(nullptr), T{0}, constant, t.rows, t.columns,
+            to, stride);
+  }
+}
+
+}  // namespace
+
+template <class T>
+void kernel_matrix(const TangentKernel<T>& kernel, int64_t n1, int64_t n2, bool symmetric, int64_t tile, T* out,
+                   int64_t stride) {
+  const std::vector<Tile> tiles = tiles_of(n1, n2, symmetric, tile);
+  const bool with_inputs = needs_inputs(kernel);
+  for_each_alone(static_cast<int64_t>(tiles.size()), [&](int64_t item) {
+    const Tile& t = tiles[item];
+    const std::unique_ptr<T[]> scratch(new T[3 * t.rows * t.columns]);
+    T *const e = scratch.get(), *const product = e + t.rows * t.columns, *const total = product + t.rows * t.columns;
+    if (with_inputs) inputs_tile(kernel, t, e);
+    T* const to = out + t.i * stride + t.j;
+    if (!symmetric || t.i == t.j) {
+      kernel_tile(kernel, t, e, product, total, to, stride);
+      if (!symmetric) return;
+      for (int64_t i = 0; i < t.rows; ++i) {
+        for (int64_t j = 0; j < i; ++j) to[j * stride + i] = to[i * stride + j];
+      }
+      return;
+    }
+    // Both places are written from a dense tile: the rows of `out` may be a power of two apart, which read column by
+    // column would compete for the same few lines of the cache.
+    kernel_tile(kernel, t, e, product, total, total, t.columns);
+    for (int64_t i = 0; i < t.rows; ++i) std::copy_n(total + i * t.columns, t.columns, to + i * stride);
+    transpose(total, t.columns, t.rows, t.columns, out + t.j * stride + t.i, stride);
+  });
+}
+
+template <class T>
+void kernel_sums(const TangentKernel<T>& a, const TangentKernel<T>& b, int64_t n1, int64_t n2, bool symmetric,
+                 int64_t tile, double* sums) {
+  const std::vector<Tile> tiles = tiles_of(n1, n2, symmetric, tile);
+  const bool with_inputs = needs_inputs(a) || needs_inputs(b);
+  std::vector<double> partial(4 * tiles.size(), 0.0);
+  for_each_alone(static_cast<int64_t>(tiles.size()), [&](int64_t item) {
+    const Tile& t = tiles[item];
+    const int64_t count = t.rows * t.columns;
+    const std::unique_ptr<T[]> scratch(new T[5 * count]);
+    T *const e = scratch.get(), *const product = e + count, *const total = product + count;
+    T *const of_a = total + count, *const of_b = of_a + count;
+    if (with_inputs) inputs_tile(a, t, e);
+    kernel_tile(a, t, e, product, total, of_a, t.columns);
+    kernel_tile(b, t, e, product, total, of_b, t.columns);
+    add_sums(of_a, of_b, count, partial.data() + 4 * item);
+  });
+  std::fill_n(sums, 4, 0.0);
+  for (size_t item = 0; item < tiles.size(); ++item) {
+    const double times = symmetric && tiles[item].i != tiles[item].j ? 2.0 : 1.0;
+    for (int64_t k = 0; k < 4; ++k) sums[k] += times * partial[4 * item + k];
+  }
+}
+
+template void kernel_matrix(const TangentKernel<float>&, int64_t, int64_t, bool, int64_t, float*, int64_t);
+template void kernel_matrix(const TangentKernel<double>&, int64_t, int64_t, bool, int64_t, double*, int64_t);
+template void kernel_sums(const TangentKernel<float>&, const TangentKernel<float>&, int64_t, int64_t, bool, int64_t,
+                          double*);
+template void kernel_sums(const TangentKernel<double>&, const TangentKernel<double>&, int64_t, int64_t, bool, int64_t,
+                          double*);
+
+}  // namespace mlp_fusion

@@ -1,0 +1,164 @@
+"""Tangent kernels on the CPU: the compiled tiles of `csrc/cpu/ntk.h`.
+
+The weights of outputs and neurons are folded into hidden values and slopes when those are computed, so that a kernel is
+a sum of products of matrices, combined tile by tile. Memory beyond the result: (N, neurons) matrices and, per thread,
+three tiles. The bits do not depend on the number of threads. Kernels with an axis of outputs are products by BLAS
+(`blocks.py`), whose rounding may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusion_kernels import native
+from fusion_kernels.ntk import tuning
+from fusion_kernels.ntk.blocks import outputs_gram
+from fusion_kernels.reference.ntk import contraction
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """What the compiled tiles of one block need: hidden values and slopes of both sides, terms and the constant."""
+
+    hidden1: Tensor | None
+    hidden2: Tensor | None
+    slopes1: Tensor
+    slopes2: Tensor
+    terms: list[int]
+    constant: float
+
+    def arguments(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, list[int], float]:
+        return self.hidden1, self.hidden2, self.slopes1, self.slopes2, self.terms, self.constant
+
+
+def _terms(params: Sequence[str], neurons: int, gated: bool) -> list[int]:
+    """Begin, number of columns, weights and bias of each term of the slopes; equal ones that touch are one."""
+    names = ("in", "gate") if gated else ("in",)
+    flags = [(int(f"w_{name}" in params), int(f"b_{name}" in params)) for name in names]
+    if gated and flags[0] == flags[1]:
+        return [0, 2 * neurons, *flags[0]] if any(flags[0]) else []
+    return [n for k, flag in enumerate(flags) if any(flag) for n in (k * neurons, neurons, *flag)]
+
+
+def _sides(
+    x1: Tensor,
+    x2: Tensor | None,
+    w_in: Tensor,
+    w_gate: Tensor | None,
+    b_in: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    scale: Tensor | None,
+    metric: Tensor | None,
+    a: float,
+    activation: str,
+    params: Sequence[str],
+    kernel: str,
+    direction: Tensor | None,
+) -> _Sides:
+    gated = w_gate is not None
+    p = torch.ones_like(w_in[:, 0]) if scale is None else scale
+    m = torch.ones_like(p) if metric is None else metric
+    weight1, weight2, coefficient = contraction(w_out, direction, kernel)
+    tensors = [None if t is None else t.contiguous() for t in (w_in, w_gate, b_in, b_gate)]
+    shrink = None if scale is None or a == 0 else p**-a
+
+    def side(x: Tensor, of_hidden: Tensor | float, of_slopes: Tensor, signs: bool) -> tuple[Tensor, Tensor]:
+        powers = (p ** (1 - (2 if gated else 1) * a), p ** (1 - 2 * a), p ** (1 - 3 * a) if gated else None)
+        hidden, slopes = of_hidden * powers[0], of_slopes * powers[1]
+        gate = None if powers[2] is None else of_slopes * powers[2]
+        return native.operators().ntk_factors(x, *tensors, shrink, hidden, slopes, gate, activation, signs)
+
+    if kernel == "gd":
+        root = m.sqrt()
+        left = side(x1, root * coefficient**0.5, root * weight1, False)
+        right = left if x2 is None else side(x2, root * coefficient**0.5, root * weight2, False)
+    else:
+        left = side(x1, m * coefficient, m * weight1, False)
+        right = side(x1 if x2 is None else x2, 1.0, weight2, True)
+    hidden1, hidden2 = (left[0], right[0]) if "w_out" in params else (None, None)
+    constant = coefficient if "b_out" in params else 0.0
+    return _Sides(hidden1, hidden2, left[1], right[1], _terms(params, len(w_in), gated), constant)
+
+
+def _rows(x1: Tensor, x2: Tensor | None, kernel: str) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The rows of both sides, contiguous, and those of the second as the product of inputs takes them."""
+    x1 = x1.contiguous()
+    x2 = None if x2 is None else x2.contiguous()
+    right = x1 if x2 is None else x2
+    return x1, x2, right.sign() if kernel == "sign" else right
+
+
+def ntk_gram(
+    x1: Tensor,
+    x2: Tensor | None,
+    w_in: Tensor,
+    w_gate: Tensor | None,
+    b_in: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    scale: Tensor | None,
+    scale_exponent: float,
+    activation: str,
+    params: Sequence[str],
+    kernel: str,
+    reduce: str = "trace",
+    direction: Tensor | None = None,
+    metric: Tensor | None = None,
+    precision: str = "highest",
+    block_size: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return the kernel; arguments and result as in `fusion_kernels.reference.ntk.ntk_gram`.
+
+    Args:
+        block_size: edge of the tiles; rows at a time where there is an axis of outputs.
+    """
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), native.exact_products():
+        block = (w_in, w_gate, b_in, b_gate, w_out, scale)
+        if reduce in ("full", "diagonal"):
+            form = (scale_exponent, activation)
+            return outputs_gram(x1, x2, *block, *form, params, kernel, reduce, metric, block_size, out)
+        x1, x2, right = _rows(x1, x2, kernel)
+        sides = _sides(x1, x2, *block, metric, scale_exponent, activation, params, kernel, direction)
+        if out is None:
+            out = x1.new_empty(len(x1), len(right))
+        edge = tuning.tile_edge(max(out.shape), x1.dtype) if block_size is None else block_size
+        is_symmetric = x2 is None and kernel == "gd"
+        native.operators().ntk_gram(x1, right, *sides.arguments(), is_symmetric, edge, out)
+        return out
+
+
+def ntk_sums(
+    x1: Tensor,
+    x2: Tensor | None,
+    a: Sequence[Tensor | None],
+    a_exponent: float,
+    a_activation: str,
+    a_params: Sequence[str],
+    b: Sequence[Tensor | None],
+    b_exponent: float,
+    b_activation: str,
+    b_params: Sequence[str],
+    kernel: str,
+    direction: Tensor | None = None,
+    block_size: int | None = None,
+) -> Tensor:
+    """Return the sums over two kernels; arguments and result as in `fusion_kernels.reference.ntk.ntk_sums`."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), native.exact_products():
+        x1, x2, right = _rows(x1, x2, kernel)
+        both = [
+            _sides(x1, x2, *block, exponent, activation, params, kernel, direction).arguments()  # type: ignore[call-arg,arg-type]
+            for block, exponent, activation, params in (
+                (a, a_exponent, a_activation, a_params),
+                (b, b_exponent, b_activation, b_params),
+            )
+        ]
+        rows = max(len(x1), len(right))
+        edge = tuning.tile_edge(rows, x1.dtype) if block_size is None else block_size
+        is_symmetric = x2 is None and kernel == "gd"
+        return native.operators().ntk_sums(x1, right, *both[0], *both[1], is_symmetric, edge)

@@ -1,0 +1,204 @@
+"""`ntk_gram`, and the operators behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fusion_kernels import native
+from fusion_kernels.library import Backend, operator
+from fusion_kernels.ntk import cpu_backend
+from fusion_kernels.ntk.block import Block, Kernel, all_finite, check_kernel, prepare
+from fusion_kernels.reference import ntk as reference
+
+#: How the outputs of a block enter its kernel; a vector is a direction r, for the kernel of the function r.F.
+Reduce = Literal["trace", "full", "diagonal", "pseudo"] | Sequence[float] | Tensor
+
+_ARGUMENTS = (
+    "Tensor x1, Tensor? x2, Tensor w_in, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, Tensor w_out, Tensor? scale, "
+    "float scale_exponent, str activation, str[] params, str kernel, str reduce='trace', Tensor? direction=None, "
+    "Tensor? metric=None, str precision='highest', int? block_size=None"
+)
+
+
+def _shape(x1: Tensor, x2: Tensor | None, w_out: Tensor, reduce: str) -> tuple[int, ...]:
+    outputs = w_out.shape[1]
+    axes = {"full": (outputs, outputs), "diagonal": (outputs,)}.get(reduce, ())
+    return (x1.shape[0], (x1 if x2 is None else x2).shape[0], *axes)
+
+
+def _fake(
+    x1: Tensor,
+    x2: Tensor | None,
+    w_in: Tensor,
+    w_gate: Tensor | None,
+    b_in: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    scale: Tensor | None,
+    scale_exponent: float,
+    activation: str,
+    params: Sequence[str],
+    kernel: str,
+    reduce: str = "trace",
+    *_: object,
+) -> Tensor:
+    return x1.new_empty(_shape(x1, x2, w_out, reduce))
+
+
+def _fake_out(out: Tensor, *_: object) -> None:
+    return None
+
+
+def _cpu_out(out: Tensor, *arguments: object) -> None:
+    cpu_backend.ntk_gram(*arguments, out=out)  # type: ignore[misc,arg-type]
+
+
+def _reference_out(out: Tensor, *arguments: object) -> None:
+    reference.ntk_gram(*arguments, out=out)  # type: ignore[misc,arg-type]
+
+
+def _no_native() -> str | None:
+    return native.UNAVAILABLE
+
+
+_NTK_GRAM = operator("ntk_gram", f"({_ARGUMENTS}) -> Tensor", _fake)
+_NTK_GRAM.register(Backend("cpu", cpu_backend.ntk_gram, ("cpu",), _no_native))
+_NTK_GRAM.register(Backend("reference", reference.ntk_gram, ("cpu", "cuda")))
+
+# The same, into memory that is there: a kernel may be most of what fits.
+_NTK_GRAM_OUT = operator("ntk_gram_out", f"(Tensor(a!) out, {_ARGUMENTS}) -> ()", _fake_out)
+_NTK_GRAM_OUT.register(Backend("cpu", _cpu_out, ("cpu",), _no_native))
+_NTK_GRAM_OUT.register(Backend("reference", _reference_out, ("cpu", "cuda")))
+
+
+def contraction_named(reduce: Reduce, outputs: int, like: Tensor) -> tuple[str, Tensor | None]:
+    """The operators' `reduce` and `direction` for the public `reduce`.
+
+    Raises:
+        ValueError: an unknown name, or a vector that does not fit the outputs.
+    """
+    if isinstance(reduce, str):
+        if reduce == "pseudo":
+            return "vector", like.new_full((outputs,), max(outputs, 1) ** -0.5)
+        if reduce not in ("trace", "full", "diagonal"):
+            raise ValueError(
+                f"unknown reduction {reduce!r}: use 'trace', 'full', 'diagonal', 'pseudo' or a vector of outputs"
+            )
+        return reduce, None
+    direction = torch.as_tensor(reduce, device=like.device).detach().to(like.dtype)
+    if tuple(direction.shape) != (outputs,):
+        raise ValueError(f"a vector to reduce by must be ({outputs},) for this block, got {tuple(direction.shape)}")
+    if not all_finite(direction):
+        raise ValueError("the vector to reduce by has values that are not finite")
+    return "vector", direction
+
+
+def check_block_size(block_size: int | None) -> None:
+    """Raise ValueError unless `block_size` is None or at least 1."""
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+
+
+def _check_out(out: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out must be {shape}, got {tuple(out.shape)}")
+    if out.dtype != like.dtype or out.device != like.device:
+        raise ValueError(f"out must be {like.dtype} on {like.device}, got {out.dtype} on {out.device}")
+    if out.requires_grad:
+        raise ValueError("out requires grad, and nothing can be differentiated through a kernel: detach it")
+    if out.numel() and not (out[0].is_contiguous() and (len(out) == 1 or out.stride(0) >= out[0].numel())):
+        raise ValueError(f"the rows of out must be contiguous and apart: its strides are {out.stride()}")
+
+
+def ntk_gram(
+    block: Block,
+    x1: Tensor,
+    x2: Tensor | None = None,
+    reduce: Reduce = "trace",
+    *,
+    params: str | Sequence[str] | None = None,
+    metric: Tensor | None = None,
+    kernel: Kernel = "gd",
+    precision: Literal["highest"] = "highest",
+    block_size: int | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Return the empirical neural tangent kernel of a feed-forward block between two sets of inputs.
+
+    With F_o the outputs, theta the parameters as the block stores them and m the metric of the neuron that theta
+    belongs to (1 without a metric, and for the output bias),
+
+        gd      K_op(x, x') = sum_theta m dF_o(x)/dtheta dF_p(x')/dtheta         what a step of gradient descent sees
+        sign    K_op(x, x') = sum_theta m dF_o(x)/dtheta sign(dF_p(x')/dtheta)   what a step of sign descent or Adam
+                                                                                 sees; sign(0) = 0; not symmetric
+
+    both in closed form, never a Jacobian. The trace and the kernel along a vector cost three products of (N, d) and
+    (N, neurons) matrices, taken tile by tile and combined where they are computed: the memory is that of the result, of
+    a few (N, neurons) matrices and of a few tiles. The sign kernel is exact at every size: its closed form costs what
+    gradient descent's does without the symmetry. The kernel is a sum over parts: the share of some is what `params`
+    gives with only those. How it depends on where a fused block keeps its cluster sizes is the subject of MLP Fusion.
+
+    Args:
+        block: a `NeuronBundle`, a `FusedMLP` or whatever has `as_bundle()`; its batch dimension must be 1.
+        x1: (N1, d) float16, bfloat16, float32 or float64; N1 may be 0. The product is computed in the widest dtype
+            among the inputs and the block, at least float32.
+        x2: (N2, d), or None for `x1`, which halves the work of `"gd"`.
+        reduce: what becomes of the outputs.
+            `"trace"`: summed (not averaged) over o = p.
+            `"full"`: all pairs (o, p).
+            `"diagonal"`: all o = p.
+            `"pseudo"`: the kernel of the sum of the outputs divided by sqrt(outputs).
+            a vector r (outputs,): the kernel of the function r.F; for `"gd"` that is `r^T K r`.
+        params: the parts to differentiate by, one or several of `w_in`, `b_in`, `w_out`, `b_out`, and in a gated block
+            `w_gate`, `b_gate` (`w_in`, `b_in` are then the up projection). By default the block's `trainable_parts()`,
+            or all it has where it does not offer them. The scale is never one of them.
+        metric: (neurons,), not negative: a diagonal preconditioner, or learning rates, by neuron. Every parameter of a
+            neuron has that of its neuron; what has more than one per neuron is a sum of kernels by `params`.
+        kernel: `"gd"` or `"sign"`.
+        precision: `"highest"`, the products of the dtype itself.
+        block_size: edge of the tiles of the result, or rows at a time where it has an axis of outputs; None picks by
+            the cache. It changes memory and time, and the result by rounding only.
+        out: a tensor of the result's shape, dtype and device to write to, its rows contiguous.
+        backend: `"auto"`, or the name of one to insist on.
+
+    Returns:
+        (N1, N2) float32 or float64, on the inputs' device; (N1, N2, outputs, outputs) for `"full"`, the axes in the
+        order of neural-tangents, and (N1, N2, outputs) for `"diagonal"`. For `"gd"` without `x2` it is exactly
+        symmetric (in pairs (n, o), (m, p)), and positive semidefinite up to rounding. It is computed on detached
+        tensors: nothing can be differentiated through it.
+
+    Raises:
+        ValueError: a shape, dtype, device, part, kernel, reduction, activation or backend that does not fit, a batch of
+            blocks, an empty choice of parts, a negative metric, a negative scale whose exponent is not 0, or a tensor
+            with values that are not finite; the message names it.
+        BackendUnavailableError: `backend` cannot run here.
+
+    Sources: Jacot et al., "Neural Tangent Kernel: Convergence and Generalization in Neural Networks", 2018, arXiv
+    1806.07572; Novak et al., "Fast Finite Width Neural Tangent Kernel", 2022, arXiv 2206.08720; Mohamadi et al., "A
+    Fast, Well-Founded Approximation to the Empirical Neural Tangent Kernel", 2023, arXiv 2206.12543, for `"pseudo"`;
+    Wei et al., "NTK-approximating MLP Fusion for Efficient Language Model Fine-tuning", 2023, arXiv 2307.08941.
+    """
+    check_kernel(kernel)
+    if precision != "highest":
+        raise ValueError(f"unknown precision {precision!r}: use 'highest'")
+    check_block_size(block_size)
+    op = _NTK_GRAM if out is None else _NTK_GRAM_OUT
+    chosen = op.select(backend, x1.device)
+    prepared = prepare(block, {"x1": x1, "x2": x2}, params, metric)
+    first, second = prepared.rows["x1"], prepared.rows.get("x2")
+    named, direction = contraction_named(reduce, prepared.outputs, first)
+    function = op.overload if backend == "auto" else chosen.function
+    arguments = (
+        *(first, second, *prepared.arguments(), prepared.exponent, prepared.activation, prepared.parts, kernel),
+        *(named, direction, prepared.metric, precision, block_size),
+    )
+    if out is None:
+        return function(*arguments)
+    _check_out(out, _shape(first, second, prepared.tensors["w_out"], named), first)
+    function(out, *arguments)
+    return out

@@ -1,0 +1,265 @@
+"""What `ntk_gram` makes of the outputs, metrics, tiles and given memory, on both backends."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from ffn_blocks import ACTIVATIONS, KERNELS, full_gram, make_bundle
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusion_kernels import native, ntk_gram
+from fusion_kernels.ntk import Kernel, tuning
+from fusion_kernels.ntk import gram as module
+
+BACKENDS = ["reference", *([] if native.UNAVAILABLE else ["cpu"])]
+compiled = pytest.mark.skipif(native.UNAVAILABLE is not None, reason=str(native.UNAVAILABLE))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("parts", [None, ("w_in",), ("b_in", "w_out"), ("b_out",)], ids=str)
+@pytest.mark.parametrize("with_x2", [False, True])
+def test_every_reduction_is_that_of_explicit_jacobians(
+    backend: str, kernel: Kernel, gated: bool, parts: tuple[str, ...] | None, with_x2: bool
+) -> None:
+    bundle = make_bundle(7, 6, 3, gated=gated, scale=True, scale_exponent=0.5)
+    x1 = torch.randn(5, 7).double()
+    x2 = torch.randn(4, 7).double() if with_x2 else None
+    metric, r = torch.rand(6).double(), torch.randn(3).double()
+    full = full_gram(bundle, x1, x1 if x2 is None else x2, kernel, parts, metric)
+    diagonal = full.diagonal(dim1=2, dim2=3)
+    expected: list[tuple[Any, torch.Tensor]] = [("full", full), ("diagonal", diagonal), ("trace", diagonal.sum(-1))]
+    # The kernel of the function r.F, as torch.func sees it: a block whose output weights are contracted.
+    single = replace(
+        bundle,
+        w_out=(bundle.w_out @ r)[..., None],
+        b_out=None if bundle.b_out is None else (bundle.b_out @ r)[..., None],
+    )
+    over_neurons = tuple(p for p in parts or bundle.parts() if p not in ("w_out", "b_out"))
+    weight = r.square().sum() if kernel == "gd" else r.abs().sum()
+    along = torch.zeros(5, diagonal.shape[1]).double()
+    if over_neurons:
+        along = full_gram(single, x1, x1 if x2 is None else x2, kernel, over_neurons, metric)[..., 0, 0]
+    for part in ("w_out", "b_out"):
+        if parts is None or part in parts:
+            along = along + weight * full_gram(bundle, x1, x1 if x2 is None else x2, kernel, (part,), metric)[..., 0, 0]
+    expected.append((r, along))
+    if kernel == "gd":
+        torch.testing.assert_close(along, torch.einsum("nmop,o,p->nm", full, r, r))
+        expected.append(("pseudo", full.sum((2, 3)) / 3))
+    for reduce, gram in expected:
+        for block_size in (None, 1, 2, 3):
+            found = ntk_gram(
+                bundle,
+                x1,
+                x2,
+                reduce,
+                params=parts,
+                metric=metric,
+                kernel=kernel,
+                backend=backend,
+                block_size=block_size,
+            )
+            torch.testing.assert_close(found, gram, rtol=1e-9, atol=1e-11)
+            if kernel == "gd" and x2 is None:
+                pairs = found.permute(1, 0, 3, 2) if reduce is not r and reduce == "full" else found.transpose(0, 1)
+                assert torch.equal(found, pairs)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_the_full_kernel_is_positive_semidefinite(gated: bool) -> None:
+    bundle = make_bundle(5, 7, 4, gated=gated, scale=True, scale_exponent=0.5)
+    x = torch.randn(30, 5).double()  # 120 outputs of at most 5 * 7 * (1 + gated) + ... parameters each: rank-deficient
+    gram = ntk_gram(bundle, x, reduce="full", params=("w_in",)).transpose(1, 2).reshape(120, 120)
+    eigenvalues = torch.linalg.eigvalsh(gram)
+    assert eigenvalues[-1] > 0
+    assert eigenvalues[0] >= -100 * torch.finfo(torch.float64).eps * eigenvalues[-1]
+
+
+def test_the_metric_undoes_explicit_cluster_sizes() -> None:
+    """Tied neurons fused with an explicit p weigh p^2 in the gradient-descent kernel, and p with the metric 1/p."""
+    clusters = make_bundle(9, 6, 4, gated=True)
+    sizes = torch.tensor([1, 2, 3, 5, 8, 40])
+    names = ("w_in", "w_gate", "b_in", "b_gate", "w_out")
+    tied = replace(clusters, **{n: getattr(clusters, n).repeat_interleave(sizes, dim=1) for n in names})
+    fused = replace(clusters, scale=sizes.double()[None])
+    x = torch.randn(7, 9).double()
+    for reduce in ("trace", "full", "diagonal", "pseudo"):
+        torch.testing.assert_close(
+            ntk_gram(fused, x, reduce=reduce, metric=1 / sizes.double()), ntk_gram(tied, x, reduce=reduce)
+        )
+    assert not torch.allclose(ntk_gram(fused, x), ntk_gram(tied, x))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("rows", "d", "neurons"), [(1, 17, 1), (17, 1, 123), (123, 17, 17), (131, 5, 3)])
+def test_tiles_are_the_reference(
+    dtype: torch.dtype, kernel: Kernel, activation: str, rows: int, d: int, neurons: int
+) -> None:
+    gated = rows % 2 == 1 and d == 17
+    bundle = make_bundle(d, neurons, 5, gated=gated, scale=True, scale_exponent=0.5, activation=activation).to(dtype)
+    x = torch.randn(rows, d).to(dtype)
+    for x2 in (None, x[: rows // 2 + 1].flip(0)):
+        found = ntk_gram(bundle, x, x2, kernel=kernel, backend="cpu", block_size=37)
+        expected = ntk_gram(bundle, x, x2, kernel=kernel, backend="reference")
+        # In float32 a sign may differ where a slope or an input is within rounding of 0: not for these inputs.
+        assert (found - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
+    if dtype == torch.float32 and kernel == "gd" and rows > 1:
+        exact = ntk_gram(bundle.to(torch.float64), x.double(), backend="reference")
+        errors = [(ntk_gram(bundle, x, backend=name) - exact).norm() for name in ("cpu", "reference")]
+        assert errors[0] <= 2 * errors[1]
+        assert errors[0] <= 1e-6 * exact.norm()
+
+
+@compiled
+@pytest.mark.parametrize("rows", [640, 1537])
+def test_many_tiles(rows: int) -> None:
+    bundle = make_bundle(17, 23, 3).to(torch.float32)
+    x = torch.randn(rows, 17)
+    found = ntk_gram(bundle, x, backend="cpu")
+    assert torch.equal(found, found.T)
+    expected = ntk_gram(bundle.to(torch.float64), x.double(), backend="reference")
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+    rectangle = ntk_gram(bundle, x, x[:401], backend="cpu")
+    assert (rectangle - expected[:, :401]).norm() <= 1e-6 * expected[:, :401].norm()
+
+
+@compiled
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_the_bits_do_not_depend_on_the_number_of_threads(gated: bool) -> None:
+    bundle = make_bundle(33, 70, 3, gated=gated, scale=True, scale_exponent=0.5).to(torch.float32)
+    x = torch.randn(517, 33)
+    grams = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            grams.append(
+                (ntk_gram(bundle, x, backend="cpu"), ntk_gram(bundle, x, x[:300], kernel="sign", backend="cpu"))
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in grams[1:]:
+        assert torch.equal(one, grams[0][0])
+        assert torch.equal(other, grams[0][1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduce", ["trace", "diagonal", "full"])
+def test_out_is_written_and_returned(backend: str, reduce: Any) -> None:
+    bundle = make_bundle(5, 6, 3)
+    x = torch.randn(9, 5).double()
+    expected = ntk_gram(bundle, x, reduce=reduce, backend=backend)
+    out = torch.full((20, *expected.shape[1:]), float("nan")).double()
+    assert ntk_gram(bundle, x, reduce=reduce, backend=backend, out=out[:18:2]).data_ptr() == out.data_ptr()
+    torch.testing.assert_close(out[:18:2], expected, rtol=1e-14, atol=0)
+    assert out[1::2].isnan().all()
+    assert out[18:].isnan().all()
+    wide = torch.full((9, 40), float("nan")).double()
+    if reduce == "trace":
+        ntk_gram(bundle, x, backend=backend, out=wide[:, 3:12])
+        torch.testing.assert_close(wide[:, 3:12], expected, rtol=1e-14, atol=0)
+        assert wide[:, :3].isnan().all()
+        assert wide[:, 12:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduce": "mean"}, "unknown reduction 'mean'"),
+        ({"reduce": torch.ones(4)}, "a vector to reduce by must be (3,) for this block, got (4,)"),
+        ({"reduce": [1.0, float("nan"), 1.0]}, "the vector to reduce by has values that are not finite"),
+        ({"precision": "bf16"}, "unknown precision 'bf16': use 'highest'"),
+        ({"block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"metric": torch.ones(5)}, "metric must be (6,), one per neuron, got (5,)"),
+        ({"metric": -torch.ones(6)}, "metric must not be negative"),
+        ({"metric": torch.full((6,), float("inf"))}, "metric has values that are not finite"),
+        ({"out": torch.zeros(4, 3).double()}, "out must be (4, 4), got (4, 3)"),
+        ({"out": torch.zeros(4, 4, dtype=torch.float32)}, "out must be torch.float64 on cpu"),
+        ({"out": torch.zeros(4, 4).double().T}, "the rows of out must be contiguous"),
+        ({"out": torch.zeros(1, 4).double().expand(4, 4)}, "the rows of out must be contiguous"),
+        ({"out": torch.zeros(4, 4).double().requires_grad_()}, "out requires grad"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ntk_gram(make_bundle(5, 6, 3), torch.randn(4, 5).double(), **options)
+
+
+@given(
+    rows=st.integers(0, 40),
+    others=st.one_of(st.none(), st.integers(0, 20)),
+    d=st.integers(1, 20),
+    neurons=st.integers(1, 20),
+    outputs=st.integers(1, 4),
+    gated=st.booleans(),
+    exponent=st.sampled_from([0.0, 0.5]),
+    reduce=st.sampled_from(["trace", "full", "diagonal", "pseudo"]),
+    kernel=st.sampled_from(KERNELS),
+    block_size=st.one_of(st.none(), st.integers(1, 50)),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(
+    rows: int,
+    others: int | None,
+    d: int,
+    neurons: int,
+    outputs: int,
+    gated: bool,
+    exponent: float,
+    reduce: Any,
+    kernel: Kernel,
+    block_size: int | None,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    bundle = make_bundle(d, neurons, outputs, gated=gated, scale=True, scale_exponent=exponent)
+    x1 = torch.randn(rows, d).double()
+    x2 = None if others is None else torch.randn(others, d).double()
+    found = ntk_gram(bundle, x1, x2, reduce, kernel=kernel, block_size=block_size)
+    expected = ntk_gram(bundle, x1, x2, reduce, kernel=kernel, backend="reference")
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("reduce", ["trace", "full", "diagonal", "vector"])
+@pytest.mark.parametrize("with_out", [False, True])
+def test_opcheck(reduce: str, with_out: bool) -> None:
+    bundle = make_bundle(5, 6, 3, gated=True, scale=True).to(torch.float32)
+    parts = bundle.parts()
+    assert bundle.scale is not None
+    direction = torch.randn(3) if reduce == "vector" else None
+    axes = {"full": (3, 3), "diagonal": (3,)}.get(reduce, ())
+    arguments = (
+        *(torch.randn(4, 5), torch.randn(2, 5)),
+        *(parts["w_in"], parts["w_gate"], parts["b_in"], parts["b_gate"], parts["w_out"], bundle.scale[0]),
+        *(0.0, "gelu", list(parts), "gd", reduce, direction, torch.rand(6), "highest", 3),
+    )
+    if with_out:
+        torch.library.opcheck(module._NTK_GRAM_OUT.overload, (torch.zeros(4, 2, *axes), *arguments))
+    else:
+        torch.library.opcheck(module._NTK_GRAM.overload, arguments)
+
+
+@pytest.mark.parametrize("rows", [1, 100, 1000, 10_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tiles_fit_the_cache(rows: int, dtype: torch.dtype) -> None:
+    edge = tuning.tile_edge(rows, dtype)
+    assert edge >= 128
+    assert 3 * edge**2 * dtype.itemsize <= 2 << 20
