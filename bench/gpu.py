@@ -16,8 +16,7 @@ import gpu_kmeans
 import torch
 from gpu_timing import ceilings
 
-from fusion_kernels import backends
-from fusion_kernels.kmeans import gpu_backend
+from fusion_kernels import backends, gpu
 
 PARTS = ("kmeans",)
 
@@ -29,8 +28,8 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=sorted(gpu_kmeans.SHAPES), default=list(gpu_kmeans.SHAPES))
     parser.add_argument("--out", type=Path, default=Path("bench/results/gpu.json"))
     options = parser.parse_args()
-    if gpu_backend.why_not() is not None:
-        parser.exit(1, f"bench/gpu.py needs a GPU that the Triton backend runs on: {gpu_backend.why_not()}\n")
+    if gpu.why_not() is not None:
+        parser.exit(1, f"bench/gpu.py needs a GPU that the Triton backend runs on: {gpu.why_not()}\n")
     import triton
 
     properties = torch.cuda.get_device_properties("cuda")

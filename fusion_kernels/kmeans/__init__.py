@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusion_kernels import native
+from fusion_kernels import gpu, native
 from fusion_kernels.kmeans import cpu_backend, gpu_backend
 from fusion_kernels.library import Backend, Operator, operator
 from fusion_kernels.reference import kmeans as reference
@@ -106,11 +106,11 @@ def register(
 register("cpu", cpu_backend.kmeans, ("cpu",), lambda: native.UNAVAILABLE)
 register("reference", reference.kmeans, ("cpu", "cuda"))
 # Behind the reference, and so for those who ask by name, until bench/gpu.py has passed on a GPU.
-register("triton", gpu_backend.kmeans, ("cuda",), gpu_backend.why_not)
-register("triton-fast", gpu_backend.kmeans_fast, ("cuda",), gpu_backend.why_not)
+register("triton", gpu_backend.kmeans, ("cuda",), gpu.why_not)
+register("triton-fast", gpu_backend.kmeans_fast, ("cuda",), gpu.why_not)
 ASSIGN.register(Backend("cpu", cpu_backend.assign, ("cpu",), lambda: native.UNAVAILABLE))
 ASSIGN.register(Backend("reference", reference.assign, ("cpu", "cuda")))
-ASSIGN.register(Backend("triton", gpu_backend.assign, ("cuda",), gpu_backend.why_not))
+ASSIGN.register(Backend("triton", gpu_backend.assign, ("cuda",), gpu.why_not))
 
 
 def kmeans(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusion_kernels.gpu import device_guard, launch, shared_memory
 from fusion_kernels.kmeans import _triton_assign as assign_kernels
 from fusion_kernels.kmeans import _triton_gram as gram_kernels
 from fusion_kernels.kmeans import triton_tuning as tuning
-from fusion_kernels.kmeans.triton_launch import device_guard, launch, shared_memory
 from fusion_kernels.kmeans.triton_points import SLACK, Split, split, to_one_exponent
 from fusion_kernels.reference import kmeans as reference
 

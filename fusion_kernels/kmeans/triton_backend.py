@@ -21,12 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusion_kernels.gpu import device_guard, launch
 from fusion_kernels.kmeans import _triton_gram as gram_kernels
 from fusion_kernels.kmeans import _triton_results as result_kernels
 from fusion_kernels.kmeans import _triton_seed as seed_kernels
 from fusion_kernels.kmeans import _triton_sweep as sweep_kernels
 from fusion_kernels.kmeans import triton_tuning as tuning
-from fusion_kernels.kmeans.triton_launch import device_guard, launch
 from fusion_kernels.kmeans.triton_points import SLACK, Points, is_finite, prepare
 from fusion_kernels.kmeans.triton_run import Run, State
 from fusion_kernels.reference.kmeans import Options, Results, Status

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusion_kernels.gpu import launch, shared_memory
 from fusion_kernels.kmeans import _triton_gram as gram_kernels
 from fusion_kernels.kmeans import triton_tuning as tuning
-from fusion_kernels.kmeans.triton_launch import launch, shared_memory
 
 # Given centroids this far away, in units of the largest entry of the points, are brought nearer: they are equally far
 # for every point, and their squares must not overflow.

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusion_kernels.gpu import launch
 from fusion_kernels.kmeans import _triton_moves as move_kernels
 from fusion_kernels.kmeans import _triton_results as result_kernels
 from fusion_kernels.kmeans import _triton_sweep as sweep_kernels
 from fusion_kernels.kmeans import triton_tuning as tuning
-from fusion_kernels.kmeans.triton_launch import launch
 from fusion_kernels.kmeans.triton_points import SLACK, Points
 
 # Rounds between two questions whether all problems are done.

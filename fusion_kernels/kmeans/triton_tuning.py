@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from fusion_kernels.gpu import LARGE_SHARED_MEMORY
+
 #: Entries of a row of the split points are padded to a multiple of this, so that odd D keeps wide, aligned loads.
 DEPTH_MULTIPLE = 64
 #: Rows of Gram and of products begin at a multiple of this many entries (128 bytes of float32).
 STRIDE_MULTIPLE = 32
-#: Shared memory that a program may use where the hardware offers little and where it offers much, in bytes.
-SMALL_SHARED_MEMORY, LARGE_SHARED_MEMORY = 99 * 1024, 227 * 1024
 #: Memory for the problems worked on at the same time, in bytes; the batch is cut accordingly.
 WORKSPACE_BYTES = 8 << 30
 #: Programs that keep a large GPU busy: work lists of a batch are spread over about this many.

@@ -11,11 +11,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fusion_kernels import native
+from fusion_kernels import gpu, native, transforms
 from fusion_kernels.activations import ACTIVATIONS, get_activation
-from fusion_kernels.kmeans.gpu_backend import why_not as triton_why_not
 from fusion_kernels.mlp import cpu_backend, gpu_backend, reference_backend, torch_backend
 from fusion_kernels.mlp.operators import register, run, without_autocast
 from fusion_kernels.mlp.pinning import mlp_backend, pinned
@@ -34,9 +32,9 @@ register("cpu", cpu_backend.forward, cpu_backend.backward, ("cpu",), lambda: nat
 register("torch", reference_backend.forward, torch_backend.backward, ("cpu", "cuda"))
 register("reference", reference_backend.forward, reference_backend.backward, ("cpu", "cuda"))
 # Behind the others, and so by name or by the table of `tuning` only, until they have been measured on a GPU.
-register("cublas", gpu_backend.cublas_forward, gpu_backend.cublas_backward, ("cuda",), triton_why_not)
-register("epilogue", gpu_backend.epilogue_forward, gpu_backend.epilogue_backward, ("cuda",), triton_why_not)
-register("resident", gpu_backend.resident_forward, gpu_backend.epilogue_backward, ("cuda",), triton_why_not)
+register("cublas", gpu_backend.cublas_forward, gpu_backend.cublas_backward, ("cuda",), gpu.why_not)
+register("epilogue", gpu_backend.epilogue_forward, gpu_backend.epilogue_backward, ("cuda",), gpu.why_not)
+register("resident", gpu_backend.resident_forward, gpu_backend.epilogue_backward, ("cuda",), gpu.why_not)
 
 
 def fused_mlp(
@@ -189,7 +187,7 @@ def _run(
     if backend == "auto":
         backend = pinned()
     block = (w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
-    if torch._C._are_functorch_transforms_active() or _has_tangents() or _is_small(x, backend):
+    if transforms.active() or _is_small(x, backend):
         return _composed(x, *block, activation)
     # Level 2 asks for no more than y, so that nothing is made to be saved where no gradient is needed.
     level = checkpoint_level if torch.is_grad_enabled() and _requires_grad(x, *block) else 2
@@ -215,11 +213,6 @@ def _is_small(x: Tensor, backend: str) -> bool:
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
-
-
-def _has_tangents() -> bool:
-    """Whether forward-mode AD is on; its levels are not visible to a compiler, which does not support them either."""
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def _fits(

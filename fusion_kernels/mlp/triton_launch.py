@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusion_kernels.kmeans.triton_launch import launch, shared_memory
+from fusion_kernels.gpu import device_guard, launch, shared_memory
 from fusion_kernels.mlp.triton_tuning import HALF, IEEE, TF32, Gpu
 
 
@@ -48,7 +47,7 @@ def start(kernel: Any, programs: int, x: Tensor, *arguments: Any, **options: Any
     """Launch a kernel whose first argument is x, on x's device; no programs, no launch."""
     if programs == 0:
         return
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with device_guard(x):
         launch(kernel, programs, x, *arguments, **options)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fusion_kernels.kmeans.triton_tuning import LARGE_SHARED_MEMORY, SMALL_SHARED_MEMORY
+from fusion_kernels.gpu import LARGE_SHARED_MEMORY, SMALL_SHARED_MEMORY
 
 #: What the products of float32 inputs are made of, or that the inputs have 16 bits.
 HALF, TF32, IEEE = "half", "tf32", "ieee"

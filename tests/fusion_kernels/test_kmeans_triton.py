@@ -18,11 +18,10 @@ import triton_interpreter  # noqa: F401, I001 - before any kernel is defined
 import torch
 from torch import Tensor
 
-from fusion_kernels import BackendUnavailableError, kmeans_assign
+from fusion_kernels import BackendUnavailableError, gpu, kmeans_assign
 from fusion_kernels import kmeans as public_kmeans
 from fusion_kernels.kmeans import (
     Status,
-    gpu_backend,
     triton_assign,
     triton_backend,
     triton_points,
@@ -412,7 +411,7 @@ def test_large_problems_are_refused_with_a_remedy() -> None:
 
 
 def test_configurations_depend_on_the_problem_alone() -> None:
-    small, large = triton_tuning.SMALL_SHARED_MEMORY, triton_tuning.LARGE_SHARED_MEMORY
+    small, large = gpu.SMALL_SHARED_MEMORY, gpu.LARGE_SHARED_MEMORY
     assert triton_tuning.gram_config(3072, True, small) != triton_tuning.gram_config(3072, True, large)
     for n, k in [(2, 1), (17, 5), (65, 64), (3072, 768), (14336, 3584)]:
         config = triton_tuning.sweep_config(n, k, False)
@@ -421,10 +420,10 @@ def test_configurations_depend_on_the_problem_alone() -> None:
             assert 1 <= triton_tuning.list_programs(B, k) <= k
 
 
-@pytest.mark.skipif(gpu_backend.why_not() is None, reason="there is a GPU that it runs on")
+@pytest.mark.skipif(gpu.why_not() is None, reason="there is a GPU that it runs on")
 def test_asking_for_it_without_a_gpu_says_why() -> None:
-    with pytest.raises(BackendUnavailableError, match=f"kmeans_assign: backend 'triton': {gpu_backend.why_not()}"):
+    with pytest.raises(BackendUnavailableError, match=f"kmeans_assign: backend 'triton': {gpu.why_not()}"):
         kmeans_assign(torch.zeros(5, 2), torch.zeros(1, 2), backend="triton")
     for name in ("triton", "triton-fast"):
-        with pytest.raises(BackendUnavailableError, match=f"backend '{name}': {gpu_backend.why_not()}"):
+        with pytest.raises(BackendUnavailableError, match=f"backend '{name}': {gpu.why_not()}"):
             public_kmeans(torch.zeros(5, 2), 2, backend=name)

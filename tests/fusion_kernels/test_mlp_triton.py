@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.activations import ACTIVATIONS
+from fusion_kernels import gpu
 from fusion_kernels.mlp import triton_launch, triton_linear, triton_pointwise, triton_resident, triton_tuning
 from fusion_kernels.mlp.triton_tuning import HALF, IEEE, TF32, Gpu, ResidentConfig, TileConfig
 
@@ -110,7 +111,7 @@ def test_shapes(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 
 def tiles() -> Iterator[tuple[torch.dtype, TileConfig]]:
     for kind in (HALF, TF32, IEEE):
-        for memory in (triton_tuning.SMALL_SHARED_MEMORY, triton_tuning.LARGE_SHARED_MEMORY):
+        for memory in (gpu.SMALL_SHARED_MEMORY, gpu.LARGE_SHARED_MEMORY):
             for config in triton_tuning.tile_candidates(kind, Gpu(memory, 1), False):
                 yield torch.float16 if kind == HALF else torch.float32, config
 

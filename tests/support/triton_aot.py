@@ -107,7 +107,7 @@ def _usage(cubin: bytes) -> dict[str, int]:
 
 
 def recorder(launches: dict[str, Launch]) -> Callable[..., None]:
-    """A stand-in for `triton_launch.launch` that enters every distinct launch into `launches` and runs nothing."""
+    """A stand-in for `fusion_kernels.gpu.launch` that enters every distinct launch into `launches` and runs nothing."""
 
     def record(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
         named = dict(zip(kernel.arg_names, arguments, strict=False)) | options

@@ -1,0 +1,49 @@
+"""What the Triton backends of all families share: whether they can run, what the GPU offers, how kernels are launched.
+
+This module needs neither Triton nor a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Shared memory that a program may use where the hardware offers little and where it offers much, in bytes.
+SMALL_SHARED_MEMORY, LARGE_SHARED_MEMORY = 99 * 1024, 227 * 1024
+
+
+@functools.cache
+def why_not() -> str | None:
+    """In one line why Triton backends cannot run here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: install triton>=3.6"
+    if torch.version.hip is not None:
+        return "it is for NVIDIA GPUs: this torch is built for AMD's"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if min(torch.cuda.get_device_capability(i)[0] for i in range(torch.cuda.device_count())) < 8:
+        return "it needs GPUs of compute capability 8.0 or newer"
+    return None
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may use; little where kernels are interpreted."""
+    if device.type != "cuda":
+        return SMALL_SHARED_MEMORY
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
+def device_guard(x: Tensor) -> AbstractContextManager[object]:
+    """Kernels are launched on the current device: make that the one of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+    """Launch `programs` programs of a kernel; options are its constants, `num_warps` and `num_stages`."""
+    kernel[(programs,)](*arguments, **options)
