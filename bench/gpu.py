@@ -1,8 +1,9 @@
 """Everything that needs a GPU, in one run of less than ten minutes: first whether it is right, then how long it takes.
 
-    python bench/gpu.py [--parts kmeans] [--shapes bert ...] [--out bench/results/gpu.json]
+    python bench/gpu.py [--parts kmeans mlp] [--shapes bert ...] [--budget 200] [--out bench/results/gpu.json]
 
-Nothing of a part is timed if one of its checks fails. Times are medians between device events.
+Nothing of a part is timed if one of its checks fails. Times are medians between device events. The part `mlp` times the
+kernels by tile; `bench/fused_mlp.py --device cuda` compares whole blocks with their peers.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import gpu_kmeans
+import gpu_mlp
 import torch
 from gpu_timing import ceilings
 
 from fusion_kernels import backends, gpu
 
-PARTS = ("kmeans",)
+PARTS = ("kmeans", "mlp")
 
 
 def main() -> None:
@@ -26,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--shapes", nargs="+", choices=sorted(gpu_kmeans.SHAPES), default=list(gpu_kmeans.SHAPES))
+    parser.add_argument("--budget", type=float, default=200.0, help="seconds for the MLP's tiles")
     parser.add_argument("--out", type=Path, default=Path("bench/results/gpu.json"))
     options = parser.parse_args()
     if gpu.why_not() is not None:
@@ -44,6 +47,10 @@ def main() -> None:
             checks = gpu_kmeans.check()
             print("k-means is right:", json.dumps(checks))
             found["kmeans"] = {"checks": checks, "results": gpu_kmeans.run(rates, options.shapes)}
+        if "mlp" in options.parts:
+            errors = gpu_mlp.check_mlp()
+            print("MLP kernels are right:", json.dumps(errors))
+            found["mlp"] = {"error_over_torchs": errors, "tiles": gpu_mlp.sweep(options.budget)}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(f"written: {options.out}")

@@ -1,6 +1,4 @@
-"""The Triton kernels of the MLP on a GPU: first whether they are right, then which tile is fastest for which shape.
-
-    python bench/gpu_mlp.py [--budget 240] [--out bench/results/gpu-mlp.json]
+"""The MLP's part of bench/gpu.py: whether its kernels are right, then which tile is fastest for which shape.
 
 Right: every kernel in bfloat16, float16 and float32 against float64, at most twice torch's error in the same dtype in
 the maximum and in RMS, over even and odd shapes and every tile; the bits of two runs; experts against each alone.
@@ -10,24 +8,20 @@ tile that fits the GPU, beside the same product by cuBLAS with and without the p
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
-import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_timing import DEVICE, milliseconds, require
 from torch import Tensor
 
 from fusion_kernels.activations import ACTIVATIONS
 from fusion_kernels.mlp import triton_launch, triton_linear, triton_pointwise, triton_resident, triton_tuning
 
-DEVICE = "cuda"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: Tokens, inputs, neurons.
 CHECKED = [(1, 1, 1), (17, 123, 17), (1537, 17, 123), (300, 1537, 64), (1024, 768, 192), (4096, 1024, 256)]
@@ -42,8 +36,7 @@ COUNTS = (0, 700, 1, 0, 128, 3000, 65)
 def check_mlp() -> dict[str, float]:
     """Largest error of every kernel over torch's in the same dtype, against float64.
 
-    Raises:
-        RuntimeError: one is above 2 in the maximum or in RMS, two runs differ, or an expert is not as if alone.
+    The run ends if one is above 2 in the maximum or in RMS, two runs differ, or an expert is not as if alone.
     """
     worst: dict[str, float] = {}
     for dtype in DTYPES:
@@ -76,7 +69,7 @@ def _inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Tensor
 
 
 def _compare(name: str, found: Tensor | None, exact: Tensor, torchs: Tensor, worst: dict[str, float]) -> None:
-    _require(found is not None, f"{name}: nothing came back")
+    require(found is not None, f"{name}: nothing came back")
     assert found is not None
     unit = 0.5 * torch.finfo(found.dtype).eps * exact.abs().max().item()
     error, peer = (found.double() - exact).abs(), (torchs.double() - exact).abs()
@@ -84,7 +77,7 @@ def _compare(name: str, found: Tensor | None, exact: Tensor, torchs: Tensor, wor
     largest = error.max().item() / (peer.max().item() + unit)
     rms = error.square().mean().sqrt().item() / (peer.square().mean().sqrt().item() + 0.3 * unit)
     worst[name] = max(worst.get(name, 0.0), largest, rms)
-    _require(largest <= 2 and rms <= 2, f"{name} {tuple(found.shape)} {found.dtype}: {largest:.2f}, RMS {rms:.2f}")
+    require(largest <= 2 and rms <= 2, f"{name} {tuple(found.shape)} {found.dtype}: {largest:.2f}, RMS {rms:.2f}")
 
 
 def _check_block(
@@ -109,9 +102,9 @@ def _check_block(
         for _ in range(2)
     ]
     for first, second in zip(*runs, strict=True):
-        _require(first is not None and second is not None and torch.equal(first, second), label + "two runs differ")
+        require(first is not None and second is not None and torch.equal(first, second), label + "two runs differ")
     dz, again, db = runs[0]
-    _require(again is not None and torch.equal(again, a), label + "the recomputed activation differs")
+    require(again is not None and torch.equal(again, a), label + "the recomputed activation differs")
     da, da_torch = e["dy"] @ e["out"], i["dy"] @ i["out"]
     slope, slope_torch = phi.derivative(z.double()), phi.derivative(z.float()).to(dtype)
     _compare(label + "dz", dz, da * slope, da_torch * slope_torch, worst)
@@ -126,7 +119,7 @@ def _check_block(
     dg, du, again, dbg, dbu = triton_linear.linear_glu_backward(
         i["dy"], i["out"], g, u, activation, need_a=True, need_db=True, config=config
     )
-    _require(again is not None and torch.equal(again, a), label + "the recomputed gated activation differs")
+    require(again is not None and torch.equal(again, a), label + "the recomputed gated activation differs")
     slope, slope_torch = phi.derivative(g.double()) * u.double(), phi.derivative(g.float()).to(dtype) * u
     value, value_torch = phi.function(g.double()), phi.function(g)
     _compare(label + "glu dgate", dg, da * slope, da_torch * slope_torch, worst)
@@ -159,7 +152,7 @@ def _check_resident(h: int, dtype: torch.dtype, worst: dict[str, float]) -> None
             for config in triton_tuning.resident_candidates(h, triton_tuning.HALF, gpu, gated):
                 y = _resident(i, gated, config)
                 _compare(f"{str(dtype).removeprefix('torch.')} resident", y, exact, torchs, worst)
-                _require(torch.equal(y, _resident(i, gated, config)), "two runs of the resident kernel differ")
+                require(torch.equal(y, _resident(i, gated, config)), "two runs of the resident kernel differ")
 
 
 def _resident(i: dict[str, Tensor], gated: bool, config: triton_tuning.ResidentConfig | None) -> Tensor:
@@ -205,7 +198,7 @@ def _check_experts(dtype: torch.dtype) -> None:
             *_, own_gated = triton_linear.linear_glu(x, w[e], up[e], None, None, "silu", save_z=False, **options)
             assert own_db is not None
             pairs = [(z[rows], own_z), (a[rows], own_a), (dz[rows], own_dz), (db[e], own_db), (gated[rows], own_gated)]
-            _require(all(torch.equal(f, s) for f, s in pairs), f"expert {e} of {COUNTS} is not as if alone, {dtype}")
+            require(all(torch.equal(f, s) for f, s in pairs), f"expert {e} of {COUNTS} is not as if alone, {dtype}")
             eps = 8 * torch.finfo(dtype).eps
             torch.testing.assert_close(y[rows].double(), own_a.double() @ out[e].double().T, rtol=eps, atol=eps)
             exact = own_z.double() @ w[e].double() + own_dz.double() @ up[e].double()
@@ -214,24 +207,12 @@ def _check_experts(dtype: torch.dtype) -> None:
             torch.testing.assert_close(gradient[e].double(), exact, rtol=1e-4, atol=1e-3)
 
 
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise RuntimeError(f"not right, so nothing is timed: {message}")
-
-
 # --- time ------------------------------------------------------------------------------------------------------------
 
 
-def milliseconds(work: Callable[[], object], repeats: int = 7) -> float:
-    """Median between device events, after one run that is not counted."""
-    work()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for start, end in events:
-        start.record()
-        work()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
+def median(work: Callable[[], object]) -> float:
+    """Milliseconds."""
+    return milliseconds(work)["median"]
 
 
 def sweep(budget: float) -> list[dict[str, Any]]:
@@ -293,11 +274,11 @@ def _timed(gpu: triton_tuning.Gpu, T: int, d: int, h: int) -> list[dict[str, Any
         if chosen is not None:
             rows.append(_row(work, (T, d, h), triton_tuning.resident_candidates(h, half, gpu, gated), chosen))
     cublas = {
-        "product": milliseconds(product),
-        "product and pass": milliseconds(lambda: triton_pointwise.act_forward(product(), "gelu")),
-        "backward product": milliseconds(backward_product),
-        "backward product, pass and sum": milliseconds(backward_and_pass),
-        "whole forward": milliseconds(
+        "product": median(product),
+        "product and pass": median(lambda: triton_pointwise.act_forward(product(), "gelu")),
+        "backward product": median(backward_product),
+        "backward product, pass and sum": median(backward_and_pass),
+        "whole forward": median(
             lambda: torch.nn.functional.linear(triton_pointwise.act_forward(product(), "gelu"), i["out"], i["bo"])
         ),
     }
@@ -318,7 +299,7 @@ def _timed_inputs(T: int, d: int, h: int) -> dict[str, Tensor]:
 def _row(
     work: Callable[[Any], object], shape: tuple[int, int, int], candidates: tuple[Any, ...], chosen: Any
 ) -> dict[str, Any]:
-    times = {config: milliseconds(functools.partial(work, config)) for config in candidates}
+    times = {config: median(functools.partial(work, config)) for config in candidates}
     order = sorted(candidates, key=times.__getitem__)
     row: dict[str, Any] = {
         "kernel": work.__name__, "shape": list(shape), "chosen_over_best": times[chosen] / times[order[0]],
@@ -326,31 +307,3 @@ def _row(
     }  # fmt: skip
     print(json.dumps({**row, "tiles": row["tiles"][:1]}), flush=True)
     return row
-
-
-def main() -> None:
-    """Check, time, print and write the JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--budget", type=float, default=240.0, help="seconds for the sweep")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/gpu-mlp.json"))
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("bench/gpu_mlp.py needs a CUDA GPU, and torch finds none")
-    with torch.no_grad():
-        checks = check_mlp()
-        print("right:", json.dumps(checks))
-        rows = sweep(options.budget)
-    properties = torch.cuda.get_device_properties(DEVICE)
-    found = {
-        "machine": {"gpu": properties.name, "memory": properties.total_memory},
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
-        "error_over_torchs": checks,
-        "tiles": rows,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(f"written: {options.out}")
-
-
-if __name__ == "__main__":
-    main()

@@ -28,18 +28,19 @@ class full_float32:  # noqa: N801 - used like a function
         torch.set_float32_matmul_precision(self.before)
 
 
-def milliseconds(work: Callable[[], object], repeats: int = 5) -> dict[str, float]:
-    """Median, least and largest time between device events, after one run that is not counted."""
+def milliseconds(work: Callable[[], object], repeats: int = 7) -> dict[str, float]:
+    """Median, least and largest time between device events, after one run that is not counted.
+
+    All runs are queued before the host waits, so that short ones are not timed with its pauses.
+    """
     work()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
         start.record()
         work()
         end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
+    torch.cuda.synchronize()
+    times = [start.elapsed_time(end) for start, end in events]
     return {"median": statistics.median(times), "min": min(times), "max": max(times)}
 
 

@@ -14,7 +14,6 @@ is further than the bars from float64, or from a peer's.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import math
 import os
@@ -30,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import peak_bytes
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -90,23 +90,6 @@ def alternated(work: dict[str, Callable[[], Any]], repeats: int) -> dict[str, di
 def ratio(found: dict[str, dict[str, float]], peer: str, own: str = "ours") -> float:
     """How many times more processor time the peer takes."""
     return found[peer]["processor seconds"] / found[own]["processor seconds"]
-
-
-def peak_bytes(work: Callable[[], Any]) -> int | None:
-    """How far `work` raises the resident memory of the process, where Linux tells."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is needed now
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        before = _resident("VmRSS")
-        work()
-        return _resident("VmHWM") - before
-    except (OSError, AttributeError):
-        return None
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def difference(found: Tensor, exact: Tensor) -> float:
