@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_kernels import transforms
+from fusion_kernels import gpu, transforms
 from fusion_kernels.activations import get_activation
-from fusion_kernels.experts import grouped_mm_backend, loop_backend
+from fusion_kernels.experts import grouped_mm_backend, loop_backend, triton_backend
 from fusion_kernels.experts.operators import EXPERTS, EXPERTS_BACKWARD
 from fusion_kernels.library import Backend
 from fusion_kernels.reference import experts as reference
@@ -25,6 +25,9 @@ EXPERTS.register(Backend("loop", loop_backend.forward, ("cpu", "cuda")))
 EXPERTS.register(Backend("grouped_mm", grouped_mm_backend.forward, ("cpu", "cuda")))
 EXPERTS_BACKWARD.register(Backend("loop", loop_backend.backward, ("cpu", "cuda")))
 EXPERTS_BACKWARD.register(Backend("grouped_mm", grouped_mm_backend.backward, ("cpu", "cuda")))
+# Behind the others, and so by name only, until it has been measured on a GPU.
+EXPERTS.register(Backend("triton", triton_backend.forward, ("cuda",), gpu.why_not))
+EXPERTS_BACKWARD.register(Backend("triton", triton_backend.backward, ("cuda",), gpu.why_not))
 
 
 def fused_experts(
@@ -62,8 +65,8 @@ def fused_experts(
         scale: (E, h) cluster sizes of fused neurons, or None for ones.
         activation: a name in `fusion_kernels.activations`.
         checkpoint_level: what is kept for the backward, as in `fused_mlp`.
-        backend: `"auto"`, `"loop"` (expert by expert) or `"grouped_mm"` (torch's grouped products: float32, bfloat16 or
-            float16, sizes multiples of 16 bytes).
+        backend: `"auto"`, `"loop"` (expert by expert), `"grouped_mm"` (torch's grouped products: float32, bfloat16 or
+            float16, sizes multiples of 16 bytes), or on CUDA `"triton"` (activations inside the products).
 
     Returns:
         (T, d_out) in the dtype of x, under autocast in autocast's.

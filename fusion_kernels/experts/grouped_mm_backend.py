@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusion_kernels.activations import get_activation
-from fusion_kernels.experts.operators import rows_of_experts, sum_of_rows
+from fusion_kernels.experts.operators import folded, owned, rows_of_experts, sum_of_rows
 from fusion_kernels.mlp.operators import Gradients, Outputs, packed, saved
 from fusion_kernels.mlp.torch_backend import act_backward
-from fusion_kernels.reference.mlp import fold_scale
 
 
 def forward(
@@ -50,12 +49,8 @@ def forward(
     z = _project(x, w_in, b_in, ends, owner)
     g = None if w_gate is None else _project(x, w_gate, b_gate, ends, owner)
     a = phi(z) if g is None else phi(g) * z
-    y = _project(a, _folded(w_out, scale, x), b_out, ends, owner)
-    found = saved(y, z, g, a, checkpoint_level)
-    for values in found:
-        if len(values):
-            _owned(values, owner, len(w_in))
-    return found
+    y = _project(a, folded(w_out, scale, x), b_out, ends, owner)
+    return owned(saved(y, z, g, a, checkpoint_level), owner, len(w_in))
 
 
 def backward(
@@ -86,7 +81,7 @@ def backward(
     phi = get_activation(activation).function
     if checkpoint_level != 0:
         a = phi(z) if w_gate is None else phi(g) * z
-    da = F.grouped_mm(dy, _folded(w_out, scale, x), offs=ends)
+    da = F.grouped_mm(dy, folded(w_out, scale, x), offs=ends)
     dg = None
     if w_gate is None:
         dz = act_backward(da, z, activation)
@@ -97,7 +92,7 @@ def backward(
         dx = F.grouped_mm(dz, w_in.to(x.dtype), offs=ends)
         if dg is not None and w_gate is not None:
             dx += F.grouped_mm(dg, w_gate.to(x.dtype), offs=ends)
-        dx = _owned(dx, owner, len(w_in))
+        owned((dx,), owner, len(w_in))
     dw_in = _weight_gradient(dz, x, ends, w_in) if needs[1] else None
     if needs[2] and b_in is not None:
         db_in = sum_of_rows(dz, ends).to(b_in.dtype)
@@ -125,14 +120,5 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, owner
     return y
 
 
-def _folded(w_out: Tensor, scale: Tensor | None, x: Tensor) -> Tensor:
-    return fold_scale(w_out, None if scale is None else scale.unsqueeze(1), x.dtype)
-
-
 def _weight_gradient(d: Tensor, x: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
     return F.grouped_mm(d.mT, x, offs=ends).to(weight.dtype)
-
-
-def _owned(values: Tensor, owner: Tensor, experts: int) -> Tensor:
-    """Zeros in the rows that belong to no expert."""
-    return values.masked_fill_((owner >= experts).unsqueeze(1), 0)

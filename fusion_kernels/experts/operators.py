@@ -6,7 +6,7 @@ of gradients come from differentiating the specification.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from fusion_kernels.library import NAMESPACE, Operator, operator
 from fusion_kernels.mlp.operators import Gradients, Outputs, packed
 from fusion_kernels.reference import experts as reference
+from fusion_kernels.reference.mlp import fold_scale
 
 #: x (S, d), the ends of the experts' rows (E,), and the seven tensors of the blocks.
 N_INPUTS = 9
@@ -119,3 +120,19 @@ def sum_of_rows(values: Tensor, ends: Tensor) -> Tensor:
     bounds[-1] = len(values)
     # One more segment for the rows that belong to no expert.
     return torch.segment_reduce(values.contiguous(), "sum", lengths=bounds.diff(), axis=0)[:-1]
+
+
+Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
+
+
+def owned(tensors: Tensors, owner: Tensor, experts: int) -> Tensors:
+    """`tensors`, with zeros in the rows that belong to no expert; empty ones stay as they are."""
+    for t in tensors:
+        if len(t):
+            t.masked_fill_((owner >= experts).unsqueeze(1), 0)
+    return tensors
+
+
+def folded(w_out: Tensor, scale: Tensor | None, x: Tensor) -> Tensor:
+    """W_out diag(p) of every expert, (E, d_out, h), in the dtype of x."""
+    return fold_scale(w_out, None if scale is None else scale.unsqueeze(1), x.dtype)

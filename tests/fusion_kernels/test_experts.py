@@ -260,7 +260,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"activation": "tanh"}, "unknown activation 'tanh'"),
     ({"checkpoint_level": 5}, "checkpoint_level must be 0, 1 or 2, got 5"),
     ({"backend": "grouped_mm"}, r"not torch.float32 and \(6, 8, 8\): use backend='loop'"),
-    ({"backend": "nothing"}, "unknown backend 'nothing': use one of auto, loop, grouped_mm"),
+    ({"backend": "nothing"}, "unknown backend 'nothing': use one of auto, loop, grouped_mm, triton"),
 ]
 
 
