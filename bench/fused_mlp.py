@@ -2,8 +2,9 @@
 
     python bench/fused_mlp.py [--device cpu|cuda] [--tokens T ...] [--threads N] [--rounds N] [--out FILE]
 
-On a CPU: `fused_mlp` beside `torch.nn.Sequential` of the same width and `fused_glu_mlp` beside the same layers composed
-by hand, float32, forward without gradients and a training step (forward and backward). On a GPU: every backend beside
+On a CPU: `FusedMLP` beside `torch.nn.Sequential` of the same width and `FusedGLU` beside the same layers composed by
+hand, float32, forward without gradients and a training step (forward and backward); ours with the scale folded into the
+weights, as the layers have it, and in the two trainable forms. On a GPU: every backend beside
 eager layers, `torch.compile` (default and max-autotune), Liger's gated kernels and flash-attn's FusedMLP where they are
 installed, bfloat16, forward, backward and both, as calls and captured in a CUDA graph. All run on the same weights with
 the scale folded in, except ours, which fold it in every call.
@@ -38,6 +39,7 @@ from torch.nn import functional as F
 
 from fusion_kernels import backends, fused_glu_mlp, fused_mlp
 from fusion_kernels.mlp.tuning import Shape, predicted
+from mlp_fusion import FusedGLU, FusedMLP
 
 #: d and h; outputs are as wide as inputs.
 CPU_WIDTHS = [(384, 384), (768, 192), (768, 768)]
@@ -103,19 +105,6 @@ class Problem:
         a = F.gelu(z) if self.w_gate is None else F.silu(F.linear(self.x, self.w_gate)) * z
         return F.linear(a, self.w_out, self.b_out)
 
-    def sequential(self) -> Callable[[], Tensor]:
-        """`torch.nn.Sequential` on the same parameters; eager layers for a gated block."""
-        if self.w_gate is not None:
-            return self.eager
-        (h, d), bare = self.w_in.shape, {"device": "meta"}
-        layers = nn.Sequential(nn.Linear(d, h, **bare), nn.GELU(), nn.Linear(h, d, **bare))
-        for layer, weight, bias in ((layers[0], self.w_in, self.b_in), (layers[2], self.w_out, self.b_out)):
-            layer.weight, layer.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
-        self.w_in, self.b_in, self.w_out, self.b_out = (
-            layers[0].weight, layers[0].bias, layers[2].weight, layers[2].bias,
-        )  # fmt: skip
-        return lambda: layers(self.x)
-
 
 def forward_only(run: Callable[[], Tensor]) -> Step:
     """The forward without gradients."""
@@ -170,36 +159,69 @@ def floor_flops(tokens: int, d: int, h: int, gated: bool) -> dict[str, int]:
     return {"forward": forward, "backward": 2 * forward, "both": 3 * forward}
 
 
+class GatedLayers(nn.Module):
+    """A gated block of ordinary layers."""
+
+    def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = gate, up, down
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def cpu_modules(d: int, h: int, gated: bool) -> dict[str, nn.Module]:
+    """Ordinary layers, and fused modules of the same width and weights, by form and level."""
+    torch.manual_seed(0)
+    scale = torch.randint(1, 9, (h,))
+    forms = {
+        "ours": {},
+        "ours, level 2": {"checkpoint_level": 2},
+        "ours, scaled": {"scale": scale, "parameterization": "scaled"},
+        "ours, split": {"scale": scale, "parameterization": "split"},
+    }
+    if gated:
+        parts = [nn.Linear(d, h, bias=False), nn.Linear(d, h, bias=False), nn.Linear(h, d, bias=False)]
+        return {
+            "layers": GatedLayers(*parts),
+            **{name: FusedGLU.from_mlp(*parts, **form) for name, form in forms.items()},  # type: ignore[arg-type]
+        }
+    parts = [nn.Linear(d, h), nn.Linear(h, d)]
+    return {
+        "layers": nn.Sequential(parts[0], nn.GELU(), parts[1]),
+        **{name: FusedMLP.from_mlp(*parts, **form) for name, form in forms.items()},  # type: ignore[arg-type]
+    }
+
+
+def cpu_training(module: nn.Module, x: Tensor, dy: Tensor) -> Step:
+    """Forward and backward to x and all parameters, gradients returned rather than accumulated."""
+    leaves = [x, *module.parameters()]
+    return lambda: torch.autograd.grad(module(x), leaves, dy)
+
+
 def cpu_shape(tokens: int, d: int, h: int, gated: bool, options: argparse.Namespace, rate: float) -> dict[str, Any]:
-    """One shape on the CPU: seconds of both, their ratios, share of the floor, peak memory."""
-    problem = Problem.draw(tokens, d, h, gated, "cpu", torch.float32)
-    peer = problem.sequential()
+    """One shape on the CPU: seconds of all modules, their ratios, share of the floor, peak memory."""
+    modules = cpu_modules(d, h, gated)
+    x, dy = torch.randn(tokens, d, requires_grad=True), torch.randn(tokens, d)
     found: dict[str, Any] = {"tokens": tokens, "d": d, "h": h, "gated": gated}
-    scale = torch.rand(h) + 0.5
-    forward = in_turn(
-        {"ours": forward_only(problem.fused), "layers": forward_only(peer)}, options.rounds, options.budget
-    )
-    both = in_turn(
-        {
-            "ours": training(problem, problem.fused),
-            "layers": training(problem, peer),
-            "ours, level 2": training(problem, functools.partial(problem.fused, 2)),
-            "ours, scale": training(problem, functools.partial(problem.fused, 1, scale=scale)),
+    steps = {
+        "forward": {
+            name: forward_only(functools.partial(module, x))
+            for name, module in modules.items()
+            if name != "ours, level 2"
         },
-        options.rounds,
-        options.budget,
-    )
+        "both": {name: cpu_training(module, x, dy) for name, module in modules.items()},
+    }
     flops = floor_flops(tokens, d, h, gated)
-    for name, rows in (("forward", forward), ("both", both)):
+    for name, variants in steps.items():
+        rows = in_turn(variants, options.rounds, options.budget)
         floor = flops[name] / rate
         base = rows["layers"]["median"]
         found[name] = {"floor": floor, **rows}
         found[name]["ratios to layers"] = {k: row["median"] / base for k, row in rows.items() if k != "layers"}
         found[name]["share of the floor"] = floor / rows["ours"]["median"]
     if tokens >= 1024:
-        levels = {f"ours, level {level}": functools.partial(problem.fused, level) for level in (0, 1, 2)}
-        peaks = {name: peak_bytes(training(problem, run)) for name, run in {"layers": peer, **levels}.items()}
-        found["peak bytes of a step"] = peaks
+        found["peak bytes of a step"] = {name: peak_bytes(step) for name, step in steps["both"].items()}
     return found
 
 

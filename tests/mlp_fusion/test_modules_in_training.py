@@ -149,6 +149,35 @@ def test_few_tokens_call_the_children_and_many_do_not(gated: bool, form: str) ->
             torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_powers_of_the_scale_follow_the_scale() -> None:
+    """They are kept between calls, whatever happens to the scale in between."""
+    module = build(False, "split", dtype=torch.float32)
+    x = torch.randn(4, 5)
+
+    def agrees(other: FusedFFN) -> bool:
+        return torch.allclose(
+            other(x.to(other.projection("w_in").weight.dtype)).float(), other.as_bundle().forward(x)[0], atol=1e-4
+        )
+
+    assert agrees(module)
+    with torch.no_grad():
+        module.scale.mul_(2)  # type: ignore[union-attr]
+    assert agrees(module)
+    module.scale = torch.full((17,), 3.0)
+    assert agrees(module)
+    assert agrees(copy.deepcopy(module))
+    with torch.inference_mode():
+        module.scale = torch.full((17,), 4.0)
+        assert agrees(module)
+    module.scale = torch.full((17,), 5.0)
+    module(x).sum().backward()
+    assert agrees(module)
+    assert agrees(module.double().float())
+    swapped = torch.func.functional_call(module, {"scale": torch.ones(17)}, (x,))
+    assert not torch.allclose(swapped, module(x), atol=1e-3)
+    assert agrees(module)
+
+
 # --- children that are more than their weights -----------------------------------------------------------------------
 
 

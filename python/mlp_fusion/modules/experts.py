@@ -21,7 +21,7 @@ from fusion_kernels import fused_experts, split_gate_up
 from mlp_fusion.errors import InputError
 from mlp_fusion.modules.activations import CONFIG_ACTIVATIONS
 from mlp_fusion.modules.scaled import ScaledModule
-from mlp_fusion.neurons import NeuronBundle, scale_power
+from mlp_fusion.neurons import NeuronBundle
 
 IMPLEMENTATION = "fused"
 
@@ -185,16 +185,16 @@ class FusedExperts(ScaledModule):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states `(T, d)`, expert ids and their shares `(T, k)` -> `(T, d_out)`."""
         blocks = self._blocks()
-        if self.scale is not None and self.scale_exponent != 0.0:
-            power = scale_power(self.scale, -self.scale_exponent)
+        before, behind = self._factors()
+        if before is not None:
             weight, bias = ("w_gate", "b_gate") if self.gated else ("w_in", "b_in")
-            blocks[weight] = blocks[weight] * power.unsqueeze(2)  # type: ignore[operator]
-            blocks[bias] = None if blocks[bias] is None else blocks[bias] * power  # type: ignore[operator]
+            blocks[weight] = blocks[weight] * before.unsqueeze(2)  # type: ignore[operator]
+            blocks[bias] = None if blocks[bias] is None else blocks[bias] * before  # type: ignore[operator]
         w_in = blocks["w_in"]
         assert w_in is not None
         return fused_experts(
             hidden_states, top_k_index, top_k_weights, w_in, self.down_proj, blocks["w_gate"], b_in=blocks["b_in"],
-            b_out=self.down_proj_bias, b_gate=blocks["b_gate"], scale=self._factor(),
+            b_out=self.down_proj_bias, b_gate=blocks["b_gate"], scale=behind,
             activation=self.activation, checkpoint_level=self.checkpoint_level,
         )  # fmt: skip
 

@@ -23,7 +23,7 @@ from fusion_kernels.activations import get_activation
 from fusion_kernels.mlp.pinning import pinned
 from mlp_fusion.modules.layouts import make_projection, obstacle, read_bundle, read_projection, weights_of
 from mlp_fusion.modules.scaled import ScaledModule
-from mlp_fusion.neurons import NeuronBundle, scale_power
+from mlp_fusion.neurons import NeuronBundle
 
 Self_ = TypeVar("Self_", bound="FusedFFN")
 
@@ -76,8 +76,7 @@ class FusedFFN(ScaledModule):
         for role, module in projections.items():
             if role not in self._borrowed:
                 self.add_module(self.projection_names[role], module)
-        # A dropout that drops nothing would still draw a mask in training.
-        self.dropout: nn.Module = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
 
     @property
     def gated(self) -> bool:
@@ -112,26 +111,20 @@ class FusedFFN(ScaledModule):
                     _say_once(reason)
                 return None
             found[role] = weights_of(projection)
-        if self.scale is not None and self.scale_exponent != 0.0:
-            # The p^a in front of the activation divides rows of a weight, which costs nothing per token.
-            role = "w_gate" if "w_gate" in found else "w_in"
-            power, (weight, bias) = scale_power(self.scale, -self.scale_exponent), found[role]
-            found[role] = weight * power.unsqueeze(1), None if bias is None else bias * power
         return found
 
-    def _before_activation(self, z: Tensor) -> Tensor:
-        """Undo the p^a that the weights in front of the activation carry."""
-        if self.scale is None or self.scale_exponent == 0.0:
-            return z
-        return (z * scale_power(self.scale, -self.scale_exponent)).to(z.dtype)
+    def _activated(self, projection: nn.Module, x: Tensor, factor: Tensor | None) -> Tensor:
+        """act(projection(x) * factor)."""
+        z = projection(x)
+        return get_activation(self.activation).function(z if factor is None else _times(z, factor))
 
-    def _project_out(self, hidden: Tensor, w_out: nn.Module | None) -> Tensor:
-        factor = self._factor()
-        if factor is not None:
-            # The scale may be float32 beside a bfloat16 model; the output projection wants the model's dtype.
-            hidden = (hidden * factor).to(hidden.dtype)
-        projection = self.projection("w_out") if w_out is None else w_out
-        return self.dropout(projection(hidden))
+    def _projected(self, hidden: Tensor, factor: Tensor | None, projection: nn.Module) -> Tensor:
+        """dropout(projection(hidden * factor))."""
+        return self._dropped(projection(hidden if factor is None else _times(hidden, factor)))
+
+    def _dropped(self, y: Tensor) -> Tensor:
+        # A dropout that drops nothing would still draw a mask in training.
+        return self.dropout(y) if self.dropout.p > 0.0 else y
 
     @classmethod
     def from_bundle(
@@ -225,6 +218,18 @@ class FusedFFN(ScaledModule):
         self._forget_scale()
 
 
+def _times(hidden: Tensor, factor: Tensor) -> Tensor:
+    """hidden * factor in the dtype of hidden; the factor may be float32 beside a bfloat16 model."""
+    return (hidden * factor).to(hidden.dtype)
+
+
+def _rows_times(weight: Tensor, bias: Tensor | None, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A projection whose outputs are multiplied by the factor: a pass over the weight, and none per token."""
+    if factor is None:
+        return weight, bias
+    return weight * factor.unsqueeze(1), None if bias is None else bias * factor
+
+
 @functools.cache
 def _say_once(reason: str) -> None:
     warnings.warn(
@@ -274,13 +279,14 @@ class FusedMLP(FusedFFN):
 
     def forward(self, x: Tensor, w_out: nn.Module | None = None) -> Tensor:
         """`(..., d)` -> `(..., d_out)`; `w_out` is the output projection where it is not this module's own."""
+        before, behind = self._factors()
         weights = None if self._has_few_tokens(x) else self._weights(w_out)
-        if weights is not None:
-            level = self.checkpoint_level
-            y = fused_mlp(x, *weights["w_in"], *weights["w_out"], self._factor(), self.activation, level)
-            return self.dropout(y)
-        z = self._before_activation(self.projection("w_in")(x))
-        return self._project_out(get_activation(self.activation).function(z), w_out)
+        if weights is None:
+            hidden = self._activated(self.projection("w_in"), x, before)
+            return self._projected(hidden, behind, self.projection("w_out") if w_out is None else w_out)
+        w_in, b_in = _rows_times(*weights["w_in"], before)
+        level = self.checkpoint_level
+        return self._dropped(fused_mlp(x, w_in, b_in, *weights["w_out"], behind, self.activation, level))
 
 
 class FusedGLU(FusedFFN):
@@ -309,15 +315,15 @@ class FusedGLU(FusedFFN):
         return _from_projections(cls, projections, activation, scale, parameterization, checkpoint_level)
 
     def forward(self, x: Tensor) -> Tensor:
+        before, behind = self._factors()
         weights = None if self._has_few_tokens(x) else self._weights(None)
-        if weights is not None:
-            (w_gate, b_gate), (w_up, b_up), (w_down, b_down) = (weights[r] for r in ("w_gate", "w_in", "w_out"))
-            biases = b_gate, b_up, b_down
-            level = self.checkpoint_level
-            y = fused_glu_mlp(x, w_gate, w_up, w_down, *biases, self._factor(), self.activation, level)
-            return self.dropout(y)
-        gate = get_activation(self.activation).function(self._before_activation(self.projection("w_gate")(x)))
-        return self._project_out(gate * self.projection("w_in")(x), None)
+        if weights is None:
+            gate = self._activated(self.projection("w_gate"), x, before)
+            return self._projected(gate * self.projection("w_in")(x), behind, self.projection("w_out"))
+        w_gate, b_gate = _rows_times(*weights["w_gate"], before)
+        (w_up, b_up), (w_down, b_down) = weights["w_in"], weights["w_out"]
+        biases, level = (b_gate, b_up, b_down), self.checkpoint_level
+        return self._dropped(fused_glu_mlp(x, w_gate, w_up, w_down, *biases, behind, self.activation, level))
 
 
 def _from_projections(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fusion_kernels.activations import get_activation
-from mlp_fusion.neurons import SCALE_EXPONENTS, check_parameterization, output_factor
+from mlp_fusion.neurons import SCALE_EXPONENTS, check_parameterization, output_factor, scale_power
 
 Self_ = TypeVar("Self_", bound="ScaledModule")
 
@@ -38,6 +38,7 @@ class ScaledModule(nn.Module):
         if checkpoint_level not in (0, 1, 2):
             raise ValueError(f"checkpoint_level must be 0, 1 or 2, got {checkpoint_level!r}")
         self.checkpoint_level = checkpoint_level
+        self._kept: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
         if scale is not None and parameterization == "folded":
             raise ValueError("a folded module has its scale inside the output weights: pass scale=None")
         if isinstance(scale, nn.Parameter):
@@ -55,9 +56,29 @@ class ScaledModule(nn.Module):
         """Whether the activation of a gate projection multiplies an up projection."""
         raise NotImplementedError
 
-    def _factor(self) -> Tensor | None:
-        """What multiplies the activations, in the shape of the scale, or None."""
-        return None if self.scale is None else output_factor(self.scale, self.scale_exponent, self.gated)
+    def _factors(self) -> tuple[Tensor | None, Tensor | None]:
+        """What multiplies pre-activations (of a gated block, the gate's) and what multiplies activations; None for 1.
+
+        Powers of the scale are kept from call to call, until it is another tensor or somebody has written to it.
+        """
+        scale, a = self.scale, self.scale_exponent
+        if scale is None or a == 0.0:
+            return None, scale
+        keep = not (
+            torch.compiler.is_compiling()
+            or torch.is_inference_mode_enabled()
+            or scale.requires_grad
+            or scale.is_inference()
+            or type(scale) is not Tensor
+        )
+        if keep and self._kept is not None and self._kept[0] is scale and self._kept[1] == scale._version:
+            return self._kept[2]
+        factors = scale_power(scale, -a), output_factor(scale, a, self.gated)
+        self._kept = (scale, scale._version, factors) if keep else None
+        return factors
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
     def _forget_scale(self) -> None:
         """After p went into the weights."""
