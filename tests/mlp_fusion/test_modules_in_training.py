@@ -140,6 +140,7 @@ def test_few_tokens_call_the_children_and_many_do_not(gated: bool, form: str) ->
     few = {"folded": 32, "scaled": 40, "split": 80}[form]
     with mlp_backend("auto"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(ffn, "obstacle", lambda _: None)
+        patch.setattr(ffn, "FEW_TOKENS", 32)
         for tokens, through in [(0, True), (1, True), (few, True), (few + 1, False)]:
             called.clear()
             x = torch.randn(tokens, 40)

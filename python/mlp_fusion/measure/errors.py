@@ -38,7 +38,8 @@ def relative_error(approximation: Tensor, exact: Tensor) -> float:
     return difference / norm
 
 
-def _parts(bundle: NeuronBundle) -> dict[str, tuple[str, ...]]:
+def ffn_parts(bundle: NeuronBundle) -> dict[str, tuple[str, ...]]:
+    """Part (`w_in`, `b_in`, `w_out`) -> the bundle's tensors in it; parts that the FFN lacks are left out."""
     weights = ("w_gate", "w_in") if bundle.gated else ("w_in",)
     biases = tuple(name for name in ("b_gate", "b_in") if getattr(bundle, name) is not None)
     return {"w_in": weights, **({"b_in": biases} if biases else {}), "w_out": ("w_out",)}
@@ -60,7 +61,7 @@ def ffn_errors(original: NeuronBundle, fused: NeuronBundle, x: Tensor) -> FFNErr
     for kernel in KERNELS:
         totals: list[Tensor] = [torch.zeros(()), torch.zeros(())]
         errors: dict[str, float] = {}
-        for part, names in _parts(original).items():
+        for part, names in ffn_parts(original).items():
             grams = [ntk_gram(b, x, params=names, kernel=kernel) for b in (fused, original)]
             errors[part] = relative_error(*grams)
             totals = [total + gram for total, gram in zip(totals, grams, strict=True)]
