@@ -6,8 +6,7 @@ import functools
 import importlib.util
 from typing import Any
 
-import torch
-
+from fusion_kernels import native
 from fusion_kernels.reference.kmeans import Results
 
 
@@ -16,13 +15,7 @@ def why_not() -> str | None:
     """In one line why the backend cannot run here, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: install triton>=3.6"
-    if torch.version.hip is not None:
-        return "it is for NVIDIA GPUs: this torch is built for AMD's"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
-    if min(torch.cuda.get_device_capability(i)[0] for i in range(torch.cuda.device_count())) < 8:
-        return "it needs GPUs of compute capability 8.0 or newer"
-    return None
+    return native.no_gpu()
 
 
 def kmeans(*arguments: Any) -> Results:

@@ -1,0 +1,110 @@
+// Tiles of K in the arithmetic of float or double: products by multiply-add, a slice of both operands in shared memory
+// while the next is on its way in registers.
+#include "store.cuh"
+
+namespace mlp_fusion::cuda {
+namespace {
+
+using namespace plain_cores;
+
+// 16 bytes.
+template <class T>
+struct alignas(16) Group {
+  T value[Shape<T>::kGroup];
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<T> gram) {
+  using S = Shape<T>;
+  using Accumulator = T[S::kOwn][S::kOwn];
+  __shared__ __align__(16) T shared[2][2][kSlice][S::kPitch];  // buffer, side, column of the slice, row
+  const int thread = threadIdx.x, across = thread % 16, down = thread / 16;
+  const Tile tile = tile_of_block(gram, S::kEdge);
+  const int64_t row = tile.row * S::kEdge, column = tile.column * S::kEdge, width = gram.columns.all();
+  const int64_t slices = width / kSlice;
+
+  Group<T> ahead[2][S::kCopies];
+  const auto fetch = [&](int64_t slice) {
+#pragma unroll
+    for (int copy = 0; copy < S::kCopies; ++copy) {
+      // Rows beyond the last are read as the last, and not stored.
+      const tensor_cores::Piece at = copied<T>(thread, copy);
+      const int64_t begin = slice * kSlice + at.piece * S::kGroup;
+      const int64_t i = least(row + at.row, gram.n1 - 1), j = least(column + at.row, gram.n2 - 1);
+      ahead[0][copy] = *reinterpret_cast<const Group<T>*>(static_cast<const T*>(gram.left) + i * width + begin);
+      ahead[1][copy] = *reinterpret_cast<const Group<T>*>(static_cast<const T*>(gram.right) + j * width + begin);
+    }
+  };
+  const auto settle = [&](int buffer) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+#pragma unroll
+      for (int copy = 0; copy < S::kCopies; ++copy) {
+        const tensor_cores::Piece at = copied<T>(thread, copy);
+#pragma unroll
+        for (int k = 0; k < S::kGroup; ++k) {
+          shared[buffer][side][at.piece * S::kGroup + k][at.row] = ahead[side][copy].value[k];
+        }
+      }
+    }
+  };
+  const auto advance = [&](int64_t slice, Accumulator& sum) {
+    const int buffer = slice % 2;
+    settle(buffer);
+    // One barrier per slice: who writes a buffer again has passed the barrier behind its last reads.
+    __syncthreads();
+    if (slice + 1 < slices) fetch(slice + 1);
+#pragma unroll 4
+    for (int k = 0; k < kSlice; ++k) {
+      T a[S::kOwn], b[S::kOwn];
+#pragma unroll
+      for (int i = 0; i < S::kOwn; i += S::kGroup) {
+        *reinterpret_cast<Group<T>*>(a + i) =
+            *reinterpret_cast<const Group<T>*>(&shared[buffer][0][k][own<T>(down, i)]);
+        *reinterpret_cast<Group<T>*>(b + i) =
+            *reinterpret_cast<const Group<T>*>(&shared[buffer][1][k][own<T>(across, i)]);
+      }
+#pragma unroll
+      for (int i = 0; i < S::kOwn; ++i) {
+#pragma unroll
+        for (int j = 0; j < S::kOwn; ++j) sum[i][j] += a[i] * b[j];
+      }
+    }
+  };
+
+  if (slices > 0) fetch(0);
+  Accumulator inputs = {}, total = {};
+  const int64_t behind_inputs = gram.columns.inputs / kSlice;
+  const int64_t behind_slopes = behind_inputs + gram.columns.slopes() / kSlice;
+  int64_t slice = 0;
+  for (; slice < behind_inputs; ++slice) advance(slice, inputs);
+  for (; slice < behind_slopes; ++slice) advance(slice, total);
+#pragma unroll
+  for (int i = 0; i < S::kOwn; ++i) {
+#pragma unroll
+    for (int j = 0; j < S::kOwn; ++j) total[i][j] *= inputs[i][j] + gram.bias;
+  }
+  for (; slice < slices; ++slice) advance(slice, total);
+
+#pragma unroll
+  for (int i = 0; i < S::kOwn; ++i) {
+#pragma unroll
+    for (int j = 0; j < S::kOwn; ++j) store(gram, row + own<T>(down, i), column + own<T>(across, j), total[i][j]);
+  }
+}
+
+}  // namespace
+
+template <class T>
+cudaError_t gram_plain(const Gram<T>& gram, cudaStream_t stream) {
+  const int64_t grid = grid_of(gram, Shape<T>::kEdge);
+  if (grid == 0) return cudaSuccess;
+  if (grid < 0) return cudaErrorInvalidConfiguration;
+  gram_kernel<T><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(gram);
+  return cudaGetLastError();
+}
+
+template cudaError_t gram_plain(const Gram<float>&, cudaStream_t);
+template cudaError_t gram_plain(const Gram<double>&, cudaStream_t);
+
+}  // namespace mlp_fusion::cuda
