@@ -1,7 +1,8 @@
 """The compiled libraries, if this installation has them: found next to the package and loaded once.
 
-`_C*.so` is the CPU's, `_cuda*.so` the one for NVIDIA GPUs. Missing compiled code is never fatal: :data:`UNAVAILABLE` and
-:func:`cuda_unavailable` say in one line why, and the operators that would use it say so in `fusion_kernels.backends()`.
+`_C*.so` is the CPU's, `_cuda*.so` the one for NVIDIA GPUs. Missing compiled code is never fatal: :data:`UNAVAILABLE`
+and :func:`cuda_unavailable` say in one line why, and the operators that would use it say so in
+`fusion_kernels.backends()`.
 """
 
 from __future__ import annotations
@@ -23,11 +24,9 @@ def load(folder: Path, name: str = "_C") -> str | None:
     """Load the compiled library `name` of `folder`; return None, or in one line why it cannot be used."""
     found = sorted(path for suffix in (".so", ".dylib", ".pyd", ".dll") for path in folder.glob(f"{name}*{suffix}"))
     if not found:
-        compiler = (
-            "MLP_FUSION_BUILD=cuda, nvcc and a CUDA build of torch" if name == "_cuda" else "a C++ compiler, torch"
-        )
+        tools = "MLP_FUSION_BUILD=cuda, nvcc, torch with CUDA" if name == "_cuda" else "a C++ compiler, torch"
         return (
-            f"the compiled library is not there ({folder}/{name}*.so): install with {compiler} in the "
+            f"the compiled library is not there ({folder}/{name}*.so): install with {tools} in the "
             "environment and `pip install --no-build-isolation`"
         )
     try:
@@ -63,7 +62,7 @@ def no_gpu() -> str | None:
 
 @functools.cache
 def cuda_unavailable() -> str | None:
-    """In one line why the CUDA library cannot be used here, or None; loads it when first called on a machine with GPUs."""
+    """In one line why the CUDA library cannot be used here, or None. It is loaded here, where there are GPUs."""
     return no_gpu() or load(Path(__file__).parent, "_cuda")
 
 

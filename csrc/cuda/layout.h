@@ -7,8 +7,10 @@
 
 #if defined(__CUDACC__)
 #define MLP_HD __host__ __device__ __forceinline__
+#define MLP_UNROLL _Pragma("unroll")
 #else
 #define MLP_HD inline
+#define MLP_UNROLL
 #endif
 
 namespace mlp_fusion::cuda {
@@ -20,8 +22,6 @@ constexpr int kDepth = 32;
 MLP_HD int64_t padded_columns(int64_t columns) { return (columns + kDepth - 1) / kDepth * kDepth; }
 
 MLP_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// --- which tile of the result ----------------------------------------------------------------------------------------
 
 struct Tile {
   int64_t row, column;
@@ -59,11 +59,10 @@ MLP_HD Tile tile_at(int64_t index, int64_t rows, int64_t columns, bool symmetric
   return {band + corner.row, band + corner.column};
 }
 
-// --- the tensor cores' tile --------------------------------------------------------------------------------------------
-//
-// 8 warps, 2 x 4, of 64 x 32 results each: 4 x 4 products of mma.m16n8k16. A stage of shared memory holds, for each plane
-// of each side, 128 rows of kDepth bfloat16: 4 pieces of 16 bytes, exchanged among themselves so that the 8 rows that
-// ldmatrix reads at a time, and the 8 pieces that neighbouring threads write, lie in different banks.
+// The tensor cores' tile: 8 warps, 2 x 4, of 64 x 32 results each, 4 x 4 products of mma.m16n8k16. A stage of shared
+// memory holds, for each plane of each side, 128 rows of kDepth bfloat16: 4 pieces of 16 bytes, exchanged among themselves
+// so that the 8 rows that ldmatrix reads at a time, and the 8 pieces that neighbouring threads write, lie in different
+// banks.
 namespace tensor_cores {
 
 constexpr int kEdge = 128, kThreads = 256, kWarpsAcross = 4, kWarpRows = 64, kWarpColumns = 32;
@@ -80,6 +79,9 @@ MLP_HD constexpr int shared_bytes(int planes) { return stages(planes) * stage_el
 struct Piece {
   int row, piece;
 };
+
+// The element of a stage at which a plane of a side (0: left, 1: right) begins.
+MLP_HD int plane_offset(int planes, int side, int plane) { return (side * planes + plane) * kPlane; }
 
 // The element of a plane at which a piece of a row begins.
 MLP_HD int shared_offset(Piece at) { return at.row * kDepth + ((at.piece ^ ((at.row >> 1) & 3)) * kPiece); }
@@ -113,12 +115,47 @@ MLP_HD constexpr int passes(int planes) { return planes == 1 ? 1 : 3; }
 MLP_HD int left_plane(int planes, int pass) { return planes == 2 && pass == 0 ? 1 : 0; }
 MLP_HD int right_plane(int planes, int pass) { return planes == 2 && pass == 1 ? 1 : 0; }
 
+// Add the product of one stage, of this warp's rows and columns, to `sum`. With two planes the tensor cores, which truncate
+// as they add, sum 16 columns only; those sums are added by additions that round. A Warp loads fragments (16 x 16 of a
+// plane, `rows` below its first) and multiplies the left one with the first or second 8 rows of the right one.
+template <int kPlanes, class Warp>
+MLP_HD void multiply_stage(const Warp& warp, typename Warp::Sum (&sum)[kDown][kAcross]) {
+  using Fragment = typename Warp::Fragment;
+#if defined(__CUDACC__)
+  // Unrolled, two planes take more registers than there are.
+#pragma unroll(kPlanes == 1 ? kDepth / 16 : 1)
+#endif
+  for (int step = 0; step < kDepth / 16; ++step) {
+    Fragment right[kPlanes][kAcross / 2];
+    MLP_UNROLL for (int plane = 0; plane < kPlanes; ++plane) {
+      MLP_UNROLL for (int pair = 0; pair < kAcross / 2; ++pair) {
+        right[plane][pair] = warp.right(plane, 16 * pair, step);
+      }
+    }
+    MLP_UNROLL for (int down = 0; down < kDown; ++down) {
+      Fragment left[kPlanes];
+      MLP_UNROLL for (int plane = 0; plane < kPlanes; ++plane) left[plane] = warp.left(plane, 16 * down, step);
+      MLP_UNROLL for (int across = 0; across < kAcross; ++across) {
+        if (kPlanes == 1) {
+          warp.multiply_add(sum[down][across], left[0], right[0][across / 2], across % 2);
+        } else {
+          typename Warp::Sum part = {};
+          MLP_UNROLL for (int pass = 0; pass < passes(kPlanes); ++pass) {
+            const Fragment& of_right = right[right_plane(kPlanes, pass)][across / 2];
+            warp.multiply_add(part, left[left_plane(kPlanes, pass)], of_right, across % 2);
+          }
+          warp.add(sum[down][across], part);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace tensor_cores
 
-// --- the tile without tensor cores --------------------------------------------------------------------------------------
-//
-// 16 x 16 threads. A thread has two groups of neighbouring rows and two of columns, 16 bytes each, half a tile apart, so
-// that a warp reads neighbouring words of shared memory. Shared memory holds kSlice columns of both sides, transposed.
+// The tile without tensor cores: 16 x 16 threads. A thread has two groups of neighbouring rows and two of columns, 16 bytes
+// each, half a tile apart, so that a warp reads neighbouring words of shared memory, which holds kSlice columns of both
+// sides, transposed.
 namespace plain_cores {
 
 constexpr int kThreads = 256, kSlice = 16;

@@ -1,6 +1,6 @@
 // Tiles of K in the arithmetic of float or double: products by multiply-add, a slice of both operands in shared memory
 // while the next is on its way in registers.
-#include "store.cuh"
+#include "ntk.h"
 
 namespace mlp_fusion::cuda {
 namespace {
@@ -19,14 +19,13 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<T> gram) {
   using Accumulator = T[S::kOwn][S::kOwn];
   __shared__ __align__(16) T shared[2][2][kSlice][S::kPitch];  // buffer, side, column of the slice, row
   const int thread = threadIdx.x, across = thread % 16, down = thread / 16;
-  const Tile tile = tile_of_block(gram, S::kEdge);
+  const Tile tile = tile_of(gram, S::kEdge, blockIdx.x);
   const int64_t row = tile.row * S::kEdge, column = tile.column * S::kEdge, width = gram.columns.all();
   const int64_t slices = width / kSlice;
 
   Group<T> ahead[2][S::kCopies];
   const auto fetch = [&](int64_t slice) {
-#pragma unroll
-    for (int copy = 0; copy < S::kCopies; ++copy) {
+    MLP_UNROLL for (int copy = 0; copy < S::kCopies; ++copy) {
       // Rows beyond the last are read as the last, and not stored.
       const tensor_cores::Piece at = copied<T>(thread, copy);
       const int64_t begin = slice * kSlice + at.piece * S::kGroup;
@@ -36,13 +35,10 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<T> gram) {
     }
   };
   const auto settle = [&](int buffer) {
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-#pragma unroll
-      for (int copy = 0; copy < S::kCopies; ++copy) {
+    MLP_UNROLL for (int side = 0; side < 2; ++side) {
+      MLP_UNROLL for (int copy = 0; copy < S::kCopies; ++copy) {
         const tensor_cores::Piece at = copied<T>(thread, copy);
-#pragma unroll
-        for (int k = 0; k < S::kGroup; ++k) {
+        MLP_UNROLL for (int k = 0; k < S::kGroup; ++k) {
           shared[buffer][side][at.piece * S::kGroup + k][at.row] = ahead[side][copy].value[k];
         }
       }
@@ -57,17 +53,14 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<T> gram) {
 #pragma unroll 4
     for (int k = 0; k < kSlice; ++k) {
       T a[S::kOwn], b[S::kOwn];
-#pragma unroll
-      for (int i = 0; i < S::kOwn; i += S::kGroup) {
+      MLP_UNROLL for (int i = 0; i < S::kOwn; i += S::kGroup) {
         *reinterpret_cast<Group<T>*>(a + i) =
             *reinterpret_cast<const Group<T>*>(&shared[buffer][0][k][own<T>(down, i)]);
         *reinterpret_cast<Group<T>*>(b + i) =
             *reinterpret_cast<const Group<T>*>(&shared[buffer][1][k][own<T>(across, i)]);
       }
-#pragma unroll
-      for (int i = 0; i < S::kOwn; ++i) {
-#pragma unroll
-        for (int j = 0; j < S::kOwn; ++j) sum[i][j] += a[i] * b[j];
+      MLP_UNROLL for (int i = 0; i < S::kOwn; ++i) {
+        MLP_UNROLL for (int j = 0; j < S::kOwn; ++j) sum[i][j] += a[i] * b[j];
       }
     }
   };
@@ -79,17 +72,13 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<T> gram) {
   int64_t slice = 0;
   for (; slice < behind_inputs; ++slice) advance(slice, inputs);
   for (; slice < behind_slopes; ++slice) advance(slice, total);
-#pragma unroll
-  for (int i = 0; i < S::kOwn; ++i) {
-#pragma unroll
-    for (int j = 0; j < S::kOwn; ++j) total[i][j] *= inputs[i][j] + gram.bias;
+  MLP_UNROLL for (int i = 0; i < S::kOwn; ++i) {
+    MLP_UNROLL for (int j = 0; j < S::kOwn; ++j) total[i][j] *= inputs[i][j] + gram.bias;
   }
   for (; slice < slices; ++slice) advance(slice, total);
 
-#pragma unroll
-  for (int i = 0; i < S::kOwn; ++i) {
-#pragma unroll
-    for (int j = 0; j < S::kOwn; ++j) store(gram, row + own<T>(down, i), column + own<T>(across, j), total[i][j]);
+  MLP_UNROLL for (int i = 0; i < S::kOwn; ++i) {
+    MLP_UNROLL for (int j = 0; j < S::kOwn; ++j) store(gram, row + own<T>(down, i), column + own<T>(across, j), total[i][j]);
   }
 }
 
@@ -97,9 +86,9 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<T> gram) {
 
 template <class T>
 cudaError_t gram_plain(const Gram<T>& gram, cudaStream_t stream) {
-  const int64_t grid = grid_of(gram, Shape<T>::kEdge);
+  const int64_t grid = tiles_of(gram, Shape<T>::kEdge);
   if (grid == 0) return cudaSuccess;
-  if (grid < 0) return cudaErrorInvalidConfiguration;
+  if (grid > kMostBlocks) return cudaErrorInvalidConfiguration;
   gram_kernel<T><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(gram);
   return cudaGetLastError();
 }

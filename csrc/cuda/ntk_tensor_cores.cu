@@ -1,5 +1,5 @@
 // Tiles of K on tensor cores: mma.sync on bfloat16, operands through a ring of stages in shared memory.
-#include "store.cuh"
+#include "ntk.h"
 
 namespace mlp_fusion::cuda {
 namespace {
@@ -17,63 +17,43 @@ __device__ __forceinline__ void wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(from)
-               : "memory");
-}
-
-__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-using Accumulator = float[kDown][kAcross][4];
-
-// Add the product of one stage to the accumulator. With two planes the tensor cores, which truncate as they add, sum 16
-// columns only; those sums are added to the accumulator by additions that round.
+// One warp at work on one stage.
 template <int kPlanes>
-__device__ __forceinline__ void multiply_stage(uint32_t stage, int left_first, int right_first, Accumulator& sum) {
-  constexpr int side = kPlanes * kPlane;
-  const auto load = [stage](uint32_t(&to)[4], int offset) { load_matrices(to, stage + offset * 2); };
-// Unrolled, two planes take more registers than there are.
-#pragma unroll(kPlanes == 1 ? kDepth / 16 : 1)
-  for (int step = 0; step < kDepth / 16; ++step) {
-    uint32_t right[kPlanes][kAcross / 2][4];
-#pragma unroll
-    for (int p = 0; p < kPlanes; ++p) {
-#pragma unroll
-      for (int pair = 0; pair < kAcross / 2; ++pair) {
-        load(right[p][pair], side + p * kPlane + fragment_offset(right_first, 16 * pair, step));
-      }
-    }
-#pragma unroll
-    for (int down = 0; down < kDown; ++down) {
-      uint32_t left[kPlanes][4];
-#pragma unroll
-      for (int p = 0; p < kPlanes; ++p) load(left[p], p * kPlane + fragment_offset(left_first, 16 * down, step));
-#pragma unroll
-      for (int across = 0; across < kAcross; ++across) {
-        if constexpr (kPlanes == 1) {
-          const uint32_t(&b)[4] = right[0][across / 2];
-          multiply_add(sum[down][across], left[0], b[across % 2 * 2], b[across % 2 * 2 + 1]);
-        } else {
-          float part[4] = {};
-#pragma unroll
-          for (int pass = 0; pass < passes(kPlanes); ++pass) {
-            const uint32_t(&b)[4] = right[right_plane(kPlanes, pass)][across / 2];
-            multiply_add(part, left[left_plane(kPlanes, pass)], b[across % 2 * 2], b[across % 2 * 2 + 1]);
-          }
-#pragma unroll
-          for (int e = 0; e < 4; ++e) sum[down][across][e] += part[e];
-        }
-      }
-    }
+struct Warp {
+  struct Fragment {
+    uint32_t r[4];
+  };
+  struct Sum {
+    float e[4];
+  };
+
+  uint32_t stage;                // address in shared memory
+  int left_first, right_first;   // offsets in a plane of this lane's row of the first fragments
+
+  __device__ __forceinline__ Fragment load(int offset) const {
+    Fragment to;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to.r[0]), "=r"(to.r[1]), "=r"(to.r[2]), "=r"(to.r[3])
+                 : "r"(stage + offset * 2)
+                 : "memory");
+    return to;
   }
-}
+  __device__ __forceinline__ Fragment left(int plane, int rows, int step) const {
+    return load(plane_offset(kPlanes, 0, plane) + fragment_offset(left_first, rows, step));
+  }
+  __device__ __forceinline__ Fragment right(int plane, int rows, int step) const {
+    return load(plane_offset(kPlanes, 1, plane) + fragment_offset(right_first, rows, step));
+  }
+  __device__ __forceinline__ void multiply_add(Sum& c, const Fragment& a, const Fragment& b, int half) const {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c.e[0]), "+f"(c.e[1]), "+f"(c.e[2]), "+f"(c.e[3])
+        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[2 * half]), "r"(b.r[2 * half + 1]));
+  }
+  __device__ __forceinline__ void add(Sum& sum, const Sum& part) const {
+    MLP_UNROLL for (int e = 0; e < 4; ++e) sum.e[e] += part.e[e];
+  }
+};
 
 template <int kPlanes>
 __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<float> gram) {
@@ -82,13 +62,12 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<float> gra
   constexpr uint32_t kStageBytes = stage_elements(kPlanes) * 2;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const uint32_t ring = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
-  const Tile tile = tile_of_block(gram, kEdge);
+  const Tile tile = tile_of(gram, kEdge, blockIdx.x);
   const int64_t row = tile.row * kEdge, column = tile.column * kEdge, width = gram.columns.all();
 
   // Rows beyond the last are read as the last, and not stored.
   const uint16_t *left[kCopies], *right[kCopies];
-#pragma unroll
-  for (int copy = 0; copy < kCopies; ++copy) {
+  MLP_UNROLL for (int copy = 0; copy < kCopies; ++copy) {
     const Piece at = copied(thread, copy);
     left[copy] = static_cast<const uint16_t*>(gram.left) + least(row + at.row, gram.n1 - 1) * width + at.piece * kPiece;
     right[copy] =
@@ -98,13 +77,11 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<float> gra
   const auto fetch = [&](int step) {
     if (step < steps) {
       const uint32_t stage = ring + step % kStages * kStageBytes;
-#pragma unroll
-      for (int p = 0; p < kPlanes; ++p) {
-#pragma unroll
-        for (int copy = 0; copy < kCopies; ++copy) {
-          const uint32_t to = stage + (p * kPlane + shared_offset(copied(thread, copy))) * 2;
-          copy_async(to, left[copy] + p * gram.n1 * width + step * kDepth);
-          copy_async(to + kPlanes * kPlane * 2, right[copy] + p * gram.n2 * width + step * kDepth);
+      MLP_UNROLL for (int p = 0; p < kPlanes; ++p) {
+        MLP_UNROLL for (int copy = 0; copy < kCopies; ++copy) {
+          const int at = shared_offset(copied(thread, copy));
+          copy_async(stage + (plane_offset(kPlanes, 0, p) + at) * 2, left[copy] + p * gram.n1 * width + step * kDepth);
+          copy_async(stage + (plane_offset(kPlanes, 1, p) + at) * 2, right[copy] + p * gram.n2 * width + step * kDepth);
         }
       }
     }
@@ -112,39 +89,33 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<float> gra
   };
   const int left_first = shared_offset(left_fragment(lane, warp_row(warp)));
   const int right_first = shared_offset(right_fragment(lane, warp_column(warp)));
-  const auto advance = [&](int step, Accumulator& sum) {
+  using Sum = typename Warp<kPlanes>::Sum;
+  const auto advance = [&](int step, Sum(&sum)[kDown][kAcross]) {
     wait<kStages - 2>();
     __syncthreads();  // the stage is there for all, and all are past the one that is overwritten next
     fetch(step + kStages - 1);
-    multiply_stage<kPlanes>(ring + step % kStages * kStageBytes, left_first, right_first, sum);
+    multiply_stage<kPlanes>(Warp<kPlanes>{ring + step % kStages * kStageBytes, left_first, right_first}, sum);
   };
 
-#pragma unroll
-  for (int step = 0; step < kStages - 1; ++step) fetch(step);
-  Accumulator inputs = {}, total = {};
+  MLP_UNROLL for (int step = 0; step < kStages - 1; ++step) fetch(step);
+  Sum inputs[kDown][kAcross] = {}, total[kDown][kAcross] = {};
   const int behind_inputs = static_cast<int>(gram.columns.inputs / kDepth);
   const int behind_slopes = behind_inputs + static_cast<int>(gram.columns.slopes() / kDepth);
   int step = 0;
   for (; step < behind_inputs; ++step) advance(step, inputs);
   for (; step < behind_slopes; ++step) advance(step, total);
-#pragma unroll
-  for (int down = 0; down < kDown; ++down) {
-#pragma unroll
-    for (int across = 0; across < kAcross; ++across) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) total[down][across][e] *= inputs[down][across][e] + gram.bias;
+  MLP_UNROLL for (int down = 0; down < kDown; ++down) {
+    MLP_UNROLL for (int across = 0; across < kAcross; ++across) {
+      MLP_UNROLL for (int e = 0; e < 4; ++e) total[down][across].e[e] *= inputs[down][across].e[e] + gram.bias;
     }
   }
   for (; step < steps; ++step) advance(step, total);
 
-#pragma unroll
-  for (int down = 0; down < kDown; ++down) {
-#pragma unroll
-    for (int across = 0; across < kAcross; ++across) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
+  MLP_UNROLL for (int down = 0; down < kDown; ++down) {
+    MLP_UNROLL for (int across = 0; across < kAcross; ++across) {
+      MLP_UNROLL for (int e = 0; e < 4; ++e) {
         const Tile at = result(warp, lane, down, across, e);
-        store(gram, row + at.row, column + at.column, total[down][across][e]);
+        store(gram, row + at.row, column + at.column, total[down][across].e[e]);
       }
     }
   }
@@ -152,9 +123,9 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<float> gra
 
 template <int kPlanes>
 cudaError_t launch(const Gram<float>& gram, cudaStream_t stream) {
-  const int64_t grid = grid_of(gram, kEdge);
+  const int64_t grid = tiles_of(gram, kEdge);
   if (grid == 0) return cudaSuccess;
-  if (grid < 0) return cudaErrorInvalidConfiguration;
+  if (grid > kMostBlocks) return cudaErrorInvalidConfiguration;
   constexpr int bytes = shared_bytes(kPlanes);
   const cudaError_t error =
       cudaFuncSetAttribute(gram_kernel<kPlanes>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

@@ -9,7 +9,7 @@ kernels with an axis of outputs are products by cuBLAS altogether (`blocks.py`).
 Precisions of float32 kernels, the error relative to the largest products that are summed:
 
     highest   multiply-add in float32, without tensor cores
-    bf16x3    each value as the sum of two bfloat16, 16 significant bits; three products on tensor cores, summed in float32
+    bf16x3    each value as the sum of two bfloat16, 16 significant bits; three products on tensor cores
     bf16      each value rounded to bfloat16, 8 significant bits; one product
 
 float64 kernels have float64 multiply-add, `highest`.
