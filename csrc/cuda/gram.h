@@ -3,9 +3,9 @@
 //   K = constant + H1 H2ᵀ + (X1 X2ᵀ + bias) ∘ (S1 S2ᵀ)
 //
 // of two operands (operand.h), each the columns X | S | H of its rows. One block of threads computes one tile of K with
-// two accumulators: X1 X2ᵀ in the first, S1 S2ᵀ in the second, which is then multiplied by the first and goes on to H1 H2ᵀ.
-// Nothing of the size of K is stored but K. Each value of K has one summation order, which depends on the number of
-// columns alone.
+// two accumulators: X1 X2ᵀ in the first, S1 S2ᵀ in the second, which is then multiplied by the first and goes on to
+// H1 H2ᵀ. Nothing of the size of K is stored but K. Each value of K has one summation order, which depends on the number
+// of columns alone.
 #pragma once
 
 #include "operand.h"
@@ -50,16 +50,23 @@ MLP_HD void stream(T* to, T value) {
 #endif
 }
 
-// Write one value of K to where it belongs, and in a symmetric K to its mirror image. Values above the diagonal are left
-// to the mirror, which makes the two triangles equal to the bit.
+// Whether every value of a tile exists and, in a symmetric K, lies below the diagonal.
 template <class T>
-MLP_HD void store(const Gram<T>& gram, int64_t row, int64_t column, T value) {
-  if (row >= gram.n1 || column >= gram.n2 || (gram.symmetric && column > row)) return;
+MLP_HD bool is_inner(const Gram<T>& gram, Tile tile, int64_t edge) {
+  return (tile.row + 1) * edge <= gram.n1 && (tile.column + 1) * edge <= gram.n2 &&
+         !(gram.symmetric && tile.row == tile.column);
+}
+
+// Write one value of K to where it belongs, and in a symmetric K to its mirror image. Values above the diagonal are left
+// to the mirror, which makes the two triangles equal to the bit. `inner`: of a tile of which nothing is left out.
+template <class T>
+MLP_HD void store(const Gram<T>& gram, bool inner, int64_t row, int64_t column, T value) {
+  if (!inner && (row >= gram.n1 || column >= gram.n2 || (gram.symmetric && column > row))) return;
   T* const at = gram.out + row * gram.stride + column;
   value += gram.constant;
   if (gram.accumulate) value += *at;
   stream(at, value);
-  if (gram.symmetric && column < row) stream(gram.out + column * gram.stride + row, value);
+  if (gram.symmetric && (inner || column < row)) stream(gram.out + column * gram.stride + row, value);
 }
 
 }  // namespace mlp_fusion::cuda

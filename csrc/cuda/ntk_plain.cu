@@ -14,6 +14,11 @@ struct alignas(16) Group {
 };
 
 template <class T>
+__device__ __forceinline__ Group<T> group(const T* from) {
+  return *reinterpret_cast<const Group<T>*>(from);
+}
+
+template <class T>
 __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<T> gram) {
   using S = Shape<T>;
   using Accumulator = T[S::kOwn][S::kOwn];
@@ -30,8 +35,8 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<T> gram) {
       const tensor_cores::Piece at = copied<T>(thread, copy);
       const int64_t begin = slice * kSlice + at.piece * S::kGroup;
       const int64_t i = least(row + at.row, gram.n1 - 1), j = least(column + at.row, gram.n2 - 1);
-      ahead[0][copy] = *reinterpret_cast<const Group<T>*>(static_cast<const T*>(gram.left) + i * width + begin);
-      ahead[1][copy] = *reinterpret_cast<const Group<T>*>(static_cast<const T*>(gram.right) + j * width + begin);
+      ahead[0][copy] = group(static_cast<const T*>(gram.left) + i * width + begin);
+      ahead[1][copy] = group(static_cast<const T*>(gram.right) + j * width + begin);
     }
   };
   const auto settle = [&](int buffer) {
@@ -50,17 +55,23 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<T> gram) {
     // One barrier per slice: who writes a buffer again has passed the barrier behind its last reads.
     __syncthreads();
     if (slice + 1 < slices) fetch(slice + 1);
+    // A slice is summed by itself, and its sum added: the error grows with the number of slices, not of columns. Half of
+    // the rows at a time, for want of registers.
+    MLP_UNROLL for (int half = 0; half < S::kOwn; half += S::kGroup) {
+      T part[S::kGroup][S::kOwn] = {};
 #pragma unroll 4
-    for (int k = 0; k < kSlice; ++k) {
-      T a[S::kOwn], b[S::kOwn];
-      MLP_UNROLL for (int i = 0; i < S::kOwn; i += S::kGroup) {
-        *reinterpret_cast<Group<T>*>(a + i) =
-            *reinterpret_cast<const Group<T>*>(&shared[buffer][0][k][own<T>(down, i)]);
-        *reinterpret_cast<Group<T>*>(b + i) =
-            *reinterpret_cast<const Group<T>*>(&shared[buffer][1][k][own<T>(across, i)]);
+      for (int k = 0; k < kSlice; ++k) {
+        const Group<T> a = group(shared[buffer][0][k] + own<T>(down, half));
+        Group<T> b[2];
+        MLP_UNROLL for (int g = 0; g < 2; ++g) b[g] = group(shared[buffer][1][k] + own<T>(across, g * S::kGroup));
+        MLP_UNROLL for (int i = 0; i < S::kGroup; ++i) {
+          MLP_UNROLL for (int j = 0; j < S::kOwn; ++j) {
+            part[i][j] += a.value[i] * b[j / S::kGroup].value[j % S::kGroup];
+          }
+        }
       }
-      MLP_UNROLL for (int i = 0; i < S::kOwn; ++i) {
-        MLP_UNROLL for (int j = 0; j < S::kOwn; ++j) sum[i][j] += a[i] * b[j];
+      MLP_UNROLL for (int i = 0; i < S::kGroup; ++i) {
+        MLP_UNROLL for (int j = 0; j < S::kOwn; ++j) sum[half + i][j] += part[i][j];
       }
     }
   };
@@ -77,8 +88,11 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<T> gram) {
   }
   for (; slice < slices; ++slice) advance(slice, total);
 
+  const bool inner = is_inner(gram, tile, S::kEdge);
   MLP_UNROLL for (int i = 0; i < S::kOwn; ++i) {
-    MLP_UNROLL for (int j = 0; j < S::kOwn; ++j) store(gram, row + own<T>(down, i), column + own<T>(across, j), total[i][j]);
+    MLP_UNROLL for (int j = 0; j < S::kOwn; ++j) {
+      store(gram, inner, row + own<T>(down, i), column + own<T>(across, j), total[i][j]);
+    }
   }
 }
 

@@ -111,11 +111,12 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<float> gra
   }
   for (; step < steps; ++step) advance(step, total);
 
+  const bool inner = is_inner(gram, tile, kEdge);
   MLP_UNROLL for (int down = 0; down < kDown; ++down) {
     MLP_UNROLL for (int across = 0; across < kAcross; ++across) {
       MLP_UNROLL for (int e = 0; e < 4; ++e) {
         const Tile at = result(warp, lane, down, across, e);
-        store(gram, row + at.row, column + at.column, total[down][across].e[e]);
+        store(gram, inner, row + at.row, column + at.column, total[down][across].e[e]);
       }
     }
   }

@@ -14,7 +14,7 @@ namespace {
 
 using namespace tensor_cores;
 
-// The sum of a product of 16 columns and what is there, cut off behind 24 bits: the worst that tensor cores are known to do.
+// The sum of a product of 16 columns and what is there, cut off behind 24 bits as tensor cores may.
 float truncated(double sum) {
   const float nearest = static_cast<float>(sum);
   return std::fabs(static_cast<double>(nearest)) > std::fabs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
@@ -146,7 +146,8 @@ void tensor_core_tile(const Gram<float>& gram, int64_t block) {
       for (int across = 0; across < kAcross; ++across) {
         for (int e = 0; e < 4; ++e) {
           const Tile at = result(thread / 32, thread % 32, down, across, e);
-          store(gram, row + at.row, column + at.column, total[thread / 32].sum[down][across].e[thread % 32][e]);
+          const float value = total[thread / 32].sum[down][across].e[thread % 32][e];
+          store(gram, is_inner(gram, tile, kEdge), row + at.row, column + at.column, value);
         }
       }
     }
@@ -182,13 +183,14 @@ void plain_tile(const Gram<T>& gram, int64_t block) {
     }
     std::vector<T>& sum = slice < behind_inputs ? inputs : total;
     for (int thread = 0; thread < plain_cores::kThreads; ++thread) {
-      for (int k = 0; k < kSlice; ++k) {
-        for (int i = 0; i < S::kOwn; ++i) {
-          for (int j = 0; j < S::kOwn; ++j) {
-            const int down = own<T>(thread / 16, i), across = own<T>(thread % 16, j);
-            sum[down * S::kEdge + across] +=
-                shared[k * S::kPitch + down] * shared[(kSlice + k) * S::kPitch + across];
+      for (int i = 0; i < S::kOwn; ++i) {
+        for (int j = 0; j < S::kOwn; ++j) {
+          const int down = own<T>(thread / 16, i), across = own<T>(thread % 16, j);
+          T part = 0;
+          for (int k = 0; k < kSlice; ++k) {
+            part = std::fma(shared[k * S::kPitch + down], shared[(kSlice + k) * S::kPitch + across], part);
           }
+          sum[down * S::kEdge + across] += part;
         }
       }
     }
@@ -197,7 +199,7 @@ void plain_tile(const Gram<T>& gram, int64_t block) {
     for (int i = 0; i < S::kOwn; ++i) {
       for (int j = 0; j < S::kOwn; ++j) {
         const int down = own<T>(thread / 16, i), across = own<T>(thread % 16, j);
-        store(gram, row + down, column + across, total[down * S::kEdge + across]);
+        store(gram, is_inner(gram, tile, S::kEdge), row + down, column + across, total[down * S::kEdge + across]);
       }
     }
   }
@@ -296,3 +298,5 @@ extern "C" int bank_conflicts() {
   }
   return conflicts;
 }
+
+extern "C" int shared_memory(int planes) { return shared_bytes(planes); }

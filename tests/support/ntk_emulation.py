@@ -106,7 +106,5 @@ class Emulation:
     def tile(self, index: int, rows: int, columns: int, symmetric: bool) -> tuple[int, int]:
         """Row and column of the tile that block number `index` computes."""
         place = _integers(0, 0)
-        self.library.tile_place(
-            *(ctypes.c_int64(i) for i in (index, rows, columns)), ctypes.c_bool(symmetric), place
-        )
+        self.library.tile_place(*(ctypes.c_int64(i) for i in (index, rows, columns)), ctypes.c_bool(symmetric), place)
         return place[0], place[1]
