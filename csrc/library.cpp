@@ -1,6 +1,6 @@
-// The compiled k-means operators of fusion_kernels, registered with PyTorch through the LibTorch stable ABI: one build serves
-// every later PyTorch. They are steps of the public operators, called by fusion_kernels/kmeans/cpu_backend.py, which
-// checks values and documents the whole; here only what would read out of bounds is checked.
+// The compiled k-means operators of fusion_kernels, registered with PyTorch through the LibTorch stable ABI: one build
+// serves every later PyTorch. They are steps of the public operators, called by fusion_kernels/kmeans/cpu_backend.py,
+// which checks values and documents the whole; here only what would read out of bounds is checked.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>

@@ -5,6 +5,7 @@
 
 D are the hidden values and the output bias, E_t the inputs and bias of term t (`in` or `gate`), S its slopes. `full` is
 one product whose floor is writing the result; only its part on and below the diagonal is computed for one set of rows.
+Beside the result it needs a (N2 outputs, neurons) matrix, `diagonal` blocks of 64 MiB.
 """
 
 from __future__ import annotations

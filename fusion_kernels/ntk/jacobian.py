@@ -36,10 +36,24 @@ _USES = 32
 
 
 def block_factors(prepared: Prepared, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Hidden values A and slopes of the rows x (N, d): see `fusion_kernels.reference.ntk`."""
+    """Hidden values A and slopes of the rows x (N, d): see `fusion_kernels.reference.ntk`.
+
+    In blocks of rows, so that what the activation and its derivative need on the way stays small.
+    """
     w_in, w_gate, b_in, b_gate, _, scale = prepared.arguments()
     assert w_in is not None
-    return factors(x, w_in, w_gate, b_in, b_gate, scale, prepared.exponent, prepared.activation)
+    block = (w_in, w_gate, b_in, b_gate, scale, prepared.exponent, prepared.activation)
+    step = tuning.row_block(8 * len(w_in) * x.element_size())
+    if len(x) <= step:
+        return factors(x, *block)
+    hidden = x.new_empty(len(x), len(w_in))
+    slopes = {name: torch.empty_like(hidden) for name in (("in",) if w_gate is None else ("in", "gate"))}
+    for begin in range(0, len(x), step):
+        here = slice(begin, begin + step)
+        hidden[here], part = factors(x[here], *block)
+        for name, slope in part.items():
+            slopes[name][here] = slope
+    return hidden, slopes
 
 
 def exactly(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -206,7 +220,9 @@ class NTKOperator:
         if kernel == "gd":
             # One set of factors serves both sides: these matrices are most of the memory.
             root = metric.sqrt()
-            hidden, slopes = hidden * root, {name: s * (left * root) for name, s in slopes.items()}
+            hidden.mul_(root)
+            for slope in slopes.values():
+                slope.mul_(left * root)
             self._x, self._v, self._hidden = (x, x), (self._w_out, self._w_out), (hidden, hidden)
             self._slopes = (slopes, slopes)
         else:

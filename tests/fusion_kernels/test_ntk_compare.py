@@ -147,6 +147,17 @@ def test_lanczos_on_a_kernel_of_low_rank() -> None:
     assert (errors <= 1e-8 * expected[0]).all()
 
 
+def test_unconverged_eigenvalues_say_how_far_they_are() -> None:
+    operator = ntk_operator(make_bundle(20, 50, 2), torch.randn(80, 20).double())
+    exact = torch.linalg.eigvalsh(operator.matmat(torch.eye(80).double()))
+    for steps in (3, 5, 8):
+        values, errors = module.largest_eigenvalues(operator, 3, steps=steps, seed=1)
+        distances = (values[:, None] - exact).abs().amin(1)
+        assert distances.max() > 1e-6
+        assert (distances <= errors).all()
+        assert (errors < exact[-1]).all()
+
+
 def test_zero_kernels() -> None:
     a, b = pair()
     zero = replace(a, w_out=torch.zeros_like(a.w_out))
