@@ -28,7 +28,7 @@ from ntk import torch_in_place
 PRECISIONS = ("highest", "bf16x3", "bf16")
 #: The largest error of a value over the largest value: four rounded factors.
 BOUNDS = {"highest": 1e-5, "bf16x3": 2**-15, "bf16": 2**-7}
-#: N, d, h and outputs.
+#: N, d, h and outputs; d and h are multiples of 32, which the tiles would pad them to.
 SHAPES = {
     "fused-1024": (1024, 768, 192, 768),
     "fused-4096": (4096, 768, 192, 768),
@@ -36,8 +36,6 @@ SHAPES = {
     "fused-32768": (32768, 768, 192, 768),
     "wide-16384": (16384, 4096, 3584, 4096),
 }
-#: Columns of an operand are padded to multiples of this.
-DEPTH = 32
 
 
 def on_device(bundle: Bundle, dtype: torch.dtype) -> Bundle:
@@ -187,11 +185,10 @@ def measure(name: str, rates: dict[str, float]) -> dict[str, Any]:
         result["ms"][what] = milliseconds(call)
         result["rms_error"][what] = errors(call()[some], exact)[1]
 
-    inputs, neurons = (-(-width // DEPTH) * DEPTH for width in (d, h))
     written = 4 * n * n / rates["copy_bytes"] * 1e3
     for precision, planes, products in (("bf16x3", 2, 3), ("bf16", 1, 1)):
-        operand = torch.randn(planes, n, inputs + 2 * neurons, device=DEVICE).bfloat16()
-        arguments = (operand, operand, inputs, neurons, neurons, 1.0, 1.0, False, True, out)
+        operand = torch.randn(planes, n, d + 2 * h, device=DEVICE).bfloat16()
+        arguments = (operand, operand, d, h, 1, True, 1.0, 1.0, False, True, out)
         time = milliseconds(lambda a=arguments: native.cuda_operators().ntk_tiles(*a))["median"]  # type: ignore[misc]
         floor = max(written, products * n * (n + 1) * (d + 2 * h) / rates["bf16_flops"] * 1e3)
         result["tiles"][precision] = {"ms": time, "floor_ms": floor, "share_of_floor": floor / time}

@@ -74,8 +74,10 @@ Tensor operand(const Tensor x, const Tensor z, const std::optional<Tensor> g, co
   return result;
 }
 
-void gram(const Tensor left, const Tensor right, int64_t inputs, int64_t slopes, int64_t hidden, double bias,
-          double constant, bool accumulate, bool symmetric, Tensor out) {
+// The operands have `inputs` columns of inputs, `slopes` times `neurons` of slopes and, with `hidden`, `neurons` of hidden
+// values, each range padded.
+void tiles(const Tensor left, const Tensor right, int64_t inputs, int64_t neurons, int64_t slopes, bool hidden,
+           double bias, double constant, bool accumulate, bool symmetric, Tensor out) {
   STD_TORCH_CHECK(left.dim() == 3 && right.dim() == 3 && out.dim() == 2, "ntk_tiles: wrong dimensions");
   const int64_t planes = left.size(0), n1 = left.size(1), n2 = right.size(1), columns = left.size(2);
   const int32_t device = left.get_device_index();
@@ -84,11 +86,11 @@ void gram(const Tensor left, const Tensor right, int64_t inputs, int64_t slopes,
   check_here(left, "left", dtype, {planes, n1, columns}, device);
   check_here(right, "right", dtype, {planes, n2, columns}, device);
   STD_TORCH_CHECK(planes == 1 || (planes == 2 && low), "ntk_tiles: one plane, or two of bfloat16");
-  for (const int64_t range : {inputs, slopes, hidden}) {
-    STD_TORCH_CHECK(range >= 0 && range % kDepth == 0, "ntk_tiles: ranges of columns are multiples of ", kDepth);
-  }
-  STD_TORCH_CHECK(inputs + slopes + hidden == columns && columns <= INT32_MAX && (!symmetric || n1 == n2),
+  STD_TORCH_CHECK(inputs >= 0 && neurons >= 0 && slopes >= 0 && slopes <= 2 && (!symmetric || n1 == n2),
                   "ntk_tiles: wrong sizes");
+  const int64_t range = padded_columns(neurons);
+  const Columns ranges{padded_columns(inputs), slopes * range, 0, hidden ? range : 0};
+  STD_TORCH_CHECK(ranges.all() == columns && columns <= INT32_MAX, "ntk_tiles: the operands have other columns");
   STD_TORCH_CHECK(out.device().type() == DeviceType::CUDA && out.get_device_index() == device &&
                       out.scalar_type() == (low ? ScalarType::Float : dtype) && out.size(0) == n1 &&
                       out.size(1) == n2 && (out.stride(1) == 1 || n2 <= 1) && (out.stride(0) >= n2 || n1 <= 1),
@@ -101,7 +103,7 @@ void gram(const Tensor left, const Tensor right, int64_t inputs, int64_t slopes,
                        right.data_ptr(),
                        n1,
                        n2,
-                       {inputs, slopes, 0, hidden},
+                       ranges,
                        static_cast<T>(bias),
                        static_cast<T>(constant),
                        accumulate,
@@ -127,11 +129,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusion_kernels_cuda, m) {
       "str activation, bool signs, bool inputs, bool slopes_in, bool slopes_gate, bool hidden, str precision) -> "
       "Tensor");
   m.def(
-      "ntk_tiles(Tensor left, Tensor right, int inputs, int slopes, int hidden, float bias, float constant, "
-      "bool accumulate, bool symmetric, Tensor(a!) out) -> ()");
+      "ntk_tiles(Tensor left, Tensor right, int inputs, int neurons, int slopes, bool hidden, float bias, "
+      "float constant, bool accumulate, bool symmetric, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusion_kernels_cuda, CUDA, m) {
   m.impl("ntk_operand", TORCH_BOX(&mlp_fusion::cuda::operand));
-  m.impl("ntk_tiles", TORCH_BOX(&mlp_fusion::cuda::gram));
+  m.impl("ntk_tiles", TORCH_BOX(&mlp_fusion::cuda::tiles));
 }

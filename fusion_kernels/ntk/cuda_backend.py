@@ -54,11 +54,6 @@ def _passes(params: Sequence[str], gated: bool) -> list[_Pass]:
     return [_Pass(slopes, *flags) for flags, slopes in passes.items()] or [_Pass((), False, False)]
 
 
-def _padded(columns: int) -> int:
-    """Columns of a range of an operand, as `csrc/cuda/layout.h` pads them."""
-    return -(-columns // 32) * 32
-
-
 def ntk_gram(
     x1: Tensor,
     x2: Tensor | None,
@@ -110,10 +105,7 @@ def ntk_gram(
             wanted = (part.weights, "in" in part.slopes, "gate" in part.slopes, with_hidden, precision)
             one = operand(first, left, wanted)
             other = one if symmetric else operand(second, right, wanted)
-            inputs = _padded(x1.shape[1]) if part.weights else 0
-            slopes, hidden = len(part.slopes) * _padded(len(w_in)), _padded(len(w_in)) if with_hidden else 0
+            columns = (x1.shape[1] if part.weights else 0, len(w_in), len(part.slopes), with_hidden)
             constant = coefficient if number == 0 and "b_out" in params else 0.0
-            operators.ntk_tiles(
-                one, other, inputs, slopes, hidden, float(part.bias), constant, number > 0, symmetric, out
-            )
+            operators.ntk_tiles(one, other, *columns, float(part.bias), constant, number > 0, symmetric, out)
         return out

@@ -314,7 +314,8 @@ def test_the_library_links_and_loads(built: Build) -> None:
         "import sys, torch; torch.ops.load_library(sys.argv[1]); o = torch.ops.fusion_kernels_cuda\n"
         "print(o.ntk_operand.default._schema.name, o.ntk_tiles.default._schema.name)\n"
         "try:\n"
-        "    o.ntk_tiles(torch.zeros(1, 2, 0), torch.zeros(1, 2, 0), 0, 0, 0, 0, 0, False, True, torch.zeros(2, 2))\n"
+        "    none = torch.zeros(1, 2, 0)\n"
+        "    o.ntk_tiles(none, none, 0, 0, 0, False, 0, 0, False, True, torch.zeros(2, 2))\n"
         "except NotImplementedError as error:\n"
         "    print('CUDA' in str(error))\n"
     )

@@ -77,8 +77,9 @@ class Emulation:
         left: Tensor,
         right: Tensor,
         inputs: int,
+        neurons: int,
         slopes: int,
-        hidden: int,
+        hidden: bool,
         bias: float,
         constant: float,
         accumulate: bool,
@@ -88,13 +89,14 @@ class Emulation:
         planes, n1, columns = left.shape
         n2 = right.shape[1]
         assert right.shape == (planes, n2, columns)
-        assert inputs + slopes + hidden == columns
+        ranges = _padded(inputs), slopes * _padded(neurons), hidden * _padded(neurons)
+        assert sum(ranges) == columns
         assert out.shape == (n1, n2)
         assert n2 <= 1 or out.stride(1) == 1
         getattr(self.library, f"tiles_{_NAMES[out.dtype]}")(
             ctypes.c_void_p(_pointer(left)),
             ctypes.c_void_p(_pointer(right)),
-            _integers(n1, n2, inputs, slopes, hidden, n2 if n1 <= 1 else out.stride(0)),
+            _integers(n1, n2, *ranges, n2 if n1 <= 1 else out.stride(0)),
             ctypes.c_double(bias),
             ctypes.c_double(constant),
             ctypes.c_bool(accumulate),
