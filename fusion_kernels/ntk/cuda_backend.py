@@ -3,10 +3,10 @@
 Each set of rows becomes one operand, its inputs, slopes and hidden values side by side, rounded or split as the
 precision says and with the weights of outputs and neurons folded in. A tile of the kernel is then computed by one block
 of threads, all products together: memory beyond the result is that of the operands, of the size of the inputs and the
-hidden values. The bits depend on nothing but the rows and the block. Pre-activations are float32 products by cuBLAS;
-kernels with an axis of outputs are products by cuBLAS altogether (`blocks.py`).
+hidden values. No sum depends on the launch: the same call has the same bits. Pre-activations are products by cuBLAS in
+the dtype; kernels with an axis of outputs are products by cuBLAS altogether (`blocks.py`).
 
-Precisions of float32 kernels, the error relative to the largest products that are summed:
+Precisions of float32 kernels:
 
     highest   multiply-add in float32, without tensor cores
     bf16x3    each value as the sum of two bfloat16, 16 significant bits; three products on tensor cores
