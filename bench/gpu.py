@@ -1,7 +1,8 @@
 """Everything that needs a GPU, in one run of less than ten minutes: first whether it is right, then how long it takes.
 
-    python bench/gpu.py [--parts kmeans mlp] [--shapes bert ...] [--budget 200] [--out bench/results/gpu.json]
+    python bench/gpu.py [--parts kmeans mlp ntk] [--shapes bert ...] [--budget 200] [--out bench/results/gpu.json]
 
+The part `ntk` needs the CUDA library: `MLP_FUSION_BUILD=cuda python setup.py build_ext --inplace`.
 Nothing of a part is timed if one of its checks fails. Times are medians between device events. The part `mlp` times the
 kernels by tile; `bench/fused_mlp.py --device cuda` compares whole blocks with their peers.
 """
@@ -15,12 +16,13 @@ from typing import Any
 
 import gpu_kmeans
 import gpu_mlp
+import gpu_ntk
 import torch
 from gpu_timing import ceilings
 
-from fusion_kernels import backends, gpu
+from fusion_kernels import backends, gpu, native
 
-PARTS = ("kmeans", "mlp")
+PARTS = ("kmeans", "mlp", "ntk")
 
 
 def main() -> None:
@@ -51,6 +53,13 @@ def main() -> None:
             errors = gpu_mlp.check_mlp()
             print("MLP kernels are right:", json.dumps(errors))
             found["mlp"] = {"error_over_torchs": errors, "tiles": gpu_mlp.sweep(options.budget)}
+        if "ntk" in options.parts:
+            reason = native.cuda_unavailable()
+            if reason is not None:
+                parser.exit(1, f"the CUDA library is not there: {reason} (MLP_FUSION_BUILD=cuda builds it)\n")
+            errors = gpu_ntk.check()
+            print("tangent kernels are right:", json.dumps(errors))
+            found["ntk"] = {"checks": errors, "results": gpu_ntk.run(rates)}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(f"written: {options.out}")

@@ -2,11 +2,9 @@
 // and folds weights; here only what would read out of bounds is checked.
 #include <torch/csrc/stable/library.h>
 
-#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "cpu/ntk.h"
@@ -14,18 +12,6 @@
 
 namespace mlp_fusion {
 namespace {
-
-Activation activation_named(const std::string& name) {
-  constexpr std::array<std::pair<const char*, Activation>, 5> names{{{"gelu", Activation::gelu},
-                                                                      {"gelu_tanh", Activation::gelu_tanh},
-                                                                      {"relu", Activation::relu},
-                                                                      {"relu2", Activation::relu2},
-                                                                      {"silu", Activation::silu}}};
-  for (const auto& [known, activation] : names) {
-    if (name == known) return activation;
-  }
-  STD_TORCH_CHECK(false, "ntk_factors: unknown activation ", name);
-}
 
 std::tuple<Tensor, Tensor> factors(const Tensor x, const Tensor w_in, const std::optional<Tensor> w_gate,
                                    const std::optional<Tensor> b_in, const std::optional<Tensor> b_gate,
@@ -43,12 +29,14 @@ std::tuple<Tensor, Tensor> factors(const Tensor x, const Tensor w_in, const std:
   }
   check(of_hidden, "of_hidden", dtype, {h});
   check(of_in, "of_in", dtype, {h});
+  const std::optional<Activation> phi = activation_named(activation);
+  STD_TORCH_CHECK(phi.has_value(), "ntk_factors: unknown activation ", activation);
   Tensor hidden = new_tensor({n, h}, dtype), slopes = new_tensor({n, w_gate ? 2 * h : h}, dtype);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Neurons<T> neurons{data<T>(w_in),   data<T>(w_gate),    data<T>(b_in),  data<T>(b_gate),
                              data<T>(shrink), data<T>(of_hidden), data<T>(of_in), data<T>(of_gate),
-                             d,               h,                  activation_named(activation), signs};
+                             d,               h,                  *phi, signs};
     block_factors(neurons, data<T>(x), n, mutable_data<T>(hidden), mutable_data<T>(slopes));
   });
   return {hidden, slopes};

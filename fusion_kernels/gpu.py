@@ -1,4 +1,4 @@
-"""What the Triton backends of all families share: whether they can run, what the GPU offers, how kernels are launched.
+"""What the GPU backends of all families share: whether they can run, what the GPU offers, how Triton kernels start.
 
 This module needs neither Triton nor a GPU.
 """
@@ -18,10 +18,11 @@ SMALL_SHARED_MEMORY, LARGE_SHARED_MEMORY = 99 * 1024, 227 * 1024
 
 
 @functools.cache
-def why_not() -> str | None:
-    """In one line why Triton backends cannot run here, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: install triton>=3.6"
+def no_gpu() -> str | None:
+    """In one line why kernels for NVIDIA GPUs cannot run here, whatever they are compiled with, or None.
+
+    Asking for GPUs keeps the program from forking afterwards: not while the package is imported.
+    """
     if torch.version.hip is not None:
         return "it is for NVIDIA GPUs: this torch is built for AMD's"
     if not torch.cuda.is_available():
@@ -29,6 +30,14 @@ def why_not() -> str | None:
     if min(torch.cuda.get_device_capability(i)[0] for i in range(torch.cuda.device_count())) < 8:
         return "it needs GPUs of compute capability 8.0 or newer"
     return None
+
+
+@functools.cache
+def why_not() -> str | None:
+    """In one line why Triton backends cannot run here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: install triton>=3.6"
+    return no_gpu()
 
 
 def shared_memory(device: torch.device) -> int:

@@ -1,28 +1,34 @@
-"""The compiled library `_C*.so`, if this installation has one: found next to the package and loaded once.
+"""The compiled libraries, if this installation has them: found next to the package and loaded once.
 
-Missing compiled code is never fatal: :data:`UNAVAILABLE` says in one line why, and the operators that would use it say
-so in `fusion_kernels.backends()`.
+`_C*.so` is the CPU's, `_cuda*.so` the one for NVIDIA GPUs. Missing compiled code is never fatal: :data:`UNAVAILABLE`
+and :func:`cuda_unavailable` say in one line why, and the operators that would use it say so in
+`fusion_kernels.backends()`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-#: What the library registers its operators as: `torch.ops.fusion_kernels_native`.
+from fusion_kernels import gpu
+
+#: What the libraries register their operators as: `torch.ops.fusion_kernels_native`, `torch.ops.fusion_kernels_cuda`.
 NAMESPACE = "fusion_kernels_native"
+CUDA_NAMESPACE = "fusion_kernels_cuda"
 
 
-def load(folder: Path) -> str | None:
-    """Load the compiled library of `folder`; return None, or in one line why it cannot be used."""
-    found = sorted(path for suffix in (".so", ".dylib", ".pyd", ".dll") for path in folder.glob(f"_C*{suffix}"))
+def load(folder: Path, name: str = "_C") -> str | None:
+    """Load the compiled library `name` of `folder`; return None, or in one line why it cannot be used."""
+    found = sorted(path for suffix in (".so", ".dylib", ".pyd", ".dll") for path in folder.glob(f"{name}*{suffix}"))
     if not found:
+        tools = "MLP_FUSION_BUILD=cuda, nvcc, torch with CUDA" if name == "_cuda" else "a C++ compiler, torch"
         return (
-            f"the compiled library is not there ({folder}/_C*.so): install with a C++ compiler, torch in the "
+            f"the compiled library is not there ({folder}/{name}*.so): install with {tools} in the "
             "environment and `pip install --no-build-isolation`"
         )
     try:
@@ -39,6 +45,17 @@ UNAVAILABLE: str | None = load(Path(__file__).parent)
 def operators() -> Any:
     """The library's operators. They are there only when :data:`UNAVAILABLE` is None."""
     return getattr(torch.ops, NAMESPACE)
+
+
+@functools.cache
+def cuda_unavailable() -> str | None:
+    """In one line why the CUDA library cannot be used here, or None. It is loaded here, where there are GPUs."""
+    return gpu.no_gpu() or load(Path(__file__).parent, "_cuda")
+
+
+def cuda_operators() -> Any:
+    """The CUDA library's operators. They are there only when :func:`cuda_unavailable` is None."""
+    return getattr(torch.ops, CUDA_NAMESPACE)
 
 
 @contextlib.contextmanager

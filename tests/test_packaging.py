@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from fusion_kernels import native
 
@@ -103,7 +104,7 @@ def test_a_source_distribution_holds_the_sources(checkout: Path) -> None:
     (archive,) = (checkout / "dist").iterdir()
     shutil.unpack_archive(archive, checkout / "unpacked")
     (unpacked,) = (checkout / "unpacked").iterdir()
-    for name in ("csrc/library.cpp", "csrc/cpu/kmeans.h", "csrc/cpu/lloyd.cpp", "setup.py"):
+    for name in ("csrc/library.cpp", "csrc/cpu/kmeans.h", "csrc/cpu/lloyd.cpp", "csrc/cuda/ntk_plain.cu", "setup.py"):
         assert (unpacked / name).is_file(), name
 
 
@@ -112,12 +113,20 @@ def test_a_source_distribution_holds_the_sources(checkout: Path) -> None:
     [
         ("gpu", "MLP_FUSION_BUILD is 'gpu': use one of 0, auto, cpu, cuda"),
         ("cpu", "MLP_FUSION_BUILD=cpu: the compiled library is not built: torch cannot be imported"),
-        ("cuda", "MLP_FUSION_BUILD=cuda: there are no CUDA sources in csrc/cuda yet: use cpu"),
+        ("cuda", "MLP_FUSION_BUILD=cuda: the compiled library is not built: torch cannot be imported"),
     ],
 )
 def test_a_build_that_cannot_be_done_says_why(checkout: Path, tmp_path: Path, mode: str, message: str) -> None:
     done = run(checkout, "setup.py", "--version", MLP_FUSION_BUILD=mode, PYTHONPATH=hide_torch(tmp_path))
     assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith(message)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_the_cuda_library_needs_a_torch_with_cuda(checkout: Path) -> None:
+    done = run(checkout, "setup.py", "--version", MLP_FUSION_BUILD="cuda")
+    assert done.returncode == 1
+    message = f"MLP_FUSION_BUILD=cuda: the CUDA library is not built: torch {torch.__version__} is built without CUDA"
     assert done.stderr.strip().splitlines()[-1].startswith(message)
 
 

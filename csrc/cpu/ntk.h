@@ -11,9 +11,9 @@
 #include <cstdint>
 #include <vector>
 
-namespace mlp_fusion {
+#include "../activation.h"
 
-enum class Activation { gelu, gelu_tanh, relu, relu2, silu };
+namespace mlp_fusion {
 
 // A block's input side: z = x w_inᵀ + b_in and, in a gated block, g = x w_gateᵀ + b_gate. What goes through the
 // activation phi is multiplied by `shrink` first. The three factors are multiplied, neuron by neuron, to

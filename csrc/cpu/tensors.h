@@ -10,16 +10,18 @@
 
 namespace mlp_fusion {
 
+using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 inline Tensor new_tensor(std::initializer_list<int64_t> shape, ScalarType dtype) {
   return torch::stable::empty({shape.begin(), shape.size()}, dtype, std::nullopt,
-                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
+                              torch::stable::Device(DeviceType::CPU));
 }
 
-inline void check(const Tensor& tensor, const char* name, ScalarType dtype, std::initializer_list<int64_t> shape) {
-  bool fits = tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == dtype &&
+inline void check(const Tensor& tensor, const char* name, ScalarType dtype, std::initializer_list<int64_t> shape,
+                  DeviceType device = DeviceType::CPU) {
+  bool fits = tensor.device().type() == device && tensor.is_contiguous() && tensor.scalar_type() == dtype &&
               tensor.dim() == static_cast<int64_t>(shape.size());
   for (int64_t d = 0; fits && d < tensor.dim(); ++d) fits = tensor.size(d) == shape.begin()[d];
   STD_TORCH_CHECK(fits, name, ": wrong device, dtype, shape or strides");

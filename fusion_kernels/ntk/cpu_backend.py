@@ -17,7 +17,7 @@ from torch import Tensor
 from fusion_kernels import native
 from fusion_kernels.ntk import tuning
 from fusion_kernels.ntk.blocks import outputs_gram
-from fusion_kernels.reference.ntk import contraction
+from fusion_kernels.ntk.folding import Weights, fold
 
 
 @dataclass(frozen=True)
@@ -61,28 +61,17 @@ def _sides(
     direction: Tensor | None,
 ) -> _Sides:
     gated = w_gate is not None
-    p = torch.ones_like(w_in[:, 0]) if scale is None else scale
-    m = torch.ones_like(p) if metric is None else metric
-    weight1, weight2, coefficient = contraction(w_out, direction, kernel)
+    left, right, shrink, coefficient = fold(gated, w_out, scale, metric, a, kernel, direction)
     tensors = [None if t is None else t.contiguous() for t in (w_in, w_gate, b_in, b_gate)]
-    shrink = None if scale is None or a == 0 else p**-a
 
-    def side(x: Tensor, of_hidden: Tensor | float, of_slopes: Tensor, signs: bool) -> tuple[Tensor, Tensor]:
-        powers = (p ** (1 - (2 if gated else 1) * a), p ** (1 - 2 * a), p ** (1 - 3 * a) if gated else None)
-        hidden, slopes = of_hidden * powers[0], of_slopes * powers[1]
-        gate = None if powers[2] is None else of_slopes * powers[2]
-        return native.operators().ntk_factors(x, *tensors, shrink, hidden, slopes, gate, activation, signs)
+    def side(x: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
+        return native.operators().ntk_factors(x, *tensors, shrink, w.of_hidden, w.of_in, w.of_gate, activation, w.signs)
 
-    if kernel == "gd":
-        root = m.sqrt()
-        left = side(x1, root * coefficient**0.5, root * weight1, False)
-        right = left if x2 is None else side(x2, root * coefficient**0.5, root * weight2, False)
-    else:
-        left = side(x1, m * coefficient, m * weight1, False)
-        right = side(x1 if x2 is None else x2, 1.0, weight2, True)
-    hidden1, hidden2 = (left[0], right[0]) if "w_out" in params else (None, None)
+    first = side(x1, left)
+    second = first if x2 is None and kernel == "gd" else side(x1 if x2 is None else x2, right)
+    hidden1, hidden2 = (first[0], second[0]) if "w_out" in params else (None, None)
     constant = coefficient if "b_out" in params else 0.0
-    return _Sides(hidden1, hidden2, left[1], right[1], _terms(params, len(w_in), gated), constant)
+    return _Sides(hidden1, hidden2, first[1], second[1], _terms(params, len(w_in), gated), constant)
 
 
 def _rows(x1: Tensor, x2: Tensor | None, kernel: str) -> tuple[Tensor, Tensor | None, Tensor]:

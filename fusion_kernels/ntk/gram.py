@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fusion_kernels import native
 from fusion_kernels.library import Backend, operator
-from fusion_kernels.ntk import cpu_backend
+from fusion_kernels.ntk import cpu_backend, cuda_backend
 from fusion_kernels.ntk.block import Block, Kernel, all_finite, check_kernel, prepare
 from fusion_kernels.reference import ntk as reference
 
 #: How the outputs of a block enter its kernel; a vector is a direction r, for the kernel of the function r.F.
 Reduce = Literal["trace", "full", "diagonal", "pseudo"] | Sequence[float] | Tensor
+#: How the products of a kernel are computed; all but the first by the backend `"cuda"` only.
+Precision = Literal["highest", "bf16x3", "bf16"]
 
 _ARGUMENTS = (
     "Tensor x1, Tensor? x2, Tensor w_in, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, Tensor w_out, Tensor? scale, "
@@ -57,6 +59,10 @@ def _cpu_out(out: Tensor, *arguments: object) -> None:
     cpu_backend.ntk_gram(*arguments, out=out)  # type: ignore[misc,arg-type]
 
 
+def _cuda_out(out: Tensor, *arguments: object) -> None:
+    cuda_backend.ntk_gram(*arguments, out=out)  # type: ignore[misc,arg-type]
+
+
 def _reference_out(out: Tensor, *arguments: object) -> None:
     reference.ntk_gram(*arguments, out=out)  # type: ignore[misc,arg-type]
 
@@ -68,11 +74,14 @@ def _no_native() -> str | None:
 _NTK_GRAM = operator("ntk_gram", f"({_ARGUMENTS}) -> Tensor", _fake)
 _NTK_GRAM.register(Backend("cpu", cpu_backend.ntk_gram, ("cpu",), _no_native))
 _NTK_GRAM.register(Backend("reference", reference.ntk_gram, ("cpu", "cuda")))
+# Behind the reference, and so for those who ask by name, until bench/gpu_ntk.py has passed on a GPU.
+_NTK_GRAM.register(Backend("cuda", cuda_backend.ntk_gram, ("cuda",), cuda_backend.why_not))
 
 # The same, into memory that is there: a kernel may be most of what fits.
 _NTK_GRAM_OUT = operator("ntk_gram_out", f"(Tensor(a!) out, {_ARGUMENTS}) -> ()", _fake_out)
 _NTK_GRAM_OUT.register(Backend("cpu", _cpu_out, ("cpu",), _no_native))
 _NTK_GRAM_OUT.register(Backend("reference", _reference_out, ("cpu", "cuda")))
+_NTK_GRAM_OUT.register(Backend("cuda", _cuda_out, ("cuda",), cuda_backend.why_not))
 
 
 def contraction_named(reduce: Reduce, outputs: int, like: Tensor) -> tuple[str, Tensor | None]:
@@ -103,6 +112,30 @@ def check_block_size(block_size: int | None) -> None:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
 
 
+def precision_named(precision: Precision | None, backend: str, dtype: torch.dtype, reduce: str) -> str:
+    """The operators' `precision` for the public one.
+
+    Raises:
+        ValueError: an unknown name, or one that this backend, dtype or reduction does not have.
+    """
+    if precision not in (None, *get_args(Precision)):
+        raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(get_args(Precision))}")
+    obstacle = None
+    if backend != "cuda":
+        obstacle = f"backend {backend!r} computes in the dtype itself"
+    elif dtype != torch.float32:
+        obstacle = f"this kernel is {dtype}"
+    elif reduce in ("full", "diagonal"):
+        obstacle = f"reduce={reduce!r} has an axis of outputs"
+    if precision is None:
+        return "highest" if obstacle else "bf16x3"
+    if precision != "highest" and obstacle:
+        raise ValueError(
+            f"precision {precision!r} is for float32 traces and vectors with backend 'cuda': {obstacle}, use 'highest'"
+        )
+    return precision
+
+
 def _check_out(out: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     if tuple(out.shape) != shape:
         raise ValueError(f"out must be {shape}, got {tuple(out.shape)}")
@@ -123,7 +156,7 @@ def ntk_gram(
     params: str | Sequence[str] | None = None,
     metric: Tensor | None = None,
     kernel: Kernel = "gd",
-    precision: Literal["highest"] = "highest",
+    precision: Precision | None = None,
     block_size: int | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
@@ -160,7 +193,9 @@ def ntk_gram(
         metric: (neurons,), not negative: a diagonal preconditioner, or learning rates, by neuron. Every parameter of a
             neuron has that of its neuron; what has more than one per neuron is a sum of kernels by `params`.
         kernel: `"gd"` or `"sign"`.
-        precision: `"highest"`, the products of the dtype itself.
+        precision: `"highest"`, the products of the dtype itself. For a trace or a vector in float32 the backend
+            `"cuda"` also has `"bf16x3"`, three products of bfloat16 that keep 16 significant bits of every value, and
+            `"bf16"`, one product that keeps 8. None is `"bf16x3"` where there is such a choice, else `"highest"`.
         block_size: edge of the tiles of the result, or rows at a time where it has an axis of outputs; None picks by
             the cache. It changes memory and time, and the result by rounding only.
         out: a tensor of the result's shape, dtype and device to write to, its rows contiguous.
@@ -173,9 +208,9 @@ def ntk_gram(
         tensors: nothing can be differentiated through it.
 
     Raises:
-        ValueError: a shape, dtype, device, part, kernel, reduction, activation or backend that does not fit, a batch of
-            blocks, an empty choice of parts, a negative metric, a negative scale whose exponent is not 0, or a tensor
-            with values that are not finite; the message names it.
+        ValueError: a shape, dtype, device, part, kernel, reduction, precision, activation or backend that does not
+            fit, a batch of blocks, an empty choice of parts, a negative metric, a negative scale whose exponent is not
+            0, or a tensor with values that are not finite; the message names it.
         BackendUnavailableError: `backend` cannot run here.
 
     Sources: Jacot et al., "Neural Tangent Kernel: Convergence and Generalization in Neural Networks", 2018, arXiv
@@ -184,18 +219,17 @@ def ntk_gram(
     Wei et al., "NTK-approximating MLP Fusion for Efficient Language Model Fine-tuning", 2023, arXiv 2307.08941.
     """
     check_kernel(kernel)
-    if precision != "highest":
-        raise ValueError(f"unknown precision {precision!r}: use 'highest'")
     check_block_size(block_size)
     op = _NTK_GRAM if out is None else _NTK_GRAM_OUT
     chosen = op.select(backend, x1.device)
     prepared = prepare(block, {"x1": x1, "x2": x2}, params, metric)
     first, second = prepared.rows["x1"], prepared.rows.get("x2")
     named, direction = contraction_named(reduce, prepared.outputs, first)
+    how = precision_named(precision, chosen.name, prepared.dtype, named)
     function = op.overload if backend == "auto" else chosen.function
     arguments = (
         *(first, second, *prepared.arguments(), prepared.exponent, prepared.activation, prepared.parts, kernel),
-        *(named, direction, prepared.metric, precision, block_size),
+        *(named, direction, prepared.metric, how, block_size),
     )
     if out is None:
         return function(*arguments)

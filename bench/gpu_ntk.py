@@ -1,0 +1,210 @@
+"""The tangent-kernel part of bench/gpu.py: whether the CUDA tiles are right, then how long they take beside cuBLAS.
+
+Right: every precision against float64 over odd shapes, with the error of torch on the same GPU beside it; symmetric and
+repeatable to the bit; on a stream of its own and on another device; results of more than 2^32 values, where an offset
+of 32 bits would show; no memory of the result's size beside it. The peer is the closed form composed from torch calls,
+in place, its three products by cuBLAS in float32, TF32 or bfloat16. The floors are the operations of half the tiles
+(three products of bfloat16 for `bf16x3`), or the bytes of the result, over the rates of `gpu_timing.ceilings`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusion_kernels import native, ntk_gram
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+from ffn_blocks import Bundle, make_bundle
+from gpu_timing import DEVICE, full_float32, milliseconds, require
+from ntk import torch_in_place
+
+PRECISIONS = ("highest", "bf16x3", "bf16")
+#: The largest error of a value over the largest value: four rounded factors.
+BOUNDS = {"highest": 1e-5, "bf16x3": 2**-15, "bf16": 2**-7}
+#: N, d, h and outputs; d and h are multiples of 32, which the tiles would pad them to.
+SHAPES = {
+    "fused-1024": (1024, 768, 192, 768),
+    "fused-4096": (4096, 768, 192, 768),
+    "fused-16384": (16384, 1024, 256, 1024),
+    "fused-32768": (32768, 768, 192, 768),
+    "wide-16384": (16384, 4096, 3584, 4096),
+}
+
+
+def on_device(bundle: Bundle, dtype: torch.dtype) -> Bundle:
+    """The block there, in a dtype."""
+    tensors = {name: t.to(DEVICE) for name, t in vars(bundle.to(dtype)).items() if isinstance(t, Tensor)}
+    return replace(bundle, **tensors)
+
+
+def errors(found: Tensor, exact: Tensor) -> tuple[float, float]:
+    """Largest and RMS error, over those of `exact`."""
+    difference = found.double() - exact
+    return float(difference.abs().max() / exact.abs().max()), float(difference.norm() / exact.norm())
+
+
+# --- correctness -----------------------------------------------------------------------------------------------------
+
+
+def check_against_float64() -> dict[str, float]:
+    """The largest RMS error of each precision, and how often float32's error is torch's."""
+    worst = {**dict.fromkeys(PRECISIONS, 0.0), "float64": 0.0, "highest over torch float32": 0.0}
+    cases = [
+        (n, m, d, h, gated, kernel)
+        for n, m, d, h in [(1, None, 1, 1), (17, 123, 1, 17), (123, None, 17, 123), (128, 129, 64, 32),
+                           (300, 1000, 33, 70), (1537, None, 123, 65), (640, None, 1537, 384)]
+        for gated in (False, True)
+        for kernel in ("gd", "sign")
+    ]  # fmt: skip
+    for n, m, d, h, gated, kernel in cases:
+        generator = torch.Generator().manual_seed(n)
+        torch.manual_seed(n)
+        bundle = make_bundle(d, h, 5, gated=gated, scale=True, scale_exponent=0.5)
+        x1 = torch.randn(n, d, generator=generator).to(DEVICE)
+        x2 = None if m is None else torch.randn(m, d, generator=generator).to(DEVICE)
+        what = f"{(n, m, d, h)}, gated {gated}, {kernel}"
+        double, single = on_device(bundle, torch.float64), on_device(bundle, torch.float32)
+        wide = (x1.double(), None if x2 is None else x2.double())
+        exact = ntk_gram(double, *wide, kernel=kernel, backend="reference")  # type: ignore[arg-type]
+        found = ntk_gram(double, *wide, kernel=kernel, backend="cuda")  # type: ignore[arg-type]
+        worst["float64"] = max(worst["float64"], *errors(found, exact))
+        with full_float32():
+            peer = errors(ntk_gram(single, x1, x2, kernel=kernel, backend="reference"), exact)  # type: ignore[arg-type]
+        for precision in PRECISIONS:
+            found, again = (
+                ntk_gram(single, x1, x2, kernel=kernel, backend="cuda", precision=precision)  # type: ignore[arg-type]
+                for _ in range(2)
+            )
+            require(torch.equal(found, again), f"{precision} has other bits when it runs again: {what}")
+            if m is None and kernel == "gd":
+                require(torch.equal(found, found.T), f"{precision} is not symmetric: {what}")
+            own = errors(found, exact)
+            worst[precision] = max(worst[precision], own[1])
+            # Where a sign is that of a rounded zero, float32 errs more than the products do.
+            bound = max(BOUNDS[precision], 2 * peer[0])
+            require(own[0] <= bound, f"{precision} errs by {own[0]}, torch by {peer[0]}: {what}")
+            if precision == "highest":
+                times = max(e / max(p, 2e-7) for e, p in zip(own, peer, strict=True))
+                worst["highest over torch float32"] = max(worst["highest over torch float32"], times)
+    require(worst["float64"] <= 1e-13, f"float64 is off: {worst}")
+    require(worst["highest over torch float32"] <= 2, f"float32 errs more than twice as much as torch: {worst}")
+    return worst
+
+
+def check_streams_and_devices() -> None:
+    """A kernel on a stream of its own waits for that stream's work and no other; it runs where its tensors are."""
+    block = on_device(make_bundle(64, 96, 5), torch.float32)
+    x = torch.randn(1000, 64, device=DEVICE)
+    expected = ntk_gram(block, x, backend="cuda")
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late = x + 0
+        found = ntk_gram(block, late, backend="cuda")
+    stream.synchronize()
+    require(torch.equal(found, expected), "on a stream of its own the kernel is another")
+    for index in range(1, torch.cuda.device_count()):
+        other = replace(block, **{k: t.to(f"cuda:{index}") for k, t in vars(block).items() if isinstance(t, Tensor)})
+        found = ntk_gram(other, x.to(f"cuda:{index}"), backend="cuda")
+        require(torch.equal(found.to(DEVICE), expected), f"on device {index} the kernel is another")
+
+
+def check_large() -> dict[str, int]:
+    """A result of more than 2^32 values, row by row, and the memory beside it in bytes."""
+    n, d, h = 66_000, 64, 32
+    block = on_device(make_bundle(d, h, 5), torch.float32)
+    x = torch.randn(n, d, device=DEVICE)
+    out = torch.empty(n, n, device=DEVICE)
+    for precision in PRECISIONS:
+        out.fill_(float("nan"))
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        ntk_gram(block, x, backend="cuda", precision=precision, out=out)  # type: ignore[arg-type]
+        beside = torch.cuda.max_memory_allocated() - before
+        require(beside <= 64 * n * (d + 3 * h), f"{precision} takes {beside} bytes beside the result")
+        for row in (0, 127, 128, 32_767, 46_341, 65_535, 65_536, n - 1):
+            alone = ntk_gram(block, x[row : row + 1], x, backend="cuda", precision=precision)[0]  # type: ignore[arg-type]
+            require(errors(out[row], alone)[0] <= BOUNDS[precision], f"{precision}: row {row} of {n} is wrong")
+            require(torch.equal(out[row], out[:, row]), f"{precision}: row {row} of {n} is not its column")
+    return {"N": n, "bytes beside the result": beside}
+
+
+def check() -> dict[str, Any]:
+    """All checks; the run ends at the first that fails."""
+    check_streams_and_devices()
+    return {"rms_error": check_against_float64(), "large": check_large()}
+
+
+# --- time ------------------------------------------------------------------------------------------------------------
+
+
+def compositions(bundle: Bundle, x: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """The closed form by torch calls, in place: its products in float32, TF32 and bfloat16."""
+    low = bundle.to(torch.bfloat16)
+
+    def tf32() -> Tensor:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            return torch_in_place(bundle, x)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    def float32() -> Tensor:
+        with full_float32():
+            return torch_in_place(bundle, x)
+
+    return {"torch float32": float32, "torch tf32": tf32, "torch bf16": lambda: torch_in_place(low, x.bfloat16())}
+
+
+def measure(name: str, rates: dict[str, float]) -> dict[str, Any]:
+    """Times of the trace kernel of one set of rows, with errors and the share of the floors that the tiles reach."""
+    n, d, h, outputs = SHAPES[name]
+    torch.manual_seed(0)
+    bundle = on_device(make_bundle(d, h, outputs), torch.float32)
+    x = torch.randn(n, d, device=DEVICE)
+    out = torch.empty(n, n, device=DEVICE)
+    result: dict[str, Any] = {"N": n, "d": d, "h": h, "outputs": outputs, "ms": {}, "rms_error": {}, "tiles": {}}
+    work: dict[str, Callable[[], Tensor]] = {
+        f"cuda {p}": lambda p=p: ntk_gram(bundle, x, backend="cuda", precision=p, out=out)  # type: ignore[misc]
+        for p in PRECISIONS
+    }
+    work.update(compositions(bundle, x))
+    some = torch.arange(0, n, max(1, n // 512), device=DEVICE)
+    exact = ntk_gram(on_device(bundle, torch.float64), x[some].double(), x.double(), backend="reference")
+    for what, call in work.items():
+        result["ms"][what] = milliseconds(call)
+        result["rms_error"][what] = errors(call()[some], exact)[1]
+
+    written = 4 * n * n / rates["copy_bytes"] * 1e3
+    for precision, planes, products in (("bf16x3", 2, 3), ("bf16", 1, 1)):
+        operand = torch.randn(planes, n, d + 2 * h, device=DEVICE).bfloat16()
+        arguments = (operand, operand, d, h, 1, True, 1.0, 1.0, False, True, out)
+        time = milliseconds(lambda a=arguments: native.cuda_operators().ntk_tiles(*a))["median"]  # type: ignore[misc]
+        floor = max(written, products * n * (n + 1) * (d + 2 * h) / rates["bf16_flops"] * 1e3)
+        result["tiles"][precision] = {"ms": time, "floor_ms": floor, "share_of_floor": floor / time}
+    times = {what: row["median"] for what, row in result["ms"].items()}
+    result["torch float32 over bf16x3"] = times["torch float32"] / times["cuda bf16x3"]
+    result["torch tf32 over bf16x3"] = times["torch tf32"] / times["cuda bf16x3"]
+    return result
+
+
+def run(rates: dict[str, float], shapes: list[str] | None = None) -> dict[str, Any]:
+    """Times of `shapes`, of all by default, printed as they come."""
+    results: dict[str, Any] = {}
+    for name in shapes or SHAPES:
+        result = results[name] = measure(name, rates)
+        for precision, row in result["tiles"].items():
+            print(name, precision, "tiles: share of the floor", round(row["share_of_floor"], 3))
+        for what, times in result["ms"].items():
+            print(f"  {what:20s} {times['median']:10.3f} ms  error {result['rms_error'][what]:.2g}")
+    return results

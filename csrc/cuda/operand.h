@@ -1,0 +1,113 @@
+// One side of the products as the tile kernels read it: a row of inputs, slopes and hidden values, side by side.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../activation.h"
+#include "layout.h"
+
+namespace mlp_fusion::cuda {
+
+// What there is of each kind, in columns, padded; they lie in this order. Slopes `in` and `gate` make one product.
+struct Columns {
+  int64_t inputs, in, gate, hidden;
+
+  MLP_HD int64_t slopes() const { return in + gate; }
+  MLP_HD int64_t all() const { return inputs + in + gate + hidden; }
+};
+
+// The values of a block's n rows and what is folded into them, neuron by neuron; csrc/cpu/ntk.h has the formulas. z and g
+// (n, h) are pre-activations, biases included; null g: a plain block; null shrink: none.
+template <class T>
+struct Factors {
+  const T *x, *z, *g, *shrink, *of_hidden, *of_in, *of_gate;
+  int64_t n, d, h;
+  Columns columns;
+  Activation activation;
+  bool signs;
+};
+
+template <class T>
+MLP_HD T activated(Activation activation, T z) {
+  switch (activation) {
+    case Activation::gelu:
+      return T(0.5) * z * (T(1) + std::erf(z * T(0.70710678118654752440)));
+    case Activation::gelu_tanh:
+      return T(0.5) * z * (T(1) + std::tanh(T(0.79788456080286535588) * (z + T(0.044715) * z * z * z)));
+    case Activation::relu:
+      return z > T(0) ? z : T(0);
+    case Activation::relu2:
+      return z > T(0) ? z * z : T(0);
+    case Activation::silu:
+      break;
+  }
+  return z / (T(1) + std::exp(-z));
+}
+
+template <class T>
+MLP_HD T derivative(Activation activation, T z) {
+  switch (activation) {
+    case Activation::gelu:
+      return T(0.5) * (T(1) + std::erf(z * T(0.70710678118654752440))) +
+             z * T(0.39894228040143267794) * std::exp(T(-0.5) * z * z);
+    case Activation::gelu_tanh: {
+      const T t = std::tanh(T(0.79788456080286535588) * (z + T(0.044715) * z * z * z));
+      const T inner = T(0.79788456080286535588) * (T(1) + T(3 * 0.044715) * z * z);
+      return T(0.5) * (T(1) + t) + T(0.5) * z * (T(1) - t * t) * inner;
+    }
+    case Activation::relu:
+      return z > T(0) ? T(1) : T(0);
+    case Activation::relu2:
+      return z > T(0) ? T(2) * z : T(0);
+    case Activation::silu:
+      break;
+  }
+  const T s = T(1) / (T(1) + std::exp(-z));
+  return s * (T(1) + z * (T(1) - s));
+}
+
+// The value in `column` of `row`; 0 where a range is padded.
+template <class T>
+MLP_HD T operand_value(const Factors<T>& f, int64_t row, int64_t column) {
+  T value = T(0);
+  if (column < f.columns.inputs) {
+    if (column < f.d) value = f.x[row * f.d + column];
+  } else {
+    column -= f.columns.inputs;
+    const bool of_in = column < f.columns.in;
+    if (!of_in) column -= f.columns.in;
+    const bool of_gate = !of_in && column < f.columns.gate;
+    if (!of_in && !of_gate) column -= f.columns.gate;
+    if (column < f.h) {
+      const int64_t at = row * f.h + column;
+      const T z = f.z[at], shrink = f.shrink == nullptr ? T(1) : f.shrink[column];
+      if (f.g == nullptr) {
+        value = of_in ? f.of_in[column] * derivative(f.activation, z * shrink)
+                      : f.of_hidden[column] * activated(f.activation, z * shrink);
+      } else {
+        const T g = f.g[at] * shrink;
+        value = of_in     ? f.of_in[column] * activated(f.activation, g)
+                : of_gate ? f.of_gate[column] * derivative(f.activation, g) * z
+                          : f.of_hidden[column] * activated(f.activation, g) * z;
+      }
+    }
+  }
+  return f.signs ? T((value > T(0)) - (value < T(0))) : value;
+}
+
+// The bfloat16 nearest to a finite value, ties to even, as its bits; and the value of such bits.
+MLP_HD uint16_t to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+MLP_HD float from_bfloat16(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+}  // namespace mlp_fusion::cuda

@@ -1,0 +1,111 @@
+"""Tangent kernels on NVIDIA GPUs: the compiled tiles of `csrc/cuda/ntk.h`.
+
+Each set of rows becomes one operand, its inputs, slopes and hidden values side by side, rounded or split as the
+precision says and with the weights of outputs and neurons folded in. A tile of the kernel is then computed by one block
+of threads, all products together: memory beyond the result is that of the operands, of the size of the inputs and the
+hidden values. No sum depends on the launch: the same call has the same bits. Pre-activations are products by cuBLAS in
+the dtype; kernels with an axis of outputs are products by cuBLAS altogether (`blocks.py`).
+
+Precisions of float32 kernels:
+
+    highest   multiply-add in float32, without tensor cores
+    bf16x3    each value as the sum of two bfloat16, 16 significant bits; three products on tensor cores
+    bf16      each value rounded to bfloat16, 8 significant bits; one product
+
+float64 kernels have float64 multiply-add, `highest`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fusion_kernels import native
+from fusion_kernels.ntk.blocks import outputs_gram
+from fusion_kernels.ntk.folding import Weights, fold
+
+
+def why_not() -> str | None:
+    """In one line why the backend cannot run here, or None."""
+    return native.cuda_unavailable()
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One sum of products: slopes whose products are multiplied by those of the inputs, a bias, or both."""
+
+    slopes: tuple[str, ...]
+    weights: bool
+    bias: bool
+
+
+def _passes(params: Sequence[str], gated: bool) -> list[_Pass]:
+    """The slopes in as few passes over the result as there are ways to multiply them; at least one."""
+    names = ("in", "gate") if gated else ("in",)
+    passes: dict[tuple[bool, bool], tuple[str, ...]] = {}
+    for name in names:
+        flags = f"w_{name}" in params, f"b_{name}" in params
+        if any(flags):
+            passes[flags] = (*passes.get(flags, ()), name)
+    return [_Pass(slopes, *flags) for flags, slopes in passes.items()] or [_Pass((), False, False)]
+
+
+def ntk_gram(
+    x1: Tensor,
+    x2: Tensor | None,
+    w_in: Tensor,
+    w_gate: Tensor | None,
+    b_in: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    scale: Tensor | None,
+    scale_exponent: float,
+    activation: str,
+    params: Sequence[str],
+    kernel: str,
+    reduce: str = "trace",
+    direction: Tensor | None = None,
+    metric: Tensor | None = None,
+    precision: str = "highest",
+    block_size: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return the kernel; arguments and result as in `fusion_kernels.reference.ntk.ntk_gram`.
+
+    Args:
+        precision: `"highest"`; for the trace or a vector in float32 also `"bf16x3"` or `"bf16"`.
+        block_size: rows at a time where there is an axis of outputs; of no meaning otherwise.
+    """
+    with torch.no_grad(), torch.autocast(x1.device.type, enabled=False), native.exact_products():
+        if reduce in ("full", "diagonal"):
+            block = (w_in, w_gate, b_in, b_gate, w_out, scale, scale_exponent, activation)
+            return outputs_gram(x1, x2, *block, params, kernel, reduce, metric, block_size, out)
+        gated, symmetric = w_gate is not None, x2 is None and kernel == "gd"
+        left, right, shrink, coefficient = fold(gated, w_out, scale, metric, scale_exponent, kernel, direction)
+        operators = native.cuda_operators()
+
+        def rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+            x = x.contiguous()
+            return x, F.linear(x, w_in, b_in), None if w_gate is None else F.linear(x, w_gate, b_gate)
+
+        def operand(of: tuple[Tensor, Tensor, Tensor | None], w: Weights, wanted: tuple[bool | str, ...]) -> Tensor:
+            weights = (w.of_hidden, w.of_in, w.of_gate)
+            return operators.ntk_operand(*of, shrink, *weights, activation, w.signs, *wanted)
+
+        first = rows(x1)
+        second = first if x2 is None else rows(x2)
+        if out is None:
+            out = x1.new_empty(len(x1), len(second[0]))
+        for number, part in enumerate(_passes(params, gated)):
+            with_hidden = number == 0 and "w_out" in params
+            wanted = (part.weights, "in" in part.slopes, "gate" in part.slopes, with_hidden, precision)
+            one = operand(first, left, wanted)
+            other = one if symmetric else operand(second, right, wanted)
+            columns = (x1.shape[1] if part.weights else 0, len(w_in), len(part.slopes), with_hidden)
+            constant = coefficient if number == 0 and "b_out" in params else 0.0
+            operators.ntk_tiles(one, other, *columns, float(part.bias), constant, number > 0, symmetric, out)
+        return out

@@ -1,0 +1,112 @@
+"""The CUDA library's operators on CPU tensors, by the emulation in `ntk_emulation.cpp`: everything but the hardware."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("ntk_emulation.cpp")
+_PLANES = {"highest": 0, "bf16": 1, "bf16x3": 2}
+_NAMES = {torch.float32: "float", torch.float64: "double"}
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    assert tensor is None or tensor.is_contiguous()
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _integers(*values: int) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _padded(columns: int) -> int:
+    return (columns + 31) // 32 * 32
+
+
+class Emulation:
+    """What `torch.ops.fusion_kernels_cuda` has; compiled into `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        library = folder / "ntk_emulation.so"
+        compiler = os.environ.get("CXX", "c++").split()[0]
+        flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+        done = subprocess.run([compiler, *flags, str(SOURCE), "-o", str(library)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        self.library = ctypes.CDLL(str(library))
+
+    def ntk_operand(
+        self,
+        x: Tensor,
+        z: Tensor,
+        g: Tensor | None,
+        shrink: Tensor | None,
+        of_hidden: Tensor,
+        of_in: Tensor,
+        of_gate: Tensor | None,
+        activation: str,
+        signs: bool,
+        inputs: bool,
+        slopes_in: bool,
+        slopes_gate: bool,
+        hidden: bool,
+        precision: str,
+    ) -> Tensor:
+        (n, d), h = x.shape, z.shape[1]
+        columns = [_padded(d) * inputs, _padded(h) * slopes_in, _padded(h) * slopes_gate, _padded(h) * hidden]
+        planes = _PLANES[precision]
+        dtype = torch.bfloat16 if planes else x.dtype
+        result = torch.full((max(1, planes), n, sum(columns)), float("nan"), dtype=dtype)
+        tensors = [_pointer(t) for t in (x, z, g, shrink, of_hidden, of_in, of_gate)]
+        getattr(self.library, f"operand_{_NAMES[x.dtype]}")(
+            (ctypes.c_void_p * 7)(*tensors),
+            _integers(n, d, h, *columns),
+            activation.encode(),
+            ctypes.c_bool(signs),
+            planes,
+            ctypes.c_void_p(result.data_ptr()),
+        )
+        return result
+
+    def ntk_tiles(
+        self,
+        left: Tensor,
+        right: Tensor,
+        inputs: int,
+        neurons: int,
+        slopes: int,
+        hidden: bool,
+        bias: float,
+        constant: float,
+        accumulate: bool,
+        symmetric: bool,
+        out: Tensor,
+    ) -> None:
+        planes, n1, columns = left.shape
+        n2 = right.shape[1]
+        assert right.shape == (planes, n2, columns)
+        ranges = _padded(inputs), slopes * _padded(neurons), hidden * _padded(neurons)
+        assert sum(ranges) == columns
+        assert out.shape == (n1, n2)
+        assert n2 <= 1 or out.stride(1) == 1
+        getattr(self.library, f"tiles_{_NAMES[out.dtype]}")(
+            ctypes.c_void_p(_pointer(left)),
+            ctypes.c_void_p(_pointer(right)),
+            _integers(n1, n2, *ranges, n2 if n1 <= 1 else out.stride(0)),
+            ctypes.c_double(bias),
+            ctypes.c_double(constant),
+            ctypes.c_bool(accumulate),
+            ctypes.c_bool(symmetric),
+            planes if left.dtype == torch.bfloat16 else 0,
+            ctypes.c_void_p(out.data_ptr()),
+        )
+
+    def tile(self, index: int, rows: int, columns: int, symmetric: bool) -> tuple[int, int]:
+        """Row and column of the tile that block number `index` computes."""
+        place = _integers(0, 0)
+        self.library.tile_place(*(ctypes.c_int64(i) for i in (index, rows, columns)), ctypes.c_bool(symmetric), place)
+        return place[0], place[1]
