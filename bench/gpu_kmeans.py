@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from fusion_kernels import kmeans, kmeans_assign
+from fusion_kernels.native import exact_products
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
-from gpu_timing import DEVICE, full_float32, milliseconds, require
+from gpu_timing import DEVICE, milliseconds, require
 from points import nearest_gap, neuron_like
 
 #: N, K, D and how many problems make a full batch.
@@ -57,7 +58,7 @@ def check_gram() -> dict[str, float]:
         exact = rows @ rows.mT
         norms = rows.norm(dim=2).clamp(min=1e-300)
         scale = torch.exp2(torch.log2(gram.double().amax((1, 2)) / exact.amax((1, 2))).round())[:, None, None]
-        with full_float32():
+        with exact_products():
             plain = rows.float() @ rows.float().mT
         found, peer = (
             (g.double() - exact) / (norms[:, :, None] * norms[:, None, :]) for g in (gram.double() / scale, plain)

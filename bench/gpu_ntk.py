@@ -22,7 +22,7 @@ from fusion_kernels import native, ntk_gram
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from ffn_blocks import Bundle, make_bundle
-from gpu_timing import DEVICE, full_float32, milliseconds, require
+from gpu_timing import DEVICE, milliseconds, require
 from ntk import torch_in_place
 
 PRECISIONS = ("highest", "bf16x3", "bf16")
@@ -75,7 +75,7 @@ def check_against_float64() -> dict[str, float]:
         exact = ntk_gram(double, *wide, kernel=kernel, backend="reference")  # type: ignore[arg-type]
         found = ntk_gram(double, *wide, kernel=kernel, backend="cuda")  # type: ignore[arg-type]
         worst["float64"] = max(worst["float64"], *errors(found, exact))
-        with full_float32():
+        with exact_products():
             peer = errors(ntk_gram(single, x1, x2, kernel=kernel, backend="reference"), exact)  # type: ignore[arg-type]
         for precision in PRECISIONS:
             found, again = (
@@ -160,7 +160,7 @@ def compositions(bundle: Bundle, x: Tensor) -> dict[str, Callable[[], Tensor]]:
             torch.set_float32_matmul_precision(before)
 
     def float32() -> Tensor:
-        with full_float32():
+        with exact_products():
             return torch_in_place(bundle, x)
 
     return {"torch float32": float32, "torch tf32": tf32, "torch bf16": lambda: torch_in_place(low, x.bfloat16())}

@@ -17,17 +17,6 @@ def require(holds: bool, message: str) -> None:
         sys.exit(f"not right, so nothing was timed: {message}")
 
 
-class full_float32:  # noqa: N801 - used like a function
-    """float32 products without TF32 inside."""
-
-    def __enter__(self) -> None:
-        self.before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-
-    def __exit__(self, *exception: object) -> None:
-        torch.set_float32_matmul_precision(self.before)
-
-
 def milliseconds(work: Callable[[], object], repeats: int = 7) -> dict[str, float]:
     """Median, least and largest time between device events, after one run that is not counted.
 

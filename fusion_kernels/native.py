@@ -60,13 +60,20 @@ def cuda_operators() -> Any:
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
-    """Products of float32 in float32, whatever `torch.set_float32_matmul_precision` allows."""
-    precision = torch.get_float32_matmul_precision()
-    if precision == "highest":
+    """Products of float32 in float32, whatever torch has been told to allow (TF32, bfloat16).
+
+    Through the settings of each backend, which both of torch's interfaces write: the older one refuses to be read once
+    the newer has been used.
+    """
+    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    if all(precision in ("none", "ieee") for precision in before):
         yield
         return
-    torch.set_float32_matmul_precision("highest")
     try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -61,3 +64,27 @@ def test_activation_derivatives_match_autograd(name: str) -> None:
 def test_unknown_activation() -> None:
     with pytest.raises(ValueError, match="unknown activation 'tanh': use one of gelu, gelu_tanh, relu, relu2, silu"):
         get_activation("tanh")
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_products_are_exact_whatever_torch_was_told(newer: bool) -> None:
+    """In a process of its own: torch refuses to mix its two interfaces."""
+    allow = (
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'; torch.backends.mkldnn.matmul.fp32_precision = 'bf16'"
+        if newer
+        else "torch.set_float32_matmul_precision('medium')"
+    )
+    script = f"""
+import torch
+from fusion_kernels.native import exact_products
+{allow}
+x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+exact = x.double() @ x.double()
+before = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+assert before == ("tf32", "bf16"), before
+with exact_products():
+    assert float((x @ x - exact).abs().max()) < 1e-3
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+assert (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision) == before
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
