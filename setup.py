@@ -132,6 +132,7 @@ def cuda_library(nvcc: str, *, optional: bool) -> Extension:
         library_dirs=[str(root / folder) for folder in ("lib64", "lib") if (root / folder).is_dir()],
     )
     extension.kernels = relative(list((ROOT / "csrc" / "cuda").glob("*.cu")))
+    extension.depends += extension.kernels  # or the library would not be linked again after a change to one of them
     return extension
 
 

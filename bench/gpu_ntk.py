@@ -75,7 +75,7 @@ def check_against_float64() -> dict[str, float]:
         exact = ntk_gram(double, *wide, kernel=kernel, backend="reference")  # type: ignore[arg-type]
         found = ntk_gram(double, *wide, kernel=kernel, backend="cuda")  # type: ignore[arg-type]
         worst["float64"] = max(worst["float64"], *errors(found, exact))
-        with exact_products():
+        with native.exact_products():
             peer = errors(ntk_gram(single, x1, x2, kernel=kernel, backend="reference"), exact)  # type: ignore[arg-type]
         for precision in PRECISIONS:
             found, again = (
@@ -160,7 +160,7 @@ def compositions(bundle: Bundle, x: Tensor) -> dict[str, Callable[[], Tensor]]:
             torch.set_float32_matmul_precision(before)
 
     def float32() -> Tensor:
-        with exact_products():
+        with native.exact_products():
             return torch_in_place(bundle, x)
 
     return {"torch float32": float32, "torch tf32": tf32, "torch bf16": lambda: torch_in_place(low, x.bfloat16())}

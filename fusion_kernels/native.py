@@ -65,7 +65,8 @@ def exact_products() -> Iterator[None]:
     Through the settings of each backend, which both of torch's interfaces write: the older one refuses to be read once
     the newer has been used.
     """
-    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    known: Any = torch.backends
+    settings = (known.cuda.matmul, known.mkldnn.matmul)
     before = [setting.fp32_precision for setting in settings]
     if all(precision in ("none", "ieee") for precision in before):
         yield

@@ -91,19 +91,57 @@ def test_the_networks_kernel_is_that_of_the_jacobian(kernel: Kernel) -> None:
     assert found.cosine == pytest.approx(float((a * b).sum() / (a.norm() * b.norm())), rel=1e-4)
 
 
-def test_random_signs_estimate_the_sum_over_outputs_and_groups_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernel", ["gd", "sign"])
+def test_drawn_outputs_estimate_the_sum_over_all(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("bert", task="Model", dtype=torch.float64)
-    exact = numeric_kernel(model, token_batch(), "gd", pooled)
-    many = compare_models(model, model, token_batch(), rows=4, samples=4, directions=64).network
-    assert many is not None
-    assert many.trace[0] == pytest.approx(float(exact.trace()), rel=0.2)
-    few = compare_models(model, model, token_batch(), rows=4, samples=4, directions=2).network
+    exact = float(numeric_kernel(model, token_batch(), kernel, pooled).trace())
+
+    def network(drawn: int, seed: int = 0) -> models.NetworkKernel:
+        options: dict[str, Any] = {"rows": 4, "samples": 4, "kernel": kernel, "drawn_outputs": drawn, "seed": seed}
+        found = compare_models(model, model, token_batch(), **options).network
+        assert found is not None
+        return found
+
+    everything = network(24)
+    assert everything.outputs == 24
+    assert everything.trace[0] == pytest.approx(exact, rel=1e-6)
+    parts = [network(6, seed).trace[0] for seed in range(12)]
+    assert sum(parts) / len(parts) == pytest.approx(exact, rel=0.1)
     monkeypatch.setattr(models, "GRADIENT_BYTES", 1)
-    again = compare_models(model, model, token_batch(), rows=4, samples=4, directions=2).network
-    assert few is not None
-    assert again is not None
-    assert again.trace == pytest.approx(few.trace, rel=1e-6)
-    assert again.cosine == pytest.approx(few.cosine)
+    again = network(24)
+    assert again.trace == pytest.approx(everything.trace, rel=1e-9)
+    assert again.cosine == pytest.approx(everything.cosine)
+
+
+def test_outputs_that_do_not_depend_on_every_ffn_and_without_gradients_around() -> None:
+    original, other = fused("bert")
+
+    def early(model: Any, batch: Any) -> Tensor:
+        return model(**batch, output_hidden_states=True).hidden_states[1].mean(1)
+
+    with torch.no_grad():
+        found = compare_models(original, other, token_batch(), rows=8, samples=2, outputs=early).network
+    assert found is not None
+    assert found.trace[0] > 0
+
+
+def test_small_differences_of_float64_models_are_seen() -> None:
+    original = tiny_model("bert", task="Model", dtype=torch.float64)
+    other = copy.deepcopy(original)
+    with torch.no_grad():
+        other.encoder.layer[0].output.dense.weight.mul_(1 + 1e-9)
+    found = compare_models(original, other, token_batch(), rows=8, samples=3)
+    assert found.network is not None
+    assert 1e-11 < found.network.relative_error < 1e-7
+
+
+def test_rows_come_from_many_sentences_and_samples_are_as_many_as_asked() -> None:
+    model = tiny_model("bert", task="Model")
+    one_by_one = [{k: v[:1] for k, v in token_batch(seed=seed).items()} for seed in range(40)]
+    found = compare_models(model, model, one_by_one, rows=8, samples=16)
+    assert found.network is not None
+    assert found.network.samples == 16
+    assert found.rows == 8
 
 
 def test_a_model_is_left_as_it_was() -> None:
@@ -126,3 +164,10 @@ def test_models_that_do_not_match_are_refused() -> None:
         compare_models(bert, tiny_model("bert", num_hidden_layers=2), token_batch())
     with pytest.raises(InputError, match="compare two models of one"):
         compare_models(nn.Linear(2, 2), bert, token_batch())
+    with pytest.raises(InputError, match=r"is torch.float32 in one model and torch.float64 in the other: convert"):
+        compare_models(bert, tiny_model("bert", dtype=torch.float64), token_batch())
+    with pytest.raises(InputError, match="has 24 inputs in one model and 16 in the other"):
+        compare_models(bert, tiny_model("bert", hidden_size=16), token_batch())
+    for options, message in (({"rows": 0}, "rows must be at least 1"), ({"samples": -1}, "samples must be at least 0")):
+        with pytest.raises(ValueError, match=message):
+            compare_models(bert, bert, token_batch(), **options)

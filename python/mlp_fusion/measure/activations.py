@@ -14,7 +14,8 @@ from mlp_fusion.errors import InputError
 
 Batch = Mapping[str, Tensor]
 
-_POOL = 64
+#: Rows are drawn from so many times as many tokens: enough to mix sentences, and an end to endless samples.
+POOL = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +97,7 @@ def capture_activations(
     Raises:
         InputError: the sample has no token, or an FFN did not run.
     """
-    # Rows are drawn from this many times as many tokens: enough to mix sentences, and an end to endless samples.
-    batches = take_batches(sample, _POOL * rows)
+    batches = take_batches(sample, POOL * rows)
     masks = [token_mask(b) for b in batches]
     total = sum(int(m.sum()) for m in masks)
     chosen = torch.zeros(total, dtype=torch.bool)

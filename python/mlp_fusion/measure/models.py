@@ -15,8 +15,9 @@ from fusion_kernels import ntk_compare
 from fusion_kernels.ntk import Kernel
 from mlp_fusion.architectures import Architecture, FFNSite, get_architecture
 from mlp_fusion.errors import InputError
-from mlp_fusion.measure.activations import Batch, capture_activations, take_batches
+from mlp_fusion.measure.activations import POOL, Batch, capture_activations, take_batches
 from mlp_fusion.measure.errors import ffn_parts, relative_error
+from mlp_fusion.modules.layouts import read_projection
 
 #: `(model, batch) -> (samples, outputs)`: which outputs of the network count in its kernel.
 Outputs = Callable[[nn.Module, Batch], Tensor]
@@ -57,12 +58,12 @@ class NetworkKernel:
 
     Attributes:
         samples: N; the kernel is (N, N).
-        directions: draws of random signs over the outputs; their mean estimates the sum of the kernel over outputs.
+        outputs: how many outputs the kernel was summed over: all, or as many as were drawn, scaled to the sum of all.
         relative_error, cosine, alignment, trace: as in `KernelRow`.
     """
 
     samples: int
-    directions: int
+    outputs: int
     relative_error: float
     cosine: float
     alignment: float
@@ -91,8 +92,8 @@ def compare_models(
     rows: int = 2048,
     kernel: Kernel = "gd",
     samples: int = 16,
-    directions: int = 4,
     outputs: Outputs | None = None,
+    drawn_outputs: int = 8,
     seed: int = 0,
 ) -> ModelComparison:
     """Compare the tangent kernels of a model and of what became of it.
@@ -106,16 +107,22 @@ def compare_models(
         sample: batches from a tokenizer.
         rows: token positions that the FFNs' kernels are measured on.
         kernel: `"gd"` for gradient descent, `"sign"` for sign descent, to which Adam is close.
-        samples: sequences of the first batches that the network's kernel is measured on; 0 for no such kernel.
-        directions: see `NetworkKernel`.
+        samples: sequences that the network's kernel is measured on, the first ones; 0 for no such kernel. Where the
+            sample has fewer, the result says how many.
         outputs: what the network's outputs are; mean-pooled last hidden states when None.
-        seed: of the drawn positions and directions.
+        drawn_outputs: that many of them are drawn when there are more, the same ones in both models.
+        seed: of the drawn positions and outputs.
 
     Raises:
         InputError: unknown architecture, models that do not match, or a sample that they cannot run on.
+        ValueError: a count that is too small.
     """
+    for name, value, least in (("rows", rows, 1), ("samples", samples, 0), ("drawn_outputs", drawn_outputs, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     architecture, pairs = _matching_sites(original, other)
-    batches = take_batches(sample, max(rows, 1))
+    # As many as the rows are drawn from, for the network's kernel as well.
+    batches = take_batches(sample, POOL * rows)
     activations = capture_activations(
         original, architecture, [site for site, _ in pairs], batches, rows=rows, seed=seed
     )  # fmt: skip
@@ -137,7 +144,7 @@ def compare_models(
     network = None
     if samples > 0:
         taken = _first_samples(batches, samples)
-        network = _compare_networks(architecture, pairs, (original, other), taken, kernel, directions, outputs, seed)
+        network = _compare_networks(architecture, pairs, (original, other), taken, kernel, drawn_outputs, outputs, seed)
     return ModelComparison(kernel, len(activations[0].x), found, network)
 
 
@@ -149,6 +156,19 @@ def _matching_sites(original: nn.Module, other: nn.Module) -> tuple[Architecture
     sites = [architecture.sites(model) for model in (original, other)]
     if not sites[0] or len(sites[0]) != len(sites[1]):
         raise InputError(f"the models have {len(sites[0])} and {len(sites[1])} FFNs: compare a model with its own copy")
+    for pair in zip(*sites, strict=True):
+        first, second = (read_projection(architecture.projection(site, "w_in"))[0] for site in pair)
+        for what in ("dtype", "device"):
+            if getattr(first, what) != getattr(second, what):
+                raise InputError(
+                    f"{pair[0].path} is {getattr(first, what)} in one model and {getattr(second, what)} in the other: "
+                    "convert one of them"
+                )
+        if first.shape[1] != second.shape[1]:
+            raise InputError(
+                f"{pair[0].path} has {first.shape[1]} inputs in one model and {second.shape[1]} in the other: "
+                "compare a model with its own copy"
+            )
     return architecture, list(zip(*sites, strict=True))
 
 
@@ -185,19 +205,19 @@ def _compare_networks(
     models: tuple[nn.Module, nn.Module],
     samples: list[dict[str, Tensor]],
     kernel: Kernel,
-    directions: int,
+    drawn: int,
     outputs: Outputs | None,
     seed: int,
 ) -> NetworkKernel:
-    a, b = (
+    (a, taken), (b, _) = (
         _network_kernel(model, _ffn_parameters(architecture, [pair[side] for pair in pairs]), samples, kernel,
-                        directions, outputs or pooled, seed)
+                        drawn, outputs or pooled, seed)
         for side, model in enumerate(models)
     )  # fmt: skip
     centre = torch.eye(len(a), dtype=a.dtype) - 1.0 / len(a)
     return NetworkKernel(
         samples=len(samples),
-        directions=directions,
+        outputs=taken,
         relative_error=relative_error(b, a),
         cosine=_cosine(a, b),
         alignment=_cosine(centre @ a @ centre, centre @ b @ centre),
@@ -226,31 +246,36 @@ def _network_kernel(
     parameters: Sequence[nn.Parameter],
     samples: Sequence[dict[str, Tensor]],
     kernel: Kernel,
-    directions: int,
+    drawn: int,
     outputs: Outputs,
     seed: int,
-) -> Tensor:
-    """(N, N) float64 on the CPU: the kernel summed over outputs, estimated by random signs over them."""
+) -> tuple[Tensor, int]:
+    """(N, N) float64 on the CPU: the kernel summed over outputs, or estimated from `drawn` of them; and how many.
+
+    Single outputs rather than random directions: for the sign kernel, which is not bilinear, those would be biased.
+    """
     device = next(model.parameters()).device
     required = [p.requires_grad for p in parameters]
     modes = {module: module.training for module in model.modules()}
     model.eval()
     total = torch.zeros(len(samples), len(samples), dtype=torch.float64)
+    chosen: list[int] = []
+    weight = 1.0
     try:
         for p in parameters:
             p.requires_grad_(True)
-        for group in _groups(parameters, len(samples)):
-            generator = torch.Generator().manual_seed(seed)
-            for _ in range(directions):
-                signs: Tensor | None = None
-                rows = []
-                for sample in samples:
-                    y = outputs(model, {name: value.to(device) for name, value in sample.items()}).float()
-                    if signs is None:
-                        signs = torch.randint(0, 2, y.shape[1:], generator=generator).mul_(2).sub_(1).to(y)
-                    gradients = torch.autograd.grad((y[0] * signs).sum(), group)
-                    rows.append(torch.cat([g.float().flatten() for g in gradients]))
-                jacobian = torch.stack(rows)
+        for group in _groups(parameters, len(samples) * drawn):
+            rows: list[list[Tensor]] = []
+            for sample in samples:
+                with torch.enable_grad():
+                    y = outputs(model, {name: value.to(device) for name, value in sample.items()})[0].unbind()
+                if not chosen:
+                    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+                    chosen = sorted(order[:drawn].tolist())
+                    weight = len(y) / len(chosen)
+                rows.append([_flat_gradient(y[o], group, last=o == chosen[-1]) for o in chosen])
+            for of_output in zip(*rows, strict=True):
+                jacobian = torch.stack(of_output)
                 other = jacobian.sign() if kernel == "sign" else jacobian
                 total += (jacobian @ other.T).double().cpu()
     finally:
@@ -258,17 +283,24 @@ def _network_kernel(
             p.requires_grad_(flag)
         for module, training in modes.items():
             module.training = training
-    return total / directions
+    return total * weight, len(chosen)
 
 
-def _groups(parameters: Sequence[nn.Parameter], samples: int) -> list[list[nn.Parameter]]:
-    """Parameters whose gradients for all samples are kept together."""
+def _flat_gradient(y: Tensor, parameters: Sequence[nn.Parameter], *, last: bool) -> Tensor:
+    """Of a scalar, with zeros for parameters that it does not depend on, in float32 or better."""
+    gradients = torch.autograd.grad(y, parameters, retain_graph=not last, allow_unused=True)
+    flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+    return torch.cat([g.to(torch.promote_types(g.dtype, torch.float32)).flatten() for g in flat])
+
+
+def _groups(parameters: Sequence[nn.Parameter], gradients: int) -> list[list[nn.Parameter]]:
+    """Parameters of which `gradients` gradients each are kept together."""
     groups: list[list[nn.Parameter]] = []
     size = math.inf
     for p in parameters:
-        size += 8 * samples * p.numel()  # the stacked copy, too
+        size += 8 * gradients * p.numel()  # the stacked copy, too
         if size > GRADIENT_BYTES:
             groups.append([])
-            size = 8.0 * samples * p.numel()
+            size = 8.0 * gradients * p.numel()
         groups[-1].append(p)
     return groups
