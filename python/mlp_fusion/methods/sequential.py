@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from mlp_fusion.architectures import Architecture, FFNSite
 from mlp_fusion.calibration.statistics import (
@@ -73,7 +74,11 @@ def _record(model: nn.Module, layers: Sequence[FFNSite], batches: Sequence[Batch
 
     def recorder(number: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call = (args, {k: v for k, v in kwargs.items() if k != "past_key_values"})
+            # A cache would hold the first run's keys when the layer runs again.
+            call = (
+                tuple(None if isinstance(value, Cache) else value for value in args),
+                {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()},
+            )
             calls[number].append(call if number == 0 else _with_hidden(call, torch.empty(0)))
 
         return record
