@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from mlp_fusion.measure import FFNRow, FusionReport, capture_activations, ffn_er
 from mlp_fusion.measure.activations import Activations, Batch, take_batches, token_mask
 from mlp_fusion.measure.report import CalibrationRecord
 from mlp_fusion.methods import get_method, method_names
-from mlp_fusion.methods.allocation import allocate_widths
+from mlp_fusion.methods.allocation import allocate_widths, hidden_state_changes
 from mlp_fusion.methods.pipeline import Progress, Recipe, ReducedFFN, reduce_ffns, working_precision
 from mlp_fusion.methods.sequential import reduce_sequentially
 from mlp_fusion.neurons import NeuronBundle, Parameterization
@@ -185,8 +186,9 @@ def fuse(
     if known is not None and (not sequential or budget is not None):
         statistics = collect(model, architecture, chosen, known, seed=seed)
     calibration_seconds = time.perf_counter() - calibrating if statistics is not None else None
-    if budget is not None and statistics is not None:
-        widths = allocate_widths(options.recipe, originals, statistics, budget, progress)
+    if budget is not None and statistics is not None and known is not None:
+        effects = functools.partial(hidden_state_changes, model, architecture, chosen, known)
+        widths = allocate_widths(options.recipe, originals, statistics, budget, effects, progress)
     if known is not None and sequential:
         reduced = _sequentially(model, architecture, chosen, known, originals, widths, options.recipe, progress)
     else:

@@ -17,6 +17,7 @@ from mlp_fusion.calibration import collect
 from mlp_fusion.calibration.text import calibration_batches
 from mlp_fusion.measure import capture_activations, relative_error
 from mlp_fusion.methods import get_method
+from mlp_fusion.methods.allocation import hidden_state_changes
 from mlp_fusion.methods.pipeline import Recipe, reduce_ffns
 from mlp_fusion.methods.sequential import reduce_sequentially
 
@@ -145,6 +146,20 @@ def test_automatic_widths_keep_the_budget_and_favour_what_is_hard() -> None:
     assert report.rows[1].output_error < 1e-3
     even = fuse(tiny_model("bert"), "auto", budget=0.5, calibration=TEXT, sample=HELD_OUT, layers=[0])
     assert even.rows[0].neurons_after <= 32
+
+
+def test_effects_are_those_of_a_model_with_one_ffn_replaced() -> None:
+    model = tiny_model("gpt2", dtype=torch.float64)
+    architecture = get_architecture("gpt2")
+    sites = architecture.sites(model)
+    bundles = [get_method("published")(architecture.read(s, model.config), 8, seed=0).bundle for s in sites]
+    found = hidden_state_changes(model, architecture, sites, HELD_OUT, bundles)
+    exact = _hidden(model)
+    for number, bundle in enumerate(bundles):
+        changed = copy.deepcopy(model)
+        architecture.install(architecture.sites(changed)[number], bundle, "folded")
+        assert found[number] == pytest.approx(relative_error(_hidden(changed), exact) ** 2)
+    torch.testing.assert_close(_hidden(model), exact, rtol=0, atol=0)
 
 
 def test_same_seed_same_bits() -> None:

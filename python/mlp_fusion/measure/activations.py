@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mlp_fusion.architectures import Architecture, FFNSite
 from mlp_fusion.errors import InputError
+from mlp_fusion.neurons import NeuronBundle
 
 Batch = Mapping[str, Tensor]
 #: Called as `visit(site number, token mask (batch, length), taps)`; see :func:`stream_activations`.
@@ -149,6 +150,29 @@ def tapped(architecture: Architecture, sites: Sequence[FFNSite], visit: Visitor)
         handles.append(w_out.register_forward_hook(taps.after("y", number)))
     try:
         yield taps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def replaced(architecture: Architecture, site: FFNSite, bundle: NeuronBundle) -> Iterator[None]:
+    """While inside, the FFN at `site` outputs what `bundle` (B = 1) does; its own weights are left alone."""
+    pending: list[Tensor] = []
+
+    def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        pending.append(args[0])
+
+    def replace(_module: nn.Module, _args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        x = pending.pop()
+        return bundle.forward(x.reshape(-1, x.shape[-1]).to(bundle.w_in.dtype))[0].reshape(y.shape).to(y.dtype)
+
+    handles = [
+        architecture.projection(site, "w_in").register_forward_pre_hook(keep),
+        architecture.projection(site, "w_out").register_forward_hook(replace),
+    ]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -22,9 +22,8 @@ from mlp_fusion.calibration.statistics import (
     row_capacity,
 )
 from mlp_fusion.errors import InputError
-from mlp_fusion.measure.activations import Batch, Taps, evaluating, take_batches, tapped, token_mask
+from mlp_fusion.measure.activations import Batch, Taps, evaluating, replaced, take_batches, tapped, token_mask
 from mlp_fusion.methods.pipeline import ReducedFFN
-from mlp_fusion.neurons import NeuronBundle
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -64,7 +63,8 @@ def reduce_sequentially(
                 continue
             statistics = _statistics(architecture, site, site_calls, states, masks, plan)
             reduced.append(reduce(numbers[site.index], statistics))
-            states = _forward_reduced(architecture, site, site_calls, states, reduced[-1].reduction.bundle)
+            with replaced(architecture, site, reduced[-1].reduction.bundle):
+                states = [_run(site, call, x) for call, x in zip(site_calls, states, strict=True)]
     return reduced
 
 
@@ -146,27 +146,3 @@ def _statistics(
             _run(site, call, hidden)
             taps.finish()
     return collector.finish(plan.order, plan.sequence)
-
-
-def _forward_reduced(
-    architecture: Architecture, site: FFNSite, calls: Sequence[_Call], states: Sequence[Tensor], bundle: NeuronBundle
-) -> list[Tensor]:
-    """The layer's outputs with `bundle` in place of its FFN."""
-    pending: list[Tensor] = []
-
-    def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        pending.append(args[0])
-
-    def replace(_module: nn.Module, _args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        x = pending.pop()
-        return bundle.forward(x.reshape(-1, x.shape[-1]).to(bundle.w_in.dtype))[0].reshape(y.shape).to(y.dtype)
-
-    handles = [
-        architecture.projection(site, "w_in").register_forward_pre_hook(keep),
-        architecture.projection(site, "w_out").register_forward_hook(replace),
-    ]
-    try:
-        return [_run(site, call, hidden) for call, hidden in zip(calls, states, strict=True)]
-    finally:
-        for handle in handles:
-            handle.remove()
