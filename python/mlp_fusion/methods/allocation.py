@@ -46,7 +46,7 @@ def allocate_widths(
     effects: Callable[[Sequence[NeuronBundle]], list[float]],
     progress: Progress | None = None,
 ) -> list[int]:
-    """A width for every FFN, so that together they keep at most the share `budget` of their parameters.
+    """A width for every FFN, so that together their neurons keep at most the share `budget` of their parameters.
 
     Every FFN is reduced to a few widths, by the recipe without its matching (which leaves outputs alone); the errors
     are those of its outputs on held-out calibration rows.
@@ -146,8 +146,8 @@ def choose(curves: Sequence[Sequence[Choice]], allowed: int) -> list[Choice]:
 
 
 def _parameters(bundle: NeuronBundle, width: int) -> int:
-    per_neuron = bundle.vectors().shape[-1]
-    return width * per_neuron + (0 if bundle.b_out is None else bundle.b_out.shape[-1])
+    """Of the neurons alone: the output bias is there at every width."""
+    return width * bundle.vectors().shape[-1]
 
 
 def _held_out_error(ffn: ReducedFFN, statistics: FFNStatistics) -> float:
