@@ -33,6 +33,10 @@ from mlp_fusion.methods import Reduction, method
 from mlp_fusion.neurons import NeuronBundle
 
 
+#: Balanced and weighted rows take a few hundred rounds of Hartigan's moves where raw ones take a hundred at most.
+_MOST_ROUNDS = 1000
+
+
 @method("fusion", uses_statistics=True)
 def fusion(
     bundle: NeuronBundle, width: int, *, seed: int, statistics: Sequence[FFNStatistics] | None = None
@@ -76,7 +80,8 @@ def _cluster(
     bundle: NeuronBundle, rows: Tensor, weights: Tensor | None, width: int, *, algorithm: str, seed: int
 ) -> Reduction:
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    found = kmeans(rows, width, sample_weight=weights, init="k-means++", algorithm=algorithm, seed=seed)
+    limit = _MOST_ROUNDS if algorithm == "hartigan" else 100
+    found = kmeans(rows, width, sample_weight=weights, init="k-means++", algorithm=algorithm, max_iter=limit, seed=seed)
     statuses = tuple(Status(int(s)) for s in found.status)
     if Status.NON_FINITE in statuses:
         raise ValueError("a weight is NaN or Inf: nothing can be clustered")
