@@ -174,18 +174,20 @@ def fuse(
     before = count_parameters(model)
 
     known = None if calibration is None else take_batches(calibration_batches(calibration, model), CALIBRATION_TOKENS)
-    batches: Any = sample if sample is not None else known
-    if batches is None:
-        batches = random_batch(model, seed=seed)
-    activations = capture_activations(model, architecture, chosen, batches, rows=SAMPLE_ROWS, seed=seed)
-    for site, bundle, rows in zip(chosen, originals, activations, strict=True):
-        _self_test(architecture, site, bundle, rows)
-
     calibrating = time.perf_counter()
     statistics = None
     if known is not None and (not sequential or budget is not None):
         statistics = collect(model, architecture, chosen, known, seed=seed)
     calibration_seconds = time.perf_counter() - calibrating if statistics is not None else None
+    if sample is None and statistics is not None:
+        activations = [_sampled(s, seed) for s in statistics]
+    else:
+        batches: Any = sample if sample is not None else known
+        if batches is None:
+            batches = random_batch(model, seed=seed)
+        activations = capture_activations(model, architecture, chosen, batches, rows=SAMPLE_ROWS, seed=seed)
+    for site, bundle, rows in zip(chosen, originals, activations, strict=True):
+        _self_test(architecture, site, bundle, rows)
     if budget is not None and statistics is not None and known is not None:
         effects = functools.partial(hidden_state_changes, model, architecture, chosen, known)
         widths = allocate_widths(options.recipe, originals, statistics, budget, effects, progress)
@@ -223,6 +225,13 @@ def fuse(
         rows=report_rows,
         calibration=_describe(options, known, calibration_seconds),
     )
+
+
+def _sampled(statistics: FFNStatistics, seed: int) -> Activations:
+    """Rows to measure errors on from those that calibration has kept: the model need not run again."""
+    order = torch.randperm(len(statistics.x), generator=torch.Generator().manual_seed(seed))
+    chosen = order[:SAMPLE_ROWS].to(statistics.x.device)
+    return Activations(statistics.x[chosen], statistics.y[chosen])
 
 
 def _sequentially(

@@ -172,6 +172,15 @@ def test_same_seed_same_bits() -> None:
         assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
+def test_the_model_runs_over_the_text_once() -> None:
+    model = tiny_model("bert")
+    runs: list[int] = []
+    base: Any = model.base_model
+    base.register_forward_pre_hook(lambda _m, _args: runs.append(1))
+    fuse(model, 16, calibration=TEXT)
+    assert len(runs) == len(TEXT)
+
+
 def test_without_a_sample_errors_are_of_the_calibration_text_and_say_so() -> None:
     report = fuse(tiny_model("bert"), 16, calibration=TEXT)
     assert report.sample == "the calibration text, which was fitted to"

@@ -32,7 +32,6 @@ from mlp_fusion.calibration.statistics import FFNStatistics
 from mlp_fusion.methods import Reduction, method
 from mlp_fusion.neurons import NeuronBundle
 
-
 #: Balanced and weighted rows take a few hundred rounds of Hartigan's moves where raw ones take a hundred at most.
 _MOST_ROUNDS = 1000
 
