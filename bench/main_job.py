@@ -44,7 +44,7 @@ def errors_over_seeds(sentences: list[str], seeds: int) -> list[dict[str, object
     architecture, sites = find_ffns(model)
     inputs = capture_activations(model, architecture, sites, batch, rows=ROWS, seed=0)
     bundle = NeuronBundle.stack([architecture.read(site, model.config) for site in sites])
-    runs = [get_method("fusion")(bundle, WIDTH, seed=seed) for seed in range(seeds)]
+    runs = [get_method("published")(bundle, WIDTH, seed=seed) for seed in range(seeds)]
     rows: list[dict[str, object]] = []
     for n, site in enumerate(sites):
         original, x = bundle.select(n), inputs[n].x

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import mlp_fusion
 from fusion_kernels import backends
 from mlp_fusion.errors import InputError
+from mlp_fusion.methods import method_names
 
 Command = Callable[..., Any]
 
@@ -38,10 +39,12 @@ def _selection(command: Command) -> Command:
     width = click.option(
         "--width",
         required=True,
-        help="Neurons to keep per FFN: a count (768; a multiple of 8) or a share (0.25; rounded to a multiple of 128).",
+        help="Neurons to keep per FFN: a count (768; a multiple of 8), a share (0.25; rounded to a multiple of 128), "
+        "or auto, which spends --budget where the error falls most.",
     )
+    budget = click.option("--budget", type=float, help="With --width auto: the share of the FFNs' parameters to keep.")
     layers = click.option("--layers", default="all", show_default=True, help="all, 4-11, last:8, first:4, or 0,2,5.")
-    return width(layers(command))
+    return width(budget(layers(command)))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -59,16 +62,16 @@ def cli(debug: bool) -> None:
 @_model
 @_selection
 @_json
-def plan(model: str, width: str, layers: str, as_json: bool) -> None:
+def plan(model: str, width: str, budget: float | None, layers: str, as_json: bool) -> None:
     """Say what compressing MODEL would do, from its config and tensor headers alone."""
-    _emit(mlp_fusion.plan(model, parse_width(width), layers), as_json)
+    _emit(mlp_fusion.plan(model, parse_width(width), layers, budget=budget), as_json)
 
 
 @cli.command()
 @_model
 @click.argument("out", type=click.Path(path_type=Path))
 @_selection
-@click.option("--method", default="fusion", show_default=True, help="Compression method.")
+@click.option("--method", default="fusion", show_default=True, help=f"One of {', '.join(method_names())}.")
 @click.option(
     "--optimizer",
     default="adamw",
@@ -83,17 +86,40 @@ def plan(model: str, width: str, layers: str, as_json: bool) -> None:
     help="The same seed gives the same checkpoint.",
 )
 @click.option("--text", type=click.Path(path_type=Path), help="Sentences, one a line, to measure the errors on.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Sentences, one a line, to learn from: better clusters and refitted outputs. A few hundred suffice.",
+)
+@click.option(
+    "--refit/--no-refit",
+    default=None,
+    help="Fit output weights and bias to the calibration text.  [default: with --calibration]",
+)
+@click.option(
+    "--match",
+    type=click.Choice(["none", "auto", "gd", "sign"]),
+    default="none",
+    show_default=True,
+    help="Match the tangent kernel that gradient descent (gd) or Adam (sign) sees; auto: that of --optimizer.",
+)
+@click.option("--sequential", is_flag=True, help="Calibrate each FFN on what the reduced ones before it produce.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @_json
 def compress(
     model: str,
     out: Path,
     width: str,
+    budget: float | None,
     layers: str,
     method: str,
     optimizer: str,
     seed: int,
     text: Path | None,
+    calibration: Path | None,
+    refit: bool | None,
+    match: str,
+    sequential: bool,
     device: str,
     as_json: bool,
 ) -> None:
@@ -112,6 +138,11 @@ def compress(
             optimizer=None if optimizer == "none" else optimizer,
             seed=seed,
             text=text,
+            calibration=calibration,
+            refit=refit,
+            match=None if match == "none" else match,
+            sequential=sequential,
+            budget=budget,
             device=device,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
@@ -162,18 +193,20 @@ def environment() -> dict[str, Any]:
     return {"versions": versions, "devices": devices, "backends": backends()}
 
 
-def parse_width(text: str) -> int | float:
-    """`"768"` is a count, `"0.25"` a share.
+def parse_width(text: str) -> int | float | str:
+    """`"768"` is a count, `"0.25"` a share, `"auto"` itself.
 
     Raises:
         InputError: neither.
     """
+    if text == "auto":
+        return text
     for kind in (int, float):
         try:
             return kind(text)
         except ValueError:
             continue
-    raise InputError(f"--width {text!r}: give a count such as 768 or a share such as 0.25")
+    raise InputError(f"--width {text!r}: give a count such as 768 or a share such as 0.25, or auto")
 
 
 def _emit(result: Any, as_json: bool) -> None:

@@ -2,43 +2,125 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fusion_kernels.ntk import Kernel
 from mlp_fusion.architectures import Architecture, FFNSite
+from mlp_fusion.calibration import FFNStatistics, collect
+from mlp_fusion.calibration.statistics import CALIBRATION_TOKENS
+from mlp_fusion.calibration.text import Calibration, calibration_batches
 from mlp_fusion.checkpoint.folding import unfold_on_load
 from mlp_fusion.checkpoint.metadata import check_config, fused_config, replace_config
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure import FFNRow, FusionReport, capture_activations, ffn_errors, random_batch, relative_error
-from mlp_fusion.measure.activations import Activations, Batch
-from mlp_fusion.methods import Method, Reduction, get_method
-from mlp_fusion.neurons import NeuronBundle
-from mlp_fusion.selection import Layers, Width, parameterization_for, resolve_layers, resolve_width
-
-#: Called as `progress(done, total)` with FFNs.
-Progress = Callable[[int, int], None]
+from mlp_fusion.measure.activations import Activations, Batch, take_batches, token_mask
+from mlp_fusion.measure.report import CalibrationRecord
+from mlp_fusion.methods import get_method, method_names
+from mlp_fusion.methods.allocation import allocate_widths, hidden_state_changes
+from mlp_fusion.methods.pipeline import Progress, Recipe, ReducedFFN, reduce_ffns, working_precision
+from mlp_fusion.methods.sequential import reduce_sequentially
+from mlp_fusion.neurons import NeuronBundle, Parameterization
+from mlp_fusion.selection import (
+    BUDGET_ALONE,
+    Layers,
+    Width,
+    parameterization_for,
+    resolve_layers,
+    resolve_width,
+)
 
 #: Token positions that errors are measured on; the kernels need this many squared numbers.
 SAMPLE_ROWS = 512
-#: Bytes of neuron vectors that a method works on side by side.
-BATCH_BYTES = 256 * 2**20
 #: An entry's forward pass must agree with the model's own to this many units of rounding, and to this share at most.
 _SELF_TEST_ULPS, _SELF_TEST_SHARE = 64, 0.05
+#: Optimiser -> the kernel that its steps see, by the parameterization that suits it.
+_KERNELS: dict[Parameterization, Kernel] = {"scaled": "sign", "split": "gd"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `fuse` that do not depend on the model, checked by :func:`check_options`."""
+
+    recipe: Recipe
+    optimizer: str | None
+    calibrated: bool
+    sequential: bool
+    budget: float | None
+
+
+def check_options(
+    width: Width | str,
+    method: str,
+    *,
+    optimizer: str | None,
+    seed: int,
+    calibrated: bool,
+    refit: bool | None,
+    match: str | None,
+    sequential: bool,
+    budget: float | None,
+) -> Options:
+    """Check what can be checked without a model; arguments as in :func:`fuse`.
+
+    Raises:
+        InputError: an option is unknown, or asks for what another one rules out.
+    """
+    form = parameterization_for(optimizer)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise InputError(f"seed {seed!r}: give an integer from 0 to 2**63 - 1")
+    reducer = get_method(method)
+    if not reducer.narrows:
+        narrow = ", ".join(name for name in method_names() if get_method(name).narrows)
+        raise InputError(
+            f"method {method!r} keeps the width, so that no narrower model can hold it: use one of {narrow}"
+        )
+    if match not in (None, "auto", "gd", "sign"):
+        raise InputError(f"match {match!r}: use gd, sign, auto or none")
+    if match is not None and form == "folded":
+        raise InputError("match needs an optimizer: a model for inference has no tangent kernel to match")
+    kernel: Any = _KERNELS[form] if match == "auto" else match
+    automatic = isinstance(width, str)
+    if automatic and width != "auto":
+        raise InputError(f"width {width!r}: give a count such as 768 or a share such as 0.25, or auto")
+    if automatic != (budget is not None):
+        raise InputError(BUDGET_ALONE)
+    if budget is not None and not 0.0 < budget < 1.0:
+        raise InputError(
+            f"budget {budget} must lie strictly between 0 and 1: the share of the FFNs' parameters to keep"
+        )
+    if not calibrated:
+        asked = {
+            "refit": bool(refit), "match": match is not None, "sequential": sequential, "width auto": automatic,
+            f"method {method}": reducer.needs_statistics,
+        }  # fmt: skip
+        wanting = [name for name, wanted in asked.items() if wanted]
+        if wanting:
+            raise InputError(f"{wanting[0]} needs calibration text: pass calibration")
+    recipe = Recipe(reducer, seed, form, refit=calibrated if refit is None else refit, match=kernel)
+    return Options(recipe, optimizer, calibrated, sequential, budget)
 
 
 def fuse(
     model: nn.Module,
-    width: Width,
+    width: Width | str,
     layers: Layers = None,
     method: str = "fusion",
     *,
     optimizer: str | None = "adamw",
     seed: int = 0,
     sample: Batch | Iterable[Batch] | None = None,
+    calibration: Calibration | None = None,
+    refit: bool | None = None,
+    match: str | None = None,
+    sequential: bool = False,
+    budget: float | None = None,
     progress: Progress | None = None,
 ) -> FusionReport:
     """Shrink the FFNs of a loaded Hugging Face model, in place.
@@ -49,14 +131,25 @@ def fuse(
     Args:
         model: a `PreTrainedModel` of a supported architecture, in memory, unquantised, without adapters.
         width: neurons to keep in each FFN: a count (`768`) or a share (`0.25`), the share rounded to a multiple that
-            engines can serve.
+            engines can serve; `"auto"` gives each FFN what its errors on the calibration text call for, within
+            `budget`.
         layers: which layers: None or `"all"`, a range, a list, or a text such as `"4-11"` or `"last:8"`.
         method: name of the compression method.
         optimizer: what the model will be trained with; picks the parameterization that keeps its training dynamics:
             explicit scale for Adam-like ones, split scale for SGD-like ones, None folds the scale (inference).
-        seed: of the method, of the sample's rows and of the sample itself where none is given.
-        sample: batches that the reported errors are measured on, as a tokenizer returns them. None: random token ids,
-            which run the real layers but are not real text.
+        seed: of the method, of the sample's and the calibration's rows, and of the sample itself where none is given.
+        sample: batches that the reported errors are measured on, as a tokenizer returns them. None: the calibration
+            text, or else random token ids, which run the real layers but are not real text.
+        calibration: text that the method and its corrections learn from; a few hundred sentences suffice. Batches, the
+            path of a text file, or a `datasets` dataset: see :func:`mlp_fusion.calibration.text.calibration_batches`.
+            The model runs over it once (three times when sequential). Memory: see
+            :func:`mlp_fusion.calibration.collect`.
+        refit: fit each reduced FFN's output weights and bias to the original's outputs, by ridge regression; None:
+            whenever there is calibration text.
+        match: tangent kernel that the scale is matched to: `"gd"` (gradient descent), `"sign"` (Adam-like), `"auto"`
+            for the one of `optimizer`, or None to keep the method's scale. Outputs do not depend on it.
+        sequential: calibrate each FFN on the inputs that the already reduced ones before it produce.
+        budget: with `width="auto"`, the share of the FFNs' parameters to keep.
         progress: called as `progress(done, total)` while FFNs are worked on.
 
     Returns:
@@ -68,45 +161,61 @@ def fuse(
     started = time.perf_counter()
     architecture, sites = find_ffns(model)
     config: Any = model.config
-    parameterization = parameterization_for(optimizer)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise InputError(f"seed {seed!r}: give an integer from 0 to 2**63 - 1")
-    reducer = get_method(method)
+    options = check_options(
+        width, method, optimizer=optimizer, seed=seed, calibrated=calibration is not None, refit=refit, match=match,
+        sequential=sequential, budget=budget,
+    )  # fmt: skip
+    form = options.recipe.form
     indices = set(resolve_layers(layers, [site.index for site in sites]))
     chosen = [site for site in sites if site.index in indices]
     originals = [architecture.read(site, config) for site in chosen]
-    widths = [resolve_width(width, bundle.width) for bundle in originals]
+    widths = [] if isinstance(width, str) else [resolve_width(width, bundle.width) for bundle in originals]
     _check_finite(model)
     before = count_parameters(model)
 
-    batches = random_batch(model, seed=seed) if sample is None else sample
-    activations = capture_activations(model, architecture, chosen, batches, rows=SAMPLE_ROWS, seed=seed)
+    known = None if calibration is None else take_batches(calibration_batches(calibration, model), CALIBRATION_TOKENS)
+    calibrating = time.perf_counter()
+    statistics = None
+    if known is not None and (not sequential or budget is not None):
+        statistics = collect(model, architecture, chosen, known, seed=seed)
+    calibration_seconds = time.perf_counter() - calibrating if statistics is not None else None
+    if sample is None and statistics is not None:
+        activations = [_sampled(s, seed) for s in statistics]
+    else:
+        batches: Any = sample if sample is not None else known
+        if batches is None:
+            batches = random_batch(model, seed=seed)
+        activations = capture_activations(model, architecture, chosen, batches, rows=SAMPLE_ROWS, seed=seed)
     for site, bundle, rows in zip(chosen, originals, activations, strict=True):
         _self_test(architecture, site, bundle, rows)
-
-    reduced = _reduce(reducer, originals, widths, seed, progress)
+    if budget is not None and statistics is not None and known is not None:
+        effects = functools.partial(hidden_state_changes, model, architecture, chosen, known)
+        widths = allocate_widths(options.recipe, originals, statistics, budget, effects, progress)
+    if known is not None and sequential:
+        reduced = _sequentially(model, architecture, chosen, known, originals, widths, options.recipe, progress)
+    else:
+        reduced = reduce_ffns(options.recipe, originals, widths, statistics, progress)
     report_rows = [
-        _row(site, original, reduction, parameterization, seconds, sampled)
-        for site, original, (reduction, seconds), sampled in zip(chosen, originals, reduced, activations, strict=True)
+        _row(site, original, ffn, form, sampled)
+        for site, original, ffn, sampled in zip(chosen, originals, reduced, activations, strict=True)
     ]
     after_widths = {site.index: architecture.neurons(site) for site in sites}
     after_widths.update({site.index: k for site, k in zip(chosen, widths, strict=True)})
-    changed = fused_config(
-        config, architecture, after_widths, sorted(indices), method=method, form=parameterization
-    )  # fmt: skip
+    changed = fused_config(config, architecture, after_widths, sorted(indices), method=method, form=form)
     # Everything that can go wrong has gone right: only now is the model touched.
-    for site, (reduction, _) in zip(chosen, reduced, strict=True):
-        architecture.install(site, reduction.bundle, parameterization)
+    for site, ffn in zip(chosen, reduced, strict=True):
+        architecture.install(site, ffn.reduction.bundle, form)
     replace_config(model, changed)
     unfold_on_load(model, architecture)
     after = count_parameters(model)
+    described = "the given sample" if sample is not None else "random token ids"
     return FusionReport(
         model_type=config.model_type,
         method=method,
         optimizer=optimizer,
-        parameterization=parameterization,
+        parameterization=form,
         seed=seed,
-        sample="random token ids" if sample is None else "the given sample",
+        sample=described if known is None or sample is not None else "the calibration text, which was fitted to",
         sample_rows=len(activations[0].x),
         parameters_before=before[0],
         parameters_after=after[0],
@@ -114,6 +223,47 @@ def fuse(
         bytes_after=after[1],
         seconds=time.perf_counter() - started,
         rows=report_rows,
+        calibration=_describe(options, known, calibration_seconds),
+    )
+
+
+def _sampled(statistics: FFNStatistics, seed: int) -> Activations:
+    """Rows to measure errors on from those that calibration has kept: the model need not run again."""
+    order = torch.randperm(len(statistics.x), generator=torch.Generator().manual_seed(seed))
+    chosen = order[:SAMPLE_ROWS].to(statistics.x.device)
+    return Activations(statistics.x[chosen], statistics.y[chosen])
+
+
+def _sequentially(
+    model: nn.Module,
+    architecture: Architecture,
+    sites: Sequence[FFNSite],
+    batches: Iterable[Batch],
+    originals: Sequence[NeuronBundle],
+    widths: Sequence[int],
+    recipe: Recipe,
+    progress: Progress | None,
+) -> list[ReducedFFN]:
+    def reduce(number: int, statistics: FFNStatistics) -> ReducedFFN:
+        ffn = reduce_ffns(recipe, [originals[number]], [widths[number]], [statistics])[0]
+        if progress is not None:
+            progress(number + 1, len(sites))
+        return ffn
+
+    return reduce_sequentially(model, architecture, sites, batches, reduce, seed=recipe.seed)
+
+
+def _describe(options: Options, batches: Sequence[Batch] | None, seconds: float | None) -> CalibrationRecord | None:
+    if batches is None:
+        return None
+    recipe = options.recipe
+    return CalibrationRecord(
+        tokens=sum(int(token_mask(batch).sum()) for batch in batches),
+        refit=recipe.refit,
+        match=recipe.match,
+        sequential=options.sequential,
+        budget=options.budget,
+        seconds=seconds,
     )
 
 
@@ -153,7 +303,7 @@ def _check_finite(model: nn.Module) -> None:
 
 def _self_test(architecture: Architecture, site: FFNSite, bundle: NeuronBundle, rows: Activations) -> None:
     """Compare the bundle with the model's own FFN on real inputs: a wrong entry must not pass unnoticed."""
-    bundle = _working_precision(bundle)
+    bundle = working_precision(bundle)
     exact = bundle.forward(rows.x.to(bundle.w_in.dtype))[0]
     error = relative_error(rows.y, exact)
     epsilon = torch.finfo(rows.y.dtype).eps
@@ -168,60 +318,11 @@ def _self_test(architecture: Architecture, site: FFNSite, bundle: NeuronBundle, 
         )
 
 
-def _working_precision(bundle: NeuronBundle) -> NeuronBundle:
-    """float64 stays; anything lower is worked on in float32."""
-    return bundle.to(dtype=torch.promote_types(bundle.w_in.dtype, torch.float32))
-
-
-def _reduce(
-    reducer: Method, bundles: Sequence[NeuronBundle], widths: Sequence[int], seed: int, progress: Progress | None
-) -> list[tuple[Reduction, float]]:
-    """Reduce FFNs of one shape side by side; a `(reduction of one, seconds)` per bundle, in their order."""
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for number, (bundle, width) in enumerate(zip(bundles, widths, strict=True)):
-        groups.setdefault((bundle.layout, bundle.w_in.device, width), []).append(number)
-    results: dict[int, tuple[Reduction, float]] = {}
-    for members in groups.values():
-        first = bundles[members[0]]
-        problem_bytes = 4 * first.width * first.vectors().shape[-1]
-        size = max(1, BATCH_BYTES // problem_bytes)
-        for chunk in (members[i : i + size] for i in range(0, len(members), size)):
-            started = time.perf_counter()
-            stacked = _working_precision(NeuronBundle.stack([bundles[n] for n in chunk]))
-            reduction = reducer(stacked, widths[chunk[0]], seed=seed)
-            seconds = (time.perf_counter() - started) / len(chunk)
-            for position, n in enumerate(chunk):
-                results[n] = (_select(reduction, position), seconds)
-            if progress is not None:
-                progress(len(results), len(bundles))
-    return [results[n] for n in range(len(bundles))]
-
-
-def _select(reduction: Reduction, index: int) -> Reduction:
-    def pick(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[index : index + 1]
-
-    return Reduction(
-        bundle=reduction.bundle.select(index),
-        counts=pick(reduction.counts),
-        inertia=pick(reduction.inertia),
-        iterations=pick(reduction.iterations),
-        status=(reduction.status[index],),
-    )
-
-
-def _row(
-    site: FFNSite,
-    original: NeuronBundle,
-    reduction: Reduction,
-    parameterization: str,
-    seconds: float,
-    sampled: Activations,
-) -> FFNRow:
-    fused = reduction.bundle.parameterized(parameterization)
-    original = _working_precision(original)
+def _row(site: FFNSite, original: NeuronBundle, ffn: ReducedFFN, parameterization: str, sampled: Activations) -> FFNRow:
+    fused = ffn.reduction.bundle.parameterized(parameterization)
+    original = working_precision(original)
     errors = ffn_errors(original, fused, sampled.x.to(original.w_in.dtype))
-    counts = reduction.counts
+    counts = ffn.reduction.counts
     return FFNRow(
         layer=site.index,
         path=site.path,
@@ -232,6 +333,10 @@ def _row(
         largest_cluster=None if counts is None else int(counts.max()),
         singletons=None if counts is None else int((counts == 1).sum()),
         empty_clusters=None if counts is None else int((counts == 0).sum()),
-        status=reduction.status[0],
-        seconds=seconds,
+        status=ffn.reduction.status[0],
+        seconds=ffn.seconds,
+        correction_seconds=ffn.correction_seconds,
+        ridge=ffn.ridge,
+        held_out_error=ffn.held_out_error,
+        largest_scale=None if fused.scale is None else float(fused.scale.max()),
     )

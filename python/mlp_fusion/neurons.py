@@ -49,7 +49,7 @@ class NeuronBundle:
         activation: a name in `fusion_kernels.activations.ACTIVATIONS`.
         w_gate: `(B, N, d)` gate projection, or None for a plain FFN.
         b_in, b_gate: `(B, N)` biases of `w_in` and `w_gate`, or None.
-        b_out: `(B, d_out)` output bias, or None. No method touches it.
+        b_out: `(B, d_out)` output bias, or None. Clustering leaves it alone; a refit fits it.
         scale: `(B, N)` size-scaling vector p (how many neurons each one stands for), or None for all ones.
         scale_exponent: the exponent a: the stored weights are p^a times the canonical ones, and the forward pass
             divides that out again. 0 is the explicit-P form, 1/2 the sqrt(P) split.
@@ -274,14 +274,14 @@ class NeuronBundle:
 
     # --- the function ------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The FFN itself, the obvious way: the reference that every faster path is compared with.
+    def hidden(self, x: Tensor) -> Tensor:
+        """What the output weights multiply: activations, gated where the FFN is, and scaled.
 
         Args:
             x: `(T, d)` rows for every problem, or `(B, T, d)`.
 
         Returns:
-            `(B, T, d_out)`.
+            `(B, T, N)`.
         """
         act = get_activation(self.activation).function
 
@@ -298,7 +298,18 @@ class NeuronBundle:
         if self.scale is not None:
             # The scale may be float32 beside bfloat16 weights; the second product wants the weights' dtype.
             hidden = (hidden * output_factor(self.scale, self.scale_exponent, self.gated).unsqueeze(1)).to(z.dtype)
-        y = hidden @ self.w_out
+        return hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The FFN itself, the obvious way: the reference that every faster path is compared with.
+
+        Args:
+            x: `(T, d)` rows for every problem, or `(B, T, d)`.
+
+        Returns:
+            `(B, T, d_out)`.
+        """
+        y = self.hidden(x) @ self.w_out
         return y if self.b_out is None else y + self.b_out.unsqueeze(1)
 
 

@@ -12,6 +12,8 @@ from mlp_fusion.neurons import Parameterization
 Layers = Iterable[int] | str | None
 Width = int | float
 
+BUDGET_ALONE = "width auto and budget go together: budget 0.4 keeps 40% of the FFNs' parameters"
+
 _ADAPTIVE = ("adam", "adamw", "adamax", "nadam", "radam", "adafactor", "lion", "signsgd", "lamb", "rmsprop", "adagrad")
 _GRADIENT = ("sgd", "momentum", "nesterov", "muon", "lbfgs")
 

@@ -104,7 +104,9 @@ def test_redundant_neurons_go_without_loss(family: str, tmp_path: Path) -> None:
     assert report.parameters_before == sum(p.numel() for p in original.parameters())
 
 
-def test_weights_are_the_clusters_sums(source: Path, fused: Path) -> None:
+def test_weights_are_the_clusters_sums(source: Path, tmp_path: Path) -> None:
+    fused = tmp_path / "published"
+    mlp_fusion.compress(source, fused, 16, method="published")
     before, after, scales = ck.tensors(source), ck.tensors(fused), load_file(fused / SCALE)
     assert before.keys() == after.keys()
     ffn = {name for name in before if re.search(rf"layer\.\d\.({W_IN}|{B_IN}|{W_OUT})$", name)}
@@ -390,21 +392,9 @@ def test_progress_counts_ffns(source: Path, tmp_path: Path) -> None:
 # --- sentences -------------------------------------------------------------------------------------------------------
 
 
-def add_tokenizer(folder: Path, **special: str) -> Path:
-    tokenizers = pytest.importorskip("tokenizers")
-    words = ["<s>", "<pad>", "</s>", "<unk>", "the", "a", "cat", "sat"]
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
-    )  # fmt: skip
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
-    fast.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "gpt2"])
 def test_sentences_of_the_caller(family: str, tmp_path: Path) -> None:
-    folder = add_tokenizer(ck.save_tiny(tmp_path / "source", family), pad_token="<pad>", eos_token="</s>")
+    folder = ck.add_tokenizer(ck.save_tiny(tmp_path / "source", family), pad_token="<pad>", eos_token="</s>")
     text = tmp_path / "pets.tsv"
     text.write_text("the cat sat\t1\n\n   \na cat\t0\n" + "the cat " * 60 + "\t1\n")
     report = mlp_fusion.compress(folder, tmp_path / "out", 16, text=text)
@@ -428,7 +418,7 @@ def test_sentences_of_the_caller(family: str, tmp_path: Path) -> None:
 
 
 def test_sentences_of_the_package(source: Path, tmp_path: Path) -> None:
-    folder = add_tokenizer(ck.copy(source, tmp_path / "source"), eos_token="</s>")  # padded with </s> then
+    folder = ck.add_tokenizer(ck.copy(source, tmp_path / "source"), eos_token="</s>")  # padded with </s> then
     report = mlp_fusion.compress(folder, tmp_path / "out", 16, "0")
     assert report.sample == "the package's sentences"
     assert report.embeddings is not None

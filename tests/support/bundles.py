@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fusion_kernels.activations import ACTIVATIONS
+from mlp_fusion.calibration import FFNStatistics
 from mlp_fusion.neurons import NeuronBundle
 
 
@@ -52,6 +53,21 @@ def tie(bundle: NeuronBundle, sizes: Tensor) -> NeuronBundle:
         if (tensor := getattr(bundle, name)) is not None
     }
     return dataclasses.replace(bundle, **repeated)
+
+
+def statistics_of(bundle: NeuronBundle, x: Tensor, sequences: int = 20) -> FFNStatistics:
+    """Calibration statistics of one FFN (B = 1) on the rows `x`, the naive way, as if from `sequences` sequences."""
+    ones = torch.cat([x, torch.ones_like(x[:, :1])], dim=1).double()
+    hidden = bundle.hidden(x)[0].double()
+    return FFNStatistics(
+        tokens=len(x),
+        input_moment=ones.T @ ones / len(x),
+        hidden_mean=hidden.mean(0),
+        hidden_variance=hidden.var(0, correction=0),
+        x=x,
+        y=bundle.forward(x)[0],
+        sequence=torch.arange(len(x)) * sequences // max(1, len(x)),
+    )
 
 
 @st.composite

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from families import WIDTH, tiny_model
 
@@ -68,6 +70,18 @@ def edit_config(folder: Path, **changes: Any) -> Path:
     """Set keys of config.json; None removes one."""
     config = {k: v for k, v in {**read_config(folder), **changes}.items() if v is not None}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def add_tokenizer(folder: Path, **special: str) -> Path:
+    """Give a tiny checkpoint a tokenizer of eight words; `special` names its special tokens."""
+    words = ["<s>", "<pad>", "</s>", "<unk>", "the", "a", "cat", "sat"]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )  # fmt: skip
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
+    fast.save_pretrained(folder)
     return folder
 
 

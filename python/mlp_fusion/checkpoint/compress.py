@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mlp_fusion.architectures import Architecture, get_architecture
+from mlp_fusion.calibration.text import CALIBRATION_SENTENCES
 from mlp_fusion.checkpoint.folding import fold_state_dict
 from mlp_fusion.checkpoint.metadata import (
     FUSION_KEY,
@@ -28,9 +29,10 @@ from mlp_fusion.checkpoint.source import local_folder, read_config
 from mlp_fusion.checkpoint.text import compare_embeddings, embed, read_sentences, tokenize
 from mlp_fusion.checkpoint.writing import appears_when_complete, check_output, copy_companions, write_weights
 from mlp_fusion.errors import InputError
-from mlp_fusion.fusing import Progress, fuse
+from mlp_fusion.fusing import check_options, fuse
 from mlp_fusion.measure import FusionReport, random_batch
-from mlp_fusion.selection import Layers, Width, parameterization_for
+from mlp_fusion.methods.pipeline import Progress
+from mlp_fusion.selection import Layers, Width
 
 #: Tokens of the random sequence whose outputs travel with the checkpoint for `verify`.
 _REFERENCE_TOKENS = 16
@@ -39,13 +41,18 @@ _REFERENCE_TOKENS = 16
 def compress(
     path: str | Path,
     out: str | Path,
-    width: Width,
+    width: Width | str,
     layers: Layers = None,
     method: str = "fusion",
     *,
     optimizer: str | None = "adamw",
     seed: int = 0,
     text: str | Path | None = None,
+    calibration: str | Path | None = None,
+    refit: bool | None = None,
+    match: str | None = None,
+    sequential: bool = False,
+    budget: float | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> FusionReport:
@@ -60,6 +67,9 @@ def compress(
         out: folder to make; must not exist, or be empty.
         width, layers, method, optimizer, seed: as in :func:`mlp_fusion.fuse`.
         text: file of sentences, one a line, that errors are measured on; None for the package's own.
+        calibration: file of sentences, one a line, that the method and its corrections learn from (the first 512); None
+            to fuse without data. Measure on other text than this.
+        refit, match, sequential, budget: as in :func:`mlp_fusion.fuse`.
         device: `cpu`, `cuda`, `cuda:1`, or `auto` for CUDA when there is one.
         progress: called as `progress(done, total)` while FFNs are worked on.
 
@@ -74,8 +84,11 @@ def compress(
     check_output(out)
     torch_device = resolve_device(device)
     sentences = read_sentences(None if text is None else Path(text).expanduser())
-    parameterization_for(optimizer)
-    planned = plan(path, width, layers)
+    calibration_file = None if calibration is None else Path(calibration).expanduser()
+    learnt = None if calibration_file is None else read_sentences(calibration_file, limit=CALIBRATION_SENTENCES)
+    corrections: dict[str, Any] = {"refit": refit, "match": match, "sequential": sequential, "budget": budget}
+    check_options(width, method, optimizer=optimizer, seed=seed, calibrated=learnt is not None, **corrections)
+    planned = plan(path, width, layers, budget=budget)
     folder = local_folder(path)
     if folder.resolve() in out.parents:
         raise InputError(f"{out} lies inside {folder}: choose a folder elsewhere")
@@ -87,9 +100,17 @@ def compress(
     batches = tokenize(folder, sentences, positions)
     if batches is None and text is not None:
         raise InputError(f"{folder} has no tokenizer to read {text} with: add its files, or leave out the text")
+    calibration_batches = None if learnt is None else tokenize(folder, learnt, positions)
+    if learnt is not None and calibration_batches is None:
+        raise InputError(f"{folder} has no tokenizer to read {calibration} with: add its files")
     originals = None if batches is None else embed(model, batches)
     chosen = [ffn.layer for ffn in planned.ffns if ffn.chosen]
-    report = fuse(model, width, chosen, method, optimizer=optimizer, seed=seed, sample=batches, progress=progress)
+    report = fuse(
+        model, width, chosen, method, optimizer=optimizer, seed=seed, sample=batches, calibration=calibration_batches,
+        progress=progress, **corrections,
+    )  # fmt: skip
+    if budget is not None:
+        planned = plan(path, {row.layer: row.neurons_after for row in report.rows}, layers)
     changes: dict[str, Any] = {}
     if batches is not None and originals is not None:
         changes["embeddings"] = compare_embeddings(embed(model, batches), originals)

@@ -18,7 +18,7 @@ from mlp_fusion.checkpoint.metadata import check_config
 from mlp_fusion.checkpoint.source import Headers, TensorInfo, model_headers, read_headers
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure.report import format_bytes, render
-from mlp_fusion.selection import Layers, Width, resolve_layers, resolve_width
+from mlp_fusion.selection import BUDGET_ALONE, Layers, Width, resolve_layers, resolve_width
 
 #: Parts of a tensor's name that speak of a feed-forward layer, in the families that transformers knows.
 _FFN_WORDS = re.compile(
@@ -101,12 +101,21 @@ class FusionPlan:
         return "\n".join(lines)
 
 
-def plan(model_or_path: nn.Module | str | Path, width: Width, layers: Layers = None) -> FusionPlan:
+def plan(
+    model_or_path: nn.Module | str | Path,
+    width: Width | str | Mapping[int, int],
+    layers: Layers = None,
+    *,
+    budget: float | None = None,
+) -> FusionPlan:
     """Say what compressing would do, without loading a weight.
 
     Args:
         model_or_path: a loaded model, a checkpoint's folder, or a hub name.
-        width, layers: as in :func:`mlp_fusion.fuse`.
+        width, layers: as in :func:`mlp_fusion.fuse`; the widths that `"auto"` has led to, by layer, can be given as
+            well.
+        budget: with `"auto"`, whose widths depend on calibration text: the plan shows this share of every FFN, which is
+            what they come to in all, and says so.
 
     Raises:
         InputError: whatever would keep `fuse` or `compress` from doing it, and a tensor that looks like part of an FFN
@@ -118,17 +127,22 @@ def plan(model_or_path: nn.Module | str | Path, width: Width, layers: Layers = N
     _refuse_strays(headers, architecture, claimed)
     architecture.activation(headers.config)
     chosen = set(resolve_layers(layers, [index for index, _ in found]))
+    automatic = isinstance(width, str)
+    if automatic and width != "auto":
+        raise InputError(f"width {width!r}: give a count such as 768 or a share such as 0.25, or auto")
+    if automatic != (budget is not None):
+        raise InputError(BUDGET_ALONE)
     ffns = []
     for (index, path), parts in found.items():
         before = _width(architecture, parts)
-        after = resolve_width(width, before) if index in chosen else before
+        after = _width_after(width, budget, index, before) if index in chosen else before
         ffns.append(_planned(index, path, index in chosen, before, after, parts))
     saved_parameters = sum(f.parameters_before - f.parameters_after for f in ffns)
     saved_bytes = sum(f.bytes_before - f.bytes_after for f in ffns)
     # Integer tensors are buffers (position ids): they take bytes, but are no parameters.
     parameters = sum(t.numel for t in headers.tensors.values() if t.floating)
     size = sum(t.nbytes for t in headers.tensors.values())
-    uniform = len({f.neurons_after for f in ffns}) == 1
+    uniform = len({f.neurons_after for f in ffns}) == 1 and not automatic
     return FusionPlan(
         name=headers.name,
         model_type=headers.config.model_type,
@@ -139,8 +153,17 @@ def plan(model_or_path: nn.Module | str | Path, width: Width, layers: Layers = N
         bytes_after=size - saved_bytes,
         uniform=uniform,
         loads_in=_loads_in(uniform, headers.config.model_type),
-        warnings=_warnings(ffns),
+        warnings=_warnings(ffns, automatic),
     )
+
+
+def _width_after(width: Width | str | Mapping[int, int], budget: float | None, index: int, before: int) -> int:
+    if isinstance(width, Mapping):
+        return width[index]
+    if isinstance(width, str):
+        assert budget is not None
+        return resolve_width(float(budget), before)
+    return resolve_width(width, before)
 
 
 def _find_ffns(
@@ -243,7 +266,9 @@ def _loads_in(uniform: bool, model_type: str) -> str:
     )
 
 
-def _warnings(ffns: list[PlannedFFN]) -> list[str]:
+def _warnings(ffns: list[PlannedFFN], automatic: bool) -> list[str]:
+    if automatic:
+        return ["width auto: shown is the budget spread evenly; the calibration text decides what each FFN gets"]
     odd = sorted({f.neurons_after for f in ffns if f.chosen and not f.divisible_by_128})
     if not odd:
         return []

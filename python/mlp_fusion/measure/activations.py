@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 
 from mlp_fusion.architectures import Architecture, FFNSite
 from mlp_fusion.errors import InputError
+from mlp_fusion.neurons import NeuronBundle
 
 Batch = Mapping[str, Tensor]
+#: Called as `visit(site number, token mask (batch, length), taps)`; see :func:`stream_activations`.
+Visitor = Callable[[int, Tensor, "Taps"], None]
 
 #: Rows are drawn from so many times as many tokens: enough to mix sentences, and an end to endless samples.
 POOL = 64
@@ -23,6 +27,21 @@ class Activations:
     """Rows of one FFN: inputs `x (T, d)` and the model's own outputs `y (T, d_out)`, in the model's dtype."""
 
     x: Tensor
+    y: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Taps:
+    """What passes through one FFN on one batch, padding included, in the model's dtype and on its device.
+
+    Attributes:
+        x: `(batch, length, d)` inputs.
+        hidden: `(batch, length, N)` what the output projection gets: the activations, gated where the FFN is.
+        y: `(batch, length, d_out)` outputs of the output projection.
+    """
+
+    x: Tensor
+    hidden: Tensor
     y: Tensor
 
 
@@ -77,6 +96,141 @@ def token_mask(batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
+def stream_activations(
+    model: nn.Module,
+    architecture: Architecture,
+    sites: Sequence[FFNSite],
+    batches: Sequence[Batch],
+    visit: Visitor,
+) -> None:
+    """Run `model` once over `batches` and show `visit` what passes through every FFN in `sites`.
+
+    Every FFN is visited once per batch, in the order in which the model runs them, and nothing is kept: at any time
+    the tensors of one FFN on one batch are held. The model is put in evaluation mode for the run and back afterwards.
+
+    Raises:
+        InputError: the model cannot run on a batch, or an FFN did not run.
+    """
+    device = next(model.parameters()).device
+    # The head has no FFN of ours, may ask for more than token ids, and makes the largest tensors of all.
+    base: Any = getattr(model, "base_model", model)
+    with evaluating(model), tapped(architecture, sites, visit) as taps:
+        for batch in batches:
+            taps.start(token_mask(batch))
+            try:
+                base(**{k: v.to(device) for k, v in batch.items()})
+            except InputError:
+                raise
+            except (ValueError, IndexError, TypeError, RuntimeError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise InputError(f"the model cannot run on the sample ({type(error).__name__}: {reason})") from error
+            taps.finish()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every module's own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def tapped(architecture: Architecture, sites: Sequence[FFNSite], visit: Visitor) -> Iterator[TapStore]:
+    """Show `visit` what passes through the FFNs in `sites` while the modules run inside; see :class:`TapStore`."""
+    taps = TapStore(visit, len(sites))
+    handles = []
+    for number, site in enumerate(sites):
+        w_in, w_out = (architecture.projection(site, role) for role in ("w_in", "w_out"))
+        handles.append(w_in.register_forward_pre_hook(taps.before("x", number)))
+        handles.append(w_out.register_forward_pre_hook(taps.before("hidden", number)))
+        handles.append(w_out.register_forward_hook(taps.after("y", number)))
+    try:
+        yield taps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def replaced(architecture: Architecture, site: FFNSite, bundle: NeuronBundle) -> Iterator[None]:
+    """While inside, the FFN at `site` outputs what `bundle` (B = 1) does; its own weights are left alone."""
+    pending: list[Tensor] = []
+
+    def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        pending.append(args[0])
+
+    def replace(_module: nn.Module, _args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        x = pending.pop()
+        return bundle.forward(x.reshape(-1, x.shape[-1]).to(bundle.w_in.dtype))[0].reshape(y.shape).to(y.dtype)
+
+    handles = [
+        architecture.projection(site, "w_in").register_forward_pre_hook(keep),
+        architecture.projection(site, "w_out").register_forward_hook(replace),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class TapStore:
+    """Collects the calls of one FFN at a time; `start` every batch and `finish` it.
+
+    A model that chunks its FFN (`chunk_size_feed_forward`) calls it several times, along the sequence: an FFN is
+    complete when another one begins, or the batch ends.
+    """
+
+    def __init__(self, visit: Visitor, sites: int) -> None:
+        self._visit, self._sites = visit, sites
+        self._current: int | None = None
+        self._parts: dict[str, list[Tensor]] = {}
+        self._mask = torch.empty(0)
+        self._seen = 0
+
+    def start(self, mask: Tensor) -> None:
+        """Begin a batch with the `(batch, length)` token mask."""
+        self._mask, self._seen, self._current = mask, 0, None
+
+    def before(self, name: str, number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, args: self._add(name, number, args[0])
+
+    def after(self, name: str, number: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda _module, _args, y: self._add(name, number, y)
+
+    def finish(self) -> None:
+        """End the batch.
+
+        Raises:
+            InputError: an FFN did not run.
+        """
+        self._flush()
+        if self._seen != self._sites:
+            raise InputError("an FFN did not run on the sample: the model skips it")
+
+    def _add(self, name: str, number: int, tensor: Tensor) -> None:
+        if number != self._current:
+            self._flush()
+            self._current, self._parts = number, {"x": [], "hidden": [], "y": []}
+        self._parts[name].append(tensor)
+
+    def _flush(self) -> None:
+        if self._current is None:
+            return
+        if not all(self._parts.values()):
+            raise InputError("an FFN did not run on the sample: the model skips it")
+        batch = len(self._mask)
+        joined = {k: torch.cat([p.reshape(batch, -1, p.shape[-1]) for p in v], 1) for k, v in self._parts.items()}
+        self._visit(self._current, self._mask, Taps(**joined))
+        self._current, self._parts = None, {}
+        self._seen += 1
+
+
 def capture_activations(
     model: nn.Module,
     architecture: Architecture,
@@ -98,50 +252,19 @@ def capture_activations(
         InputError: the sample has no token, or an FFN did not run.
     """
     batches = take_batches(sample, POOL * rows)
-    masks = [token_mask(b) for b in batches]
-    total = sum(int(m.sum()) for m in masks)
+    total = sum(int(token_mask(b).sum()) for b in batches)
     chosen = torch.zeros(total, dtype=torch.bool)
     chosen[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:rows]] = True
     kept: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in sites]
-    calls: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in sites]
-    handles = []
-    for number, site in enumerate(sites):
+    starts = [0] * len(sites)
 
-        def save_input(_m: nn.Module, args: tuple[Tensor, ...], n: int = number) -> None:
-            calls[n][0].append(args[0])
+    def keep(number: int, mask: Tensor, taps: Taps) -> None:
+        count = int(mask.sum())
+        positions = torch.zeros_like(mask)
+        positions[mask] = chosen[starts[number] : starts[number] + count]
+        starts[number] += count
+        for store, rows_of in zip(kept[number], (taps.x, taps.y), strict=True):
+            store.append(rows_of[positions.to(rows_of.device)].clone())
 
-        def save_output(_m: nn.Module, _args: tuple[Tensor, ...], y: Tensor, n: int = number) -> None:
-            calls[n][1].append(y)
-
-        handles.append(architecture.projection(site, "w_in").register_forward_pre_hook(save_input))
-        handles.append(architecture.projection(site, "w_out").register_forward_hook(save_output))
-    device = next(model.parameters()).device
-    # The head has no FFN of ours, may ask for more than token ids, and makes the largest tensors of all.
-    base: Any = getattr(model, "base_model", model)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        start = 0
-        for batch, mask in zip(batches, masks, strict=True):
-            try:
-                base(**{k: v.to(device) for k, v in batch.items()})
-            except (ValueError, IndexError, TypeError, RuntimeError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise InputError(f"the model cannot run on the sample ({type(error).__name__}: {reason})") from error
-            keep = torch.zeros_like(mask)
-            keep[mask] = chosen[start : start + int(mask.sum())]
-            start += int(mask.sum())
-            for (xs, ys), (calls_x, calls_y) in zip(kept, calls, strict=True):
-                if not calls_x or not calls_y:
-                    raise InputError("an FFN did not run on the sample: the model skips it")
-                # A model that chunks its FFN (chunk_size_feed_forward) calls it several times, along the sequence.
-                for store, parts in ((xs, calls_x), (ys, calls_y)):
-                    joined = torch.cat([p.reshape(*mask.shape[:1], -1, p.shape[-1]) for p in parts], dim=1)
-                    store.append(joined[keep.to(joined.device)].clone())
-                    parts.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
+    stream_activations(model, architecture, sites, batches, keep)
     return [Activations(torch.cat(xs), torch.cat(ys)) for xs, ys in kept]

@@ -25,6 +25,10 @@ class FFNRow:
         largest_cluster, singletons, empty_clusters: how the neurons were grouped; None for methods without clusters.
         status: `ok`, or what went less than well (`max_iter`, `empty_clusters`).
         seconds: wall-clock time of the method; FFNs worked on side by side share theirs equally.
+        correction_seconds: of refit and kernel matching.
+        ridge: regularisation that the refit chose on held-out calibration rows; None without a refit.
+        held_out_error: relative error of the outputs on those rows, of the fit to the others.
+        largest_scale: largest entry of the scale, which matching may have changed; None where there is no scale.
     """
 
     layer: int
@@ -38,6 +42,10 @@ class FFNRow:
     empty_clusters: int | None
     status: str
     seconds: float
+    correction_seconds: float = 0.0
+    ridge: float | None = None
+    held_out_error: float | None = None
+    largest_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,33 @@ class EmbeddingSimilarity:
     mean: float
     minimum: float
     sentences: int
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """What a fusion learnt from text.
+
+    Attributes:
+        tokens: token positions of the calibration text.
+        refit, match, sequential, budget: as in :func:`mlp_fusion.fuse`; `match` is the kernel, `gd` or `sign`.
+        seconds: of the run that gathered the statistics; None where they were gathered layer by layer.
+    """
+
+    tokens: int
+    refit: bool
+    match: str | None
+    sequential: bool
+    budget: float | None
+    seconds: float | None
+
+    def words(self) -> str:
+        """As a line of the report."""
+        done = [f"calibrated on {self.tokens:,} tokens"]
+        done += ["layer after layer"] if self.sequential else []
+        done += ["outputs refitted"] if self.refit else []
+        done += [f"{self.match} kernel matched"] if self.match is not None else []
+        done += [f"widths for {self.budget:.0%} of the parameters"] if self.budget is not None else []
+        return ", ".join(done)
 
 
 @dataclass(frozen=True)
@@ -63,6 +98,7 @@ class FusionReport:
         seconds: wall-clock time of the whole call.
         rows: one per fused FFN.
         embeddings: set by `compress` when it had sentences to compare.
+        calibration: None without calibration text.
     """
 
     model_type: str
@@ -79,6 +115,7 @@ class FusionReport:
     seconds: float
     rows: list[FFNRow] = field(default_factory=list)
     embeddings: EmbeddingSimilarity | None = None
+    calibration: CalibrationRecord | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; the inverse of :meth:`from_dict`."""
@@ -89,7 +126,10 @@ class FusionReport:
         """Rebuild a report that `to_dict` made."""
         rows = [FFNRow(**row) for row in data["rows"]]
         embeddings = None if data["embeddings"] is None else EmbeddingSimilarity(**data["embeddings"])
-        return cls(**{**data, "rows": rows, "embeddings": embeddings})
+        # Reports of earlier versions know nothing of calibration.
+        known = data.get("calibration")
+        calibration = None if known is None else CalibrationRecord(**known)
+        return cls(**{**data, "rows": rows, "embeddings": embeddings, "calibration": calibration})
 
     def table(self) -> str:
         """The report as text: a row per FFN, and the totals under it."""
@@ -123,6 +163,8 @@ class FusionReport:
                 f"cosine of {e.sentences} sentence embeddings to the original's: "
                 f"mean {e.mean:.3f}, smallest {e.minimum:.3f}"
             )
+        if self.calibration is not None:
+            lines.append(self.calibration.words())
         lines.append(
             f"errors: relative Frobenius, {self.sample_rows} token positions of {self.sample}; "
             f"parameterization {self.parameterization}" + ("" if self.optimizer is None else f" (for {self.optimizer})")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from mlp_fusion.calibration.statistics import FFNStatistics
 from mlp_fusion.errors import InputError
 from mlp_fusion.neurons import NeuronBundle
 
@@ -30,21 +31,65 @@ class Reduction:
     iterations: Tensor | None
     status: tuple[str, ...]
 
+    @staticmethod
+    def plain(bundle: NeuronBundle) -> Reduction:
+        """A reduction of a method that has nothing to say beyond the bundle."""
+        return Reduction(bundle, None, None, None, ("ok",) * bundle.batch)
 
-class Method(Protocol):
-    """A compression method: reduce every problem of `bundle` to `width` neurons; the same seed gives the same bits."""
 
-    def __call__(self, bundle: NeuronBundle, width: int, *, seed: int) -> Reduction: ...
+class Reducer(Protocol):
+    """Reduce every problem of `bundle` to `width` neurons; the same seed gives the same bits.
+
+    `statistics` holds one entry per problem, or is None without calibration.
+    """
+
+    def __call__(
+        self, bundle: NeuronBundle, width: int, *, seed: int, statistics: Sequence[FFNStatistics] | None = None
+    ) -> Reduction: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """A compression method, called as its :class:`Reducer`.
+
+    Attributes:
+        name: what users call it.
+        reduce: the function.
+        needs_statistics: it cannot run without calibration.
+        uses_statistics: it does better with calibration.
+        narrows: the result has `width` neurons; else it keeps them all and spends the same number of parameters in
+            another way, so that it can be measured but not put into a model.
+    """
+
+    name: str
+    reduce: Reducer
+    needs_statistics: bool = False
+    uses_statistics: bool = False
+    narrows: bool = True
+
+    def __call__(
+        self, bundle: NeuronBundle, width: int, *, seed: int, statistics: Sequence[FFNStatistics] | None = None
+    ) -> Reduction:
+        """Reduce; see :class:`Reducer`.
+
+        Raises:
+            InputError: the method needs statistics and there are none.
+        """
+        if self.needs_statistics and statistics is None:
+            raise InputError(f"method {self.name!r} needs calibration text: pass calibration, or use another method")
+        return self.reduce(bundle, width, seed=seed, statistics=statistics if self.uses_statistics else None)
 
 
 _METHODS: dict[str, Method] = {}
 
 
-def method(name: str) -> Callable[[Method], Method]:
-    """Register a method under `name`."""
+def method(
+    name: str, *, needs_statistics: bool = False, uses_statistics: bool = False, narrows: bool = True
+) -> Callable[[Reducer], Reducer]:
+    """Register a function as the method called `name`; the options are attributes of :class:`Method`."""
 
-    def add(function: Method) -> Method:
-        _METHODS[name] = function
+    def add(function: Reducer) -> Reducer:
+        _METHODS[name] = Method(name, function, needs_statistics, uses_statistics or needs_statistics, narrows)
         return function
 
     return add
@@ -61,6 +106,24 @@ def get_method(name: str) -> Method:
     return _METHODS[name]
 
 
-from mlp_fusion.methods import fusion  # noqa: E402  (registers itself above)
+def method_names() -> list[str]:
+    """The registered methods, sorted."""
+    return sorted(_METHODS)
 
-__all__ = ["Method", "Reduction", "fusion", "get_method", "method"]
+
+from mlp_fusion.methods import fusion, mmd, prune, select, sketch, svd  # noqa: E402  (they register themselves above)
+
+__all__ = [
+    "Method",
+    "Reducer",
+    "Reduction",
+    "fusion",
+    "get_method",
+    "method",
+    "method_names",
+    "mmd",
+    "prune",
+    "select",
+    "sketch",
+    "svd",
+]

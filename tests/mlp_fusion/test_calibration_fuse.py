@@ -1,0 +1,252 @@
+"""`fuse` and `compress` with calibration text: end to end on tiny models, every family."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from families import FAMILIES, WIDTH, tiny_model, token_batch
+from mlp_fusion import FusionReport, InputError, fuse
+from mlp_fusion.architectures import get_architecture
+from mlp_fusion.calibration import collect
+from mlp_fusion.calibration.text import calibration_batches
+from mlp_fusion.measure import capture_activations, relative_error
+from mlp_fusion.methods import get_method
+from mlp_fusion.methods.allocation import hidden_state_changes
+from mlp_fusion.methods.pipeline import Recipe, reduce_ffns
+from mlp_fusion.methods.sequential import reduce_sequentially
+
+TEXT = [token_batch(seed=n, batch=6, length=12) for n in range(8)]
+HELD_OUT = [token_batch(seed=100 + n, batch=6, length=12) for n in range(4)]
+
+
+def _hidden(model: nn.Module) -> Tensor:
+    base: Any = model
+    with torch.no_grad():
+        states = [base.base_model(**batch).last_hidden_state for batch in HELD_OUT]
+    return torch.cat(states)[torch.cat([b["attention_mask"].bool() for b in HELD_OUT])]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_calibration_improves_held_out_outputs(family: str) -> None:
+    """Better on text that was not seen, layer by layer and at the end, by the parts together and by the refit alone."""
+    original = tiny_model(family)
+    exact = _hidden(original)
+    errors, at_end = {}, {}
+    for name, options in {
+        "without": {},
+        "unfitted": {"calibration": TEXT, "refit": False},
+        "refitted": {"calibration": TEXT},
+    }.items():
+        model = copy.deepcopy(original)
+        report = fuse(model, 24, sample=HELD_OUT, seed=1, **options)
+        errors[name] = sum(row.output_error for row in report.rows)
+        at_end[name] = relative_error(_hidden(model), exact)
+        assert all((row.ridge is not None) == (name == "refitted") for row in report.rows)
+        assert (report.calibration is None) == (name == "without")
+        assert FusionReport.from_dict(report.to_dict()) == report
+    assert errors["refitted"] < min(errors["without"], errors["unfitted"])
+    assert at_end["refitted"] < at_end["without"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", None])
+def test_the_model_computes_the_corrected_bundles(optimizer: str | None) -> None:
+    model = tiny_model("llama", dtype=torch.float64)
+    original = copy.deepcopy(model)
+    match = None if optimizer is None else "auto"
+    report = fuse(model, 16, layers=[0, 2], optimizer=optimizer, seed=2, calibration=TEXT, sample=HELD_OUT, match=match)
+    architecture = get_architecture("llama")
+    sites = [architecture.sites(original)[n] for n in (0, 2)]
+    bundles = [architecture.read(site, original.config) for site in sites]
+    statistics = collect(original, architecture, sites, TEXT, seed=2)
+    form: Any = report.parameterization
+    recipe = Recipe(get_method("fusion"), 2, form, refit=True, match={"scaled": "sign", "split": "gd"}.get(form))  # type: ignore[arg-type]
+    expected = reduce_ffns(recipe, bundles, [16, 16], statistics)
+    rows = capture_activations(model, architecture, architecture.sites(model), TEXT, rows=200, seed=0)
+    for position, layer in enumerate((0, 2)):
+        bundle = expected[position].reduction.bundle
+        torch.testing.assert_close(bundle.forward(rows[layer].x)[0], rows[layer].y)
+        fused = architecture.fused(architecture.sites(model)[layer])
+        assert fused is not None
+        if optimizer is not None:
+            assert bundle.scale is not None
+            torch.testing.assert_close(fused.scale, bundle.scale[0])
+            assert report.rows[position].largest_scale == float(bundle.scale.max())
+    assert report.calibration is not None
+    assert report.calibration.match == recipe.match
+    assert "outputs refitted" in report.table()
+
+
+@pytest.mark.parametrize(("optimizer", "kernel"), [("adamw", "sign"), ("sgd", "gd")])
+def test_matching_lowers_the_reported_kernel_error_and_not_the_outputs(optimizer: str, kernel: str) -> None:
+    reports = []
+    for match in (None, "auto"):
+        model = tiny_model("roberta")
+        reports.append(fuse(model, 24, optimizer=optimizer, calibration=TEXT, sample=HELD_OUT, match=match))
+    for plain, matched in zip(reports[0].rows, reports[1].rows, strict=True):
+        assert matched.output_error == pytest.approx(plain.output_error, rel=1e-4)
+    totals = [sum(row.ntk_error[kernel]["total"] for row in report.rows) for report in reports]
+    assert totals[1] < totals[0]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_sequential_calibration_sees_what_the_reduced_ffns_before_produce(family: str) -> None:
+    """The statistics of each layer are those of the model in which the layers before are already fused."""
+    model = tiny_model(family, dtype=torch.float64)
+    architecture = get_architecture(model.config.model_type)
+    sites = architecture.sites(model)
+    chosen = [sites[0], sites[2]]
+    seen = []
+    recipe = Recipe(get_method("fusion"), 0, "scaled", refit=True)
+
+    def reduce(number: int, statistics: Any) -> Any:
+        seen.append(statistics)
+        bundle = architecture.read(chosen[number], model.config)
+        return reduce_ffns(recipe, [bundle], [16], [statistics])[0]
+
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    reduced = reduce_sequentially(model, architecture, chosen, TEXT, reduce, seed=0)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    together = collect(model, architecture, chosen, TEXT, seed=0)
+    torch.testing.assert_close(seen[0].x, together[0].x)
+    assert not torch.allclose(seen[1].x, together[1].x)
+    architecture.install(chosen[0], reduced[0].reduction.bundle, "folded")
+    after = collect(model, architecture, chosen, TEXT, seed=0)
+    torch.testing.assert_close(seen[1].x, after[1].x)
+    torch.testing.assert_close(seen[1].hidden_variance, after[1].hidden_variance)
+
+    fused = tiny_model(family, dtype=torch.float64)
+    report = fuse(fused, 16, layers=[0, 2], calibration=TEXT, sequential=True, sample=HELD_OUT)
+    assert report.calibration is not None
+    assert report.calibration.sequential
+    for site, ffn in zip((0, 2), reduced, strict=True):
+        rows = capture_activations(fused, architecture, [architecture.sites(fused)[site]], HELD_OUT, rows=50, seed=0)
+        torch.testing.assert_close(ffn.reduction.bundle.forward(rows[0].x)[0], rows[0].y)
+
+
+def test_automatic_widths_keep_the_budget_and_favour_what_is_hard() -> None:
+    model = tiny_model("bert")
+    # Layer 1 holds 8 neurons eight times over: it needs no more.
+    architecture = get_architecture("bert")
+    site = architecture.sites(model)[1]
+    bundle = architecture.read(site, model.config)
+    architecture.install(site, bundle.with_vectors(bundle.vectors()[:, :8].repeat(1, 8, 1), None), "folded")
+    report = fuse(model, "auto", budget=0.5, calibration=TEXT, sample=HELD_OUT, seed=0)
+    widths = [row.neurons_after for row in report.rows]
+    assert widths[1] == 8
+    assert widths[0] + widths[2] > 64
+    assert sum(widths) <= 0.5 * 3 * WIDTH
+    assert [architecture.neurons(site) for site in architecture.sites(model)] == widths
+    assert report.rows[1].output_error < 1e-3
+    even = fuse(tiny_model("bert"), "auto", budget=0.5, calibration=TEXT, sample=HELD_OUT, layers=[0])
+    assert even.rows[0].neurons_after == 32
+
+
+def test_effects_are_those_of_a_model_with_one_ffn_replaced() -> None:
+    model = tiny_model("gpt2", dtype=torch.float64)
+    architecture = get_architecture("gpt2")
+    sites = architecture.sites(model)
+    bundles = [get_method("published")(architecture.read(s, model.config), 8, seed=0).bundle for s in sites]
+    found = hidden_state_changes(model, architecture, sites, HELD_OUT, bundles)
+    exact = _hidden(model)
+    for number, bundle in enumerate(bundles):
+        changed = copy.deepcopy(model)
+        architecture.install(architecture.sites(changed)[number], bundle, "folded")
+        assert found[number] == pytest.approx(relative_error(_hidden(changed), exact) ** 2)
+    torch.testing.assert_close(_hidden(model), exact, rtol=0, atol=0)
+
+
+def test_same_seed_same_bits() -> None:
+    for options in ({"match": "auto"}, {"sequential": True}, {"method": "select", "optimizer": "sgd", "match": "auto"}):
+        states = []
+        for _ in range(2):
+            model = tiny_model("qwen3")
+            fuse(model, 16, seed=5, calibration=iter(TEXT), **options)  # type: ignore[arg-type]
+            states.append(model.state_dict())
+        assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_the_model_runs_over_the_text_once() -> None:
+    model = tiny_model("bert")
+    runs: list[int] = []
+    base: Any = model.base_model
+    base.register_forward_pre_hook(lambda _m, _args: runs.append(1))
+    fuse(model, 16, calibration=TEXT)
+    assert len(runs) == len(TEXT)
+
+
+def test_without_a_sample_errors_are_of_the_calibration_text_and_say_so() -> None:
+    report = fuse(tiny_model("bert"), 16, calibration=TEXT)
+    assert report.sample == "the calibration text, which was fitted to"
+    assert fuse(tiny_model("bert"), 16, calibration=TEXT, sample=HELD_OUT).sample == "the given sample"
+
+
+class _Dataset:
+    """What of a `datasets.Dataset` is used."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows, self.column_names = rows, list(rows[0]) if rows else []
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+
+def test_calibration_from_datasets() -> None:
+    model = tiny_model("bert")
+    tokens = _Dataset([{"input_ids": [5, 6, 7 + n % 3], "attention_mask": [1, 1, 1], "label": 1} for n in range(600)])
+    batches: Any = calibration_batches(tokens, model)
+    assert len(batches) == 512
+    assert batches[2]["input_ids"].tolist() == [[5, 6, 9]]
+    assert set(batches[0]) == {"input_ids", "attention_mask"}
+    fuse(model, 16, calibration=tokens)
+    assert calibration_batches(TEXT, model) is TEXT
+    for bad, message in (
+        (_Dataset([{"label": 1}]), "columns label: it needs input_ids or one of text"),
+        (_Dataset([{"text": "a b"}]), "not loaded from a folder with a tokenizer"),
+        (_Dataset([]), "without rows"),
+    ):
+        with pytest.raises(InputError, match=message):
+            calibration_batches(bad, model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"refit": True}, "refit needs calibration text"),
+        ({"match": "gd"}, "match needs calibration text"),
+        ({"sequential": True}, "sequential needs calibration text"),
+        ({"width": "auto", "budget": 0.4}, "width auto needs calibration text"),
+        ({"method": "select"}, "method select needs calibration text"),
+        ({"method": "svd"}, "method 'svd' keeps the width"),
+        ({"match": "adam", "calibration": TEXT}, "match 'adam': use gd, sign, auto or none"),
+        ({"match": "auto", "optimizer": None, "calibration": TEXT}, "match needs an optimizer"),
+        ({"width": "auto", "calibration": TEXT}, "width auto and budget go together"),
+        ({"budget": 0.3, "calibration": TEXT}, "width auto and budget go together"),
+        ({"width": "wide", "calibration": TEXT}, "width 'wide': give a count"),
+        ({"width": "auto", "budget": 1.5, "calibration": TEXT}, "strictly between 0 and 1"),
+        ({"width": "auto", "budget": 0.05, "calibration": TEXT}, "budget is too small"),
+        ({"calibration": []}, "at least one batch"),
+        ({"calibration": "no/such/file"}, "no/such/file: cannot be read"),
+    ],
+)
+def test_refusals_leave_the_model_as_it_was(options: dict[str, Any], message: str) -> None:
+    model = tiny_model("bert")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(InputError, match=message) as caught:
+        fuse(model, **{"width": 16, **options})
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_text_files_need_the_models_tokenizer(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("one\ntwo\n", encoding="utf-8")
+    with pytest.raises(InputError, match="not loaded from a folder with a tokenizer"):
+        fuse(tiny_model("bert"), 16, calibration=file)
