@@ -39,16 +39,22 @@ class Backend:
 
 @dataclass
 class Operator:
-    """A `torch.library` operator with a preference-ordered list of backends."""
+    """A `torch.library` operator with a preference-ordered list of backends; `choose` names one from its arguments."""
 
     name: str
     schema: str
+    choose: Callable[..., str] = lambda *_, **__: "auto"
     backends: list[Backend] = field(default_factory=list)
 
     @property
     def overload(self) -> Any:
         """The dispatched operator, `torch.ops.fusion_kernels.<name>.default`."""
         return getattr(getattr(torch.ops, NAMESPACE), self.name).default
+
+    def direct(self, *args: Any) -> Any:
+        """What the dispatched operator does, without the dispatcher: for calls from inside another implementation."""
+        device = next(a.device for a in args if isinstance(a, torch.Tensor))
+        return self.select(self.choose(*args), device).function(*args)
 
     def register(self, backend: Backend) -> None:
         """Add `backend` behind those already there: earlier ones are preferred by `backend="auto"`."""
@@ -98,7 +104,7 @@ def operator(
     """
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema)
-    op = Operator(name, schema)
+    op = Operator(name, schema, choose)
 
     def dispatch(*args: Any, **kwargs: Any) -> Any:
         device = next(a.device for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))

@@ -134,7 +134,7 @@ MLP_INLINE void evaluate(Values<T> x, Values<T>& value, Values<T>& slope) {
     slope = s + x * s * rest * (c * (T{1} + (3 * cubic) * square));
   } else if constexpr (Phi == Activation::kRelu) {
     value = x < T{0} ? V{} : x;
-    slope = x > T{0} ? V{} + T{1} : V{};
+    slope = x <= T{0} ? V{} : V{} + T{1};  // 1 at NaN, as torch has it
   } else if constexpr (Phi == Activation::kRelu2) {
     const V positive = x < T{0} ? V{} : x;
     value = positive * positive;

@@ -53,8 +53,8 @@ def fused_experts(
 
     Args:
         x: (T, d) tokens.
-        top_k_index: (T, k) integer ids of each token's experts. Ids of E and above stand for experts that live
-            elsewhere: they contribute nothing.
+        top_k_index: (T, k) integer ids of each token's experts. Ids of E and above, and negative ones, stand for
+            experts that live elsewhere: they contribute nothing.
         top_k_weights: (T, k) what each of them counts; differentiable.
         w_in: (E, h, d) input projections, of gated blocks the up projections.
         w_out: (E, d_out, h) output projections.
@@ -83,39 +83,43 @@ def fused_experts(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     T, k = top_k_index.shape
-    owner, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    # Whatever is no expert here comes last.
+    ids = torch.where(top_k_index < 0, len(w_in), top_k_index).reshape(-1)
+    owner, order = torch.sort(ids, stable=True)
     inverse = torch.zeros_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     ends = torch.searchsorted(owner, torch.arange(len(w_in), device=owner.device, dtype=owner.dtype), right=True)
-    rows = x.unsqueeze(1).expand(-1, k, -1).flatten(0, 1)
     with torch.autocast(x.device.type, enabled=False):
         if transforms.active():
             blocks = (w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
-            y = reference.experts(rows[order], ends, *blocks, activation)[inverse]
+            y = reference.experts(x[order // k], ends, *blocks, activation)[inverse]
         else:
             tensors: tuple[Any, ...] = tuple(weights.values())
-            needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, *tensors))
+            needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
             level = checkpoint_level if needed else 2
-            sorted_rows = _Permuted.apply(rows, order, inverse)
-            y = EXPERTS.overload(sorted_rows, ends.int(), *tensors, activation, level, backend)[0]
-            y = _Permuted.apply(y, inverse, order)
+            rows = _Routed.apply(x, order, inverse, k)
+            y = EXPERTS.overload(rows, ends.int(), *tensors, activation, level, backend)[0]
+            y = _Routed.apply(y, inverse, order, 1)
         return (y.unflatten(0, (T, k)) * top_k_weights.unsqueeze(2)).sum(1).to(x.dtype)
 
 
-class _Permuted(torch.autograd.Function):
-    """x[order], whose gradient is another permutation: indexing alone would add up gradients without need."""
+class _Routed(torch.autograd.Function):
+    """x[order // k]: every row k times, in another order. Its gradient adds up the k in theirs, where indexing's own
+    would add up in any."""
 
     @staticmethod
-    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        return x[order]
+    def forward(x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
+        return x[order if k == 1 else order // k]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:3])
+        ctx.k = inputs[3]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         order, inverse = ctx.saved_tensors
-        return _Permuted.apply(dy, inverse, order), None, None
+        dx = _Routed.apply(dy, inverse, order, 1)
+        return dx if ctx.k == 1 else dx.unflatten(0, (-1, ctx.k)).sum(1), None, None, None
 
 
 def _check(
@@ -137,8 +141,10 @@ def _check(
         raise ValueError(f"x must be (tokens, {d}) for this w_in, got {tuple(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point, got {x.dtype}")
-    if top_k_index.ndim != 2 or len(top_k_index) != len(x) or top_k_index.is_floating_point():
-        raise ValueError(f"top_k_index must be integers ({len(x)}, k), got {tuple(top_k_index.shape)}")
+    if top_k_index.ndim != 2 or len(top_k_index) != len(x) or top_k_index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"top_k_index must be int32 or int64 ({len(x)}, k), got {top_k_index.dtype} {tuple(top_k_index.shape)}"
+        )
     if top_k_weights.shape != top_k_index.shape:
         raise ValueError(f"top_k_weights must be {tuple(top_k_index.shape)}, got {tuple(top_k_weights.shape)}")
     shapes = {
@@ -148,6 +154,8 @@ def _check(
     for name, t in weights.items():
         if t is not None and t.shape != shapes[name]:
             raise ValueError(f"{name} must be {shapes[name]}, got {tuple(t.shape)}")
+        if t is not None and name != "scale" and not t.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {t.dtype}")
         if t is not None and t.device != x.device:
             raise ValueError(f"{name} is on {t.device}, x is on {x.device}")
     if weights["b_gate"] is not None and weights["w_gate"] is None:

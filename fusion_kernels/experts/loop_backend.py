@@ -1,4 +1,7 @@
-"""Expert by expert, each by the backend that answers for a single block; on a GPU this waits for the rows' ends."""
+"""Expert by expert, each by the backend that answers (or is pinned) for a single block.
+
+On a GPU this waits for the ends of the rows.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fusion_kernels.mlp.operators import MLP, MLP_BACKWARD, Gradients, Outputs, packed
+from fusion_kernels.mlp.pinning import pinned
 from fusion_kernels.reference.experts import spans
 
 
@@ -34,7 +38,7 @@ def forward(
     a = x.new_zeros((S, h) if checkpoint_level == 0 else (0,))
     for expert, rows in spans(ends):
         of_expert = (None if w is None else w[expert] for w in weights)
-        found = MLP.overload(x[rows], *of_expert, activation, checkpoint_level, "auto")
+        found = MLP.direct(x[rows], *of_expert, activation, checkpoint_level, pinned())
         for whole, part in zip((y, z, g, a), found, strict=True):
             if len(whole):
                 whole[rows] = part
@@ -70,8 +74,8 @@ def backward(
     for expert, rows in spans(ends):
         of_expert = (None if w is None else w[expert] for w in weights)
         saved = (t[rows] if len(t) else t for t in (z, g, a))
-        found = MLP_BACKWARD.overload(
-            dy[rows], x[rows], *of_expert, *saved, activation, checkpoint_level, "auto", list(needs)
+        found = MLP_BACKWARD.direct(
+            dy[rows], x[rows], *of_expert, *saved, activation, checkpoint_level, pinned(), list(needs)
         )
         if totals[0] is not None:
             totals[0][rows] = found[0]

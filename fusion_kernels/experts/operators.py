@@ -53,11 +53,11 @@ def _fake_backward(dy: Tensor, x: Tensor, ends: Tensor, *rest: Any) -> Gradients
     return packed(x, [t.new_empty(t.shape) if need and t is not None else None for t, need in pairs])
 
 
-def _choose(x: Tensor, w_in: Tensor, backend: str) -> str:
+def _choose(x: Tensor, w_in: Tensor, w_out: Tensor, backend: str) -> str:
     if backend != "auto" or x.device.type != "cuda":
         return backend
     # Products of all experts in one launch need rows of whole 16 bytes; everything else goes expert by expert.
-    aligned = all(size * x.element_size() % 16 == 0 for size in w_in.shape[1:])
+    aligned = all(size * x.element_size() % 16 == 0 for size in (*w_in.shape[1:], w_out.shape[1]))
     hopper = torch.cuda.get_device_capability(x.device)[0] >= 9
     return "grouped_mm" if hopper and aligned and x.dtype == torch.bfloat16 else "loop"
 
@@ -66,14 +66,14 @@ EXPERTS: Operator = operator(
     "experts",
     f"({_INPUTS}, str activation, int checkpoint_level, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_forward,
-    lambda x, ends, w_in, *rest: _choose(x, w_in, rest[-1]),
+    lambda x, ends, w_in, b_in, w_gate, b_gate, w_out, *rest: _choose(x, w_in, w_out, rest[-1]),
 )
 EXPERTS_BACKWARD: Operator = operator(
     "experts_backward",
     f"(Tensor dy, {_INPUTS}, Tensor z, Tensor g, Tensor a, str activation, int checkpoint_level, str backend, "
     "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
-    lambda dy, x, ends, w_in, *rest: _choose(x, w_in, rest[-2]),
+    lambda dy, x, ends, w_in, b_in, w_gate, b_gate, w_out, *rest: _choose(x, w_in, w_out, rest[-2]),
 )
 
 
@@ -115,11 +115,12 @@ def rows_of_experts(ends: Tensor, rows: int) -> Tensor:
 
 
 def sum_of_rows(values: Tensor, ends: Tensor) -> Tensor:
-    """(E, n) sums of the rows (S, n) of every expert, in their order: the same bits every time."""
+    """(E, n) sums of the rows (S, n) of every expert, in their order, in float32 at least: the same bits every time."""
     bounds = torch.nn.functional.pad(ends.long(), (1, 1))
     bounds[-1] = len(values)
-    # One more segment for the rows that belong to no expert.
-    return torch.segment_reduce(values.contiguous(), "sum", lengths=bounds.diff(), axis=0)[:-1]
+    wide = values.to(torch.promote_types(values.dtype, torch.float32)).contiguous()
+    # One more segment for the rows that belong to no expert; unsafe, because the check of the lengths would wait.
+    return torch.segment_reduce(wide, "sum", lengths=bounds.diff(), axis=0, unsafe=True)[:-1]
 
 
 Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])

@@ -249,7 +249,7 @@ def _differentiate_twice(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor |
         assert x is not None
         assert w_in is not None
         assert w_out is not None
-        outputs = reference.mlp_backward(
+        outputs = without_autocast(reference.mlp_backward)(
             dy, x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale, ctx.activation, ctx.needs
         )
     # A gradient that no input reaches has nothing to differentiate, e.g. that of b_out when dy is constant.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusion_kernels.mlp import _triton_pointwise as kernels
 from fusion_kernels.mlp import triton_tuning as tuning
-from fusion_kernels.mlp.triton_launch import ceil_div, row_stride, start
+from fusion_kernels.mlp.triton_launch import ceil_div, kind, row_stride, start
 
 _SUM_BLOCK = 64
 
@@ -61,6 +61,7 @@ def column_sums(x: Tensor, offsets: Tensor | None = None, tile: int = 1) -> Tens
 
 
 def _forward(z: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    kind(z.dtype)
     a = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     R, C, strides = _extent(z, up)
     BR, BC = tuning.pointwise_block(R, C)
@@ -74,6 +75,7 @@ def _forward(z: Tensor, up: Tensor | None, activation: str) -> Tensor:
 def _backward(
     da: Tensor, z: Tensor, up: Tensor | None, activation: str, need_a: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    kind(z.dtype)
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     dup = None if up is None else torch.empty_like(dz)
     a = torch.empty_like(dz) if need_a else None

@@ -150,6 +150,25 @@ def test_experts_elsewhere_contribute_nothing(backend: str) -> None:
     assert bool((index >= 3).any())
 
 
+def test_ids_below_zero_contribute_nothing() -> None:
+    p = layer(3, 8, 8, 8, True, True, True)
+    x = torch.randn(4, 8, dtype=torch.float64)
+    index, weights = torch.tensor([[0, -1], [-1, -7], [2, 1], [-1, 1]]), torch.rand(4, 2, dtype=torch.float64)
+    y = fused_experts(x, index, weights, **p)
+    torch.testing.assert_close(y, fused_experts(x, torch.where(index < 0, 5, index), weights, **p))
+    assert not bool(y[1].any())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bias_gradients_of_many_rows_are_summed_in_float32(backend: str) -> None:
+    p = layer(2, 8, 8, 8, True, True, False, torch.bfloat16)
+    x = torch.randn(5000, 8).bfloat16()
+    index = torch.arange(5000).remainder(2).unsqueeze(1)
+    y = fused_experts(x, index, torch.ones(5000, 1).bfloat16(), **p, backend=backend)
+    (found,) = torch.autograd.grad(y, p["b_out"], torch.ones_like(y))
+    assert torch.equal(found, torch.full((2, 8), 2500.0).bfloat16())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_errs_at_most_twice_as_much_as_torch(backend: str, dtype: torch.dtype) -> None:
@@ -252,8 +271,13 @@ def test_as_operators(backend: str) -> None:
 
 ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"x": torch.zeros(4, 3)}, r"x must be \(tokens, 8\) for this w_in, got \(4, 3\)"),
-    ({"top_k_index": torch.zeros(3, 2, dtype=torch.long)}, r"top_k_index must be integers \(4, k\), got \(3, 2\)"),
+    (
+        {"top_k_index": torch.zeros(3, 2, dtype=torch.long)},
+        r"top_k_index must be int32 or int64 \(4, k\), got torch.int64 \(3, 2\)",
+    ),
     ({"top_k_weights": torch.zeros(4, 1)}, r"top_k_weights must be \(4, 2\), got \(4, 1\)"),
+    ({"top_k_index": torch.zeros(4, 2, dtype=torch.bool)}, r"top_k_index must be int32 or int64"),
+    ({"w_gate": torch.zeros(3, 6, 8, dtype=torch.int8)}, "w_gate must be floating point, got torch.int8"),
     ({"w_in": torch.zeros(6, 8)}, r"w_in must be \(experts, h, d\)"),
     ({"scale": torch.ones(3, 5)}, r"scale must be \(3, 6\), got \(3, 5\)"),
     ({"b_gate": torch.ones(3, 6), "w_gate": None}, "b_gate is there without w_gate"),
