@@ -8,7 +8,7 @@ same batches:
 
     plain      the projections one by one, as torch runs any module (hooks that do nothing hang on them)
     reference  the fused operator, in its reference backend
-    kernels    the fused operator, in the backend that answers here
+    kernels    the fused operator, in the backend that answers here (by itself it would leave small batches to torch)
 
 The run fails if their losses differ by more than rounding. Then steps of the original model, of `plain` and of
 `kernels` are timed in turn: tokens per second, forward, backward and optimiser together, medians over rounds. On a GPU
@@ -34,11 +34,11 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
 import mlp_fusion
 from fusion_kernels import backends, mlp_backend
-from mlp_fusion.checkpoint.text import read_sentences, tokenize
+from mlp_fusion.checkpoint.text import read_sentences
 from mlp_fusion.modules import FusedFFN
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -46,6 +46,7 @@ from demo import model_folder
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Batch = dict[str, Tensor]
+SENTENCES = 64
 #: Largest relative difference of two losses after the same step: rounding, grown by training on it.
 TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}
 
@@ -115,8 +116,12 @@ def main() -> None:
     for module in original.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # or no two runs would be comparable
-    found = tokenize(model_folder(), sentences, 512)
-    assert found is not None
+    tokenizer = AutoTokenizer.from_pretrained(model_folder())
+    ordered = sorted(sentences, key=len)
+    found = [
+        dict(tokenizer(ordered[i : i + SENTENCES], padding=True, truncation=True, max_length=128, return_tensors="pt"))
+        for i in range(0, len(ordered) - SENTENCES + 1, SENTENCES)
+    ]
     batches: list[Batch] = [{k: v.to(DEVICE) for k, v in batch.items()} for batch in found]
     with torch.no_grad():
         targets = [pooled(original, batch) for batch in batches]
@@ -126,7 +131,7 @@ def main() -> None:
     runs = {
         "plain": Run(through_children(copy.deepcopy(fused)), batches, targets),
         "reference": Run(copy.deepcopy(fused), batches, targets, "reference"),
-        "kernels": Run(copy.deepcopy(fused), batches, targets),
+        "kernels": Run(copy.deepcopy(fused), batches, targets, backends()["mlp"][DEVICE.type]),
     }
     losses = {name: [float(run.step()[0]) for _ in range(options.steps)] for name, run in runs.items()}
     difference = max(
@@ -156,6 +161,7 @@ def main() -> None:
         },
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "backends": backends(),
+        "tokens per step": [batch["input_ids"].numel() for batch in batches],
         "sentences": {"source": "the package's" if file is None else file.name, "count": len(sentences)},
         "width": options.width,
         "losses": losses,

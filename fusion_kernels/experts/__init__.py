@@ -17,9 +17,10 @@ from fusion_kernels.activations import get_activation
 from fusion_kernels.experts import grouped_mm_backend, loop_backend, triton_backend
 from fusion_kernels.experts.operators import EXPERTS, EXPERTS_BACKWARD
 from fusion_kernels.library import Backend
+from fusion_kernels.pinning import Pin
 from fusion_kernels.reference import experts as reference
 
-__all__ = ["fused_experts"]
+__all__ = ["experts_backend", "fused_experts"]
 
 EXPERTS.register(Backend("loop", loop_backend.forward, ("cpu", "cuda")))
 EXPERTS.register(Backend("grouped_mm", grouped_mm_backend.forward, ("cpu", "cuda")))
@@ -28,6 +29,9 @@ EXPERTS_BACKWARD.register(Backend("grouped_mm", grouped_mm_backend.backward, ("c
 # Behind the others, and so by name only, until it has been measured on a GPU.
 EXPERTS.register(Backend("triton", triton_backend.forward, ("cuda",), gpu.why_not))
 EXPERTS_BACKWARD.register(Backend("triton", triton_backend.backward, ("cuda",), gpu.why_not))
+
+#: The process-wide choice of a backend of :func:`fused_experts`: `with experts_backend("triton"):`.
+experts_backend = Pin(EXPERTS)
 
 
 def fused_experts(
@@ -65,8 +69,9 @@ def fused_experts(
         scale: (E, h) cluster sizes of fused neurons, or None for ones.
         activation: a name in `fusion_kernels.activations`.
         checkpoint_level: what is kept for the backward, as in `fused_mlp`.
-        backend: `"auto"`, `"loop"` (expert by expert), `"grouped_mm"` (torch's grouped products: float32, bfloat16 or
-            float16, sizes multiples of 16 bytes), or on CUDA `"triton"` (activations inside the products).
+        backend: `"auto"` (or what :data:`experts_backend` pins), `"loop"` (expert by expert), `"grouped_mm"` (torch's
+            grouped products: float32, bfloat16 or float16, sizes multiples of 16 bytes), or on CUDA `"triton"`
+            (activations inside the products).
 
     Returns:
         (T, d_out) in the dtype of x, under autocast in autocast's.
@@ -80,6 +85,8 @@ def fused_experts(
     weights = {"w_in": w_in, "b_in": b_in, "w_gate": w_gate, "b_gate": b_gate, "w_out": w_out, "b_out": b_out}
     weights["scale"] = scale
     _check(x, top_k_index, top_k_weights, weights, activation, checkpoint_level)
+    if backend == "auto":
+        backend = experts_backend.name
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     T, k = top_k_index.shape

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fusion_kernels.mlp import mlp_backend
 from fusion_kernels.mlp.operators import MLP, MLP_BACKWARD, Gradients, Outputs, packed
-from fusion_kernels.mlp.pinning import pinned
 from fusion_kernels.reference.experts import spans
 
 
@@ -38,7 +38,7 @@ def forward(
     a = x.new_zeros((S, h) if checkpoint_level == 0 else (0,))
     for expert, rows in spans(ends):
         of_expert = (None if w is None else w[expert] for w in weights)
-        found = MLP.direct(x[rows], *of_expert, activation, checkpoint_level, pinned())
+        found = MLP.direct(x[rows], *of_expert, activation, checkpoint_level, mlp_backend.name)
         for whole, part in zip((y, z, g, a), found, strict=True):
             if len(whole):
                 whole[rows] = part
@@ -75,7 +75,7 @@ def backward(
         of_expert = (None if w is None else w[expert] for w in weights)
         saved = (t[rows] if len(t) else t for t in (z, g, a))
         found = MLP_BACKWARD.direct(
-            dy[rows], x[rows], *of_expert, *saved, activation, checkpoint_level, pinned(), list(needs)
+            dy[rows], x[rows], *of_expert, *saved, activation, checkpoint_level, mlp_backend.name, list(needs)
         )
         if totals[0] is not None:
             totals[0][rows] = found[0]

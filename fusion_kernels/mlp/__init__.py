@@ -15,8 +15,8 @@ from torch import Tensor
 from fusion_kernels import gpu, native, transforms
 from fusion_kernels.activations import ACTIVATIONS, get_activation
 from fusion_kernels.mlp import cpu_backend, gpu_backend, reference_backend, torch_backend
-from fusion_kernels.mlp.operators import register, run, without_autocast
-from fusion_kernels.mlp.pinning import mlp_backend, pinned
+from fusion_kernels.mlp.operators import MLP, register, run, without_autocast
+from fusion_kernels.pinning import Pin
 from fusion_kernels.reference import mlp as reference
 
 __all__ = ["fused_glu_mlp", "fused_mlp", "mlp_backend", "split_gate_up"]
@@ -35,6 +35,9 @@ register("reference", reference_backend.forward, reference_backend.backward, ("c
 register("cublas", gpu_backend.cublas_forward, gpu_backend.cublas_backward, ("cuda",), gpu.why_not)
 register("epilogue", gpu_backend.epilogue_forward, gpu_backend.epilogue_backward, ("cuda",), gpu.why_not)
 register("resident", gpu_backend.resident_forward, gpu_backend.epilogue_backward, ("cuda",), gpu.why_not)
+
+#: The process-wide choice of a backend of :func:`fused_mlp` and :func:`fused_glu_mlp`: `with mlp_backend("torch"):`.
+mlp_backend = Pin(MLP)
 
 
 def fused_mlp(
@@ -185,7 +188,7 @@ def _run(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if backend == "auto":
-        backend = pinned()
+        backend = mlp_backend.name
     block = (w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
     if transforms.active() or _is_small(x, backend):
         return _composed(x, *block, activation)

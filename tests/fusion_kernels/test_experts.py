@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusion_kernels import fused_experts
+from fusion_kernels import experts_backend, fused_experts
 
 BACKENDS = ("loop", "grouped_mm")
 #: What a backend is compared in, and how closely.
@@ -148,6 +148,16 @@ def test_experts_elsewhere_contribute_nothing(backend: str) -> None:
     expected = results(token_by_token(x, index, weights, "silu", **p), x, weights, p)
     same(found, expected, tolerance)
     assert bool((index >= 3).any())
+
+
+def test_pinning_a_backend() -> None:
+    p = layer(3, 8, 8, 8, True, False, False, torch.float64)
+    x, index = torch.randn(4, 8, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.long)
+    with experts_backend("grouped_mm"), pytest.raises(ValueError, match="grouped_mm takes float32"):
+        fused_experts(x, index, torch.ones(4, 1).double(), **p)
+    fused_experts(x, index, torch.ones(4, 1).double(), **p)
+    with pytest.raises(ValueError, match="unknown backend 'quick': use one of auto, loop"), experts_backend("quick"):
+        pass
 
 
 def test_ids_below_zero_contribute_nothing() -> None:

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fusion_kernels import BackendUnavailableError, fused_mlp, mlp_backend, native
 from fusion_kernels.library import Backend
-from fusion_kernels.mlp import pinning, tuning
+from fusion_kernels.mlp import tuning
 from fusion_kernels.mlp.operators import MLP, MLP_BACKWARD
 from fusion_kernels.mlp.tuning import Shape
 
@@ -279,10 +279,10 @@ def test_pinning_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ran == [DEFAULT, "reference", "torch", "reference", "torch", DEFAULT]
     with pytest.raises(ValueError, match="unknown backend 'quick': use one of auto, "), mlp_backend("quick"):
         pass
-    code = "import fusion_kernels.mlp.pinning as p; print(p.pinned())"
+    code = "from fusion_kernels import mlp_backend; print(mlp_backend.name)"
     printed = subprocess.run(
         [sys.executable, "-c", code],
-        env={"PYTHONPATH": ":".join(sys.path), pinning.ENVIRONMENT_VARIABLE: "reference"},
+        env={"PYTHONPATH": ":".join(sys.path), "FUSION_KERNELS_MLP_BACKEND": "reference"},
         capture_output=True,
         text=True,
         check=True,

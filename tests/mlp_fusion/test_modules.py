@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,11 +13,19 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from bundles import random_bundle
-from fusion_kernels import ntk_gram
+from fusion_kernels import mlp_backend, native, ntk_gram
 from mlp_fusion import FusedGLU, FusedMLP, InputError
 from mlp_fusion.modules import FusedFFN
 
 FORMS = ("folded", "scaled", "split")
+
+
+@pytest.fixture(autouse=True, params=["children", "operator"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both ways through a module: so few tokens go through the children unless a backend is pinned."""
+    operator = "torch" if native.UNAVAILABLE else "cpu"
+    with mlp_backend("auto" if request.param == "children" else operator):
+        yield request.param
 
 
 def _module(gated: bool, form: str = "scaled", **options: Any) -> tuple[FusedFFN, Any]:

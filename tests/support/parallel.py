@@ -5,6 +5,7 @@ Each takes half of the batch; rank 0 writes the gradients that DDP or FSDP2 redu
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from typing import Any
@@ -47,7 +48,9 @@ def main() -> None:
     gradients = {n: p.grad.full_tensor() if kind == "fsdp2" else p.grad for n, p in module.named_parameters()}
     if rank == 0:
         torch.save(gradients, f"{folder}/gradients.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    # DDP's destructor may wait for ever on a process group that is gone: neither is destroyed.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fusion_kernels import fused_glu_mlp, fused_mlp
+from fusion_kernels import fused_glu_mlp, fused_mlp, mlp_backend
 from fusion_kernels.activations import get_activation
-from fusion_kernels.mlp.pinning import pinned
 from mlp_fusion.modules.layouts import make_projection, obstacle, read_bundle, read_projection, weights_of
 from mlp_fusion.modules.scaled import ScaledModule
 from mlp_fusion.neurons import NeuronBundle
@@ -87,20 +86,27 @@ class FusedFFN(ScaledModule):
         owner = self._borrowed.get(role, self)
         return owner._modules[self.projection_names[role]]  # type: ignore[return-value]
 
-    def _has_few_tokens(self, x: Tensor) -> bool:
-        """Whether calling the children costs less than the operator would, which folds the scale into the weights.
+    def _is_small(self, x: Tensor) -> bool:
+        """Whether calling the children costs less than the operator would.
 
-        A fold is a pass over (d, h) weights, a scaled activation one over (tokens, h). Not under a compiler, which has
-        no calls and must not depend on the number of tokens, and not where a backend is pinned.
+        Without gradients that depends on the scale, too, which the operator folds into the weights: a pass over (d, h)
+        numbers, where scaling activations is one over (tokens, h). Not under a compiler, which has no calls and must
+        not depend on the number of tokens, and not where a backend is pinned. A trace takes the children always.
         """
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or pinned() != "auto":
-            return False
-        folds = 0 if self.scale is None else 1 if self.scale_exponent == 0.0 else 2
+        tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or mlp_backend.name != "auto":
+            return tracing
         d = x.shape[-1] if x.ndim else 0
-        return x.numel() <= max(FEW_TOKENS, folds * d) * d
+        few = FEW_TOKENS
+        if self.scale is not None and not torch.is_grad_enabled():
+            few = max(few, d if self.scale_exponent == 0.0 else 2 * d)
+        return x.numel() <= few * d or tracing
 
-    def _weights(self, w_out: nn.Module | None) -> dict[str, tuple[Tensor, Tensor | None]] | None:
-        """role -> weight `(out, in)` and bias of every projection, or None where one of them has to be called."""
+    def _weights(self, x: Tensor, w_out: nn.Module | None) -> dict[str, tuple[Tensor, Tensor | None]] | None:
+        """role -> weight `(out, in)` and bias of every projection, or None where one of them has to be called.
+
+        So it has where x has another dtype than the weights, outside autocast: torch then says what is wrong.
+        """
         found = {}
         for role in self.ROLES:
             projection = w_out if role == "w_out" and w_out is not None else self.projection(role)
@@ -110,7 +116,8 @@ class FusedFFN(ScaledModule):
                     _say_once(reason)
                 return None
             found[role] = weights_of(projection)
-        return found
+        same = x.dtype == found["w_in"][0].dtype or torch.is_autocast_enabled(x.device.type)
+        return found if same else None
 
     def _activated(self, projection: nn.Module, x: Tensor, factor: Tensor | None) -> Tensor:
         """act(projection(x) * factor)."""
@@ -279,7 +286,7 @@ class FusedMLP(FusedFFN):
     def forward(self, x: Tensor, w_out: nn.Module | None = None) -> Tensor:
         """`(..., d)` -> `(..., d_out)`; `w_out` is the output projection where it is not this module's own."""
         before, behind = self._factors()
-        weights = None if self._has_few_tokens(x) else self._weights(w_out)
+        weights = None if self._is_small(x) else self._weights(x, w_out)
         if weights is None:
             hidden = self._activated(self.projection("w_in"), x, before)
             return self._projected(hidden, behind, self.projection("w_out") if w_out is None else w_out)
@@ -315,7 +322,7 @@ class FusedGLU(FusedFFN):
 
     def forward(self, x: Tensor) -> Tensor:
         before, behind = self._factors()
-        weights = None if self._has_few_tokens(x) else self._weights(None)
+        weights = None if self._is_small(x) else self._weights(x, None)
         if weights is None:
             gate = self._activated(self.projection("w_gate"), x, before)
             return self._projected(gate * self.projection("w_in")(x), behind, self.projection("w_out"))

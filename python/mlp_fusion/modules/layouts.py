@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
@@ -80,7 +81,7 @@ def obstacle(module: nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return "a projection with a forward method of its own"
     for parameter in (module.weight, module.bias):
-        if parameter is not None and type(parameter) not in (nn.Parameter, Tensor):
+        if parameter is not None and type(parameter) not in (nn.Parameter, Tensor, FakeTensor):
             return f"a projection with a {type(parameter).__module__}.{type(parameter).__qualname__} in it"
     return None
 
