@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.ntk import tuning
-from fusion_kernels.reference.ntk import factors, symmetric
+from fusion_kernels.reference.ntk import factors, symmetric, transposed
 
 
 def outputs_gram(
@@ -89,10 +89,5 @@ def outputs_gram(
             torch.add(pairs @ (w_out * v2), same[..., None], out=tile)
         if is_symmetric:
             tile[:, begin:] = symmetric(tile[:, begin:])
-            out[:begin, here] = _transposed(tile[:, :begin])
+            out[:begin, here] = transposed(tile[:, :begin])
     return out
-
-
-def _transposed(gram: Tensor) -> Tensor:
-    """(n, m, ...) as (m, n, ...), with the outputs exchanged too."""
-    return gram.transpose(0, 1).transpose(2, 3) if gram.ndim == 4 else gram.transpose(0, 1)

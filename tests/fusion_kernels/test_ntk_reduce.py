@@ -161,6 +161,22 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(gated: bool) -> None:
         assert torch.equal(other, grams[0][1])
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("reduce", ["trace", "diagonal", "full"])
+@pytest.mark.parametrize("others", [None, 5])
+def test_blocks_of_rows_of_the_reference(kernel: Kernel, reduce: Any, others: int | None) -> None:
+    bundle = make_bundle(6, 7, 3, gated=True)
+    x1 = torch.randn(11, 6).double()
+    x2 = None if others is None else torch.randn(others, 6).double()
+    whole, blocks = (
+        ntk_gram(bundle, x1, x2, reduce, kernel=kernel, block_size=size, backend="reference") for size in (None, 4)
+    )
+    torch.testing.assert_close(blocks, whole, rtol=1e-12, atol=1e-12)
+    if kernel == "gd" and x2 is None:
+        turned = blocks.transpose(0, 1) if reduce != "full" else blocks.permute(1, 0, 3, 2)
+        assert torch.equal(blocks, turned)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduce", ["trace", "diagonal", "full"])
 def test_out_is_written_and_returned(backend: str, reduce: Any) -> None:
