@@ -72,9 +72,9 @@ def outputs_gram(
         tile = out[here, there]
         if reduce == "full":
             for number, name in enumerate(terms):
-                first = (slopes1[name][here, None] * w_out.T).reshape(-1, neurons)
-                second = (slopes2[name][there, None] * v2.T).reshape(-1, neurons)
-                product = (first @ second.T).view(len(same), outputs, -1, outputs).transpose(1, 2)
+                first = (slopes1[name][here, None] * w_out.T).flatten(0, 1)
+                second = (slopes2[name][there, None] * v2.T).flatten(0, 1)
+                product = (first @ second.T).view(len(same), outputs, same.shape[1], outputs).transpose(1, 2)
                 if number:
                     tile.addcmul_(over[name][..., None, None], product)
                 else:

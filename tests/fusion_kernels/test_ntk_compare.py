@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from ffn_blocks import KERNELS, Bundle, make_bundle
+from tensor_sizes import LargestTensor
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fusion_kernels import native, ntk_compare, ntk_gram, ntk_operator
 from fusion_kernels.ntk import Kernel
@@ -175,10 +174,10 @@ def test_nearly_constant_kernels_align_as_in_float64(backend: str, kernel: Kerne
         x[:, 3] += 300
     ka, kb = (ntk_gram(block, x.double(), kernel=kernel) for block in blocks)
     ka, kb = (k - k.mean(0) - k.mean(1, keepdim=True) + k.mean() for k in (ka, kb))
-    single = [block.to(torch.float32) for block in blocks]
-    found = ntk_compare(*single, x, kernel=kernel, backend=backend, eigenvalues=0)  # type: ignore[misc]
+    a, b = (block.to(torch.float32) for block in blocks)
+    found = ntk_compare(a, b, x, kernel=kernel, backend=backend, eigenvalues=0)
     assert found.alignment == pytest.approx(cosine(ka, kb), abs=2e-5)
-    drawn = ntk_compare(*single, x, kernel=kernel, backend=backend, eigenvalues=0, columns=400)  # type: ignore[misc]
+    drawn = ntk_compare(a, b, x, kernel=kernel, backend=backend, eigenvalues=0, columns=400)
     assert drawn.alignment == pytest.approx(cosine(ka, kb), abs=0.1)
 
 
@@ -273,22 +272,6 @@ def test_bad_input_is_named(change: dict[str, Any], options: dict[str, Any], mes
     options = {"x": torch.randn(20, 9).double(), **options}
     with pytest.raises(ValueError, match=re.escape(message)):
         ntk_compare(a, replace(a, **change), **options)
-
-
-class LargestTensor(TorchDispatchMode):
-    """The bytes of the largest tensor that an operation returned, parts of `beside` not counted."""
-
-    def __init__(self, beside: Tensor | None = None) -> None:
-        super().__init__()
-        self.bytes = 0
-        self.beside = 0 if beside is None else beside.untyped_storage().data_ptr()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() != self.beside:
-                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
-        return result
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

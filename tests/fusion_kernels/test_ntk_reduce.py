@@ -220,6 +220,25 @@ def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
         ntk_gram(make_bundle(5, 6, 3), torch.randn(4, 5).double(), **options)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["x1", "x2", "w_in", "metric", "direction"])
+def test_out_is_not_in_the_memory_of_an_input(backend: str, name: str) -> None:
+    bundle = make_bundle(4, 4, 4)
+    memory = torch.randn(4, 4).double()
+    x1, x2 = torch.randn(4, 4).double(), torch.randn(4, 4).double()
+    metric, direction = torch.rand(4).double(), torch.randn(4).double()
+    if name == "w_in":
+        bundle = replace(bundle, w_in=memory[None])
+    x1, x2 = memory if name == "x1" else x1, memory if name == "x2" else x2
+    metric = memory[0].abs_() if name == "metric" else metric
+    direction = memory[1] if name == "direction" else direction
+    with pytest.raises(ValueError, match="out shares memory with a tensor that the kernel is computed from"):
+        ntk_gram(bundle, x1, x2, direction, metric=metric, backend=backend, out=memory)
+    separate = torch.empty(4, 4).double()
+    ntk_gram(bundle, x1, x2, direction, metric=metric, backend=backend, out=separate)
+    assert separate.isfinite().all()
+
+
 @given(
     rows=st.integers(0, 40),
     others=st.one_of(st.none(), st.integers(0, 20)),
