@@ -1,10 +1,11 @@
 """The tangent-kernel part of bench/gpu.py: whether the CUDA tiles are right, then how long they take beside cuBLAS.
 
-Right: every precision against float64 over odd shapes, with the error of torch on the same GPU beside it; symmetric and
-repeatable to the bit; on a stream of its own and on another device; results of more than 2^32 values, where an offset
-of 32 bits would show; no memory of the result's size beside it. The peer is the closed form composed from torch calls,
-in place, its three products by cuBLAS in float32, TF32 or bfloat16. The floors are the operations of half the tiles
-(three products of bfloat16 for `bf16x3`), or the bytes of the result, over the rates of `gpu_timing.ceilings`.
+Right: every precision against float64 over odd shapes, activations, split parts, metrics and directions, with the error
+of torch on the same GPU beside it; symmetric and repeatable to the bit; on a stream of its own and on another device;
+results of more than 2^32 values, where an offset of 32 bits would show; no memory of the result's size beside it. The
+peer is the closed form composed from torch calls, in place, its three products by cuBLAS in float32, TF32 or bfloat16.
+The floors are the operations of half the tiles (three products of bfloat16 for `bf16x3`), or the bytes of the result,
+over the rates of `gpu_timing.ceilings`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from fusion_kernels import native, ntk_gram
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
-from ffn_blocks import Bundle, make_bundle
+from ffn_blocks import ACTIVATIONS, Bundle, make_bundle
 from gpu_timing import DEVICE, milliseconds, require
 from ntk import torch_in_place
 
@@ -56,30 +57,44 @@ def errors(found: Tensor, exact: Tensor) -> tuple[float, float]:
 def check_against_float64() -> dict[str, float]:
     """The largest RMS error of each precision, and how often float32's error is torch's."""
     worst = {**dict.fromkeys(PRECISIONS, 0.0), "float64": 0.0, "highest over torch float32": 0.0}
-    cases = [
-        (n, m, d, h, gated, kernel)
+    cases: list[tuple[int, int | None, int, int, bool, str, str, tuple[str, ...]]] = [
+        (n, m, d, h, gated, kernel, "gelu", ())
         for n, m, d, h in [(1, None, 1, 1), (17, 123, 1, 17), (123, None, 17, 123), (128, 129, 64, 32),
                            (300, 1000, 33, 70), (1537, None, 123, 65), (640, None, 1537, 384)]
         for gated in (False, True)
         for kernel in ("gd", "sign")
     ]  # fmt: skip
-    for n, m, d, h, gated, kernel in cases:
+    for kernel in ("gd", "sign"):
+        cases += [(300, 200, 33, 70, gated, kernel, phi, ()) for gated in (False, True) for phi in ACTIVATIONS]
+        cases += [(300, m, 33, 70, gated, kernel, "gelu", ("metric", "vector"))
+                  for m in (None, 200) for gated in (False, True)]  # fmt: skip
+        cases += [(300, m, 33, 70, True, kernel, "gelu", ("params",)) for m in (None, 200)]
+    for n, m, d, h, gated, kernel, activation, extras in cases:
         generator = torch.Generator().manual_seed(n)
         torch.manual_seed(n)
-        bundle = make_bundle(d, h, 5, gated=gated, scale=True, scale_exponent=0.5)
+        bundle = make_bundle(d, h, 5, gated=gated, scale=True, scale_exponent=0.5, activation=activation)
+        # In float32's values, so that every dtype computes the same kernel; parts split within a term take two passes.
+        every: dict[str, dict[str, Any]] = {
+            "metric": {"metric": torch.rand(h, generator=generator).to(DEVICE)},
+            "vector": {"reduce": torch.randn(5, generator=generator).to(DEVICE)},
+            "params": {"params": ("w_in", "b_gate")},
+        }
+        options: dict[str, Any] = {"kernel": kernel}
+        for extra in extras:
+            options.update(every[extra])
         x1 = torch.randn(n, d, generator=generator).to(DEVICE)
         x2 = None if m is None else torch.randn(m, d, generator=generator).to(DEVICE)
-        what = f"{(n, m, d, h)}, gated {gated}, {kernel}"
+        what = f"{(n, m, d, h)}, gated {gated}, {kernel}, {activation} {' '.join(extras)}"
         double, single = on_device(bundle, torch.float64), on_device(bundle, torch.float32)
         wide = (x1.double(), None if x2 is None else x2.double())
-        exact = ntk_gram(double, *wide, kernel=kernel, backend="reference")  # type: ignore[arg-type]
-        found = ntk_gram(double, *wide, kernel=kernel, backend="cuda")  # type: ignore[arg-type]
+        exact = ntk_gram(double, *wide, backend="reference", **options)
+        found = ntk_gram(double, *wide, backend="cuda", **options)
         worst["float64"] = max(worst["float64"], *errors(found, exact))
         with native.exact_products():
-            peer = errors(ntk_gram(single, x1, x2, kernel=kernel, backend="reference"), exact)  # type: ignore[arg-type]
+            peer = errors(ntk_gram(single, x1, x2, backend="reference", **options), exact)
         for precision in PRECISIONS:
             found, again = (
-                ntk_gram(single, x1, x2, kernel=kernel, backend="cuda", precision=precision)  # type: ignore[arg-type]
+                ntk_gram(single, x1, x2, backend="cuda", precision=precision, **options)  # type: ignore[arg-type]
                 for _ in range(2)
             )
             require(torch.equal(found, again), f"{precision} has other bits when it runs again: {what}")

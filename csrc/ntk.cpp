@@ -90,21 +90,23 @@ void gram(const Tensor x1, const Tensor x2, const std::optional<Tensor> hidden1,
   });
 }
 
-Tensor sums(const Tensor x1, const Tensor x2, const std::optional<Tensor> a_hidden1,
-            const std::optional<Tensor> a_hidden2, const Tensor a_slopes1, const Tensor a_slopes2,
-            std::vector<int64_t> a_terms, double a_constant, const std::optional<Tensor> b_hidden1,
-            const std::optional<Tensor> b_hidden2, const Tensor b_slopes1, const Tensor b_slopes2,
-            std::vector<int64_t> b_terms, double b_constant, bool symmetric, int64_t tile) {
+std::tuple<Tensor, Tensor, Tensor> sums(
+    const Tensor x1, const Tensor x2, const std::optional<Tensor> a_hidden1, const std::optional<Tensor> a_hidden2,
+    const Tensor a_slopes1, const Tensor a_slopes2, std::vector<int64_t> a_terms, double a_constant,
+    const std::optional<Tensor> b_hidden1, const std::optional<Tensor> b_hidden2, const Tensor b_slopes1,
+    const Tensor b_slopes2, std::vector<int64_t> b_terms, double b_constant, bool symmetric, int64_t tile) {
   const int64_t n1 = x1.size(0), n2 = x2.size(0);
   STD_TORCH_CHECK(tile >= 1 && (!symmetric || n1 == n2), "ntk_sums: wrong sizes");
-  Tensor result = new_tensor({4}, ScalarType::Double);
+  Tensor result = new_tensor({4}, ScalarType::Double), rows = new_tensor({2, n1}, ScalarType::Double),
+         columns = new_tensor({2, n2}, ScalarType::Double);
   with_dtype(x1, [&](auto zero) {
     using T = decltype(zero);
     const auto a = tangent_kernel<T>(x1, x2, a_hidden1, a_hidden2, a_slopes1, a_slopes2, a_terms, a_constant);
     const auto b = tangent_kernel<T>(x1, x2, b_hidden1, b_hidden2, b_slopes1, b_slopes2, b_terms, b_constant);
-    kernel_sums(a, b, n1, n2, symmetric, tile, mutable_data<double>(result));
+    kernel_sums(a, b, n1, n2, symmetric, tile, mutable_data<double>(result), mutable_data<double>(rows),
+                mutable_data<double>(columns));
   });
-  return result;
+  return {result, rows, columns};
 }
 
 }  // namespace
@@ -120,7 +122,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusion_kernels_native, m) {
   m.def(
       "ntk_sums(Tensor x1, Tensor x2, Tensor? a_hidden1, Tensor? a_hidden2, Tensor a_slopes1, Tensor a_slopes2, "
       "int[] a_terms, float a_constant, Tensor? b_hidden1, Tensor? b_hidden2, Tensor b_slopes1, Tensor b_slopes2, "
-      "int[] b_terms, float b_constant, bool symmetric, int tile) -> Tensor");
+      "int[] b_terms, float b_constant, bool symmetric, int tile) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusion_kernels_native, CPU, m) {

@@ -21,7 +21,7 @@ namespace mlp_fusion {
 //   plain   hidden = of_hidden phi(z)     slopes = of_in phi'(z)
 //   gated   hidden = of_hidden phi(g) z   slopes = of_in phi(g) | of_gate phi'(g) z
 //
-// and replaced by their signs where `signs` says so. Null: no bias, no shrinking, a plain block (w_gate).
+// and replaced by their signs where `signs` says so. Null: no bias, no shrinking, a plain block (of_gate).
 template <class T>
 struct Neurons {
   const T *w_in, *w_gate, *b_in, *b_gate, *shrink, *of_hidden, *of_in, *of_gate;
@@ -59,9 +59,11 @@ template <class T>
 void kernel_matrix(const TangentKernel<T>& kernel, int64_t n1, int64_t n2, bool symmetric, int64_t tile, T* out,
                    int64_t stride);
 
-// sums = <A, A>, <A, B>, <B, B> and |A - B|² of the kernels a and b of the same rows x, without storing either.
+// sums = <A, A>, <A, B>, <B, B> and |A - B|² of the kernels a and b of the same rows x, without storing either. The sums
+// of their rows (2, n1) and columns (2, n2) are of the same rounded values: what is left of `sums` when means are taken
+// off would be the rounding of others.
 template <class T>
 void kernel_sums(const TangentKernel<T>& a, const TangentKernel<T>& b, int64_t n1, int64_t n2, bool symmetric,
-                 int64_t tile, double* sums);
+                 int64_t tile, double* sums, double* rows, double* columns);
 
 }  // namespace mlp_fusion

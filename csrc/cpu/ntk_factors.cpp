@@ -178,7 +178,8 @@ void activate(Activation activation, const T* z, int64_t n, T* value, T* slope) 
 template <class T>
 void block_factors(const Neurons<T>& neurons, const T* x, int64_t n, T* hidden, T* slopes) {
   const int64_t d = neurons.d, h = neurons.h, blocks = (n + kRows - 1) / kRows;
-  const bool gated_block = neurons.w_gate != nullptr;
+  // Not by w_gate, which is null as well where d is 0.
+  const bool gated_block = neurons.of_gate != nullptr;
   const int64_t width = gated_block ? 2 * h : h;
   if (h == 0) return;
   for_each_alone(blocks, [&](int64_t block) {

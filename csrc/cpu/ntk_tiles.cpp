@@ -12,6 +12,8 @@
 namespace mlp_fusion {
 namespace {
 
+// Tiles whose sums are kept until they are added up in order: enough for every thread, and a few MB.
+constexpr int64_t kWave = 512;
 // Edge of the squares that are transposed at a time: a line of the cache of float.
 constexpr int64_t kSquare = 16;
 
@@ -68,6 +70,26 @@ MLP_INLINE void add_sums_body(const T* a, const T* b, int64_t n, double* sums) {
   for (int64_t k = 0; k < 4; ++k) sums[k] += total[k];
 }
 
+// to_rows and to_columns += the sums of the rows and columns of a dense tile, in double.
+template <class T>
+MLP_INLINE void add_margins_body(const T* tile, int64_t rows, int64_t columns, double* to_rows, double* to_columns) {
+  for (int64_t i = 0; i < rows; ++i, tile += columns) {
+    Double8 lanes{};
+    int64_t j = 0;
+    for (; j + kLanes <= columns; j += kLanes) {
+      const Double8 u = load_double(tile + j);
+      lanes += u;
+      store_double(to_columns + j, load_double(to_columns + j) + u);
+    }
+    double total = sum(lanes);
+    for (; j < columns; ++j) {
+      total += tile[j];
+      to_columns[j] += tile[j];
+    }
+    to_rows[i] += total;
+  }
+}
+
 #define MLP_DEFINE(T)                                                                                                \
   MLP_CLONES void combine(const T* before, const T* e, const T* s, T bias, T constant, int64_t rows,                 \
                           int64_t columns, T* to, int64_t stride) {                                                  \
@@ -77,7 +99,10 @@ MLP_INLINE void add_sums_body(const T* a, const T* b, int64_t n, double* sums) {
                             int64_t to_stride) {                                                                     \
     transpose_body(from, from_stride, rows, columns, to, to_stride);                                                 \
   }                                                                                                                  \
-  MLP_CLONES void add_sums(const T* a, const T* b, int64_t n, double* sums) { add_sums_body(a, b, n, sums); }
+  MLP_CLONES void add_sums(const T* a, const T* b, int64_t n, double* sums) { add_sums_body(a, b, n, sums); }        \
+  MLP_CLONES void add_margins(const T* tile, int64_t rows, int64_t columns, double* to_rows, double* to_columns) {   \
+    add_margins_body(tile, rows, columns, to_rows, to_columns);                                                      \
+  }
 MLP_DEFINE(float)
 MLP_DEFINE(double)
 #undef MLP_DEFINE
@@ -171,33 +196,56 @@ void kernel_matrix(const TangentKernel<T>& kernel, int64_t n1, int64_t n2, bool 
 
 template <class T>
 void kernel_sums(const TangentKernel<T>& a, const TangentKernel<T>& b, int64_t n1, int64_t n2, bool symmetric,
-                 int64_t tile, double* sums) {
+                 int64_t tile, double* sums, double* rows, double* columns) {
   const std::vector<Tile> tiles = tiles_of(n1, n2, symmetric, tile);
+  const int64_t count = static_cast<int64_t>(tiles.size()), edge = std::min(tile, std::max(n1, n2));
   const bool with_inputs = needs_inputs(a) || needs_inputs(b);
-  std::vector<double> partial(4 * tiles.size(), 0.0);
-  for_each_alone(static_cast<int64_t>(tiles.size()), [&](int64_t item) {
-    const Tile& t = tiles[item];
-    const int64_t count = t.rows * t.columns;
-    const std::unique_ptr<T[]> scratch(new T[5 * count]);
-    T *const e = scratch.get(), *const product = e + count, *const total = product + count;
-    T *const of_a = total + count, *const of_b = of_a + count;
-    if (with_inputs) inputs_tile(a, t, e);
-    kernel_tile(a, t, e, product, total, of_a, t.columns);
-    kernel_tile(b, t, e, product, total, of_b, t.columns);
-    add_sums(of_a, of_b, count, partial.data() + 4 * item);
-  });
   std::fill_n(sums, 4, 0.0);
-  for (size_t item = 0; item < tiles.size(); ++item) {
-    const double times = symmetric && tiles[item].i != tiles[item].j ? 2.0 : 1.0;
-    for (int64_t k = 0; k < 4; ++k) sums[k] += times * partial[4 * item + k];
+  std::fill_n(rows, 2 * n1, 0.0);
+  std::fill_n(columns, 2 * n2, 0.0);
+  // Of a tile: the four sums, then those of the rows and of the columns of each kernel.
+  const int64_t width = 4 + 4 * edge;
+  std::vector<double> wave(std::min(count, kWave) * width);
+  for (int64_t begin = 0; begin < count; begin += kWave) {
+    const int64_t length = std::min(kWave, count - begin);
+    std::fill_n(wave.data(), length * width, 0.0);
+    for_each_alone(length, [&](int64_t item) {
+      const Tile& t = tiles[begin + item];
+      const int64_t size = t.rows * t.columns;
+      const std::unique_ptr<T[]> scratch(new T[5 * size]);
+      T *const e = scratch.get(), *const product = e + size, *const total = product + size;
+      T *const of_a = total + size, *const of_b = of_a + size;
+      if (with_inputs) inputs_tile(a, t, e);
+      kernel_tile(a, t, e, product, total, of_a, t.columns);
+      kernel_tile(b, t, e, product, total, of_b, t.columns);
+      double *const to = wave.data() + item * width, *const margins = to + 4;
+      add_sums(of_a, of_b, size, to);
+      add_margins(of_a, t.rows, t.columns, margins, margins + edge);
+      add_margins(of_b, t.rows, t.columns, margins + 2 * edge, margins + 3 * edge);
+    });
+    for (int64_t item = 0; item < length; ++item) {
+      const Tile& t = tiles[begin + item];
+      const double* const from = wave.data() + item * width;
+      const bool mirrored = symmetric && t.i != t.j;
+      for (int64_t k = 0; k < 4; ++k) sums[k] += (mirrored ? 2.0 : 1.0) * from[k];
+      for (int64_t k = 0; k < 2; ++k) {
+        const double *const of_rows = from + 4 + 2 * k * edge, *const of_columns = of_rows + edge;
+        double *const to_rows = rows + k * n1, *const to_columns = columns + k * n2;
+        for (int64_t i = 0; i < t.rows; ++i) to_rows[t.i + i] += of_rows[i];
+        for (int64_t j = 0; j < t.columns; ++j) to_columns[t.j + j] += of_columns[j];
+        if (!mirrored) continue;
+        for (int64_t i = 0; i < t.rows; ++i) to_columns[t.i + i] += of_rows[i];
+        for (int64_t j = 0; j < t.columns; ++j) to_rows[t.j + j] += of_columns[j];
+      }
+    }
   }
 }
 
 template void kernel_matrix(const TangentKernel<float>&, int64_t, int64_t, bool, int64_t, float*, int64_t);
 template void kernel_matrix(const TangentKernel<double>&, int64_t, int64_t, bool, int64_t, double*, int64_t);
 template void kernel_sums(const TangentKernel<float>&, const TangentKernel<float>&, int64_t, int64_t, bool, int64_t,
-                          double*);
+                          double*, double*, double*);
 template void kernel_sums(const TangentKernel<double>&, const TangentKernel<double>&, int64_t, int64_t, bool, int64_t,
-                          double*);
+                          double*, double*, double*);
 
 }  // namespace mlp_fusion

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.ntk import tuning
-from fusion_kernels.reference.ntk import factors, symmetric
+from fusion_kernels.reference.ntk import factors, symmetric, transposed
 
 
 def outputs_gram(
@@ -72,9 +72,9 @@ def outputs_gram(
         tile = out[here, there]
         if reduce == "full":
             for number, name in enumerate(terms):
-                first = (slopes1[name][here, None] * w_out.T).reshape(-1, neurons)
-                second = (slopes2[name][there, None] * v2.T).reshape(-1, neurons)
-                product = (first @ second.T).view(len(same), outputs, -1, outputs).transpose(1, 2)
+                first = (slopes1[name][here, None] * w_out.T).flatten(0, 1)
+                second = (slopes2[name][there, None] * v2.T).flatten(0, 1)
+                product = (first @ second.T).view(len(same), outputs, same.shape[1], outputs).transpose(1, 2)
                 if number:
                     tile.addcmul_(over[name][..., None, None], product)
                 else:
@@ -89,10 +89,5 @@ def outputs_gram(
             torch.add(pairs @ (w_out * v2), same[..., None], out=tile)
         if is_symmetric:
             tile[:, begin:] = symmetric(tile[:, begin:])
-            out[:begin, here] = _transposed(tile[:, :begin])
+            out[:begin, here] = transposed(tile[:, :begin])
     return out
-
-
-def _transposed(gram: Tensor) -> Tensor:
-    """(n, m, ...) as (m, n, ...), with the outputs exchanged too."""
-    return gram.transpose(0, 1).transpose(2, 3) if gram.ndim == 4 else gram.transpose(0, 1)

@@ -23,15 +23,16 @@ SAMPLED_COLUMNS = 2048
 _GROUPS = 8
 
 
-def _fake(x1: Tensor, *_: object) -> Tensor:
-    return x1.new_empty(4, dtype=torch.float64)
+def _fake(x1: Tensor, x2: Tensor | None, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    columns = len(x1 if x2 is None else x2)
+    return tuple(x1.new_empty(shape, dtype=torch.float64) for shape in ((4,), (2, len(x1)), (2, columns)))  # type: ignore[return-value]
 
 
 _NTK_SUMS = operator(
     "ntk_sums",
     "(Tensor x1, Tensor? x2, Tensor?[] a, float a_exponent, str a_activation, str[] a_params, Tensor?[] b, "
     "float b_exponent, str b_activation, str[] b_params, str kernel, Tensor? direction=None, int? block_size=None) "
-    "-> Tensor",
+    "-> (Tensor, Tensor, Tensor)",
     _fake,
 )
 _NTK_SUMS.register(Backend("cpu", cpu_backend.ntk_sums, ("cpu",), _no_native))
@@ -46,9 +47,11 @@ class NTKComparison:
         rows: N.
         columns: how many columns of the kernels the norms are of: N, or fewer where they were drawn.
         relative_error: |A - B|_F / |A|_F; inf where only B is not 0, 0 where both are.
-        standard_error: of `relative_error`, from the spread among groups of drawn columns; 0 with all columns.
+        standard_error: of `relative_error`, from the spread among groups of drawn columns, which are without
+            replacement: 0 with all columns.
         cosine: <A, B> / (|A| |B|); NaN where one is 0.
-        alignment: the same of the centred kernels, HAH with H = 1 - 11'/N: linear CKA.
+        alignment: the same of the centred kernels, HAH with H = 1 - 11'/N: linear CKA. NaN where one is constant up to
+            rounding. Of drawn columns, it is centred over those.
         trace: of A and of B.
         eigenvalues: the largest of A and of B, descending: (count,) float64 each. Empty for the sign kernel, which is
             not symmetric.
@@ -69,11 +72,14 @@ class NTKComparison:
 def largest_eigenvalues(kernel: NTKOperator, count: int, *, steps: int, seed: int) -> tuple[Tensor, Tensor]:
     """The largest eigenvalues of a symmetric operator, by Lanczos with full reorthogonalization.
 
+    Where the Krylov space is exhausted early, it goes on from a random vector orthogonal to it, so that equal
+    eigenvalues are found as often as there are steps for.
+
     Args:
         kernel: its size is N.
         count: how many to return, at most N.
         steps: dimension of the Krylov space, at most N; never fewer than `count`.
-        seed: of the first vector.
+        seed: of the random vectors.
 
     Returns:
         (count,) float64, descending, and bounds on the distance of each to an eigenvalue.
@@ -85,7 +91,8 @@ def largest_eigenvalues(kernel: NTKOperator, count: int, *, steps: int, seed: in
     steps = min(max(steps, count), n)
     if count == 0:
         return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
-    q = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(n, generator=generator, dtype=torch.float64)
     basis = torch.zeros(steps, n, dtype=torch.float64)
     diagonal, beside = [], [0.0]
     basis[0] = q / q.norm()
@@ -95,21 +102,21 @@ def largest_eigenvalues(kernel: NTKOperator, count: int, *, steps: int, seed: in
         for _ in range(2):  # twice is enough
             r -= basis[: k + 1].T @ (basis[: k + 1] @ r)
         beside.append(float(r.norm()))
-        if beside[-1] <= 1e-14 * max(map(abs, diagonal)):
+        if k + 1 == steps:
             break
-        if k + 1 < steps:
-            basis[k + 1] = r / beside[-1]
-    size = len(diagonal)
+        if beside[-1] <= 1e-14 * max(map(abs, diagonal)):
+            # An invariant subspace: the rest of the space, other copies of these eigenvalues included, is searched
+            # from another vector.
+            beside[-1] = 0.0
+            r = torch.randn(n, generator=generator, dtype=torch.float64)
+            for _ in range(2):
+                r -= basis[: k + 1].T @ (basis[: k + 1] @ r)
+        basis[k + 1] = r / r.norm()
     tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    off = torch.tensor(beside[1:size], dtype=torch.float64)
+    off = torch.tensor(beside[1:-1], dtype=torch.float64)
     tridiagonal += torch.diag(off, 1) + torch.diag(off, -1)
     values, vectors = torch.linalg.eigh(tridiagonal)
-    found = torch.zeros(count, dtype=torch.float64)  # an exhausted Krylov space: the rest is 0 for its vector
-    bounds = torch.full((count,), abs(beside[size]), dtype=torch.float64)
-    taken = min(count, size)
-    found[:taken] = values.flip(0)[:taken]
-    bounds[:taken] = abs(beside[size]) * vectors[-1].abs().flip(0)[:taken]
-    return found, bounds
+    return values.flip(0)[:count], beside[-1] * vectors[-1].abs().flip(0)[:count]
 
 
 def ntk_compare(
@@ -131,7 +138,8 @@ def ntk_compare(
 
     Tiles of both kernels are computed side by side and summed in float64, so that memory is O(N (neurons of a and b))
     whatever N; the product of inputs is shared. The work is N^2 (d + 2 neurons of a + 2 neurons of b) operations, twice
-    as much for the sign kernel. Row and column sums, for the centring, and the eigenvalues come from products with
+    as much for the sign kernel. Row and column sums, for the centring, are of the same tiles: inputs with a large mean,
+    whose kernels are nearly constant, lose no more digits than the kernels did. The eigenvalues come from products with
     vectors, linear in N.
 
     Args:
@@ -176,23 +184,26 @@ def ntk_compare(
         columns = SAMPLED_COLUMNS
     if columns is not None and not _GROUPS <= columns <= n:
         raise ValueError(f"columns must be between {_GROUPS} and the {n} inputs, got {columns}")
+    if columns == n:
+        columns = None
 
     function = _NTK_SUMS.overload if backend == "auto" else chosen.function
     described = [item for p in both for item in ([*p.arguments(), p.metric], p.exponent, p.activation, p.parts)]
 
-    def sums(second: Tensor | None) -> Tensor:
-        return function(rows, second, *described, kernel, direction, block_size).cpu()
+    def sums(second: Tensor | None) -> list[Tensor]:
+        return [t.cpu() for t in function(rows, second, *described, kernel, direction, block_size)]
 
     if columns is None:
-        drawn = torch.arange(n, device=rows.device)
-        groups = sums(None)[None]
+        parts: list[Tensor | None] = [None]
     else:
         drawn = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:columns].to(rows.device)
-        groups = torch.stack([sums(rows[part]) for part in drawn.tensor_split(_GROUPS)])
-    operators = [_operator(p, rows, named, direction, kernel) for p in both]
+        parts = [rows[part] for part in drawn.tensor_split(_GROUPS)]
+    found = [sums(part) for part in parts]
+    groups = torch.stack([group for group, _, _ in found])
     total = groups.sum(0)
-    centred = _centred(total, operators, rows, drawn)
+    centred = _centred(total, torch.stack([r for _, r, _ in found]).sum(0), torch.cat([c for _, _, c in found], 1))
     aa, ab, bb, dd = total.tolist()
+    operators = [_reduced_operator(p, rows, named, direction, kernel) for p in both]
     spectra = [
         largest_eigenvalues(k, eigenvalues if kernel == "gd" else 0, steps=2 * eigenvalues + 20, seed=seed)
         for k in operators
@@ -202,41 +213,40 @@ def ntk_compare(
         rows=n,
         columns=n if columns is None else columns,
         relative_error=_relative(dd, aa),
-        standard_error=_standard_error(groups),
+        standard_error=0.0 if columns is None else _standard_error(groups) * math.sqrt(1 - columns / n),
         cosine=_cosine(aa, ab, bb),
-        alignment=_cosine(*centred),
+        alignment=_alignment(total, centred, both[0].dtype),
         trace=(traces[0], traces[1]),
         eigenvalues=(spectra[0][0], spectra[1][0]),
         eigenvalue_errors=(spectra[0][1], spectra[1][1]),
     )
 
 
-def _operator(prepared: Prepared, x: Tensor, named: str, direction: Tensor | None, kernel: str) -> NTKOperator:
+def _reduced_operator(prepared: Prepared, x: Tensor, named: str, direction: Tensor | None, kernel: str) -> NTKOperator:
     return exactly(lambda rows: NTKOperator(prepared, rows, named, direction, kernel))(x)
 
 
-def _centred(sums: Tensor, operators: Sequence[NTKOperator], x: Tensor, drawn: Tensor) -> tuple[float, float, float]:
-    """<A, A>, <A, B>, <B, B> of the centred kernels on the columns `drawn`, from those of the kernels.
+def _centred(sums: Tensor, rows: Tensor, columns: Tensor) -> list[float]:
+    """<A, A>, <A, B>, <B, B> of the centred kernels HAH (N, M), from those of the kernels and their sums.
 
-    With r, c and mu the row means, column means and mean of a kernel and u the sums of its rows over the drawn columns,
-    these are the sums of products of `A_nm - r_n - c_m + mu`, expanded: sums of squares, whichever columns are drawn.
+    Args:
+        sums: (4,), as `ntk_sums` returns them.
+        rows, columns: (2, N) and (2, M), the sums of the rows and of the columns of A and of B.
     """
-    n, m = len(x), len(drawn)
-    indicator = torch.zeros_like(x[:, 0])
-    indicator[drawn] = 1.0
-    both = torch.stack([torch.ones_like(indicator), indicator], 1)
-    products = [k.matmat(both).double().cpu() for k in operators]
-    rows = [product[:, 0] / n for product in products]
-    parts = [product[:, 1] for product in products]
-    columns = [k.rmatvec(both[:, 0]).double().cpu()[drawn.cpu()] / n for k in operators]
-    means = [float(r.mean()) for r in rows]
+    n, m = rows.shape[1], columns.shape[1]
     result = []
-    for value, (i, j) in zip(sums[:3].tolist(), ((0, 0), (0, 1), (1, 1)), strict=True):
-        value -= float(rows[j] @ parts[i] + rows[i] @ parts[j])
-        value += means[j] * float(parts[i].sum()) + means[i] * float(parts[j].sum())
-        value += m * float(rows[i] @ rows[j]) - n * float(columns[i] @ columns[j]) - n * m * means[i] * means[j]
-        result.append(value)
-    return result[0], result[1], result[2]
+    for value, i, j in zip(sums.tolist(), (0, 0, 1), (0, 1, 1), strict=False):
+        of_means = float(rows[i].sum() * rows[j].sum()) / (n * m)
+        result.append(value - float(rows[i] @ rows[j]) / m - float(columns[i] @ columns[j]) / n + of_means)
+    return result
+
+
+def _alignment(sums: Tensor, centred: Sequence[float], dtype: torch.dtype) -> float:
+    """The cosine of the centred kernels; NaN where one is what rounding leaves of a constant."""
+    aa, _, bb, _ = sums.tolist()
+    # Values are rounded to the dtype, their sums to float64.
+    lost = max((8 * torch.finfo(dtype).eps) ** 2, 64 * torch.finfo(torch.float64).eps)
+    return _cosine(*centred) if centred[0] > lost * aa and centred[2] > lost * bb else math.nan
 
 
 def _relative(difference: float, norm: float) -> float:
@@ -251,9 +261,7 @@ def _cosine(aa: float, ab: float, bb: float) -> float:
 
 
 def _standard_error(groups: Tensor) -> float:
-    """Of the relative error, by the delta method on the groups' ratios |A - B|^2 / |A|^2."""
-    if len(groups) == 1:
-        return 0.0
+    """Of the relative error, by the delta method on the groups' ratios |A - B|^2 / |A|^2, of drawn columns."""
     mean = groups.mean(0)
     if float(mean[0]) == 0.0 or float(mean[3]) == 0.0:
         return 0.0

@@ -136,7 +136,7 @@ def ntk_sums(
     kernel: str,
     direction: Tensor | None = None,
     block_size: int | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sums over two kernels; arguments and result as in `fusion_kernels.reference.ntk.ntk_sums`."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False), native.exact_products():
         x1, x2, right = _rows(x1, x2, kernel)

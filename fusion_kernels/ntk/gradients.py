@@ -19,7 +19,14 @@ from torch import Tensor
 
 from fusion_kernels.ntk import tuning
 from fusion_kernels.ntk.block import Block, Prepared, prepare
-from fusion_kernels.ntk.jacobian import block_factors, check_columns, check_tangents, exactly, pushed_forward
+from fusion_kernels.ntk.jacobian import (
+    block_factors,
+    check_columns,
+    check_tangents,
+    exactly,
+    moved_parts,
+    pushed_forward,
+)
 
 Form = Literal["auto", "ghost", "direct"]
 
@@ -76,7 +83,7 @@ def gradient_gram(
 
     Returns:
         (N, N), exactly symmetric, in the dtype of the computation. Memory beyond it: a few (N S, neurons) matrices and
-        blocks of 64 MiB.
+        blocks of 64 MiB, or a token's products with all others where those are larger.
 
     Raises:
         ValueError: as in `ntk_gram`, cotangents that do not fit, or an unknown form.
@@ -102,15 +109,18 @@ def gradient_gram(
 
 
 def _add_ghost_gram(gram: Tensor, a: Tensor, b: Tensor, weight: bool, bias: bool) -> None:
-    """Add the lower triangle of a layer's Gram, in blocks of samples."""
+    """Add the lower triangle of a layer's Gram, in blocks of samples, or of a sample's tokens where one is too many."""
     n, s = a.shape[:2]
     step = tuning.row_block(2 * n * s * s * a.element_size())
+    tokens = tuning.row_block(2 * n * s * a.element_size())
     for begin in range(0, n, step):
         here, there = slice(begin, min(begin + step, n)), slice(0, min(begin + step, n))
-        products = b[here].flatten(0, 1) @ b[there].flatten(0, 1).T
-        if weight:
-            products *= (a[here].flatten(0, 1) @ a[there].flatten(0, 1).T).add_(float(bias))
-        gram[here, there] += products.view(here.stop - begin, s, there.stop, s).sum((1, 3))
+        for first in range(0, s, tokens):
+            some = slice(first, first + tokens)
+            products = b[here, some].flatten(0, 1) @ b[there].flatten(0, 1).T
+            if weight:
+                products *= (a[here, some].flatten(0, 1) @ a[there].flatten(0, 1).T).add_(float(bias))
+            gram[here, there] += products.view(here.stop - begin, -1, there.stop, s).sum((1, 3))
 
 
 def _add_direct_gram(gram: Tensor, a: Tensor, b: Tensor, weight: bool, bias: bool) -> None:
@@ -143,10 +153,14 @@ def gradient_norms(
             inputs, outputs = a.shape[2], b.shape[2]
             ghost = form == "ghost" or (form == "auto" and tuning.ghost_norm_is_cheaper(s, inputs, outputs))
             step = tuning.row_block(2 * (s * s if ghost else inputs * outputs) * a.element_size())
+            tokens = tuning.row_block(2 * s * a.element_size())
             for begin in range(0, n, step):
                 here = slice(begin, begin + step)
                 if weight and ghost:
-                    squares[here] += (torch.bmm(a[here], a[here].mT) * torch.bmm(b[here], b[here].mT)).sum((1, 2))
+                    for first in range(0, s, tokens):
+                        some = slice(first, first + tokens)
+                        products = torch.bmm(a[here, some], a[here].mT)
+                        squares[here] += products.mul_(torch.bmm(b[here, some], b[here].mT)).sum((1, 2))
                 elif weight:
                     squares[here] += torch.bmm(a[here].mT, b[here]).square().sum((1, 2))
             if bias:
@@ -174,7 +188,7 @@ def gradient_dots(block: Block, x: Tensor, cotangents: Tensor, direction: Mappin
     if x.ndim != 3:
         raise ValueError(f"x must be (N, S, d), sequences of tokens, got {tuple(x.shape)}")
     others = {"cotangents": cotangents, **check_tangents(block, direction, "direction")}
-    prepared = prepare(block, {"x": x.flatten(0, 1)}, None, None, others)
+    prepared = prepare(block, {"x": x.flatten(0, 1)}, moved_parts(direction), None, others)
     check_columns("cotangents", cotangents, (*x.shape[:2], prepared.outputs))
     c = prepared.rows["cotangents"]
     moved = exactly(pushed_forward)(prepared.rows["x"], prepared, "direction")

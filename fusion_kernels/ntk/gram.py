@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -136,7 +136,7 @@ def precision_named(precision: Precision | None, backend: str, dtype: torch.dtyp
     return precision
 
 
-def _check_out(out: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+def _check_out(out: Tensor, shape: tuple[int, ...], like: Tensor, read: Iterable[Tensor | None]) -> None:
     if tuple(out.shape) != shape:
         raise ValueError(f"out must be {shape}, got {tuple(out.shape)}")
     if out.dtype != like.dtype or out.device != like.device:
@@ -145,6 +145,9 @@ def _check_out(out: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
         raise ValueError("out requires grad, and nothing can be differentiated through a kernel: detach it")
     if out.numel() and not (out[0].is_contiguous() and (len(out) == 1 or out.stride(0) >= out[0].numel())):
         raise ValueError(f"the rows of out must be contiguous and apart: its strides are {out.stride()}")
+    storage = out.untyped_storage().data_ptr()
+    if out.numel() and any(t is not None and t.numel() and t.untyped_storage().data_ptr() == storage for t in read):
+        raise ValueError("out shares memory with a tensor that the kernel is computed from: give it memory of its own")
 
 
 def ntk_gram(
@@ -198,7 +201,8 @@ def ntk_gram(
             `"bf16"`, one product that keeps 8. None is `"bf16x3"` where there is such a choice, else `"highest"`.
         block_size: edge of the tiles of the result, or rows at a time where it has an axis of outputs; None picks by
             the cache. It changes memory and time, and the result by rounding only.
-        out: a tensor of the result's shape, dtype and device to write to, its rows contiguous.
+        out: a tensor of the result's shape, dtype and device to write to, its rows contiguous; not in the memory of an
+            input.
         backend: `"auto"`, or the name of one to insist on.
 
     Returns:
@@ -233,6 +237,7 @@ def ntk_gram(
     )
     if out is None:
         return function(*arguments)
-    _check_out(out, _shape(first, second, prepared.tensors["w_out"], named), first)
+    read = (first, second, *prepared.arguments(), direction, prepared.metric)
+    _check_out(out, _shape(first, second, prepared.tensors["w_out"], named), first, read)
     function(out, *arguments)
     return out

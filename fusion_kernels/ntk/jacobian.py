@@ -83,6 +83,11 @@ def check_tangents(block: Block, tangents: Mapping[str, Tensor], name: str = "ta
     return {f"{name}[{part}]": tangent for part, tangent in tangents.items()}
 
 
+def moved_parts(tangents: Mapping[str, Tensor]) -> Sequence[str]:
+    """What to `prepare` for: the parts that move, frozen ones too, and any that every block has where none does."""
+    return tuple(tangents) or ("w_out",)
+
+
 def pushed_forward(x: Tensor, prepared: Prepared, name: str = "tangents") -> Tensor:
     """J times the tangents among `prepared.rows`, for rows x (N, d): (N, O)."""
     hidden, slopes = block_factors(prepared, x)
@@ -124,7 +129,7 @@ def jvp(block: Block, x: Tensor, tangents: Mapping[str, Tensor]) -> Tensor:
         ValueError: as in `ntk_gram`, or tangents that do not fit the block.
     """
     others = check_tangents(block, tangents)
-    prepared = prepare(block, {"x": x}, None, None, others)
+    prepared = prepare(block, {"x": x}, moved_parts(tangents), None, others)
     return exactly(pushed_forward)(prepared.rows["x"], prepared)
 
 
@@ -191,7 +196,8 @@ class NTKOperator:
 
     It has what `scipy.sparse.linalg.aslinearoperator` asks for (`shape`, `dtype`, `matvec`, `rmatvec`, `matmat`), so
     that `cg`, `eigsh` and the like take it, and `A @ v`. Vectors are tensors or numpy arrays; the result is of the same
-    kind. A product costs O(N (d + outputs) h), or O(N d h) per column for the trace, and the operator holds
+    kind, a tensor on the block's device, in the dtype of the operator: a float64 vector on a float32 operator gives
+    float32. A product costs O(N (d + outputs) h), or O(N d h) per column for the trace, and the operator holds
     a few (N, neurons) matrices; see `ntk_operator`.
 
     Attributes:
@@ -213,7 +219,7 @@ class NTKOperator:
         self._w_out, self._parts, self._shift = prepared.tensors["w_out"], prepared.parts, shift
         self._full = reduce == "full"
         self._same = 1.0
-        left = right = torch.ones_like(self._w_out[:, 0])
+        left = right = self._w_out.new_ones(len(self._w_out))
         if not self._full:
             left, right, self._same = contraction(self._w_out, direction, kernel)
         metric = torch.ones_like(left) if prepared.metric is None else prepared.metric
@@ -290,7 +296,7 @@ class NTKOperator:
         else:
             result = run(columns)
         result = result.view(tensor.shape)
-        return result if isinstance(v, Tensor) else result.numpy()
+        return result if isinstance(v, Tensor) else result.cpu().numpy()
 
     def matvec(self, v: Any) -> Any:
         """K v for a vector (size,) or (size, 1)."""

@@ -24,13 +24,17 @@ A contraction over outputs turns v_jo v_jo' into one weight per neuron and [o = 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fusion_kernels.activations import get_activation
+
+#: Bytes of one temporary of a block of rows; a few such are held beside the result.
+BLOCK_BYTES = 64 << 20
 
 
 def factors(
@@ -115,55 +119,123 @@ def ntk_gram(
         direction: (outputs,).
         metric: (neurons,) or None.
         precision: `"highest"`, the products of the dtype itself.
-        block_size: of no meaning here.
+        block_size: rows at a time; None takes as many as `BLOCK_BYTES` hold.
         out: where to put the result.
 
     Returns:
-        (N1, N2); (N1, N2, outputs, outputs) for `"full"`; (N1, N2, outputs) for `"diagonal"`.
+        (N1, N2); (N1, N2, outputs, outputs) for `"full"`; (N1, N2, outputs) for `"diagonal"`. Beside it, (N, neurons)
+        matrices and blocks of rows, for the latter two with an axis of neurons.
     """
     # Autocast would run the products in a dtype that a solve on the result cannot bear.
     with torch.no_grad(), torch.autocast(x1.device.type, enabled=False):
-        block = (w_in, w_gate, b_in, b_gate, scale, scale_exponent, activation)
-        a1, slopes1 = factors(x1, *block)
-        a2, slopes2 = (a1, slopes1) if x2 is None else factors(x2, *block)
-        right = x1 if x2 is None else x2
-        m = w_out.new_ones(w_out.shape[0]) if metric is None else metric
-        m1, m2 = (m.sqrt(), m.sqrt()) if kernel == "gd" else (m, torch.ones_like(m))
-        v2 = w_out
-        if kernel == "sign":
-            right, a2, slopes2 = right.sign(), a2.sign(), {name: s.sign() for name, s in slopes2.items()}
-            v2 = w_out.sign()
-
-        outputs = w_out.shape[1]
-        same = "w_out" in params, "b_out" in params
-        per_pair = x1.new_zeros(x1.shape[0], right.shape[0])
-        if same[0]:
-            per_pair += (a1 * m1) @ (a2 * m2).T
-        if same[1]:
-            per_pair += 1.0
-        if reduce == "full":
-            gram = per_pair[:, :, None, None] * torch.eye(outputs, dtype=x1.dtype, device=x1.device)
-        elif reduce == "diagonal":
-            gram = per_pair[:, :, None].repeat(1, 1, outputs)
-        else:
-            weight1, weight2, coefficient = contraction(w_out, direction, kernel)
-            gram = coefficient * per_pair
-        for name, slope1 in slopes1.items():
-            if f"w_{name}" not in params and f"b_{name}" not in params:
+        block = (w_in, w_gate, b_in, b_gate, w_out, scale)
+        first, second = sides(x1, x2, *block, metric, scale_exponent, activation, kernel)
+        rows, columns, outputs = len(first.x), len(second.x), w_out.shape[1]
+        axes = {"full": (outputs, outputs), "diagonal": (outputs,)}.get(reduce, ())
+        gram = x1.new_empty(rows, columns, *axes) if out is None else out
+        is_symmetric = kernel == "gd" and x2 is None
+        per_pair = outputs * max(outputs, len(w_in)) if axes else 1
+        for here in _row_blocks(rows, columns * per_pair * x1.element_size(), block_size):
+            if not is_symmetric:
+                gram[here] = between(first[here], second, params, reduce, direction, kernel)
                 continue
-            over_inputs = x1 @ right.T if f"w_{name}" in params else torch.zeros_like(per_pair)
-            if f"b_{name}" in params:
-                over_inputs += 1.0
-            s1, s2 = slope1 * m1, slopes2[name] * m2
-            if reduce in ("full", "diagonal"):
-                pairs = over_inputs[:, :, None] * s1[:, None] * s2[None]
-                gram += torch.einsum("nmj,jo,jp->nmop" if reduce == "full" else "nmj,jo,jo->nmo", pairs, w_out, v2)
-            else:
-                gram += over_inputs * ((s1 * weight1) @ (s2 * weight2).T)
-        if kernel == "gd" and x2 is None:
-            # A matrix product may sum the two triangles in different orders.
-            gram = symmetric(gram)
-        return gram if out is None else out.copy_(gram)
+            # A matrix product may sum the two triangles in different orders: one is computed, and mirrored.
+            begin = here.start
+            tile = between(first[here], second[: here.stop], params, reduce, direction, kernel)
+            tile[:, begin:] = symmetric(tile[:, begin:])
+            gram[here, : here.stop] = tile
+            gram[:begin, here] = transposed(tile[:, :begin])
+        return gram
+
+
+@dataclass(frozen=True)
+class Side:
+    """One set of rows as a kernel takes it: with the metric, and in "sign" on the right by signs.
+
+    Attributes:
+        x: (N, d).
+        hidden: A (N, neurons).
+        slopes: S and T (N, neurons).
+        w_out: (neurons, outputs).
+    """
+
+    x: Tensor
+    hidden: Tensor
+    slopes: dict[str, Tensor]
+    w_out: Tensor
+
+    def __getitem__(self, rows: slice) -> Side:
+        slopes = {name: slope[rows] for name, slope in self.slopes.items()}
+        return Side(self.x[rows], self.hidden[rows], slopes, self.w_out)
+
+
+def sides(
+    x1: Tensor,
+    x2: Tensor | None,
+    w_in: Tensor,
+    w_gate: Tensor | None,
+    b_in: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    scale: Tensor | None,
+    metric: Tensor | None,
+    scale_exponent: float,
+    activation: str,
+    kernel: str,
+) -> tuple[Side, Side]:
+    """The left and the right side of a kernel; arguments as in `ntk_gram`."""
+    block = (w_in, w_gate, b_in, b_gate, scale, scale_exponent, activation)
+    a1, slopes1 = factors(x1, *block)
+    a2, slopes2 = (a1, slopes1) if x2 is None else factors(x2, *block)
+    right = x1 if x2 is None else x2
+    if metric is not None:
+        m1, m2 = (metric.sqrt(), metric.sqrt()) if kernel == "gd" else (metric, torch.ones_like(metric))
+        a1, slopes1 = a1 * m1, {name: s * m1 for name, s in slopes1.items()}
+        a2, slopes2 = a2 * m2, {name: s * m2 for name, s in slopes2.items()}
+    left = Side(x1, a1, slopes1, w_out)
+    if kernel == "gd":
+        return left, Side(right, a2, slopes2, w_out)
+    return left, Side(right.sign(), a2.sign(), {name: s.sign() for name, s in slopes2.items()}, w_out.sign())
+
+
+def between(
+    left: Side, right: Side, params: Sequence[str], reduce: str, direction: Tensor | None, kernel: str
+) -> Tensor:
+    """The kernel of some rows on the left with some on the right: the formulas, as they stand above."""
+    outputs = left.w_out.shape[1]
+    per_pair = left.x.new_zeros(len(left.x), len(right.x))
+    if "w_out" in params:
+        per_pair += left.hidden @ right.hidden.T
+    if "b_out" in params:
+        per_pair += 1.0
+    if reduce == "full":
+        gram = per_pair[:, :, None, None] * torch.eye(outputs, dtype=per_pair.dtype, device=per_pair.device)
+    elif reduce == "diagonal":
+        gram = per_pair[:, :, None].repeat(1, 1, outputs)
+    else:
+        weight1, weight2, coefficient = contraction(left.w_out, direction, kernel)
+        gram = coefficient * per_pair
+    for name in left.slopes:
+        if f"w_{name}" not in params and f"b_{name}" not in params:
+            continue
+        over_inputs = left.x @ right.x.T if f"w_{name}" in params else torch.zeros_like(per_pair)
+        if f"b_{name}" in params:
+            over_inputs += 1.0
+        s1, s2 = left.slopes[name], right.slopes[name]
+        if reduce in ("full", "diagonal"):
+            pairs = over_inputs[:, :, None] * s1[:, None] * s2[None]
+            form = "nmj,jo,jp->nmop" if reduce == "full" else "nmj,jo,jo->nmo"
+            gram += torch.einsum(form, pairs, left.w_out, right.w_out)
+        else:
+            gram += over_inputs * ((s1 * weight1) @ (s2 * weight2).T)
+    return gram
+
+
+def _row_blocks(rows: int, bytes_per_row: int, block_size: int | None) -> Iterator[slice]:
+    """Blocks of rows, of `block_size` or of `BLOCK_BYTES` at most."""
+    step = max(1, BLOCK_BYTES // max(1, bytes_per_row)) if block_size is None else block_size
+    for begin in range(0, rows, step):
+        yield slice(begin, min(begin + step, rows))
 
 
 def symmetric(gram: Tensor) -> Tensor:
@@ -175,6 +247,11 @@ def symmetric(gram: Tensor) -> Tensor:
     rows = torch.arange(gram.shape[0], device=gram.device)
     lower = (rows[:, None] >= rows).view(*gram.shape[:2], *(1,) * (gram.ndim - 2))
     return torch.where(lower, gram, gram.transpose(0, 1))
+
+
+def transposed(gram: Tensor) -> Tensor:
+    """(n, m, ...) as (m, n, ...), with the outputs exchanged too."""
+    return gram.transpose(0, 1).transpose(2, 3) if gram.ndim == 4 else gram.transpose(0, 1)
 
 
 def ntk_sums(
@@ -191,20 +268,30 @@ def ntk_sums(
     kernel: str,
     direction: Tensor | None = None,
     block_size: int | None = None,
-) -> Tensor:
-    """Return (4,) float64: <A, A>, <A, B>, <B, B> and |A - B|^2 of the kernels A and B of two blocks, as in `ntk_gram`.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sums over the kernels A and B of two blocks, as in `ntk_gram`, without storing either.
 
     Args:
         a, b: `w_in`, `w_gate`, `b_in`, `b_gate`, `w_out`, `scale`, `metric` of each.
         direction: (outputs,) for the kernels of r.F, or None for their traces.
-        block_size: of no meaning here.
+        block_size: rows at a time; None takes as many as `BLOCK_BYTES` hold.
+
+    Returns:
+        (4,): <A, A>, <A, B>, <B, B> and |A - B|^2; (2, N1), the sums of the rows of A and of B; (2, N2), of their
+        columns. All float64, and of the same rounded values, so that taking means off the first is exact.
     """
     reduce = "trace" if direction is None else "vector"
-    ka, kb = (
-        ntk_gram(x1, x2, *block[:6], exponent, activation, params, kernel, reduce, direction, block[6]).double()  # type: ignore[call-arg,arg-type]
-        for block, exponent, activation, params in (
-            (a, a_exponent, a_activation, a_params),
-            (b, b_exponent, b_activation, b_params),
-        )
-    )
-    return torch.stack([ka.square().sum(), (ka * kb).sum(), kb.square().sum(), (ka - kb).square().sum()])
+    with torch.no_grad(), torch.autocast(x1.device.type, enabled=False):
+        left_a, right_a = sides(x1, x2, *a, a_exponent, a_activation, kernel)  # type: ignore[call-arg,arg-type]
+        left_b, right_b = sides(x1, x2, *b, b_exponent, b_activation, kernel)  # type: ignore[call-arg,arg-type]
+        columns = len(right_a.x)
+        sums = x1.new_zeros(4, dtype=torch.float64)
+        of_rows = x1.new_zeros(2, len(x1), dtype=torch.float64)
+        of_columns = x1.new_zeros(2, columns, dtype=torch.float64)
+        for here in _row_blocks(len(x1), columns * x1.element_size(), block_size):
+            ka = between(left_a[here], right_a, a_params, reduce, direction, kernel).double()
+            kb = between(left_b[here], right_b, b_params, reduce, direction, kernel).double()
+            sums += torch.stack([ka.square().sum(), (ka * kb).sum(), kb.square().sum(), (ka - kb).square().sum()])
+            of_rows[:, here] = torch.stack([ka.sum(1), kb.sum(1)])
+            of_columns += torch.stack([ka.sum(0), kb.sum(0)])
+        return sums, of_rows, of_columns

@@ -80,7 +80,8 @@ def assert_precise(bundle: Bundle, x1: torch.Tensor, x2: torch.Tensor | None, de
     """Every precision against float64, beside torch in the same dtype where it has that dtype."""
     exact = ntk_gram(bundle, x1, x2, backend="reference", **options)
     double = [None if x is None else x.to(device) for x in (x1, x2)]
-    found = ntk_gram(moved(bundle, device, torch.float64), *double, backend="cuda", **options)  # type: ignore[arg-type]
+    there = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    found = ntk_gram(moved(bundle, device, torch.float64), *double, backend="cuda", **there)  # type: ignore[arg-type]
     assert found.dtype == torch.float64
     assert max(errors(found, exact)) <= 1e-13
     low = [None if x is None else x.float() for x in double]
@@ -90,7 +91,7 @@ def assert_precise(bundle: Bundle, x1: torch.Tensor, x2: torch.Tensor | None, de
     )
     # Summed are products of four values, each within 2^-17 or 2^-9; errors that add up are rare.
     for precision, *bounds in (("highest", 4e-7, 4e-7), ("bf16x3", 2**-15, 2**-16), ("bf16", 2**-7, 2**-7)):
-        found = ntk_gram(block, *low, backend="cuda", precision=precision, **options)  # type: ignore[arg-type]
+        found = ntk_gram(block, *low, backend="cuda", precision=precision, **there)  # type: ignore[arg-type]
         assert found.dtype == torch.float32
         for error, of_torch, bound in zip(errors(found, exact), errors(peer, exact), bounds, strict=True):
             assert error <= max(bound, 2 * of_torch), precision
@@ -108,9 +109,8 @@ def test_every_activation(device: str, kernel: Kernel, activation: str, gated: b
     assert_precise(bundle, x, None, device, kernel=kernel)
     if activation == "gelu":
         direction = torch.randn(5).double()
-        on_device = {"metric": metric.float().double(), "reduce": direction.float().double()}
-        if device == "cpu":
-            assert_precise(bundle, x, x[:20].flip(0), device, kernel=kernel, **on_device)
+        weights = {"metric": metric.float().double(), "reduce": direction.float().double()}
+        assert_precise(bundle, x, x[:20].flip(0), device, kernel=kernel, **weights)
 
 
 @pytest.mark.parametrize(

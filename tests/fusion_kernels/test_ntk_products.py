@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from ffn_blocks import KERNELS, Bundle, forward, full_gram, make_bundle
 from scipy.sparse.linalg import aslinearoperator, cg, eigsh
+from tensor_sizes import LargestTensor
 from torch import Tensor
 
 from fusion_kernels import (
@@ -18,6 +20,8 @@ from fusion_kernels import (
     gradient_gram,
     gradient_norms,
     jvp,
+    native,
+    ntk_compare,
     ntk_gram,
     ntk_operator,
     ntk_vp,
@@ -26,6 +30,8 @@ from fusion_kernels import (
 )
 from fusion_kernels.ntk import Kernel, tuning
 
+BACKENDS = ["reference", *([] if native.UNAVAILABLE else ["cpu"])]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SHAPES = [(1, 1, 1, 1), (17, 33, 123, 5), (123, 17, 5, 3), (7, 40, 41, 1)]
 
 
@@ -66,6 +72,63 @@ def test_parts_left_out_of_tangents_stay() -> None:
     alone = sum((jvp(bundle, x, {name: t}) for name, t in tangents.items()), torch.zeros(4, 3).double())
     torch.testing.assert_close(alone, jvp(bundle, x, tangents))
     assert torch.equal(jvp(bundle, x, {}), torch.zeros(4, 3).double())
+
+
+def test_frozen_parts_may_move() -> None:
+    """What is asked for is the tangents' business: a frozen block has a derivative along them all the same."""
+
+    class Frozen(Bundle):
+        def trainable_parts(self) -> tuple[str, ...]:
+            return ()
+
+    bundle = block(5, 6, 3, True)
+    frozen = Frozen(**vars(bundle))
+    x, c = torch.randn(2, 4, 5).double(), torch.randn(2, 4, 3).double()
+    tangents = {name: torch.randn_like(t)[None] for name, t in bundle.parts().items()}
+    for some in (tangents, {"w_in": tangents["w_in"]}, {}):
+        assert torch.equal(jvp(frozen, x[0], some), jvp(bundle, x[0], some))
+        assert torch.equal(gradient_dots(frozen, x, c, some), gradient_dots(bundle, x, c, some))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_arrays_come_back_as_arrays_in_the_dtype_of_the_operator(device: str) -> None:
+    x, v = torch.randn(7, 5), np.random.default_rng(0).standard_normal((7, 2))
+    bundle = make_bundle(5, 6, 3).to(torch.float32)
+    tensors = {name: t.to(device) for name, t in vars(bundle).items() if isinstance(t, Tensor)}
+    operator = ntk_operator(replace(bundle, **tensors), x.to(device))
+    for found in (operator.matmat(v), operator.matvec(v[:, 0])[:, None]):
+        assert isinstance(found, np.ndarray)
+        assert found.dtype == operator.dtype == np.float32
+        expected = ntk_gram(bundle, x).double().numpy() @ v[:, : found.shape[1]]
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(
+    ("d", "neurons", "outputs", "silent"), [(0, 4, 3, False), (5, 0, 3, False), (5, 4, 0, False), (5, 4, 3, True)]
+)
+def test_sizes_of_zero(kernel: Kernel, gated: bool, d: int, neurons: int, outputs: int, silent: bool) -> None:
+    bundle = block(d, neurons, outputs, gated)
+    if silent:
+        bundle = replace(bundle, scale=torch.zeros(1, neurons))
+    x, v = torch.randn(9, d).double(), torch.randn(9, outputs).double()
+    full = full_gram(bundle, x, x, kernel) if not silent else torch.ones(9, 9, 1, 1) * torch.eye(outputs).double()
+    full = full.double()
+    traces = full.diagonal(dim1=2, dim2=3).sum(2)
+    for backend in BACKENDS:
+        for reduce, expected in (("full", full), ("diagonal", full.diagonal(dim1=2, dim2=3)), ("trace", traces)):
+            options: dict[str, Any] = {"kernel": kernel, "backend": backend}
+            found = ntk_gram(bundle, x, reduce=reduce, **options)
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+            found = ntk_gram(bundle, x, x[:4], reduce, **options)
+            torch.testing.assert_close(found, expected[:, :4], rtol=1e-9, atol=1e-9)
+        compared = ntk_compare(bundle, bundle, x, **options)
+        assert compared.relative_error == 0.0
+        assert compared.trace[0] == pytest.approx(float(traces.trace()))
+    torch.testing.assert_close(ntk_vp(bundle, x, v, kernel=kernel), torch.einsum("nmop,mp->no", full, v))
+    torch.testing.assert_close(trace_ntk_vp(bundle, x, x[:, :1].expand(9, min(d, 1)), kernel=kernel), traces @ x[:, :1])
+    torch.testing.assert_close(trace_ntk_vp(bundle, x, torch.ones(9), kernel=kernel), traces.sum(1))
 
 
 def test_neurons_of_scale_zero_have_no_gradient() -> None:
@@ -219,6 +282,19 @@ def test_gradients_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for form, gram, norm in zip(("ghost", "direct"), whole, norms, strict=True):
         torch.testing.assert_close(gradient_gram(bundle, x, c, form=form), gram)
         torch.testing.assert_close(gradient_norms(bundle, x, c, form=form), norm)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_long_sequences_go_by_tokens(monkeypatch: pytest.MonkeyPatch, gated: bool) -> None:
+    bundle = block(9, 11, 4, gated)
+    x, c = torch.randn(2, 150, 9).double(), torch.randn(2, 150, 4).double()
+    gram, norms = (of(bundle, x, c, form="direct") for of in (gradient_gram, gradient_norms))
+    monkeypatch.setattr(tuning, "ROW_BLOCK_BYTES", 2**15)
+    with LargestTensor() as largest:
+        torch.testing.assert_close(gradient_gram(bundle, x, c, form="ghost"), gram)
+        torch.testing.assert_close(gradient_norms(bundle, x, c, form="ghost"), norms)
+    assert largest.bytes <= 2 * 2**15
+    assert gradient_gram(bundle, x[:, :0], c[:, :0], form="ghost").eq(0).all()
 
 
 def test_the_form_changes_where_the_operations_do() -> None:

@@ -161,6 +161,22 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(gated: bool) -> None:
         assert torch.equal(other, grams[0][1])
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("reduce", ["trace", "diagonal", "full"])
+@pytest.mark.parametrize("others", [None, 5])
+def test_blocks_of_rows_of_the_reference(kernel: Kernel, reduce: Any, others: int | None) -> None:
+    bundle = make_bundle(6, 7, 3, gated=True)
+    x1 = torch.randn(11, 6).double()
+    x2 = None if others is None else torch.randn(others, 6).double()
+    whole, blocks = (
+        ntk_gram(bundle, x1, x2, reduce, kernel=kernel, block_size=size, backend="reference") for size in (None, 4)
+    )
+    torch.testing.assert_close(blocks, whole, rtol=1e-12, atol=1e-12)
+    if kernel == "gd" and x2 is None:
+        turned = blocks.transpose(0, 1) if reduce != "full" else blocks.permute(1, 0, 3, 2)
+        assert torch.equal(blocks, turned)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduce", ["trace", "diagonal", "full"])
 def test_out_is_written_and_returned(backend: str, reduce: Any) -> None:
@@ -202,6 +218,25 @@ def test_out_is_written_and_returned(backend: str, reduce: Any) -> None:
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         ntk_gram(make_bundle(5, 6, 3), torch.randn(4, 5).double(), **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["x1", "x2", "w_in", "metric", "direction"])
+def test_out_is_not_in_the_memory_of_an_input(backend: str, name: str) -> None:
+    bundle = make_bundle(4, 4, 4)
+    memory = torch.randn(4, 4).double()
+    x1, x2 = torch.randn(4, 4).double(), torch.randn(4, 4).double()
+    metric, direction = torch.rand(4).double(), torch.randn(4).double()
+    if name == "w_in":
+        bundle = replace(bundle, w_in=memory[None])
+    x1, x2 = memory if name == "x1" else x1, memory if name == "x2" else x2
+    metric = memory[0].abs_() if name == "metric" else metric
+    direction = memory[1] if name == "direction" else direction
+    with pytest.raises(ValueError, match="out shares memory with a tensor that the kernel is computed from"):
+        ntk_gram(bundle, x1, x2, direction, metric=metric, backend=backend, out=memory)
+    separate = torch.empty(4, 4).double()
+    ntk_gram(bundle, x1, x2, direction, metric=metric, backend=backend, out=separate)
+    assert separate.isfinite().all()
 
 
 @given(
