@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusion_kernels import native
 from fusion_kernels.library import Backend, operator
 from fusion_kernels.ntk import cpu_backend
 from fusion_kernels.ntk.block import Block, Kernel, Prepared, check_kernel, prepare
@@ -36,7 +37,7 @@ _NTK_SUMS = operator(
     _fake,
 )
 _NTK_SUMS.register(Backend("cpu", cpu_backend.ntk_sums, ("cpu",), _no_native))
-_NTK_SUMS.register(Backend("reference", reference.ntk_sums, ("cpu", "cuda")))
+_NTK_SUMS.register(Backend("reference", native.exact_products()(reference.ntk_sums), ("cpu", "cuda")))
 
 
 @dataclass(frozen=True)

@@ -73,14 +73,14 @@ def _no_native() -> str | None:
 
 _NTK_GRAM = operator("ntk_gram", f"({_ARGUMENTS}) -> Tensor", _fake)
 _NTK_GRAM.register(Backend("cpu", cpu_backend.ntk_gram, ("cpu",), _no_native))
-_NTK_GRAM.register(Backend("reference", reference.ntk_gram, ("cpu", "cuda")))
+_NTK_GRAM.register(Backend("reference", native.exact_products()(reference.ntk_gram), ("cpu", "cuda")))
 # Behind the reference, and so for those who ask by name, until bench/gpu_ntk.py has passed on a GPU.
 _NTK_GRAM.register(Backend("cuda", cuda_backend.ntk_gram, ("cuda",), cuda_backend.why_not))
 
 # The same, into memory that is there: a kernel may be most of what fits.
 _NTK_GRAM_OUT = operator("ntk_gram_out", f"(Tensor(a!) out, {_ARGUMENTS}) -> ()", _fake_out)
 _NTK_GRAM_OUT.register(Backend("cpu", _cpu_out, ("cpu",), _no_native))
-_NTK_GRAM_OUT.register(Backend("reference", _reference_out, ("cpu", "cuda")))
+_NTK_GRAM_OUT.register(Backend("reference", native.exact_products()(_reference_out), ("cpu", "cuda")))
 _NTK_GRAM_OUT.register(Backend("cuda", _cuda_out, ("cuda",), cuda_backend.why_not))
 
 

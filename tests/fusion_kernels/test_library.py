@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +86,13 @@ assert before == ("tf32", "bf16"), before
 with exact_products():
     assert float((x @ x - exact).abs().max()) < 1e-3
     assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+from ffn_blocks import make_bundle
+from fusion_kernels import ntk_gram
+bundle, x = make_bundle(9, 200, 4).to(torch.float32), torch.randn(60, 9)
+wide = ntk_gram(make_bundle(9, 200, 4).to(torch.float32).to(torch.float64), x.double())
+for backend in ("reference", "auto"):
+    assert float((ntk_gram(bundle, x, backend=backend) - wide).norm() / wide.norm()) < 1e-5, backend
 assert (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision) == before
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    support = str(Path(__file__).parents[1] / "support")
+    subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {support!r}){script}"], check=True)
