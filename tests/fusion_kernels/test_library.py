@@ -89,7 +89,7 @@ with exact_products():
 from ffn_blocks import make_bundle
 from fusion_kernels import ntk_gram
 bundle, x = make_bundle(9, 200, 4).to(torch.float32), torch.randn(60, 9)
-wide = ntk_gram(make_bundle(9, 200, 4).to(torch.float32).to(torch.float64), x.double())
+wide = ntk_gram(bundle.to(torch.float64), x.double())
 for backend in ("reference", "auto"):
     assert float((ntk_gram(bundle, x, backend=backend) - wide).norm() / wide.norm()) < 1e-5, backend
 assert (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision) == before
