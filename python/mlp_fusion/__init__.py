@@ -9,6 +9,8 @@ from mlp_fusion.checkpoint.folding import restore
 from mlp_fusion.checkpoint.plan import FusionPlan, plan
 from mlp_fusion.checkpoint.verify import Verification, verify
 from mlp_fusion.errors import InputError
+from mlp_fusion.finetuning.result import FinetuneReport
+from mlp_fusion.finetuning.run import finetune
 from mlp_fusion.fusing import fuse
 from mlp_fusion.measure import FFNRow, FusionReport
 from mlp_fusion.modules import FusedExperts, FusedGLU, FusedMLP
@@ -20,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FFNRow",
+    "FinetuneReport",
     "FusedExperts",
     "FusedGLU",
     "FusedMLP",
@@ -29,6 +32,7 @@ __all__ = [
     "NeuronBundle",
     "Verification",
     "compress",
+    "finetune",
     "fuse",
     "plan",
     "restore",

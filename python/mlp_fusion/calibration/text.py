@@ -17,7 +17,7 @@ Calibration = Batch | Iterable[Batch] | str | Path
 
 #: Sentences read from a file or a dataset.
 CALIBRATION_SENTENCES = 512
-_TEXT_COLUMNS = ("text", "sentence", "content")
+TEXT_COLUMNS = ("text", "sentence", "content")
 
 
 def calibration_batches(calibration: Any, model: nn.Module) -> Batch | Iterable[Batch]:
@@ -46,11 +46,11 @@ def calibration_batches(calibration: Any, model: nn.Module) -> Batch | Iterable[
         raise InputError("calibration is a dataset without rows")
     if "input_ids" in names:
         return [_single(row) for row in rows]
-    column = next((name for name in _TEXT_COLUMNS if name in names), None)
+    column = next((name for name in TEXT_COLUMNS if name in names), None)
     if column is None:
         raise InputError(
             f"calibration is a dataset with the columns {', '.join(names)}: it needs input_ids or one of "
-            f"{', '.join(_TEXT_COLUMNS)}"
+            f"{', '.join(TEXT_COLUMNS)}"
         )
     return _tokenized([str(row[column]) for row in rows if str(row[column]).strip()], model, "calibration")
 

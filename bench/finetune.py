@@ -1,0 +1,308 @@
+"""Fine-tuning after compression: every method at the same width, data and recipe.
+
+    python bench/finetune.py --data FOLDER [--task sst2] [--modes full published] [--seeds 3] [--runs build/finetune]
+    python bench/finetune.py --summary bench/results/finetune-cpu.json
+
+Tasks: `sst2`, classification with all-MiniLM-L6-v2 (`FOLDER/sst2_train.tsv`, measured on `FOLDER/sst2_dev.tsv`), all
+six FFNs reduced; `gpt2` and `llama`, language models of those shapes that the script first trains itself on nine tenths
+of `FOLDER/tiny_shakespeare.txt`, then compresses, fine-tunes for a short while, and measures on the last tenth.
+
+Calibrated modes learn from the first 512 training sentences (blocks, for language models). Every run leaves a folder
+with its `finetune.json` under `--runs`; what is there already is not run again, so that the script can be interrupted,
+and run several times side by side. Teachers are the full models of the same seed. `--summary` gathers all runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import ByteLevelBPETokenizer
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+import mlp_fusion
+from mlp_fusion.architectures import get_architecture
+from mlp_fusion.finetuning.data import language_examples, read_rows
+from mlp_fusion.methods import get_method
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from demo import model_folder
+
+CALIBRATION = 512
+#: One recipe for all modes of a task; METHOD's for SST-2.
+RECIPES: dict[str, dict[str, Any]] = {
+    "sst2": {"task": "classification", "learning_rate": 5e-5, "epochs": 3.0, "batch_size": 32, "max_length": 128},
+    "gpt2": {"task": "lm", "learning_rate": 3e-4, "epochs": 0.5, "batch_size": 16, "max_length": 128},
+    "llama": {"task": "lm", "learning_rate": 3e-4, "epochs": 0.5, "batch_size": 16, "max_length": 128},
+}
+PRETRAINING: dict[str, Any] = {"learning_rate": 1e-3, "epochs": 5.0, "batch_size": 16, "max_length": 128}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How the model is reduced, and what its fine-tuning has besides the labels.
+
+    Attributes:
+        method: None for the full model.
+        calibrated: whether the method and its corrections have calibration text.
+        options: of `fuse`.
+        layerwise: fit hidden states to the original's for an epoch first.
+        logits: learn from the full model's logits as well.
+        share: of the width.
+    """
+
+    method: str | None
+    calibrated: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+    layerwise: bool = False
+    logits: bool = False
+    share: float = 0.25
+
+
+MODES: dict[str, Mode] = {
+    "full": Mode(None),
+    "published": Mode("published", False),
+    "published, folded": Mode("published", False, {"optimizer": None}),
+    "fusion": Mode("fusion"),
+    "fusion, layerwise": Mode("fusion", layerwise=True),
+    "fusion, layerwise, logits": Mode("fusion", layerwise=True, logits=True),
+    "prune": Mode("prune"),
+    "prune, layerwise, logits": Mode("prune", layerwise=True, logits=True),
+    "select, sequential": Mode("select", options={"sequential": True}),
+    "fusion, folded": Mode("fusion", options={"optimizer": None}),
+    "fusion, matched": Mode("fusion", options={"match": "auto"}),
+    "fusion, split": Mode("fusion", options={"optimizer": "sgd"}),
+    "fusion, no data": Mode("fusion", False),
+    "prune, unfitted": Mode("prune", options={"refit": False}),
+    "cluster": Mode("cluster", False),
+    "mmd": Mode("mmd", False),
+    "sketch": Mode("sketch", False),
+    "svd": Mode("svd", False),
+    "published, half": Mode("published", False, share=0.5),
+    "fusion, half": Mode("fusion", share=0.5),
+    "prune, half": Mode("prune", share=0.5),
+}
+
+
+class Task:
+    """Data and model of a task."""
+
+    def __init__(self, name: str, data: Path, runs: Path) -> None:
+        self.name, self.runs, self.recipe = name, runs / name, RECIPES[name]
+        self.labelled = name == "sst2"
+        if self.labelled:
+            self.folder = model_folder()
+            self.train: Any = data / "sst2_train.tsv"
+            self.evaluation: Any = data / "sst2_dev.tsv"
+            self.calibration: Any = data / "sst2_train.tsv"
+            return
+        text = (data / "tiny_shakespeare.txt").read_text(encoding="utf-8")
+        cut = len(text) * 9 // 10
+        self.train, self.evaluation = [{"text": text[:cut]}], [{"text": text[cut:]}]
+        self.folder = self.runs / "pretrained"
+        self._pretrain(text[:cut])
+        rows = read_rows(self.train, labelled=False)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        blocks = language_examples(rows, tokenizer, self.recipe["max_length"])[: CALIBRATION // 4]
+        self.calibration = [
+            {key: torch.stack([b[key] for b in blocks[i : i + 8]]) for key in ("input_ids", "attention_mask")}
+            for i in range(0, len(blocks), 8)
+        ]
+
+    def _pretrain(self, text: str) -> None:
+        if (self.folder / "finetune.json").is_file():
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        bpe = ByteLevelBPETokenizer()
+        bpe.train_from_iterator([text], vocab_size=2048, special_tokens=["<|endoftext|>"], show_progress=False)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+        )
+        transformers.set_seed(0)
+        shape: dict[str, Any] = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0}
+        model: Any
+        if self.name == "gpt2":
+            model = GPT2LMHeadModel(GPT2Config(n_embd=256, n_layer=4, n_head=4, n_positions=256, **shape))
+        else:
+            layers = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
+            model = LlamaForCausalLM(LlamaConfig(**layers, max_position_embeddings=256, **shape))
+        report = mlp_fusion.finetune(
+            model, self.folder, self.train, self.evaluation, task="lm", tokenizer=tokenizer, **PRETRAINING
+        )
+        print(f"{self.name} trained from nothing\n{report.table()}", flush=True)
+
+    def model(self, seed: int) -> Any:
+        transformers.set_seed(seed)
+        if self.labelled:
+            return AutoModelForSequenceClassification.from_pretrained(
+                self.folder, id2label={0: "0", 1: "1"}, label2id={"0": 0, "1": 1}
+            )
+        return AutoModelForCausalLM.from_pretrained(self.folder)
+
+    def run(self, name: str, seed: int) -> None:
+        """Reduce, fine-tune, and leave the result; nothing if that has been done or is being done."""
+        mode, out = MODES[name], self.runs / f"{name.replace(', ', '+').replace(' ', '_')}-{seed}"
+        try:
+            out.mkdir(parents=True)
+        except FileExistsError:
+            return
+        try:
+            self._run(name, mode, seed, out)
+        except BaseException:
+            shutil.rmtree(out)
+            raise
+
+    def _run(self, name: str, mode: Mode, seed: int, out: Path) -> None:
+        model = self.model(seed)
+        started = time.perf_counter()
+        reduced: dict[str, Any] = {}
+        if mode.method == "svd":
+            low_rank(model, mode.share)
+        elif mode.method is not None:
+            options: dict[str, Any] = {"optimizer": "adamw", "seed": seed, **mode.options}
+            known = self.calibration if mode.calibrated else None
+            report = mlp_fusion.fuse(model, mode.share, method=mode.method, calibration=known, **options)
+            reduced = {"output_error": [row.output_error for row in report.rows]}
+        reduced["seconds"] = time.perf_counter() - started
+        teaching: dict[str, Any] = {}
+        if mode.layerwise:
+            teaching["original"] = self.folder
+        if mode.logits:
+            # The language models were trained on the task already: they are their own full models.
+            teaching["teacher"] = self.runs / f"full-{seed}" / "run" if self.labelled else self.folder
+        parameters = sum(p.numel() for p in model.parameters())
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        report = mlp_fusion.finetune(
+            model, out / "run", self.train, self.evaluation, seed=seed, tokenizer=tokenizer, **self.recipe, **teaching
+        )
+        if name != "full":
+            for file in (out / "run").glob("*.safetensors"):
+                file.unlink()  # gigabytes, over all runs
+        result = {"task": self.name, "mode": name, "seed": seed, "width": mode.share if mode.method else 1.0}
+        result |= {"parameters": parameters, "reduction": reduced, "report": report.to_dict()}
+        (out / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+        assert report.initial is not None
+        assert report.final is not None
+        before, after = report.initial[report.metric], report.final[report.metric]
+        print(f"{self.name:6} {name:30} seed {seed}: {before:.4f} -> {after:.4f} in {report.seconds:.0f} s", flush=True)
+
+
+def low_rank(model: Any, share: float) -> None:
+    """Every projection of the FFNs as a product of two, of the rank whose parameters match the narrower width."""
+    architecture = get_architecture(model.config.model_type)
+    if architecture.transposed:
+        sys.exit("svd is measured on models whose projections are nn.Linear")
+    for site in architecture.sites(model):
+        bundle = architecture.read(site, model.config)
+        reduced = get_method("svd")(bundle, int(bundle.width * share), seed=0, statistics=None).bundle
+        for role, path in architecture.projections.items():
+            linear = site.layer.get_submodule(path)
+            weight = getattr(reduced, role)[0]
+            if role == "w_out":
+                weight = weight.T
+            u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
+            rank = int((s > s[0] * 1e-5).sum())
+            first = nn.Linear(weight.shape[1], rank, bias=False)
+            second = nn.Linear(rank, weight.shape[0], bias=linear.bias is not None)
+            with torch.no_grad():
+                root = s[:rank].sqrt()
+                first.weight.copy_(root.unsqueeze(1) * v[:rank])
+                second.weight.copy_(u[:, :rank] * root)
+                if linear.bias is not None:
+                    second.bias.copy_(linear.bias)
+            site.layer.set_submodule(path, nn.Sequential(first, second))
+
+
+def summary(runs: Path) -> dict[str, Any]:
+    """All results below `runs`: per task and mode the metric at the end, over seeds."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(runs.glob("*/*/result.json"))]
+    tasks: dict[str, Any] = {}
+    for result in found:
+        metric = result["report"]["metric"]
+        row = tasks.setdefault(result["task"], {"metric": metric, "modes": {}})["modes"].setdefault(
+            result["mode"], {"width": result["width"], "parameters": result["parameters"], "runs": []}
+        )
+        row["runs"].append(
+            {
+                "seed": result["seed"],
+                "before": result["report"]["initial"][metric],
+                "after": result["report"]["final"][metric],
+                "evaluations": result["report"]["evaluations"],
+                "output_error": result["reduction"].get("output_error"),
+                "reduction_seconds": result["reduction"]["seconds"],
+                "seconds": result["report"]["seconds"],
+            }
+        )
+    for task in tasks.values():
+        order = {name: i for i, name in enumerate(MODES)}
+        task["modes"] = dict(sorted(task["modes"].items(), key=lambda item: order[item[0]]))
+        for row in task["modes"].values():
+            for when in ("before", "after"):
+                values = [run[when] for run in row["runs"]]
+                row[when] = {
+                    "mean": statistics.mean(values),
+                    "smallest": min(values),
+                    "largest": max(values),
+                    "deviation": statistics.stdev(values) if len(values) > 1 else None,
+                }
+    return {
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "recipes": {name: RECIPES[name] for name in tasks},
+        "pretraining": PRETRAINING,
+        "tasks": tasks,
+    }
+
+
+def main() -> None:
+    """Run what is asked for, or gather what was run."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder with the sentences and texts")
+    parser.add_argument("--task", choices=sorted(RECIPES), default="sst2")
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), metavar="MODE")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--runs", type=Path, default=Path("build/finetune"))
+    parser.add_argument("--summary", type=Path, help="gather all runs into this file, and run nothing")
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(options.threads)
+    if options.summary is not None:
+        found = summary(options.runs)
+        options.summary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        for name, task in found["tasks"].items():
+            for mode, row in task["modes"].items():
+                before, after = row["before"], row["after"]
+                spread = f"{after['smallest']:.4f}-{after['largest']:.4f}"
+                print(f"{name:6} {mode:30} {before['mean']:.4f} -> {after['mean']:.4f} ({spread}, {len(row['runs'])})")
+        return
+    if options.data is None:
+        parser.error("--data FOLDER is needed")
+    task = Task(options.task, options.data, options.runs)
+    for seed in range(options.seeds):
+        for name in options.modes:
+            if not (name == "svd" and options.task == "gpt2"):
+                task.run(name, seed)
+
+
+if __name__ == "__main__":
+    main()

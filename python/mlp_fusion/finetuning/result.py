@@ -1,0 +1,78 @@
+"""`FinetuneReport`: what a fine-tuning run did, for people (`table`) and for programs (`to_dict`, finetune.json)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+#: Called as `progress(stage, done, total, loss)` with optimiser steps; `loss` is None until there is one.
+Progress = Callable[[str, int, int, float | None], None]
+
+#: File in the output folder. It is written last: where it is, the run is complete.
+RESULT_FILE = "finetune.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """The outcome of :func:`mlp_fusion.finetune`.
+
+    Attributes:
+        task: `classification` or `lm`.
+        model, teacher, original: names or folders; None where there was none.
+        method, parameterization: of the fusion; None for a model that is not fused.
+        optimizer, learning_rate, batch_size, epochs, seed: how it was trained; `batch_size` counts rows per step.
+        examples: training rows (blocks, for language modelling).
+        metric: `accuracy` (share of right answers) or `perplexity`.
+        initial: `loss` and the metric before any training; None without evaluation data.
+        final: the same at the end.
+        train: learning curve, entries with `step`, `epoch`, `loss`, `learning_rate`.
+        evaluations: entries with `step`, `epoch`, `loss` and the metric, the first at step 0 (after the layer-wise
+            distillation, if any).
+        distillation: `layerwise` (`steps`, `loss` as pairs of step and mean loss) and `logits` (`weight`,
+            `temperature`), each None where it was not used.
+        seconds: wall-clock time of the call that finished the run.
+    """
+
+    task: str
+    model: str
+    teacher: str | None
+    original: str | None
+    method: str | None
+    parameterization: str | None
+    optimizer: str
+    learning_rate: float
+    batch_size: int
+    epochs: float
+    seed: int
+    examples: int
+    metric: str
+    initial: dict[str, float] | None
+    final: dict[str, float] | None
+    train: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    distillation: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    format: int = FORMAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return dataclasses.asdict(self)
+
+    def table(self) -> str:
+        """The outcome as lines of text."""
+        lines = [f"{self.task}: {self.examples:,} rows, {self.epochs:g} epochs, {self.optimizer}, seed {self.seed}"]
+        if self.parameterization is not None:
+            lines.append(f"fused model, parameterization {self.parameterization}")
+        for name, found in (("before", self.initial), *((f"step {e['step']}", e) for e in self.evaluations)):
+            if found is not None:
+                lines.append(f"{name}: {self.metric} {_shown(self.metric, found)}, loss {found['loss']:.4f}")
+        lines.append(f"{self.seconds:.0f} s")
+        return "\n".join(lines)
+
+
+def _shown(metric: str, values: dict[str, float]) -> str:
+    value = values[metric]
+    return f"{value:.2%}" if metric == "accuracy" else f"{value:.3f}"

@@ -1,0 +1,108 @@
+"""`transformers.Trainer` with the two losses of distillation. Importing this needs accelerate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from mlp_fusion.finetuning.result import Progress
+
+
+class _Reporting(TrainerCallback):
+    """Hands the trainer's steps to a `Progress`."""
+
+    def __init__(self, stage: str, progress: Progress) -> None:
+        self.stage, self.progress = stage, progress
+        self.loss: float | None = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.loss = (logs or {}).get("loss", self.loss)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress(self.stage, state.global_step, state.max_steps, self.loss)
+
+
+class _Finite(TrainerCallback):
+    """Ends a run whose loss is not a number: what follows would be wasted, and its weights worthless."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {state.global_step}: lower the learning rate")
+
+
+class _QuietTrainer(Trainer):
+    """A trainer that prints nothing, whose losses are means over a batch, with a teacher beside the model."""
+
+    def __init__(
+        self, *args: Any, stage: str, progress: Progress | None, teacher: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Finite())
+        if progress is not None:
+            self.add_callback(_Reporting(stage, progress))
+        # Teacher and labels are weighed against each other as means; the trainer then divides by the accumulation.
+        self.model_accepts_loss_kwargs = False
+        self.teacher = None
+        if teacher is not None:
+            self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
+
+
+class TaskTrainer(_QuietTrainer):
+    """Trains on labels and, with a teacher, on its logits (Hinton, Vinyals and Dean, arXiv 1503.02531)."""
+
+    def __init__(self, *args: Any, weight: float, temperature: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weight, self.temperature = weight, temperature
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        """`(1 - weight) CE(labels) + weight T^2 KL(teacher || model at temperature T)`; in evaluation CE alone."""
+        outputs = model(**inputs)
+        loss = outputs.loss
+        if self.teacher is not None and model.training:
+            with torch.no_grad():
+                wanted = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+            loss = (1.0 - self.weight) * loss + self.weight * logit_divergence(outputs.logits, wanted, self.temperature)
+        return (loss, outputs) if return_outputs else loss
+
+
+class LayerwiseTrainer(_QuietTrainer):
+    """Trains hidden states behind the fused layers towards the original's (the method's optional distillation)."""
+
+    def __init__(self, *args: Any, layers: Sequence[int], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.layers = list(layers)
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        """Mean over fused layers of the relative squared error of their hidden states."""
+        known = {k: v for k, v in inputs.items() if k != "labels"}
+        outputs = model(**known, output_hidden_states=True)
+        assert self.teacher is not None
+        with torch.no_grad():
+            wanted = self.teacher(**known, output_hidden_states=True).hidden_states
+        mask = inputs["attention_mask"]
+        loss = torch.stack(
+            [hidden_state_error(outputs.hidden_states[n + 1], wanted[n + 1], mask) for n in self.layers]
+        ).mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+def logit_divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """`T^2 KL(softmax(wanted / T) || softmax(logits / T))`, mean over all but the last dimension; float32."""
+    log_p, log_q = (torch.log_softmax(z.float() / temperature, dim=-1) for z in (wanted, logits))
+    divergence = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    return divergence.mean() * temperature**2
+
+
+def hidden_state_error(hidden: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
+    """`sum |hidden - wanted|^2 / sum |wanted|^2` over unmasked positions of `(batch, tokens, d)` states; float32."""
+    weight = mask.unsqueeze(-1).float()
+    wanted = wanted.float() * weight
+    difference = (hidden.float() * weight - wanted).square().sum()
+    return difference / wanted.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
