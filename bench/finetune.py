@@ -54,7 +54,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "gpt2": {"task": "lm", "learning_rate": 3e-4, "epochs": 0.5, "batch_size": 16, "max_length": 128},
     "llama": {"task": "lm", "learning_rate": 3e-4, "epochs": 0.5, "batch_size": 16, "max_length": 128},
 }
-PRETRAINING: dict[str, Any] = {"learning_rate": 1e-3, "epochs": 5.0, "batch_size": 16, "max_length": 128}
+PRETRAINING: dict[str, Any] = {"learning_rate": 1e-3, "epochs": 4.0, "batch_size": 16, "max_length": 128}
 
 
 @dataclass(frozen=True)

@@ -268,7 +268,8 @@ class _Run:
             loss = [[entry["step"], entry["loss"]] for entry in layerwise.state.log_history if "loss" in entry]
             self._note(layerwise={"steps": layerwise.state.global_step, "loss": loss})
         if self.held_out is not None and checkpoint is None:
-            self._note(start=self._measure(trainer.evaluate()))
+            distilled = self.state["layerwise"] is not None
+            self._note(start=self._measure(trainer.evaluate()) if distilled else self.state["initial"])
         self._go(trainer, checkpoint)
         history = trainer.state.log_history
         if self.held_out is not None:
