@@ -1,4 +1,4 @@
-"""The command line: `mlp-fusion plan | compress | verify | env`.
+"""The command line: `mlp-fusion plan | compress | verify | finetune | env`.
 
 Exit codes: 0 done, 1 failed, 2 bad input. Errors are one line on standard error; with `--json`, standard output
 holds one JSON object and nothing else.
@@ -21,17 +21,29 @@ import click
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 import mlp_fusion
 from fusion_kernels import backends
 from mlp_fusion.errors import InputError
+from mlp_fusion.finetuning.run import TASKS, is_unfinished
 from mlp_fusion.methods import method_names
 
 Command = Callable[..., Any]
 
 _model = click.argument("model")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+
+
+class _InterruptedRunError(Exception):
+    """A run was interrupted and can be resumed; the message says how."""
 
 
 def _selection(command: Command) -> Command:
@@ -163,6 +175,63 @@ def verify(out: str, as_json: bool) -> None:
 
 
 @cli.command()
+@_model
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--task", required=True, type=click.Choice(TASKS), help="Classify texts, or predict the next token (lm).")
+@click.option(
+    "--train",
+    required=True,
+    type=click.Path(path_type=Path),
+    help=".tsv or .jsonl with a label column (or text<TAB>label a line); for lm also plain text.",
+)
+@click.option("--eval", "evaluation", type=click.Path(path_type=Path), help="The same, to measure on after each epoch.")
+@click.option("--text-column", "columns", multiple=True, help="Name of the text's column; twice for pairs of texts.")
+@click.option("--original", help="The unfused model: fit the fused layers to its hidden states first.")
+@click.option("--layerwise-epochs", default=1.0, show_default=True, help="Of that fit.")
+@click.option("--layerwise-learning-rate", default=5e-4, show_default=True, help="Of that fit.")
+@click.option("--teacher", help="A model trained on the task: learn from its logits as well.")
+@click.option("--distill-weight", default=0.5, show_default=True, help="Of the teacher's logits against the labels.")
+@click.option("--temperature", default=2.0, show_default=True, help="Of the teacher's logits.")
+@click.option("--optimizer", default="adamw", show_default=True, help="adamw, or sgd with momentum 0.9.")
+@click.option("--learning-rate", default=5e-5, show_default=True, help="At its peak.")
+@click.option("--weight-decay", default=0.01, show_default=True)
+@click.option("--warmup", default=0.06, show_default=True, help="Share of the steps that the learning rate rises over.")
+@click.option("--epochs", default=3.0, show_default=True)
+@click.option("--batch-size", default=32, show_default=True, help="Rows per step and device.")
+@click.option("--accumulation", default=1, show_default=True, help="Parts that a batch is worked through in.")
+@click.option("--max-length", default=128, show_default=True, help="Tokens of a text; for lm, of a block.")
+@click.option("--checkpoint-steps", type=int, help="Steps between checkpoints.  [default: one after each epoch]")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1))
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--resume", is_flag=True, help="Go on with the unfinished run in OUT, from its last checkpoint.")
+@_json
+def finetune(model: str, out: Path, columns: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Train MODEL, fused or not, on a task and write the result to OUT."""
+    columns_shown = (BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn(), TimeRemainingColumn())
+    hidden = not sys.stderr.isatty()
+    with Progress(
+        TextColumn("{task.description}"), *columns_shown, console=Console(stderr=True), transient=True, disable=hidden
+    ) as bar:
+        task = bar.add_task("preparing", total=None)
+
+        def show(stage: str, done: int, total: int, loss: float | None) -> None:
+            words = stage if loss is None else f"{stage}, loss {loss:.4f}"
+            bar.update(task, description=words, completed=done, total=total)
+
+        try:
+            report = mlp_fusion.finetune(model, out, columns=columns or None, progress=show, **options)
+        except KeyboardInterrupt as error:
+            if is_unfinished(out):
+                raise _InterruptedRunError(
+                    f"interrupted; --resume goes on from the last checkpoint in {out}"
+                ) from error
+            raise
+    _emit(report, as_json)
+    if not as_json:
+        click.echo(f"written: {out}")
+
+
+@cli.command()
 @_json
 def env(as_json: bool) -> None:
     """Versions, devices, and which backend each operator uses here and why."""
@@ -228,6 +297,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.ClickException as error:
         _fail(f"{' '.join(error.format_message().split())} (--help lists the options)", error.exit_code)
+    except _InterruptedRunError as error:
+        _fail(str(error), 130)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted; nothing was written", 130)
     except Exception as error:  # noqa: BLE001  (reported below, and with its traceback when asked for)

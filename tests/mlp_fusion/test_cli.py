@@ -208,6 +208,61 @@ def test_verify_that_fails(value: float, run: Run, fused: Path, tmp_path: Path) 
     assert table.out.count("FAILED") == sum(not check["passed"] for check in done.json["checks"])
 
 
+# --- finetune --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sentences(fused: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A fused model with a tokenizer, and labelled sentences."""
+    model = ck.add_tokenizer(ck.copy(fused, tmp_path / "model"), pad_token="<pad>")
+    rows = [f"{'the cat sat' if n % 3 else 'a the'}\t{int(n % 3 > 0)}" for n in range(12)]
+    (tmp_path / "train.tsv").write_text("\n".join(rows), encoding="utf-8")
+    return model, tmp_path / "train.tsv"
+
+
+def test_finetune_trains_and_says_so(run: Run, sentences: tuple[Path, Path], tmp_path: Path) -> None:
+    model, file = sentences
+    options = ("--task", "classification", "--train", file, "--eval", file, "--epochs", "1", "--batch-size", "4")
+    done = run("finetune", model, tmp_path / "one", *options)
+    assert done.code == 0
+    assert "accuracy" in done.out
+    assert f"written: {tmp_path / 'one'}" in done.out
+    report = run("finetune", model, tmp_path / "two", *options, "--json").json
+    assert report == json.loads((tmp_path / "two/finetune.json").read_text(encoding="utf-8"))
+    assert (report["epochs"], report["batch_size"], report["examples"]) == (1.0, 4, 12)
+
+
+def test_an_interrupted_finetune_says_how_to_go_on(
+    run: Run, sentences: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, file = sentences
+    whole = mlp_fusion.finetune
+
+    def cut(*arguments: Any, **options: Any) -> Any:
+        def stop(stage: str, done: int, total: int, loss: float | None) -> None:
+            if done == 2 and not options["resume"]:
+                raise KeyboardInterrupt
+
+        return whole(*arguments, **{**options, "progress": stop})
+
+    monkeypatch.setattr(mlp_fusion, "finetune", cut)
+    options = ("--task", "classification", "--train", file, "--epochs", "1", "--batch-size", "4")
+    done = run("finetune", model, tmp_path / "out", *options)
+    assert done.code == 130
+    assert done.error == f"mlp-fusion: interrupted; --resume goes on from the last checkpoint in {tmp_path / 'out'}"
+    assert run("finetune", model, tmp_path / "out", *options, "--resume").code == 0
+
+
+def test_finetune_refuses_bad_input(run: Run, sentences: tuple[Path, Path], tmp_path: Path) -> None:
+    model, file = sentences
+    done = run("finetune", model, tmp_path / "out", "--task", "classification", "--train", tmp_path / "none.tsv")
+    assert done.code == 2
+    assert "none.tsv: cannot be read" in done.error
+    done = run("finetune", model, tmp_path / "out", "--task", "sorting", "--train", file)
+    assert done.code == 2
+    assert "sorting" in done.error
+
+
 # --- env -------------------------------------------------------------------------------------------------------------
 
 

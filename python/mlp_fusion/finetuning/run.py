@@ -319,8 +319,6 @@ class _Run:
             save_steps=s.checkpoint_steps if s.checkpoint_steps is not None else 500,
             save_total_limit=1,
             eval_strategy="epoch" if evaluate and self.held_out is not None else "no",
-            # Sentences of one length side by side: less padding.
-            train_sampling_strategy="group_by_length" if labelled else "random",
             prediction_loss_only=not labelled,
             remove_unused_columns=False,
             dataloader_pin_memory=not self.cpu,
@@ -347,6 +345,7 @@ class _Run:
             "stage": stage,
             "progress": self.progress,
             "teacher": teacher,
+            "by_length": labelled,
         }
 
 
@@ -372,14 +371,18 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
 
 
+def is_unfinished(out: Path) -> bool:
+    """Whether `out` holds a run that can be resumed."""
+    return (out / _WORK / _STATE).is_file()
+
+
 def _check_folder(out: Path, resume: bool) -> None:
     if (out / RESULT_FILE).is_file():
         raise InputError(f"{out} holds a finished run: choose another folder")
-    unfinished = (out / _WORK / _STATE).is_file()
     if resume:
-        if not unfinished:
+        if not is_unfinished(out):
             raise InputError(f"{out} holds no unfinished run: leave out resume to start one")
-    elif unfinished:
+    elif is_unfinished(out):
         raise InputError(f"{out} holds an unfinished run: go on with resume, or choose another folder")
     else:
         check_output(out)

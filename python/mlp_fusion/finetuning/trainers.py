@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from mlp_fusion.checkpoint.source import WEIGHTS_FILE
 from mlp_fusion.finetuning.result import Progress
 
 
@@ -36,13 +41,42 @@ class _Finite(TrainerCallback):
             raise FloatingPointError(f"the loss is {loss} at step {state.global_step}: lower the learning rate")
 
 
+class SimilarLengths(Sampler[int]):
+    """Rows in random order, those of similar length side by side: less padding.
+
+    The order is a function of seed and epoch alone. (The trainer's own, `group_by_length`, depends on the random state
+    at the moment that an epoch begins, and so differs in a run that is resumed in the middle of one.)
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
 class _QuietTrainer(Trainer):
     """A trainer that prints nothing, whose losses are means over a batch, with a teacher beside the model."""
 
     def __init__(
-        self, *args: Any, stage: str, progress: Progress | None, teacher: nn.Module | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        stage: str,
+        progress: Progress | None,
+        teacher: nn.Module | None,
+        by_length: bool,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.by_length = by_length
         self.remove_callback(PrinterCallback)
         self.add_callback(_Finite())
         if progress is not None:
@@ -52,6 +86,19 @@ class _QuietTrainer(Trainer):
         self.teacher = None
         if teacher is not None:
             self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        if not self.by_length:
+            return super()._get_train_sampler(train_dataset)
+        lengths = [len(row["input_ids"]) for row in self.train_dataset]
+        return SimilarLengths(lengths, self.args.train_batch_size, self.args.seed)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # `save_pretrained` would fold the scale into the weights, and rounding there and back would make a resumed run
+        # another one in the last bits, which training amplifies.
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.accelerator.unwrap_model(self.model), str(folder / WEIGHTS_FILE))
 
 
 class TaskTrainer(_QuietTrainer):
