@@ -1,15 +1,16 @@
 """Fine-tuning after compression: every method at the same width, data and recipe.
 
-    python bench/finetune.py --data FOLDER [--task sst2] [--modes full published] [--seeds 3] [--runs build/finetune]
-    python bench/finetune.py --summary bench/results/finetune-cpu.json
+    python bench/finetune.py --data FOLDER [--task sst2] [--modes full published] [--seeds 3]
+    python bench/finetune.py --summary
 
 Tasks: `sst2`, classification with all-MiniLM-L6-v2 (`FOLDER/sst2_train.tsv`, measured on `FOLDER/sst2_dev.tsv`), all
 six FFNs reduced; `gpt2` and `llama`, language models of those shapes that the script first trains itself on nine tenths
 of `FOLDER/tiny_shakespeare.txt`, then compresses, fine-tunes for a short while, and measures on the last tenth.
 
-Calibrated modes learn from the first 512 training sentences (blocks, for language models). Every run leaves a folder
-with its `finetune.json` under `--runs`; what is there already is not run again, so that the script can be interrupted,
-and run several times side by side. Teachers are the full models of the same seed. `--summary` gathers all runs.
+Calibrated modes learn from the first 512 training sentences (128 blocks, for language models). Every run leaves a file
+under `--results`; what is there already is not run again, so that the script can be interrupted, and run several times
+side by side. Teachers are the full models of the same seed, which stay under `--work`. `--summary` prints all results,
+means over seeds.
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ MODES: dict[str, Mode] = {
 class Task:
     """Data and model of a task."""
 
-    def __init__(self, name: str, data: Path, runs: Path) -> None:
-        self.name, self.runs, self.recipe = name, runs / name, RECIPES[name]
+    def __init__(self, name: str, data: Path, work: Path, results: Path) -> None:
+        self.name, self.work, self.results, self.recipe = name, work / name, results / name, RECIPES[name]
         self.labelled = name == "sst2"
         if self.labelled:
             self.folder = model_folder()
@@ -118,7 +119,7 @@ class Task:
         text = (data / "tiny_shakespeare.txt").read_text(encoding="utf-8")
         cut = len(text) * 9 // 10
         self.train, self.evaluation = [{"text": text[:cut]}], [{"text": text[cut:]}]
-        self.folder = self.runs / "pretrained"
+        self.folder = self.work / "pretrained"
         self._pretrain(text[:cut])
         rows = read_rows(self.train, labelled=False)
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
@@ -160,18 +161,24 @@ class Task:
 
     def run(self, name: str, seed: int) -> None:
         """Reduce, fine-tune, and leave the result; nothing if that has been done or is being done."""
-        mode, out = MODES[name], self.runs / f"{name.replace(', ', '+').replace(' ', '_')}-{seed}"
+        mode, slug = MODES[name], f"{name.replace(', ', '+').replace(' ', '_')}-{seed}"
+        file, out = self.results / f"{slug}.json", self.work / slug
+        # The full models are teachers of others, so that one without its weights is trained again.
+        if file.is_file() and (name != "full" or not self.labelled or out.is_dir()):
+            return
         try:
             out.mkdir(parents=True)
         except FileExistsError:
             return
         try:
-            self._run(name, mode, seed, out)
+            result = self._run(name, mode, seed, out)
         except BaseException:
             shutil.rmtree(out)
             raise
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-    def _run(self, name: str, mode: Mode, seed: int, out: Path) -> None:
+    def _run(self, name: str, mode: Mode, seed: int, out: Path) -> dict[str, Any]:
         model = self.model(seed)
         started = time.perf_counter()
         reduced: dict[str, Any] = {}
@@ -188,7 +195,7 @@ class Task:
             teaching["original"] = self.folder
         if mode.logits:
             # The language models were trained on the task already: they are their own full models.
-            teaching["teacher"] = self.runs / f"full-{seed}" / "run" if self.labelled else self.folder
+            teaching["teacher"] = self.work / f"full-{seed}" / "run" if self.labelled else self.folder
         parameters = sum(p.numel() for p in model.parameters())
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         report = mlp_fusion.finetune(
@@ -199,11 +206,13 @@ class Task:
                 file.unlink()  # gigabytes, over all runs
         result = {"task": self.name, "mode": name, "seed": seed, "width": mode.share if mode.method else 1.0}
         result |= {"parameters": parameters, "reduction": reduced, "report": report.to_dict()}
-        (out / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+        # Folders of one machine, which say nothing.
+        result["report"] |= dict.fromkeys(("model", "teacher", "original"))
         assert report.initial is not None
         assert report.final is not None
         before, after = report.initial[report.metric], report.final[report.metric]
         print(f"{self.name:6} {name:30} seed {seed}: {before:.4f} -> {after:.4f} in {report.seconds:.0f} s", flush=True)
+        return result
 
 
 def low_rank(model: Any, share: float) -> None:
@@ -232,44 +241,18 @@ def low_rank(model: Any, share: float) -> None:
             site.layer.set_submodule(path, nn.Sequential(first, second))
 
 
-def summary(runs: Path) -> dict[str, Any]:
-    """All results below `runs`: per task and mode the metric at the end, over seeds."""
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(runs.glob("*/*/result.json"))]
-    tasks: dict[str, Any] = {}
-    for result in found:
-        metric = result["report"]["metric"]
-        row = tasks.setdefault(result["task"], {"metric": metric, "modes": {}})["modes"].setdefault(
-            result["mode"], {"width": result["width"], "parameters": result["parameters"], "runs": []}
-        )
-        row["runs"].append(
-            {
-                "seed": result["seed"],
-                "before": result["report"]["initial"][metric],
-                "after": result["report"]["final"][metric],
-                "evaluations": result["report"]["evaluations"],
-                "output_error": result["reduction"].get("output_error"),
-                "reduction_seconds": result["reduction"]["seconds"],
-                "seconds": result["report"]["seconds"],
-            }
-        )
-    for task in tasks.values():
-        order = {name: i for i, name in enumerate(MODES)}
-        task["modes"] = dict(sorted(task["modes"].items(), key=lambda item: order[item[0]]))
-        for row in task["modes"].values():
-            for when in ("before", "after"):
-                values = [run[when] for run in row["runs"]]
-                row[when] = {
-                    "mean": statistics.mean(values),
-                    "smallest": min(values),
-                    "largest": max(values),
-                    "deviation": statistics.stdev(values) if len(values) > 1 else None,
-                }
-    return {
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "recipes": {name: RECIPES[name] for name in tasks},
-        "pretraining": PRETRAINING,
-        "tasks": tasks,
-    }
+def summary(results: Path) -> None:
+    """Print, per task and mode, the metric before and after: means over seeds, and their range."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for file in sorted(results.glob("*/*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        rows.setdefault((result["task"], result["mode"]), []).append(result["report"])
+    order = {name: i for i, name in enumerate(MODES)}
+    for (task, mode), reports in sorted(rows.items(), key=lambda item: (item[0][0], order[item[0][1]])):
+        metric = reports[0]["metric"]
+        before, after = ([report[when][metric] for report in reports] for when in ("initial", "final"))
+        spread = f"{min(after):.4f} to {max(after):.4f}, {len(after)} seeds"
+        print(f"{task:6} {mode:30} {statistics.mean(before):.4f} -> {statistics.mean(after):.4f} ({spread})")
 
 
 def main() -> None:
@@ -280,24 +263,19 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), metavar="MODE")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--runs", type=Path, default=Path("build/finetune"))
-    parser.add_argument("--summary", type=Path, help="gather all runs into this file, and run nothing")
+    parser.add_argument("--work", type=Path, default=Path("build/finetune"))
+    parser.add_argument("--results", type=Path, default=Path("bench/results/finetune-cpu"))
+    parser.add_argument("--summary", action="store_true", help="print the results there are, and run nothing")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
-    if options.summary is not None:
-        found = summary(options.runs)
-        options.summary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        for name, task in found["tasks"].items():
-            for mode, row in task["modes"].items():
-                before, after = row["before"], row["after"]
-                spread = f"{after['smallest']:.4f}-{after['largest']:.4f}"
-                print(f"{name:6} {mode:30} {before['mean']:.4f} -> {after['mean']:.4f} ({spread}, {len(row['runs'])})")
+    if options.summary:
+        summary(options.results)
         return
     if options.data is None:
         parser.error("--data FOLDER is needed")
-    task = Task(options.task, options.data, options.runs)
+    task = Task(options.task, options.data, options.work, options.results)
     for seed in range(options.seeds):
         for name in options.modes:
             if not (name == "svd" and options.task == "gpt2"):
