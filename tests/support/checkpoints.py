@@ -17,6 +17,10 @@ from transformers import PreTrainedTokenizerFast
 from families import WIDTH, tiny_model
 
 WEIGHTS = "model.safetensors"
+SCALE = "mlp_fusion/scale.safetensors"
+REFERENCE = "mlp_fusion/reference.safetensors"
+#: A BERT layer's FFN.
+W_IN, B_IN, W_OUT = "intermediate.dense.weight", "intermediate.dense.bias", "output.dense.weight"
 
 
 def save_tiny(folder: Path, family: str = "bert", **options: Any) -> Path:
