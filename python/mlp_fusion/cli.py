@@ -115,6 +115,15 @@ def plan(model: str, width: str, budget: float | None, layers: str, as_json: boo
     show_default=True,
     help="Match the tangent kernel that gradient descent (gd) or Adam (sign) sees; auto: that of --optimizer.",
 )
+@click.option(
+    "--tune",
+    "tune_steps",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    metavar="STEPS",
+    help="Adam steps by which each FFN learns the original's outputs on the calibration text; a few hundred.",
+)
 @click.option("--sequential", is_flag=True, help="Calibrate each FFN on what the reduced ones before it produce.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @_json
@@ -131,6 +140,7 @@ def compress(
     calibration: Path | None,
     refit: bool | None,
     match: str,
+    tune_steps: int,
     sequential: bool,
     device: str,
     as_json: bool,
@@ -153,6 +163,7 @@ def compress(
             calibration=calibration,
             refit=refit,
             match=None if match == "none" else match,
+            tune_steps=tune_steps,
             sequential=sequential,
             budget=budget,
             device=device,

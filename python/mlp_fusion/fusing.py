@@ -64,6 +64,7 @@ def check_options(
     calibrated: bool,
     refit: bool | None,
     match: str | None,
+    tune_steps: int,
     sequential: bool,
     budget: float | None,
 ) -> Options:
@@ -95,15 +96,21 @@ def check_options(
         raise InputError(
             f"budget {budget} must lie strictly between 0 and 1: the share of the FFNs' parameters to keep"
         )
+    if isinstance(tune_steps, bool) or not isinstance(tune_steps, int) or tune_steps < 0:
+        raise InputError(f"tune_steps {tune_steps!r}: give a number of steps, 0 for no tuning")
+    if tune_steps > 0 and refit is False:
+        raise InputError("tune_steps starts from a refit and ends in one: leave refit to itself")
     if not calibrated:
         asked = {
-            "refit": bool(refit), "match": match is not None, "sequential": sequential, "width auto": automatic,
+            "refit": bool(refit), "match": match is not None, "tune_steps": tune_steps > 0, "sequential": sequential,
+            "width auto": automatic,
             f"method {method}": reducer.needs_statistics,
         }  # fmt: skip
         wanting = [name for name, wanted in asked.items() if wanted]
         if wanting:
             raise InputError(f"{wanting[0]} needs calibration text: pass calibration")
-    recipe = Recipe(reducer, seed, form, refit=calibrated if refit is None else refit, match=kernel)
+    fit = calibrated if refit is None else refit
+    recipe = Recipe(reducer, seed, form, refit=fit, tune_steps=tune_steps, match=kernel)
     return Options(recipe, optimizer, calibrated, sequential, budget)
 
 
@@ -119,6 +126,7 @@ def fuse(
     calibration: Calibration | None = None,
     refit: bool | None = None,
     match: str | None = None,
+    tune_steps: int = 0,
     sequential: bool = False,
     budget: float | None = None,
     progress: Progress | None = None,
@@ -142,13 +150,17 @@ def fuse(
             text, or else random token ids, which run the real layers but are not real text.
         calibration: text that the method and its corrections learn from; a few hundred sentences suffice. Batches, the
             path of a text file, or a `datasets` dataset: see :func:`mlp_fusion.calibration.text.calibration_batches`.
-            The model runs over it once (three times when sequential). Memory: see
+            The model runs over it once (four times when sequential). Memory: see
             :func:`mlp_fusion.calibration.collect`.
         refit: fit each reduced FFN's output weights and bias to the original's outputs, by ridge regression; None:
             whenever there is calibration text.
         match: tangent kernel that the scale is matched to: `"gd"` (gradient descent), `"sign"` (Adam-like), `"auto"`
             for the one of `optimizer`, or None to keep the method's scale. Outputs do not depend on it.
-        sequential: calibrate each FFN on the inputs that the already reduced ones before it produce.
+        tune_steps: Adam steps by which each reduced FFN learns the original's outputs on the calibration text, all FFNs
+            of one shape side by side, between two refits; 0 for none. A few hundred, at most a few thousand: see
+            :func:`mlp_fusion.calibration.tune`.
+        sequential: calibrate each FFN on the inputs that the already reduced ones before it produce, so that it leads
+            the hidden states back to the original model's; see :mod:`mlp_fusion.methods.sequential`.
         budget: with `width="auto"`, the share of the FFNs' parameters to keep.
         progress: called as `progress(done, total)` while FFNs are worked on.
 
@@ -163,7 +175,7 @@ def fuse(
     config: Any = model.config
     options = check_options(
         width, method, optimizer=optimizer, seed=seed, calibrated=calibration is not None, refit=refit, match=match,
-        sequential=sequential, budget=budget,
+        tune_steps=tune_steps, sequential=sequential, budget=budget,
     )  # fmt: skip
     form = options.recipe.form
     indices = set(resolve_layers(layers, [site.index for site in sites]))
@@ -261,6 +273,7 @@ def _describe(options: Options, batches: Sequence[Batch] | None, seconds: float 
         tokens=sum(int(token_mask(batch).sum()) for batch in batches),
         refit=recipe.refit,
         match=recipe.match,
+        tune_steps=recipe.tune_steps,
         sequential=options.sequential,
         budget=options.budget,
         seconds=seconds,

@@ -130,6 +130,57 @@ def test_sequential_calibration_sees_what_the_reduced_ffns_before_produce(family
         torch.testing.assert_close(ffn.reduction.bundle.forward(rows[0].x)[0], rows[0].y)
 
 
+@pytest.mark.parametrize(("family", "chunk"), [*((family, 0) for family in sorted(FAMILIES)), ("bert", 4)])
+def test_sequential_targets_lead_back_to_the_original_model(family: str, chunk: int) -> None:
+    """An FFN that hits its targets undoes what the reduced ones before it have done to the layer's output."""
+    model = tiny_model(family, dtype=torch.float64)
+    for layer in model.bert.encoder.layer if chunk else ():
+        layer.chunk_size_feed_forward = chunk
+    architecture = get_architecture(model.config.model_type)
+    sites = architecture.sites(model)
+    seen: dict[int, Any] = {}
+
+    def reduce(number: int, statistics: Any) -> Any:
+        seen[number] = statistics
+        bundle = architecture.read(sites[[0, 2][number]], model.config)
+        return reduce_ffns(Recipe(get_method("published"), 0, "scaled"), [bundle], [8], [statistics])[0]
+
+    reduced = reduce_sequentially(model, architecture, [sites[0], sites[2]], TEXT, reduce, seed=0)
+
+    def outputs() -> list[Tensor]:
+        """Of layer 2, at the tokens of every batch."""
+        found: list[Tensor] = []
+        handle = sites[2].layer.register_forward_hook(lambda _m, _a, y: found.append(y[0] if type(y) is tuple else y))
+        base: Any = model.base_model
+        with torch.no_grad():
+            for batch in TEXT:
+                base(**batch)
+        handle.remove()
+        return [y[b["attention_mask"].bool()] for y, b in zip(found, TEXT, strict=True)]
+
+    if family == "gemma2":
+        torch.testing.assert_close(seen[1].y, collect(model, architecture, sites, TEXT, seed=0)[2].y)
+        return
+    wanted = torch.cat(outputs())
+    architecture.install(sites[0], reduced[0].reduction.bundle, "folded")
+    bent = torch.cat(outputs())
+    assert relative_error(bent, wanted) > 1e-3
+    pieces = TEXT[0]["input_ids"].shape[1] // chunk if chunk else 1
+    order = torch.cat([b["attention_mask"].bool().flatten() for b in TEXT])
+    full = torch.zeros(len(order), seen[1].y.shape[1], dtype=torch.float64)
+    full[order] = seen[1].y
+    length = TEXT[0]["input_ids"].shape[1]
+    targets = iter([p for f in full.reshape(len(TEXT), -1, length, full.shape[1]) for p in f.chunk(pieces, dim=1)])
+
+    def hit(_module: nn.Module, _args: Any, y: Tensor) -> Tensor:
+        return next(targets).reshape(y.shape)
+
+    handle = architecture.projection(sites[2], "w_out").register_forward_hook(hit)
+    found = torch.cat(outputs())
+    handle.remove()
+    torch.testing.assert_close(found, wanted)
+
+
 def test_automatic_widths_keep_the_budget_and_favour_what_is_hard() -> None:
     model = tiny_model("bert")
     # Layer 1 holds 8 neurons eight times over: it needs no more.

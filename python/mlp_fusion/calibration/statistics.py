@@ -133,9 +133,12 @@ class Collector:
             kept[slots.to(x.device)] = new[taken.to(x.device)]
         ones = torch.nn.functional.pad(x.to(torch.promote_types(x.dtype, torch.float32)), (0, 1), value=1.0)
         self._moment += ones.T @ ones
-        # Chan, Golub and LeVeque's pairwise update: sums of squares lose the variance of a large mean.
+        # Chan, Golub and LeVeque's pairwise update: sums of squares lose the variance of a large mean. Both sums are
+        # products, which are several times as fast as reductions over rows.
         working = hidden.to(ones.dtype)
-        variance, mean = torch.var_mean(working, dim=0, correction=0)
+        row = ones[:, -1] / count
+        mean = row @ working
+        variance = row @ (working - mean).square_()
         total = self.tokens + count
         shift = mean.double() - self._mean
         self._squares += variance.double() * count + shift.square() * (self.tokens * count / total)

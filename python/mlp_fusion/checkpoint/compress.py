@@ -51,6 +51,7 @@ def compress(
     calibration: str | Path | None = None,
     refit: bool | None = None,
     match: str | None = None,
+    tune_steps: int = 0,
     sequential: bool = False,
     budget: float | None = None,
     device: str = "auto",
@@ -69,7 +70,7 @@ def compress(
         text: file of sentences, one a line, that errors are measured on; None for the package's own.
         calibration: file of sentences, one a line, that the method and its corrections learn from (the first 512); None
             to fuse without data. Measure on other text than this.
-        refit, match, sequential, budget: as in :func:`mlp_fusion.fuse`.
+        refit, match, tune_steps, sequential, budget: as in :func:`mlp_fusion.fuse`.
         device: `cpu`, `cuda`, `cuda:1`, or `auto` for CUDA when there is one.
         progress: called as `progress(done, total)` while FFNs are worked on.
 
@@ -86,7 +87,9 @@ def compress(
     sentences = read_sentences(None if text is None else Path(text).expanduser())
     calibration_file = None if calibration is None else Path(calibration).expanduser()
     learnt = None if calibration_file is None else read_sentences(calibration_file, limit=CALIBRATION_SENTENCES)
-    corrections: dict[str, Any] = {"refit": refit, "match": match, "sequential": sequential, "budget": budget}
+    corrections: dict[str, Any] = {
+        "refit": refit, "match": match, "tune_steps": tune_steps, "sequential": sequential, "budget": budget,
+    }  # fmt: skip
     check_options(width, method, optimizer=optimizer, seed=seed, calibrated=learnt is not None, **corrections)
     planned = plan(path, width, layers, budget=budget)
     folder = local_folder(path)

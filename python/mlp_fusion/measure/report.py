@@ -25,7 +25,7 @@ class FFNRow:
         largest_cluster, singletons, empty_clusters: how the neurons were grouped; None for methods without clusters.
         status: `ok`, or what went less than well (`max_iter`, `empty_clusters`).
         seconds: wall-clock time of the method; FFNs worked on side by side share theirs equally.
-        correction_seconds: of refit and kernel matching.
+        correction_seconds: of refit, local tuning and kernel matching; FFNs tuned side by side share that equally.
         ridge: regularisation that the refit chose on held-out calibration rows; None without a refit.
         held_out_error: relative error of the outputs on those rows, of the fit to the others.
         largest_scale: largest entry of the scale, which matching may have changed; None where there is no scale.
@@ -63,7 +63,8 @@ class CalibrationRecord:
 
     Attributes:
         tokens: token positions of the calibration text.
-        refit, match, sequential, budget: as in :func:`mlp_fusion.fuse`; `match` is the kernel, `gd` or `sign`.
+        refit, match, tune_steps, sequential, budget: as in :func:`mlp_fusion.fuse`; `match` is the kernel, `gd` or
+            `sign`.
         seconds: of the run that gathered the statistics; None where they were gathered layer by layer.
     """
 
@@ -73,12 +74,14 @@ class CalibrationRecord:
     sequential: bool
     budget: float | None
     seconds: float | None
+    tune_steps: int = 0
 
     def words(self) -> str:
         """As a line of the report."""
         done = [f"calibrated on {self.tokens:,} tokens"]
         done += ["layer after layer"] if self.sequential else []
         done += ["outputs refitted"] if self.refit else []
+        done += [f"tuned for {self.tune_steps:,} steps"] if self.tune_steps else []
         done += [f"{self.match} kernel matched"] if self.match is not None else []
         done += [f"widths for {self.budget:.0%} of the parameters"] if self.budget is not None else []
         return ", ".join(done)

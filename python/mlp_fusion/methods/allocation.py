@@ -48,8 +48,8 @@ def allocate_widths(
 ) -> list[int]:
     """A width for every FFN, so that together their neurons keep at most the share `budget` of their parameters.
 
-    Every FFN is reduced to a few widths, by the recipe without its matching (which leaves outputs alone); the errors
-    are those of its outputs on held-out calibration rows.
+    Every FFN is reduced to a few widths, by the recipe without its tuning and its matching (which leaves outputs
+    alone); the errors are those of its outputs on held-out calibration rows.
 
     Args:
         recipe, bundles, statistics: as in :func:`mlp_fusion.methods.pipeline.reduce_ffns`.
@@ -61,7 +61,7 @@ def allocate_widths(
         InputError: the budget is smaller than what the narrowest widths take.
     """
     curves: list[list[Choice]] = [[] for _ in bundles]
-    plain = dataclasses.replace(recipe, match=None)
+    plain = dataclasses.replace(recipe, tune_steps=0, match=None)
     weights = [1.0] * len(bundles)
     for done, share in enumerate(SHARES):
         widths = [resolve_width(share, bundle.width) for bundle in bundles]

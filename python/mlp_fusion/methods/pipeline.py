@@ -1,4 +1,4 @@
-"""From FFNs to reduced FFNs: the method on FFNs of one shape side by side, then the corrections one by one."""
+"""From FFNs to reduced FFNs: the method on FFNs of one shape side by side, then the corrections."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fusion_kernels.ntk import Kernel
 from mlp_fusion.calibration.matching import MATCHING_ROWS, match_ntk
-from mlp_fusion.calibration.refit import refit
+from mlp_fusion.calibration.refit import Refit, refit
 from mlp_fusion.calibration.statistics import FFNStatistics
+from mlp_fusion.calibration.tuning import tune
 from mlp_fusion.methods import Method, Reduction
 from mlp_fusion.neurons import NeuronBundle, Parameterization
 
@@ -33,6 +34,7 @@ class Recipe:
         seed: of the method and of the rows whose kernel is matched.
         form: the parameterization that the reduced FFNs will have.
         refit: fit output weights and bias to the calibration rows afterwards.
+        tune_steps: steps of local tuning after that, followed by another refit; 0 for none, or where `refit` is False.
         match: the kernel to match the scale to after that, or None.
     """
 
@@ -40,6 +42,7 @@ class Recipe:
     seed: int
     form: Parameterization
     refit: bool = False
+    tune_steps: int = 0
     match: Kernel | None = None
 
 
@@ -50,8 +53,8 @@ class ReducedFFN:
     Attributes:
         reduction: of the method, its bundle corrected; B = 1.
         seconds: wall-clock time of the method; FFNs worked on side by side share theirs equally.
-        correction_seconds: of refit and matching.
-        ridge, held_out_error: of the refit; None without.
+        correction_seconds: of refit, tuning and matching; FFNs tuned side by side share that equally.
+        ridge, held_out_error: of the last refit; None without.
     """
 
     reduction: Reduction
@@ -94,31 +97,67 @@ def reduce_ffns(
             else:
                 reduction = recipe.method(stacked, widths[chunk[0]], seed=recipe.seed, statistics=known)
             seconds = (time.perf_counter() - started) / len(chunk)
+            each = [ReducedFFN(_select(reduction, position), seconds) for position in range(len(chunk))]
+            if known is not None and reduction.bundle.width < first.width:
+                each = _fit(recipe, each, known)
             for position, n in enumerate(chunk):
-                alone = ReducedFFN(_select(reduction, position), seconds)
+                ffn = each[position]
                 if known is not None and reduction.bundle.width < first.width:
-                    alone = _correct(recipe, stacked.select(position), alone, known[position])
-                results[n] = alone
+                    ffn = _match(recipe, stacked.select(position), ffn, known[position])
+                results[n] = ffn
                 if progress is not None:
                     progress(len(results), len(bundles))
     return [results[n] for n in range(len(bundles))]
 
 
-def _correct(recipe: Recipe, original: NeuronBundle, ffn: ReducedFFN, statistics: FFNStatistics) -> ReducedFFN:
+def _fit(recipe: Recipe, ffns: Sequence[ReducedFFN], statistics: Sequence[FFNStatistics]) -> list[ReducedFFN]:
+    """Refit, one by one; then tuning, all side by side, and another refit of those that it has done good."""
+    if not recipe.refit:
+        return list(ffns)
+    fitted: list[Refit] = []
+    seconds: list[float] = []
+    for ffn, known in zip(ffns, statistics, strict=True):
+        started = time.perf_counter()
+        fitted.append(refit(ffn.reduction.bundle, known))
+        seconds.append(time.perf_counter() - started)
+    if recipe.tune_steps > 0:
+        started = time.perf_counter()
+        # From the fits that have not seen the held-out rows: those are what tuning is judged on.
+        start = NeuronBundle.stack([fit.unseen for fit in fitted])
+        tuned = tune(start, statistics, steps=recipe.tune_steps, seed=recipe.seed).bundle
+        again = [refit(tuned.select(n), known) for n, known in enumerate(statistics)]
+        fitted = [_better(*pair) for pair in zip(fitted, again, strict=True)]
+        shared = (time.perf_counter() - started) / len(ffns)
+        seconds = [own + shared for own in seconds]
+    return [
+        dataclasses.replace(
+            ffn,
+            reduction=dataclasses.replace(ffn.reduction, bundle=fit.bundle),
+            correction_seconds=own,
+            ridge=fit.ridge,
+            held_out_error=fit.held_out_error,
+        )
+        for ffn, fit, own in zip(ffns, fitted, seconds, strict=True)
+    ]
+
+
+def _better(before: Refit, after: Refit) -> Refit:
+    """The one with the smaller error on held-out rows; `before` where nothing says that it is `after`."""
+    if before.held_out_error is None or after.held_out_error is None:
+        return before
+    return after if after.held_out_error < before.held_out_error else before
+
+
+def _match(recipe: Recipe, original: NeuronBundle, ffn: ReducedFFN, statistics: FFNStatistics) -> ReducedFFN:
+    if recipe.match is None:
+        return ffn
     started = time.perf_counter()
-    bundle, ridge, held_out_error = ffn.reduction.bundle, None, None
-    if recipe.refit:
-        fitted = refit(bundle, statistics)
-        bundle, ridge, held_out_error = fitted.bundle, fitted.ridge, fitted.held_out_error
-    if recipe.match is not None:
-        x = statistics.rows(MATCHING_ROWS, seed=recipe.seed)
-        bundle = match_ntk(original, bundle, x, kernel=recipe.match, form=recipe.form)
-    return ReducedFFN(
+    x = statistics.rows(MATCHING_ROWS, seed=recipe.seed)
+    bundle = match_ntk(original, ffn.reduction.bundle, x, kernel=recipe.match, form=recipe.form)
+    return dataclasses.replace(
+        ffn,
         reduction=dataclasses.replace(ffn.reduction, bundle=bundle),
-        seconds=ffn.seconds,
-        correction_seconds=time.perf_counter() - started,
-        ridge=ridge,
-        held_out_error=held_out_error,
+        correction_seconds=ffn.correction_seconds + time.perf_counter() - started,
     )
 
 

@@ -2,11 +2,22 @@
 
 The model runs once, to catch what each layer is called with; then the layers run one by one on hidden states, each
 with its own FFN to gather statistics and with the reduced one to make the next layer's input. The model is not changed.
+
+An FFN's outputs are added to a residual stream, which the reduced FFNs before have bent. Its targets are therefore not
+what the original FFN makes of the bent inputs, but what leads the stream back to the original model's:
+
+    target = original stream after the FFN - (stream at hand after the FFN - its outputs)
+
+Where outputs are normalised before they are added (Gemma 2), this comes to what the original FFN put out in the
+original model.
+
+Source: the targets of "GPTAQ" (Li et al. 2025, asymmetric calibration), taken to whole FFNs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,8 +51,10 @@ def reduce_sequentially(
 ) -> list[ReducedFFN]:
     """Reduce the FFNs in `sites` one after the other; `reduce(number, statistics)` does one.
 
-    Memory beside the model: the hidden states of all calibration tokens at one layer, and the statistics of one FFN
-    (see :func:`mlp_fusion.calibration.collect`). Time: three runs of the model.
+    The outputs `y` in the statistics are the targets that this module's docstring gives.
+
+    Memory beside the model: three times the hidden states of all calibration tokens at one layer, and the statistics of
+    one FFN (see :func:`mlp_fusion.calibration.collect`). Time: four runs of the model.
 
     Raises:
         InputError: the calibration text cannot be used, or a layer is called in a way that cannot be repeated.
@@ -55,13 +68,16 @@ def reduce_sequentially(
     numbers = {site.index: number for number, site in enumerate(sites)}
     with evaluating(model):
         calls = _record(model, between, batches)
-        states = [_hidden_of(call) for call in calls[0]]
+        # Hidden states of the model with the FFNs reduced so far, and of the original.
+        states = exact = [_hidden_of(call) for call in calls[0]]
         reduced: list[ReducedFFN] = []
         for site, site_calls in zip(between, calls, strict=True):
+            runs = [_streamed(architecture, site, call, x) for call, x in zip(site_calls, exact, strict=True)]
+            exact, wanted = [output for output, _ in runs], [stream for _, stream in runs]
             if site.index not in numbers:
                 states = [_run(site, call, x) for call, x in zip(site_calls, states, strict=True)]
                 continue
-            statistics = _statistics(architecture, site, site_calls, states, masks, plan)
+            statistics = _statistics(architecture, site, site_calls, states, wanted, masks, plan)
             reduced.append(reduce(numbers[site.index], statistics))
             with replaced(architecture, site, reduced[-1].reduction.bundle):
                 states = [_run(site, call, x) for call, x in zip(site_calls, states, strict=True)]
@@ -125,24 +141,59 @@ def _run(site: FFNSite, call: _Call, hidden: Tensor) -> Tensor:
     return found
 
 
+def _streamed(architecture: Architecture, site: FFNSite, call: _Call, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer's output, and the `(batch, length, d)` residual stream with the FFN's outputs just added to it."""
+    with _normalised(architecture, site) as entered:
+        output = _run(site, call, hidden)
+    # In chunks of the sequence, where the FFN runs in chunks. Without a normalisation behind it: the layer's output.
+    return output, torch.cat(entered, dim=1) if entered else output
+
+
+@contextmanager
+def _normalised(architecture: Architecture, site: FFNSite) -> Iterator[list[Tensor]]:
+    """What enters the layer's first normalisation behind the FFN, if there is one, while the layer runs inside."""
+    entered: list[Tensor] = []
+    waiting: list[bool] = []
+
+    def passed(_module: nn.Module, _args: tuple[Any, ...], _y: Tensor) -> None:
+        waiting.append(True)
+
+    def enter(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        if waiting:
+            entered.append(args[0])
+            waiting.clear()
+
+    norms = [module for module in site.layer.modules() if "norm" in type(module).__name__.lower()]
+    handles = [architecture.projection(site, "w_out").register_forward_hook(passed)]
+    handles += [norm.register_forward_pre_hook(enter) for norm in norms]
+    try:
+        yield entered
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _statistics(
     architecture: Architecture,
     site: FFNSite,
     calls: Sequence[_Call],
     states: Sequence[Tensor],
+    wanted: Sequence[Tensor],
     masks: Sequence[Tensor],
     plan: StreamPlan,
 ) -> FFNStatistics:
+    """Statistics of the FFN at `site` on `states`, its targets those that lead to the streams `wanted`."""
     collector = Collector(plan.capacity)
-    moves = iter(plan.moves)
-
-    def visit(_number: int, mask: Tensor, taps: Taps) -> None:
-        mask = mask.to(taps.x.device)
-        collector.add(taps.x[mask], taps.hidden[mask], taps.y[mask], *next(moves))
-
-    with tapped(architecture, [site], visit) as taps:
-        for call, hidden, mask in zip(calls, states, masks, strict=True):
+    seen: list[Taps] = []
+    with tapped(architecture, [site], lambda _number, _mask, taps: seen.append(taps)) as taps:
+        for call, hidden, stream, mask, moves in zip(calls, states, wanted, masks, plan.moves, strict=True):
             taps.start(mask)
-            _run(site, call, hidden)
+            _, present = _streamed(architecture, site, call, hidden)
             taps.finish()
+            found = seen.pop()
+            chosen = mask.to(found.x.device)
+            y = found.y[chosen]
+            working = torch.promote_types(y.dtype, torch.float32)
+            target = y.to(working) + (stream[chosen].to(working) - present[chosen].to(working))
+            collector.add(found.x[chosen], found.hidden[chosen], target.to(y.dtype), *moves)
     return collector.finish(plan.order, plan.sequence)

@@ -1,0 +1,188 @@
+"""Local tuning: every reduced feed-forward layer (FFN) learns the original's outputs on the calibration rows.
+
+No gradient passes from one FFN to another, nor through the model: FFNs of one shape are trained side by side as one
+batched problem, on rows that calibration has kept. With f the reduced FFN and (x, y) the original's rows,
+
+    min over all weights and biases of  |f(x) - y|_F^2 / |y - mean y|_F^2
+
+by Adam on mini-batches. What is trained is the folded FFN, whose function has no scale in it, with every tensor in
+units of its own root mean square: one learning rate then suits all tensors of all FFNs, whatever the cluster sizes. The
+scale is taken out again afterwards and stays as it was.
+
+Source: Adam (Kingma & Ba 2015); layer-wise reconstruction as in "AdaRound" (Nagel et al. 2020) and its kin.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlp_fusion.calibration.statistics import FFNStatistics
+from mlp_fusion.neurons import NeuronBundle
+
+#: Rows of a mini-batch.
+BATCH_ROWS = 512
+#: Largest step, in units of each tensor's root mean square; reached after the warm-up, then down to 0 by a cosine.
+LEARNING_RATE = 3e-2
+_WARM_UP = 20
+#: How many times the held-out rows are looked at.
+_LOOKS = 8
+#: Held-out rows whose activations are held at a time.
+_CHUNK = 2048
+
+_FIELDS = ("w_in", "w_gate", "b_in", "b_gate", "w_out", "b_out")
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """FFNs after local tuning.
+
+    Attributes:
+        bundle: B FFNs, canonical (`scale_exponent` 0), with the scale that they had; each as it was when it did best on
+            its held-out rows, which may be as it came.
+        before, after: `(B,)` float64, relative Frobenius errors on the held-out rows; `after <= before`. NaN where
+            there is no held-out row.
+    """
+
+    bundle: NeuronBundle
+    before: Tensor
+    after: Tensor
+
+
+def tune(reduced: NeuronBundle, statistics: Sequence[FFNStatistics], *, steps: int, seed: int) -> Tuned:
+    """Train the reduced FFNs on the calibration rows that are not held out, and keep the best on those that are.
+
+    Args:
+        reduced: B reduced FFNs of one shape, in any parameterization; silent neurons (of scale 0) stay silent.
+        statistics: of the B originals, gathered together, so that their rows are of the same tokens.
+        steps: mini-batches of 512 rows.
+        seed: of the mini-batches. The same seed gives the same bits.
+
+    Where no row is held out there is nothing to choose on, and the FFNs come back as they are.
+
+    Memory: four times the reduced FFNs' parameters, and the activations of a mini-batch with their gradients. Time:
+    `6 * 512 K (d + d_out)` operations per step and FFN (of gated ones, `6 * 512 K (2 d + d_out)`).
+
+    Raises:
+        ValueError: `steps` is negative, or there is not one entry of `statistics`, with the same rows, per FFN.
+    """
+    if steps < 0:
+        raise ValueError(f"steps {steps}: give 0 or more")
+    if len(statistics) != reduced.batch or any(len(s.x) != len(statistics[0].x) for s in statistics):
+        raise ValueError(f"{reduced.batch} FFNs need as many statistics, gathered together from the same tokens")
+    reduced = reduced.canonical()
+    held_out = statistics[0].held_out
+    fitted, tested = (rows.nonzero().squeeze(1) for rows in (~held_out, held_out))
+    if steps == 0 or len(fitted) == 0 or len(tested) == 0:
+        unknown = torch.full((reduced.batch,), math.nan, dtype=torch.float64)
+        return Tuned(reduced, unknown, unknown)
+    problem = _Problem(reduced, statistics, fitted)
+    before = after = problem.errors(tested)
+    best = [p.detach().clone() for p in problem.parameters]
+    # The second moment's memory is short: a few hundred steps are no time for a long one.
+    optimizer = torch.optim.Adam(problem.parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), eps=1e-12, foreach=True)
+    generator = torch.Generator().manual_seed(seed)
+    looks = {steps * (n + 1) // _LOOKS for n in range(_LOOKS)}
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * _schedule(step, steps)
+        rows = torch.randint(len(fitted), (min(BATCH_ROWS, len(fitted)),), generator=generator)
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            problem.loss(fitted[rows.to(fitted.device)]).backward()
+        optimizer.step()
+        if step + 1 in looks:
+            now = problem.errors(tested)
+            better = now < after
+            after = torch.where(better, now, after)
+            for kept, parameter in zip(best, problem.parameters, strict=True):
+                chosen = better.to(kept.device).reshape(-1, *[1] * (kept.ndim - 1))
+                kept.copy_(torch.where(chosen, parameter.detach(), kept))
+    # An FFN that nothing was better for keeps its own bits.
+    moved = after < before
+    return Tuned(problem.finished(best, moved), before, after)
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Share of the learning rate: up linearly, down by a cosine to 0 at the end."""
+    warm_up = min(_WARM_UP, max(1, steps // 10))
+    return min(1.0, (step + 1) / warm_up) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+
+
+class _Problem:
+    """B folded FFNs with their rows, and their tensors as the optimiser sees them: in units of their own size."""
+
+    def __init__(self, reduced: NeuronBundle, statistics: Sequence[FFNStatistics], fitted: Tensor) -> None:
+        self._reduced, self._statistics = reduced, statistics
+        self._folded = reduced.parameterized("folded")
+        self._dtype = self._folded.w_in.dtype
+        alive = torch.ones_like(reduced.w_in[..., 0]) if reduced.scale is None else (reduced.scale != 0)
+        self._alive = alive.to(self._dtype)
+        y = [s.y[fitted].to(self._dtype) for s in statistics]
+        spread = torch.stack([(t - t.mean(dim=0)).square().mean() for t in y])
+        #: `(B,)` mean squares of the outputs' entries about their means, on the rows to fit.
+        self._spread = torch.where(spread > 0, spread, torch.ones_like(spread))
+        self._units: dict[str, Tensor] = {}
+        self.parameters: list[Tensor] = []
+        for name in _FIELDS:
+            tensor = getattr(self._folded, name)
+            if tensor is not None:
+                self._units[name] = self._unit(name, tensor)
+                self.parameters.append((tensor / self._units[name]).requires_grad_())
+
+    def _unit(self, name: str, tensor: Tensor) -> Tensor:
+        """`(B, 1)` or `(B, 1, 1)`: what one unit of the parameter is worth.
+
+        Biases are often 0 to begin with: an input bias goes with its weights, the output bias with the outputs.
+        """
+        if name == "b_out":
+            return self._spread.sqrt().unsqueeze(1)
+        weight = {"b_in": self._folded.w_in, "b_gate": self._folded.w_gate}.get(name, tensor)
+        assert weight is not None
+        size = weight.square().mean(dim=(1, 2)).sqrt()
+        size = torch.where(size > 0, size, torch.ones_like(size))
+        return size.reshape(-1, *[1] * (tensor.ndim - 1))
+
+    def _bundle(self, parameters: Sequence[Tensor]) -> NeuronBundle:
+        values: dict[str, Any] = {
+            name: p * unit for (name, unit), p in zip(self._units.items(), parameters, strict=True)
+        }
+        values["w_out"] = values["w_out"] * self._alive.unsqueeze(-1)
+        return dataclasses.replace(self._folded, **values)
+
+    def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = (torch.stack([getattr(s, n)[rows] for s in self._statistics]).to(self._dtype) for n in ("x", "y"))
+        return x, y
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """Sum over problems of the mean squared error on `rows`, relative to the outputs' spread."""
+        x, y = self._rows(rows)
+        error = (self._bundle(self.parameters).forward(x) - y).square().mean(dim=(1, 2))
+        return (error / self._spread).sum()
+
+    @torch.no_grad()
+    def errors(self, rows: Tensor) -> Tensor:
+        """`(B,)` float64, on the CPU: relative Frobenius errors on `rows`; NaN where the outputs are all 0."""
+        bundle = self._bundle(self.parameters)
+        squares = torch.zeros(2, len(self._statistics), dtype=torch.float64, device=bundle.w_in.device)
+        for chunk in rows.split(_CHUNK):
+            x, y = self._rows(chunk)
+            for total, part in zip(squares, (bundle.forward(x) - y, y), strict=True):
+                total += torch.linalg.vector_norm(part, dim=(1, 2), dtype=torch.float64).square()
+        return (squares[0] / squares[1]).sqrt().cpu()
+
+    @torch.no_grad()
+    def finished(self, parameters: Sequence[Tensor], moved: Tensor) -> NeuronBundle:
+        """The FFNs of those parameters with their scale, canonical; those that did not move as they came."""
+        bundle = self._bundle(parameters)
+        if self._reduced.scale is not None:
+            bundle = bundle.unfolded(self._reduced.scale)
+        return NeuronBundle.stack(
+            [(bundle if moved[n] else self._reduced).select(n) for n in range(self._reduced.batch)]
+        )
