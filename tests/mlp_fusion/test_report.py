@@ -59,6 +59,7 @@ def finetune(seed: int = 0, **changes: Any) -> dict[str, Any]:
     return {
         "format": 1, "task": "classification", "model": "big", "teacher": None, "parameterization": None,
         "optimizer": "adamw", "seed": seed, "epochs": 2.0, "metric": metric, "method": None, "seconds": 60.0,
+        "original": None, "learning_rate": 1e-4, "batch_size": 8, "examples": 512,
         "initial": {"loss": 0.7, metric: 0.5},
         "final": {"loss": 0.25, metric: 0.8125 + seed / 16},
         "train": [
@@ -93,7 +94,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     layerwise = {"steps": 9, "loss": [[3, 0.5], [6, 0.25], [9, 0.125]]}
     both = {"layerwise": layerwise, "logits": {"weight": 0.5, "temperature": 2}}
     put(folder / "runs" / "big", run=finetune(distillation=both))
-    put(folder / "runs" / "lm", run=finetune(task="lm", metric="perplexity", initial=None, train=[], evaluations=[]))
+    put(
+        folder / "runs" / "lm",
+        run=finetune(task="lm", metric="perplexity", initial=None, final=None, train=[], evaluations=[]),
+    )
     return folder
 
 
@@ -133,8 +137,9 @@ def test_seeds_are_one_group_and_nothing_else_is(tmp_path: Path) -> None:
         put(tmp_path / f"run-seed{seed}", run=finetune(seed))
     faster = [{**point, "learning_rate": 1.0} for point in finetune()["train"]]
     others: dict[str, dict[str, Any]] = {
-        "rate": {"train": faster}, "model": {"model": "other"}, "teacher": {"teacher": "big"}, "epochs": {"epochs": 3},
-        "optimizer": {"optimizer": "sgd"}, "task": {"task": "lm"}, "form": {"parameterization": "split"},
+        "schedule": {"train": faster}, "rate": {"learning_rate": 1.0}, "size": {"batch_size": 9},
+        "model": {"model": "other"}, "teacher": {"teacher": "big"}, "epochs": {"epochs": 3}, "task": {"task": "lm"},
+        "optimizer": {"optimizer": "sgd"}, "form": {"parameterization": "split"}, "rows": {"examples": 3},
         "distilled": {"distillation": {"layerwise": None, "logits": {"weight": 1, "temperature": 2}}},
     }  # fmt: skip
     for name, changes in others.items():
@@ -150,7 +155,7 @@ def test_a_run_is_read_whole(tmp_path: Path) -> None:
     both = {"layerwise": layerwise, "logits": {"weight": 0.5, "temperature": 2}}
     folder = put(tmp_path / "run", run=finetune(3, teacher="t", distillation=both, of_a_later_version=1))
     run = read_run(folder / "finetune.json", "run")
-    assert (run.seed, run.teacher, run.final.metric, run.evaluations[1].epoch) == (3, "t", 1.0, 2.0)
+    assert (run.seed, run.teacher, run.final and run.final.metric, run.evaluations[1].epoch) == (3, "t", 1.0, 2.0)
     assert (run.initial and run.initial.loss, len(run.train), run.train[1].learning_rate) == (0.7, 10, 5e-5)
     assert run.distillation.layerwise_loss == ((3, 0.5),)
     assert run.distillation.logits == (0.5, 2.0)
@@ -170,7 +175,7 @@ def damage(change: Callable[[dict[str, Any]], Any], data: dict[str, Any]) -> dic
         (lambda d: d.pop("seed"), "'seed' is None, not an integer"),
         (lambda d: d.update(seed=True), "'seed' is True, not an integer"),
         (lambda d: d["final"].pop("accuracy"), "'accuracy' is None, not a number"),
-        (lambda d: d.update(final=None), "an object is expected, not None"),
+        (lambda d: d.update(final=[1]), "an object is expected, not [1]"),
         (lambda d: d.update(train={}), "'train' is {}, not a list"),
         (lambda d: d["train"][3].update(loss="low"), "'loss' is 'low', not a number"),
         (lambda d: d.update(task=5), "'task' is 5, not a text"),
@@ -245,7 +250,7 @@ def test_summary_has_a_row_per_result(page: tuple[str, dict[str, Any]]) -> None:
     assert (first["kernel"], first["ntk_error"]) == ("sign", pytest.approx(0.375 + 1 / 7))
     assert first["final"] == {"mean": 0.84375, "low": 0.8125, "high": 0.875}
     assert (rows[2]["kernel"], rows[2]["ntk_error"]) == (None, None)
-    assert rows[4]["initial"] is None
+    assert (rows[4]["initial"], rows[4]["final"]) == (None, None)
 
 
 def test_curves_are_means_over_seeds_and_blocks(tmp_path: Path) -> None:

@@ -11,12 +11,10 @@ from typing import Any
 
 from mlp_fusion.checkpoint.metadata import REPORT_FILE
 from mlp_fusion.errors import InputError
+from mlp_fusion.finetuning.result import FORMAT_VERSION, RESULT_FILE
 from mlp_fusion.measure import FusionReport
 from mlp_fusion.measure.errors import KERNELS
 
-#: What a fine-tuning run leaves in its folder.
-RUN_FILE = "finetune.json"
-RUN_FORMAT = 1
 #: Levels of folders below the given one that are searched.
 DEPTH = 2
 
@@ -74,32 +72,37 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Run:
-    """A fine-tuning run, as its `finetune.json` tells it; `name` and `folder` as of a :class:`Checkpoint`."""
+    """A fine-tuning run, as its `FinetuneReport` tells it; `name` and `folder` as of a :class:`Checkpoint`."""
 
     name: str
     folder: Path
     task: str
     model: str
     teacher: str | None
+    original: str | None
     method: str | None
     parameterization: str | None
     optimizer: str
-    seed: int
+    learning_rate: float
+    batch_size: int
     epochs: float
+    seed: int
+    examples: int
     metric: str
     initial: Score | None
-    final: Score
+    final: Score | None
     train: tuple[TrainPoint, ...]
     evaluations: tuple[Evaluation, ...]
     distillation: Distillation
     seconds: float
 
     def settings(self) -> tuple[Any, ...]:
-        """Everything but the seed and what came of it. The schedule counts: it holds the learning rate."""
+        """Everything but the seed and what came of it. The steps count: they tell schedules apart."""
         d = self.distillation
         return (
-            self.task, self.model, self.teacher, self.method, self.parameterization, self.optimizer, self.epochs,
-            self.metric, self.initial is None, tuple((p.step, p.learning_rate) for p in self.train),
+            self.task, self.model, self.teacher, self.original, self.method, self.parameterization, self.optimizer,
+            self.learning_rate, self.batch_size, self.epochs, self.examples, self.metric, self.initial is None,
+            self.final is None, tuple((p.step, p.learning_rate) for p in self.train),
             tuple(e.step for e in self.evaluations), d.layerwise_steps, tuple(step for step, _ in d.layerwise_loss),
             d.logits,
         )  # fmt: skip
@@ -143,11 +146,11 @@ def find_results(folder: Path) -> Results:
         name = folder.resolve().name if found == folder else found.relative_to(folder).as_posix()
         if (found / REPORT_FILE).is_file():
             checkpoints.append(Checkpoint(name, found, read_fusion_report(found / REPORT_FILE)))
-        if (found / RUN_FILE).is_file():
-            runs.append(read_run(found / RUN_FILE, name))
+        if (found / RESULT_FILE).is_file():
+            runs.append(read_run(found / RESULT_FILE, name))
     if not checkpoints and not runs:
         raise InputError(
-            f"{folder}: neither {REPORT_FILE} (written by compress) nor {RUN_FILE} (written by finetune) in it or "
+            f"{folder}: neither {REPORT_FILE} (written by compress) nor {RESULT_FILE} (written by finetune) in it or "
             f"within {DEPTH} levels below: name the folder that holds the results"
         )
     return Results(folder, tuple(sorted(checkpoints, key=lambda c: c.name)), group_runs(runs))
@@ -236,8 +239,10 @@ def read_run(file: Path, name: str) -> Run:
         InputError: unreadable, damaged, or of a later version.
     """
     data = _Record(file, _read_json(file))
-    if data.integer("format") != RUN_FORMAT:
-        raise InputError(f"{file}: format {data.content['format']} is not known, only {RUN_FORMAT}: update mlp-fusion")
+    if data.integer("format") != FORMAT_VERSION:
+        raise InputError(
+            f"{file}: format {data.content['format']} is not known, only {FORMAT_VERSION}: update mlp-fusion"
+        )
     metric = data.text("metric")
 
     def score(record: _Record) -> Score:
@@ -249,14 +254,18 @@ def read_run(file: Path, name: str) -> Run:
         task=data.text("task"),
         model=data.text("model"),
         teacher=data.optional_text("teacher"),
+        original=data.optional_text("original"),
         method=data.optional_text("method"),
         parameterization=data.optional_text("parameterization"),
         optimizer=data.text("optimizer"),
-        seed=data.integer("seed"),
+        learning_rate=data.number("learning_rate"),
+        batch_size=data.integer("batch_size"),
         epochs=data.number("epochs"),
+        seed=data.integer("seed"),
+        examples=data.integer("examples"),
         metric=metric,
         initial=score(data.record("initial")) if data.has("initial") else None,
-        final=score(data.record("final")),
+        final=score(data.record("final")) if data.has("final") else None,
         train=tuple(
             TrainPoint(p.integer("step"), p.number("epoch"), p.number("loss"), p.number("learning_rate"))
             for p in data.records("train")

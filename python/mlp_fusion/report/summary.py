@@ -10,7 +10,7 @@ from typing import Any
 
 from mlp_fusion.fusing import OPTIMIZER_KERNELS
 from mlp_fusion.measure import FFNRow
-from mlp_fusion.report.gather import Checkpoint, Results, Run, RunGroup
+from mlp_fusion.report.gather import Checkpoint, Results, Run, RunGroup, Score
 
 #: Points of a training curve; longer ones are averaged in blocks of equal length.
 CURVE_POINTS = 200
@@ -133,16 +133,15 @@ def _group(group: RunGroup, checkpoint: str | None) -> Values:
         "method": first.method,
         "parameterization": first.parameterization,
         "optimizer": first.optimizer,
-        "learning_rate": max((point.learning_rate for point in first.train), default=None),
+        "learning_rate": first.learning_rate,
+        "batch_size": first.batch_size,
+        "examples": first.examples,
         "epochs": first.epochs,
         "metric": first.metric,
         "distillation": _distillation_words(first),
-        "initial": None if first.initial is None else _spread([[r.initial.metric] for r in group.runs if r.initial])[0],
-        "final": _spread([[run.final.metric] for run in group.runs])[0],
-        "initial_loss": None
-        if first.initial is None
-        else _spread([[r.initial.loss] for r in group.runs if r.initial])[0],
-        "final_loss": _spread([[run.final.loss] for run in group.runs])[0],
+        "initial": _scores([run.initial for run in group.runs], "metric"),
+        "final": _scores([run.final for run in group.runs], "metric"),
+        "final_loss": _scores([run.final for run in group.runs], "loss"),
         "seconds": fmean(run.seconds for run in group.runs),
         "curves": {
             "train": _curve([[(p.epoch, p.loss) for p in run.train] for run in group.runs]),
@@ -152,6 +151,12 @@ def _group(group: RunGroup, checkpoint: str | None) -> Values:
         },
         "layerwise_steps": distilled.layerwise_steps,
     }
+
+
+def _scores(scores: Sequence[Score | None], what: str) -> dict[str, float] | None:
+    """Mean, smallest and largest `loss` or `metric`; None where nothing was evaluated."""
+    known = [[float(getattr(score, what))] for score in scores if score is not None]
+    return _spread(known)[0] if known else None
 
 
 def _distillation_words(run: Run) -> str | None:
