@@ -1,4 +1,4 @@
-"""The command line: `mlp-fusion plan | compress | verify | finetune | env`.
+"""The command line: `mlp-fusion plan | compress | verify | finetune | report | env`.
 
 Exit codes: 0 done, 1 failed, 2 bad input. Errors are one line on standard error; with `--json`, standard output
 holds one JSON object and nothing else.
@@ -240,6 +240,21 @@ def finetune(model: str, out: Path, columns: tuple[str, ...], as_json: bool, **o
     _emit(report, as_json)
     if not as_json:
         click.echo(f"written: {out}")
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="The page to write.  [default: FOLDER/report.html]")
+@click.option("--title", help="Title of the page.")
+@_json
+def report(folder: Path, out: Path | None, title: str | None, as_json: bool) -> None:
+    """Write a page, and its numbers as JSON beside it, about the results in FOLDER.
+
+    FOLDER holds fused checkpoints and fine-tuning runs, up to two levels down, or is one itself.
+    """
+    from mlp_fusion.report import write_report
+
+    _emit(write_report(folder, out, title=title), as_json)
 
 
 @cli.command()

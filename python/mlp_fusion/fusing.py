@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fusion_kernels.ntk import Kernel
 from mlp_fusion.architectures import Architecture, FFNSite
@@ -41,7 +41,7 @@ SAMPLE_ROWS = 512
 #: An entry's forward pass must agree with the model's own to this many units of rounding, and to this share at most.
 _SELF_TEST_ULPS, _SELF_TEST_SHARE = 64, 0.05
 #: Optimiser -> the kernel that its steps see, by the parameterization that suits it.
-_KERNELS: dict[Parameterization, Kernel] = {"scaled": "sign", "split": "gd"}
+OPTIMIZER_KERNELS: dict[Parameterization, Kernel] = {"scaled": "sign", "split": "gd"}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def check_options(
         raise InputError(f"match {match!r}: use gd, sign, auto or none")
     if match is not None and form == "folded":
         raise InputError("match needs an optimizer: a model for inference has no tangent kernel to match")
-    kernel: Any = _KERNELS[form] if match == "auto" else match
+    kernel: Any = OPTIMIZER_KERNELS[form] if match == "auto" else match
     automatic = isinstance(width, str)
     if automatic and width != "auto":
         raise InputError(f"width {width!r}: give a count such as 768 or a share such as 0.25, or auto")
@@ -352,4 +352,12 @@ def _row(site: FFNSite, original: NeuronBundle, ffn: ReducedFFN, parameterizatio
         ridge=ffn.ridge,
         held_out_error=ffn.held_out_error,
         largest_scale=None if fused.scale is None else float(fused.scale.max()),
+        cluster_sizes=None if counts is None else _histogram(counts),
+        ntk_spectrum=errors.spectrum,
     )
+
+
+def _histogram(counts: Tensor) -> list[list[int]]:
+    """Cluster sizes as pairs of a size and the number of clusters that have it, by rising size."""
+    pairs: list[list[int]] = torch.stack(counts.unique(return_counts=True), dim=1).tolist()
+    return pairs

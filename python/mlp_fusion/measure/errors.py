@@ -13,6 +13,8 @@ from mlp_fusion.neurons import NeuronBundle
 
 #: The kernels: what a gradient-descent step sees, and what a sign (Adam-like) step sees.
 KERNELS: tuple[Kernel, ...] = ("gd", "sign")
+#: Leading eigenvalues of each kernel that are kept.
+SPECTRUM_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,15 @@ class FFNErrors:
         output: of the outputs.
         ntk: kernel (`gd`, `sign`) -> part (`total`, `w_in`, `b_in`, `w_out`) -> error. The gate counts with `w_in`; a
             part that the FFN lacks (a bias) is left out. The output bias is untouched by fusion and counts nowhere.
+        spectrum: kernel -> `before` and `after` -> the leading eigenvalues on the inputs, descending, at most
+            `SPECTRUM_SIZE`, as shares of the trace of the original's kernel. The sign kernel is not symmetric: these
+            are the eigenvalues of its symmetric part, which has the same trace. A kernel that is zero or not finite
+            has no such shares and is left out.
     """
 
     output: float
     ntk: dict[str, dict[str, float]]
+    spectrum: dict[str, dict[str, list[float]]]
 
 
 def relative_error(approximation: Tensor, exact: Tensor) -> float:
@@ -58,6 +65,7 @@ def ffn_errors(original: NeuronBundle, fused: NeuronBundle, x: Tensor) -> FFNErr
     """
     output = relative_error(fused.forward(x)[0], original.forward(x)[0])
     ntk: dict[str, dict[str, float]] = {}
+    spectrum: dict[str, dict[str, list[float]]] = {}
     for kernel in KERNELS:
         totals: list[Tensor] = [torch.zeros(()), torch.zeros(())]
         errors: dict[str, float] = {}
@@ -66,4 +74,18 @@ def ffn_errors(original: NeuronBundle, fused: NeuronBundle, x: Tensor) -> FFNErr
             errors[part] = relative_error(*grams)
             totals = [total + gram for total, gram in zip(totals, grams, strict=True)]
         ntk[kernel] = {"total": relative_error(*totals), **errors}
-    return FFNErrors(output, ntk)
+        after, before = totals
+        trace = float(before.trace())
+        if trace > 0 and all(bool(total.isfinite().all()) for total in totals):
+            spectrum[kernel] = {
+                name: [value / trace for value in leading_eigenvalues(total)]
+                for name, total in (("before", before), ("after", after))
+            }
+    return FFNErrors(output, ntk, spectrum)
+
+
+def leading_eigenvalues(kernel: Tensor) -> list[float]:
+    """The largest eigenvalues of the symmetric part of a `(T, T)` matrix, descending, at most `SPECTRUM_SIZE`."""
+    symmetric = (kernel + kernel.mT) / 2
+    values: list[float] = torch.linalg.eigvalsh(symmetric).flip(0)[:SPECTRUM_SIZE].tolist()
+    return values

@@ -29,6 +29,10 @@ class FFNRow:
         ridge: regularisation that the refit chose on held-out calibration rows; None without a refit.
         held_out_error: relative error of the outputs on those rows, of the fit to the others.
         largest_scale: largest entry of the scale, which matching may have changed; None where there is no scale.
+        cluster_sizes: pairs of a cluster size and the number of clusters of that size, by rising size; None for methods
+            without clusters, and in reports of earlier versions.
+        ntk_spectrum: kernel -> `before`, `after` -> leading eigenvalues, see `FFNErrors.spectrum`; None in reports of
+            earlier versions.
     """
 
     layer: int
@@ -46,6 +50,8 @@ class FFNRow:
     ridge: float | None = None
     held_out_error: float | None = None
     largest_scale: float | None = None
+    cluster_sizes: list[list[int]] | None = None
+    ntk_spectrum: dict[str, dict[str, list[float]]] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,219 @@
+"""The numbers of the page, as plain JSON types: what the page shows, its JSON holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from mlp_fusion.fusing import OPTIMIZER_KERNELS
+from mlp_fusion.measure import FFNRow
+from mlp_fusion.report.gather import Checkpoint, Results, Run, RunGroup, Score
+
+#: Points of a training curve; longer ones are averaged in blocks of equal length.
+CURVE_POINTS = 200
+
+Values = dict[str, Any]
+
+
+def summarize(results: Results) -> Values:
+    """`summary` (a row per result), `checkpoints` and `runs` (a group of seeds each)."""
+    checkpoints = [_checkpoint(checkpoint) for checkpoint in results.checkpoints]
+    groups = [_group(group, _fused_from(group.runs[0], results.checkpoints)) for group in results.groups]
+    rows = []
+    for checkpoint in checkpoints:
+        trained = [group for group in groups if group["checkpoint"] == checkpoint["name"]]
+        rows += [_summary_row(checkpoint, group) for group in trained] or [_summary_row(checkpoint, None)]
+    rows += [_summary_row(None, group) for group in groups if group["checkpoint"] is None]
+    return {"summary": rows, "checkpoints": checkpoints, "runs": groups}
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for every number that JSON cannot hold (infinite, not a number)."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _checkpoint(checkpoint: Checkpoint) -> Values:
+    report = checkpoint.report
+    kernel = OPTIMIZER_KERNELS.get(report.parameterization)  # type: ignore[call-overload]
+    widths = [row.neurons_after for row in report.rows]
+    return {
+        "name": checkpoint.name,
+        "model_type": report.model_type,
+        "method": report.method,
+        "optimizer": report.optimizer,
+        "parameterization": report.parameterization,
+        "seed": report.seed,
+        "fused_layers": len(report.rows),
+        "width_before": max(row.neurons_before for row in report.rows),
+        "width_after": [min(widths), max(widths)],
+        "parameters_before": report.parameters_before,
+        "parameters_after": report.parameters_after,
+        "output_error": fmean(row.output_error for row in report.rows),
+        "kernel": kernel,
+        "ntk_error": None if kernel is None else fmean(row.ntk_error[kernel]["total"] for row in report.rows),
+        "cosine": None if report.embeddings is None else report.embeddings.mean,
+        "smallest_cosine": None if report.embeddings is None else report.embeddings.minimum,
+        "calibration": None if report.calibration is None else report.calibration.words(),
+        "sample": report.sample,
+        "sample_rows": report.sample_rows,
+        "seconds": report.seconds,
+        "layers": [_layer(row) for row in report.rows],
+    }
+
+
+def _layer(row: FFNRow) -> Values:
+    return {
+        "layer": row.layer,
+        "path": row.path,
+        "neurons_before": row.neurons_before,
+        "neurons_after": row.neurons_after,
+        "output_error": row.output_error,
+        "gd_error": row.ntk_error["gd"]["total"],
+        "sign_error": row.ntk_error["sign"]["total"],
+        "largest_cluster": row.largest_cluster,
+        "singletons": row.singletons,
+        "empty_clusters": row.empty_clusters,
+        "status": row.status,
+        "seconds": row.seconds + row.correction_seconds,
+        "cluster_bins": cluster_bins(row.cluster_sizes) if row.cluster_sizes else None,
+        "ntk_spectrum": row.ntk_spectrum,
+    }
+
+
+def cluster_bins(sizes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Cluster sizes in bins that double: triples of the smallest size, the largest, and the number of clusters.
+
+    The bins run from 1, 2 to 3, 4 to 7 up to the largest size, without gaps; empty clusters get one of their own,
+    where there are any.
+    """
+    counts: dict[int, int] = {}
+    for size, count in sizes:
+        counts[size.bit_length()] = counts.get(size.bit_length(), 0) + count
+    first = 0 if counts.get(0) else 1
+    return [
+        [2 ** (bits - 1) if bits else 0, 2**bits - 1, counts.get(bits, 0)] for bits in range(first, max(counts) + 1)
+    ]
+
+
+def _fused_from(run: Run, checkpoints: Sequence[Checkpoint]) -> str | None:
+    """Name of the checkpoint that `run` started from, or None.
+
+    Paths are compared first. Results that were moved together keep the folder's name: it counts where it is the only
+    one of that name and method.
+    """
+    for checkpoint in checkpoints:
+        if checkpoint.folder.resolve() in (Path(run.model).expanduser().resolve(), run.folder.resolve()):
+            return checkpoint.name
+    alike = [
+        checkpoint.name
+        for checkpoint in checkpoints
+        if checkpoint.folder.resolve().name == Path(run.model).name and checkpoint.report.method == run.method
+    ]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _group(group: RunGroup, checkpoint: str | None) -> Values:
+    first = group.runs[0]
+    distilled = first.distillation
+    return {
+        "name": group.name,
+        "members": [run.name for run in group.runs],
+        "seeds": [run.seed for run in group.runs],
+        "checkpoint": checkpoint,
+        "task": first.task,
+        "model": first.model,
+        "teacher": first.teacher,
+        "method": first.method,
+        "parameterization": first.parameterization,
+        "optimizer": first.optimizer,
+        "learning_rate": first.learning_rate,
+        "batch_size": first.batch_size,
+        "examples": first.examples,
+        "epochs": first.epochs,
+        "metric": first.metric,
+        "distillation": _distillation_words(first),
+        "initial": _scores([run.initial for run in group.runs], "metric"),
+        "final": _scores([run.final for run in group.runs], "metric"),
+        "final_loss": _scores([run.final for run in group.runs], "loss"),
+        "seconds": fmean(run.seconds for run in group.runs),
+        "curves": {
+            "train": _curve([[(p.epoch, p.loss) for p in run.train] for run in group.runs]),
+            "metric": _curve([_evaluated(run, "metric") for run in group.runs]),
+            "loss": _curve([_evaluated(run, "loss") for run in group.runs]),
+            "layerwise": _curve([list(run.distillation.layerwise_loss) for run in group.runs]),
+        },
+        "layerwise_steps": distilled.layerwise_steps,
+    }
+
+
+def _scores(scores: Sequence[Score | None], what: str) -> dict[str, float] | None:
+    """Mean, smallest and largest `loss` or `metric`; None where nothing was evaluated."""
+    known = [[float(getattr(score, what))] for score in scores if score is not None]
+    return _spread(known)[0] if known else None
+
+
+def _distillation_words(run: Run) -> str | None:
+    distilled, done = run.distillation, []
+    if distilled.layerwise_steps is not None:
+        done.append(f"{distilled.layerwise_steps:,} steps layer by layer")
+    if distilled.logits is not None:
+        weight, temperature = distilled.logits
+        done.append(f"logits (weight {weight:g}, temperature {temperature:g})")
+    return ", ".join(done) or None
+
+
+def _evaluated(run: Run, what: str) -> list[tuple[float, float]]:
+    """Epoch and `loss` or `metric` of every evaluation, the one before training first."""
+    points = [(e.epoch, float(getattr(e.score, what))) for e in run.evaluations]
+    if run.initial is not None and not any(e.step == 0 for e in run.evaluations):
+        points.insert(0, (0.0, float(getattr(run.initial, what))))
+    return points
+
+
+def _curve(runs: Sequence[Sequence[tuple[float, float]]]) -> Values | None:
+    """Mean, smallest and largest value over runs at the same points, in at most `CURVE_POINTS` blocks."""
+    length = min(map(len, runs))
+    if length == 0:
+        return None
+    block = -(-length // CURVE_POINTS)
+    starts = range(0, length, block)
+    x = [fmean(point[0] for point in runs[0][start : start + block]) for start in starts]
+    values = [[fmean(point[1] for point in run[start : start + block]) for start in starts] for run in runs]
+    spreads = _spread(values)
+    return {
+        "block": block,
+        "x": x,
+        **{key: [spread[key] for spread in spreads] for key in ("mean", "low", "high")},
+    }
+
+
+def _spread(values: Sequence[Sequence[float]]) -> list[dict[str, float]]:
+    """Per column: mean, smallest and largest over the rows."""
+    columns = list(zip(*values, strict=True))
+    return [{"mean": fmean(column), "low": min(column), "high": max(column)} for column in columns]
+
+
+def _summary_row(checkpoint: Values | None, group: Values | None) -> Values:
+    """A row of the summary: of a checkpoint, of one with runs that started from it, or of runs alone."""
+    fused = checkpoint or {}
+    run = group or {}
+    keys = (
+        "fused_layers", "width_before", "width_after", "parameters_before", "parameters_after", "output_error",
+        "kernel", "ntk_error", "cosine", "calibration",
+    )  # fmt: skip
+    return {
+        "name": fused.get("name", run.get("name")),
+        "method": fused.get("method", run.get("method")),
+        **{key: fused.get(key) for key in keys},
+        "run": run.get("name"),
+        "seeds": run.get("seeds"),
+        "optimizer": run.get("optimizer", fused.get("optimizer")),
+        **{key: run.get(key) for key in ("metric", "initial", "final")},
+    }
