@@ -232,7 +232,7 @@ def ntk_gram(
     how = precision_named(precision, chosen.name, prepared.dtype, named)
     function = op.overload if backend == "auto" else chosen.function
     arguments = (
-        *(first, second, *prepared.arguments(), prepared.exponent, prepared.activation, prepared.parts, kernel),
+        *(first, second, *prepared.described(), prepared.parts, kernel),
         *(named, direction, prepared.metric, how, block_size),
     )
     if out is None:
