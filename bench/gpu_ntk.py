@@ -4,8 +4,8 @@ Right: every precision against float64 over odd shapes, activations, split parts
 of torch on the same GPU beside it; symmetric and repeatable to the bit; on a stream of its own and on another device;
 results of more than 2^32 values, where an offset of 32 bits would show; no memory of the result's size beside it. The
 peer is the closed form composed from torch calls, in place, its three products by cuBLAS in float32, TF32 or bfloat16.
-The floors are the operations of half the tiles (three products of bfloat16 for `bf16x3`), or the bytes of the result,
-over the rates of `gpu_timing.ceilings`.
+The floors are the operations of half the tiles (three products for `tf32x3` and `bf16x3`), or the bytes of the result,
+over the rates of `gpu_timing.ceilings`, TF32 at half that of bfloat16.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ffn_blocks import ACTIVATIONS, Bundle, make_bundle
 from gpu_timing import DEVICE, milliseconds, require
 from ntk import torch_in_place
 
-PRECISIONS = ("highest", "bf16x3", "bf16")
+PRECISIONS = ("highest", "tf32x3", "bf16x3", "bf16")
 #: The largest error of a value over the largest value: four rounded factors.
-BOUNDS = {"highest": 1e-5, "bf16x3": 2**-15, "bf16": 2**-7}
+BOUNDS = {"highest": 1e-5, "tf32x3": 1e-5, "bf16x3": 2**-15, "bf16": 2**-7}
 #: N, d, h and outputs; d and h are multiples of 32, which the tiles would pad them to.
 SHAPES = {
     "fused-1024": (1024, 768, 192, 768),
@@ -201,14 +201,17 @@ def measure(name: str, rates: dict[str, float]) -> dict[str, Any]:
         result["rms_error"][what] = errors(call()[some], exact)[1]
 
     written = 4 * n * n / rates["copy_bytes"] * 1e3
-    for precision, planes, products in (("bf16x3", 2, 3), ("bf16", 1, 1)):
-        operand = torch.randn(planes, n, d + 2 * h, device=DEVICE).bfloat16()
+    for precision, planes, products in (("tf32x3", 2, 6), ("bf16x3", 2, 3), ("bf16", 1, 1)):
+        operand = torch.randn(planes, n, d + 2 * h, device=DEVICE)
+        if precision != "tf32x3":
+            operand = operand.bfloat16()
         arguments = (operand, operand, d, h, 1, True, 1.0, 1.0, False, True, out)
         time = milliseconds(lambda a=arguments: native.cuda_operators().ntk_tiles(*a))["median"]  # type: ignore[misc]
         floor = max(written, products * n * (n + 1) * (d + 2 * h) / rates["bf16_flops"] * 1e3)
         result["tiles"][precision] = {"ms": time, "floor_ms": floor, "share_of_floor": floor / time}
     times = {what: row["median"] for what, row in result["ms"].items()}
     result["torch float32 over bf16x3"] = times["torch float32"] / times["cuda bf16x3"]
+    result["torch float32 over tf32x3"] = times["torch float32"] / times["cuda tf32x3"]
     result["torch tf32 over bf16x3"] = times["torch tf32"] / times["cuda bf16x3"]
     return result
 

@@ -32,8 +32,9 @@ cudaStream_t current_stream(int32_t device) {
 Format format_named(const std::string& precision) {
   if (precision == "highest") return Format::plain;
   if (precision == "bf16") return Format::bfloat16;
-  STD_TORCH_CHECK(precision == "bf16x3", "ntk_operand: unknown precision ", precision);
-  return Format::bfloat16_twice;
+  if (precision == "bf16x3") return Format::bfloat16_twice;
+  STD_TORCH_CHECK(precision == "tf32x3", "ntk_operand: unknown precision ", precision);
+  return Format::tf32_twice;
 }
 
 Tensor operand(const Tensor x, const Tensor z, const std::optional<Tensor> g, const std::optional<Tensor> shrink,
@@ -62,8 +63,9 @@ Tensor operand(const Tensor x, const Tensor z, const std::optional<Tensor> g, co
   const Columns columns{with_inputs ? padded_columns(d) : 0, with_in ? padded_columns(h) : 0,
                         with_gate ? padded_columns(h) : 0, with_hidden ? padded_columns(h) : 0};
   const std::array<int64_t, 3> shape{planes(format), n, columns.all()};
-  Tensor result = torch::stable::new_empty(x, {shape.data(), shape.size()},
-                                           format == Format::plain ? dtype : ScalarType::BFloat16);
+  const bool low = format == Format::bfloat16 || format == Format::bfloat16_twice;
+  Tensor result =
+      torch::stable::new_empty(x, {shape.data(), shape.size()}, low ? ScalarType::BFloat16 : dtype);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Factors<T> factors{data<T>(x),     data<T>(z),       data<T>(g), data<T>(shrink), data<T>(of_hidden),
@@ -85,12 +87,13 @@ void tiles(const Tensor left, const Tensor right, int64_t inputs, int64_t neuron
   const bool low = dtype == ScalarType::BFloat16;
   check_here(left, "left", dtype, {planes, n1, columns}, device);
   check_here(right, "right", dtype, {planes, n2, columns}, device);
-  STD_TORCH_CHECK(planes == 1 || (planes == 2 && low), "ntk_tiles: one plane, or two of bfloat16");
+  STD_TORCH_CHECK(planes == 1 || (planes == 2 && dtype != ScalarType::Double),
+                  "ntk_tiles: one plane, or two of bfloat16 or TF32");
   STD_TORCH_CHECK(inputs >= 0 && neurons >= 0 && slopes >= 0 && slopes <= 2 && (!symmetric || n1 == n2),
                   "ntk_tiles: wrong sizes");
   const int64_t range = padded_columns(neurons);
   const Columns ranges{padded_columns(inputs), slopes * range, 0, hidden ? range : 0};
-  STD_TORCH_CHECK(ranges.all() == columns && columns <= INT32_MAX, "ntk_tiles: the operands have other columns");
+  STD_TORCH_CHECK(ranges.all() == columns && columns <= INT32_MAX / 2, "ntk_tiles: the operands have other columns");
   STD_TORCH_CHECK(out.device().type() == DeviceType::CUDA && out.get_device_index() == device &&
                       out.scalar_type() == (low ? ScalarType::Float : dtype) && out.size(0) == n1 &&
                       out.size(1) == n2 && (out.stride(1) == 1 || n2 <= 1) && (out.stride(0) >= n2 || n1 <= 1),
@@ -111,8 +114,9 @@ void tiles(const Tensor left, const Tensor right, int64_t inputs, int64_t neuron
                        mutable_data<T>(out),
                        n1 <= 1 ? n2 : out.stride(0)};
     if constexpr (sizeof(T) == sizeof(float)) {
-      if (low) {
-        STD_CUDA_CHECK(gram_bfloat16(gram, static_cast<int>(planes), current_stream(device)));
+      if (low || planes == 2) {
+        const Format format = !low ? Format::tf32_twice : planes == 2 ? Format::bfloat16_twice : Format::bfloat16;
+        STD_CUDA_CHECK(gram_tensor_cores(gram, format, current_stream(device)));
         return;
       }
     }

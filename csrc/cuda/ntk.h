@@ -12,8 +12,8 @@ constexpr int64_t kMostBlocks = 0x7fffffff;  // of one launch
 template <class T>
 cudaError_t write_operand(const Factors<T>& factors, Format format, void* operand, cudaStream_t stream);
 
-// On tensor cores; compute capability 8.0 or newer.
-cudaError_t gram_bfloat16(const Gram<float>& gram, int planes, cudaStream_t stream);
+// On tensor cores; compute capability 8.0 or newer. The operands are of any format but plain.
+cudaError_t gram_tensor_cores(const Gram<float>& gram, Format format, cudaStream_t stream);
 
 // In T throughout.
 template <class T>

@@ -9,6 +9,7 @@ the dtype; kernels with an axis of outputs are products by cuBLAS altogether (`b
 Precisions of float32 kernels:
 
     highest   multiply-add in float32, without tensor cores
+    tf32x3    each value as the sum of two TF32, 22 significant bits; three products on tensor cores
     bf16x3    each value as the sum of two bfloat16, 16 significant bits; three products on tensor cores
     bf16      each value rounded to bfloat16, 8 significant bits; one product
 
@@ -77,7 +78,7 @@ def ntk_gram(
     """Return the kernel; arguments and result as in `fusion_kernels.reference.ntk.ntk_gram`.
 
     Args:
-        precision: `"highest"`; for the trace or a vector in float32 also `"bf16x3"` or `"bf16"`.
+        precision: `"highest"`; for the trace or a vector in float32 also `"tf32x3"`, `"bf16x3"` or `"bf16"`.
         block_size: rows at a time where there is an axis of outputs; of no meaning otherwise.
     """
     with torch.no_grad(), torch.autocast(x1.device.type, enabled=False), native.exact_products():

@@ -90,7 +90,8 @@ def assert_precise(bundle: Bundle, x1: torch.Tensor, x2: torch.Tensor | None, de
         bundle.to(torch.float32), x1.float(), None if x2 is None else x2.float(), backend="reference", **options
     )
     # Summed are products of four values, each within 2^-17 or 2^-9; errors that add up are rare.
-    for precision, *bounds in (("highest", 4e-7, 4e-7), ("bf16x3", 2**-15, 2**-16), ("bf16", 2**-7, 2**-7)):
+    everything = (("highest", 4e-7, 4e-7), ("tf32x3", 6e-7, 4e-7), ("bf16x3", 2**-15, 2**-16), ("bf16", 2**-7, 2**-7))
+    for precision, *bounds in everything:
         found = ntk_gram(block, *low, backend="cuda", precision=precision, **there)  # type: ignore[arg-type]
         assert found.dtype == torch.float32
         for error, of_torch, bound in zip(errors(found, exact), errors(peer, exact), bounds, strict=True):
@@ -156,7 +157,7 @@ def test_no_rows(device: str, rows: int, others: int | None) -> None:
     assert gram.shape == (rows, rows if others is None else others)
 
 
-@pytest.mark.parametrize("precision", ["highest", "bf16x3", "bf16"])
+@pytest.mark.parametrize("precision", ["highest", "tf32x3", "bf16x3", "bf16"])
 def test_only_the_result_is_written(device: str, precision: Any) -> None:
     bundle = moved(make_bundle(5, 6, 3), device, torch.float32)
     x = torch.randn(133, 5, device=device)
@@ -183,7 +184,8 @@ def test_bfloat16_errs_less_than_torch_in_bfloat16(device: str, gated: bool) -> 
         assert error <= of_torch
 
 
-def test_long_sums_round(device: str) -> None:
+@pytest.mark.parametrize("precision", ["tf32x3", "bf16x3"])
+def test_long_sums_round(device: str, precision: Any) -> None:
     """Tensor cores cut sums off: 4,096 positive products summed there alone would end too low by several 1e-6.
 
     Everything else is exact: inputs of 8 significant bits, and slopes of 1.
@@ -193,7 +195,7 @@ def test_long_sums_round(device: str) -> None:
     x = (torch.rand(9, 4096) + 0.5).bfloat16()
     exact = ntk_gram(bundle, x.double(), params="w_in", backend="reference")
     block = moved(bundle, device, torch.float32)
-    found = ntk_gram(block, x.float().to(device), params="w_in", precision="bf16x3", backend="cuda")
+    found = ntk_gram(block, x.float().to(device), params="w_in", precision=precision, backend="cuda")
     assert max(errors(found, exact)) <= 1e-6
 
 
@@ -296,9 +298,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_within_the_resources(built: Build, emulation: Emulation, capability: int) -> None:
     reports = {name: report for (name, of), report in built.reports.items() if of == capability}
-    assert len([name for name in reports if "operand_kernel" in name]) == 4
+    assert len([name for name in reports if "operand_kernel" in name]) == 5
     tiles = [name for name in reports if "gram_kernel" in name]
-    assert len(tiles) == 4
+    assert len(tiles) == 5
     for name, report in reports.items():
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, (name, report)
         fixed = re.search(r"(\d+) bytes smem", report)
@@ -342,7 +344,7 @@ def test_tensor_cores_are_fed_asynchronously(built: Build) -> None:
         text=True,
         check=True,
     ).stdout
-    assert code.count("Function :") == 4
-    for instruction in ("HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4"):
+    assert code.count("Function :") == 6
+    for instruction in ("HMMA.16816.F32.BF16", "HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4"):
         assert code.count(instruction) >= 4, instruction
     assert not re.search(r"\b(LDL|STL|ATOM|ATOMG|RED)\b", code)

@@ -202,7 +202,7 @@ def test_out_is_written_and_returned(backend: str, reduce: Any) -> None:
         ({"reduce": "mean"}, "unknown reduction 'mean'"),
         ({"reduce": torch.ones(4)}, "a vector to reduce by must be (3,) for this block, got (4,)"),
         ({"reduce": [1.0, float("nan"), 1.0]}, "the vector to reduce by has values that are not finite"),
-        ({"precision": "tf32"}, "unknown precision 'tf32': use one of highest, bf16x3, bf16"),
+        ({"precision": "tf32"}, "unknown precision 'tf32': use one of highest, tf32x3, bf16x3, bf16"),
         ({"precision": "bf16"}, "computes in the dtype itself, use 'highest'"),
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
         ({"metric": torch.ones(5)}, "metric must be (6,), one per neuron, got (5,)"),

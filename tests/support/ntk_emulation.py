@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("ntk_emulation.cpp")
-_PLANES = {"highest": 0, "bf16": 1, "bf16x3": 2}
+#: `Format` of csrc/cuda/gram.h.
+_FORMATS = {"highest": 0, "bf16": 1, "bf16x3": 2, "tf32x3": 3}
 _NAMES = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -58,16 +59,15 @@ class Emulation:
     ) -> Tensor:
         (n, d), h = x.shape, z.shape[1]
         columns = [_padded(d) * inputs, _padded(h) * slopes_in, _padded(h) * slopes_gate, _padded(h) * hidden]
-        planes = _PLANES[precision]
-        dtype = torch.bfloat16 if planes else x.dtype
-        result = torch.full((max(1, planes), n, sum(columns)), float("nan"), dtype=dtype)
+        dtype = torch.bfloat16 if precision.startswith("bf16") else x.dtype
+        result = torch.full((2 if precision.endswith("x3") else 1, n, sum(columns)), float("nan"), dtype=dtype)
         tensors = [_pointer(t) for t in (x, z, g, shrink, of_hidden, of_in, of_gate)]
         getattr(self.library, f"operand_{_NAMES[x.dtype]}")(
             (ctypes.c_void_p * 7)(*tensors),
             _integers(n, d, h, *columns),
             activation.encode(),
             ctypes.c_bool(signs),
-            planes,
+            _FORMATS[precision],
             ctypes.c_void_p(result.data_ptr()),
         )
         return result
@@ -93,6 +93,9 @@ class Emulation:
         assert sum(ranges) == columns
         assert out.shape == (n1, n2)
         assert n2 <= 1 or out.stride(1) == 1
+        precision = {(True, 1): "bf16", (True, 2): "bf16x3", (False, 1): "highest", (False, 2): "tf32x3"}[
+            left.dtype == torch.bfloat16, planes
+        ]
         getattr(self.library, f"tiles_{_NAMES[out.dtype]}")(
             ctypes.c_void_p(_pointer(left)),
             ctypes.c_void_p(_pointer(right)),
@@ -101,7 +104,7 @@ class Emulation:
             ctypes.c_double(constant),
             ctypes.c_bool(accumulate),
             ctypes.c_bool(symmetric),
-            planes if left.dtype == torch.bfloat16 else 0,
+            _FORMATS[precision],
             ctypes.c_void_p(out.data_ptr()),
         )
 
