@@ -22,6 +22,7 @@ MLP_HD int planes(Format format) { return format == Format::plain || format == F
 template <class T>
 struct Gram {
   const void *left, *right;  // (planes, n1 or n2, columns.all())
+  int64_t left_plane, right_plane;  // values between their planes: they may be some rows of larger operands
   int64_t n1, n2;
   Columns columns;
   T bias, constant;

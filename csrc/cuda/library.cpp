@@ -85,8 +85,14 @@ void tiles(const Tensor left, const Tensor right, int64_t inputs, int64_t neuron
   const int32_t device = left.get_device_index();
   const ScalarType dtype = left.scalar_type();
   const bool low = dtype == ScalarType::BFloat16;
-  check_here(left, "left", dtype, {planes, n1, columns}, device);
-  check_here(right, "right", dtype, {planes, n2, columns}, device);
+  // Rows of a larger operand are as good as a whole one.
+  for (const Tensor* side : {&left, &right}) {
+    STD_TORCH_CHECK(side->device().type() == DeviceType::CUDA && side->get_device_index() == device &&
+                        side->scalar_type() == dtype && side->size(0) == planes && side->size(2) == columns &&
+                        (columns == 0 || side->stride(2) == 1) &&
+                        (columns == 0 || side->stride(1) == columns || side->size(1) <= 1),
+                    "ntk_tiles: an operand of wrong device, dtype, shape or strides");
+  }
   STD_TORCH_CHECK(planes == 1 || (planes == 2 && dtype != ScalarType::Double),
                   "ntk_tiles: one plane, or two of bfloat16 or TF32");
   STD_TORCH_CHECK(inputs >= 0 && neurons >= 0 && slopes >= 0 && slopes <= 2 && (!symmetric || n1 == n2),
@@ -104,6 +110,8 @@ void tiles(const Tensor left, const Tensor right, int64_t inputs, int64_t neuron
     using T = decltype(zero);
     const Gram<T> gram{left.data_ptr(),
                        right.data_ptr(),
+                       left.stride(0),
+                       right.stride(0),
                        n1,
                        n2,
                        ranges,
@@ -124,6 +132,40 @@ void tiles(const Tensor left, const Tensor right, int64_t inputs, int64_t neuron
   });
 }
 
+// Adds to `sums` (groups of columns, 4), `rows` (2, strip's rows) and `columns` (2, at least the strip's).
+void strip(const Tensor a, const Tensor b, int64_t first, bool symmetric, Tensor sums, Tensor rows, Tensor columns) {
+  STD_TORCH_CHECK(a.dim() == 2 && columns.dim() == 2 && rows.dim() == 2, "ntk_strip: wrong dimensions");
+  const int64_t n = a.size(0), m = a.size(1);
+  const int32_t device = a.get_device_index();
+  const ScalarType dtype = a.scalar_type();
+  check_here(a, "a", dtype, {n, m}, device);
+  check_here(b, "b", dtype, {n, m}, device);
+  check_here(sums, "sums", ScalarType::Double, {sums.size(0), 4}, device);
+  check_here(columns, "columns", ScalarType::Double, {2, columns.size(1)}, device);
+  STD_TORCH_CHECK(rows.device().type() == DeviceType::CUDA && rows.get_device_index() == device &&
+                      rows.scalar_type() == ScalarType::Double && rows.size(0) == 2 && rows.size(1) == n &&
+                      (rows.stride(1) == 1 || n <= 1),
+                  "rows: wrong device, dtype, shape or strides");
+  STD_TORCH_CHECK(first >= 0 && columns.size(1) >= m && sums.size(0) >= strips::groups(m), "ntk_strip: wrong sizes");
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  with_dtype(a, [&](auto zero) {
+    using T = decltype(zero);
+    const Strip<T> strip{data<T>(a),
+                         data<T>(b),
+                         n,
+                         m,
+                         m,
+                         first,
+                         symmetric,
+                         mutable_data<double>(sums),
+                         mutable_data<double>(rows),
+                         mutable_data<double>(columns),
+                         rows.stride(0),
+                         columns.size(1)};
+    STD_CUDA_CHECK(strip_sums(strip, current_stream(device)));
+  });
+}
+
 }  // namespace
 }  // namespace mlp_fusion::cuda
 
@@ -135,9 +177,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusion_kernels_cuda, m) {
   m.def(
       "ntk_tiles(Tensor left, Tensor right, int inputs, int neurons, int slopes, bool hidden, float bias, "
       "float constant, bool accumulate, bool symmetric, Tensor(a!) out) -> ()");
+  m.def(
+      "ntk_strip(Tensor a, Tensor b, int first, bool symmetric, Tensor(a!) sums, Tensor(b!) rows, Tensor(c!) columns) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusion_kernels_cuda, CUDA, m) {
   m.impl("ntk_operand", TORCH_BOX(&mlp_fusion::cuda::operand));
   m.impl("ntk_tiles", TORCH_BOX(&mlp_fusion::cuda::tiles));
+  m.impl("ntk_strip", TORCH_BOX(&mlp_fusion::cuda::strip));
 }

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "gram.h"
+#include "strip.h"
 
 namespace mlp_fusion::cuda {
 
@@ -18,5 +19,8 @@ cudaError_t gram_tensor_cores(const Gram<float>& gram, Format format, cudaStream
 // In T throughout.
 template <class T>
 cudaError_t gram_plain(const Gram<T>& gram, cudaStream_t stream);
+
+template <class T>
+cudaError_t strip_sums(const Strip<T>& strip, cudaStream_t stream);
 
 }  // namespace mlp_fusion::cuda

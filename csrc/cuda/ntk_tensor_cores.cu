@@ -80,6 +80,7 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<float> gra
     right[copy] =
         static_cast<const uint16_t*>(gram.right) + least(column + at.row, gram.n2 - 1) * width + at.piece * kPiece;
   }
+  const int64_t left_plane = gram.left_plane * kWords, right_plane = gram.right_plane * kWords;
   const int steps = static_cast<int>(width / kDepth);
   const auto fetch = [&](int step) {
     if (step < steps) {
@@ -87,8 +88,8 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<float> gra
       MLP_UNROLL for (int p = 0; p < kPlanes; ++p) {
         MLP_UNROLL for (int copy = 0; copy < kCopies; ++copy) {
           const int at = shared_offset(copied(thread, copy));
-          copy_async(stage + (plane_offset(kPlanes, 0, p) + at) * 2, left[copy] + p * gram.n1 * width + step * kDepth);
-          copy_async(stage + (plane_offset(kPlanes, 1, p) + at) * 2, right[copy] + p * gram.n2 * width + step * kDepth);
+          copy_async(stage + (plane_offset(kPlanes, 0, p) + at) * 2, left[copy] + p * left_plane + step * kDepth);
+          copy_async(stage + (plane_offset(kPlanes, 1, p) + at) * 2, right[copy] + p * right_plane + step * kDepth);
         }
       }
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusion_kernels import native
 from fusion_kernels.library import Backend, operator
-from fusion_kernels.ntk import cpu_backend
+from fusion_kernels.ntk import cpu_backend, cuda_backend
 from fusion_kernels.ntk.block import Block, Kernel, check_kernel, prepare
 from fusion_kernels.ntk.gram import Reduce, _no_native, check_block_size, contraction_named
 from fusion_kernels.ntk.jacobian import NTKOperator
@@ -39,6 +39,8 @@ _NTK_SUMS = operator(
 )
 _NTK_SUMS.register(Backend("cpu", cpu_backend.ntk_sums, ("cpu",), _no_native))
 _NTK_SUMS.register(Backend("reference", native.exact_products()(reference.ntk_sums), ("cpu", "cuda")))
+# Behind the reference, as of `ntk_gram`.
+_NTK_SUMS.register(Backend("cuda", cuda_backend.ntk_sums, ("cuda",), cuda_backend.why_not))
 
 
 @dataclass(frozen=True)

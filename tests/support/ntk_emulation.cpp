@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/gram.h"
+#include "../../csrc/cuda/strip.h"
 
 namespace mlp_fusion::cuda {
 namespace {
@@ -128,8 +129,9 @@ void tensor_core_tile(const Gram<float>& gram, int64_t block) {
         for (int copy = 0; copy < kCopies; ++copy) {
           const Piece at = copied(thread, copy);
           const int64_t begin = step * kDepth + at.piece * kPiece;
-          const uint16_t* const from_left = left + (p * gram.n1 + least(row + at.row, gram.n1 - 1)) * width + begin;
-          const uint16_t* const from_right = right + (p * gram.n2 + least(column + at.row, gram.n2 - 1)) * width + begin;
+          const uint16_t* const from_left = left + p * gram.left_plane * kWords + least(row + at.row, gram.n1 - 1) * width + begin;
+          const uint16_t* const from_right =
+              right + p * gram.right_plane * kWords + least(column + at.row, gram.n2 - 1) * width + begin;
           std::copy_n(from_left, kPiece, stage_of(step) + plane_offset(kPlanes, 0, p) + shared_offset(at));
           std::copy_n(from_right, kPiece, stage_of(step) + plane_offset(kPlanes, 1, p) + shared_offset(at));
         }
@@ -257,6 +259,37 @@ void run(const Gram<T>& gram, Format format) {
   for (int64_t block = 0; block < tiles_of(gram, plain_cores::Shape<T>::kEdge); ++block) plain_tile(gram, block);
 }
 
+// The sum of a block's threads, by halves.
+double added_up(std::vector<double> values) {
+  for (size_t half = values.size() / 2; half > 0; half /= 2) {
+    for (size_t i = 0; i < half; ++i) values[i] += values[i + half];
+  }
+  return values[0];
+}
+
+template <class T>
+void strip_sums(const Strip<T>& strip) {
+  for (int64_t group = 0; group < strips::groups(strip.columns); ++group) {
+    std::vector<std::vector<double>> values(4, std::vector<double>(strips::kThreads));
+    for (int thread = 0; thread < strips::kThreads; ++thread) {
+      const int64_t column = group * strips::kThreads + thread;
+      const auto own = column < strip.columns ? strips::column_products(strip, column) : strips::Products{};
+      for (int k = 0; k < 4; ++k) values[k][thread] = own.value[k];
+    }
+    for (int k = 0; k < 4; ++k) strip.sums[group * 4 + k] += added_up(values[k]);
+  }
+  for (int64_t row = 0; row < strip.rows; ++row) {
+    std::vector<double> a(strips::kThreads), b(strips::kThreads);
+    for (int thread = 0; thread < strips::kThreads; ++thread) {
+      const auto own = strips::row_margins(strip, row, thread);
+      a[thread] = own.a;
+      b[thread] = own.b;
+    }
+    strip.of_rows[row] += added_up(a);
+    strip.of_rows[strip.row_stride + row] += added_up(b);
+  }
+}
+
 }  // namespace
 }  // namespace mlp_fusion::cuda
 
@@ -274,9 +307,14 @@ using namespace mlp_fusion::cuda;
   }                                                                                                                    \
   extern "C" void tiles_##name(const void* left, const void* right, const int64_t* sizes, double bias,                 \
                                double constant, bool accumulate, bool symmetric, Format format, T* out) {              \
-    const Gram<T> gram{left, right, sizes[0], sizes[1], {sizes[2], sizes[3], 0, sizes[4]}, T(bias), T(constant),       \
-                       accumulate, symmetric, out, sizes[5]};                                                          \
+    const Gram<T> gram{left, right, sizes[6], sizes[7], sizes[0], sizes[1], {sizes[2], sizes[3], 0, sizes[4]},         \
+                       T(bias), T(constant), accumulate, symmetric, out, sizes[5]};                                    \
     run(gram, format);                                                                                                 \
+  }                                                                                                                    \
+  extern "C" void strip_##name(const T* a, const T* b, const int64_t* sizes, bool symmetric, double* sums,             \
+                               double* rows, double* columns) {                                                        \
+    strip_sums(Strip<T>{a, b, sizes[0], sizes[1], sizes[1], sizes[2], symmetric, sums, rows, columns, sizes[3],        \
+                        sizes[4]});                                                                                    \
   }
 MLP_ENTRY(float, float)
 MLP_ENTRY(double, double)

@@ -92,20 +92,39 @@ class Emulation:
         ranges = _padded(inputs), slopes * _padded(neurons), hidden * _padded(neurons)
         assert sum(ranges) == columns
         assert out.shape == (n1, n2)
+        assert all(side.stride()[1:] == (columns, 1) or side.shape[1] <= 1 or not columns for side in (left, right))
         assert n2 <= 1 or out.stride(1) == 1
         precision = {(True, 1): "bf16", (True, 2): "bf16x3", (False, 1): "highest", (False, 2): "tf32x3"}[
             left.dtype == torch.bfloat16, planes
         ]
         getattr(self.library, f"tiles_{_NAMES[out.dtype]}")(
-            ctypes.c_void_p(_pointer(left)),
-            ctypes.c_void_p(_pointer(right)),
-            _integers(n1, n2, *ranges, n2 if n1 <= 1 else out.stride(0)),
+            ctypes.c_void_p(left.data_ptr()),
+            ctypes.c_void_p(right.data_ptr()),
+            _integers(n1, n2, *ranges, n2 if n1 <= 1 else out.stride(0), left.stride(0), right.stride(0)),
             ctypes.c_double(bias),
             ctypes.c_double(constant),
             ctypes.c_bool(accumulate),
             ctypes.c_bool(symmetric),
             _FORMATS[precision],
             ctypes.c_void_p(out.data_ptr()),
+        )
+
+    def ntk_strip(
+        self, a: Tensor, b: Tensor, first: int, symmetric: bool, sums: Tensor, rows: Tensor, columns: Tensor
+    ) -> None:
+        n, m = a.shape
+        assert b.shape == (n, m)
+        assert rows.shape == (2, n)
+        assert columns.shape[1] >= m
+        assert sums.shape[0] >= (m + 127) // 128
+        getattr(self.library, f"strip_{_NAMES[a.dtype]}")(
+            ctypes.c_void_p(_pointer(a)),
+            ctypes.c_void_p(_pointer(b)),
+            _integers(n, m, first, rows.stride(0), columns.shape[1]),
+            ctypes.c_bool(symmetric),
+            ctypes.c_void_p(_pointer(sums)),
+            ctypes.c_void_p(rows.data_ptr()),
+            ctypes.c_void_p(_pointer(columns)),
         )
 
     def tile(self, index: int, rows: int, columns: int, symmetric: bool) -> tuple[int, int]:
