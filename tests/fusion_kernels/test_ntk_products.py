@@ -142,6 +142,17 @@ def test_sizes_of_zero(kernel: Kernel, gated: bool, d: int, neurons: int, output
         torch.testing.assert_close(trace_ntk_vp(bundle, x, torch.ones(9), **options), traces.sum(1))
 
 
+@pytest.mark.parametrize("name", ["x", "w_in", "b_gate", "w_out", "b_out", "scale", "metric", "cotangents"])
+def test_values_that_are_not_finite_are_named(name: str) -> None:
+    """All are looked at in one pass; the message is of the first."""
+    bundle = block(5, 6, 3, True)
+    rows = {"x": torch.randn(2, 4, 5), "cotangents": torch.randn(2, 4, 3), "metric": torch.rand(6)}
+    tensor = rows[name] if name in rows else getattr(bundle, name)
+    tensor.view(-1)[-1] = float("nan")
+    with pytest.raises(ValueError, match=rf"^{name} has values that are not finite"):
+        gradient_norms(bundle, rows["x"], rows["cotangents"], metric=rows["metric"])
+
+
 def test_neurons_of_scale_zero_have_no_gradient() -> None:
     bundle = block(5, 6, 3, True)
     assert bundle.scale is not None
