@@ -4,8 +4,8 @@ Right: every precision against float64 over odd shapes, activations, split parts
 of torch on the same GPU beside it; symmetric and repeatable to the bit; on a stream of its own and on another device;
 results of more than 2^32 values, where an offset of 32 bits would show; no memory of the result's size beside it. The
 peer is the closed form composed from torch calls, in place, its three products by cuBLAS in float32, TF32 or bfloat16.
-The floors are the operations of half the tiles (three products of bfloat16 for `bf16x3`), or the bytes of the result,
-over the rates of `gpu_timing.ceilings`.
+The floors are the operations of half the tiles (three products for `tf32x3` and `bf16x3`), or the bytes of the result,
+over the rates of `gpu_timing.ceilings`, TF32 at half that of bfloat16.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_kernels import native, ntk_gram
+from fusion_kernels import native, ntk_compare, ntk_gram
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from ffn_blocks import ACTIVATIONS, Bundle, make_bundle
 from gpu_timing import DEVICE, milliseconds, require
 from ntk import torch_in_place
 
-PRECISIONS = ("highest", "bf16x3", "bf16")
+PRECISIONS = ("highest", "tf32x3", "bf16x3", "bf16")
 #: The largest error of a value over the largest value: four rounded factors.
-BOUNDS = {"highest": 1e-5, "bf16x3": 2**-15, "bf16": 2**-7}
+BOUNDS = {"highest": 1e-5, "tf32x3": 1e-5, "bf16x3": 2**-15, "bf16": 2**-7}
 #: N, d, h and outputs; d and h are multiples of 32, which the tiles would pad them to.
 SHAPES = {
     "fused-1024": (1024, 768, 192, 768),
@@ -153,10 +153,34 @@ def check_large() -> dict[str, int]:
     return {"N": n, "bytes beside the result": beside}
 
 
+def check_comparisons() -> float:
+    """The largest difference of the sums over two kernels, as errors and cosines, from those in float64."""
+    worst = 0.0
+    for n, block_size in ((1, None), (300, 128), (1537, None), (3000, 640)):
+        torch.manual_seed(n)
+        x = torch.randn(n, 33, device=DEVICE)
+        bundles = make_bundle(33, 70, 5, gated=True), make_bundle(33, 17, 5, gated=True)
+        for kernel in ("gd", "sign"):
+            options: dict[str, Any] = {"kernel": kernel, "eigenvalues": 0}
+            double = [on_device(bundle.to(torch.float32), torch.float64) for bundle in bundles]
+            exact = ntk_compare(*double, x.double(), backend="reference", **options)
+            for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+                blocks = [on_device(bundle.to(torch.float32), dtype) for bundle in bundles]
+                found, again = (
+                    ntk_compare(*blocks, x.to(dtype), backend="cuda", block_size=block_size, **options)
+                    for _ in range(2)
+                )
+                require(found.relative_error == again.relative_error, f"other bits when compared again: {n}, {kernel}")
+                off = abs(found.relative_error - exact.relative_error) + abs(found.cosine - exact.cosine)
+                require(off <= bound, f"a comparison in {dtype} is off by {off}: {n}, {kernel}")
+                worst = max(worst, off)
+    return worst
+
+
 def check() -> dict[str, Any]:
     """All checks; the run ends at the first that fails."""
     check_streams_and_devices()
-    return {"rms_error": check_against_float64(), "large": check_large()}
+    return {"rms_error": check_against_float64(), "comparisons": check_comparisons(), "large": check_large()}
 
 
 # --- time ------------------------------------------------------------------------------------------------------------
@@ -201,14 +225,23 @@ def measure(name: str, rates: dict[str, float]) -> dict[str, Any]:
         result["rms_error"][what] = errors(call()[some], exact)[1]
 
     written = 4 * n * n / rates["copy_bytes"] * 1e3
-    for precision, planes, products in (("bf16x3", 2, 3), ("bf16", 1, 1)):
-        operand = torch.randn(planes, n, d + 2 * h, device=DEVICE).bfloat16()
+    for precision, planes, products in (("tf32x3", 2, 6), ("bf16x3", 2, 3), ("bf16", 1, 1)):
+        operand = torch.randn(planes, n, d + 2 * h, device=DEVICE)
+        if precision != "tf32x3":
+            operand = operand.bfloat16()
         arguments = (operand, operand, d, h, 1, True, 1.0, 1.0, False, True, out)
         time = milliseconds(lambda a=arguments: native.cuda_operators().ntk_tiles(*a))["median"]  # type: ignore[misc]
         floor = max(written, products * n * (n + 1) * (d + 2 * h) / rates["bf16_flops"] * 1e3)
         result["tiles"][precision] = {"ms": time, "floor_ms": floor, "share_of_floor": floor / time}
+    other = on_device(make_bundle(d, 4 * h, outputs), torch.float32)
+    for backend in ("cuda", "reference"):
+        result["ms"][f"comparison {backend}"] = milliseconds(
+            lambda backend=backend: ntk_compare(other, bundle, x, backend=backend, eigenvalues=0)  # type: ignore[misc]
+        )
     times = {what: row["median"] for what, row in result["ms"].items()}
+    result["reference over comparison"] = times["comparison reference"] / times["comparison cuda"]
     result["torch float32 over bf16x3"] = times["torch float32"] / times["cuda bf16x3"]
+    result["torch float32 over tf32x3"] = times["torch float32"] / times["cuda tf32x3"]
     result["torch tf32 over bf16x3"] = times["torch tf32"] / times["cuda bf16x3"]
     return result
 
@@ -221,5 +254,6 @@ def run(rates: dict[str, float], shapes: list[str] | None = None) -> dict[str, A
         for precision, row in result["tiles"].items():
             print(name, precision, "tiles: share of the floor", round(row["share_of_floor"], 3))
         for what, times in result["ms"].items():
-            print(f"  {what:20s} {times['median']:10.3f} ms  error {result['rms_error'][what]:.2g}")
+            error = f"  error {result['rms_error'][what]:.2g}" if what in result["rms_error"] else ""
+            print(f"  {what:20s} {times['median']:10.3f} ms{error}")
     return results

@@ -14,6 +14,8 @@ namespace {
 
 // Tiles whose sums are kept until they are added up in order: enough for every thread, and a few MB.
 constexpr int64_t kWave = 512;
+// Edge of the squares that the diagonal of a symmetric kernel is made of: the smallest whose products are fast.
+constexpr int64_t kLeast = 64;
 // Edge of the squares that are transposed at a time: a line of the cache of float.
 constexpr int64_t kSquare = 16;
 
@@ -112,14 +114,41 @@ struct Tile {
   int64_t i, j, rows, columns;
 };
 
-// The tiles of an (n1, n2) matrix, row by row; of a symmetric one, those that reach the diagonal or lie below it.
-std::vector<Tile> tiles_of(int64_t n1, int64_t n2, bool symmetric, int64_t edge) {
-  std::vector<Tile> tiles;
-  for (int64_t i = 0; i < n1; i += edge) {
-    for (int64_t j = 0; j < (symmetric ? i + 1 : n2); j += edge) {
-      tiles.push_back({i, j, std::min(edge, n1 - i), std::min(edge, n2 - j)});
+// The tiles of rows [i, i + rows) and columns [j, j + columns), row by row.
+void add_rectangle(int64_t i, int64_t j, int64_t rows, int64_t columns, int64_t edge, std::vector<Tile>& tiles) {
+  for (int64_t down = 0; down < rows; down += edge) {
+    for (int64_t across = 0; across < columns; across += edge) {
+      tiles.push_back({i + down, j + across, std::min(edge, rows - down), std::min(edge, columns - across)});
     }
   }
+}
+
+// The tiles of the n rows from `begin` on and as many columns, on and below the diagonal: the square below the diagonal of
+// two halves, then the halves in turn. The few values above the diagonal that are computed too are in small squares.
+void add_triangle(int64_t begin, int64_t n, int64_t edge, std::vector<Tile>& tiles) {
+  const int64_t smallest = std::min(edge, kLeast);
+  if (n <= smallest) {
+    if (n > 0) tiles.push_back({begin, begin, n, n});
+    return;
+  }
+  const int64_t half = (n / 2 + smallest - 1) / smallest * smallest;
+  add_rectangle(begin + half, begin, n - half, half, edge, tiles);
+  add_triangle(begin, half, edge, tiles);
+  add_triangle(begin + half, n - half, edge, tiles);
+}
+
+// The tiles of an (n1, n2) matrix; of a symmetric one, those that reach the diagonal or lie below it. The largest come
+// first, so that threads finish together.
+std::vector<Tile> tiles_of(int64_t n1, int64_t n2, bool symmetric, int64_t edge) {
+  std::vector<Tile> tiles;
+  if (symmetric) {
+    add_triangle(0, n1, edge, tiles);
+  } else {
+    add_rectangle(0, 0, n1, n2, edge, tiles);
+  }
+  std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& one, const Tile& other) {
+    return one.rows * one.columns > other.rows * other.columns;
+  });
   return tiles;
 }
 

@@ -12,15 +12,17 @@
 
 namespace mlp_fusion::cuda {
 
-// Values of T are stored as they are (one plane, stored as T) or as bfloat16: rounded (one plane), or rounded and what
-// rounding left, rounded again (two planes, 16 significant bits).
-enum class Format { plain, bfloat16, bfloat16_twice };
+// Values of T are stored as they are (one plane, stored as T); as bfloat16, rounded (one plane), or rounded and what
+// rounding left, rounded again (two planes, 16 significant bits); or so as TF32 (two planes, 22 significant bits, stored as
+// float).
+enum class Format { plain, bfloat16, bfloat16_twice, tf32_twice };
 
-MLP_HD int planes(Format format) { return format == Format::bfloat16_twice ? 2 : 1; }
+MLP_HD int planes(Format format) { return format == Format::plain || format == Format::bfloat16 ? 1 : 2; }
 
 template <class T>
 struct Gram {
   const void *left, *right;  // (planes, n1 or n2, columns.all())
+  int64_t left_plane, right_plane;  // values between their planes: they may be some rows of larger operands
   int64_t n1, n2;
   Columns columns;
   T bias, constant;

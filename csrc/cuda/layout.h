@@ -59,10 +59,11 @@ MLP_HD Tile tile_at(int64_t index, int64_t rows, int64_t columns, bool symmetric
   return {band + corner.row, band + corner.column};
 }
 
-// The tensor cores' tile: 8 warps, 2 x 4, of 64 x 32 results each, 4 x 4 products of mma.m16n8k16. A stage of shared
-// memory holds, for each plane of each side, 128 rows of kDepth bfloat16: 4 pieces of 16 bytes, exchanged among themselves
-// so that the 8 rows that ldmatrix reads at a time, and the 8 pieces that neighbouring threads write, lie in different
-// banks.
+// The tensor cores' tile: 8 warps, 2 x 4, of 64 x 32 results each, 4 x 4 products of mma.m16n8k16 on bfloat16 or
+// mma.m16n8k8 on TF32. Both take the same bytes in the same registers, and all that follows counts elements of 16 bits: a
+// bfloat16 is one of them, a TF32 two. A stage of shared memory holds, for each plane of each side, 128 rows of kDepth
+// elements: 4 pieces of 16 bytes, exchanged among themselves so that the 8 rows that ldmatrix reads at a time, and the 8
+// pieces that neighbouring threads write, lie in different banks.
 namespace tensor_cores {
 
 constexpr int kEdge = 128, kThreads = 256, kWarpsAcross = 4, kWarpRows = 64, kWarpColumns = 32;
@@ -100,7 +101,7 @@ MLP_HD int warp_column(int warp) { return warp % kWarpsAcross * kWarpColumns; }
 MLP_HD Piece left_fragment(int lane, int row) { return {row + lane % 16, lane / 16}; }
 MLP_HD Piece right_fragment(int lane, int row) { return {row + lane % 8 + lane / 16 * 8, lane / 8 % 2}; }
 
-// shared_offset of the fragment `rows` further down, a multiple of 8, in columns 16 * step and on, from that of the
+// shared_offset of the fragment `rows` further down, a multiple of 8, in elements 16 * step and on, from that of the
 // fragment given above. step = 0, 1.
 MLP_HD int fragment_offset(int first, int rows, int step) { return (first ^ (step * 2 * kPiece)) + rows * kDepth; }
 
@@ -109,15 +110,15 @@ MLP_HD Tile result(int warp, int lane, int down, int across, int e) {
   return {warp_row(warp) + 16 * down + 8 * (e / 2) + lane / 4, warp_column(warp) + 8 * across + lane % 4 * 2 + e % 2};
 }
 
-// The products of planes that are summed, smallest first. The product of both remainders is below the rounding of the
-// planes.
+// The products of planes that are summed, smallest first. The product of both remainders is about the rounding of the
+// planes or below it.
 MLP_HD constexpr int passes(int planes) { return planes == 1 ? 1 : 3; }
 MLP_HD int left_plane(int planes, int pass) { return planes == 2 && pass == 0 ? 1 : 0; }
 MLP_HD int right_plane(int planes, int pass) { return planes == 2 && pass == 1 ? 1 : 0; }
 
 // Add the product of one stage, of this warp's rows and columns, to `sum`. With two planes the tensor cores, which truncate
-// as they add, sum 16 columns only; those sums are added by additions that round. A Warp loads fragments (16 x 16 of a
-// plane, `rows` below its first) and multiplies the left one with the first or second 8 rows of the right one.
+// as they add, sum 16 elements of a row only; those sums are added by additions that round. A Warp loads fragments (16 x 16
+// elements of a plane, `rows` below its first) and multiplies the left one with the first or second 8 rows of the right one.
 template <int kPlanes, class Warp>
 MLP_HD void multiply_stage(const Warp& warp, typename Warp::Sum (&sum)[kDown][kAcross]) {
   using Fragment = typename Warp::Fragment;

@@ -32,8 +32,9 @@ cudaStream_t current_stream(int32_t device) {
 Format format_named(const std::string& precision) {
   if (precision == "highest") return Format::plain;
   if (precision == "bf16") return Format::bfloat16;
-  STD_TORCH_CHECK(precision == "bf16x3", "ntk_operand: unknown precision ", precision);
-  return Format::bfloat16_twice;
+  if (precision == "bf16x3") return Format::bfloat16_twice;
+  STD_TORCH_CHECK(precision == "tf32x3", "ntk_operand: unknown precision ", precision);
+  return Format::tf32_twice;
 }
 
 Tensor operand(const Tensor x, const Tensor z, const std::optional<Tensor> g, const std::optional<Tensor> shrink,
@@ -62,8 +63,9 @@ Tensor operand(const Tensor x, const Tensor z, const std::optional<Tensor> g, co
   const Columns columns{with_inputs ? padded_columns(d) : 0, with_in ? padded_columns(h) : 0,
                         with_gate ? padded_columns(h) : 0, with_hidden ? padded_columns(h) : 0};
   const std::array<int64_t, 3> shape{planes(format), n, columns.all()};
-  Tensor result = torch::stable::new_empty(x, {shape.data(), shape.size()},
-                                           format == Format::plain ? dtype : ScalarType::BFloat16);
+  const bool low = format == Format::bfloat16 || format == Format::bfloat16_twice;
+  Tensor result =
+      torch::stable::new_empty(x, {shape.data(), shape.size()}, low ? ScalarType::BFloat16 : dtype);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Factors<T> factors{data<T>(x),     data<T>(z),       data<T>(g), data<T>(shrink), data<T>(of_hidden),
@@ -83,14 +85,21 @@ void tiles(const Tensor left, const Tensor right, int64_t inputs, int64_t neuron
   const int32_t device = left.get_device_index();
   const ScalarType dtype = left.scalar_type();
   const bool low = dtype == ScalarType::BFloat16;
-  check_here(left, "left", dtype, {planes, n1, columns}, device);
-  check_here(right, "right", dtype, {planes, n2, columns}, device);
-  STD_TORCH_CHECK(planes == 1 || (planes == 2 && low), "ntk_tiles: one plane, or two of bfloat16");
+  // Rows of a larger operand are as good as a whole one.
+  for (const Tensor* side : {&left, &right}) {
+    STD_TORCH_CHECK(side->device().type() == DeviceType::CUDA && side->get_device_index() == device &&
+                        side->scalar_type() == dtype && side->size(0) == planes && side->size(2) == columns &&
+                        (columns == 0 || side->stride(2) == 1) &&
+                        (columns == 0 || side->stride(1) == columns || side->size(1) <= 1),
+                    "ntk_tiles: an operand of wrong device, dtype, shape or strides");
+  }
+  STD_TORCH_CHECK(planes == 1 || (planes == 2 && dtype != ScalarType::Double),
+                  "ntk_tiles: one plane, or two of bfloat16 or TF32");
   STD_TORCH_CHECK(inputs >= 0 && neurons >= 0 && slopes >= 0 && slopes <= 2 && (!symmetric || n1 == n2),
                   "ntk_tiles: wrong sizes");
   const int64_t range = padded_columns(neurons);
   const Columns ranges{padded_columns(inputs), slopes * range, 0, hidden ? range : 0};
-  STD_TORCH_CHECK(ranges.all() == columns && columns <= INT32_MAX, "ntk_tiles: the operands have other columns");
+  STD_TORCH_CHECK(ranges.all() == columns && columns <= INT32_MAX / 2, "ntk_tiles: the operands have other columns");
   STD_TORCH_CHECK(out.device().type() == DeviceType::CUDA && out.get_device_index() == device &&
                       out.scalar_type() == (low ? ScalarType::Float : dtype) && out.size(0) == n1 &&
                       out.size(1) == n2 && (out.stride(1) == 1 || n2 <= 1) && (out.stride(0) >= n2 || n1 <= 1),
@@ -101,6 +110,8 @@ void tiles(const Tensor left, const Tensor right, int64_t inputs, int64_t neuron
     using T = decltype(zero);
     const Gram<T> gram{left.data_ptr(),
                        right.data_ptr(),
+                       left.stride(0),
+                       right.stride(0),
                        n1,
                        n2,
                        ranges,
@@ -111,12 +122,47 @@ void tiles(const Tensor left, const Tensor right, int64_t inputs, int64_t neuron
                        mutable_data<T>(out),
                        n1 <= 1 ? n2 : out.stride(0)};
     if constexpr (sizeof(T) == sizeof(float)) {
-      if (low) {
-        STD_CUDA_CHECK(gram_bfloat16(gram, static_cast<int>(planes), current_stream(device)));
+      if (low || planes == 2) {
+        const Format format = !low ? Format::tf32_twice : planes == 2 ? Format::bfloat16_twice : Format::bfloat16;
+        STD_CUDA_CHECK(gram_tensor_cores(gram, format, current_stream(device)));
         return;
       }
     }
     STD_CUDA_CHECK(gram_plain(gram, current_stream(device)));
+  });
+}
+
+// Adds to `sums` (groups of columns, 4), `rows` (2, strip's rows) and `columns` (2, at least the strip's).
+void strip(const Tensor a, const Tensor b, int64_t first, bool symmetric, Tensor sums, Tensor rows, Tensor columns) {
+  STD_TORCH_CHECK(a.dim() == 2 && columns.dim() == 2 && rows.dim() == 2, "ntk_strip: wrong dimensions");
+  const int64_t n = a.size(0), m = a.size(1);
+  const int32_t device = a.get_device_index();
+  const ScalarType dtype = a.scalar_type();
+  check_here(a, "a", dtype, {n, m}, device);
+  check_here(b, "b", dtype, {n, m}, device);
+  check_here(sums, "sums", ScalarType::Double, {sums.size(0), 4}, device);
+  check_here(columns, "columns", ScalarType::Double, {2, columns.size(1)}, device);
+  STD_TORCH_CHECK(rows.device().type() == DeviceType::CUDA && rows.get_device_index() == device &&
+                      rows.scalar_type() == ScalarType::Double && rows.size(0) == 2 && rows.size(1) == n &&
+                      (rows.stride(1) == 1 || n <= 1),
+                  "rows: wrong device, dtype, shape or strides");
+  STD_TORCH_CHECK(first >= 0 && columns.size(1) >= m && sums.size(0) >= strips::groups(m), "ntk_strip: wrong sizes");
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  with_dtype(a, [&](auto zero) {
+    using T = decltype(zero);
+    const Strip<T> strip{data<T>(a),
+                         data<T>(b),
+                         n,
+                         m,
+                         m,
+                         first,
+                         symmetric,
+                         mutable_data<double>(sums),
+                         mutable_data<double>(rows),
+                         mutable_data<double>(columns),
+                         rows.stride(0),
+                         columns.size(1)};
+    STD_CUDA_CHECK(strip_sums(strip, current_stream(device)));
   });
 }
 
@@ -131,9 +177,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusion_kernels_cuda, m) {
   m.def(
       "ntk_tiles(Tensor left, Tensor right, int inputs, int neurons, int slopes, bool hidden, float bias, "
       "float constant, bool accumulate, bool symmetric, Tensor(a!) out) -> ()");
+  m.def(
+      "ntk_strip(Tensor a, Tensor b, int first, bool symmetric, Tensor(a!) sums, Tensor(b!) rows, Tensor(c!) columns) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusion_kernels_cuda, CUDA, m) {
   m.impl("ntk_operand", TORCH_BOX(&mlp_fusion::cuda::operand));
   m.impl("ntk_tiles", TORCH_BOX(&mlp_fusion::cuda::tiles));
+  m.impl("ntk_strip", TORCH_BOX(&mlp_fusion::cuda::strip));
 }

@@ -18,6 +18,11 @@ __global__ void __launch_bounds__(kThreads) operand_kernel(const Factors<T> fact
     const int64_t at = row * columns + column;
     if constexpr (format == Format::plain) {
       static_cast<T*>(operand)[at] = value;
+    } else if constexpr (format == Format::tf32_twice) {
+      float* const to = static_cast<float*>(operand);
+      const float high = to_tf32(value);
+      to[at] = high;
+      to[factors.n * columns + at] = to_tf32(value - high);
     } else {
       uint16_t* const to = static_cast<uint16_t*>(operand);
       const uint16_t high = to_bfloat16(value);
@@ -42,6 +47,8 @@ cudaError_t write_operand(const Factors<T>& factors, Format format, void* operan
   } else if constexpr (sizeof(T) == sizeof(float)) {
     if (format == Format::bfloat16) {
       operand_kernel<T, Format::bfloat16><<<grid, kThreads, 0, stream>>>(factors, operand);
+    } else if (format == Format::tf32_twice) {
+      operand_kernel<T, Format::tf32_twice><<<grid, kThreads, 0, stream>>>(factors, operand);
     } else {
       operand_kernel<T, Format::bfloat16_twice><<<grid, kThreads, 0, stream>>>(factors, operand);
     }

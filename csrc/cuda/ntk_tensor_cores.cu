@@ -1,4 +1,4 @@
-// Tiles of K on tensor cores: mma.sync on bfloat16, operands through a ring of stages in shared memory.
+// Tiles of K on tensor cores: mma.sync on bfloat16 or TF32, operands through a ring of stages in shared memory.
 #include "ntk.h"
 
 namespace mlp_fusion::cuda {
@@ -17,8 +17,8 @@ __device__ __forceinline__ void wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// One warp at work on one stage.
-template <int kPlanes>
+// One warp at work on one stage, of values of kWords elements of 16 bits: bfloat16, or TF32.
+template <int kPlanes, int kWords>
 struct Warp {
   struct Fragment {
     uint32_t r[4];
@@ -45,17 +45,24 @@ struct Warp {
     return load(plane_offset(kPlanes, 1, plane) + fragment_offset(right_first, rows, step));
   }
   __device__ __forceinline__ void multiply_add(Sum& c, const Fragment& a, const Fragment& b, int half) const {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c.e[0]), "+f"(c.e[1]), "+f"(c.e[2]), "+f"(c.e[3])
-        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[2 * half]), "r"(b.r[2 * half + 1]));
+    if constexpr (kWords == 1) {
+      asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+          "{%0, %1, %2, %3};"
+          : "+f"(c.e[0]), "+f"(c.e[1]), "+f"(c.e[2]), "+f"(c.e[3])
+          : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[2 * half]), "r"(b.r[2 * half + 1]));
+    } else {
+      asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+          "{%0, %1, %2, %3};"
+          : "+f"(c.e[0]), "+f"(c.e[1]), "+f"(c.e[2]), "+f"(c.e[3])
+          : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[2 * half]), "r"(b.r[2 * half + 1]));
+    }
   }
   __device__ __forceinline__ void add(Sum& sum, const Sum& part) const {
     MLP_UNROLL for (int e = 0; e < 4; ++e) sum.e[e] += part.e[e];
   }
 };
 
-template <int kPlanes>
+template <int kPlanes, int kWords>
 __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<float> gram) {
   extern __shared__ __align__(128) uint8_t memory[];
   constexpr int kStages = stages(kPlanes);
@@ -63,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<float> gra
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const uint32_t ring = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
   const Tile tile = tile_of(gram, kEdge, blockIdx.x);
-  const int64_t row = tile.row * kEdge, column = tile.column * kEdge, width = gram.columns.all();
+  const int64_t row = tile.row * kEdge, column = tile.column * kEdge, width = gram.columns.all() * kWords;
 
   // Rows beyond the last are read as the last, and not stored.
   const uint16_t *left[kCopies], *right[kCopies];
@@ -73,6 +80,7 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<float> gra
     right[copy] =
         static_cast<const uint16_t*>(gram.right) + least(column + at.row, gram.n2 - 1) * width + at.piece * kPiece;
   }
+  const int64_t left_plane = gram.left_plane * kWords, right_plane = gram.right_plane * kWords;
   const int steps = static_cast<int>(width / kDepth);
   const auto fetch = [&](int step) {
     if (step < steps) {
@@ -80,8 +88,8 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<float> gra
       MLP_UNROLL for (int p = 0; p < kPlanes; ++p) {
         MLP_UNROLL for (int copy = 0; copy < kCopies; ++copy) {
           const int at = shared_offset(copied(thread, copy));
-          copy_async(stage + (plane_offset(kPlanes, 0, p) + at) * 2, left[copy] + p * gram.n1 * width + step * kDepth);
-          copy_async(stage + (plane_offset(kPlanes, 1, p) + at) * 2, right[copy] + p * gram.n2 * width + step * kDepth);
+          copy_async(stage + (plane_offset(kPlanes, 0, p) + at) * 2, left[copy] + p * left_plane + step * kDepth);
+          copy_async(stage + (plane_offset(kPlanes, 1, p) + at) * 2, right[copy] + p * right_plane + step * kDepth);
         }
       }
     }
@@ -89,18 +97,19 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<float> gra
   };
   const int left_first = shared_offset(left_fragment(lane, warp_row(warp)));
   const int right_first = shared_offset(right_fragment(lane, warp_column(warp)));
-  using Sum = typename Warp<kPlanes>::Sum;
+  using Sum = typename Warp<kPlanes, kWords>::Sum;
   const auto advance = [&](int step, Sum(&sum)[kDown][kAcross]) {
     wait<kStages - 2>();
     __syncthreads();  // the stage is there for all, and all are past the one that is overwritten next
     fetch(step + kStages - 1);
-    multiply_stage<kPlanes>(Warp<kPlanes>{ring + step % kStages * kStageBytes, left_first, right_first}, sum);
+    const uint32_t stage = ring + step % kStages * kStageBytes;
+    multiply_stage<kPlanes>(Warp<kPlanes, kWords>{stage, left_first, right_first}, sum);
   };
 
   MLP_UNROLL for (int step = 0; step < kStages - 1; ++step) fetch(step);
   Sum inputs[kDown][kAcross] = {}, total[kDown][kAcross] = {};
-  const int behind_inputs = static_cast<int>(gram.columns.inputs / kDepth);
-  const int behind_slopes = behind_inputs + static_cast<int>(gram.columns.slopes() / kDepth);
+  const int behind_inputs = static_cast<int>(gram.columns.inputs * kWords / kDepth);
+  const int behind_slopes = behind_inputs + static_cast<int>(gram.columns.slopes() * kWords / kDepth);
   int step = 0;
   for (; step < behind_inputs; ++step) advance(step, inputs);
   for (; step < behind_slopes; ++step) advance(step, total);
@@ -122,23 +131,24 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Gram<float> gra
   }
 }
 
-template <int kPlanes>
+template <int kPlanes, int kWords>
 cudaError_t launch(const Gram<float>& gram, cudaStream_t stream) {
   const int64_t grid = tiles_of(gram, kEdge);
   if (grid == 0) return cudaSuccess;
   if (grid > kMostBlocks) return cudaErrorInvalidConfiguration;
   constexpr int bytes = shared_bytes(kPlanes);
   const cudaError_t error =
-      cudaFuncSetAttribute(gram_kernel<kPlanes>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      cudaFuncSetAttribute(gram_kernel<kPlanes, kWords>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  gram_kernel<kPlanes><<<static_cast<unsigned>(grid), kThreads, bytes, stream>>>(gram);
+  gram_kernel<kPlanes, kWords><<<static_cast<unsigned>(grid), kThreads, bytes, stream>>>(gram);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t gram_bfloat16(const Gram<float>& gram, int planes, cudaStream_t stream) {
-  return planes == 1 ? launch<1>(gram, stream) : launch<2>(gram, stream);
+cudaError_t gram_tensor_cores(const Gram<float>& gram, Format format, cudaStream_t stream) {
+  if (format == Format::bfloat16) return launch<1, 1>(gram, stream);
+  return format == Format::tf32_twice ? launch<2, 2>(gram, stream) : launch<2, 1>(gram, stream);
 }
 
 }  // namespace mlp_fusion::cuda

@@ -110,4 +110,13 @@ MLP_HD float from_bfloat16(uint16_t half) {
   return value;
 }
 
+// The value of TF32, 11 significant bits, nearest to a finite value, ties to even.
+MLP_HD float to_tf32(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits = (bits + 0xfff + ((bits >> 13) & 1)) & ~uint32_t{0x1fff};
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 }  // namespace mlp_fusion::cuda

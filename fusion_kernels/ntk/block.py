@@ -104,6 +104,10 @@ class Prepared:
         """The block's tensors in the order of the operators' schemas."""
         return tuple(self.tensors.get(name) for name in ("w_in", "w_gate", "b_in", "b_gate", "w_out", "scale"))
 
+    def described(self) -> tuple[Tensor | float | str | None, ...]:
+        """These tensors, a and the activation, as every operator takes them behind its rows."""
+        return (*self.arguments(), self.exponent, self.activation)
+
 
 def check_kernel(kernel: str) -> None:
     """Raise ValueError unless `kernel` is one of `Kernel`."""
@@ -115,6 +119,15 @@ def all_finite(t: Tensor) -> bool:
     """Whether no value of `t` is infinite or NaN."""
     # One pass that allocates nothing; both NaN and infinities survive it.
     return not t.numel() or bool(torch.stack(t.aminmax()).isfinite().all())
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with a value that is infinite or NaN; all are of one dtype and device."""
+    # All at once: where they lie on a GPU, every answer waits for it.
+    extremes = [extreme for t in tensors.values() if t.numel() for extreme in t.aminmax()]
+    if not extremes or bool(torch.stack(extremes).isfinite().all()):
+        return None
+    return next(name for name, t in tensors.items() if not all_finite(t))
 
 
 def _shapes(bundle: Bundle) -> dict[str, tuple[int, ...]]:
@@ -190,9 +203,9 @@ def prepare(
         dtype = torch.promote_types(dtype, t.dtype)
 
     tensors = {name: (t[0] if name in shapes else t).to(dtype) for name, t in tensors.items()}
-    for name, t in tensors.items():
-        if not all_finite(t):
-            raise ValueError(f"{name} has values that are not finite")
+    unfit = first_not_finite(tensors)
+    if unfit is not None:
+        raise ValueError(f"{unfit} has values that are not finite")
     weights = tensors.pop("metric", None)
     if weights is not None and bool((weights < 0).any()):
         raise ValueError("metric must not be negative")

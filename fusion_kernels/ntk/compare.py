@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fusion_kernels import native
 from fusion_kernels.library import Backend, operator
-from fusion_kernels.ntk import cpu_backend
-from fusion_kernels.ntk.block import Block, Kernel, Prepared, check_kernel, prepare
+from fusion_kernels.ntk import cpu_backend, cuda_backend
+from fusion_kernels.ntk.block import Block, Kernel, check_kernel, prepare
 from fusion_kernels.ntk.gram import Reduce, _no_native, check_block_size, contraction_named
-from fusion_kernels.ntk.jacobian import NTKOperator, exactly
+from fusion_kernels.ntk.jacobian import NTKOperator
+from fusion_kernels.ntk.operators import function_named
 from fusion_kernels.reference import ntk as reference
 
 #: Rows up to which the sign kernel, which has no symmetry to save by, is compared exactly unless the caller says.
@@ -38,6 +39,8 @@ _NTK_SUMS = operator(
 )
 _NTK_SUMS.register(Backend("cpu", cpu_backend.ntk_sums, ("cpu",), _no_native))
 _NTK_SUMS.register(Backend("reference", native.exact_products()(reference.ntk_sums), ("cpu", "cuda")))
+# Behind the reference, as of `ntk_gram`.
+_NTK_SUMS.register(Backend("cuda", cuda_backend.ntk_sums, ("cuda",), cuda_backend.why_not))
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ def ntk_compare(
     check_block_size(block_size)
     if eigenvalues < 0:
         raise ValueError(f"eigenvalues must not be negative, got {eigenvalues}")
-    chosen = _NTK_SUMS.select(backend, x.device)
+    function = function_named(_NTK_SUMS, backend, x.device)
     both = [prepare(block, {"x": x}, params, metric) for block, metric in zip((a, b), metrics, strict=True)]
     n = len(x)
     if n == 0:
@@ -188,7 +191,6 @@ def ntk_compare(
     if columns == n:
         columns = None
 
-    function = _NTK_SUMS.overload if backend == "auto" else chosen.function
     described = [item for p in both for item in ([*p.arguments(), p.metric], p.exponent, p.activation, p.parts)]
 
     def sums(second: Tensor | None) -> list[Tensor]:
@@ -204,7 +206,7 @@ def ntk_compare(
     total = groups.sum(0)
     centred = _centred(total, torch.stack([r for _, r, _ in found]).sum(0), torch.cat([c for _, _, c in found], 1))
     aa, ab, bb, dd = total.tolist()
-    operators = [_reduced_operator(p, rows, named, direction, kernel) for p in both]
+    operators = [NTKOperator(p, rows, named, direction, kernel) for p in both]
     spectra = [
         largest_eigenvalues(k, eigenvalues if kernel == "gd" else 0, steps=2 * eigenvalues + 20, seed=seed)
         for k in operators
@@ -221,10 +223,6 @@ def ntk_compare(
         eigenvalues=(spectra[0][0], spectra[1][0]),
         eigenvalue_errors=(spectra[0][1], spectra[1][1]),
     )
-
-
-def _reduced_operator(prepared: Prepared, x: Tensor, named: str, direction: Tensor | None, kernel: str) -> NTKOperator:
-    return exactly(lambda rows: NTKOperator(prepared, rows, named, direction, kernel))(x)
 
 
 def _centred(sums: Tensor, rows: Tensor, columns: Tensor) -> list[float]:

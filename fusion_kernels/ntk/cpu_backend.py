@@ -116,7 +116,7 @@ def ntk_gram(
         sides = _sides(x1, x2, *block, metric, scale_exponent, activation, params, kernel, direction)
         if out is None:
             out = x1.new_empty(len(x1), len(right))
-        edge = tuning.tile_edge(max(out.shape), x1.dtype) if block_size is None else block_size
+        edge = tuning.tile_edge(max(out.shape)) if block_size is None else block_size
         is_symmetric = x2 is None and kernel == "gd"
         native.operators().ntk_gram(x1, right, *sides.arguments(), is_symmetric, edge, out)
         return out
@@ -148,6 +148,6 @@ def ntk_sums(
             )
         ]
         rows = max(len(x1), len(right))
-        edge = tuning.tile_edge(rows, x1.dtype) if block_size is None else block_size
+        edge = tuning.tile_edge(rows) if block_size is None else block_size
         is_symmetric = x2 is None and kernel == "gd"
         return native.operators().ntk_sums(x1, right, *both[0], *both[1], is_symmetric, edge)

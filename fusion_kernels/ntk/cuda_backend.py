@@ -9,6 +9,7 @@ the dtype; kernels with an axis of outputs are products by cuBLAS altogether (`b
 Precisions of float32 kernels:
 
     highest   multiply-add in float32, without tensor cores
+    tf32x3    each value as the sum of two TF32, 22 significant bits; three products on tensor cores
     bf16x3    each value as the sum of two bfloat16, 16 significant bits; three products on tensor cores
     bf16      each value rounded to bfloat16, 8 significant bits; one product
 
@@ -17,7 +18,7 @@ float64 kernels have float64 multiply-add, `highest`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusion_kernels import native
+from fusion_kernels.ntk import tuning
 from fusion_kernels.ntk.blocks import outputs_gram
 from fusion_kernels.ntk.folding import Weights, fold
 
@@ -54,6 +56,47 @@ def _passes(params: Sequence[str], gated: bool) -> list[_Pass]:
     return [_Pass(slopes, *flags) for flags, slopes in passes.items()] or [_Pass((), False, False)]
 
 
+def _left_and_right(
+    x1: Tensor,
+    x2: Tensor | None,
+    w_in: Tensor,
+    w_gate: Tensor | None,
+    b_in: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    scale: Tensor | None,
+    metric: Tensor | None,
+    a: float,
+    activation: str,
+    params: Sequence[str],
+    kernel: str,
+    direction: Tensor | None,
+    precision: str,
+) -> Iterator[tuple[Tensor, Tensor, tuple[int | float | bool, ...]]]:
+    """Both operands of each pass, and what `ntk_tiles` takes behind them up to `accumulate`."""
+    gated, symmetric = w_gate is not None, x2 is None and kernel == "gd"
+    left, right, shrink, coefficient = fold(gated, w_out, scale, metric, a, kernel, direction)
+
+    def rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x = x.contiguous()
+        return x, F.linear(x, w_in, b_in), None if w_gate is None else F.linear(x, w_gate, b_gate)
+
+    def operand(of: tuple[Tensor, Tensor, Tensor | None], w: Weights, wanted: tuple[bool | str, ...]) -> Tensor:
+        weights = (w.of_hidden, w.of_in, w.of_gate)
+        return native.cuda_operators().ntk_operand(*of, shrink, *weights, activation, w.signs, *wanted)
+
+    first = rows(x1)
+    second = first if x2 is None else rows(x2)
+    for number, part in enumerate(_passes(params, gated)):
+        with_hidden = number == 0 and "w_out" in params
+        wanted = (part.weights, "in" in part.slopes, "gate" in part.slopes, with_hidden, precision)
+        one = operand(first, left, wanted)
+        other = one if symmetric else operand(second, right, wanted)
+        columns = (x1.shape[1] if part.weights else 0, len(w_in), len(part.slopes), with_hidden)
+        constant = coefficient if number == 0 and "b_out" in params else 0.0
+        yield one, other, (*columns, float(part.bias), constant, number > 0)
+
+
 def ntk_gram(
     x1: Tensor,
     x2: Tensor | None,
@@ -77,35 +120,68 @@ def ntk_gram(
     """Return the kernel; arguments and result as in `fusion_kernels.reference.ntk.ntk_gram`.
 
     Args:
-        precision: `"highest"`; for the trace or a vector in float32 also `"bf16x3"` or `"bf16"`.
+        precision: `"highest"`; for the trace or a vector in float32 also `"tf32x3"`, `"bf16x3"` or `"bf16"`.
         block_size: rows at a time where there is an axis of outputs; of no meaning otherwise.
     """
     with torch.no_grad(), torch.autocast(x1.device.type, enabled=False), native.exact_products():
         if reduce in ("full", "diagonal"):
             block = (w_in, w_gate, b_in, b_gate, w_out, scale, scale_exponent, activation)
             return outputs_gram(x1, x2, *block, params, kernel, reduce, metric, block_size, out)
-        gated, symmetric = w_gate is not None, x2 is None and kernel == "gd"
-        left, right, shrink, coefficient = fold(gated, w_out, scale, metric, scale_exponent, kernel, direction)
-        operators = native.cuda_operators()
-
-        def rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-            x = x.contiguous()
-            return x, F.linear(x, w_in, b_in), None if w_gate is None else F.linear(x, w_gate, b_gate)
-
-        def operand(of: tuple[Tensor, Tensor, Tensor | None], w: Weights, wanted: tuple[bool | str, ...]) -> Tensor:
-            weights = (w.of_hidden, w.of_in, w.of_gate)
-            return operators.ntk_operand(*of, shrink, *weights, activation, w.signs, *wanted)
-
-        first = rows(x1)
-        second = first if x2 is None else rows(x2)
+        described = (w_in, w_gate, b_in, b_gate, w_out, scale, metric, scale_exponent, activation, params, kernel)
         if out is None:
-            out = x1.new_empty(len(x1), len(second[0]))
-        for number, part in enumerate(_passes(params, gated)):
-            with_hidden = number == 0 and "w_out" in params
-            wanted = (part.weights, "in" in part.slopes, "gate" in part.slopes, with_hidden, precision)
-            one = operand(first, left, wanted)
-            other = one if symmetric else operand(second, right, wanted)
-            columns = (x1.shape[1] if part.weights else 0, len(w_in), len(part.slopes), with_hidden)
-            constant = coefficient if number == 0 and "b_out" in params else 0.0
-            operators.ntk_tiles(one, other, *columns, float(part.bias), constant, number > 0, symmetric, out)
+            out = x1.new_empty(len(x1), len(x1 if x2 is None else x2))
+        symmetric = x2 is None and kernel == "gd"
+        for one, other, how in _left_and_right(x1, x2, *described, direction, precision):
+            native.cuda_operators().ntk_tiles(one, other, *how, symmetric, out)
         return out
+
+
+def ntk_sums(
+    x1: Tensor,
+    x2: Tensor | None,
+    a: Sequence[Tensor | None],
+    a_exponent: float,
+    a_activation: str,
+    a_params: Sequence[str],
+    b: Sequence[Tensor | None],
+    b_exponent: float,
+    b_activation: str,
+    b_params: Sequence[str],
+    kernel: str,
+    direction: Tensor | None = None,
+    block_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sums over two kernels; arguments and result as in `fusion_kernels.reference.ntk.ntk_sums`.
+
+    Strips of both kernels, of `ROW_BLOCK_BYTES` unless `block_size` says how many rows, are computed by the tiles, side
+    by side in memory that the next strips use again, and added up in one order: one block of threads with the
+    accumulators of two kernels would need more registers than there are. float32 goes by `"tf32x3"`, whose errors are
+    float32's.
+    """
+    with torch.no_grad(), torch.autocast(x1.device.type, enabled=False), native.exact_products():
+        precision = "tf32x3" if x1.dtype == torch.float32 else "highest"
+        passes = [
+            list(_left_and_right(x1, x2, *block, exponent, activation, params, kernel, direction, precision))  # type: ignore[call-arg,arg-type]
+            for block, exponent, activation, params in (
+                (a, a_exponent, a_activation, a_params),
+                (b, b_exponent, b_activation, b_params),
+            )
+        ]
+        n1, n2 = len(x1), len(x1 if x2 is None else x2)
+        symmetric = x2 is None and kernel == "gd"
+        step = tuning.row_block(2 * n2 * x1.element_size()) if block_size is None else block_size
+        strips = x1.new_empty(2, min(step, n1) * n2)
+        sums = x1.new_zeros((n2 + 127) // 128, 4, dtype=torch.float64)
+        rows, columns = (x1.new_zeros(2, n, dtype=torch.float64) for n in (n1, n2))
+        for begin in range(0, n1, step):
+            end = min(begin + step, n1)
+            width = end if symmetric else n2
+            pair = [strip[: (end - begin) * width].view(end - begin, width) for strip in strips]
+            for strip, of_one in zip(pair, passes, strict=True):
+                for one, other, how in of_one:
+                    native.cuda_operators().ntk_tiles(one[:, begin:end], other[:, :width], *how, False, strip)
+            native.cuda_operators().ntk_strip(*pair, begin, symmetric, sums, rows[:, begin:end], columns)
+        if symmetric:
+            rows += columns
+            columns = rows.clone()
+        return sums.sum(0), rows, columns

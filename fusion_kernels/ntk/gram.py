@@ -17,7 +17,7 @@ from fusion_kernels.reference import ntk as reference
 #: How the outputs of a block enter its kernel; a vector is a direction r, for the kernel of the function r.F.
 Reduce = Literal["trace", "full", "diagonal", "pseudo"] | Sequence[float] | Tensor
 #: How the products of a kernel are computed; all but the first by the backend `"cuda"` only.
-Precision = Literal["highest", "bf16x3", "bf16"]
+Precision = Literal["highest", "tf32x3", "bf16x3", "bf16"]
 
 _ARGUMENTS = (
     "Tensor x1, Tensor? x2, Tensor w_in, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, Tensor w_out, Tensor? scale, "
@@ -197,8 +197,9 @@ def ntk_gram(
             neuron has that of its neuron; what has more than one per neuron is a sum of kernels by `params`.
         kernel: `"gd"` or `"sign"`.
         precision: `"highest"`, the products of the dtype itself. For a trace or a vector in float32 the backend
-            `"cuda"` also has `"bf16x3"`, three products of bfloat16 that keep 16 significant bits of every value, and
-            `"bf16"`, one product that keeps 8. None is `"bf16x3"` where there is such a choice, else `"highest"`.
+            `"cuda"` also has, on tensor cores, `"tf32x3"` and `"bf16x3"`, three products of TF32 or bfloat16 that keep
+            22 or 16 significant bits of every value, and `"bf16"`, one product that keeps 8. None is `"bf16x3"` where
+            there is such a choice, else `"highest"`.
         block_size: edge of the tiles of the result, or rows at a time where it has an axis of outputs; None picks by
             the cache. It changes memory and time, and the result by rounding only.
         out: a tensor of the result's shape, dtype and device to write to, its rows contiguous; not in the memory of an
@@ -232,7 +233,7 @@ def ntk_gram(
     how = precision_named(precision, chosen.name, prepared.dtype, named)
     function = op.overload if backend == "auto" else chosen.function
     arguments = (
-        *(first, second, *prepared.arguments(), prepared.exponent, prepared.activation, prepared.parts, kernel),
+        *(first, second, *prepared.described(), prepared.parts, kernel),
         *(named, direction, prepared.metric, how, block_size),
     )
     if out is None:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-
 #: Bytes of temporaries of one block of rows, where a computation goes by blocks of rows.
 ROW_BLOCK_BYTES = 64 << 20
 
 
-def tile_edge(rows: int, dtype: torch.dtype) -> int:
-    """Edge of the square tiles of a kernel on a CPU.
+def tile_edge(rows: int) -> int:
+    """Edge of the largest square tiles of a kernel on a CPU.
 
-    Three tiles (inputs, slopes, sum) lie in a 2 MiB second-level cache beside the rows that they are products of. Few
-    rows get smaller ones, so that half a symmetric kernel is nearer to half the work and threads have tiles to share.
-    The edge is a function of the shape alone: the bits of the result may depend on it.
+    A product of large tiles packs less of its operands per multiplication: with 768 columns and AVX2, 512 rows reach
+    95 % of the speed of whole matrices, 256 rows 92 %, 128 rows 83 %. Few rows get smaller tiles, so that threads have
+    some to share. The edge is a function of the shape alone: the bits of the result may depend on it.
     """
-    largest = 384 if dtype == torch.float32 else 256
-    return largest if rows > 4 * largest else 128
+    return 512 if rows > 2048 else 256 if rows > 512 else 128
 
 
 def row_block(bytes_per_row: int) -> int:

@@ -1,4 +1,4 @@
-"""The empirical NTK of a feed-forward block in closed form: the specification of `fusion_kernels::ntk_gram`.
+"""The empirical NTK of a feed-forward block in closed form: the specification of the operators `fusion_kernels::ntk_*`.
 
 With p the scale (1 where there is none), a its exponent and x an input row, the block is
 
@@ -295,3 +295,178 @@ def ntk_sums(
             of_rows[:, here] = torch.stack([ka.sum(1), kb.sum(1)])
             of_columns += torch.stack([ka.sum(0), kb.sum(0)])
         return sums, of_rows, of_columns
+
+
+def jvp(
+    x: Tensor,
+    w_in: Tensor,
+    w_gate: Tensor | None,
+    b_in: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    scale: Tensor | None,
+    scale_exponent: float,
+    activation: str,
+    tangents: Sequence[Tensor | None],
+) -> Tensor:
+    """Return J times a change of the parameters: (N, outputs).
+
+    Args:
+        x: (N, d); the block as in `ntk_gram`.
+        tangents: of `w_in`, `b_in`, `w_gate`, `b_gate`, `w_out` and `b_out`, each of its part's shape, or None for 0.
+    """
+    hidden, slopes = factors(x, w_in, w_gate, b_in, b_gate, scale, scale_exponent, activation)
+    result = x.new_zeros(len(x), w_out.shape[1])
+    d_in, d_b_in, d_gate, d_b_gate, d_out, d_b_out = tangents
+    for name, weight, bias in (("in", d_in, d_b_in), ("gate", d_gate, d_b_gate)):
+        if weight is not None:
+            result += (slopes[name] * (x @ weight.T)) @ w_out
+        if bias is not None:
+            result += (slopes[name] * bias) @ w_out
+    if d_out is not None:
+        result += hidden @ d_out
+    if d_b_out is not None:
+        result += d_b_out
+    return result
+
+
+def vjp(
+    x: Tensor,
+    w_in: Tensor,
+    w_gate: Tensor | None,
+    b_in: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    scale: Tensor | None,
+    scale_exponent: float,
+    activation: str,
+    cotangent: Tensor,
+    params: Sequence[str],
+) -> list[Tensor]:
+    """Return J' times `cotangent` (N, outputs): the gradients by `params`, in their order, each of its part's shape."""
+    hidden, slopes = factors(x, w_in, w_gate, b_in, b_gate, scale, scale_exponent, activation)
+    gradients = {"w_out": hidden.T @ cotangent, "b_out": cotangent.sum(0)}
+    for name, slope in slopes.items():
+        back = slope * (cotangent @ w_out.T)
+        gradients |= {f"w_{name}": back.T @ x, f"b_{name}": back.sum(0)}
+    return [gradients[part] for part in params]
+
+
+def ntk_vp(
+    x: Tensor,
+    w_in: Tensor,
+    w_gate: Tensor | None,
+    b_in: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    scale: Tensor | None,
+    scale_exponent: float,
+    activation: str,
+    v: Tensor,
+    params: Sequence[str],
+    kernel: str,
+    reduce: str,
+    direction: Tensor | None,
+    metric: Tensor | None,
+) -> Tensor:
+    """Return K v, with the kernel of x (N, d) as `ntk_gram` has it, `BLOCK_BYTES` of its rows at a time.
+
+    Args:
+        v: (N, outputs) for the `"full"` kernel; (N, M) for `"trace"` and `"vector"`.
+        others: as in `ntk_gram`.
+    """
+    block = (w_in, w_gate, b_in, b_gate, w_out, scale)
+    left, right = sides(x, None, *block, metric, scale_exponent, activation, kernel)
+    outputs = w_out.shape[1]
+    per_pair = outputs * max(outputs, len(w_in)) if reduce == "full" else 1
+    product = torch.empty_like(v)
+    for here in _row_blocks(len(x), len(x) * per_pair * x.element_size(), None):
+        gram = between(left[here], right, params, reduce, direction, kernel)
+        product[here] = torch.einsum("nmop,mp->no", gram, v) if reduce == "full" else gram @ v
+    return product
+
+
+def sample_gradients(
+    x: Tensor,
+    w_in: Tensor,
+    w_gate: Tensor | None,
+    b_in: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    scale: Tensor | None,
+    scale_exponent: float,
+    activation: str,
+    cotangents: Tensor,
+    params: Sequence[str],
+    metric: Tensor | None,
+) -> Tensor:
+    """Return the gradients of sum_t c_nt . F(x_nt) for x (N, S, d), times the root of the metric: (N, parameters)."""
+    block = (w_in, w_gate, b_in, b_gate, w_out, scale, scale_exponent, activation)
+    rows = []
+    for tokens, c in zip(x, cotangents, strict=True):
+        gradients = dict(zip(params, vjp(tokens, *block, c, params), strict=True))
+        if metric is not None:
+            for part in gradients.keys() - {"b_out"}:
+                gradients[part] = (gradients[part].movedim(0, -1) * metric.sqrt()).movedim(-1, 0)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients.values()]))
+    return torch.stack(rows)
+
+
+def gradient_gram(
+    x: Tensor,
+    w_in: Tensor,
+    w_gate: Tensor | None,
+    b_in: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    scale: Tensor | None,
+    scale_exponent: float,
+    activation: str,
+    cotangents: Tensor,
+    params: Sequence[str],
+    metric: Tensor | None,
+    form: str,
+) -> Tensor:
+    """Return the inner products of all pairs of `sample_gradients`: (N, N), symmetric.
+
+    Args:
+        form: how other backends are to compute it; of no meaning here.
+    """
+    block = (w_in, w_gate, b_in, b_gate, w_out, scale, scale_exponent, activation)
+    gram = x.new_zeros(len(x), len(x))
+    blocks = _sample_blocks(x, w_in, w_gate, b_in, b_gate, w_out)
+    for number, here in enumerate(blocks):
+        own = sample_gradients(x[here], *block, cotangents[here], params, metric)
+        for there in blocks[: number + 1]:
+            other = own if there == here else sample_gradients(x[there], *block, cotangents[there], params, metric)
+            gram[here, there] = own @ other.T
+    return symmetric(gram)
+
+
+def gradient_norms(
+    x: Tensor,
+    w_in: Tensor,
+    w_gate: Tensor | None,
+    b_in: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    scale: Tensor | None,
+    scale_exponent: float,
+    activation: str,
+    cotangents: Tensor,
+    params: Sequence[str],
+    metric: Tensor | None,
+    form: str,
+) -> Tensor:
+    """Return the Euclidean norms of `sample_gradients`: (N,). Arguments as in `gradient_gram`."""
+    block = (w_in, w_gate, b_in, b_gate, w_out, scale, scale_exponent, activation)
+    norms = x.new_zeros(len(x))
+    for here in _sample_blocks(x, w_in, w_gate, b_in, b_gate, w_out):
+        norms[here] = sample_gradients(x[here], *block, cotangents[here], params, metric).norm(dim=1)
+    return norms
+
+
+def _sample_blocks(x: Tensor, *parts: Tensor | None) -> list[slice]:
+    """Samples whose gradients by `parts` take `BLOCK_BYTES`."""
+    parameters = sum(part.numel() for part in parts if part is not None)
+    return list(_row_blocks(len(x), parameters * x.element_size(), None))

@@ -265,6 +265,10 @@ def test_zero_kernels() -> None:
         ({}, {"block_size": 0}, "block_size must be at least 1"),
         ({}, {"x": torch.full((20, 9), float("nan")).double()}, "x has values that are not finite"),
         ({"w_out": torch.zeros(1, 20, 3).double(), "b_out": None}, {}, "must have as many outputs: 4 and 3"),
+        ({"w_in": torch.zeros(1, 20, 7).double()}, {}, "x must be (N, 7) for this block, got (20, 9)"),
+        ({"b_in": torch.full((1, 20), float("inf"))}, {}, "b_in has values that are not finite"),
+        ({}, {"metrics": (None, torch.ones(19))}, "metric must be (20,), one per neuron, got (19,)"),
+        ({}, {"backend": "fortran"}, "ntk_sums: unknown backend 'fortran'"),
     ],
 )
 def test_bad_input_is_named(change: dict[str, Any], options: dict[str, Any], message: str) -> None:

@@ -25,9 +25,10 @@ import torch
 from ffn_blocks import ACTIVATIONS, KERNELS, Bundle, make_bundle
 from ntk_emulation import Emulation
 
-from fusion_kernels import BackendUnavailableError, native, ntk_gram
+from fusion_kernels import BackendUnavailableError, native, ntk_compare, ntk_gram
 from fusion_kernels.library import Backend
 from fusion_kernels.ntk import Kernel, cuda_backend
+from fusion_kernels.ntk import compare as comparison
 from fusion_kernels.ntk import gram as module
 from fusion_kernels.ntk.block import prepare
 from fusion_kernels.reference import ntk as reference
@@ -53,7 +54,12 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         return "cuda"
     emulation = request.getfixturevalue("emulation")
     monkeypatch.setattr(native, "cuda_operators", lambda: emulation)
-    for operator, function in ((module._NTK_GRAM, cuda_backend.ntk_gram), (module._NTK_GRAM_OUT, module._cuda_out)):
+    functions = {
+        "ntk_gram": (module._NTK_GRAM, cuda_backend.ntk_gram),
+        "ntk_gram_out": (module._NTK_GRAM_OUT, module._cuda_out),
+        "ntk_sums": (comparison._NTK_SUMS, cuda_backend.ntk_sums),
+    }
+    for operator, function in functions.values():
         monkeypatch.setattr(operator, "backends", [Backend("cuda", function, ("cpu",)), *operator.backends[:-1]])
     return "cpu"
 
@@ -90,7 +96,8 @@ def assert_precise(bundle: Bundle, x1: torch.Tensor, x2: torch.Tensor | None, de
         bundle.to(torch.float32), x1.float(), None if x2 is None else x2.float(), backend="reference", **options
     )
     # Summed are products of four values, each within 2^-17 or 2^-9; errors that add up are rare.
-    for precision, *bounds in (("highest", 4e-7, 4e-7), ("bf16x3", 2**-15, 2**-16), ("bf16", 2**-7, 2**-7)):
+    everything = (("highest", 4e-7, 4e-7), ("tf32x3", 6e-7, 4e-7), ("bf16x3", 2**-15, 2**-16), ("bf16", 2**-7, 2**-7))
+    for precision, *bounds in everything:
         found = ntk_gram(block, *low, backend="cuda", precision=precision, **there)  # type: ignore[arg-type]
         assert found.dtype == torch.float32
         for error, of_torch, bound in zip(errors(found, exact), errors(peer, exact), bounds, strict=True):
@@ -156,7 +163,7 @@ def test_no_rows(device: str, rows: int, others: int | None) -> None:
     assert gram.shape == (rows, rows if others is None else others)
 
 
-@pytest.mark.parametrize("precision", ["highest", "bf16x3", "bf16"])
+@pytest.mark.parametrize("precision", ["highest", "tf32x3", "bf16x3", "bf16"])
 def test_only_the_result_is_written(device: str, precision: Any) -> None:
     bundle = moved(make_bundle(5, 6, 3), device, torch.float32)
     x = torch.randn(133, 5, device=device)
@@ -183,7 +190,8 @@ def test_bfloat16_errs_less_than_torch_in_bfloat16(device: str, gated: bool) -> 
         assert error <= of_torch
 
 
-def test_long_sums_round(device: str) -> None:
+@pytest.mark.parametrize("precision", ["tf32x3", "bf16x3"])
+def test_long_sums_round(device: str, precision: Any) -> None:
     """Tensor cores cut sums off: 4,096 positive products summed there alone would end too low by several 1e-6.
 
     Everything else is exact: inputs of 8 significant bits, and slopes of 1.
@@ -193,8 +201,72 @@ def test_long_sums_round(device: str) -> None:
     x = (torch.rand(9, 4096) + 0.5).bfloat16()
     exact = ntk_gram(bundle, x.double(), params="w_in", backend="reference")
     block = moved(bundle, device, torch.float32)
-    found = ntk_gram(block, x.float().to(device), params="w_in", precision="bf16x3", backend="cuda")
+    found = ntk_gram(block, x.float().to(device), params="w_in", precision=precision, backend="cuda")
     assert max(errors(found, exact)) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("rows", "others", "params", "block_size"),
+    [
+        (300, None, None, None), (300, None, None, 100), (257, 140, None, 128), (1, 17, None, 7), (123, None, None, 1),
+        (140, None, ("w_in", "b_gate", "w_out"), 64), (0, 4, None, None), (4, 0, None, None), (0, None, None, 3),
+    ],
+)  # fmt: skip
+def test_sums_of_two_kernels(
+    device: str, dtype: torch.dtype, kernel: Kernel, rows: int, others: int | None, params: Any, block_size: int | None
+) -> None:
+    """Strips of a comparison against those of the reference in float64, whatever their height."""
+    wide = make_bundle(9, 20, 4, gated=True, scale=True, scale_exponent=0.5)
+    narrow = make_bundle(9, 7, 4, gated=True)
+    x1 = torch.randn(rows, 9).double()
+    x2 = None if others is None else torch.randn(others, 9).double()
+    direction = torch.randn(4).double()
+
+    def described(dtype: torch.dtype, device: str) -> list[Any]:
+        arguments: list[Any] = []
+        for bundle in (wide, narrow):
+            prepared = prepare(moved(bundle, device, dtype), {"x": x1.to(device, dtype)}, params, None)
+            metric = torch.linspace(0.5, 2, len(prepared.tensors["w_in"]), dtype=dtype, device=device)
+            arguments += [[*prepared.arguments(), metric], prepared.exponent, prepared.activation, prepared.parts]
+        return [*arguments, kernel, direction.to(device, dtype)]
+
+    given = [None if x is None else x.to(device, dtype) for x in (x1, x2)]
+    found = cuda_backend.ntk_sums(*given, *described(dtype, device), block_size)  # type: ignore[arg-type]
+    exact = reference.ntk_sums(x1, x2, *described(torch.float64, "cpu"))
+    peer = reference.ntk_sums(x1.to(dtype), None if x2 is None else x2.to(dtype), *described(dtype, "cpu"))
+    for own, of_torch, expected in zip(found, peer, exact, strict=True):
+        assert own.dtype == torch.float64
+        assert own.shape == expected.shape
+        error, bound = (own.cpu() - expected).norm(), 4e-7 if dtype == torch.float32 else 1e-13
+        assert error <= max(bound * expected.norm(), 2 * (of_torch - expected).norm())
+
+
+def test_comparisons_by_strips(device: str) -> None:
+    a, b = make_bundle(9, 20, 4), make_bundle(9, 7, 4)
+    x = torch.randn(150, 9).double()
+    exact = ntk_compare(a, b, x, backend="reference", eigenvalues=0)
+    for dtype, rel in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        blocks = moved(a, device, dtype), moved(b, device, dtype)
+        found = ntk_compare(*blocks, x.to(device, dtype), backend="cuda", eigenvalues=0, block_size=64)
+        assert found.relative_error == pytest.approx(exact.relative_error, rel=rel)
+        assert found.cosine == pytest.approx(exact.cosine, rel=rel)
+        assert found.alignment == pytest.approx(exact.alignment, rel=10 * rel)
+
+
+def test_a_strip_reads_nothing_above_the_diagonal(emulation: Emulation) -> None:
+    a, b = torch.randn(5, 9).double(), torch.randn(5, 9).double()
+    above = torch.arange(9) > 4 + torch.arange(5)[:, None]
+    sums, rows, columns = (torch.zeros(*shape).double() for shape in ((1, 4), (2, 5), (2, 12)))
+    emulation.ntk_strip(a.masked_fill(above, torch.nan), b, 4, True, sums, rows, columns)
+    assert sums.isfinite().all()
+    a, b = a.masked_fill(above, 0), b.masked_fill(above, 0)
+    on = torch.arange(9) == 4 + torch.arange(5)[:, None]
+    torch.testing.assert_close(sums[0, 1], (2 * a * b).sum() - (a * b)[on].sum())
+    torch.testing.assert_close(rows[0], a.sum(1))
+    torch.testing.assert_close(columns[1, :9], b.masked_fill(on, 0).sum(0))
+    assert columns[:, 9:].eq(0).all()
 
 
 @pytest.mark.parametrize("reduce", ["full", "diagonal"])
@@ -296,23 +368,25 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_within_the_resources(built: Build, emulation: Emulation, capability: int) -> None:
     reports = {name: report for (name, of), report in built.reports.items() if of == capability}
-    assert len([name for name in reports if "operand_kernel" in name]) == 4
+    assert len([name for name in reports if "operand_kernel" in name]) == 5
     tiles = [name for name in reports if "gram_kernel" in name]
-    assert len(tiles) == 4
+    assert len(tiles) == 5
+    strips = [name for name in reports if "columns_kernel" in name or "rows_kernel" in name]
+    assert len(strips) == 4
     for name, report in reports.items():
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, (name, report)
         fixed = re.search(r"(\d+) bytes smem", report)
         planes = re.search(r"gram_kernelILi(\d)E", name)
         shared = emulation.library.shared_memory(int(planes[1])) if planes else int(fixed[1]) if fixed else 0
         assert shared <= SHARED_MEMORY[capability], name
-        assert (shared > 0) == (name in tiles)
+        assert (shared > 0) == (name in tiles + strips)
 
 
 def test_the_library_links_and_loads(built: Build) -> None:
     library = built.folder / "fusion_kernels" / "_cuda.abi3.so"
     code = (
         "import sys, torch; torch.ops.load_library(sys.argv[1]); o = torch.ops.fusion_kernels_cuda\n"
-        "print(o.ntk_operand.default._schema.name, o.ntk_tiles.default._schema.name)\n"
+        "print(*(f.default._schema.name for f in (o.ntk_operand, o.ntk_tiles, o.ntk_strip)))\n"
         "try:\n"
         "    none = torch.zeros(1, 2, 0)\n"
         "    o.ntk_tiles(none, none, 0, 0, 0, False, 0, 0, False, True, torch.zeros(2, 2))\n"
@@ -324,7 +398,7 @@ def test_the_library_links_and_loads(built: Build) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code, str(library)], env=environment, capture_output=True, text=True, check=False
     )
-    names = ["fusion_kernels_cuda::ntk_operand", "fusion_kernels_cuda::ntk_tiles"]
+    names = [f"fusion_kernels_cuda::{name}" for name in ("ntk_operand", "ntk_tiles", "ntk_strip")]
     assert done.stdout.split() == [*names, "True"], done.stderr
 
 
@@ -342,7 +416,7 @@ def test_tensor_cores_are_fed_asynchronously(built: Build) -> None:
         text=True,
         check=True,
     ).stdout
-    assert code.count("Function :") == 4
-    for instruction in ("HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4"):
+    assert code.count("Function :") == 6
+    for instruction in ("HMMA.16816.F32.BF16", "HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4"):
         assert code.count(instruction) >= 4, instruction
     assert not re.search(r"\b(LDL|STL|ATOM|ATOMG|RED)\b", code)

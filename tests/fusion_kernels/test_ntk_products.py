@@ -28,9 +28,14 @@ from fusion_kernels import (
     trace_ntk_vp,
     vjp,
 )
-from fusion_kernels.ntk import Kernel, tuning
+from fusion_kernels.library import Operator
+from fusion_kernels.ntk import Kernel, operators, tuning
+from fusion_kernels.ntk.block import PARTS, prepare
+from fusion_kernels.reference import ntk as reference
 
 BACKENDS = ["reference", *([] if native.UNAVAILABLE else ["cpu"])]
+#: Of the products.
+PRODUCTS = ["torch", "reference"]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SHAPES = [(1, 1, 1, 1), (17, 33, 123, 5), (123, 17, 5, 3), (7, 40, 41, 1)]
 
@@ -46,23 +51,26 @@ def block(d: int, neurons: int, outputs: int, gated: bool) -> Bundle:
     return make_bundle(d, neurons, outputs, gated=gated, scale=True, scale_exponent=0.5)
 
 
+@pytest.mark.parametrize("backend", PRODUCTS)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize(("rows", "d", "neurons", "outputs"), SHAPES)
-def test_jvp_and_vjp_are_those_of_torch_func(gated: bool, rows: int, d: int, neurons: int, outputs: int) -> None:
+def test_jvp_and_vjp_are_those_of_torch_func(
+    backend: str, gated: bool, rows: int, d: int, neurons: int, outputs: int
+) -> None:
     bundle = block(d, neurons, outputs, gated)
     x, parts = torch.randn(rows, d).double(), bundle.parts()
     tangents = {name: torch.randn_like(t) for name, t in parts.items()}
     _, expected = torch.func.jvp(lambda theta: forward(bundle, theta, x), (parts,), (tangents,))
-    found = jvp(bundle, x, {name: t[None] for name, t in tangents.items()})
+    found = jvp(bundle, x, {name: t[None] for name, t in tangents.items()}, backend=backend)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
     c = torch.randn(rows, outputs).double()
     (gradients,) = torch.func.vjp(lambda theta: forward(bundle, theta, x), parts)[1](c)
-    pulled = vjp(bundle, x, c)
+    pulled = vjp(bundle, x, c, backend=backend)
     assert list(pulled) == [p for p in ("w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out") if p in parts]
     for name, gradient in gradients.items():
         torch.testing.assert_close(pulled[name], gradient[None], rtol=1e-10, atol=1e-10)
-    assert set(vjp(bundle, x, c, params="w_out")) == {"w_out"}
+    assert set(vjp(bundle, x, c, params="w_out", backend=backend)) == {"w_out"}
 
 
 def test_parts_left_out_of_tangents_stay() -> None:
@@ -126,9 +134,23 @@ def test_sizes_of_zero(kernel: Kernel, gated: bool, d: int, neurons: int, output
         compared = ntk_compare(bundle, bundle, x, **options)
         assert compared.relative_error == 0.0
         assert compared.trace[0] == pytest.approx(float(traces.trace()))
-    torch.testing.assert_close(ntk_vp(bundle, x, v, kernel=kernel), torch.einsum("nmop,mp->no", full, v))
-    torch.testing.assert_close(trace_ntk_vp(bundle, x, x[:, :1].expand(9, min(d, 1)), kernel=kernel), traces @ x[:, :1])
-    torch.testing.assert_close(trace_ntk_vp(bundle, x, torch.ones(9), kernel=kernel), traces.sum(1))
+    for backend in PRODUCTS:
+        options = {"kernel": kernel, "backend": backend}
+        torch.testing.assert_close(ntk_vp(bundle, x, v, **options), torch.einsum("nmop,mp->no", full, v))
+        columns = x[:, :1].expand(9, min(d, 1))
+        torch.testing.assert_close(trace_ntk_vp(bundle, x, columns, **options), traces @ x[:, :1])
+        torch.testing.assert_close(trace_ntk_vp(bundle, x, torch.ones(9), **options), traces.sum(1))
+
+
+@pytest.mark.parametrize("name", ["x", "w_in", "b_gate", "w_out", "b_out", "scale", "metric", "cotangents"])
+def test_values_that_are_not_finite_are_named(name: str) -> None:
+    """All are looked at in one pass; the message is of the first."""
+    bundle = block(5, 6, 3, True)
+    rows = {"x": torch.randn(2, 4, 5), "cotangents": torch.randn(2, 4, 3), "metric": torch.rand(6)}
+    tensor = rows[name] if name in rows else getattr(bundle, name)
+    tensor.view(-1)[-1] = float("nan")
+    with pytest.raises(ValueError, match=rf"^{name} has values that are not finite"):
+        gradient_norms(bundle, rows["x"], rows["cotangents"], metric=rows["metric"])
 
 
 def test_neurons_of_scale_zero_have_no_gradient() -> None:
@@ -156,13 +178,15 @@ def test_products_with_kernels(kernel: Kernel, gated: bool, rows: int, d: int, n
         options: dict[str, Any] = {"params": parts, "metric": metric, "kernel": kernel}
         full = ntk_gram(bundle, x, reduce="full", **options)
         expected = torch.einsum("nmop,mp->no", full, v)
-        torch.testing.assert_close(ntk_vp(bundle, x, v, **options), expected, rtol=1e-9, atol=1e-9)
+        for backend in PRODUCTS:
+            found = ntk_vp(bundle, x, v, **options, backend=backend)
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
         for reduce in ("trace", "pseudo", torch.randn(outputs).double()):
             gram = ntk_gram(bundle, x, reduce=reduce, **options)
             for w in (v, v[:, 0]):
-                torch.testing.assert_close(
-                    trace_ntk_vp(bundle, x, w, reduce, **options), gram @ w, rtol=1e-9, atol=1e-9
-                )
+                for backend in PRODUCTS:
+                    found = trace_ntk_vp(bundle, x, w, reduce, **options, backend=backend)
+                    torch.testing.assert_close(found, gram @ w, rtol=1e-9, atol=1e-9)
             operator = ntk_operator(bundle, x, reduce, shift=0.5, **options)
             torch.testing.assert_close(operator.rmatmat(v), gram.T @ v + 0.5 * v, rtol=1e-9, atol=1e-9)
             torch.testing.assert_close(operator.diagonal(), gram.diagonal() + 0.5, rtol=1e-9, atol=1e-9)
@@ -241,22 +265,27 @@ def sample_gradients(bundle: Bundle, x: Tensor, c: Tensor, parts: tuple[str, ...
     return {name: g for name, g in found.items() if parts is None or name in parts}
 
 
-@pytest.mark.parametrize("form", ["auto", "ghost", "direct"])
+@pytest.mark.parametrize(
+    ("form", "backend"), [("auto", "auto"), ("ghost", "torch"), ("direct", "torch"), ("auto", "reference")]
+)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("parts", [None, ("w_in",), ("b_in", "w_out"), ("b_out",)], ids=str)
 @pytest.mark.parametrize(("samples", "tokens"), [(1, 1), (5, 3), (3, 37)])
-def test_per_sample_gradients(form: Any, gated: bool, parts: tuple[str, ...] | None, samples: int, tokens: int) -> None:
+def test_per_sample_gradients(
+    form: Any, backend: str, gated: bool, parts: tuple[str, ...] | None, samples: int, tokens: int
+) -> None:
     bundle = block(9, 11, 4, gated)
     x, c = torch.randn(samples, tokens, 9).double(), torch.randn(samples, tokens, 4).double()
     gradients = sample_gradients(bundle, x, c, parts)
     flat = torch.cat([g.flatten(1) for g in gradients.values()], 1)
-    gram = gradient_gram(bundle, x, c, params=parts, form=form)
+    how: dict[str, Any] = {"params": parts, "form": form, "backend": backend}
+    gram = gradient_gram(bundle, x, c, **how)
     torch.testing.assert_close(gram, flat @ flat.T, rtol=1e-9, atol=1e-9)
     assert torch.equal(gram, gram.T)
-    torch.testing.assert_close(gradient_norms(bundle, x, c, params=parts, form=form), flat.norm(dim=1))
+    torch.testing.assert_close(gradient_norms(bundle, x, c, **how), flat.norm(dim=1))
 
     direction = {name: torch.randn_like(g[0]) for name, g in gradients.items()}
-    dots = gradient_dots(bundle, x, c, {name: t[None] for name, t in direction.items()})
+    dots = gradient_dots(bundle, x, c, {name: t[None] for name, t in direction.items()}, backend=backend)
     expected = sum(((g * direction[name]).flatten(1).sum(1) for name, g in gradients.items()), torch.zeros(()).double())
     torch.testing.assert_close(dots, expected)
 
@@ -265,9 +294,9 @@ def test_per_sample_gradients(form: Any, gated: bool, parts: tuple[str, ...] | N
         g * (1.0 if name == "b_out" else metric.sqrt().view(-1, *(1,) * (g.ndim - 2))) for name, g in gradients.items()
     ]
     flat = torch.cat([g.flatten(1) for g in weighted], 1)
-    torch.testing.assert_close(
-        gradient_gram(bundle, x, c, params=parts, form=form, metric=metric), flat @ flat.T, rtol=1e-9, atol=1e-9
-    )
+    found = gradient_gram(bundle, x, c, metric=metric, **how)
+    torch.testing.assert_close(found, flat @ flat.T, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient_norms(bundle, x, c, metric=metric, **how), flat.norm(dim=1))
 
 
 def test_gradients_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,10 +319,11 @@ def test_long_sequences_go_by_tokens(monkeypatch: pytest.MonkeyPatch, gated: boo
     x, c = torch.randn(2, 150, 9).double(), torch.randn(2, 150, 4).double()
     gram, norms = (of(bundle, x, c, form="direct") for of in (gradient_gram, gradient_norms))
     monkeypatch.setattr(tuning, "ROW_BLOCK_BYTES", 2**15)
+    # By name: what an operator does on the inside is not visible to the observer.
     with LargestTensor() as largest:
-        torch.testing.assert_close(gradient_gram(bundle, x, c, form="ghost"), gram)
-        torch.testing.assert_close(gradient_norms(bundle, x, c, form="ghost"), norms)
-    assert largest.bytes <= 2 * 2**15
+        torch.testing.assert_close(gradient_gram(bundle, x, c, form="ghost", backend="torch"), gram)
+        torch.testing.assert_close(gradient_norms(bundle, x, c, form="ghost", backend="torch"), norms)
+    assert 2**14 < largest.bytes <= 2 * 2**15
     assert gradient_gram(bundle, x[:, :0], c[:, :0], form="ghost").eq(0).all()
 
 
@@ -307,18 +337,122 @@ def test_the_form_changes_where_the_operations_do() -> None:
         assert tuning.ghost_gram_is_cheaper(samples, tokens, 768, 192) == (ghost < direct)
 
 
+@pytest.mark.parametrize("backend", PRODUCTS)
 @pytest.mark.parametrize("rows", [0, 3])
-def test_no_rows_or_no_tokens(rows: int) -> None:
+def test_no_rows_or_no_tokens(rows: int, backend: str) -> None:
     bundle = block(5, 6, 3, True)
     tokens = 0 if rows else 4
     x, c = torch.zeros(rows, tokens, 5).double(), torch.zeros(rows, tokens, 3).double()
-    assert torch.equal(gradient_gram(bundle, x, c), torch.zeros(rows, rows).double())
-    assert torch.equal(gradient_norms(bundle, x, c), torch.zeros(rows).double())
+    options: dict[str, Any] = {"backend": backend}
+    assert torch.equal(gradient_gram(bundle, x, c, **options), torch.zeros(rows, rows).double())
+    assert torch.equal(gradient_norms(bundle, x, c, **options), torch.zeros(rows).double())
+    assert torch.equal(gradient_dots(bundle, x, c, {"w_out": bundle.w_out}, **options), torch.zeros(rows).double())
     empty = torch.zeros(0, 5).double()
-    assert ntk_vp(bundle, empty, torch.zeros(0, 3).double()).shape == (0, 3)
-    assert trace_ntk_vp(bundle, empty, torch.zeros(0).double()).shape == (0,)
-    assert jvp(bundle, empty, {}).shape == (0, 3)
-    assert float(vjp(bundle, empty, torch.zeros(0, 3).double())["w_in"].abs().sum()) == 0.0
+    assert ntk_vp(bundle, empty, torch.zeros(0, 3).double(), **options).shape == (0, 3)
+    assert trace_ntk_vp(bundle, empty, torch.zeros(0).double(), **options).shape == (0,)
+    assert trace_ntk_vp(bundle, empty, torch.zeros(0, 2).double(), **options).shape == (0, 2)
+    assert jvp(bundle, empty, {}, **options).shape == (0, 3)
+    assert float(vjp(bundle, empty, torch.zeros(0, 3).double(), **options)["w_in"].abs().sum()) == 0.0
+
+
+def product_calls(gated: bool, **changes: Any) -> dict[str, tuple[Operator, tuple[Any, ...]]]:
+    """Each operator with arguments of its schema, of a block with all there is and of rows (4, 5) or (2, 4, 5)."""
+    bundle = replace(block(5, 6, 3, gated).to(torch.float32), **changes)
+    prepared = prepare(bundle, {"x": torch.randn(4, 5)}, None, None)
+    described, parts = prepared.described(), prepared.parts
+    tangents = [torch.randn_like(t[0]) if (t := getattr(bundle, name)) is not None else None for name in PARTS]
+    x, c, metric = torch.randn(4, 5), torch.randn(4, 3), torch.rand(6)
+    tokens = (torch.randn(2, 4, 5), *described, torch.randn(2, 4, 3), parts, metric, "auto")
+    return {
+        "jvp": (operators.NTK_JVP, (x, *described, tangents)),
+        "vjp": (operators.NTK_VJP, (x, *described, c, parts)),
+        "vp": (operators.NTK_VP, (x, *described, c, parts, "gd", "full", None, metric)),
+        "gram": (operators.NTK_GRADIENT_GRAM, tokens),
+        "norms": (operators.NTK_GRADIENT_NORMS, tokens),
+    }
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_opcheck(gated: bool) -> None:
+    calls = product_calls(gated)
+    for operator, arguments in calls.values():
+        torch.library.opcheck(operator.overload, arguments)
+    *vp, _, _, _, metric = calls["vp"][1]
+    torch.library.opcheck(operators.NTK_VP.overload, (*vp, "sign", "vector", torch.randn(3), metric))
+    torch.library.opcheck(operators.NTK_VP.overload, (*vp, "gd", "trace", None, None))
+    no_bias = product_calls(gated, b_in=None, b_gate=None, b_out=None, scale=None)
+    torch.library.opcheck(operators.NTK_VJP.overload, no_bias["vjp"][1])
+    still = (*no_bias["jvp"][1][:-1], [None] * 6)
+    torch.library.opcheck(operators.NTK_JVP.overload, still)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_a_compiler_sees_one_call(gated: bool) -> None:
+    calls = product_calls(gated)
+
+    def every() -> list[Tensor]:
+        found = [operator.overload(*arguments) for operator, arguments in calls.values()]
+        flat = [t for result in found for t in (result if isinstance(result, list) else [result])]
+        # By ones of the shape that the fake kernel has said.
+        return [t * torch.ones(t.shape) for t in flat]
+
+    try:
+        found = torch.compile(every, backend="aot_eager", fullgraph=True)()
+    finally:
+        torch._dynamo.reset()
+    torch.testing.assert_close(found, every(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_reference_of_products_forms_no_kernel(monkeypatch: pytest.MonkeyPatch, kernel: Kernel) -> None:
+    bundle, x, v = block(5, 6, 3, True), torch.randn(60, 5).double(), torch.randn(60, 3).double()
+    tokens, c = torch.randn(30, 2, 5).double(), torch.randn(30, 2, 3).double()
+    found = ntk_vp(bundle, x, v, kernel=kernel), gradient_gram(bundle, tokens, c), gradient_norms(bundle, tokens, c)
+    bound = 2**15
+    monkeypatch.setattr(reference, "BLOCK_BYTES", bound)
+    with LargestTensor() as largest:
+        again = (
+            ntk_vp(bundle, x, v, kernel=kernel, backend="reference"),
+            gradient_gram(bundle, tokens, c, backend="reference"),
+            gradient_norms(bundle, tokens, c, backend="reference"),
+        )
+    assert bound / 4 < largest.bytes <= bound < 8 * (60 * 3) ** 2
+    torch.testing.assert_close(again, found)
+
+
+def test_products_are_detached() -> None:
+    bundle = block(5, 6, 3, False)
+    trained = replace(bundle, w_in=bundle.w_in.clone().requires_grad_())
+    x, c = torch.randn(4, 5).double().requires_grad_(), torch.randn(4, 3).double().requires_grad_()
+    for backend in PRODUCTS:
+        found = [
+            jvp(trained, x, {"w_in": trained.w_in}, backend=backend),
+            *vjp(trained, x, c, backend=backend).values(),
+            ntk_vp(trained, x, c, backend=backend),
+            gradient_gram(trained, x[None], c[None], backend=backend),
+            gradient_norms(trained, x[None], c[None], backend=backend),
+        ]
+        assert not any(t.requires_grad for t in found)
+
+
+@pytest.mark.parametrize("backend", PRODUCTS)
+def test_products_of_float32_err_as_torch_does(backend: str) -> None:
+    """Beside torch.func in float32, both against float64."""
+    bundle = block(33, 123, 17, True)
+    x, v = torch.randn(40, 33).double(), torch.randn(40, 17).double()
+    single, low = bundle.to(torch.float32), x.float()
+
+    def by_torch(b: Bundle, x: Tensor, v: Tensor) -> list[Tensor]:
+        parts = b.parts()
+        (pulled,) = torch.func.vjp(lambda theta: forward(b, theta, x), parts)[1](v)
+        pushed = torch.func.jvp(lambda theta: forward(b, theta, x), (parts,), (pulled,))[1]
+        return [pulled["w_in"], pushed]
+
+    found = [vjp(single, low, v.float(), backend=backend)["w_in"][0], ntk_vp(single, low, v.float(), backend=backend)]
+    for own, peer, exact in zip(found, by_torch(single, low, v.float()), by_torch(bundle, x, v), strict=True):
+        assert own.dtype == torch.float32
+        assert (own - exact).norm() <= 2 * (peer - exact).norm()
+        assert (own - exact).abs().max() <= 4 * (peer - exact).abs().max()
 
 
 @pytest.mark.parametrize(
@@ -341,6 +475,14 @@ def test_no_rows_or_no_tokens(rows: int) -> None:
         (lambda b, x: gradient_gram(b, x[None], x[None, :, :3], form="fast"), "unknown form 'fast'"),
         (lambda b, x: gradient_norms(b, x[None], x[None, :, :3].log()), "cotangents has values that are not finite"),
         (lambda b, x: gradient_dots(b, x[None], x[None, :, :3], {"b_in": x}), "direction['b_in'] must be (1, 6)"),
+        (
+            lambda b, x: jvp(b, x, {}, backend="cuda"),
+            "ntk_jvp: unknown backend 'cuda': use one of auto, torch, reference",
+        ),
+        (lambda b, x: ntk_vp(b, x, x[:, :3] / 0), "v has values that are not finite"),
+        (lambda b, x: trace_ntk_vp(b, x, x[:, 0].log()), "v has values that are not finite"),
+        (lambda b, x: trace_ntk_vp(b, x, x, "diagonal"), "the diagonal of outputs is not a linear operator"),
+        (lambda b, x: ntk_vp(b, x, x[:, :3], metric=-torch.ones(6)), "metric must not be negative"),
     ],
 )
 def test_bad_input_is_named(call: Any, message: str) -> None:

@@ -4,10 +4,12 @@
 // for, that steps of many threads overlap, is not emulated.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
 #include "../../csrc/cuda/gram.h"
+#include "../../csrc/cuda/strip.h"
 
 namespace mlp_fusion::cuda {
 namespace {
@@ -20,7 +22,15 @@ float truncated(double sum) {
   return std::fabs(static_cast<double>(nearest)) > std::fabs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
-template <int kPlanes>
+// What tensor cores read of 32 bits: cut off behind 11 significant bits.
+float from_tf32(uint32_t bits) {
+  bits &= ~uint32_t{0x1fff};
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <int kPlanes, int kWords>
 struct Warp {
   struct Fragment {
     uint32_t r[32][4];
@@ -59,20 +69,27 @@ struct Warp {
     }
     return load(offset);
   }
-  // m16n8k16: with group = lane / 4 and t = lane % 4, a lane's registers of A hold columns 2t, 2t + 1 of rows group and
-  // group + 8, then columns 2t + 8, 2t + 9 of the same; of B rows (of k) 2t, 2t + 1, then 2t + 8, 2t + 9, of column
-  // group; of C columns 2t, 2t + 1 of row group, then of row group + 8.
+  // With group = lane / 4 and t = lane % 4, a lane's registers of C hold columns 2t, 2t + 1 of row group, then of row
+  // group + 8. m16n8k16: those of A hold columns 2t, 2t + 1 of rows group and group + 8, then columns 2t + 8, 2t + 9 of the
+  // same; of B rows (of k) 2t, 2t + 1, then 2t + 8, 2t + 9, of column group. m16n8k8: those of A hold column t of rows group
+  // and group + 8, then column t + 4 of the same; of B rows t, then t + 4, of column group; the low 13 bits do not count.
   void multiply_add(Sum& c, const Fragment& a, const Fragment& b, int half) const {
-    float left[16][16], right[16][8];
+    constexpr int kColumns = 16 / kWords;
+    float left[16][kColumns], right[kColumns][8];
     for (int lane = 0; lane < 32; ++lane) {
       const int group = lane / 4, t = lane % 4;
-      for (int i = 0; i < 2; ++i) {
-        const int shift = 16 * i;
-        for (int r = 0; r < 4; ++r) {
-          left[group + 8 * (r % 2)][2 * t + i + 8 * (r / 2)] = from_bfloat16(a.r[lane][r] >> shift & 0xffff);
-        }
-        for (int r = 0; r < 2; ++r) {
-          right[2 * t + i + 8 * r][group] = from_bfloat16(b.r[lane][2 * half + r] >> shift & 0xffff);
+      if constexpr (kWords == 2) {
+        for (int r = 0; r < 4; ++r) left[group + 8 * (r % 2)][t + 4 * (r / 2)] = from_tf32(a.r[lane][r]);
+        for (int r = 0; r < 2; ++r) right[t + 4 * r][group] = from_tf32(b.r[lane][2 * half + r]);
+      } else {
+        for (int i = 0; i < 2; ++i) {
+          const int shift = 16 * i;
+          for (int r = 0; r < 4; ++r) {
+            left[group + 8 * (r % 2)][2 * t + i + 8 * (r / 2)] = from_bfloat16(a.r[lane][r] >> shift & 0xffff);
+          }
+          for (int r = 0; r < 2; ++r) {
+            right[2 * t + i + 8 * r][group] = from_bfloat16(b.r[lane][2 * half + r] >> shift & 0xffff);
+          }
         }
       }
     }
@@ -80,7 +97,7 @@ struct Warp {
       for (int e = 0; e < 4; ++e) {
         const int row = lane / 4 + 8 * (e / 2), column = lane % 4 * 2 + e % 2;
         double sum = c.e[lane][e];
-        for (int k = 0; k < 16; ++k) sum += static_cast<double>(left[row][k]) * right[k][column];
+        for (int k = 0; k < kColumns; ++k) sum += static_cast<double>(left[row][k]) * right[k][column];
         c.e[lane][e] = truncated(sum);
       }
     }
@@ -92,15 +109,15 @@ struct Warp {
   }
 };
 
-template <int kPlanes>
+template <int kPlanes, int kWords>
 void tensor_core_tile(const Gram<float>& gram, int64_t block) {
-  using Sum = typename Warp<kPlanes>::Sum;
+  using Sum = typename Warp<kPlanes, kWords>::Sum;
   struct Accumulator {
     Sum sum[kDown][kAcross];
   };
   constexpr int kStages = stages(kPlanes), kWarps = kThreads / 32;
   const Tile tile = tile_of(gram, kEdge, block);
-  const int64_t row = tile.row * kEdge, column = tile.column * kEdge, width = gram.columns.all();
+  const int64_t row = tile.row * kEdge, column = tile.column * kEdge, width = gram.columns.all() * kWords;
   const auto *left = static_cast<const uint16_t*>(gram.left), *right = static_cast<const uint16_t*>(gram.right);
   std::vector<uint16_t> ring(kStages * stage_elements(kPlanes), 0x7fff);  // NaN
   const int steps = static_cast<int>(width / kDepth);
@@ -112,8 +129,9 @@ void tensor_core_tile(const Gram<float>& gram, int64_t block) {
         for (int copy = 0; copy < kCopies; ++copy) {
           const Piece at = copied(thread, copy);
           const int64_t begin = step * kDepth + at.piece * kPiece;
-          const uint16_t* const from_left = left + (p * gram.n1 + least(row + at.row, gram.n1 - 1)) * width + begin;
-          const uint16_t* const from_right = right + (p * gram.n2 + least(column + at.row, gram.n2 - 1)) * width + begin;
+          const uint16_t* const from_left = left + p * gram.left_plane * kWords + least(row + at.row, gram.n1 - 1) * width + begin;
+          const uint16_t* const from_right =
+              right + p * gram.right_plane * kWords + least(column + at.row, gram.n2 - 1) * width + begin;
           std::copy_n(from_left, kPiece, stage_of(step) + plane_offset(kPlanes, 0, p) + shared_offset(at));
           std::copy_n(from_right, kPiece, stage_of(step) + plane_offset(kPlanes, 1, p) + shared_offset(at));
         }
@@ -121,8 +139,8 @@ void tensor_core_tile(const Gram<float>& gram, int64_t block) {
     }
   };
   std::vector<Accumulator> inputs(kWarps), total(kWarps);
-  const int behind_inputs = static_cast<int>(gram.columns.inputs / kDepth);
-  const int behind_slopes = behind_inputs + static_cast<int>(gram.columns.slopes() / kDepth);
+  const int behind_inputs = static_cast<int>(gram.columns.inputs * kWords / kDepth);
+  const int behind_slopes = behind_inputs + static_cast<int>(gram.columns.slopes() * kWords / kDepth);
   const auto combine = [&] {
     for (int warp = 0; warp < kWarps; ++warp) {
       for (int i = 0; i < kDown * kAcross * 128; ++i) {
@@ -138,7 +156,7 @@ void tensor_core_tile(const Gram<float>& gram, int64_t block) {
     if (step == steps) break;
     fetch(step + kStages - 1);
     for (int warp = 0; warp < kWarps; ++warp) {
-      multiply_stage<kPlanes>(Warp<kPlanes>{stage_of(step), warp}, (step < behind_inputs ? inputs : total)[warp].sum);
+      multiply_stage<kPlanes>(Warp<kPlanes, kWords>{stage_of(step), warp}, (step < behind_inputs ? inputs : total)[warp].sum);
     }
   }
   for (int thread = 0; thread < kThreads; ++thread) {
@@ -206,16 +224,20 @@ void plain_tile(const Gram<T>& gram, int64_t block) {
 }
 
 template <class T>
-void operand(const Factors<T>& factors, int planes, bool plain, void* to) {
+void operand(const Factors<T>& factors, Format format, void* to) {
   const int64_t columns = factors.columns.all();
   for (int64_t i = 0; i < factors.n * columns; ++i) {
     const T value = operand_value(factors, i / columns, i % columns);
-    if (plain) {
+    if (format == Format::plain) {
       static_cast<T*>(to)[i] = value;
+    } else if (format == Format::tf32_twice) {
+      const float single = static_cast<float>(value), high = to_tf32(single);
+      static_cast<float*>(to)[i] = high;
+      static_cast<float*>(to)[factors.n * columns + i] = to_tf32(single - high);
     } else {
       const uint16_t high = to_bfloat16(static_cast<float>(value));
       static_cast<uint16_t*>(to)[i] = high;
-      if (planes == 2) {
+      if (format == Format::bfloat16_twice) {
         static_cast<uint16_t*>(to)[factors.n * columns + i] =
             to_bfloat16(static_cast<float>(value) - from_bfloat16(high));
       }
@@ -224,16 +246,48 @@ void operand(const Factors<T>& factors, int planes, bool plain, void* to) {
 }
 
 template <class T>
-void run(const Gram<T>& gram, int planes) {
+void run(const Gram<T>& gram, Format format) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (planes > 0) {
-      for (int64_t block = 0; block < tiles_of(gram, kEdge); ++block) {
-        planes == 1 ? tensor_core_tile<1>(gram, block) : tensor_core_tile<2>(gram, block);
-      }
+    if (format != Format::plain) {
+      const auto tile = format == Format::bfloat16     ? tensor_core_tile<1, 1>
+                        : format == Format::tf32_twice ? tensor_core_tile<2, 2>
+                                                       : tensor_core_tile<2, 1>;
+      for (int64_t block = 0; block < tiles_of(gram, kEdge); ++block) tile(gram, block);
       return;
     }
   }
   for (int64_t block = 0; block < tiles_of(gram, plain_cores::Shape<T>::kEdge); ++block) plain_tile(gram, block);
+}
+
+// The sum of a block's threads, by halves.
+double added_up(std::vector<double> values) {
+  for (size_t half = values.size() / 2; half > 0; half /= 2) {
+    for (size_t i = 0; i < half; ++i) values[i] += values[i + half];
+  }
+  return values[0];
+}
+
+template <class T>
+void strip_sums(const Strip<T>& strip) {
+  for (int64_t group = 0; group < strips::groups(strip.columns); ++group) {
+    std::vector<std::vector<double>> values(4, std::vector<double>(strips::kThreads));
+    for (int thread = 0; thread < strips::kThreads; ++thread) {
+      const int64_t column = group * strips::kThreads + thread;
+      const auto own = column < strip.columns ? strips::column_products(strip, column) : strips::Products{};
+      for (int k = 0; k < 4; ++k) values[k][thread] = own.value[k];
+    }
+    for (int k = 0; k < 4; ++k) strip.sums[group * 4 + k] += added_up(values[k]);
+  }
+  for (int64_t row = 0; row < strip.rows; ++row) {
+    std::vector<double> a(strips::kThreads), b(strips::kThreads);
+    for (int thread = 0; thread < strips::kThreads; ++thread) {
+      const auto own = strips::row_margins(strip, row, thread);
+      a[thread] = own.a;
+      b[thread] = own.b;
+    }
+    strip.of_rows[row] += added_up(a);
+    strip.of_rows[strip.row_stride + row] += added_up(b);
+  }
 }
 
 }  // namespace
@@ -242,20 +296,25 @@ void run(const Gram<T>& gram, int planes) {
 using namespace mlp_fusion;
 using namespace mlp_fusion::cuda;
 
-// `tensors`: x, z, g, shrink, of_hidden, of_in, of_gate; `sizes`: n, d, h and the columns. planes 0: as they are.
+// `tensors`: x, z, g, shrink, of_hidden, of_in, of_gate; `sizes`: n, d, h and the columns.
 #define MLP_ENTRY(T, name)                                                                                             \
   extern "C" void operand_##name(const T* const* tensors, const int64_t* sizes, const char* activation, bool signs,    \
-                                 int planes, void* to) {                                                               \
+                                 Format format, void* to) {                                                            \
     const Factors<T> factors{tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], tensors[5], tensors[6],       \
                              sizes[0], sizes[1], sizes[2], {sizes[3], sizes[4], sizes[5], sizes[6]},                   \
                              *activation_named(activation), signs};                                                    \
-    operand(factors, planes, planes == 0, to);                                                                         \
+    operand(factors, format, to);                                                                                      \
   }                                                                                                                    \
   extern "C" void tiles_##name(const void* left, const void* right, const int64_t* sizes, double bias,                 \
-                               double constant, bool accumulate, bool symmetric, int planes, T* out) {                 \
-    const Gram<T> gram{left, right, sizes[0], sizes[1], {sizes[2], sizes[3], 0, sizes[4]}, T(bias), T(constant),       \
-                       accumulate, symmetric, out, sizes[5]};                                                          \
-    run(gram, planes);                                                                                                 \
+                               double constant, bool accumulate, bool symmetric, Format format, T* out) {              \
+    const Gram<T> gram{left, right, sizes[6], sizes[7], sizes[0], sizes[1], {sizes[2], sizes[3], 0, sizes[4]},         \
+                       T(bias), T(constant), accumulate, symmetric, out, sizes[5]};                                    \
+    run(gram, format);                                                                                                 \
+  }                                                                                                                    \
+  extern "C" void strip_##name(const T* a, const T* b, const int64_t* sizes, bool symmetric, double* sums,             \
+                               double* rows, double* columns) {                                                        \
+    strip_sums(Strip<T>{a, b, sizes[0], sizes[1], sizes[1], sizes[2], symmetric, sums, rows, columns, sizes[3],        \
+                        sizes[4]});                                                                                    \
   }
 MLP_ENTRY(float, float)
 MLP_ENTRY(double, double)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("ntk_emulation.cpp")
-_PLANES = {"highest": 0, "bf16": 1, "bf16x3": 2}
+#: `Format` of csrc/cuda/gram.h.
+_FORMATS = {"highest": 0, "bf16": 1, "bf16x3": 2, "tf32x3": 3}
 _NAMES = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -58,16 +59,15 @@ class Emulation:
     ) -> Tensor:
         (n, d), h = x.shape, z.shape[1]
         columns = [_padded(d) * inputs, _padded(h) * slopes_in, _padded(h) * slopes_gate, _padded(h) * hidden]
-        planes = _PLANES[precision]
-        dtype = torch.bfloat16 if planes else x.dtype
-        result = torch.full((max(1, planes), n, sum(columns)), float("nan"), dtype=dtype)
+        dtype = torch.bfloat16 if precision.startswith("bf16") else x.dtype
+        result = torch.full((2 if precision.endswith("x3") else 1, n, sum(columns)), float("nan"), dtype=dtype)
         tensors = [_pointer(t) for t in (x, z, g, shrink, of_hidden, of_in, of_gate)]
         getattr(self.library, f"operand_{_NAMES[x.dtype]}")(
             (ctypes.c_void_p * 7)(*tensors),
             _integers(n, d, h, *columns),
             activation.encode(),
             ctypes.c_bool(signs),
-            planes,
+            _FORMATS[precision],
             ctypes.c_void_p(result.data_ptr()),
         )
         return result
@@ -92,17 +92,39 @@ class Emulation:
         ranges = _padded(inputs), slopes * _padded(neurons), hidden * _padded(neurons)
         assert sum(ranges) == columns
         assert out.shape == (n1, n2)
+        assert all(side.stride()[1:] == (columns, 1) or side.shape[1] <= 1 or not columns for side in (left, right))
         assert n2 <= 1 or out.stride(1) == 1
+        precision = {(True, 1): "bf16", (True, 2): "bf16x3", (False, 1): "highest", (False, 2): "tf32x3"}[
+            left.dtype == torch.bfloat16, planes
+        ]
         getattr(self.library, f"tiles_{_NAMES[out.dtype]}")(
-            ctypes.c_void_p(_pointer(left)),
-            ctypes.c_void_p(_pointer(right)),
-            _integers(n1, n2, *ranges, n2 if n1 <= 1 else out.stride(0)),
+            ctypes.c_void_p(left.data_ptr()),
+            ctypes.c_void_p(right.data_ptr()),
+            _integers(n1, n2, *ranges, n2 if n1 <= 1 else out.stride(0), left.stride(0), right.stride(0)),
             ctypes.c_double(bias),
             ctypes.c_double(constant),
             ctypes.c_bool(accumulate),
             ctypes.c_bool(symmetric),
-            planes if left.dtype == torch.bfloat16 else 0,
+            _FORMATS[precision],
             ctypes.c_void_p(out.data_ptr()),
+        )
+
+    def ntk_strip(
+        self, a: Tensor, b: Tensor, first: int, symmetric: bool, sums: Tensor, rows: Tensor, columns: Tensor
+    ) -> None:
+        n, m = a.shape
+        assert b.shape == (n, m)
+        assert rows.shape == (2, n)
+        assert columns.shape[1] >= m
+        assert sums.shape[0] >= (m + 127) // 128
+        getattr(self.library, f"strip_{_NAMES[a.dtype]}")(
+            ctypes.c_void_p(_pointer(a)),
+            ctypes.c_void_p(_pointer(b)),
+            _integers(n, m, first, rows.stride(0), columns.shape[1]),
+            ctypes.c_bool(symmetric),
+            ctypes.c_void_p(_pointer(sums)),
+            ctypes.c_void_p(rows.data_ptr()),
+            ctypes.c_void_p(_pointer(columns)),
         )
 
     def tile(self, index: int, rows: int, columns: int, symmetric: bool) -> tuple[int, int]:
