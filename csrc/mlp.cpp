@@ -1,5 +1,5 @@
-// The compiled operators of a feed-forward block, steps of fusion_kernels/mlp/cpu_backend.py, which casts the weights
-// and folds the scale; here only what would read out of bounds is checked.
+// The compiled operators of a feed-forward block, steps of fusion_kernels/mlp/cpu_backend.py, which casts the weights;
+// here only what would read out of bounds is checked.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -75,10 +75,14 @@ auto with_dtype(const Tensor& x, const Work& work) {
   }
 }
 
+// What sums over tokens and the scale are in.
+template <class T>
+constexpr ScalarType kSums = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+
 template <class T>
 Block<T> make_block(const Tensor& x, const Tensor& w_in, const std::optional<Tensor>& b_in,
                     const std::optional<Tensor>& w_gate, const std::optional<Tensor>& b_gate, const Tensor& w_out,
-                    const std::optional<Tensor>& b_out, int64_t activation) {
+                    const std::optional<Tensor>& b_out, const std::optional<Tensor>& scale, int64_t activation) {
   STD_TORCH_CHECK(x.dim() == 2 && w_in.dim() == 2 && w_out.dim() == 2, "mlp: x and the weights must be matrices");
   STD_TORCH_CHECK(activation >= 0 && activation < 5, "mlp: unknown activation");
   const int64_t h = w_in.size(0), d = x.size(1), d_out = w_out.size(0);
@@ -89,8 +93,18 @@ Block<T> make_block(const Tensor& x, const Tensor& w_in, const std::optional<Ten
                  matrix<T>(w_out, "w_out", dtype, d_out, h),
                  bias<T>(b_in, "b_in", dtype, h),
                  bias<T>(b_gate, "b_gate", dtype, h),
-                 bias<T>(b_out, "b_out", dtype, d_out)};
+                 bias<T>(b_out, "b_out", dtype, d_out),
+                 nullptr,
+                 nullptr};
   if (w_gate) block.w_gate = matrix<T>(*w_gate, "w_gate", dtype, h, d);
+  if (scale && h > 0) {
+    const bool both = scale->dim() == 2;
+    STD_TORCH_CHECK(scale->is_cpu() && scale->scalar_type() == kSums<T> && scale->is_contiguous() &&
+                        scale->numel() == (both ? 2 * h : h) && (!both || scale->size(0) == 2),
+                    "scale: wrong device, dtype, shape or strides");
+    block.behind = data<Wide<T>>(*scale);
+    if (both) block.before = block.behind + h;
+  }
   return block;
 }
 
@@ -98,10 +112,10 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Outputs forward(const Tensor x, const Tensor w_in, const std::optional<Tensor> b_in, const std::optional<Tensor> w_gate,
                 const std::optional<Tensor> b_gate, const Tensor w_out, const std::optional<Tensor> b_out,
-                int64_t activation, int64_t checkpoint_level) {
+                const std::optional<Tensor> scale, int64_t activation, int64_t checkpoint_level) {
   return with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const Block<T> block = make_block<T>(x, w_in, b_in, w_gate, b_gate, w_out, b_out, activation);
+    const Block<T> block = make_block<T>(x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale, activation);
     const int64_t rows = x.size(0), h = w_in.size(0), d_out = w_out.size(0);
     const auto dtype = x.scalar_type();
     const auto hidden = [&](bool keep) { return keep ? allocate({rows, h}, dtype) : allocate({0}, dtype); };
@@ -114,38 +128,42 @@ Outputs forward(const Tensor x, const Tensor w_in, const std::optional<Tensor> b
   });
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// dx, dw_in, db_in, dw_gate, db_gate, k, db_out, empty where `needs`, a bit for each from the lowest, does not ask for
-// them. All but dx are float32, in a block of float64 float64.
+// dx, dw_in, db_in, dw_gate, db_gate, dw_out, db_out, dscale, empty where `needs`, a bit for each from the lowest, does
+// not ask for them. All but dx are float32, in a block of float64 float64.
 Gradients backward(const Tensor dy, const Tensor x, const Tensor w_in, const std::optional<Tensor> b_in,
                    const std::optional<Tensor> w_gate, const std::optional<Tensor> b_gate, const Tensor w_out,
-                   const Tensor z, const Tensor g, const Tensor a, int64_t activation, int64_t needs) {
+                   const std::optional<Tensor> scale, const Tensor z, const Tensor g, const Tensor a,
+                   int64_t activation, int64_t needs) {
   return with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    using S = typename Summed<T>::Type;
-    const Block<T> block = make_block<T>(x, w_in, b_in, w_gate, b_gate, w_out, std::nullopt, activation);
+    using S = Wide<T>;
+    const Block<T> block = make_block<T>(x, w_in, b_in, w_gate, b_gate, w_out, std::nullopt, scale, activation);
     const int64_t rows = x.size(0), d = x.size(1), h = w_in.size(0), d_out = w_out.size(0);
     const auto dtype = x.scalar_type();
-    const auto sums = std::is_same_v<S, double> ? ScalarType::Double : ScalarType::Float;
+    const auto sums = kSums<T>;
     const auto wanted = [&](int bit, std::initializer_list<int64_t> shape, ScalarType type) {
       return (needs >> bit & 1) != 0 ? allocate(shape, type) : allocate({0}, type);
     };
     Tensor dx = wanted(0, {rows, d}, dtype), dw_in = wanted(1, {h, d}, sums), dw_gate = wanted(3, {h, d}, sums);
-    Tensor k = wanted(5, {d_out, h}, sums), db_in = wanted(2, {h}, sums), db_gate = wanted(4, {h}, sums);
-    Tensor db_out = wanted(6, {d_out}, sums);
+    Tensor dw_out = wanted(5, {d_out, h}, sums), db_in = wanted(2, {h}, sums), db_gate = wanted(4, {h}, sums);
+    const bool both = scale && scale->dim() == 2;
+    Tensor db_out = wanted(6, {d_out}, sums), dscale = both ? wanted(7, {2, h}, sums) : wanted(7, {h}, sums);
     if (rows == 0 || h == 0) {  // sums of nothing
-      for (const Tensor* sum : {&dw_in, &dw_gate, &k}) {
+      for (const Tensor* sum : {&dw_in, &dw_gate, &dw_out}) {
         std::fill_n(static_cast<S*>(sum->data_ptr()), sum->numel(), S{0});
       }
       std::fill_n(static_cast<T*>(dx.data_ptr()), dx.numel(), T(0.0f));
     }
-    const MlpGradients<T> out{data<T>(dx),          data<S>(dw_in),        data<S>(dw_gate),      data<S>(k),
-                              data<S>(db_in), data<S>(db_gate), data<S>(db_out)};
+    S* d_behind = data<S>(dscale);
+    const MlpGradients<T> out{data<T>(dx),     data<S>(dw_in),   data<S>(dw_gate),
+                              data<S>(dw_out), data<S>(db_in),   data<S>(db_gate),
+                              data<S>(db_out), both && d_behind != nullptr ? d_behind + h : nullptr, d_behind};
     mlp_backward<T>(block, matrix<T>(dy, "dy", dtype, rows, d_out), matrix<T>(x, "x", dtype, rows, d),
                     kept<T>(z, "z", dtype, rows, h), kept<T>(g, "g", dtype, rows, h), kept<T>(a, "a", dtype, rows, h),
                     out);
-    return Gradients{dx, dw_in, db_in, dw_gate, db_gate, k, db_out};
+    return Gradients{dx, dw_in, db_in, dw_gate, db_gate, dw_out, db_out, dscale};
   });
 }
 
@@ -155,11 +173,11 @@ Gradients backward(const Tensor dy, const Tensor x, const Tensor w_in, const std
 STABLE_TORCH_LIBRARY_FRAGMENT(fusion_kernels_native, m) {
   m.def(
       "mlp(Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_gate, Tensor? b_gate, Tensor w_out, Tensor? b_out, "
-      "int activation, int checkpoint_level) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? scale, int activation, int checkpoint_level) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "mlp_backward(Tensor dy, Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_gate, Tensor? b_gate, Tensor w_out, "
-      "Tensor z, Tensor g, Tensor a, int activation, int needs) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? scale, Tensor z, Tensor g, Tensor a, int activation, int needs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusion_kernels_native, CPU, m) {

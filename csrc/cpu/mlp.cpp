@@ -18,10 +18,11 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Elements of a chunk's hidden tile: in float 1 MiB, so that the few tiles of a step fit the caches of a core, and the
-// fewest rows for which a product still runs at full speed.
-constexpr int64_t kTileElements = 1 << 18;
-constexpr int64_t kLeastRows = 512;
+// Elements of a chunk's hidden tile: in float 256 KiB, so that the few tiles of a step fit the caches of a core and add
+// little to what a training step holds. And its fewest rows, for which a product still runs at full speed, and its most,
+// so that sums over many tokens are sums of sums.
+constexpr int64_t kTileElements = 1 << 16;
+constexpr int64_t kLeastRows = 256, kMostRows = 1024;
 // Elements of a pointwise step that one thread takes at a time.
 constexpr int64_t kGrain = 1 << 14;
 
@@ -79,12 +80,12 @@ void project(const Matrix<T>& out, const Matrix<T>& x, const Matrix<T>& w, const
   multiply(out, x, w.transposed(), bias != nullptr);
 }
 
-// Call work(begin, count) for pieces of n elements, on all threads.
+// Call work(begin, count) for pieces of the rows of a tile, on all threads.
 template <class Work>
-void in_pieces(int64_t n, const Work& work) {
-  const int64_t pieces = (n + kGrain - 1) / kGrain;
+void in_pieces(int64_t rows, int64_t columns, const Work& work) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(columns, 1)), pieces = (rows + grain - 1) / grain;
   for_each_if(pieces > 1 && torch::stable::get_num_threads() > 1, pieces, [&](int64_t i) {
-    work(i * kGrain, std::min(kGrain, n - i * kGrain));
+    work(i * grain, std::min(grain, rows - i * grain));
   });
 }
 
@@ -97,7 +98,7 @@ T* at(T* data, int64_t offset) {
 template <class T>
 class WeightGradient {
  public:
-  WeightGradient(typename Summed<T>::Type* sum, int64_t rows, int64_t columns)
+  WeightGradient(Wide<T>* sum, int64_t rows, int64_t columns)
       : sum_(sum), rows_(rows), columns_(columns), part_(kDirect || sum == nullptr ? 0 : rows * columns) {
     if (!kDirect && sum != nullptr) std::fill_n(sum, rows * columns, 0.0f);
   }
@@ -108,29 +109,42 @@ class WeightGradient {
       multiply(contiguous(sum_, rows_, columns_), a.transposed(), b, !first);
     } else {
       multiply(contiguous(part_.data(), rows_, columns_), a.transposed(), b);
-      in_pieces(rows_ * columns_, [&](int64_t i, int64_t count) { accumulate(part_.data() + i, count, sum_ + i); });
+      in_pieces(rows_, columns_, [&](int64_t i, int64_t count) {
+        accumulate(part_.data() + i * columns_, count * columns_, sum_ + i * columns_);
+      });
     }
   }
 
  private:
-  static constexpr bool kDirect = std::is_same_v<T, typename Summed<T>::Type>;
-  typename Summed<T>::Type* sum_;
+  static constexpr bool kDirect = std::is_same_v<T, Wide<T>>;
+  Wide<T>* sum_;
   int64_t rows_, columns_;
   Buffer<T> part_;
 };
 
-// Sums over chunks of the columns of a matrix, in double until the end.
+// Sums over chunks of the columns of a matrix, or of two matrices' product by elements, in double until the end.
 template <class T>
-class BiasGradient {
+class ColumnSums {
  public:
-  BiasGradient(typename Summed<T>::Type* out, int64_t columns) : out_(out), sum_(out == nullptr ? 0 : columns, 0.0) {}
+  ColumnSums(Wide<T>* out, int64_t columns) : out_(out), sum_(out == nullptr ? 0 : columns, 0.0) {}
+  explicit operator bool() const { return out_ != nullptr; }
   void add(const Matrix<T>& m) {
-    if (out_ == nullptr) return;
-    constexpr int64_t width = 64;
-    const int64_t pieces = (m.columns + width - 1) / width;
-    for_each_if(m.rows * m.columns > kGrain && torch::stable::get_num_threads() > 1, pieces, [&](int64_t i) {
-      const int64_t j = i * width;
-      add_columns(m.data + j, m.rows, std::min(width, m.columns - j), m.row_stride, sum_.data() + j);
+    in_blocks(m, [&](int64_t j, int64_t n) { add_columns(m.data + j, m.rows, n, m.row_stride, sum_.data() + j); });
+  }
+  void add(const Matrix<T>& a, const T* b) {
+    in_blocks(a, [&](int64_t j, int64_t n) {
+      add_products(a.data + j, b + j, a.rows, n, a.row_stride, sum_.data() + j);
+    });
+  }
+  // Sums down the columns of a contiguous matrix of sums and of one with any strides.
+  void add(const Wide<T>* a, const Matrix<T>& b) {
+    in_blocks(b, [&](int64_t j, int64_t n) {
+      for (int64_t i = 0; i < b.rows; ++i) {
+        const T* row = b.data + i * b.row_stride;
+        for (int64_t l = j; l < j + n; ++l) {
+          sum_[l] += static_cast<double>(a[i * b.columns + l]) * static_cast<Wide<T>>(row[l * b.column_stride]);
+        }
+      }
     });
   }
   void finish() const {
@@ -138,48 +152,92 @@ class BiasGradient {
   }
 
  private:
-  typename Summed<T>::Type* out_;
+  template <class Work>
+  void in_blocks(const Matrix<T>& m, const Work& work) {
+    if (out_ == nullptr) return;
+    constexpr int64_t width = 64;
+    const int64_t pieces = (m.columns + width - 1) / width;
+    for_each_if(m.rows * m.columns > kGrain && torch::stable::get_num_threads() > 1, pieces, [&](int64_t i) {
+      work(i * width, std::min(width, m.columns - i * width));
+    });
+  }
+
+  Wide<T>* out_;
   std::vector<double> sum_;
 };
 
-int64_t rows_per_chunk(int64_t h) { return std::max(kLeastRows, kTileElements / std::max<int64_t>(h, 1)); }
+// Rows of the chunks of `rows` tokens, as even as they can be.
+int64_t rows_per_chunk(int64_t rows, int64_t h) {
+  const int64_t most = std::clamp(kTileElements / std::max<int64_t>(h, 1), kLeastRows, kMostRows);
+  const int64_t chunks = std::max<int64_t>(1, (rows + most - 1) / most);
+  return std::max<int64_t>(1, (rows + chunks - 1) / chunks);
+}
+
+// The block's factors around phi, ones where only the other is there; the one behind where it is asked for.
+template <class T>
+class Around {
+ public:
+  Around(const Block<T>& block, bool with_behind) {
+    const Wide<T>* behind = with_behind ? block.behind : nullptr;
+    if (block.before == nullptr && behind == nullptr) return;
+    ones_.assign(block.w_in.rows, Wide<T>{1});
+    factors = {block.before == nullptr ? ones() : block.before, behind == nullptr ? ones() : behind};
+  }
+  const Wide<T>* ones() const { return ones_.data(); }
+
+  Factors<T> factors;
+
+ private:
+  std::vector<Wide<T>> ones_;
+};
 
 }  // namespace
 
 template <class T>
 void mlp_forward(const Block<T>& block, Matrix<T> x, T* y, T* z, T* g, T* a) {
-  const int64_t h = block.w_in.rows, d_out = block.w_out.rows, step = rows_per_chunk(h);
+  const int64_t h = block.w_in.rows, d_out = block.w_out.rows, step = rows_per_chunk(x.rows, h);
   const int64_t tile = std::min(step, x.rows) * h;
-  // The activations take the place of pre-activations that nobody keeps.
-  const Buffer<T> z_tile(z == nullptr ? tile : 0), g_tile(block.w_gate && g == nullptr ? tile : 0);
-  const Buffer<T> a_tile(a == nullptr && z != nullptr ? tile : 0);
+  const bool gated = static_cast<bool>(block.w_gate), apart = a != nullptr && block.behind != nullptr;
+  const Around<T> around(block, !apart);
+  // Activations take the place of pre-activations that nobody keeps; kept ones lack the factors that the product needs.
+  const Buffer<T> z_tile(z == nullptr ? tile : 0), g_tile(gated && g == nullptr ? tile : 0);
+  const Buffer<T> a_tile(apart || (a == nullptr && z != nullptr) ? tile : 0);
   for (int64_t begin = 0; begin < x.rows; begin += step) {
-    const int64_t end = std::min(begin + step, x.rows), rows = end - begin, n = rows * h;
+    const int64_t end = std::min(begin + step, x.rows), rows = end - begin;
     const Matrix<T> tokens = x.narrow(begin, end);
     T* zs = z == nullptr ? z_tile.data() : z + begin * h;
-    T* gs = !block.w_gate ? nullptr : g == nullptr ? g_tile.data() : g + begin * h;
+    T* gs = !gated ? nullptr : g == nullptr ? g_tile.data() : g + begin * h;
     T* as = a != nullptr ? a + begin * h : z == nullptr ? zs : a_tile.data();
+    T* scaled = apart ? a_tile.data() : as;
     project(contiguous(zs, rows, h), tokens, block.w_in, block.b_in);
-    if (block.w_gate) project(contiguous(gs, rows, h), tokens, block.w_gate, block.b_gate);
-    in_pieces(n, [&](int64_t i, int64_t count) { activate<T>(block.phi, zs + i, at(gs, i), count, as + i); });
-    project(contiguous(y + begin * d_out, rows, d_out), contiguous(as, rows, h), block.w_out, block.b_out);
+    if (gated) project(contiguous(gs, rows, h), tokens, block.w_gate, block.b_gate);
+    in_pieces(rows, h, [&](int64_t i, int64_t count) {
+      activate<T>(block.phi, zs + i * h, at(gs, i * h), count, h, around.factors, as + i * h);
+      if (apart) scale_columns<T>(as + i * h, count, h, block.behind, scaled + i * h);
+    });
+    project(contiguous(y + begin * d_out, rows, d_out), contiguous(scaled, rows, h), block.w_out, block.b_out);
   }
 }
 
 template <class T>
 void mlp_backward(const Block<T>& block, Matrix<T> dy, Matrix<T> x, T* z, T* g, T* a, const MlpGradients<T>& out) {
-  const int64_t h = block.w_in.rows, d = x.columns, d_out = block.w_out.rows, step = rows_per_chunk(h);
+  const int64_t h = block.w_in.rows, d = x.columns, d_out = block.w_out.rows, step = rows_per_chunk(x.rows, h);
   const int64_t tile = std::min(step, x.rows) * h;
   const bool gated = static_cast<bool>(block.w_gate);
   const bool inner = out.dx != nullptr || out.dw_in != nullptr || out.db_in != nullptr || out.dw_gate != nullptr ||
-                     out.db_gate != nullptr;
-  const bool needs_a = out.k != nullptr && a == nullptr, again = z == nullptr && (inner || needs_a);
+                     out.db_gate != nullptr || out.d_before != nullptr;
+  const bool outer = out.dw_out != nullptr || out.d_behind != nullptr;
+  const bool needs_a = outer && a == nullptr, again = z == nullptr && (inner || needs_a);
   const Buffer<T> z_tile(again ? tile : 0), g_tile(again && gated ? tile : 0);
   const Buffer<T> dz_tile(inner ? tile : 0), dg_tile(inner && gated ? tile : 0), a_tile(needs_a ? tile : 0);
-  WeightGradient<T> dw_in(out.dw_in, h, d), dw_gate(out.dw_gate, h, d), k(out.k, d_out, h);
-  BiasGradient<T> db_in(out.db_in, h), db_gate(out.db_gate, h), db_out(out.db_out, d_out);
+  const Buffer<Wide<T>> k_of_its_own(outer && out.dw_out == nullptr ? d_out * h : 0);
+  Wide<T>* k_sum = outer && out.dw_out == nullptr ? k_of_its_own.data() : out.dw_out;
+  WeightGradient<T> dw_in(out.dw_in, h, d), dw_gate(out.dw_gate, h, d), k(k_sum, d_out, h);
+  ColumnSums<T> db_in(out.db_in, h), db_gate(out.db_gate, h), db_out(out.db_out, d_out);
+  ColumnSums<T> d_before(out.d_before, h), d_behind(out.d_behind, h);
+  const Around<T> around(block, inner);
   for (int64_t begin = 0; begin < x.rows; begin += step) {
-    const int64_t end = std::min(begin + step, x.rows), rows = end - begin, n = rows * h;
+    const int64_t end = std::min(begin + step, x.rows), rows = end - begin;
     const bool first = begin == 0;
     const Matrix<T> tokens = x.narrow(begin, end), upstream = dy.narrow(begin, end);
     T *zs = z == nullptr ? z_tile.data() : z + begin * h, *gs = nullptr;
@@ -190,13 +248,20 @@ void mlp_backward(const Block<T>& block, Matrix<T> dy, Matrix<T> x, T* z, T* g, 
       if (gated) project(contiguous(gs, rows, h), tokens, block.w_gate, block.b_gate);
     }
     if (inner) {
-      T *dzs = dz_tile.data(), *dgs = dg_tile.data();
+      T *dzs = dz_tile.data(), *dgs = dg_tile.data(), *of_phi = gated ? dgs : dzs;
       multiply(contiguous(dzs, rows, h), upstream, block.w_out);
-      in_pieces(n, [&](int64_t i, int64_t count) {
-        activate_backward<T>(block.phi, dzs + i, zs + i, at(gs, i), count, dzs + i, at(dgs, i),
-                             needs_a ? as + i : nullptr);
+      in_pieces(rows, h, [&](int64_t i, int64_t count) {
+        activate_backward<T>(block.phi, dzs + i * h, zs + i * h, at(gs, i * h), count, h, around.factors,
+                             d_before ? around.ones() : around.factors.before, dzs + i * h, at(dgs, i * h),
+                             needs_a ? as + i * h : nullptr);
       });
       const Matrix<T> dz = contiguous(dzs, rows, h), dg = contiguous(dgs, rows, h);
+      if (d_before) {
+        d_before.add(gated ? dg : dz, gated ? gs : zs);
+        in_pieces(rows, h, [&](int64_t i, int64_t count) {
+          scale_columns<T>(of_phi + i * h, count, h, block.before, of_phi + i * h);
+        });
+      }
       if (out.dx != nullptr) {
         const Matrix<T> dx = contiguous(out.dx + begin * d, rows, d);
         multiply(dx, dz, block.w_in);
@@ -207,12 +272,22 @@ void mlp_backward(const Block<T>& block, Matrix<T> dy, Matrix<T> x, T* z, T* g, 
       db_in.add(dz);
       db_gate.add(dg);
     } else if (needs_a) {
-      in_pieces(n, [&](int64_t i, int64_t count) { activate<T>(block.phi, zs + i, at(gs, i), count, as + i); });
+      in_pieces(rows, h, [&](int64_t i, int64_t count) {
+        activate<T>(block.phi, zs + i * h, at(gs, i * h), count, h, around.factors, as + i * h);
+      });
     }
     k.add(upstream, contiguous(as, rows, h), first);
     db_out.add(upstream);
   }
-  for (const BiasGradient<T>* sum : {&db_in, &db_gate, &db_out}) sum->finish();
+  if (x.rows > 0) {
+    d_behind.add(k_sum, block.w_out);
+    if (out.dw_out != nullptr && block.behind != nullptr) {
+      in_pieces(d_out, h, [&](int64_t i, int64_t count) {
+        scale_columns<Wide<T>>(k_sum + i * h, count, h, block.behind, k_sum + i * h);
+      });
+    }
+  }
+  for (const ColumnSums<T>* sum : {&db_in, &db_gate, &db_out, &d_before, &d_behind}) sum->finish();
 }
 
 #define MLP_INSTANTIATE(T)                                                     \

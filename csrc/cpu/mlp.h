@@ -21,35 +21,28 @@ struct Matrix {
   }
 };
 
-// The weights in the dtype of x. w_out carries the scale.
+// The weights in the dtype of x, and the factors of the h columns around phi; null stands for ones.
 template <class T>
 struct Block {
   Activation phi;
   Matrix<T> w_in, w_gate, w_out;  // (h, d), (h, d) or null, (d_out, h)
   T *b_in = nullptr, *b_gate = nullptr, *b_out = nullptr;
+  const Wide<T>*before = nullptr, *behind = nullptr;
 };
 
-// Sums over tokens are taken in float, for double in double.
-template <class T>
-struct Summed {
-  using Type = float;
-};
-template <>
-struct Summed<double> {
-  using Type = double;
-};
-
-// y (T, d_out) of x (T, d). Whichever of z, g, a (T, h) are not null are kept; all are contiguous.
+// y (T, d_out) of x (T, d). Whichever of z, g, a (T, h) are not null are kept, without the factors; all are contiguous.
 template <class T>
 void mlp_forward(const Block<T>& block, Matrix<T> x, T* y, T* z, T* g, T* a);
 
-// Gradients; whatever is null is not computed. dx (T, d), the others as what they belong to, contiguous; k (d_out, h) is
-// that of w_out. z, g, a are what the forward kept, null where it did not.
+// Gradients; whatever is null is not computed. dx (T, d), the others as what they belong to, contiguous. Sums over tokens
+// are in float, for double in double. Without dw_out, the gradient of the factors behind phi has a matrix of its own.
+// z, g, a are what the forward kept, null where it did not.
 template <class T>
 struct MlpGradients {
   T* dx = nullptr;
-  typename Summed<T>::Type *dw_in = nullptr, *dw_gate = nullptr, *k = nullptr;
-  typename Summed<T>::Type *db_in = nullptr, *db_gate = nullptr, *db_out = nullptr;
+  Wide<T>*dw_in = nullptr, *dw_gate = nullptr, *dw_out = nullptr;
+  Wide<T>*db_in = nullptr, *db_gate = nullptr, *db_out = nullptr;
+  Wide<T>*d_before = nullptr, *d_behind = nullptr;
 };
 template <class T>
 void mlp_backward(const Block<T>& block, Matrix<T> dy, Matrix<T> x, T* z, T* g, T* a, const MlpGradients<T>& out);

@@ -11,9 +11,6 @@ namespace {
 typedef float Float16 __attribute__((vector_size(64)));
 typedef int32_t Int16 __attribute__((vector_size(64)));
 
-template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // What exp and the normal distribution need to know of an element type. `tail` are the coefficients, lowest first, of
 // P(q) with erfc(s) = 2 exp(-s²) P(q) / (s + k), q = (s - k) / (s + k) and k = 2.5: Chebyshev interpolants, computed in
 // 50 digits. `log2e` to `ln2_low` reduce exp's argument to |r| <= ln2 / 2, for which `exp` are 1 / i!.
@@ -81,32 +78,44 @@ MLP_INLINE Values<T> polynomial(const T (&coefficients)[N], Values<T> x) {
   return sum;
 }
 
+// Element by element `yes` where x has its sign bit set, else `no`. By masks where the compiler would take a comparison
+// of vectors that are wider than the machine's apart, lane by lane.
+template <class T>
+MLP_INLINE Values<T> where_negative(Values<T> x, Values<T> yes, Values<T> no) {
+  if constexpr (std::is_same_v<T, float>) {
+    using I = typename Constants<T>::I;
+    const I mask = (I)x >> 31;
+    return (Values<T>)(((I)yes & mask) | ((I)no & ~mask));
+  } else {
+    return x < T{0} ? yes : no;
+  }
+}
+
 // exp(x) for x <= 0.
 template <class T>
 MLP_INLINE Values<T> exp_negative(Values<T> x) {
   using C = Constants<T>;
   using V = typename C::V;
   using I = typename C::I;
-  const auto vanishes = x < C::kLeast;
-  const V bounded = vanishes ? V{} + C::kLeast : x;
+  const V above = x - C::kLeast;
+  const V bounded = where_negative<T>(above, V{} + C::kLeast, x);
   const V shifted = bounded * static_cast<T>(1.4426950408889634) + C::kMagic;
   const V n = shifted - C::kMagic;
   const V r = (bounded - n * C::kLn2High) - n * C::kLn2Low;
   const I exponent = (I)shifted - (I)(V{} + C::kMagic);
   const V power = (V)((exponent + C::kBias) << C::kMantissa);
   const V value = polynomial<T>(C::kExp, r) * power;
-  return vanishes ? V{} : value;
+  return where_negative<T>(above, V{}, value);
 }
 
 // s = 1 / (1 + exp(-x)) and c = 1 - s, both without cancellation.
 template <class T>
 MLP_INLINE void sigmoid(Values<T> x, Values<T>& s, Values<T>& c) {
   using V = Values<T>;
-  const auto negative = x < T{0};
-  const V e = exp_negative<T>(negative ? x : -x);
+  const V e = exp_negative<T>(where_negative<T>(x, x, -x));
   const V larger = T{1} / (T{1} + e), smaller = e * larger;
-  s = negative ? smaller : larger;
-  c = negative ? larger : smaller;
+  s = where_negative<T>(x, smaller, larger);
+  c = where_negative<T>(x, larger, smaller);
 }
 
 // phi(x) and its derivative.
@@ -116,12 +125,11 @@ MLP_INLINE void evaluate(Values<T> x, Values<T>& value, Values<T>& slope) {
   if constexpr (Phi == Activation::kGelu) {
     // From the tail of the normal distribution, which also gives the density.
     constexpr T k = T(2.5);
-    const auto negative = x < T{0};
     const V e = exp_negative<T>(T(-0.5) * x * x);
-    const V s = (negative ? -x : x) * static_cast<T>(0.70710678118654752);
+    const V s = where_negative<T>(x, -x, x) * static_cast<T>(0.70710678118654752);
     const V w = T{1} / (s + k);
     const V tail = e * w * polynomial<T>(Constants<T>::kTail, T{1} - (2 * k) * w);
-    const V below = negative ? tail : T{1} - tail;
+    const V below = where_negative<T>(x, tail, T{1} - tail);
     value = x * below;
     slope = below + x * e * static_cast<T>(0.39894228040143268);
   } else if constexpr (Phi == Activation::kGeluTanh) {
@@ -167,38 +175,15 @@ MLP_INLINE void write(T* to, Values<Wide<T>> v) {
   }
 }
 
-template <Activation Phi, class T>
-MLP_INLINE void forward_at(const T* z, const T* g, T* a) {
-  Values<Wide<T>> value, slope;
-  if (g == nullptr) {
-    evaluate<Phi, Wide<T>>(read(z), value, slope);
-  } else {
-    evaluate<Phi, Wide<T>>(read(g), value, slope);
-    value *= read(z);
-  }
-  write(a, value);
-}
-
-template <Activation Phi, class T>
-MLP_INLINE void backward_at(const T* da, const T* z, const T* g, T* dz, T* dg, T* a) {
-  Values<Wide<T>> value, slope;
-  const Values<Wide<T>> upstream = read(da), input = read(z);
-  if (g == nullptr) {
-    evaluate<Phi, Wide<T>>(input, value, slope);
-    write(dz, upstream * slope);
-  } else {
-    evaluate<Phi, Wide<T>>(read(g), value, slope);
-    write(dg, upstream * input * slope);
-    write(dz, upstream * value);
-    value *= input;
-  }
-  if (a != nullptr) write(a, value);
-}
-
-// The elements that do not fill a vector, in zero-padded copies.
 template <class T>
+MLP_INLINE T* at(T* x, int64_t i) {
+  return x == nullptr ? x : x + i;
+}
+
+// The elements of a row that do not fill a vector, in a zero-padded copy.
+template <class T, class W = Wide<T>>
 struct Padded {
-  T values[kWidth<Wide<T>>] = {};
+  T values[kWidth<W>] = {};
   MLP_INLINE const T* from(const T* x, int64_t count) {
     if (x == nullptr) return nullptr;
     std::copy_n(x, count, values);
@@ -209,37 +194,116 @@ struct Padded {
   }
 };
 
-template <Activation Phi, class T>
-MLP_INLINE void forward_body(const T* z, const T* g, int64_t n, T* a) {
+// One row, the vectors first and then, by the same code, the elements that are left.
+template <Activation Phi, bool Gated, bool Scaled, class T>
+MLP_INLINE void forward_row(const T* z, const T* g, const Wide<T>* before, const Wide<T>* behind, int64_t n, T* a) {
   constexpr int64_t width = kWidth<Wide<T>>;
   const int64_t whole = n / width * width, rest = n - whole;
-  if (g == nullptr) {
-    for (int64_t i = 0; i < whole; i += width) forward_at<Phi>(z + i, static_cast<const T*>(nullptr), a + i);
-  } else {
-    for (int64_t i = 0; i < whole; i += width) forward_at<Phi>(z + i, g + i, a + i);
+  T* const last = a + whole;
+  Padded<T> last_z, last_g, last_a;
+  Padded<Wide<T>> last_before, last_behind;
+  for (int64_t end = whole;; end = width) {
+    for (int64_t i = 0; i < end; i += width) {
+      Values<Wide<T>> value, slope, argument = read((Gated ? g : z) + i);
+      if constexpr (Scaled) argument *= load<Values<Wide<T>>>(before + i);
+      evaluate<Phi, Wide<T>>(argument, value, slope);
+      if constexpr (Gated) value *= read(z + i);
+      if constexpr (Scaled) value *= load<Values<Wide<T>>>(behind + i);
+      write(a + i, value);
+    }
+    if (rest == 0 || a == last_a.values) break;
+    z = last_z.from(z + whole, rest), g = last_g.from(at(g, whole), rest), a = last_a.values;
+    before = last_before.from(at(before, whole), rest), behind = last_behind.from(at(behind, whole), rest);
   }
-  if (rest > 0) {
-    Padded<T> last_z, last_g, last_a;
-    forward_at<Phi>(last_z.from(z + whole, rest), last_g.from(g == nullptr ? g : g + whole, rest), last_a.values);
-    last_a.to(a + whole, rest);
+  if (rest != 0) last_a.to(last, rest);
+}
+
+template <Activation Phi, bool Gated, bool Scaled, class T>
+MLP_INLINE void backward_row(const T* da, const T* z, const T* g, const Factors<T>& factors, const Wide<T>* chain,
+                             int64_t n, T* dz, T* dg, T* a) {
+  constexpr int64_t width = kWidth<Wide<T>>;
+  const int64_t whole = n / width * width, rest = n - whole;
+  const Wide<T>*before = factors.before, *behind = factors.behind;
+  T *const end_dz = dz + whole, *const end_dg = at(dg, whole), *const end_a = at(a, whole);
+  Padded<T> last_da, last_z, last_g, last_dz, last_dg, last_a;
+  Padded<Wide<T>> last_before, last_behind, last_chain;
+  for (int64_t end = whole;; end = width) {
+    for (int64_t i = 0; i < end; i += width) {
+      Values<Wide<T>> value, slope, argument = read((Gated ? g : z) + i), upstream = read(da + i);
+      if constexpr (Scaled) {
+        argument *= load<Values<Wide<T>>>(before + i);
+        upstream *= load<Values<Wide<T>>>(behind + i);
+      }
+      evaluate<Phi, Wide<T>>(argument, value, slope);
+      if constexpr (Scaled) slope *= load<Values<Wide<T>>>(chain + i);
+      if constexpr (Gated) {
+        const Values<Wide<T>> input = read(z + i);
+        write(dg + i, upstream * input * slope);
+        write(dz + i, upstream * value);
+        value *= input;
+      } else {
+        write(dz + i, upstream * slope);
+      }
+      if (a != nullptr) write(a + i, value);
+    }
+    if (rest == 0 || dz == last_dz.values) break;
+    da = last_da.from(da + whole, rest), z = last_z.from(z + whole, rest), g = last_g.from(at(g, whole), rest);
+    before = last_before.from(at(before, whole), rest), behind = last_behind.from(at(behind, whole), rest);
+    chain = last_chain.from(at(chain, whole), rest);
+    dz = last_dz.values, dg = last_dg.values, a = a == nullptr ? nullptr : last_a.values;
+  }
+  if (rest != 0) {
+    last_dz.to(end_dz, rest);
+    last_dg.to(end_dg, rest);
+    last_a.to(end_a, rest);
   }
 }
 
 template <Activation Phi, class T>
-MLP_INLINE void backward_body(const T* da, const T* z, const T* g, int64_t n, T* dz, T* dg, T* a) {
-  constexpr int64_t width = kWidth<Wide<T>>;
-  const int64_t whole = n / width * width, rest = n - whole;
-  const auto at = [](auto* x, int64_t i) { return x == nullptr ? x : x + i; };
-  for (int64_t i = 0; i < whole; i += width) {
-    backward_at<Phi>(da + i, z + i, at(g, i), dz + i, at(dg, i), at(a, i));
+MLP_INLINE void forward_body(const T* z, const T* g, int64_t rows, int64_t columns, const Factors<T>& factors, T* a) {
+  if (!factors) {  // one long row
+    if (g == nullptr) return forward_row<Phi, false, false>(z, g, factors.before, factors.behind, rows * columns, a);
+    return forward_row<Phi, true, false>(z, g, factors.before, factors.behind, rows * columns, a);
   }
-  if (rest > 0) {
-    Padded<T> last_da, last_z, last_g, last_dz, last_dg, last_a;
-    backward_at<Phi>(last_da.from(da + whole, rest), last_z.from(z + whole, rest), last_g.from(at(g, whole), rest),
-                     last_dz.values, last_dg.values, a == nullptr ? nullptr : last_a.values);
-    last_dz.to(dz + whole, rest);
-    last_dg.to(at(dg, whole), rest);
-    last_a.to(at(a, whole), rest);
+  for (int64_t i = 0; i < rows * columns; i += columns) {
+    if (g == nullptr) {
+      forward_row<Phi, false, true>(z + i, g, factors.before, factors.behind, columns, a + i);
+    } else {
+      forward_row<Phi, true, true>(z + i, g + i, factors.before, factors.behind, columns, a + i);
+    }
+  }
+}
+
+template <Activation Phi, class T>
+MLP_INLINE void backward_body(const T* da, const T* z, const T* g, int64_t rows, int64_t columns,
+                              const Factors<T>& factors, const Wide<T>* chain, T* dz, T* dg, T* a) {
+  const int64_t n = rows * columns;
+  if (!factors) {
+    if (g == nullptr) return backward_row<Phi, false, false>(da, z, g, factors, chain, n, dz, dg, a);
+    return backward_row<Phi, true, false>(da, z, g, factors, chain, n, dz, dg, a);
+  }
+  for (int64_t i = 0; i < n; i += columns) {
+    if (g == nullptr) {
+      backward_row<Phi, false, true>(da + i, z + i, g, factors, chain, columns, dz + i, dg, at(a, i));
+    } else {
+      backward_row<Phi, true, true>(da + i, z + i, g + i, factors, chain, columns, dz + i, dg + i, at(a, i));
+    }
+  }
+}
+
+template <class T>
+MLP_INLINE void scale_columns_body(const T* x, int64_t rows, int64_t columns, const Wide<T>* factor, T* out) {
+  for (int64_t i = 0; i < rows * columns; i += columns) {
+    for (int64_t j = 0; j < columns; ++j) out[i + j] = static_cast<T>(static_cast<Wide<T>>(x[i + j]) * factor[j]);
+  }
+}
+
+template <class T>
+MLP_INLINE void add_products_body(const T* x, const T* y, int64_t rows, int64_t columns, int64_t stride, double* sum) {
+  for (int64_t i = 0; i < rows * stride; i += stride) {
+    for (int64_t j = 0; j < columns; ++j) {
+      sum[j] += static_cast<double>(static_cast<Wide<T>>(x[i + j])) * static_cast<Wide<T>>(y[i + j]);
+    }
   }
 }
 
@@ -274,38 +338,57 @@ MLP_INLINE void accumulate_body(const T* part, int64_t n, float* sum) {
 }  // namespace
 
 // Function multiversioning takes no templates: one function for every activation and element type.
-#define MLP_ACTIVATION(Name, T)                                                                                   \
-  MLP_CLONES static void forward_##Name##_##T(const T* z, const T* g, int64_t n, T* a) {                          \
-    forward_body<Activation::k##Name>(z, g, n, a);                                                                \
-  }                                                                                                               \
-  MLP_CLONES static void backward_##Name##_##T(const T* da, const T* z, const T* g, int64_t n, T* dz, T* dg, T* a) { \
-    backward_body<Activation::k##Name>(da, z, g, n, dz, dg, a);                                                   \
+#define MLP_ACTIVATION(Name, T)                                                                                        \
+  MLP_CLONES static void forward_##Name##_##T(const T* z, const T* g, int64_t rows, int64_t columns,                   \
+                                              const Factors<T>& factors, T* a) {                                       \
+    forward_body<Activation::k##Name>(z, g, rows, columns, factors, a);                                                \
+  }                                                                                                                    \
+  MLP_CLONES static void backward_##Name##_##T(const T* da, const T* z, const T* g, int64_t rows, int64_t columns,     \
+                                               const Factors<T>& factors, const Wide<T>* chain, T* dz, T* dg, T* a) {  \
+    backward_body<Activation::k##Name>(da, z, g, rows, columns, factors, chain, dz, dg, a);                            \
   }
 
-#define MLP_ELEMENT_TYPE(T)                                                                                       \
-  MLP_ACTIVATION(Gelu, T)                                                                                         \
-  MLP_ACTIVATION(GeluTanh, T)                                                                                     \
-  MLP_ACTIVATION(Relu, T)                                                                                         \
-  MLP_ACTIVATION(Relu2, T)                                                                                        \
-  MLP_ACTIVATION(Silu, T)                                                                                         \
-  MLP_CLONES static void add_columns_##T(const T* x, int64_t rows, int64_t columns, int64_t stride, double* sum) { \
-    add_columns_body(x, rows, columns, stride, sum);                                                              \
-  }                                                                                                               \
-  template <>                                                                                                     \
-  void activate<T>(Activation phi, const T* z, const T* g, int64_t n, T* a) {                                     \
-    constexpr decltype(&forward_Gelu_##T) kForward[] = {forward_Gelu_##T, forward_GeluTanh_##T, forward_Relu_##T,  \
-                                                        forward_Relu2_##T, forward_Silu_##T};                     \
-    kForward[static_cast<int64_t>(phi)](z, g, n, a);                                                              \
-  }                                                                                                               \
-  template <>                                                                                                     \
-  void activate_backward<T>(Activation phi, const T* da, const T* z, const T* g, int64_t n, T* dz, T* dg, T* a) { \
-    constexpr decltype(&backward_Gelu_##T) kBackward[] = {backward_Gelu_##T, backward_GeluTanh_##T,               \
-                                                          backward_Relu_##T, backward_Relu2_##T, backward_Silu_##T}; \
-    kBackward[static_cast<int64_t>(phi)](da, z, g, n, dz, dg, a);                                                 \
-  }                                                                                                               \
-  template <>                                                                                                     \
-  void add_columns<T>(const T* x, int64_t rows, int64_t columns, int64_t stride, double* sum) {                   \
-    add_columns_##T(x, rows, columns, stride, sum);                                                               \
+#define MLP_ELEMENT_TYPE(T)                                                                                            \
+  MLP_ACTIVATION(Gelu, T)                                                                                              \
+  MLP_ACTIVATION(GeluTanh, T)                                                                                          \
+  MLP_ACTIVATION(Relu, T)                                                                                              \
+  MLP_ACTIVATION(Relu2, T)                                                                                             \
+  MLP_ACTIVATION(Silu, T)                                                                                              \
+  MLP_CLONES static void add_columns_##T(const T* x, int64_t rows, int64_t columns, int64_t stride, double* sum) {     \
+    add_columns_body(x, rows, columns, stride, sum);                                                                   \
+  }                                                                                                                    \
+  MLP_CLONES static void add_products_##T(const T* x, const T* y, int64_t rows, int64_t columns, int64_t stride,       \
+                                          double* sum) {                                                               \
+    add_products_body(x, y, rows, columns, stride, sum);                                                               \
+  }                                                                                                                    \
+  MLP_CLONES static void scale_columns_##T(const T* x, int64_t rows, int64_t columns, const Wide<T>* factor, T* out) { \
+    scale_columns_body(x, rows, columns, factor, out);                                                                 \
+  }                                                                                                                    \
+  template <>                                                                                                          \
+  void activate<T>(Activation phi, const T* z, const T* g, int64_t rows, int64_t columns, const Factors<T>& factors,   \
+                   T* a) {                                                                                             \
+    constexpr decltype(&forward_Gelu_##T) kForward[] = {forward_Gelu_##T, forward_GeluTanh_##T, forward_Relu_##T,      \
+                                                        forward_Relu2_##T, forward_Silu_##T};                          \
+    kForward[static_cast<int64_t>(phi)](z, g, rows, columns, factors, a);                                              \
+  }                                                                                                                    \
+  template <>                                                                                                          \
+  void activate_backward<T>(Activation phi, const T* da, const T* z, const T* g, int64_t rows, int64_t columns,        \
+                            const Factors<T>& factors, const Wide<T>* chain, T* dz, T* dg, T* a) {                     \
+    constexpr decltype(&backward_Gelu_##T) kBackward[] = {backward_Gelu_##T, backward_GeluTanh_##T,                    \
+                                                          backward_Relu_##T, backward_Relu2_##T, backward_Silu_##T};   \
+    kBackward[static_cast<int64_t>(phi)](da, z, g, rows, columns, factors, chain, dz, dg, a);                          \
+  }                                                                                                                    \
+  template <>                                                                                                          \
+  void add_columns<T>(const T* x, int64_t rows, int64_t columns, int64_t stride, double* sum) {                        \
+    add_columns_##T(x, rows, columns, stride, sum);                                                                    \
+  }                                                                                                                    \
+  template <>                                                                                                          \
+  void add_products<T>(const T* x, const T* y, int64_t rows, int64_t columns, int64_t stride, double* sum) {           \
+    add_products_##T(x, y, rows, columns, stride, sum);                                                                \
+  }                                                                                                                    \
+  template <>                                                                                                          \
+  void scale_columns<T>(const T* x, int64_t rows, int64_t columns, const Wide<T>* factor, T* out) {                    \
+    scale_columns_##T(x, rows, columns, factor, out);                                                                  \
   }
 
 MLP_ELEMENT_TYPE(float)

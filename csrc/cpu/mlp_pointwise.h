@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace mlp_fusion {
 
@@ -16,13 +17,35 @@ using Half = c10::Half;
 // As in fusion_kernels/mlp/cpu_backend.py.
 enum class Activation : int64_t { kGelu, kGeluTanh, kRelu, kRelu2, kSilu };
 
-// a[i] = phi(z[i]), or phi(g[i]) z[i] unless g is null.
+// What T is computed in.
 template <class T>
-void activate(Activation phi, const T* z, const T* g, int64_t n, T* a);
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// The gradients of that for da: dz[i], and dg[i] unless g is null; and a[i] again unless a is null. dz may be da.
+// What multiplies every column before and behind phi: both are there, or neither.
 template <class T>
-void activate_backward(Activation phi, const T* da, const T* z, const T* g, int64_t n, T* dz, T* dg, T* a);
+struct Factors {
+  const Wide<T>*before = nullptr, *behind = nullptr;
+  explicit operator bool() const { return before != nullptr; }
+};
+
+// a = behind phi(before z), or behind phi(before g) z unless g is null; all (rows, columns), contiguous.
+template <class T>
+void activate(Activation phi, const T* z, const T* g, int64_t rows, int64_t columns, const Factors<T>& factors, T* a);
+
+// The gradients of that for da: dz, and dg unless g is null; and a without its factor behind again unless a is null. dz
+// may be da. Where there are factors, the gradient of phi's argument is multiplied by those of `chain`: `before`, or ones
+// for what d before is made of.
+template <class T>
+void activate_backward(Activation phi, const T* da, const T* z, const T* g, int64_t rows, int64_t columns,
+                       const Factors<T>& factors, const Wide<T>* chain, T* dz, T* dg, T* a);
+
+// out = x with every column times its factor; both (rows, columns), contiguous. out may be x.
+template <class T>
+void scale_columns(const T* x, int64_t rows, int64_t columns, const Wide<T>* factor, T* out);
+
+// sum[j] += the sum over `rows` rows, `stride` apart, of x[., j] y[., j], in their order.
+template <class T>
+void add_products(const T* x, const T* y, int64_t rows, int64_t columns, int64_t stride, double* sum);
 
 // sum[j] += the sum of column j over `rows` rows that are `stride` apart, in their order.
 template <class T>

@@ -10,9 +10,14 @@
 #include <cstdint>
 #include <cstring>
 
-// The loader's choice needs glibc, and the fallback is the baseline alone.
+// The loader's choice needs glibc, and the fallback is the baseline alone. x86-64-v3 is AVX2 and FMA, for which compilers
+// before GCC 12 have no one name: theirs is FMA with the integers of AVX, in halves.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 12
+#define MLP_CLONES __attribute__((target_clones("avx512f", "arch=x86-64-v3", "default")))
+#else
 #define MLP_CLONES __attribute__((target_clones("avx512f", "fma", "default")))
+#endif
 #else
 #define MLP_CLONES
 #endif

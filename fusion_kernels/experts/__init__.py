@@ -15,7 +15,7 @@ from torch import Tensor
 from fusion_kernels import gpu, transforms
 from fusion_kernels.activations import get_activation
 from fusion_kernels.experts import grouped_mm_backend, loop_backend, triton_backend
-from fusion_kernels.experts.operators import EXPERTS, EXPERTS_BACKWARD
+from fusion_kernels.experts.operators import EXPERTS, EXPERTS_BACKWARD, run
 from fusion_kernels.library import Backend
 from fusion_kernels.pinning import Pin
 from fusion_kernels.reference import experts as reference
@@ -104,7 +104,7 @@ def fused_experts(
             needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
             level = checkpoint_level if needed else 2
             rows = _Routed.apply(x, order, inverse, k)
-            y = EXPERTS.overload(rows, ends.int(), *tensors, activation, level, backend)[0]
+            y = run(rows, ends.int(), *tensors, activation, level, backend, trains=needed)
             y = _Routed.apply(y, inverse, order, 1)
         return (y.unflatten(0, (T, k)) * top_k_weights.unsqueeze(2)).sum(1).to(x.dtype)
 

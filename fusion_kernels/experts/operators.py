@@ -1,7 +1,7 @@
 """`fusion_kernels::experts` and its backward: the blocks of many experts on rows that are sorted by expert.
 
-As with `fusion_kernels::mlp`, the forward returns what its level saves and the backward is an operator too. Gradients
-of gradients come from differentiating the specification.
+As with `fusion_kernels::mlp`, the forward returns what its level saves and the backward is an operator too, and outside
+of tracing `run` calls the backend itself. Gradients of gradients come from differentiating the specification.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.library import NAMESPACE, Operator, operator
-from fusion_kernels.mlp.operators import Gradients, Outputs, packed
+from fusion_kernels.mlp.operators import Gradients, Outputs, is_direct, packed
 from fusion_kernels.reference import experts as reference
 from fusion_kernels.reference.mlp import fold_scale
 
@@ -101,12 +101,38 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None
         dx, *others = (next(found) if need else None for need in needs)
         return (dx, None, *others, *nothing)
     needs = [wanted[0], *wanted[2:]]
-    gradients: Gradients = EXPERTS_BACKWARD.overload(dy, *ctx.saved_tensors, *ctx.options, needs)
+    saved = ctx.saved_tensors
+    backward = EXPERTS_BACKWARD.direct if is_direct((dy, *saved)) else EXPERTS_BACKWARD.overload
+    gradients: Gradients = backward(dy, *saved, *ctx.options, needs)
     dx, *others = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
     return (dx, None, *others, *nothing)
 
 
 torch.library.register_autograd(f"{NAMESPACE}::experts", _differentiate, setup_context=_save)
+
+
+class _Direct(torch.autograd.Function):
+    """The forward operator's derivative without the operators between."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y, z, g, a = EXPERTS.direct(*inputs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:N_INPUTS], z, g, a)
+        ctx.options = inputs[N_INPUTS:]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, cotangents[0])
+
+
+def run(*arguments: Any, trains: bool) -> Tensor:
+    """y of the forward operator's arguments, differentiable; `trains` says whether anything asks for a gradient."""
+    if not is_direct(arguments[:N_INPUTS]):
+        y: Tensor = EXPERTS.overload(*arguments)[0]
+        return y
+    return _Direct.apply(*arguments) if trains else EXPERTS.direct(*arguments)[0]
 
 
 def rows_of_experts(ends: Tensor, rows: int) -> Tensor:

@@ -7,6 +7,7 @@ reference in `fusion_kernels.reference.mlp` specifies what every backend compute
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fusion_kernels import gpu, native, transforms
 from fusion_kernels.activations import ACTIVATIONS, get_activation
-from fusion_kernels.mlp import cpu_backend, gpu_backend, reference_backend, torch_backend
+from fusion_kernels.mlp import cpu_backend, gpu_backend, reference_backend, torch_backend, tuning
 from fusion_kernels.mlp.operators import MLP, register, run, without_autocast
 from fusion_kernels.pinning import Pin
 from fusion_kernels.reference import mlp as reference
@@ -25,12 +26,9 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SCALES = (*_FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _composed = without_autocast(reference.mlp)
 
-#: Up to so many tokens, a CPU trains the block as torch's own operations.
-SMALL_TOKENS = 32
-
-register("cpu", cpu_backend.forward, cpu_backend.backward, ("cpu",), lambda: native.UNAVAILABLE)
-register("torch", reference_backend.forward, torch_backend.backward, ("cpu", "cuda"))
-register("reference", reference_backend.forward, reference_backend.backward, ("cpu", "cuda"))
+register("cpu", cpu_backend.forward, cpu_backend.backward, ("cpu",), lambda: native.UNAVAILABLE, both_factors=True)
+register("torch", reference_backend.forward, torch_backend.backward, ("cpu", "cuda"), both_factors=True)
+register("reference", reference_backend.forward, reference_backend.backward, ("cpu", "cuda"), both_factors=True)
 # Behind the others, and so by name or by the table of `tuning` only, until they have been measured on a GPU.
 register("cublas", gpu_backend.cublas_forward, gpu_backend.cublas_backward, ("cuda",), gpu.why_not)
 register("epilogue", gpu_backend.epilogue_forward, gpu_backend.epilogue_backward, ("cuda",), gpu.why_not)
@@ -55,9 +53,10 @@ def fused_mlp(
     """Return y = (phi(x w1ᵀ + b1) * scale) w2ᵀ + b2, a feed-forward block with the size-scaling vector.
 
     The computation runs in the dtype of x, under autocast in autocast's, with float32 accumulation in the products (and
-    float64 for float64). Weights of another dtype, such as float32 masters, are cast once per call, and the scale is
-    folded into w2 in that cast: it costs nothing per token, and its gradient comes from the product that gives w2's.
-    Gradients have the dtype of what they belong to; tensors that do not require grad cost nothing in the backward.
+    float64 for float64). Weights of another dtype, such as float32 masters, are cast once per call. On a GPU the scale
+    is folded into w2 in that cast, on a CPU it is part of the pass that computes the activation; its gradient comes
+    from the product that gives w2's. Gradients have the dtype of what they belong to; tensors that do not require grad
+    cost nothing in the backward.
 
     First derivatives run through the operator. Second and higher ones (`create_graph=True`) are right too, in plain
     torch. Under `torch.func` transforms and forward-mode AD the block runs as the composition of torch's operations
@@ -69,7 +68,8 @@ def fused_mlp(
         b1: (h,) or None.
         w2: (d_out, h).
         b2: (d_out,) or None.
-        scale: (h,) of a floating-point or integer dtype, or None for ones; differentiable where floating.
+        scale: (h,) of a floating-point or integer dtype, or None for ones; differentiable where floating. Or (2, h),
+            whose second row multiplies what goes into phi: phi(scale[1] * (x w1ᵀ + b1)) * scale[0].
         activation: phi, one of `gelu` (exact, by erf), `gelu_tanh`, `relu`, `relu2` (squared ReLU), `silu`.
         checkpoint_level: which hidden tensors (tokens, h) are kept for the backward besides x: 0 the pre-activations
             and the activations; 1 the pre-activations; 2 none, at the price of computing the first product again.
@@ -122,7 +122,7 @@ def fused_glu_mlp(
         b_gate: (h,) or None.
         b_up: (h,) or None.
         b_down: (d_out,) or None.
-        scale: (h,) or None.
+        scale: (h,) or None; or (2, h), whose second row multiplies what goes into phi, which is the gate.
         activation: phi.
         checkpoint_level: as in :func:`fused_mlp`; level 0 keeps three hidden tensors, level 1 two.
         backend: as in :func:`fused_mlp`.
@@ -185,37 +185,36 @@ def _run(
     backend: str,
 ) -> Tensor:
     """The block by the operator or, where that cannot be differentiated as is asked, by its specification."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device
+    if torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device.type))
     if backend == "auto":
         backend = mlp_backend.name
     block = (w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
-    if transforms.active() or _is_small(x, backend):
+    trains = torch.is_grad_enabled() and _requires_grad(x, *block)
+    # Not under a compiler, which has no calls to save and must not depend on the number of tokens.
+    if transforms.active() or (
+        trains
+        and backend == "auto"
+        and device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and tuning.is_small(math.prod(x.shape[:-1]))
+    ):
         return _composed(x, *block, activation)
     # Level 2 asks for no more than y, so that nothing is made to be saved where no gradient is needed.
-    level = checkpoint_level if torch.is_grad_enabled() and _requires_grad(x, *block) else 2
-    rows = x if x.ndim == 2 else x.flatten(0, -2) if x.ndim > 2 else x.unsqueeze(0)
-    y = run(rows, *block, activation, level, backend)
-    return y if x.ndim == 2 else y.unflatten(0, x.shape[:-1]) if x.ndim > 2 else y.squeeze(0)
-
-
-def _is_small(x: Tensor, backend: str) -> bool:
-    """Whether this is a training step on a CPU with so few tokens that calls cost more than what they do.
-
-    Under torch's own autograd every call is C++, and what it saves is small beside the weights. Not under a compiler,
-    which has no calls and must not depend on the number of tokens.
-    """
-    return (
-        backend == "auto"
-        and x.device.type == "cpu"
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and x.numel() <= SMALL_TOKENS * x.shape[-1]
-    )
+    level = checkpoint_level if trains else 2
+    ndim = x.ndim
+    if ndim == 2:
+        return run(x, *block, activation, level, backend, trains=trains)
+    y = run(x.flatten(0, -2) if ndim > 2 else x.unsqueeze(0), *block, activation, level, backend, trains=trains)
+    return y.unflatten(0, x.shape[:-1]) if ndim > 2 else y.squeeze(0)
 
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
+    for t in tensors:  # noqa: SIM110 - a generator takes as long as all else here
+        if t is not None and t.requires_grad:
+            return True
+    return False
 
 
 def _fits(
@@ -245,11 +244,13 @@ def _fits(
         and w_out.device == device
         and w_out.dtype == dtype
         and (w_gate is None or (w_gate.shape == inner and w_gate.dtype == dtype and w_gate.device == device))
-        and all(
-            b is None or (b.shape == (n,) and b.dtype == dtype and b.device == device)
-            for b, n in ((b_in, inner[0]), (b_gate, inner[0]), (b_out, outer[0]))
+        and (b_in is None or (b_in.shape == inner[:1] and b_in.dtype == dtype and b_in.device == device))
+        and (b_gate is None or (b_gate.shape == inner[:1] and b_gate.dtype == dtype and b_gate.device == device))
+        and (b_out is None or (b_out.shape == outer[:1] and b_out.dtype == dtype and b_out.device == device))
+        and (
+            scale is None
+            or (scale.shape in (inner[:1], (2, inner[0])) and scale.dtype in _SCALES and scale.device == device)
         )
-        and (scale is None or (scale.shape == inner[:1] and scale.dtype in _SCALES and scale.device == device))
     )
 
 
@@ -289,7 +290,7 @@ def _check(
             expected = (d_out, h) if name == matrices[-1] else (h, d)
         else:
             expected = (d_out,) if name in ("b2", "b_down") else (h,)
-        if t.shape != expected:
+        if t.shape != expected and not (name == "scale" and t.shape == (2, h)):
             raise ValueError(f"{name} must be {expected}, got {tuple(t.shape)}")
         if t.device != x.device:
             raise ValueError(f"{name} is on {t.device}, x is on {x.device}")

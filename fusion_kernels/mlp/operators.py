@@ -105,7 +105,7 @@ def _choose(x: Tensor, w_in: Tensor, w_gate: Tensor | None, w_out: Tensor, check
     if backend != "auto" or x.device.type != "cuda":
         return backend
     shape = tuning.Shape(x.shape[0], x.shape[1], w_in.shape[0], w_out.shape[0], w_gate is not None, checkpoint_level)
-    return tuning.measured(torch.cuda.get_device_name(x.device), x.dtype, shape) or "auto"
+    return tuning.path(torch.cuda.get_device_name(x.device), x.dtype, shape)
 
 
 def _choose_forward(*arguments: Any) -> str:
@@ -139,11 +139,16 @@ def register(
     backward: Callable[..., Gradients],
     device_types: tuple[str, ...],
     why_not: Callable[[], str | None] = lambda: None,
+    *,
+    both_factors: bool = False,
 ) -> None:
     """Add a backend of both operators: functions of their schemas' arguments, the backward's with `Gradients`.
 
     They run with autocast off, whatever it was where the operator was called: what they compute in is the dtype of x.
+    Without `both_factors` their scale is (h,) or None: a factor before phi is then folded into the weights for them.
     """
+    if not both_factors:
+        forward, backward = _folding_forward(forward), _folding_backward(backward)
 
     def packed(*arguments: Any) -> tuple[Tensor, ...]:
         empty = arguments[1].new_empty
@@ -153,6 +158,65 @@ def register(
     _BACKWARDS[name] = direct
     MLP.register(Backend(name, without_autocast(forward), device_types, why_not))
     MLP_BACKWARD.register(Backend(name, packed, device_types, why_not))
+
+
+def _folded(inputs: Sequence[Any], before: Tensor, behind: Tensor | None) -> list[Any]:
+    """The block's inputs with the factor before phi folded into the projection that feeds it."""
+    x, weight, bias = inputs[0], *inputs[_fed_by(inputs)]
+    wide = torch.promote_types(torch.promote_types(weight.dtype, x.dtype), torch.float32)
+    factor = before.to(wide)
+    folded = [*inputs[: N_INPUTS - 1], behind]
+    folded[_fed_by(inputs)] = (
+        weight.to(wide) * factor.unsqueeze(1),
+        None if bias is None else bias.to(wide) * factor,
+    )
+    return folded
+
+
+def _fed_by(inputs: Sequence[Any]) -> slice:
+    """Where the projection lies whose outputs phi takes, weight and bias: the gate's, or the only one."""
+    return slice(1, 3) if inputs[3] is None else slice(3, 5)
+
+
+def _folding_forward(forward: Callable[..., Outputs]) -> Callable[..., Outputs]:
+    @functools.wraps(forward)
+    def folding(*arguments: Any) -> Outputs:
+        before, behind = reference.factors(arguments[N_INPUTS - 1])
+        if before is None:
+            return forward(*arguments)
+        return forward(*_folded(arguments[:N_INPUTS], before, behind), *arguments[N_INPUTS:])
+
+    return folding
+
+
+def _folding_backward(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    @functools.wraps(backward)
+    def folding(dy: Tensor, *arguments: Any) -> Gradients:
+        inputs, needs = arguments[:N_INPUTS], arguments[-1]
+        scale = inputs[-1]
+        before, behind = reference.factors(scale)
+        if before is None:
+            return backward(dy, *arguments)
+        here = _fed_by(inputs)
+        inner = list(needs)
+        if needs[-1]:
+            inner[here] = True, inputs[here][1] is not None
+        found: list[Any] = list(backward(dy, *_folded(inputs, before, behind), *arguments[N_INPUTS:-1], inner))
+        (weight, bias), (dw, db) = inputs[here], found[here]
+        wide = weight.dtype if dw is None else dw.dtype
+        if needs[-1]:
+            d_before = (dw * weight.to(wide)).sum(1)
+            if db is not None:
+                d_before = d_before + db.to(wide) * bias.to(wide)
+            found[-1] = torch.stack([found[-1].to(wide), d_before]).to(scale.dtype)
+        wanted, wanted_b = needs[here]
+        found[here] = (
+            (dw * before.to(wide).unsqueeze(1)).to(weight.dtype) if wanted else None,
+            (db * before.to(db.dtype)).to(bias.dtype) if wanted_b and db is not None else None,
+        )
+        return tuple(found)  # type: ignore[return-value]
+
+    return folding
 
 
 _BACKWARDS: dict[str, Callable[..., Gradients]] = {}
@@ -172,24 +236,24 @@ def without_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
     return run_it
 
 
-def run(*arguments: Any) -> Tensor:
-    """y of the forward operator's arguments, differentiable."""
-    tensors = arguments[:N_INPUTS]
-    if not _is_direct(tensors):
+def run(*arguments: Any, trains: bool) -> Tensor:
+    """y of the forward operator's arguments, differentiable; `trains` says whether anything asks for a gradient."""
+    if not is_direct(arguments[:N_INPUTS]):
         y: Tensor = MLP.overload(*arguments)[0]
         return y
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if trains:
         return _Direct.apply(*arguments)
     return MLP.select(_choose_forward(*arguments), arguments[0].device).function(*arguments)[0]
 
 
-def _is_direct(tensors: tuple[Tensor | None, ...]) -> bool:
+def is_direct(tensors: Sequence[Tensor | None]) -> bool:
     """Whether nothing looks at the operators: no compiler, no dispatch mode, no tensor subclass."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-    )
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() != 0:
+        return False
+    for t in tensors:  # noqa: SIM110 - a generator takes as long as all else here
+        if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            return False
+    return True
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
@@ -223,7 +287,7 @@ class _Direct(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         (dy,) = cotangents
         saved = ctx.saved_tensors
-        if dy is None or torch.is_grad_enabled() or not _is_direct((dy, *saved)):
+        if dy is None or torch.is_grad_enabled() or not is_direct((dy, *saved)):
             return _differentiate(ctx, dy)
         arguments = (dy, *saved, *ctx.options, ctx.needs_input_grad[:N_INPUTS])
         chosen = MLP_BACKWARD.select(_choose_backward(*arguments), dy.device).name

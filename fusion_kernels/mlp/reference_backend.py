@@ -25,8 +25,9 @@ def forward(
     backend: str,
 ) -> Outputs:
     """See `fusion_kernels.mlp.operators`."""
-    z, g, a = reference.hidden(x, w_in, b_in, w_gate, b_gate, activation)
-    y = F.linear(a, reference.fold_scale(w_out, scale, x.dtype), None if b_out is None else b_out.to(x.dtype))
+    before, behind = reference.factors(scale)
+    z, g, a = reference.hidden(x, w_in, b_in, w_gate, b_gate, activation, before)
+    y = F.linear(a, reference.fold_scale(w_out, behind, x.dtype), None if b_out is None else b_out.to(x.dtype))
     return saved(y, z, g, a, checkpoint_level)
 
 

@@ -40,19 +40,28 @@ def backward(
     if checkpoint_level == 2:
         z = reference.project(x, w_in, b_in)
         g = g if w_gate is None else reference.project(x, w_gate, b_gate)
-    da = dy @ reference.fold_scale(w_out, scale, x.dtype) if any(needs[:5]) else None
-    gated = w_gate is not None
-    dz = dg = None
-    if gated:
-        phi = get_activation(activation).function(g)
-        if da is not None:
-            dz, dg = da * phi, act_backward(da * z, g, activation)
-        a = a if checkpoint_level == 0 else phi * z
+    before, behind = reference.factors(scale)
+    inside = z if w_gate is None else g
+    argument, phi = reference.times(inside, before), get_activation(activation).function
+    dz = dg = inner = None
+    if any(needs[:5]) or (needs[7] and before is not None):
+        da = dy @ reference.fold_scale(w_out, behind, x.dtype)
+        inner = act_backward(da if w_gate is None else da * z, argument, activation)
+    if w_gate is not None:
+        value = phi(argument)
+        if inner is not None:
+            dz, dg = da * value, reference.times(inner, before)
+        a = a if checkpoint_level == 0 else value * z
     else:
-        dz = None if da is None else act_backward(da, z, activation)
+        dz = None if inner is None else reference.times(inner, before)
         if checkpoint_level != 0 and (needs[5] or needs[7]):
-            a = get_activation(activation).function(z)
-    return gradients(dy, x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale, dz, dg, a, needs)
+            a = phi(argument)
+    *others, dp = gradients(dy, x, w_in, b_in, w_gate, b_gate, w_out, b_out, behind, dz, dg, a, needs)
+    if dp is not None and inner is not None and before is not None and scale is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        d_before = (inner.to(wide) * inside.to(wide)).sum(0)
+        dp = torch.stack([dp, d_before.to(dp.dtype)])
+    return *others, dp  # type: ignore[return-value]
 
 
 def act_backward(da: Tensor, z: Tensor, activation: str) -> Tensor:

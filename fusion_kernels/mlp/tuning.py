@@ -1,6 +1,6 @@
-"""Which path a block of some shape takes on a GPU: what was measured, and what the roofline predicts before that.
+"""Which path a block of some shape takes: pure functions of shapes, so that nothing is tuned while a program runs.
 
-Pure functions of shapes, so that the choice can be tested anywhere and nothing is tuned while a program runs.
+What asks them is `fusion_kernels.mlp`: :func:`path` on a GPU, :func:`is_small` on a CPU.
 """
 
 from __future__ import annotations
@@ -32,47 +32,35 @@ class Shape:
 
 
 #: (GPU name, dtype, d, h, gated, saves hidden tensors) -> [(fewest tokens, backend), ...] in rising order of tokens,
-#: from `bench/fused_mlp.py`. Empty until a GPU has been measured: the block then runs as torch's own operations.
-MEASURED: dict[tuple[str, torch.dtype, int, int, bool, bool], list[tuple[int, str]]] = {}
+#: from `bench/fused_mlp.py`.
+Table = dict[tuple[str, torch.dtype, int, int, bool, bool], list[tuple[int, str]]]
+MEASURED: Table = {}
+
+#: What a GPU runs that has not been measured: torch's own operations, whose speed is known.
+UNMEASURED = "torch"
 
 
-def measured(gpu: str, dtype: torch.dtype, shape: Shape) -> str | None:
-    """The backend that was fastest on this GPU at this width and the next smaller measured token count, or None."""
-    rows = MEASURED.get((gpu, dtype, shape.d, shape.h, shape.gated, shape.checkpoint_level < 2), [])
-    return next((backend for tokens, backend in reversed(rows) if shape.tokens >= tokens), None)
+def path(gpu: str, dtype: torch.dtype, shape: Shape, table: Table | None = None) -> str:
+    """The backend of `fusion_kernels.mlp` for one call on a GPU.
 
-
-#: Widest hidden layer whose tile stays on the chip beside double-buffered operands, and the tokens per program.
-RESIDENT_WIDTH = 256
-RESIDENT_TOKENS = 128
-#: Share of cuBLAS' speed that a Triton product reaches, assumed until it is measured.
-TRITON_EFFICIENCY = 0.85
-
-
-def break_even(d: int, bytes_per_flop_balance: float, passes: int) -> float:
-    """The share of cuBLAS' speed above which a fused epilogue saves time.
-
-    A product over d of a (T, h) output takes 2 T h d operations; each pass over the hidden tensor that the epilogue
-    saves moves 2 T h bytes, read or written. Fusing wins when the product's loss is below the passes' time, that is
-    for an efficiency above 1 / (1 + passes * balance / d).
+    It is the one that was fastest at this width and the next smaller measured token count, :data:`UNMEASURED` where
+    nothing was measured.
 
     Args:
-        d: inner dimension of the product.
-        bytes_per_flop_balance: operations per byte at which the GPU's arithmetic and memory are even.
-        passes: reads and writes of a (T, h) tensor in two bytes per element that are saved.
+        gpu: the name that `torch.cuda.get_device_name` gives.
+        dtype: that of the computation.
+        table: what was measured; :data:`MEASURED` when None.
     """
-    return 1.0 / (1.0 + passes * bytes_per_flop_balance / d)
+    table = MEASURED if table is None else table
+    rows = table.get((gpu, dtype, shape.d, shape.h, shape.gated, shape.checkpoint_level < 2), [])
+    return next((backend for tokens, backend in reversed(rows) if shape.tokens >= tokens), UNMEASURED)
 
 
-def predicted(shape: Shape, processors: int = 132, balance: float = 184.0) -> str:
-    """The path that the roofline of a GPU favours, `"resident"`, `"epilogue"` or `"cublas"`.
+#: Up to so many tokens, a CPU trains a block as torch's operations: calls then cost more than what they do, under
+#: torch's own autograd every call is C++, and what it saves is small beside the weights.
+SMALL_TOKENS = 32
 
-    Args:
-        processors: multiprocessors of the GPU (132 on an H200).
-        balance: half-precision operations per byte at which arithmetic and memory are even (184 on an H200).
-    """
-    fills = shape.tokens >= processors * RESIDENT_TOKENS
-    if shape.checkpoint_level == 2 and shape.h <= RESIDENT_WIDTH and fills:
-        return "resident"
-    # The forward saves the activation's read and, at level 2, z is not written either; the backward twice as much.
-    return "epilogue" if break_even(shape.d, balance, 2) < TRITON_EFFICIENCY else "cublas"
+
+def is_small(tokens: int) -> bool:
+    """Whether a CPU trains on `tokens` tokens by torch's own operations and autograd rather than by the operator."""
+    return tokens <= SMALL_TOKENS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -52,9 +53,28 @@ def test_values_and_gradients(activation: str, gated: bool, dtype: torch.dtype, 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-@pytest.mark.parametrize("scale", [None, "int", "float"])
+@pytest.mark.parametrize("scale", [None, "int", "float", "both"])
 def test_optional_tensors(scale: str | None, bias: bool, gated: bool, backend: str) -> None:
     check(make_block(2, 3, gated=gated, bias=bias, scale=scale), 1, backend, torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_scale_before_the_activation(activation: str, gated: bool, dtype: torch.dtype, backend: str) -> None:
+    for level in (0, 1, 2):
+        block = make_block(70, gated=gated, activation=activation, d=40, h=35, d_out=33, scale="both")
+        check(block, level, backend, dtype)
+
+
+def test_an_integer_scale_is_not_rounded_to_low_precision() -> None:
+    one = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.full((40, 1), 1 + 2.0**-7, dtype=torch.bfloat16)
+    # 257 is 256 in bfloat16, and 257 x is 260 after one rounding.
+    for scale, rows in itertools.product((torch.tensor([257]), torch.tensor([[257], [1]])), (1, 40)):
+        y = fused_mlp(x[:rows], one, None, one, None, scale, "relu")
+        assert y.tolist() == [[260.0]] * rows
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -71,7 +91,8 @@ def test_odd_shapes(tokens: int, d: int, h: int, d_out: int, gated: bool, backen
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_more_tokens_than_a_chunk(level: int, gated: bool, dtype: torch.dtype) -> None:
-    check(make_block(700, d=8, h=1030, d_out=6, gated=gated), level, "auto", dtype)
+    for scale in ("float", "both"):
+        check(make_block(1100, d=8, h=1030, d_out=6, gated=gated, scale=scale), level, "auto", dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -81,8 +102,8 @@ def test_more_tokens_than_a_chunk(level: int, gated: bool, dtype: torch.dtype) -
     [((0,), {}), ((2, 0, 3), {}), ((), {}), ((4,), {"d": 0}), ((4,), {"h": 0}), ((4,), {"d_out": 0}), ((0,), {"h": 0})],
 )
 def test_empty_and_degenerate(shape: tuple[int, ...], sizes: dict[str, int], gated: bool, backend: str) -> None:
-    for level in (0, 1, 2):
-        block = make_block(*shape, gated=gated, **sizes).training()
+    for level, scale in ((0, "float"), (1, "float"), (2, "float"), (1, "both")):
+        block = make_block(*shape, gated=gated, scale=scale, **sizes).training()
         y, expected = block.fused(level, backend), block.eager()
         torch.testing.assert_close(y, expected)
         found, ideal = block.gradients(y), block.gradients(expected)
@@ -97,7 +118,7 @@ def test_empty_and_degenerate(shape: tuple[int, ...], sizes: dict[str, int], gat
     d_out=st.integers(1, 40),
     gated=st.booleans(),
     bias=st.booleans(),
-    scale=st.sampled_from([None, "int", "float"]),
+    scale=st.sampled_from([None, "int", "float", "both"]),
     activation=st.sampled_from(sorted(ACTIVATIONS)),
     level=st.integers(0, 2),
     seed=st.integers(0, 9),
@@ -136,8 +157,9 @@ def test_strided_inputs_and_expanded_gradients(gated: bool, backend: str) -> Non
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("level", [0, 1, 2])
-def test_frozen_tensors_have_no_gradient_and_change_no_other(level: int, gated: bool, backend: str) -> None:
-    block = make_block(5, gated=gated).training()
+@pytest.mark.parametrize("scale", ["float", "both"])
+def test_frozen_tensors_have_no_gradient_and_change_no_other(scale: str, level: int, gated: bool, backend: str) -> None:
+    block = make_block(5, gated=gated, scale=scale).training()
     full = block.gradients(block.eager())
     for name in full:
         for frozen in (set(full) - {name}, {name}):
@@ -261,12 +283,15 @@ def test_nothing_is_saved_or_made_without_a_gradient(gated: bool) -> None:
     torch.testing.assert_close(y, block.eager().detach())
 
 
-def test_scale_zero_and_negative() -> None:
-    block = make_block(33).training()
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("scale", ["float", "both"])
+def test_scale_zero_and_negative(scale: str, gated: bool, backend: str) -> None:
+    block = make_block(33, gated=gated, scale=scale).training()
     assert block.scale is not None
     with torch.no_grad():
-        block.scale[:4] = torch.tensor([0.0, -1.0, 0.0, 1e-30])
-    found, ideal = block.gradients(block.fused()), block.gradients(block.eager())
+        block.scale[..., :4] = torch.tensor([0.0, -1.0, 0.0, 1e-30])
+    found, ideal = block.gradients(block.fused(1, backend)), block.gradients(block.eager())
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, ideal[name])
 

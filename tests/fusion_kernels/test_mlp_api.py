@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fusion_kernels import BackendUnavailableError, fused_mlp, mlp_backend, native
 from fusion_kernels.library import Backend
-from fusion_kernels.mlp import tuning
+from fusion_kernels.mlp import operators, reference_backend, torch_backend, tuning
 from fusion_kernels.mlp.operators import MLP, MLP_BACKWARD
 from fusion_kernels.mlp.tuning import Shape
 
@@ -39,7 +39,7 @@ def assert_same(found: dict[str, Tensor], ideal: dict[str, Tensor], **tolerance:
 
 @pytest.mark.parametrize(("level", "gated"), [(0, True), (1, False), (2, True)])
 def test_opcheck(level: int, gated: bool) -> None:
-    block = make_block(5, gated=gated, scale="int" if level == 2 else "float").training()
+    block = make_block(5, gated=gated, scale=("both", "float", "int")[level]).training()
     torch.library.opcheck(MLP.overload, (*order(block), "gelu", level, "auto"))
     bare = make_block(5, gated=gated, bias=False, scale=None, dtype=torch.float32)
     torch.library.opcheck(MLP.overload, (*order(bare), "silu", level, "torch"))
@@ -47,7 +47,7 @@ def test_opcheck(level: int, gated: bool) -> None:
 
 @pytest.mark.parametrize(("level", "gated"), [(0, True), (1, False), (2, True)])
 def test_opcheck_backward(level: int, gated: bool) -> None:
-    block = make_block(5, gated=gated).training()
+    block = make_block(5, gated=gated, scale="both" if level == 1 else "float").training()
     with torch.no_grad():
         _, z, g, a = MLP.overload(*order(block), "gelu", level, "auto")
     needs = [t is not None for t in order(block)]
@@ -135,9 +135,9 @@ def test_autocast_does_not_reach_a_backward_of_float32() -> None:
 
 @GATED
 @pytest.mark.parametrize("tokens", [3, 40])
-@pytest.mark.parametrize("activation", ["gelu", "silu"])
-def test_higher_derivatives(activation: str, tokens: int, gated: bool) -> None:
-    block = make_block(tokens, d=3, h=4, d_out=2, gated=gated, activation=activation).training()
+@pytest.mark.parametrize(("activation", "scale"), [("gelu", "float"), ("silu", "float"), ("gelu", "both")])
+def test_higher_derivatives(activation: str, scale: str, tokens: int, gated: bool) -> None:
+    block = make_block(tokens, d=3, h=4, d_out=2, gated=gated, activation=activation, scale=scale).training()
 
     def second(y: Tensor) -> dict[str, Tensor]:
         leaves = block.leaves()
@@ -171,8 +171,9 @@ def test_double_backward_with_frozen_tensors(gated: bool) -> None:
 
 
 @GATED
-def test_function_transforms(gated: bool) -> None:
-    block = make_block(3, 4, gated=gated)
+@pytest.mark.parametrize("scale", ["int", "both"])
+def test_function_transforms(scale: str, gated: bool) -> None:
+    block = make_block(3, 4, gated=gated, scale=scale)
     w = block.w_out
     loss = lambda b, w: replace(b, w_out=w).fused().square().sum()  # noqa: E731
     eager = lambda b, w: replace(b, w_out=w).eager().square().sum()  # noqa: E731
@@ -354,23 +355,89 @@ def test_mixed_dtypes_of_weights_are_fine() -> None:
     torch.testing.assert_close(y, block.eager(), atol=1e-2, rtol=1e-2)
 
 
-def test_break_even_is_the_design_s() -> None:
-    for d, forward, backward in ((768, 0.68, 0.51), (1024, 0.74, 0.58), (2048, 0.85, 0.74), (4096, 0.92, 0.85)):
-        assert tuning.break_even(d, 184, 2) == pytest.approx(forward, abs=0.006)
-        assert tuning.break_even(d, 184, 4) == pytest.approx(backward, abs=0.006)
+def test_the_path_on_a_gpu_is_what_was_measured() -> None:
+    table: tuning.Table = {
+        ("a GPU", torch.bfloat16, 768, 192, False, True): [(1024, "cublas"), (65536, "epilogue")],
+        ("a GPU", torch.bfloat16, 768, 192, False, False): [(1, "resident")],
+    }
+    shape = Shape(1024, 768, 192, 768, False, 1)
+    for tokens, level, expected in [
+        (1, 1, "torch"), (1023, 0, "torch"), (1024, 1, "cublas"), (65535, 0, "cublas"), (65536, 1, "epilogue"),
+        (1, 2, "resident"), (0, 2, "torch"),
+    ]:  # fmt: skip
+        assert tuning.path("a GPU", torch.bfloat16, replace(shape, tokens=tokens, checkpoint_level=level), table) == (
+            expected
+        )
+    assert tuning.path("another", torch.bfloat16, shape, table) == "torch"
+    assert tuning.path("a GPU", torch.float16, shape, table) == "torch"
+    for other in ({"d": 769}, {"h": 193}, {"gated": True}):
+        assert tuning.path("a GPU", torch.bfloat16, replace(shape, **other), table) == "torch"
 
 
-def test_predicted_paths() -> None:
-    assert tuning.predicted(Shape(65536, 768, 192, 768, False, 2)) == "resident"
-    assert tuning.predicted(Shape(8192, 768, 192, 768, False, 2)) == "epilogue"
-    assert tuning.predicted(Shape(65536, 768, 192, 768, False, 1)) == "epilogue"
-    assert tuning.predicted(Shape(65536, 768, 768, 768, False, 2)) == "epilogue"
-    assert tuning.predicted(Shape(65536, 4096, 1024, 4096, True, 1)) == "cublas"
+class OnGpu:
+    """As much of a tensor on a GPU as the choice of a path looks at."""
+
+    device, dtype = torch.device("cuda", 1), torch.bfloat16
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
 
 
-def test_measured_paths(monkeypatch: pytest.MonkeyPatch) -> None:
-    key = ("a GPU", torch.bfloat16, 768, 192, False, True)
-    monkeypatch.setitem(tuning.MEASURED, key, [(1024, "cublas"), (65536, "epilogue")])
-    for tokens, level, expected in ((1023, 1, None), (1024, 1, "cublas"), (70000, 0, "epilogue"), (70000, 2, None)):
-        assert tuning.measured("a GPU", torch.bfloat16, Shape(tokens, 768, 192, 768, False, level)) == expected
-    assert tuning.measured("another", torch.bfloat16, Shape(1024, 768, 192, 768, False, 1)) is None
+def test_the_dispatcher_asks_for_the_path_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(tuning, "path", lambda *call: asked.append(call) or "epilogue")
+    x, w_in, w_out = OnGpu(5, 6), OnGpu(7, 6), OnGpu(8, 7)
+    block = (x, w_in, None, None, None, w_out, None, None)
+    for level in (0, 2):
+        expected = ("GPU 1", torch.bfloat16, Shape(5, 6, 7, 8, False, level))
+        assert MLP.choose(*block, "gelu", level, "auto") == "epilogue"
+        assert MLP_BACKWARD.choose(x, *block, None, None, None, "gelu", level, "auto", [True] * 8) == "epilogue"
+        assert asked == [expected, expected]
+        asked.clear()
+    # A name, from the caller or a pin, is not for the table to judge.
+    assert MLP.choose(*block, "gelu", 1, "cublas") == "cublas"
+    assert not asked
+
+
+def test_what_nothing_was_measured_for_runs_as_torch_operations() -> None:
+    assert tuning.UNMEASURED in {backend.name for backend in MLP.backends if "cuda" in backend.device_types}
+    found = {name for rows in tuning.MEASURED.values() for _, name in rows}
+    assert found <= {backend.name for backend in MLP.backends if "cuda" in backend.device_types}
+
+
+@pytest.mark.parametrize("tokens", [0, 1, tuning.SMALL_TOKENS, tuning.SMALL_TOKENS + 1, 300])
+def test_few_tokens_train_as_torch_operations(tokens: int) -> None:
+    assert tuning.is_small(tokens) == (tokens <= 32)
+    block = make_block(tokens).training()
+    with mlp_backend("auto"):
+        operator = "_Direct" in type(block.fused().grad_fn).__name__
+    assert operator == (tokens > 32)
+
+
+@GATED
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_a_factor_before_the_activation_is_folded_for_backends_without_one(bias: bool, level: int, gated: bool) -> None:
+    def one_factor(function: Any) -> Any:
+        def checked(*arguments: Any) -> Any:
+            at = 7 if function is reference_backend.forward else 8
+            assert arguments[at].ndim == 1
+            return function(*arguments)
+
+        return checked
+
+    block = make_block(9, gated=gated, bias=bias, scale="both").training()
+    ideal = block.gradients(block.eager())
+    with torch.no_grad():
+        y, *kept = operators._folding_forward(one_factor(reference_backend.forward))(*order(block), "gelu", level, "")
+        torch.testing.assert_close(y, block.eager())
+        names = ["x", "w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out", "scale"]
+        for frozen in (set(), {"scale"}, {"w_in", "w_gate", "b_in"}):
+            needs = [t is not None and name not in frozen for name, t in zip(names, order(block), strict=True)]
+            backward = operators._folding_backward(one_factor(torch_backend.backward))
+            found = backward(block.dy, *order(block), *kept, "gelu", level, "", needs)
+            for name, need, gradient in zip(names, needs, found, strict=True):
+                assert (gradient is not None) == need, name
+                if need:
+                    torch.testing.assert_close(gradient, ideal[name])

@@ -4,10 +4,10 @@ results, under compilation, autocast, checkpointing, accumulation, replicas and 
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -131,25 +131,35 @@ def test_levels_are_checked() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("gated", [False, True])
-def test_few_tokens_call_the_children_and_many_do_not(gated: bool, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_tokens_goes_to_the_operator(gated: bool, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = build(gated, form, d=40, dtype=torch.float32)
-    called: list[bool] = []
-    for role in module.ROLES:
-        projection = module.projection(role)
-        projection.forward = types.MethodType(lambda p, x: called.append(True) or nn.Linear.forward(p, x), projection)  # type: ignore[method-assign]
-    few = {"folded": 32, "scaled": 40, "split": 80}[form]
     monkeypatch.setattr(ffn, "obstacle", lambda _: None)
-    monkeypatch.setattr(ffn, "FEW_TOKENS", 32)
-    cases = [(0, True, True), (1, True, True), (32, True, True), (33, True, False), (few, False, True)]
+    for role in module.ROLES:
+        monkeypatch.setattr(module.projection(role), "forward", lambda _: pytest.fail("a child was called"))
     with mlp_backend("auto"):
-        for tokens, gradients_on, through in [*cases, (few + 1, False, False)]:
-            called.clear()
+        for tokens, gradients_on in itertools.product((0, 1, 32, 33, 300), (True, False)):
             x = torch.randn(tokens, 40)
             with torch.set_grad_enabled(gradients_on):
                 y = module(x)
-            assert bool(called) == through, (tokens, gradients_on)
-            expected = module.as_bundle().forward(x)[0]
-            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(y, module.as_bundle().forward(x)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_kept_powers_of_the_scale_serve_every_mode() -> None:
+    module = build(False, "split", dtype=torch.float32)
+    x = torch.randn(40, 5)
+    with torch.inference_mode():
+        inferred = module(x)
+    trained = module(x)
+    trained.sum().backward()
+    assert torch.equal(inferred, trained.detach())
+    assert module._kept is not None
+    assert copy.deepcopy(module)._kept is None
+    with torch.inference_mode():
+        module.scale = torch.full((17,), 2.0)
+        inferred = module(x)
+    trained = torch.func.functional_call(module, {"scale": torch.full((17,), 2.0, requires_grad=True)}, (x,))
+    torch.testing.assert_close(inferred, trained)
+    assert trained.grad_fn is not None
 
 
 def test_scale_may_be_written_to_in_any_way() -> None:

@@ -62,9 +62,13 @@ class MLPBlock:
     def eager(self) -> Tensor:
         """What a module of ordinary layers computes, the scale as a factor of its own."""
         phi = get_activation(self.activation).function
-        z = F.linear(self.x, self.w_in, self.b_in)
-        a = phi(z) if self.w_gate is None else phi(F.linear(self.x, self.w_gate, self.b_gate)) * z
-        return F.linear(a if self.scale is None else (a * self.scale).to(a.dtype), self.w_out, self.b_out)
+        before, behind = (None, self.scale) if self.scale is None or self.scale.ndim == 1 else self.scale.flip(0)
+        inside = (self.w_in, self.b_in) if self.w_gate is None else (self.w_gate, self.b_gate)
+        g = F.linear(self.x, *inside)
+        a = phi(g if before is None else (g * before).to(g.dtype))
+        if self.w_gate is not None:
+            a = a * F.linear(self.x, self.w_in, self.b_in)
+        return F.linear(a if behind is None else (a * behind).to(a.dtype), self.w_out, self.b_out)
 
     def gradients(self, y: Tensor) -> dict[str, Tensor]:
         """Gradients of y for dy, by name."""
@@ -84,13 +88,18 @@ def make_block(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> MLPBlock:
-    """A random block with x of `shape` (..., d) without d; scale is `"float"`, `"int"` or None."""
+    """A random block with x of `shape` (..., d) without d.
+
+    scale is `"float"`, `"int"`, None, or `"both"` for (2, h): one behind the activation and one before it.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def draw(*size: int, by: float = 1.0) -> Tensor:
         return (torch.randn(*size, generator=g, dtype=torch.float64) * by).to(dtype)
 
     counts = torch.randint(1, 9, (h,), generator=g)
+    scales = {None: None, "int": counts, "float": counts.to(dtype) + 0.25}
+    scales["both"] = torch.stack([counts.to(dtype) ** 0.5, counts.to(dtype) ** -0.5])
     return MLPBlock(
         x=draw(*shape, d),
         dy=draw(*shape, d_out),
@@ -100,7 +109,7 @@ def make_block(
         b_in=draw(h, by=0.1) if bias else None,
         b_gate=draw(h, by=0.1) if bias and gated else None,
         b_out=draw(d_out, by=0.1) if bias else None,
-        scale=None if scale is None else counts if scale == "int" else counts.to(dtype) + 0.25,
+        scale=scales[scale],
         activation=activation,
     )
 

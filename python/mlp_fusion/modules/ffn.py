@@ -5,7 +5,7 @@ and quantisers see what they expect. What is added is `scale`, the number of neu
 
 The forward pass hands the children's weights to `fusion_kernels.fused_mlp` or `fused_glu_mlp`. Where a child is more
 than its weights (an adapter around it, hooks on it, a quantised weight), the pass runs through the children instead, so
-that they take part, and says so once. So it does, in silence, for so few tokens on a CPU that nothing else is faster.
+that they take part, and says so once.
 """
 
 from __future__ import annotations
@@ -18,16 +18,13 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fusion_kernels import fused_glu_mlp, fused_mlp, mlp_backend
+from fusion_kernels import fused_glu_mlp, fused_mlp
 from fusion_kernels.activations import get_activation
 from mlp_fusion.modules.layouts import make_projection, obstacle, read_bundle, read_projection, weights_of
 from mlp_fusion.modules.scaled import ScaledModule
 from mlp_fusion.neurons import NeuronBundle
 
 Self_ = TypeVar("Self_", bound="FusedFFN")
-
-#: Up to so many tokens, the operator has nothing to win on a CPU: the hidden tensor stays in the cache by itself.
-FEW_TOKENS = 256
 
 
 class FusedFFN(ScaledModule):
@@ -86,37 +83,24 @@ class FusedFFN(ScaledModule):
         owner = self._borrowed.get(role, self)
         return owner._modules[self.projection_names[role]]  # type: ignore[return-value]
 
-    def _is_small(self, x: Tensor) -> bool:
-        """Whether calling the children costs less than the operator would.
+    def _weights(self, x: Tensor, w_out: nn.Module | None) -> list[tuple[Tensor, Tensor | None]] | None:
+        """Weight `(out, in)` and bias of every projection, as in `ROLES`, or None where one of them has to be called.
 
-        Without gradients that depends on the scale, too, which the operator folds into the weights: a pass over (d, h)
-        numbers, where scaling activations is one over (tokens, h). Not under a compiler, which has no calls and must
-        not depend on the number of tokens, and not where a backend is pinned. A trace takes the children always.
+        So they have where x has another dtype than the weights, outside autocast: torch then says what is wrong. And
+        for a trace, which is of torch's own operations.
         """
-        tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or mlp_backend.name != "auto":
-            return tracing
-        d = x.shape[-1] if x.ndim else 0
-        few = FEW_TOKENS
-        if self.scale is not None and not torch.is_grad_enabled():
-            few = max(few, d if self.scale_exponent == 0.0 else 2 * d)
-        return x.numel() <= few * d or tracing
-
-    def _weights(self, x: Tensor, w_out: nn.Module | None) -> dict[str, tuple[Tensor, Tensor | None]] | None:
-        """role -> weight `(out, in)` and bias of every projection, or None where one of them has to be called.
-
-        So it has where x has another dtype than the weights, outside autocast: torch then says what is wrong.
-        """
-        found = {}
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return None
+        found = []
         for role in self.ROLES:
-            projection = w_out if role == "w_out" and w_out is not None else self.projection(role)
+            projection = w_out if w_out is not None and role == "w_out" else self.projection(role)
             reason = obstacle(projection)
             if reason is not None:
                 if not torch.compiler.is_compiling():
                     _say_once(reason)
                 return None
-            found[role] = weights_of(projection)
-        same = x.dtype == found["w_in"][0].dtype or torch.is_autocast_enabled(x.device.type)
+            found.append(weights_of(projection))
+        same = x.dtype == found[0][0].dtype or torch.is_autocast_enabled(x.device.type)
         return found if same else None
 
     def _activated(self, projection: nn.Module, x: Tensor, factor: Tensor | None) -> Tensor:
@@ -130,7 +114,8 @@ class FusedFFN(ScaledModule):
 
     def _dropped(self, y: Tensor) -> Tensor:
         # A dropout that drops nothing would still draw a mask in training.
-        return self.dropout(y) if self.training and self.dropout.p > 0.0 else y
+        dropout = self._modules["dropout"]
+        return dropout(y) if self.training and dropout.p > 0.0 else y  # type: ignore[misc, operator, union-attr]
 
     @classmethod
     def from_bundle(
@@ -229,13 +214,6 @@ def _times(hidden: Tensor, factor: Tensor) -> Tensor:
     return (hidden * factor).to(hidden.dtype)
 
 
-def _rows_times(weight: Tensor, bias: Tensor | None, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """A projection whose outputs are multiplied by the factor: a pass over the weight, and none per token."""
-    if factor is None:
-        return weight, bias
-    return weight * factor.unsqueeze(1), None if bias is None else bias * factor
-
-
 @functools.cache
 def _say_once(reason: str) -> None:
     warnings.warn(
@@ -285,14 +263,15 @@ class FusedMLP(FusedFFN):
 
     def forward(self, x: Tensor, w_out: nn.Module | None = None) -> Tensor:
         """`(..., d)` -> `(..., d_out)`; `w_out` is the output projection where it is not this module's own."""
-        before, behind = self._factors()
-        weights = None if self._is_small(x) else self._weights(x, w_out)
+        weights = self._weights(x, w_out)
         if weights is None:
+            before, behind = self._factors()
             hidden = self._activated(self.projection("w_in"), x, before)
             return self._projected(hidden, behind, self.projection("w_out") if w_out is None else w_out)
-        w_in, b_in = _rows_times(*weights["w_in"], before)
-        level = self.checkpoint_level
-        return self._dropped(fused_mlp(x, w_in, b_in, *weights["w_out"], behind, self.activation, level))
+        (w_in, b_in), (w_out_, b_out) = weights
+        scale = self._scale_of_operator()
+        y = fused_mlp(x, w_in, b_in, w_out_, b_out, scale, self.activation, self.checkpoint_level)
+        return self._dropped(y)
 
 
 class FusedGLU(FusedFFN):
@@ -321,15 +300,15 @@ class FusedGLU(FusedFFN):
         return _from_projections(cls, projections, activation, scale, parameterization, checkpoint_level)
 
     def forward(self, x: Tensor) -> Tensor:
-        before, behind = self._factors()
-        weights = None if self._is_small(x) else self._weights(x, None)
+        weights = self._weights(x, None)
         if weights is None:
+            before, behind = self._factors()
             gate = self._activated(self.projection("w_gate"), x, before)
             return self._projected(gate * self.projection("w_in")(x), behind, self.projection("w_out"))
-        w_gate, b_gate = _rows_times(*weights["w_gate"], before)
-        (w_up, b_up), (w_down, b_down) = weights["w_in"], weights["w_out"]
-        biases, level = (b_gate, b_up, b_down), self.checkpoint_level
-        return self._dropped(fused_glu_mlp(x, w_gate, w_up, w_down, *biases, behind, self.activation, level))
+        (w_gate, b_gate), (w_up, b_up), (w_down, b_down) = weights
+        biases, scale = (b_gate, b_up, b_down), self._scale_of_operator()
+        y = fused_glu_mlp(x, w_gate, w_up, w_down, *biases, scale, self.activation, self.checkpoint_level)
+        return self._dropped(y)
 
 
 def _from_projections(

@@ -65,22 +65,25 @@ def read_bundle(
     return NeuronBundle(activation=activation, scale=scale, scale_exponent=exponent, **tensors)
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 def obstacle(module: nn.Module) -> str | None:
     """Why `module` has to be called, rather than its weight and bias be read and used: what it is, or None.
 
     Calling is what applies an adapter, a quantised weight, a hook or a parametrisation; reading would pass by them.
     """
     kind = type(module)
-    if kind not in (nn.Linear, Conv1D):
+    if kind is not nn.Linear and kind is not Conv1D:
         return f"a {kind.__module__}.{kind.__qualname__}"
-    if any(getattr(module, name) for name in _HOOKS) or _has_any_global_hook():
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+    ):
         return "a projection with hooks"
     if "forward" in module.__dict__:
         return "a projection with a forward method of its own"
-    for parameter in (module.weight, module.bias):
+    for parameter in _held(module):
         if parameter is not None and type(parameter) not in (nn.Parameter, Tensor, FakeTensor):
             return f"a projection with a {type(parameter).__module__}.{type(parameter).__qualname__} in it"
     return None
@@ -88,10 +91,17 @@ def obstacle(module: nn.Module) -> str | None:
 
 def weights_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The weight as `(out, in)` and the bias of a projection that has no :func:`obstacle`, with their gradients."""
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor)
-    assert bias is None or isinstance(bias, Tensor)
+    weight, bias = _held(module)
+    assert weight is not None
     return (weight.t() if type(module) is Conv1D else weight), bias
+
+
+def _held(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """The weight and bias; parameters without the detour that attributes of modules take, replicas' tensors with it."""
+    held = module._parameters
+    if "weight" in held and "bias" in held:
+        return held["weight"], held["bias"]
+    return module.weight, module.bias  # type: ignore[return-value]
 
 
 def make_projection(weight: Tensor, bias: Tensor | None, kind: type[nn.Module] = nn.Linear) -> nn.Module:

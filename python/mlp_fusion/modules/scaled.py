@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,16 @@ from fusion_kernels.activations import get_activation
 from mlp_fusion.neurons import SCALE_EXPONENTS, check_parameterization, output_factor, scale_power
 
 Self_ = TypeVar("Self_", bound="ScaledModule")
+
+
+def _is_observed() -> bool:
+    """Whether a compiler, a tracer, a mode or a transform looks at what is computed, and could not see what is kept."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 class ScaledModule(nn.Module):
@@ -25,10 +35,12 @@ class ScaledModule(nn.Module):
             `folded` (p inside the output weights; export and inference).
         checkpoint_level: which hidden tensors are kept for the backward: 0 pre-activations and activations, 1
             pre-activations, 2 none, at the price of computing the first product again. May be changed at any time. On
-            a CPU it counts from 257 tokens on: what fewer keep is small, and torch's own autograd the fastest.
+            a CPU it counts from 33 tokens on: what fewer keep is small, and torch's own autograd the fastest.
     """
 
     scale: Tensor | None
+    #: A copy of the scale and what :meth:`_scale_of_operator` made of it.
+    _kept: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, activation: str, scale: Tensor | None, parameterization: str, checkpoint_level: int) -> None:
         """Raises ValueError: unknown activation, parameterization or level, or a scale where there can be none."""
@@ -64,6 +76,32 @@ class ScaledModule(nn.Module):
         if scale is None or a == 0.0:
             return None, scale
         return scale_power(scale, -a), output_factor(scale, a, self.gated)
+
+    def _scale_of_operator(self) -> Tensor | None:
+        """:meth:`_factors` as `fusion_kernels.fused_mlp` takes them: None, (h,), or (2, h) with what is behind first.
+
+        The powers of a scale that is not trained, on a CPU, are kept for as long as its values are the same: they take
+        longer than a block of one token. The values decide, because they may be written to in ways that leave no trace.
+        """
+        scale = self.scale
+        if scale is None or self.scale_exponent == 0.0:
+            return scale
+        plain = type(scale) is Tensor and scale.device.type == "cpu" and not scale.requires_grad
+        keeps, kept = plain and not _is_observed(), self._kept
+        if keeps and kept is not None and kept[0].dtype == scale.dtype and torch.equal(kept[0], scale):
+            return kept[1]
+        before, behind = self._factors()
+        assert before is not None
+        assert behind is not None
+        if not keeps:
+            return torch.stack([behind, before])
+        with torch.inference_mode(False), torch.no_grad():
+            self._kept = scale.clone(), torch.stack([behind, before])
+        return self._kept[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what can be computed again."""
+        return {**self.__dict__, "_kept": None}
 
     def _forget_scale(self) -> None:
         """After p went into the weights."""
