@@ -128,6 +128,8 @@ class LayerwiseTrainer(_QuietTrainer):
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
         """Mean over fused layers of the relative squared error of their hidden states."""
+        # Without dropout: the teacher has none, and its noise would hide the error that there is to learn from.
+        model.eval()
         known = {k: v for k, v in inputs.items() if k != "labels"}
         outputs = model(**known, output_hidden_states=True)
         assert self.teacher is not None
