@@ -76,7 +76,7 @@ def load_student(model: Model, task: str, names: Sequence[str], optimizer: str, 
         if task == "classification" and not has_head(config, task):
             options["id2label"] = dict(enumerate(names))
             options["label2id"] = {name: i for i, name in enumerate(names)}
-        if task == "lm" and not has_head(config, task) and not config.tie_word_embeddings:
+        if task == "lm" and not has_head(config, task) and not getattr(config, "tie_word_embeddings", False):
             raise InputError(f"{model}: it was saved without its language modelling head: start from the whole model")
         loaded = _load(_CLASSES[task][0], folder, **options)
         record = fusion_record(loaded.config)
@@ -90,7 +90,7 @@ def load_student(model: Model, task: str, names: Sequence[str], optimizer: str, 
     # A copy of the caller's own: the token to pad with is set on it.
     tokenizer = load_tokenizer(folder) if tokenizer is None else copy.deepcopy(tokenizer)
     if tokenizer.pad_token is None:
-        _choose_padding(tokenizer, loaded.config.pad_token_id, name)
+        _choose_padding(tokenizer, getattr(loaded.config, "pad_token_id", None), name)
     _pad_alike(loaded, tokenizer)
     if task == "lm":
         _check_causal(loaded, name)
@@ -144,7 +144,7 @@ def _choose_padding(tokenizer: Any, known: int | None, name: str) -> None:
 def _pad_alike(model: Any, tokenizer: Any) -> None:
     # Decoders classify by the last token that is not their config's padding. Where positions are counted from the
     # padding token on, the weights have decided which one that is.
-    if model.config.pad_token_id is None or _first_position(model) == 0:
+    if getattr(model.config, "pad_token_id", None) is None or _first_position(model) == 0:
         model.config.pad_token_id = tokenizer.pad_token_id
 
 
