@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import signal
 import sys
@@ -218,8 +219,10 @@ def verify(out: str, as_json: bool) -> None:
 @_json
 def finetune(model: str, out: Path, columns: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Train MODEL, fused or not, on a task and write the result to OUT."""
+    # Under torchrun, the first of several processes speaks for all.
+    silent = int(os.environ.get("RANK", "0")) > 0
     columns_shown = (BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn(), TimeRemainingColumn())
-    hidden = not sys.stderr.isatty()
+    hidden = silent or not sys.stderr.isatty()
     with Progress(
         TextColumn("{task.description}"), *columns_shown, console=Console(stderr=True), transient=True, disable=hidden
     ) as bar:
@@ -237,6 +240,8 @@ def finetune(model: str, out: Path, columns: tuple[str, ...], as_json: bool, **o
                     f"interrupted; --resume goes on from the last checkpoint in {out}"
                 ) from error
             raise
+    if silent:
+        return
     _emit(report, as_json)
     if not as_json:
         click.echo(f"written: {out}")

@@ -152,6 +152,24 @@ def test_nnls_of_degenerate_problems() -> None:
         nnls(torch.eye(4), torch.ones(4), max_iter=1)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_nnls_of_columns_that_depend_on_one_another(seed: int) -> None:
+    """Kernels of ten distinct rows: a matrix of rank 100 at most, where exchanges in blocks go round in circles."""
+    g = np.random.default_rng(seed)
+    left = g.standard_normal((10, 5)) @ g.standard_normal((5, 256))
+    left = np.maximum(left, 0.0) - 0.1
+    a = np.einsum("in,jn->ijn", left, np.sign(left)).reshape(100, 256)
+    b = np.abs(a) @ g.random(256)
+    _, least = scipy_nnls(a, b, maxiter=10_000)
+    gram = torch.from_numpy((left.T @ left) * (np.sign(left).T @ np.sign(left)))
+    found = nnls(gram, torch.from_numpy(a.T @ b)).numpy()
+    assert (found >= 0).all()
+    np.testing.assert_allclose(np.linalg.norm(a @ found - b), least, rtol=1e-6, atol=1e-6 * np.linalg.norm(b))
+    # In float32, rounding leaves eigenvalues below 0.
+    rough = nnls(gram.float(), torch.from_numpy(a.T @ b).float()).numpy()
+    assert np.linalg.norm(a @ rough - b) < 1.01 * least + 0.01 * np.linalg.norm(b)
+
+
 # --- refit -----------------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +305,18 @@ def test_matching_tied_neurons_finds_their_number(form: str, kernel: str) -> Non
     wrong = reduced.parameterized("folded").unfolded(torch.full((1, 6), 2.5, dtype=torch.float64))
     found = match_ntk(tied, wrong, rows(60), kernel=kernel, form=form)  # type: ignore[arg-type]
     torch.testing.assert_close(found.scale, sizes.double().unsqueeze(0), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("kernel", ["gd", "sign"])
+@pytest.mark.parametrize("distinct", [1, 2, 10])
+def test_matching_on_few_distinct_rows(kernel: str, distinct: int) -> None:
+    original = random_bundle(width=700, dtype=torch.float32)
+    reduced = original.reduce(torch.arange(700).unsqueeze(0) % 256)
+    x = rows(distinct, dtype=torch.float32)[torch.arange(200) % distinct]
+    found = match_ntk(original, reduced, x, kernel=kernel, form="scaled")  # type: ignore[arg-type]
+    torch.testing.assert_close(found.forward(x), reduced.forward(x), rtol=1e-4, atol=1e-3)
+    before, after = (ffn_errors(original, bundle, x).ntk[kernel]["total"] for bundle in (reduced, found))
+    assert after < before
 
 
 def test_matching_keeps_silent_neurons_silent() -> None:

@@ -138,10 +138,19 @@ class _StoppedError(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", ["layerwise", "train"])
-@pytest.mark.parametrize("checkpoint_steps", [None, 3])
+@pytest.mark.parametrize(
+    ("stage", "checkpoint_steps", "last", "first"),
+    [
+        ("layerwise", None, 8, 6),
+        ("layerwise", 3, 8, 7),
+        ("train", None, 8, 6),
+        ("train", 3, 8, 7),
+        # Before the stage's first checkpoint: what counts is the last one of the stage before.
+        ("train", None, 2, 1),
+    ],
+)
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
-    source: Path, fused: Path, tmp_path: Path, stage: str, checkpoint_steps: int | None
+    source: Path, fused: Path, tmp_path: Path, stage: str, checkpoint_steps: int | None, last: int, first: int
 ) -> None:
     options: dict[str, Any] = {
         **SMALL, "task": "classification", "original": source, "layerwise_epochs": 2.0,
@@ -150,7 +159,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     data, held_out = sentences(40), sentences(16, seed=1)
 
     def stop(now: str, done: int, total: int, loss: float | None) -> None:
-        if now == stage and done == 8:
+        if now == stage and done == last:
             raise _StoppedError
 
     with pytest.raises(_StoppedError):
@@ -160,13 +169,17 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
         mlp_fusion.finetune(fused, tmp_path / "cut", data, held_out, **options)
     with pytest.raises(InputError, match=r"had learning_rate 0\.002, now it is 0\.1"):
         mlp_fusion.finetune(fused, tmp_path / "cut", data, held_out, resume=True, **{**options, "learning_rate": 0.1})
+    with pytest.raises(InputError, match=r"had evaluation data \w+, now it is None"):
+        mlp_fusion.finetune(fused, tmp_path / "cut", data, resume=True, **options)
+    with pytest.raises(InputError, match="had training data"):
+        mlp_fusion.finetune(fused, tmp_path / "cut", sentences(40, seed=9), held_out, resume=True, **options)
 
     seen: list[tuple[str, int]] = []
     resumed = mlp_fusion.finetune(
         fused, tmp_path / "cut", data, held_out, resume=True, **options,
         progress=lambda stage, done, total, loss: seen.append((stage, done)),
     )  # fmt: skip
-    assert seen[0] == (stage, 6 if checkpoint_steps is None else 7)
+    assert seen[0] == (stage, first)
     whole = mlp_fusion.finetune(fused, tmp_path / "whole", data, held_out, **options)
     one, other = weights(tmp_path / "cut"), weights(tmp_path / "whole")
     assert all(torch.equal(one[k], other[k]) for k in other)
@@ -314,6 +327,7 @@ def test_fused_parameters_are_those_of_the_chosen_layers(fused: Path) -> None:
         ({"checkpoint_steps": 0}, "checkpoint_steps 0"),
         ({"seed": -1}, "seed -1"),
         ({"device": "tpu"}, "device 'tpu'"),
+        ({"device": "cuda:1"}, "CUDA_VISIBLE_DEVICES"),
         ({"resume": True}, "no unfinished run"),
     ],
 )
@@ -344,6 +358,7 @@ def test_models_that_do_not_fit_are_refused(
     )
     refused("pass tokenizer", tiny_model("bert"))
     model = tiny_model("bert")
+    model.config.label2id = {"0": 0, "1": 1}
     refused("cannot teach itself", model, teacher=model, tokenizer=AutoTokenizer.from_pretrained(source))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()

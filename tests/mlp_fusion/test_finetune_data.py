@@ -82,6 +82,9 @@ def test_text_for_language_models(tmp_path: Path) -> None:
         ("columns.jsonl", '{"words": "a", "label": 1}', "its columns are words, label: it needs one of text"),
         ("unlabelled.jsonl", '{"text": "a"}', "it needs a column named label"),
         ("hole.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": null}', "row 2: no 'label'"),
+        ("late.jsonl", '\n\n{"text": "a", "label": 1}\n\n{"text"', "line 5: not JSON"),
+        ("late.tsv", "\na\t1\n\nb\n", "line 4: 1 fields"),
+        ("late.tsv", "\ntext\tlabel\n\nb\n", "line 4: 1 fields"),
         ("fraction.jsonl", '{"text": "a", "label": 0.5}', "not regression"),
     ],
 )
@@ -103,6 +106,10 @@ def test_rows_that_cannot_be_used() -> None:
 
 
 def test_classes_are_sorted() -> None:
+    # `01` and `1` are one number, and digits of other kinds are no numbers.
+    for _ in range(3):
+        assert class_names(Rows("x", [], None, ["1", "001", "01", "0"])) == ["0", "001", "01", "1"]
+    assert class_names(Rows("x", [], None, ["\u00b2", "1"])) == ["1", "\u00b2"]
     assert class_names(Rows("x", [], None, ["10", "9", "-1", "9"])) == ["-1", "9", "10"]
     assert class_names(Rows("x", [], None, ["no", "10", "9"])) == ["10", "9", "no"]
     with pytest.raises(InputError, match="only one class"):
@@ -132,3 +139,21 @@ def test_texts_are_put_end_to_end(tokenizer: Any) -> None:
     assert [e["input_ids"].tolist() for e in language_examples(rows, tokenizer, 99)] == [[4, 6, 7, 2, 5, 2, 4, 4, 2]]
     with pytest.raises(InputError, match="fewer than two tokens"):
         language_examples(Rows("x", [""]), tokenizer, 4)
+
+
+def test_a_text_without_tokens_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(InputError, match="x, row 2: there is no token"):
+        labelled_examples(Rows("x", ["a", " "], None, ["a", "a"]), tokenizer, {"a": 0}, 4)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    assert parts(read_rows(write(tmp_path, "b.tsv", "\ufefflabel\ttext\n1\ta cat\n"), labelled=True)) == (
+        ["a cat"], None, ["1"],
+    )  # fmt: skip
+
+
+def test_language_models_read_one_text_a_row() -> None:
+    row = {"sentence1": "a", "sentence2": "the"}
+    assert parts(read_rows([row], labelled=False)) == (["a"], None, None)
+    with pytest.raises(InputError, match="pairs of texts are for classification"):
+        read_rows([row], labelled=False, columns=["sentence1", "sentence2"])

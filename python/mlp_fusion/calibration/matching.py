@@ -75,11 +75,13 @@ def match_ntk(original: NeuronBundle, reduced: NeuronBundle, x: Tensor, *, kerne
 
 def _explicit(folded: NeuronBundle, x: Tensor, rest: Tensor, kernel: Kernel) -> Tensor:
     """`(K,)` scales for a = 0: the kernel of the output weights, `sum_i p_i^s B_i`, is to be `rest`."""
-    left = folded.hidden(x)[0]
+    # In float64: rows of few different tokens leave a matrix of low rank, which rounding in the working precision would
+    # make indefinite by more than the ridge that it is solved with.
+    left = folded.hidden(x)[0].double()
     right = left.sign() if kernel == "sign" else left
     outputs = folded.w_out.shape[2]
-    gram = (left.T @ left).double() * (right.T @ right).double() * outputs**2
-    cross = ((left.T @ rest).T * right).sum(dim=0).double() * outputs
+    gram = (left.T @ left) * (right.T @ right) * outputs**2
+    cross = ((left.T @ rest.double()).T * right).sum(dim=0) * outputs
     factors = nnls(gram, cross)
     return factors if kernel == "sign" else factors.sqrt()
 

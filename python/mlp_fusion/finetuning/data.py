@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,8 @@ def read_rows(data: Data, *, labelled: bool, columns: Sequence[str] | None = Non
             other file, for language modelling only: plain text. Rows: a dataset of the `datasets` library, or any
             iterable of mappings.
         labelled: whether rows have to have a label.
-        columns: names of the text's column, or of both texts' columns; None to look for `text`, `sentence` or
-            `content`, and for a second text in `sentence2` or `text_pair`.
+        columns: names of the text's column, or, of labelled data, of both texts' columns; None to look for `text`,
+            `sentence` or `content`, and, in labelled data, for a second text in `sentence2` or `text_pair`.
 
     Raises:
         InputError: it cannot be read, a column is missing, or there is no text in it.
@@ -61,24 +62,25 @@ def read_rows(data: Data, *, labelled: bool, columns: Sequence[str] | None = Non
     file = Path(data).expanduser()
     try:
         # Not `splitlines`: texts may hold other characters that it takes for the end of a line.
-        content = file.read_text(encoding="utf-8")
+        content = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read as UTF-8 text ({error})") from error
-    lines = [line for line in content.split("\n") if line.strip()]
+    numbered = [(n, line) for n, line in enumerate(content.split("\n"), 1) if line.strip()]
+    numbers, lines = [n for n, _ in numbered], [line for _, line in numbered]
     if not lines:
         raise InputError(f"{file}: no text in it")
     if file.suffix == ".jsonl":
-        return _from_records(str(file), [_parse(file, n, line) for n, line in enumerate(lines, 1)], labelled, columns)
+        return _from_records(str(file), [_parse(file, n, line) for n, line in numbered], labelled, columns)
     if file.suffix == ".tsv":
         fields = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
         if set(fields[0]) & {*LABEL_COLUMNS, *(columns or ())}:
             width = len(fields[0])
-            for number, row in enumerate(fields[1:], 2):
+            for number, row in zip(numbers[1:], fields[1:], strict=True):
                 if len(row) != width:
                     raise InputError(f"{file}, line {number}: {len(row)} fields, where the header has {width}")
             records = [dict(zip(fields[0], row, strict=True)) for row in fields[1:]]
             return _from_records(str(file), records, labelled, columns)
-        return _from_fields(file, fields, labelled)
+        return _from_fields(file, numbers, fields, labelled)
     if labelled:
         raise InputError(f"{file}: labelled data comes as .tsv or .jsonl")
     return Rows(str(file), [content])
@@ -94,13 +96,13 @@ def _parse(file: Path, number: int, line: str) -> Mapping[str, Any]:
     return record
 
 
-def _from_fields(file: Path, fields: list[list[str]], labelled: bool) -> Rows:
+def _from_fields(file: Path, numbers: list[int], fields: list[list[str]], labelled: bool) -> Rows:
     if not labelled:
         return Rows(str(file), [row[0] for row in fields])
     width = len(fields[0])
     if width not in (2, 3):
         raise InputError(f"{file}: {width} fields a line: give text and label, or two texts and label, or a header")
-    for number, row in enumerate(fields, 1):
+    for number, row in zip(numbers, fields, strict=True):
         if len(row) != width:
             raise InputError(f"{file}, line {number}: {len(row)} fields, where the first line has {width}")
     pairs = [row[1] for row in fields] if width == 3 else None
@@ -117,7 +119,7 @@ def _from_records(
         found = [name for name in TEXT_COLUMNS if name in present][:1]
         # GLUE's pairs: sentence1 with sentence2.
         found = found or [name for name in ("sentence1",) if name in present]
-        found += [name for name in _PAIR_COLUMNS if name in present][:1] if found else []
+        found += [name for name in _PAIR_COLUMNS if name in present][:1] if found and labelled else []
         if not found:
             raise InputError(
                 f"{source}: its columns are {', '.join(present)}: it needs one of {', '.join(TEXT_COLUMNS)}, or say "
@@ -127,6 +129,8 @@ def _from_records(
         found = list(columns)
         if not 1 <= len(found) <= 2:
             raise InputError(f"{len(found)} text columns: name one or two")
+        if len(found) == 2 and not labelled:
+            raise InputError("2 text columns: pairs of texts are for classification; name one")
     label = next((name for name in LABEL_COLUMNS if name in present), None)
     if labelled and label is None:
         raise InputError(f"{source}: its columns are {', '.join(present)}: it needs a column named label")
@@ -155,8 +159,9 @@ def class_names(rows: Rows) -> list[str]:
     names = set(rows.labels or ())
     if len(names) < 2:
         raise InputError(f"{rows.source}: only one class ({', '.join(names)}): there is nothing to learn")
-    numeric = all(name.lstrip("-").isdigit() for name in names)
-    return sorted(names, key=int) if numeric else sorted(names)
+    numeric = all(re.fullmatch(r"-?\d+", name) for name in names)
+    # `1` and `01` are two names of one number: their order must not be that of a set.
+    return sorted(names, key=lambda name: (int(name), name)) if numeric else sorted(names)
 
 
 def labelled_examples(
@@ -165,13 +170,16 @@ def labelled_examples(
     """Tokenised rows with their class, unpadded.
 
     Raises:
-        InputError: a label is none of `classes`.
+        InputError: a label is none of `classes`, or there is no token in a text.
     """
     assert rows.labels is not None
     for number, label in enumerate(rows.labels, 1):
         if label not in classes:
             raise InputError(f"{rows.source}, row {number}: label {label!r} is none of {', '.join(classes)}")
     encoded = tokenizer(rows.texts, rows.pairs, truncation=True, max_length=max_length)
+    for number, ids in enumerate(encoded["input_ids"], 1):
+        if not ids:
+            raise InputError(f"{rows.source}, row {number}: there is no token in its text")
     names = list(encoded)
     return [
         {**{name: encoded[name][i] for name in names}, "labels": classes[label]} for i, label in enumerate(rows.labels)

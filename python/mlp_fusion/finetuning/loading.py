@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -21,9 +22,11 @@ from transformers import (
 
 from mlp_fusion.architectures import get_architecture
 from mlp_fusion.checkpoint.folding import restore
-from mlp_fusion.checkpoint.metadata import fusion_record
+from mlp_fusion.checkpoint.metadata import adopt_fused_config, fusion_record
 from mlp_fusion.checkpoint.source import local_folder
 from mlp_fusion.errors import InputError
+from mlp_fusion.modules.ffn import FusedFFN
+from mlp_fusion.selection import parameterization_for
 
 Model: TypeAlias = str | Path | PreTrainedModel
 
@@ -63,32 +66,110 @@ def load_student(model: Model, task: str, names: Sequence[str], optimizer: str, 
         tokenizer: to use; None for the one beside the weights.
 
     Raises:
-        InputError: it cannot be loaded, or its head is for other classes.
+        InputError: it cannot be loaded or trained, has no head for `lm` or one for other classes, holds adapters, or
+            was fused in memory for another optimiser.
     """
     if isinstance(model, (str, Path)):
         folder = local_folder(model)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        options = dict(_LOADING)
+        config = _config(folder)
+        options: dict[str, Any] = {}
         if task == "classification" and not has_head(config, task):
             options["id2label"] = dict(enumerate(names))
             options["label2id"] = {name: i for i, name in enumerate(names)}
-        loaded = _CLASSES[task][0].from_pretrained(folder, **options)
+        if task == "lm" and not has_head(config, task) and not getattr(config, "tie_word_embeddings", False):
+            raise InputError(f"{model}: it was saved without its language modelling head: start from the whole model")
+        loaded = _load(_CLASSES[task][0], folder, **options)
         record = fusion_record(loaded.config)
         if record is not None and record["parameterization"] != "folded":
             restore(loaded, folder, optimizer)
         name = str(model)
     else:
         loaded, name = model, type(model).__name__
+        _check_in_memory(loaded, name, optimizer)
         folder = Path(model.name_or_path or "nowhere")
-    if tokenizer is None:
-        tokenizer = load_tokenizer(folder)
+    # A copy of the caller's own: the token to pad with is set on it.
+    tokenizer = load_tokenizer(folder) if tokenizer is None else copy.deepcopy(tokenizer)
     if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise InputError(f"{name}: its tokenizer has neither padding nor end-of-text token: set one")
+        _choose_padding(tokenizer, getattr(loaded.config, "pad_token_id", None), name)
+    _pad_alike(loaded, tokenizer)
+    if task == "lm":
+        _check_causal(loaded, name)
+    classes = _classes(loaded, task, names, name)
+    if classes and set(loaded.config.label2id or ()) != set(classes):
+        loaded.config.label2id, loaded.config.id2label = classes, {index: label for label, index in classes.items()}
+    return Student(name, loaded, tokenizer, classes)
+
+
+def _config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: its config cannot be read ({' '.join(str(error).split())[:200]})") from error
+
+
+def _load(cls: Any, folder: Path, **options: Any) -> Any:
+    try:
+        return cls.from_pretrained(folder, **_LOADING, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{folder}: cannot be loaded as {cls.__name__.removeprefix('Auto')} ({reason})") from error
+
+
+def _check_in_memory(model: Any, name: str, optimizer: str) -> None:
+    if not isinstance(model, PreTrainedModel) or any(type(m).__module__.startswith("peft.") for m in model.modules()):
+        raise InputError(
+            f"{name}: not a plain model of transformers: merge adapters and unwrap it first, or train it with Trainer"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(f"{name}: all its parameters are frozen: set requires_grad on those to train")
+    adopt_fused_config(model)
+    wanted = parameterization_for(optimizer)
+    for module in model.modules():
+        if isinstance(module, FusedFFN) and module.scale is not None and module.parameterization != wanted:
+            raise InputError(
+                f"{name} was fused for another optimizer: it is {module.parameterization}, {optimizer} needs {wanted}: "
+                f"fuse it with optimizer={optimizer!r}, or save it and pass the folder"
+            )
+
+
+def _choose_padding(tokenizer: Any, known: int | None, name: str) -> None:
+    if known is not None and 0 <= known < len(tokenizer):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
+    elif tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
-    if loaded.config.pad_token_id is None:
-        loaded.config.pad_token_id = tokenizer.pad_token_id
-    return Student(name, loaded, tokenizer, _classes(loaded, task, names, name))
+    else:
+        raise InputError(f"{name}: its tokenizer has neither padding nor end-of-text token: set one")
+
+
+def _pad_alike(model: Any, tokenizer: Any) -> None:
+    # Decoders classify by the last token that is not their config's padding. Where positions are counted from the
+    # padding token on, the weights have decided which one that is.
+    if getattr(model.config, "pad_token_id", None) is None or _first_position(model) == 0:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _first_position(model: Any) -> int:
+    # RoBERTa counts positions from behind its padding id, so that the first rows of the table are never reached.
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.padding_idx) + 1
+    return 0
+
+
+def positions(model: Any) -> int | None:
+    """How many tokens a sequence may have by the model's config; None where it does not say."""
+    count = getattr(model.config, "max_position_embeddings", None)
+    return None if count is None else max(1, count - _first_position(model))
+
+
+@torch.no_grad()
+def _check_causal(model: Any, name: str) -> None:
+    training = model.training
+    ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
+    one, other = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0].float()
+    model.train(training)
+    if float((one - other).abs().max()) > 1e-3 * float(one.abs().max()):
+        raise InputError(f"{name} is no causal language model: what it predicts for a token depends on later ones")
 
 
 def has_head(config: Any, task: str) -> bool:
@@ -115,13 +196,15 @@ def _classes(model: Any, task: str, names: Sequence[str], name: str) -> dict[str
     if task != "classification":
         return {}
     config = model.config
+    if config.problem_type not in (None, "single_label_classification"):
+        raise InputError(f"{name} has a head for {config.problem_type}, the data has one class per row")
+    known = {str(label): index for label, index in (config.label2id or {}).items()}
+    if set(names) <= set(known):
+        return known
     if config.num_labels != len(names):
         raise InputError(
             f"{name} has a head for {config.num_labels} classes, the data has {len(names)} ({', '.join(names)})"
         )
-    known = {str(label): index for label, index in (config.label2id or {}).items()}
-    if set(known) == set(names):
-        return known
     if all(label.startswith("LABEL_") for label in known):
         return {label: index for index, label in enumerate(names)}
     raise InputError(f"{name} has a head for the classes {', '.join(known)}, the data has {', '.join(names)}")
@@ -135,14 +218,18 @@ def load_teacher(teacher: Model, task: str, student: Student) -> nn.Module:
     """
     if isinstance(teacher, (str, Path)):
         folder = local_folder(teacher)
-        if not has_head(AutoConfig.from_pretrained(folder, trust_remote_code=False), task):
+        if not has_head(_config(folder), task):
             raise InputError(f"teacher {teacher}: it has no trained {task} head: fine-tune it first")
-        loaded = _CLASSES[task][0].from_pretrained(folder, **_LOADING)
+        loaded = _load(_CLASSES[task][0], folder)
     else:
         loaded = _another(teacher, student)
     _check_vocabulary("teacher", loaded, student)
+    _pad_alike(loaded, student.tokenizer)
     if task == "classification":
         classes = _classes(loaded, task, list(student.classes), "the teacher")
+        numbered = list(classes) == [str(index) for index in range(len(classes))]
+        if not numbered and set(loaded.config.label2id or ()) != set(classes):
+            raise InputError(f"the teacher does not say which class is {', '.join(classes)}: set its label2id")
         if classes != student.classes:
             raise InputError("the teacher numbers the classes otherwise than the model: fine-tune it on the same data")
     return loaded  # type: ignore[no-any-return]
@@ -158,7 +245,7 @@ def load_original(original: Model, student: Student) -> tuple[nn.Module, list[in
     if record is None:
         raise InputError("layer-wise distillation is for fused models, and the model to train is none")
     if isinstance(original, (str, Path)):
-        loaded = AutoModel.from_pretrained(local_folder(original), **_LOADING)
+        loaded = _load(AutoModel, local_folder(original))
     else:
         loaded = _another(original, student).base_model
     _check_vocabulary("original", loaded, student)

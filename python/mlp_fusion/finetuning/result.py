@@ -23,7 +23,8 @@ class FinetuneReport:
         task: `classification` or `lm`.
         model, teacher, original: names or folders; None where there was none.
         method, parameterization: of the fusion; None for a model that is not fused.
-        optimizer, learning_rate, batch_size, epochs, seed: how it was trained; `batch_size` counts rows per step.
+        optimizer, learning_rate, batch_size, epochs, seed: how it was trained; `batch_size` counts rows per step
+            and device.
         examples: training rows (blocks, for language modelling).
         metric: `accuracy` (share of right answers) or `perplexity`.
         initial: `loss` and the metric before any training; None without evaluation data.

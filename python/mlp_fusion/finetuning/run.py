@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import math
@@ -22,7 +24,7 @@ from mlp_fusion.checkpoint.compress import resolve_device
 from mlp_fusion.checkpoint.metadata import fusion_record
 from mlp_fusion.checkpoint.writing import check_output
 from mlp_fusion.errors import InputError
-from mlp_fusion.finetuning.data import Data, class_names, labelled_examples, language_examples, read_rows
+from mlp_fusion.finetuning.data import Data, Rows, class_names, labelled_examples, language_examples, read_rows
 from mlp_fusion.finetuning.loading import (
     Model,
     Student,
@@ -30,6 +32,7 @@ from mlp_fusion.finetuning.loading import (
     load_original,
     load_student,
     load_teacher,
+    positions,
 )
 from mlp_fusion.finetuning.result import RESULT_FILE, FinetuneReport, Progress
 
@@ -124,7 +127,8 @@ def finetune(
     GPU can, and under `torchrun` on several.
 
     Args:
-        model: a folder or hub name, fused or not, or a model in memory, which is then trained itself.
+        model: a folder or hub name, fused or not, which trains in float32; or a model in memory, which is then trained
+            itself.
         out: folder to make. It holds the checkpoints of the unfinished run, and in the end the model, its tokenizer
             and `finetune.json`, the report.
         train, evaluation: files, datasets or rows: see :func:`mlp_fusion.finetuning.data.read_rows`. Texts of `lm` are
@@ -138,7 +142,7 @@ def finetune(
         learning_rate, weight_decay, warmup, epochs: peak rate, decay, share of the steps that the rate rises over
             before it falls linearly to zero, and passes over the data.
         batch_size: rows per step and device, in `accumulation` parts.
-        max_length: tokens of a text, beyond which it is cut.
+        max_length: tokens of a text, beyond which it is cut; no more than all the models have positions for.
         distill_weight, temperature: of the teacher's logits against the labels.
         layerwise_epochs, layerwise_learning_rate: of the fit to the original, in which only the fused layers train.
         checkpoint_steps: steps between checkpoints; None for one after each epoch.
@@ -164,31 +168,42 @@ def finetune(
         raise InputError("fine-tuning needs accelerate: pip install 'mlp-fusion[train]'")
     out = Path(out).expanduser().resolve()
     _check_folder(out, resume)
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device {device!r}: use auto, cpu or cuda, and CUDA_VISIBLE_DEVICES to choose among GPUs")
     cpu = resolve_device(device).type == "cpu"
     labelled = task == "classification"
     rows = read_rows(train, labelled=labelled, columns=columns)
     held_out = None if evaluation is None else read_rows(evaluation, labelled=labelled, columns=columns)
     transformers.set_seed(seed)  # before a head is drawn
     student = load_student(model, task, class_names(rows) if labelled else [], optimizer, tokenizer)
-    length = _length(student, max_length)
+    taught = None if teacher is None else load_teacher(teacher, task, student)
+    fitted = None if original is None else load_original(original, student)
+    models = [student.model, taught, None if fitted is None else fitted[0]]
+    length = min(max_length, *(positions(m) or max_length for m in models if m is not None))
+    # A copy: the length that it cuts texts to would be saved with the tokenizer.
+    reader = copy.deepcopy(student.tokenizer)
 
     def examples(found: Any) -> Any:
         if labelled:
-            return labelled_examples(found, student.tokenizer, student.classes, length)
-        return language_examples(found, student.tokenizer, length)
+            made: Any = labelled_examples(found, reader, student.classes, length)
+        else:
+            made = language_examples(found, reader, length)
+        largest, size = max(int(max(row["input_ids"])) for row in made), student.model.config.vocab_size
+        if largest >= size:
+            raise InputError(f"{found.source}: the tokenizer makes token {largest}, the model knows {size}: another's?")
+        return made
 
     known, wanted = examples(rows), None if held_out is None else examples(held_out)
-    taught = None if teacher is None else load_teacher(teacher, task, student)
-    fitted = None if original is None else load_original(original, student)
     teacher_name, original_name = _name(teacher), _name(original)
     names = {"model": student.name, "teacher": teacher_name, "original": original_name}
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _processes() > 1:
         # The first process is about to fill the folder that the others have yet to find empty.
         import accelerate
 
         accelerate.PartialState(cpu=cpu).wait_for_everyone()
     run = _Run(settings, student, known, wanted, out / _WORK, cpu, progress)
-    run.open({**dataclasses.asdict(settings), **names, "examples": len(known)}, resume)
+    data = {"training data": _digest(rows), "evaluation data": _digest(held_out), "processes": _processes()}
+    run.open({**dataclasses.asdict(settings), **names, "examples": len(known), **data}, resume)
     run.train(taught, fitted)
 
     record = fusion_record(student.model.config)
@@ -258,7 +273,8 @@ class _Run:
         checkpoint = last_checkpoint(self.work / "train")
         if self.state["initial"] is None and self.held_out is not None:
             self._note(initial=self._measure(trainer.evaluate()))
-        if original is not None and self.state["layerwise"] is None:
+        if original is not None and checkpoint is None:
+            # Of a stage that was complete, this loads the last checkpoint and takes no step.
             layerwise = LayerwiseTrainer(
                 layers=original[1],
                 **self._common("layerwise", original[0], s.layerwise_learning_rate, s.layerwise_epochs, evaluate=False),
@@ -300,7 +316,7 @@ class _Run:
     ) -> dict[str, Any]:
         """What both stages give their trainer."""
         s, labelled = self.settings, self.settings.task == "classification"
-        steps = max(1, math.ceil(math.ceil(len(self.examples) / s.batch_size) * epochs))
+        steps = max(1, math.ceil(math.ceil(len(self.examples) / (s.batch_size * _processes())) * epochs))
         by_steps = s.checkpoint_steps is not None
         arguments = transformers.TrainingArguments(
             output_dir=str(self.work / stage),
@@ -388,10 +404,15 @@ def _check_folder(out: Path, resume: bool) -> None:
         check_output(out)
 
 
-def _length(student: Student, wanted: int) -> int:
-    # RoBERTa counts positions from its padding id on, so that a few of the table's rows are never reached.
-    positions = getattr(student.model.config, "max_position_embeddings", None)
-    return wanted if positions is None else max(1, min(wanted, positions - 2))
+def _processes() -> int:
+    # As torchrun says, before anything has been set up.
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _digest(rows: Rows | None) -> str | None:
+    if rows is None:
+        return None
+    return hashlib.sha256(json.dumps([rows.texts, rows.pairs, rows.labels]).encode()).hexdigest()[:16]
 
 
 def _name(model: Model | None) -> str | None:

@@ -11,7 +11,9 @@ what the original FFN makes of the bent inputs, but what leads the stream back t
 Where outputs are normalised before they are added (Gemma 2), this comes to what the original FFN put out in the
 original model.
 
-Source: the targets of "GPTAQ" (Li et al. 2025, asymmetric calibration), taken to whole FFNs.
+Source: matching the full model's outputs on the reduced model's inputs is the asymmetric calibration of "GPTAQ" (Li et
+al., ICML 2025, arXiv 2504.02692), there for single weight matrices; the residual stream's part in the target is this
+project's.
 """
 
 from __future__ import annotations
