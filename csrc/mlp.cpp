@@ -6,22 +6,17 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <initializer_list>
 #include <optional>
 #include <tuple>
 
 #include "cpu/mlp.h"
+#include "cpu/mlp_tensors.h"
 
 namespace mlp_fusion {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-Tensor allocate(std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::empty({shape.begin(), shape.size()}, dtype, std::nullopt,
-                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
-}
 
 template <class T>
 T* data(const Tensor& tensor) {
@@ -118,13 +113,29 @@ Outputs forward(const Tensor x, const Tensor w_in, const std::optional<Tensor> b
     const Block<T> block = make_block<T>(x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale, activation);
     const int64_t rows = x.size(0), h = w_in.size(0), d_out = w_out.size(0);
     const auto dtype = x.scalar_type();
-    const auto hidden = [&](bool keep) { return keep ? allocate({rows, h}, dtype) : allocate({0}, dtype); };
-    Tensor y = allocate({rows, d_out}, dtype), z = hidden(checkpoint_level < 2);
+    const auto hidden = [&](bool keep) { return keep ? allocate<2>({rows, h}, dtype) : allocate<1>({0}, dtype); };
+    Tensor y = allocate<2>({rows, d_out}, dtype), z = hidden(checkpoint_level < 2);
     Tensor g = hidden(checkpoint_level < 2 && w_gate.has_value()), a = hidden(checkpoint_level == 0);
     if (rows > 0) {
       mlp_forward<T>(block, matrix<T>(x, "x", dtype, rows, x.size(1)), data<T>(y), data<T>(z), data<T>(g), data<T>(a));
     }
     return Outputs{y, z, g, a};
+  });
+}
+
+// y alone, for where nothing is kept.
+Tensor output(const Tensor x, const Tensor w_in, const std::optional<Tensor> b_in, const std::optional<Tensor> w_gate,
+              const std::optional<Tensor> b_gate, const Tensor w_out, const std::optional<Tensor> b_out,
+              const std::optional<Tensor> scale, int64_t activation) {
+  return with_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Block<T> block = make_block<T>(x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale, activation);
+    const int64_t rows = x.size(0);
+    Tensor y = allocate<2>({rows, w_out.size(0)}, x.scalar_type());
+    if (rows > 0) {
+      mlp_forward<T>(block, matrix<T>(x, "x", x.scalar_type(), rows, x.size(1)), data<T>(y), nullptr, nullptr, nullptr);
+    }
+    return y;
   });
 }
 
@@ -143,13 +154,15 @@ Gradients backward(const Tensor dy, const Tensor x, const Tensor w_in, const std
     const int64_t rows = x.size(0), d = x.size(1), h = w_in.size(0), d_out = w_out.size(0);
     const auto dtype = x.scalar_type();
     const auto sums = kSums<T>;
-    const auto wanted = [&](int bit, std::initializer_list<int64_t> shape, ScalarType type) {
-      return (needs >> bit & 1) != 0 ? allocate(shape, type) : allocate({0}, type);
+    const auto needed = [&](int bit) { return (needs >> bit & 1) != 0; };
+    const auto matrix_of = [&](int bit, int64_t m, int64_t n, ScalarType type) {
+      return needed(bit) ? allocate<2>({m, n}, type) : allocate<1>({0}, type);
     };
-    Tensor dx = wanted(0, {rows, d}, dtype), dw_in = wanted(1, {h, d}, sums), dw_gate = wanted(3, {h, d}, sums);
-    Tensor dw_out = wanted(5, {d_out, h}, sums), db_in = wanted(2, {h}, sums), db_gate = wanted(4, {h}, sums);
+    const auto vector_of = [&](int bit, int64_t n) { return allocate<1>({needed(bit) ? n : 0}, sums); };
+    Tensor dx = matrix_of(0, rows, d, dtype), dw_in = matrix_of(1, h, d, sums), dw_gate = matrix_of(3, h, d, sums);
+    Tensor dw_out = matrix_of(5, d_out, h, sums), db_in = vector_of(2, h), db_gate = vector_of(4, h);
     const bool both = scale && scale->dim() == 2;
-    Tensor db_out = wanted(6, {d_out}, sums), dscale = both ? wanted(7, {2, h}, sums) : wanted(7, {h}, sums);
+    Tensor db_out = vector_of(6, d_out), dscale = both ? matrix_of(7, 2, h, sums) : vector_of(7, h);
     if (rows == 0 || h == 0) {  // sums of nothing
       for (const Tensor* sum : {&dw_in, &dw_gate, &dw_out}) {
         std::fill_n(static_cast<S*>(sum->data_ptr()), sum->numel(), S{0});
@@ -175,6 +188,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusion_kernels_native, m) {
       "mlp(Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_gate, Tensor? b_gate, Tensor w_out, Tensor? b_out, "
       "Tensor? scale, int activation, int checkpoint_level) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "mlp_output(Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_gate, Tensor? b_gate, Tensor w_out, Tensor? b_out, "
+      "Tensor? scale, int activation) -> Tensor");
+  m.def(
       "mlp_backward(Tensor dy, Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_gate, Tensor? b_gate, Tensor w_out, "
       "Tensor? scale, Tensor z, Tensor g, Tensor a, int activation, int needs) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -182,5 +198,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusion_kernels_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fusion_kernels_native, CPU, m) {
   m.impl("mlp", TORCH_BOX(&mlp_fusion::forward));
+  m.impl("mlp_output", TORCH_BOX(&mlp_fusion::output));
   m.impl("mlp_backward", TORCH_BOX(&mlp_fusion::backward));
 }

@@ -10,6 +10,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "mlp_few.h"
+#include "mlp_tensors.h"
 #include "parallel.h"
 
 namespace mlp_fusion {
@@ -38,9 +40,7 @@ class Buffer {
  public:
   explicit Buffer(int64_t n) {
     if (n == 0) return;
-    const std::array<int64_t, 1> shape{n};
-    tensor_ = torch::stable::empty({shape.data(), 1}, kType<T>, std::nullopt,
-                                   torch::stable::Device(torch::headeronly::DeviceType::CPU));
+    tensor_ = allocate<1>({n}, kType<T>);
     data_ = static_cast<T*>(tensor_.data_ptr());
   }
   T* data() const { return data_; }
@@ -74,6 +74,9 @@ void multiply(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, bool
 // out = x wᵀ + b.
 template <class T>
 void project(const Matrix<T>& out, const Matrix<T>& x, const Matrix<T>& w, const T* bias) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (x.rows <= kFewRows && x.column_stride == 1 && w.column_stride == 1) return project_few(out, x, w, bias);
+  }
   if (bias != nullptr) {
     for (int64_t i = 0; i < out.rows; ++i) std::copy_n(bias, out.columns, out.data + i * out.row_stride);
   }

@@ -26,7 +26,10 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SCALES = (*_FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _composed = without_autocast(reference.mlp)
 
-register("cpu", cpu_backend.forward, cpu_backend.backward, ("cpu",), lambda: native.UNAVAILABLE, both_factors=True)
+register(
+    "cpu", cpu_backend.forward, cpu_backend.backward, ("cpu",), lambda: native.UNAVAILABLE,
+    output=cpu_backend.output, both_factors=True,
+)  # fmt: skip
 register("torch", reference_backend.forward, torch_backend.backward, ("cpu", "cuda"), both_factors=True)
 register("reference", reference_backend.forward, reference_backend.backward, ("cpu", "cuda"), both_factors=True)
 # Behind the others, and so by name or by the table of `tuning` only, until they have been measured on a GPU.
@@ -206,8 +209,9 @@ def _run(
     ndim = x.ndim
     if ndim == 2:
         return run(x, *block, activation, level, backend, trains=trains)
-    y = run(x.flatten(0, -2) if ndim > 2 else x.unsqueeze(0), *block, activation, level, backend, trains=trains)
-    return y.unflatten(0, x.shape[:-1]) if ndim > 2 else y.squeeze(0)
+    leading = x.shape[:-1]
+    y = run(x.reshape(math.prod(leading), x.shape[-1]), *block, activation, level, backend, trains=trains)
+    return y.reshape((*leading, w_out.shape[0]))
 
 
 def _requires_grad(*tensors: Tensor | None) -> bool:

@@ -1,10 +1,12 @@
 """The block on the CPU: tokens in chunks whose hidden tile stays in the cache, with compiled activations.
 
-Products go through torch's BLAS. What lies between them is one pass over the tile: the activation, or its derivative
-together with the activation once more for W_out's gradient, computed in float32 (float64 for float64) whatever the
-dtype. The scale is a factor in that pass: weights are not copied. No hidden tensor exists beyond what the level saves,
-and the gradients of the weights are summed over chunks where they end up, in float32 for half precision. Results are
-the same bits run to run; with another number of threads a BLAS may split a product, and then round, differently.
+Products go through torch's BLAS, but float32 ones of up to 20 tokens and weights with contiguous rows: those are dot
+products, because a BLAS takes longer to begin than to multiply. What lies between them is one pass over the tile: the
+activation, or its derivative together with the activation once more for W_out's gradient, computed in float32 (float64
+for float64) whatever the dtype. The scale is a factor in that pass: weights are not copied. No hidden tensor exists
+beyond what the level saves, and the gradients of the weights are summed over chunks where they end up, in float32 for
+half precision. Results are the same bits run to run; with another number of threads a BLAS may split a product, and
+then round, differently.
 """
 
 from __future__ import annotations
@@ -35,12 +37,28 @@ def forward(
     backend: str,
 ) -> Outputs:
     """See `fusion_kernels.mlp.operators`."""
-    outputs: Outputs = native.operators().mlp.default(
-        x, _cast(w_in, x), _cast(b_in, x), _cast(w_gate, x), _cast(b_gate, x),
-        _cast(w_out, x), _cast(b_out, x), _factors(scale, x), _ACTIVATIONS[activation],
-        checkpoint_level,
-    )  # fmt: skip
+    block = _block(x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
+    outputs: Outputs = native.operators().mlp.default(x, *block, _ACTIVATIONS[activation], checkpoint_level)
     return outputs
+
+
+def output(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    scale: Tensor | None,
+    activation: str,
+    checkpoint_level: int,
+    backend: str,
+) -> Tensor:
+    """y of the forward, which keeps nothing."""
+    block = _block(x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
+    y: Tensor = native.operators().mlp_output.default(x, *block, _ACTIVATIONS[activation])
+    return y
 
 
 def backward(
@@ -73,6 +91,22 @@ def backward(
         for t, like, need in zip(found, inputs, needs, strict=True)
     )
     return dx, dw_in, db_in, dw_gate, db_gate, dw_out, db_out, dscale
+
+
+def _block(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    scale: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    return (
+        _cast(w_in, x), _cast(b_in, x), _cast(w_gate, x), _cast(b_gate, x), _cast(w_out, x), _cast(b_out, x),
+        _factors(scale, x),
+    )  # fmt: skip
 
 
 def _factors(scale: Tensor | None, x: Tensor) -> Tensor | None:

@@ -140,9 +140,12 @@ def register(
     device_types: tuple[str, ...],
     why_not: Callable[[], str | None] = lambda: None,
     *,
+    output: Callable[..., Tensor] | None = None,
     both_factors: bool = False,
 ) -> None:
     """Add a backend of both operators: functions of their schemas' arguments, the backward's with `Gradients`.
+
+    `output` is the forward at level 2 with y alone, where that costs less than the forward.
 
     They run with autocast off, whatever it was where the operator was called: what they compute in is the dtype of x.
     Without `both_factors` their scale is (h,) or None: a factor before phi is then folded into the weights for them.
@@ -154,9 +157,13 @@ def register(
         empty = arguments[1].new_empty
         return tuple(empty((0,)) if gradient is None else gradient for gradient in direct(*arguments))
 
-    direct = without_autocast(backward)
+    def first(*arguments: Any) -> Tensor:
+        return full(*arguments)[0]
+
+    full, direct = without_autocast(forward), without_autocast(backward)
+    _OUTPUTS[name] = first if output is None else without_autocast(output)
     _BACKWARDS[name] = direct
-    MLP.register(Backend(name, without_autocast(forward), device_types, why_not))
+    MLP.register(Backend(name, full, device_types, why_not))
     MLP_BACKWARD.register(Backend(name, packed, device_types, why_not))
 
 
@@ -219,6 +226,7 @@ def _folding_backward(backward: Callable[..., Gradients]) -> Callable[..., Gradi
     return folding
 
 
+_OUTPUTS: dict[str, Callable[..., Tensor]] = {}
 _BACKWARDS: dict[str, Callable[..., Gradients]] = {}
 Result = TypeVar("Result")
 
@@ -237,13 +245,16 @@ def without_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def run(*arguments: Any, trains: bool) -> Tensor:
-    """y of the forward operator's arguments, differentiable; `trains` says whether anything asks for a gradient."""
+    """y of the forward operator's arguments, differentiable; `trains` says whether anything asks for a gradient.
+
+    Where nothing does, the arguments' level is 2: nothing is kept.
+    """
     if not is_direct(arguments[:N_INPUTS]):
         y: Tensor = MLP.overload(*arguments)[0]
         return y
     if trains:
         return _Direct.apply(*arguments)
-    return MLP.select(_choose_forward(*arguments), arguments[0].device).function(*arguments)[0]
+    return _OUTPUTS[MLP.select(_choose_forward(*arguments), arguments[0].device).name](*arguments)
 
 
 def is_direct(tensors: Sequence[Tensor | None]) -> bool:

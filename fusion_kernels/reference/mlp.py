@@ -60,7 +60,10 @@ def times(t: Tensor, factor: Tensor | None) -> Tensor:
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b in the dtype of x, the weights cast to it."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    dtype = x.dtype
+    if weight.dtype == dtype and (bias is None or bias.dtype == dtype):
+        return F.linear(x, weight, bias)  # the few microseconds of two casts to nothing else are a block of one token's
+    return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def hidden(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -88,6 +89,40 @@ def test_an_integer_scale_is_not_rounded_to_low_precision() -> None:
 def test_odd_shapes(tokens: int, d: int, h: int, d_out: int, gated: bool, backend: str) -> None:
     for level in (0, 1, 2):
         check(make_block(tokens, d=d, h=h, d_out=d_out, gated=gated), level, backend, torch.float32)
+
+
+@pytest.mark.skipif(native.UNAVAILABLE is not None, reason="the compiled library is not there")
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 20, 21])
+def test_few_tokens_without_gradients(tokens: int, gated: bool) -> None:
+    """Products by dot products, over sizes that leave rests of every kind, and by a BLAS where columns lie apart."""
+    for bias, d, h in ((True, 523, 61), (False, 5, 12)):
+        # Many tokens, a few at a time, so that torch's error is not that of a handful of entries.
+        block = make_block(50, d=d, h=h, d_out=13, gated=gated, bias=bias).to(torch.float32)
+        exact, peer = block.to(torch.float64).eager(), block.eager()
+        spread = block.x.new_full((50, 2 * d), torch.nan)
+        spread[:, :d] = block.x
+        columns = block.w_in.t().contiguous().t()
+        for case in (block, replace(block, x=spread[:, :d]), replace(block, w_in=columns)):
+            with torch.no_grad():
+                y = torch.cat([replace(case, x=x).fused(1, "cpu") for x in case.x.split(tokens)])
+            assert_as_good(y, exact, "y", peer)
+
+
+@pytest.mark.skipif(native.UNAVAILABLE is not None, reason="the compiled library is not there")
+def test_a_token_has_the_same_bits_alone_and_among_few() -> None:
+    block = make_block(20, d=523, h=61, d_out=130, gated=True, activation="silu").to(torch.float32)
+    before = torch.get_num_threads()
+    with torch.no_grad():
+        y = block.fused(1, "cpu")
+        for token in range(20):
+            one = replace(block, x=block.x[token : token + 1])
+            torch.testing.assert_close(one.fused(1, "cpu")[0], y[token], rtol=0, atol=0)
+        try:
+            torch.set_num_threads(2)
+            torch.testing.assert_close(block.fused(1, "cpu"), y, rtol=0, atol=0)
+        finally:
+            torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
