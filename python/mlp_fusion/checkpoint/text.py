@@ -46,6 +46,18 @@ def read_sentences(file: Path | None, *, limit: int = 256) -> list[str]:
     return sentences
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+
+
 def tokenize(folder: Path, sentences: Sequence[str], max_positions: int | None) -> list[Batch] | None:
     """Padded batches of the sentences by the checkpoint's own tokenizer, or None when it has none.
 
@@ -54,10 +66,7 @@ def tokenize(folder: Path, sentences: Sequence[str], max_positions: int | None) 
     """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise InputError(f"{folder}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+    tokenizer = load_tokenizer(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # Without any token to pad with, sentences run one by one.

@@ -16,7 +16,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
 )
 
@@ -24,6 +23,7 @@ from mlp_fusion.architectures import get_architecture
 from mlp_fusion.checkpoint.folding import restore
 from mlp_fusion.checkpoint.metadata import adopt_fused_config, fusion_record
 from mlp_fusion.checkpoint.source import local_folder
+from mlp_fusion.checkpoint.text import load_tokenizer
 from mlp_fusion.errors import InputError
 from mlp_fusion.modules.ffn import FusedFFN
 from mlp_fusion.selection import parameterization_for
@@ -87,6 +87,8 @@ def load_student(model: Model, task: str, names: Sequence[str], optimizer: str, 
         loaded, name = model, type(model).__name__
         _check_in_memory(loaded, name, optimizer)
         folder = Path(model.name_or_path or "nowhere")
+    if tokenizer is None and not folder.is_dir():
+        raise InputError("the model was not loaded from a folder with a tokenizer: pass tokenizer")
     # A copy of the caller's own: the token to pad with is set on it.
     tokenizer = load_tokenizer(folder) if tokenizer is None else copy.deepcopy(tokenizer)
     if tokenizer.pad_token is None:
@@ -176,20 +178,6 @@ def has_head(config: Any, task: str) -> bool:
     """Whether the checkpoint says that it was saved with the task's head."""
     suffixes = _CLASSES[task][1]
     return any(name.endswith(suffixes) for name in config.architectures or [])
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in `folder`.
-
-    Raises:
-        InputError: there is none, or it cannot be loaded.
-    """
-    if not folder.is_dir():
-        raise InputError("the model was not loaded from a folder with a tokenizer: pass tokenizer")
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise InputError(f"{folder}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})") from error
 
 
 def _classes(model: Any, task: str, names: Sequence[str], name: str) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -66,9 +67,9 @@ class ScaledModule(nn.Module):
         return SCALE_EXPONENTS.get(self.parameterization, 0.0)
 
     @property
+    @abstractmethod
     def gated(self) -> bool:
         """Whether the activation of a gate projection multiplies an up projection."""
-        raise NotImplementedError
 
     def _factors(self) -> tuple[Tensor | None, Tensor | None]:
         """What multiplies pre-activations (the gate's in a gated block) and what multiplies activations; None for 1."""
