@@ -16,6 +16,7 @@ from fusion_kernels.ntk.block import PARTS, Block, Kernel, Prepared, check_kerne
 from fusion_kernels.ntk.gram import Reduce, contraction_named
 from fusion_kernels.ntk.operators import NTK_JVP, NTK_VJP, NTK_VP, exactly, function_named
 from fusion_kernels.ntk.torch_backend import FactoredKernel
+from fusion_kernels.reference.ntk import FFN
 
 #: How many products an operator expects to serve when it decides what to keep: a solve takes about as many.
 _USES = 32
@@ -127,7 +128,8 @@ class NTKOperator:
         self, prepared: Prepared, x: Tensor, reduce: str, direction: Tensor | None, kernel: str, shift: float = 0.0
     ) -> None:
         """See `ntk_operator`; `reduce` is `"full"`, `"trace"` or `"vector"`."""
-        described = (*prepared.described(), prepared.parts, kernel, reduce, direction, prepared.metric, _USES)
+        ffn = FFN(*prepared.described())  # type: ignore[arg-type]
+        described = (ffn, prepared.parts, kernel, reduce, direction, prepared.metric, _USES)
         self._kernel: FactoredKernel = exactly(FactoredKernel)(x, *described)
         self._like = prepared.tensors["w_out"][:0]
         self._rows, self._outputs, self._shift = len(x), prepared.outputs if reduce == "full" else None, shift

@@ -18,6 +18,7 @@ from fusion_kernels import native
 from fusion_kernels.library import Backend, Operator, operator
 from fusion_kernels.ntk import torch_backend
 from fusion_kernels.reference import ntk as reference
+from fusion_kernels.reference.ntk import FFN
 
 _BLOCK = (
     "Tensor x, Tensor w_in, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, Tensor w_out, Tensor? scale, "
@@ -53,9 +54,13 @@ def _declare(name: str, arguments: str, returns: str, fake: Callable[..., Any], 
     def fake_of_all(*all_arguments: Any) -> Any:
         return fake(all_arguments[:_BLOCK_SIZE], *all_arguments[_BLOCK_SIZE:])
 
+    def of(module: Any) -> Callable[..., Any]:
+        run = exactly(getattr(module, function))
+        return lambda x, *rest: run(x, FFN(*rest[: _BLOCK_SIZE - 1]), *rest[_BLOCK_SIZE - 1 :])
+
     op = operator(name, f"({_BLOCK}, {arguments}) -> {returns}", fake_of_all)
-    op.register(Backend("torch", exactly(getattr(torch_backend, function)), ("cpu", "cuda")))
-    op.register(Backend("reference", exactly(getattr(reference, function)), ("cpu", "cuda")))
+    op.register(Backend("torch", of(torch_backend), ("cpu", "cuda")))
+    op.register(Backend("reference", of(reference), ("cpu", "cuda")))
     return op
 
 

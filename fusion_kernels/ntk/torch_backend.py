@@ -30,35 +30,25 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.ntk import tuning
-from fusion_kernels.reference.ntk import contraction, factors
+from fusion_kernels.reference.ntk import FFN, contraction
 
 # A layer of the gradient: activations (N, S, di), backpropagated (N, S, do), and whether weight and bias count.
 _Layer = tuple[Tensor, Tensor, bool, bool]
 
 
-def block_factors(
-    x: Tensor,
-    w_in: Tensor,
-    w_gate: Tensor | None,
-    b_in: Tensor | None,
-    b_gate: Tensor | None,
-    scale: Tensor | None,
-    scale_exponent: float,
-    activation: str,
-) -> tuple[Tensor, dict[str, Tensor]]:
+def block_factors(x: Tensor, ffn: FFN) -> tuple[Tensor, dict[str, Tensor]]:
     """Hidden values A and slopes of the rows x (N, d): see `fusion_kernels.reference.ntk.factors`.
 
     In blocks of rows, so that what the activation and its derivative need on the way stays small.
     """
-    block = (w_in, w_gate, b_in, b_gate, scale, scale_exponent, activation)
-    step = tuning.row_block(8 * len(w_in) * x.element_size())
+    step = tuning.row_block(8 * len(ffn.w_in) * x.element_size())
     if len(x) <= step:
-        return factors(x, *block)
-    hidden = x.new_empty(len(x), len(w_in))
-    slopes = {name: torch.empty_like(hidden) for name in (("in",) if w_gate is None else ("in", "gate"))}
+        return ffn.factors(x)
+    hidden = x.new_empty(len(x), len(ffn.w_in))
+    slopes = {name: torch.empty_like(hidden) for name in (("in",) if ffn.w_gate is None else ("in", "gate"))}
     for begin in range(0, len(x), step):
         here = slice(begin, begin + step)
-        hidden[here], part = factors(x[here], *block)
+        hidden[here], part = ffn.factors(x[here])
         for name, slope in part.items():
             slopes[name][here] = slope
     return hidden, slopes
@@ -66,18 +56,11 @@ def block_factors(
 
 def jvp(
     x: Tensor,
-    w_in: Tensor,
-    w_gate: Tensor | None,
-    b_in: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    scale: Tensor | None,
-    scale_exponent: float,
-    activation: str,
+    ffn: FFN,
     tangents: Sequence[Tensor | None],
 ) -> Tensor:
     """J times the tangents: arguments and result as in `fusion_kernels.reference.ntk.jvp`."""
-    hidden, slopes = block_factors(x, w_in, w_gate, b_in, b_gate, scale, scale_exponent, activation)
+    hidden, slopes = block_factors(x, ffn)
     weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out = tangents
     moved = torch.zeros_like(hidden)
     for name, weight, bias in (("in", weight_in, bias_in), ("gate", weight_gate, bias_gate)):
@@ -85,7 +68,7 @@ def jvp(
             moved += slopes[name] * (x @ weight.T)
         if bias is not None:
             moved += slopes[name] * bias
-    result = moved @ w_out
+    result = moved @ ffn.w_out
     if weight_out is not None:
         result += hidden @ weight_out
     if bias_out is not None:
@@ -95,21 +78,14 @@ def jvp(
 
 def vjp(
     x: Tensor,
-    w_in: Tensor,
-    w_gate: Tensor | None,
-    b_in: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    scale: Tensor | None,
-    scale_exponent: float,
-    activation: str,
+    ffn: FFN,
     cotangent: Tensor,
     params: Sequence[str],
 ) -> list[Tensor]:
     """J' times the cotangent: arguments and result as in `fusion_kernels.reference.ntk.vjp`."""
-    hidden, slopes = block_factors(x, w_in, w_gate, b_in, b_gate, scale, scale_exponent, activation)
+    hidden, slopes = block_factors(x, ffn)
     gradients: dict[str, Tensor] = {}
-    back = cotangent @ w_out.T
+    back = cotangent @ ffn.w_out.T
     for name, slope in slopes.items():
         pulled = slope * back
         if f"w_{name}" in params:
@@ -145,14 +121,7 @@ class FactoredKernel:
     def __init__(
         self,
         x: Tensor,
-        w_in: Tensor,
-        w_gate: Tensor | None,
-        b_in: Tensor | None,
-        b_gate: Tensor | None,
-        w_out: Tensor,
-        scale: Tensor | None,
-        scale_exponent: float,
-        activation: str,
+        ffn: FFN,
         params: Sequence[str],
         kernel: str,
         reduce: str,
@@ -161,7 +130,8 @@ class FactoredKernel:
         uses: int,
     ) -> None:
         """Arguments as in `fusion_kernels.reference.ntk.ntk_vp`; `uses` is how many products are expected."""
-        hidden, slopes = block_factors(x, w_in, w_gate, b_in, b_gate, scale, scale_exponent, activation)
+        hidden, slopes = block_factors(x, ffn)
+        w_out = ffn.w_out
         self._w_out, self._parts = w_out, params
         self._full = reduce == "full"
         self._same = 1.0
@@ -229,14 +199,7 @@ class FactoredKernel:
 
 def ntk_vp(
     x: Tensor,
-    w_in: Tensor,
-    w_gate: Tensor | None,
-    b_in: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    scale: Tensor | None,
-    scale_exponent: float,
-    activation: str,
+    ffn: FFN,
     v: Tensor,
     params: Sequence[str],
     kernel: str,
@@ -245,29 +208,20 @@ def ntk_vp(
     metric: Tensor | None,
 ) -> Tensor:
     """K v: arguments and result as in `fusion_kernels.reference.ntk.ntk_vp`."""
-    block = (w_in, w_gate, b_in, b_gate, w_out, scale, scale_exponent, activation)
-    return FactoredKernel(x, *block, params, kernel, reduce, direction, metric, 1).times(v, 0)
+    return FactoredKernel(x, ffn, params, kernel, reduce, direction, metric, 1).times(v, 0)
 
 
 def _layers(
     x: Tensor,
-    w_in: Tensor,
-    w_gate: Tensor | None,
-    b_in: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    scale: Tensor | None,
-    scale_exponent: float,
-    activation: str,
+    ffn: FFN,
     c: Tensor,
     params: Sequence[str],
     metric: Tensor | None,
 ) -> Iterator[_Layer]:
     n, s = c.shape[:2]
-    form = (w_in, w_gate, b_in, b_gate, scale, scale_exponent, activation)
-    hidden, slopes = block_factors(x.flatten(0, 1), *form)
+    hidden, slopes = block_factors(x.flatten(0, 1), ffn)
     root = hidden.new_ones(hidden.shape[1]) if metric is None else metric.sqrt()
-    back = c.flatten(0, 1) @ w_out.T * root
+    back = c.flatten(0, 1) @ ffn.w_out.T * root
     for name, slope in slopes.items():
         weight, bias = f"w_{name}" in params, f"b_{name}" in params
         if weight or bias:
@@ -280,24 +234,16 @@ def _layers(
 
 def gradient_gram(
     x: Tensor,
-    w_in: Tensor,
-    w_gate: Tensor | None,
-    b_in: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    scale: Tensor | None,
-    scale_exponent: float,
-    activation: str,
+    ffn: FFN,
     cotangents: Tensor,
     params: Sequence[str],
     metric: Tensor | None,
     form: str,
 ) -> Tensor:
     """All inner products of gradients: arguments and result as in `fusion_kernels.reference.ntk.gradient_gram`."""
-    block = (w_in, w_gate, b_in, b_gate, w_out, scale, scale_exponent, activation)
     n, s = cotangents.shape[:2]
     gram = x.new_zeros(n, n)
-    for a, b, weight, bias in _layers(x, *block, cotangents, params, metric):
+    for a, b, weight, bias in _layers(x, ffn, cotangents, params, metric):
         ghost = tuning.ghost_gram_is_cheaper(n, s, a.shape[2] + bias, b.shape[2]) if form == "auto" else form == "ghost"
         (_add_ghost_gram if ghost else _add_direct_gram)(gram, a, b, weight, bias)
     return gram.tril() + gram.tril(-1).T
@@ -331,24 +277,16 @@ def _add_direct_gram(gram: Tensor, a: Tensor, b: Tensor, weight: bool, bias: boo
 
 def gradient_norms(
     x: Tensor,
-    w_in: Tensor,
-    w_gate: Tensor | None,
-    b_in: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    scale: Tensor | None,
-    scale_exponent: float,
-    activation: str,
+    ffn: FFN,
     cotangents: Tensor,
     params: Sequence[str],
     metric: Tensor | None,
     form: str,
 ) -> Tensor:
     """The norms of gradients: arguments and result as in `fusion_kernels.reference.ntk.gradient_norms`."""
-    block = (w_in, w_gate, b_in, b_gate, w_out, scale, scale_exponent, activation)
     n, s = cotangents.shape[:2]
     squares = x.new_zeros(n)
-    for a, b, weight, bias in _layers(x, *block, cotangents, params, metric):
+    for a, b, weight, bias in _layers(x, ffn, cotangents, params, metric):
         inputs, outputs = a.shape[2], b.shape[2]
         ghost = tuning.ghost_norm_is_cheaper(s, inputs, outputs) if form == "auto" else form == "ghost"
         step = tuning.row_block(2 * (s * s if ghost else inputs * outputs) * a.element_size())

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -297,16 +298,28 @@ def ntk_sums(
         return sums, of_rows, of_columns
 
 
+class FFN(NamedTuple):
+    """A block as the operators of products take it behind its rows: see `ntk_gram` for its members."""
+
+    w_in: Tensor
+    w_gate: Tensor | None
+    b_in: Tensor | None
+    b_gate: Tensor | None
+    w_out: Tensor
+    scale: Tensor | None
+    scale_exponent: float
+    activation: str
+
+    def factors(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """:func:`factors` of the rows x (N, d)."""
+        return factors(
+            x, self.w_in, self.w_gate, self.b_in, self.b_gate, self.scale, self.scale_exponent, self.activation
+        )
+
+
 def jvp(
     x: Tensor,
-    w_in: Tensor,
-    w_gate: Tensor | None,
-    b_in: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    scale: Tensor | None,
-    scale_exponent: float,
-    activation: str,
+    ffn: FFN,
     tangents: Sequence[Tensor | None],
 ) -> Tensor:
     """Return J times a change of the parameters: (N, outputs).
@@ -315,14 +328,14 @@ def jvp(
         x: (N, d); the block as in `ntk_gram`.
         tangents: of `w_in`, `b_in`, `w_gate`, `b_gate`, `w_out` and `b_out`, each of its part's shape, or None for 0.
     """
-    hidden, slopes = factors(x, w_in, w_gate, b_in, b_gate, scale, scale_exponent, activation)
-    result = x.new_zeros(len(x), w_out.shape[1])
+    hidden, slopes = ffn.factors(x)
+    result = x.new_zeros(len(x), ffn.w_out.shape[1])
     d_in, d_b_in, d_gate, d_b_gate, d_out, d_b_out = tangents
     for name, weight, bias in (("in", d_in, d_b_in), ("gate", d_gate, d_b_gate)):
         if weight is not None:
-            result += (slopes[name] * (x @ weight.T)) @ w_out
+            result += (slopes[name] * (x @ weight.T)) @ ffn.w_out
         if bias is not None:
-            result += (slopes[name] * bias) @ w_out
+            result += (slopes[name] * bias) @ ffn.w_out
     if d_out is not None:
         result += hidden @ d_out
     if d_b_out is not None:
@@ -332,36 +345,22 @@ def jvp(
 
 def vjp(
     x: Tensor,
-    w_in: Tensor,
-    w_gate: Tensor | None,
-    b_in: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    scale: Tensor | None,
-    scale_exponent: float,
-    activation: str,
+    ffn: FFN,
     cotangent: Tensor,
     params: Sequence[str],
 ) -> list[Tensor]:
     """Return J' times `cotangent` (N, outputs): the gradients by `params`, in their order, each of its part's shape."""
-    hidden, slopes = factors(x, w_in, w_gate, b_in, b_gate, scale, scale_exponent, activation)
+    hidden, slopes = ffn.factors(x)
     gradients = {"w_out": hidden.T @ cotangent, "b_out": cotangent.sum(0)}
     for name, slope in slopes.items():
-        back = slope * (cotangent @ w_out.T)
+        back = slope * (cotangent @ ffn.w_out.T)
         gradients |= {f"w_{name}": back.T @ x, f"b_{name}": back.sum(0)}
     return [gradients[part] for part in params]
 
 
 def ntk_vp(
     x: Tensor,
-    w_in: Tensor,
-    w_gate: Tensor | None,
-    b_in: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    scale: Tensor | None,
-    scale_exponent: float,
-    activation: str,
+    ffn: FFN,
     v: Tensor,
     params: Sequence[str],
     kernel: str,
@@ -375,10 +374,9 @@ def ntk_vp(
         v: (N, outputs) for the `"full"` kernel; (N, M) for `"trace"` and `"vector"`.
         others: as in `ntk_gram`.
     """
-    block = (w_in, w_gate, b_in, b_gate, w_out, scale)
-    left, right = sides(x, None, *block, metric, scale_exponent, activation, kernel)
-    outputs = w_out.shape[1]
-    per_pair = outputs * max(outputs, len(w_in)) if reduce == "full" else 1
+    left, right = sides(x, None, *ffn[:6], metric, *ffn[6:], kernel)
+    outputs = ffn.w_out.shape[1]
+    per_pair = outputs * max(outputs, len(ffn.w_in)) if reduce == "full" else 1
     product = torch.empty_like(v)
     for here in _row_blocks(len(x), len(x) * per_pair * x.element_size(), None):
         gram = between(left[here], right, params, reduce, direction, kernel)
@@ -388,23 +386,15 @@ def ntk_vp(
 
 def sample_gradients(
     x: Tensor,
-    w_in: Tensor,
-    w_gate: Tensor | None,
-    b_in: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    scale: Tensor | None,
-    scale_exponent: float,
-    activation: str,
+    ffn: FFN,
     cotangents: Tensor,
     params: Sequence[str],
     metric: Tensor | None,
 ) -> Tensor:
     """Return the gradients of sum_t c_nt . F(x_nt) for x (N, S, d), times the root of the metric: (N, parameters)."""
-    block = (w_in, w_gate, b_in, b_gate, w_out, scale, scale_exponent, activation)
     rows = []
     for tokens, c in zip(x, cotangents, strict=True):
-        gradients = dict(zip(params, vjp(tokens, *block, c, params), strict=True))
+        gradients = dict(zip(params, vjp(tokens, ffn, c, params), strict=True))
         if metric is not None:
             for part in gradients.keys() - {"b_out"}:
                 gradients[part] = (gradients[part].movedim(0, -1) * metric.sqrt()).movedim(-1, 0)
@@ -414,14 +404,7 @@ def sample_gradients(
 
 def gradient_gram(
     x: Tensor,
-    w_in: Tensor,
-    w_gate: Tensor | None,
-    b_in: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    scale: Tensor | None,
-    scale_exponent: float,
-    activation: str,
+    ffn: FFN,
     cotangents: Tensor,
     params: Sequence[str],
     metric: Tensor | None,
@@ -432,37 +415,28 @@ def gradient_gram(
     Args:
         form: how other backends are to compute it; of no meaning here.
     """
-    block = (w_in, w_gate, b_in, b_gate, w_out, scale, scale_exponent, activation)
     gram = x.new_zeros(len(x), len(x))
-    blocks = _sample_blocks(x, w_in, w_gate, b_in, b_gate, w_out)
+    blocks = _sample_blocks(x, *ffn[:5])
     for number, here in enumerate(blocks):
-        own = sample_gradients(x[here], *block, cotangents[here], params, metric)
+        own = sample_gradients(x[here], ffn, cotangents[here], params, metric)
         for there in blocks[: number + 1]:
-            other = own if there == here else sample_gradients(x[there], *block, cotangents[there], params, metric)
+            other = own if there == here else sample_gradients(x[there], ffn, cotangents[there], params, metric)
             gram[here, there] = own @ other.T
     return symmetric(gram)
 
 
 def gradient_norms(
     x: Tensor,
-    w_in: Tensor,
-    w_gate: Tensor | None,
-    b_in: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    scale: Tensor | None,
-    scale_exponent: float,
-    activation: str,
+    ffn: FFN,
     cotangents: Tensor,
     params: Sequence[str],
     metric: Tensor | None,
     form: str,
 ) -> Tensor:
     """Return the Euclidean norms of `sample_gradients`: (N,). Arguments as in `gradient_gram`."""
-    block = (w_in, w_gate, b_in, b_gate, w_out, scale, scale_exponent, activation)
     norms = x.new_zeros(len(x))
-    for here in _sample_blocks(x, w_in, w_gate, b_in, b_gate, w_out):
-        norms[here] = sample_gradients(x[here], *block, cotangents[here], params, metric).norm(dim=1)
+    for here in _sample_blocks(x, *ffn[:5]):
+        norms[here] = sample_gradients(x[here], ffn, cotangents[here], params, metric).norm(dim=1)
     return norms
 
 
