@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "cpu/mlp.h"
@@ -77,12 +78,13 @@ constexpr ScalarType kSums = std::is_same_v<T, double> ? ScalarType::Double : Sc
 template <class T>
 Block<T> make_block(const Tensor& x, const Tensor& w_in, const std::optional<Tensor>& b_in,
                     const std::optional<Tensor>& w_gate, const std::optional<Tensor>& b_gate, const Tensor& w_out,
-                    const std::optional<Tensor>& b_out, const std::optional<Tensor>& scale, int64_t activation) {
+                    const std::optional<Tensor>& b_out, const std::optional<Tensor>& scale, const std::string& activation) {
   STD_TORCH_CHECK(x.dim() == 2 && w_in.dim() == 2 && w_out.dim() == 2, "mlp: x and the weights must be matrices");
-  STD_TORCH_CHECK(activation >= 0 && activation < 5, "mlp: unknown activation");
+  const std::optional<Activation> phi = activation_named(activation);
+  STD_TORCH_CHECK(phi.has_value(), "mlp: unknown activation ", activation);
   const int64_t h = w_in.size(0), d = x.size(1), d_out = w_out.size(0);
   const ScalarType dtype = x.scalar_type();
-  Block<T> block{static_cast<Activation>(activation),
+  Block<T> block{*phi,
                  matrix<T>(w_in, "w_in", dtype, h, d),
                  {},
                  matrix<T>(w_out, "w_out", dtype, d_out, h),
@@ -107,7 +109,7 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Outputs forward(const Tensor x, const Tensor w_in, const std::optional<Tensor> b_in, const std::optional<Tensor> w_gate,
                 const std::optional<Tensor> b_gate, const Tensor w_out, const std::optional<Tensor> b_out,
-                const std::optional<Tensor> scale, int64_t activation, int64_t checkpoint_level) {
+                const std::optional<Tensor> scale, const std::string activation, int64_t checkpoint_level) {
   return with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Block<T> block = make_block<T>(x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale, activation);
@@ -126,7 +128,7 @@ Outputs forward(const Tensor x, const Tensor w_in, const std::optional<Tensor> b
 // y alone, for where nothing is kept.
 Tensor output(const Tensor x, const Tensor w_in, const std::optional<Tensor> b_in, const std::optional<Tensor> w_gate,
               const std::optional<Tensor> b_gate, const Tensor w_out, const std::optional<Tensor> b_out,
-              const std::optional<Tensor> scale, int64_t activation) {
+              const std::optional<Tensor> scale, const std::string activation) {
   return with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Block<T> block = make_block<T>(x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale, activation);
@@ -146,7 +148,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 Gradients backward(const Tensor dy, const Tensor x, const Tensor w_in, const std::optional<Tensor> b_in,
                    const std::optional<Tensor> w_gate, const std::optional<Tensor> b_gate, const Tensor w_out,
                    const std::optional<Tensor> scale, const Tensor z, const Tensor g, const Tensor a,
-                   int64_t activation, int64_t needs) {
+                   const std::string activation, int64_t needs) {
   return with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     using S = Wide<T>;
@@ -186,13 +188,13 @@ Gradients backward(const Tensor dy, const Tensor x, const Tensor w_in, const std
 STABLE_TORCH_LIBRARY_FRAGMENT(fusion_kernels_native, m) {
   m.def(
       "mlp(Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_gate, Tensor? b_gate, Tensor w_out, Tensor? b_out, "
-      "Tensor? scale, int activation, int checkpoint_level) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? scale, str activation, int checkpoint_level) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "mlp_output(Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_gate, Tensor? b_gate, Tensor w_out, Tensor? b_out, "
-      "Tensor? scale, int activation) -> Tensor");
+      "Tensor? scale, str activation) -> Tensor");
   m.def(
       "mlp_backward(Tensor dy, Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_gate, Tensor? b_gate, Tensor w_out, "
-      "Tensor? scale, Tensor z, Tensor g, Tensor a, int activation, int needs) "
+      "Tensor? scale, Tensor z, Tensor g, Tensor a, str activation, int needs) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

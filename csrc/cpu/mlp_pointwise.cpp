@@ -8,8 +8,16 @@
 namespace mlp_fusion {
 namespace {
 
-typedef float Float16 __attribute__((vector_size(64)));
-typedef int32_t Int16 __attribute__((vector_size(64)));
+// Vectors are as wide as the registers of the instruction set that a function is compiled for: GCC takes wider ones apart
+// through memory. Everything below is a template over the vector, or over its bytes.
+template <class T, int Bytes>
+struct VectorOf {
+  typedef T Type __attribute__((vector_size(Bytes)));
+};
+template <class T, int Bytes>
+using Vec = typename VectorOf<T, Bytes>::Type;
+template <class V>
+using Element = std::remove_cvref_t<decltype(V{}[0])>;
 
 // What exp and the normal distribution need to know of an element type. `tail` are the coefficients, lowest first, of
 // P(q) with erfc(s) = 2 exp(-s²) P(q) / (s + k), q = (s - k) / (s + k) and k = 2.5: Chebyshev interpolants, computed in
@@ -19,8 +27,7 @@ struct Constants;
 
 template <>
 struct Constants<float> {
-  using V = Float16;
-  using I = Int16;
+  using Integer = int32_t;
   static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
   static constexpr int32_t kBias = 127, kMantissa = 23;
   static constexpr float kLeast = -87.0f;  // below, exp counts as 0
@@ -34,8 +41,7 @@ struct Constants<float> {
 
 template <>
 struct Constants<double> {
-  using V = Double8;
-  using I = Long8;
+  using Integer = int64_t;
   static constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int64_t kBias = 1023, kMantissa = 52;
   static constexpr double kLeast = -708.0;
@@ -64,114 +70,102 @@ struct Constants<double> {
       -5.87636788078608722e-10};
 };
 
-template <class T>
-using Values = typename Constants<T>::V;
+template <class V>
+constexpr int64_t kWidth = sizeof(V) / sizeof(Element<V>);
 
-template <class T>
-constexpr int64_t kWidth = sizeof(Values<T>) / sizeof(T);
+template <class V>
+using Integers = Vec<typename Constants<Element<V>>::Integer, sizeof(V)>;
 
-template <class T, int N>
-MLP_INLINE Values<T> polynomial(const T (&coefficients)[N], Values<T> x) {
-  Values<T> sum = Values<T>{} + coefficients[N - 1];
+// Even and odd powers apart: two short chains of dependent operations instead of a long one.
+template <class V, int N>
+MLP_INLINE V polynomial(const Element<V> (&coefficients)[N], V x) {
+  const V square = x * x;
+  V sums[2] = {V{} + coefficients[N - 2], V{} + coefficients[N - 1]};
 #pragma GCC unroll 32
-  for (int i = N - 2; i >= 0; --i) sum = sum * x + coefficients[i];
-  return sum;
-}
-
-// Element by element `yes` where x has its sign bit set, else `no`. By masks where the compiler would take a comparison
-// of vectors that are wider than the machine's apart, lane by lane.
-template <class T>
-MLP_INLINE Values<T> where_negative(Values<T> x, Values<T> yes, Values<T> no) {
-  if constexpr (std::is_same_v<T, float>) {
-    using I = typename Constants<T>::I;
-    const I mask = (I)x >> 31;
-    return (Values<T>)(((I)yes & mask) | ((I)no & ~mask));
-  } else {
-    return x < T{0} ? yes : no;
-  }
+  for (int i = N - 3; i >= 0; --i) sums[(N - i) % 2] = sums[(N - i) % 2] * square + coefficients[i];
+  return N % 2 == 0 ? sums[0] + x * sums[1] : sums[0] * x + sums[1];
 }
 
 // exp(x) for x <= 0.
-template <class T>
-MLP_INLINE Values<T> exp_negative(Values<T> x) {
+template <class V>
+MLP_INLINE V exp_negative(V x) {
+  using T = Element<V>;
   using C = Constants<T>;
-  using V = typename C::V;
-  using I = typename C::I;
-  const V above = x - C::kLeast;
-  const V bounded = where_negative<T>(above, V{} + C::kLeast, x);
+  using I = Integers<V>;
+  const V bounded = x < C::kLeast ? V{} + C::kLeast : x;
   const V shifted = bounded * static_cast<T>(1.4426950408889634) + C::kMagic;
   const V n = shifted - C::kMagic;
   const V r = (bounded - n * C::kLn2High) - n * C::kLn2Low;
   const I exponent = (I)shifted - (I)(V{} + C::kMagic);
   const V power = (V)((exponent + C::kBias) << C::kMantissa);
-  const V value = polynomial<T>(C::kExp, r) * power;
-  return where_negative<T>(above, V{}, value);
+  const V value = polynomial(C::kExp, r) * power;
+  return x < C::kLeast ? V{} : value;
 }
 
 // s = 1 / (1 + exp(-x)) and c = 1 - s, both without cancellation.
-template <class T>
-MLP_INLINE void sigmoid(Values<T> x, Values<T>& s, Values<T>& c) {
-  using V = Values<T>;
-  const V e = exp_negative<T>(where_negative<T>(x, x, -x));
+template <class V>
+MLP_INLINE void sigmoid(V x, V& s, V& c) {
+  using T = Element<V>;
+  const V e = exp_negative(x < T{0} ? x : -x);
   const V larger = T{1} / (T{1} + e), smaller = e * larger;
-  s = where_negative<T>(x, smaller, larger);
-  c = where_negative<T>(x, larger, smaller);
+  s = x < T{0} ? smaller : larger;
+  c = x < T{0} ? larger : smaller;
 }
 
 // phi(x) and its derivative.
-template <Activation Phi, class T>
-MLP_INLINE void evaluate(Values<T> x, Values<T>& value, Values<T>& slope) {
-  using V = Values<T>;
-  if constexpr (Phi == Activation::kGelu) {
+template <Activation Phi, class V>
+MLP_INLINE void evaluate(V x, V& value, V& slope) {
+  using T = Element<V>;
+  if constexpr (Phi == Activation::gelu) {
     // From the tail of the normal distribution, which also gives the density.
     constexpr T k = T(2.5);
-    const V e = exp_negative<T>(T(-0.5) * x * x);
-    const V s = where_negative<T>(x, -x, x) * static_cast<T>(0.70710678118654752);
+    const V e = exp_negative(T(-0.5) * x * x);
+    const V s = (x < T{0} ? -x : x) * static_cast<T>(0.70710678118654752);
     const V w = T{1} / (s + k);
-    const V tail = e * w * polynomial<T>(Constants<T>::kTail, T{1} - (2 * k) * w);
-    const V below = where_negative<T>(x, tail, T{1} - tail);
+    const V tail = e * w * polynomial(Constants<T>::kTail, T{1} - (2 * k) * w);
+    const V below = (x < T{0} ? tail : T{1} - tail);
     value = x * below;
     slope = below + x * e * static_cast<T>(0.39894228040143268);
-  } else if constexpr (Phi == Activation::kGeluTanh) {
+  } else if constexpr (Phi == Activation::gelu_tanh) {
     // (1 + tanh(u)) / 2 is the sigmoid of 2u.
     constexpr T c = T(1.5957691216057308), cubic = T(0.044715);
     V s, rest;
     const V square = x * x;
-    sigmoid<T>(c * x * (T{1} + cubic * square), s, rest);
+    sigmoid(c * x * (T{1} + cubic * square), s, rest);
     value = x * s;
     slope = s + x * s * rest * (c * (T{1} + (3 * cubic) * square));
-  } else if constexpr (Phi == Activation::kRelu) {
+  } else if constexpr (Phi == Activation::relu) {
     value = x < T{0} ? V{} : x;
     slope = x <= T{0} ? V{} : V{} + T{1};  // 1 at NaN, as torch has it
-  } else if constexpr (Phi == Activation::kRelu2) {
+  } else if constexpr (Phi == Activation::relu2) {
     const V positive = x < T{0} ? V{} : x;
     value = positive * positive;
     slope = T{2} * positive;
   } else {
     V s, rest;
-    sigmoid<T>(x, s, rest);
+    sigmoid(x, s, rest);
     value = x * s;
     slope = s * (T{1} + x * rest);
   }
 }
 
-template <class T>
-MLP_INLINE Values<Wide<T>> read(const T* from) {
-  if constexpr (std::is_same_v<T, Wide<T>>) {
-    return load<Values<T>>(from);
+template <class V, class T>
+MLP_INLINE V read(const T* from) {
+  if constexpr (std::is_same_v<T, Element<V>>) {
+    return load<V>(from);
   } else {
-    Wide<T> v[kWidth<Wide<T>>];
-    for (int64_t i = 0; i < kWidth<Wide<T>>; ++i) v[i] = static_cast<Wide<T>>(from[i]);
-    return load<Values<Wide<T>>>(v);
+    Element<V> v[kWidth<V>];
+    for (int64_t i = 0; i < kWidth<V>; ++i) v[i] = static_cast<Element<V>>(from[i]);
+    return load<V>(v);
   }
 }
 
-template <class T>
-MLP_INLINE void write(T* to, Values<Wide<T>> v) {
-  if constexpr (std::is_same_v<T, Wide<T>>) {
+template <class T, class V>
+MLP_INLINE void write(T* to, V v) {
+  if constexpr (std::is_same_v<T, Element<V>>) {
     store(to, v);
   } else {
-    for (int64_t i = 0; i < kWidth<Wide<T>>; ++i) to[i] = static_cast<T>(v[i]);
+    for (int64_t i = 0; i < kWidth<V>; ++i) to[i] = static_cast<T>(v[i]);
   }
 }
 
@@ -181,9 +175,9 @@ MLP_INLINE T* at(T* x, int64_t i) {
 }
 
 // The elements of a row that do not fill a vector, in a zero-padded copy.
-template <class T, class W = Wide<T>>
+template <class V, class T>
 struct Padded {
-  T values[kWidth<W>] = {};
+  T values[kWidth<V>] = {};
   MLP_INLINE const T* from(const T* x, int64_t count) {
     if (x == nullptr) return nullptr;
     std::copy_n(x, count, values);
@@ -195,20 +189,20 @@ struct Padded {
 };
 
 // One row, the vectors first and then, by the same code, the elements that are left.
-template <Activation Phi, bool Gated, bool Scaled, class T>
+template <Activation Phi, bool Gated, bool Scaled, class V, class T>
 MLP_INLINE void forward_row(const T* z, const T* g, const Wide<T>* before, const Wide<T>* behind, int64_t n, T* a) {
-  constexpr int64_t width = kWidth<Wide<T>>;
+  constexpr int64_t width = kWidth<V>;
   const int64_t whole = n / width * width, rest = n - whole;
   T* const last = a + whole;
-  Padded<T> last_z, last_g, last_a;
-  Padded<Wide<T>> last_before, last_behind;
+  Padded<V, T> last_z, last_g, last_a;
+  Padded<V, Wide<T>> last_before, last_behind;
   for (int64_t end = whole;; end = width) {
     for (int64_t i = 0; i < end; i += width) {
-      Values<Wide<T>> value, slope, argument = read((Gated ? g : z) + i);
-      if constexpr (Scaled) argument *= load<Values<Wide<T>>>(before + i);
-      evaluate<Phi, Wide<T>>(argument, value, slope);
-      if constexpr (Gated) value *= read(z + i);
-      if constexpr (Scaled) value *= load<Values<Wide<T>>>(behind + i);
+      V value, slope, argument = read<V>((Gated ? g : z) + i);
+      if constexpr (Scaled) argument *= load<V>(before + i);
+      evaluate<Phi>(argument, value, slope);
+      if constexpr (Gated) value *= read<V>(z + i);
+      if constexpr (Scaled) value *= load<V>(behind + i);
       write(a + i, value);
     }
     if (rest == 0 || a == last_a.values) break;
@@ -218,26 +212,26 @@ MLP_INLINE void forward_row(const T* z, const T* g, const Wide<T>* before, const
   if (rest != 0) last_a.to(last, rest);
 }
 
-template <Activation Phi, bool Gated, bool Scaled, class T>
+template <Activation Phi, bool Gated, bool Scaled, class V, class T>
 MLP_INLINE void backward_row(const T* da, const T* z, const T* g, const Factors<T>& factors, const Wide<T>* chain,
                              int64_t n, T* dz, T* dg, T* a) {
-  constexpr int64_t width = kWidth<Wide<T>>;
+  constexpr int64_t width = kWidth<V>;
   const int64_t whole = n / width * width, rest = n - whole;
   const Wide<T>*before = factors.before, *behind = factors.behind;
   T *const end_dz = dz + whole, *const end_dg = at(dg, whole), *const end_a = at(a, whole);
-  Padded<T> last_da, last_z, last_g, last_dz, last_dg, last_a;
-  Padded<Wide<T>> last_before, last_behind, last_chain;
+  Padded<V, T> last_da, last_z, last_g, last_dz, last_dg, last_a;
+  Padded<V, Wide<T>> last_before, last_behind, last_chain;
   for (int64_t end = whole;; end = width) {
     for (int64_t i = 0; i < end; i += width) {
-      Values<Wide<T>> value, slope, argument = read((Gated ? g : z) + i), upstream = read(da + i);
+      V value, slope, argument = read<V>((Gated ? g : z) + i), upstream = read<V>(da + i);
       if constexpr (Scaled) {
-        argument *= load<Values<Wide<T>>>(before + i);
-        upstream *= load<Values<Wide<T>>>(behind + i);
+        argument *= load<V>(before + i);
+        upstream *= load<V>(behind + i);
       }
-      evaluate<Phi, Wide<T>>(argument, value, slope);
-      if constexpr (Scaled) slope *= load<Values<Wide<T>>>(chain + i);
+      evaluate<Phi>(argument, value, slope);
+      if constexpr (Scaled) slope *= load<V>(chain + i);
       if constexpr (Gated) {
-        const Values<Wide<T>> input = read(z + i);
+        const V input = read<V>(z + i);
         write(dg + i, upstream * input * slope);
         write(dz + i, upstream * value);
         value *= input;
@@ -259,34 +253,36 @@ MLP_INLINE void backward_row(const T* da, const T* z, const T* g, const Factors<
   }
 }
 
-template <Activation Phi, class T>
+template <Activation Phi, int Bytes, class T>
 MLP_INLINE void forward_body(const T* z, const T* g, int64_t rows, int64_t columns, const Factors<T>& factors, T* a) {
+  using V = Vec<Wide<T>, Bytes>;
   if (!factors) {  // one long row
-    if (g == nullptr) return forward_row<Phi, false, false>(z, g, factors.before, factors.behind, rows * columns, a);
-    return forward_row<Phi, true, false>(z, g, factors.before, factors.behind, rows * columns, a);
+    if (g == nullptr) return forward_row<Phi, false, false, V>(z, g, factors.before, factors.behind, rows * columns, a);
+    return forward_row<Phi, true, false, V>(z, g, factors.before, factors.behind, rows * columns, a);
   }
   for (int64_t i = 0; i < rows * columns; i += columns) {
     if (g == nullptr) {
-      forward_row<Phi, false, true>(z + i, g, factors.before, factors.behind, columns, a + i);
+      forward_row<Phi, false, true, V>(z + i, g, factors.before, factors.behind, columns, a + i);
     } else {
-      forward_row<Phi, true, true>(z + i, g + i, factors.before, factors.behind, columns, a + i);
+      forward_row<Phi, true, true, V>(z + i, g + i, factors.before, factors.behind, columns, a + i);
     }
   }
 }
 
-template <Activation Phi, class T>
+template <Activation Phi, int Bytes, class T>
 MLP_INLINE void backward_body(const T* da, const T* z, const T* g, int64_t rows, int64_t columns,
                               const Factors<T>& factors, const Wide<T>* chain, T* dz, T* dg, T* a) {
+  using V = Vec<Wide<T>, Bytes>;
   const int64_t n = rows * columns;
   if (!factors) {
-    if (g == nullptr) return backward_row<Phi, false, false>(da, z, g, factors, chain, n, dz, dg, a);
-    return backward_row<Phi, true, false>(da, z, g, factors, chain, n, dz, dg, a);
+    if (g == nullptr) return backward_row<Phi, false, false, V>(da, z, g, factors, chain, n, dz, dg, a);
+    return backward_row<Phi, true, false, V>(da, z, g, factors, chain, n, dz, dg, a);
   }
   for (int64_t i = 0; i < n; i += columns) {
     if (g == nullptr) {
-      backward_row<Phi, false, true>(da + i, z + i, g, factors, chain, columns, dz + i, dg, at(a, i));
+      backward_row<Phi, false, true, V>(da + i, z + i, g, factors, chain, columns, dz + i, dg, at(a, i));
     } else {
-      backward_row<Phi, true, true>(da + i, z + i, g + i, factors, chain, columns, dz + i, dg + i, at(a, i));
+      backward_row<Phi, true, true, V>(da + i, z + i, g + i, factors, chain, columns, dz + i, dg + i, at(a, i));
     }
   }
 }
@@ -338,22 +334,32 @@ MLP_INLINE void accumulate_body(const T* part, int64_t n, float* sum) {
 }  // namespace
 
 // Function multiversioning takes no templates: one function for every activation and element type.
-#define MLP_ACTIVATION(Name, T)                                                                                        \
-  MLP_CLONES static void forward_##Name##_##T(const T* z, const T* g, int64_t rows, int64_t columns,                   \
-                                              const Factors<T>& factors, T* a) {                                       \
-    forward_body<Activation::k##Name>(z, g, rows, columns, factors, a);                                                \
+#define MLP_ACTIVATION_ON(Target, Bytes, Name, T)                                                                      \
+  Target static void forward_##Name##_##T(const T* z, const T* g, int64_t rows, int64_t columns,                       \
+                                          const Factors<T>& factors, T* a) {                                           \
+    forward_body<Activation::Name, Bytes>(z, g, rows, columns, factors, a);                                            \
   }                                                                                                                    \
-  MLP_CLONES static void backward_##Name##_##T(const T* da, const T* z, const T* g, int64_t rows, int64_t columns,     \
-                                               const Factors<T>& factors, const Wide<T>* chain, T* dz, T* dg, T* a) {  \
-    backward_body<Activation::k##Name>(da, z, g, rows, columns, factors, chain, dz, dg, a);                            \
+  Target static void backward_##Name##_##T(const T* da, const T* z, const T* g, int64_t rows, int64_t columns,         \
+                                           const Factors<T>& factors, const Wide<T>* chain, T* dz, T* dg, T* a) {      \
+    backward_body<Activation::Name, Bytes>(da, z, g, rows, columns, factors, chain, dz, dg, a);                        \
+  }
+#define MLP_ACTIVATION(Name, T) MLP_EACH_TARGET(MLP_ACTIVATION_ON, Name, T)
+
+#define MLP_FOR_ACTIVATION(direction, T, arguments)                                                                    \
+  switch (phi) {                                                                                                       \
+    case Activation::gelu: return direction##_gelu_##T arguments;                                                      \
+    case Activation::gelu_tanh: return direction##_gelu_tanh_##T arguments;                                            \
+    case Activation::relu: return direction##_relu_##T arguments;                                                      \
+    case Activation::relu2: return direction##_relu2_##T arguments;                                                    \
+    case Activation::silu: return direction##_silu_##T arguments;                                                      \
   }
 
 #define MLP_ELEMENT_TYPE(T)                                                                                            \
-  MLP_ACTIVATION(Gelu, T)                                                                                              \
-  MLP_ACTIVATION(GeluTanh, T)                                                                                          \
-  MLP_ACTIVATION(Relu, T)                                                                                              \
-  MLP_ACTIVATION(Relu2, T)                                                                                             \
-  MLP_ACTIVATION(Silu, T)                                                                                              \
+  MLP_ACTIVATION(gelu, T)                                                                                              \
+  MLP_ACTIVATION(gelu_tanh, T)                                                                                         \
+  MLP_ACTIVATION(relu, T)                                                                                              \
+  MLP_ACTIVATION(relu2, T)                                                                                             \
+  MLP_ACTIVATION(silu, T)                                                                                              \
   MLP_CLONES static void add_columns_##T(const T* x, int64_t rows, int64_t columns, int64_t stride, double* sum) {     \
     add_columns_body(x, rows, columns, stride, sum);                                                                   \
   }                                                                                                                    \
@@ -367,16 +373,12 @@ MLP_INLINE void accumulate_body(const T* part, int64_t n, float* sum) {
   template <>                                                                                                          \
   void activate<T>(Activation phi, const T* z, const T* g, int64_t rows, int64_t columns, const Factors<T>& factors,   \
                    T* a) {                                                                                             \
-    constexpr decltype(&forward_Gelu_##T) kForward[] = {forward_Gelu_##T, forward_GeluTanh_##T, forward_Relu_##T,      \
-                                                        forward_Relu2_##T, forward_Silu_##T};                          \
-    kForward[static_cast<int64_t>(phi)](z, g, rows, columns, factors, a);                                              \
+MLP_FOR_ACTIVATION(forward, T, (z, g, rows, columns, factors, a))                                                      \
   }                                                                                                                    \
   template <>                                                                                                          \
   void activate_backward<T>(Activation phi, const T* da, const T* z, const T* g, int64_t rows, int64_t columns,        \
                             const Factors<T>& factors, const Wide<T>* chain, T* dz, T* dg, T* a) {                     \
-    constexpr decltype(&backward_Gelu_##T) kBackward[] = {backward_Gelu_##T, backward_GeluTanh_##T,                    \
-                                                          backward_Relu_##T, backward_Relu2_##T, backward_Silu_##T};   \
-    kBackward[static_cast<int64_t>(phi)](da, z, g, rows, columns, factors, chain, dz, dg, a);                          \
+MLP_FOR_ACTIVATION(backward, T, (da, z, g, rows, columns, factors, chain, dz, dg, a))                                  \
   }                                                                                                                    \
   template <>                                                                                                          \
   void add_columns<T>(const T* x, int64_t rows, int64_t columns, int64_t stride, double* sum) {                        \

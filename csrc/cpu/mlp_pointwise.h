@@ -9,13 +9,12 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../activation.h"
+
 namespace mlp_fusion {
 
 using BFloat16 = c10::BFloat16;
 using Half = c10::Half;
-
-// As in fusion_kernels/mlp/cpu_backend.py.
-enum class Activation : int64_t { kGelu, kGeluTanh, kRelu, kRelu2, kSilu };
 
 // What T is computed in.
 template <class T>

@@ -14,12 +14,20 @@
 // before GCC 12 have no one name: theirs is FMA with the integers of AVX, in halves.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #if __GNUC__ >= 12
-#define MLP_CLONES __attribute__((target_clones("avx512f", "arch=x86-64-v3", "default")))
+#define MLP_AVX2 "arch=x86-64-v3"
 #else
-#define MLP_CLONES __attribute__((target_clones("avx512f", "fma", "default")))
+#define MLP_AVX2 "fma"
 #endif
+#define MLP_CLONES __attribute__((target_clones("avx512f", MLP_AVX2, "default")))
+// Function(Target, Bytes, ...) for the same three, with the bytes of their registers: for code whose vectors depend on
+// them, which has to be written out once for every target.
+#define MLP_EACH_TARGET(Function, ...)                                                                                 \
+  Function(__attribute__((target("avx512f"))), 64, __VA_ARGS__)                                                        \
+  Function(__attribute__((target(MLP_AVX2))), 32, __VA_ARGS__)                                                         \
+  Function(__attribute__((target("default"))), 16, __VA_ARGS__)
 #else
 #define MLP_CLONES
+#define MLP_EACH_TARGET(Function, ...) Function(, 16, __VA_ARGS__)
 #endif
 #define MLP_INLINE inline __attribute__((always_inline))
 

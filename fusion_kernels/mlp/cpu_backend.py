@@ -19,9 +19,6 @@ from torch import Tensor
 from fusion_kernels import native
 from fusion_kernels.mlp.operators import Gradients, Outputs
 
-#: As in `csrc/cpu/mlp_pointwise.h`.
-_ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "relu2": 3, "silu": 4}
-
 
 def forward(
     x: Tensor,
@@ -38,7 +35,7 @@ def forward(
 ) -> Outputs:
     """See `fusion_kernels.mlp.operators`."""
     block = _block(x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
-    outputs: Outputs = native.operators().mlp.default(x, *block, _ACTIVATIONS[activation], checkpoint_level)
+    outputs: Outputs = native.operators().mlp.default(x, *block, activation, checkpoint_level)
     return outputs
 
 
@@ -57,7 +54,7 @@ def output(
 ) -> Tensor:
     """y of the forward, which keeps nothing."""
     block = _block(x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
-    y: Tensor = native.operators().mlp_output.default(x, *block, _ACTIVATIONS[activation])
+    y: Tensor = native.operators().mlp_output.default(x, *block, activation)
     return y
 
 
@@ -83,7 +80,7 @@ def backward(
     found = native.operators().mlp_backward.default(
         dy if dy.stride(1) == 1 else dy.contiguous(), x,
         _cast(w_in, x), _cast(b_in, x), _cast(w_gate, x), _cast(b_gate, x), _cast(w_out, x), _factors(scale, x),
-        z, g, a, _ACTIVATIONS[activation], sum(1 << bit for bit, need in enumerate(needs) if need),
+        z, g, a, activation, sum(1 << bit for bit, need in enumerate(needs) if need),
     )  # fmt: skip
     inputs = (x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
     dx, dw_in, db_in, dw_gate, db_gate, dw_out, db_out, dscale = (

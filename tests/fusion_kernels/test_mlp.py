@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import MLPBlock, assert_as_good, make_block, reordered
+from blocks import MLPBlock, assert_as_good, make_block, reordered, with_neurons_reordered
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -33,16 +33,20 @@ def check(block: MLPBlock, level: int, backend: str, dtype: torch.dtype) -> None
         block.to(dtype).to(torch.float64).training(),
     )
     y, y_peer, y_exact = low.fused(level, backend), peer.eager(), exact.eager()
-    assert y.dtype == dtype
-    assert_as_good(y.detach(), y_exact.detach(), "y", y_peer.detach())
     found, theirs, ideal = low.gradients(y), [peer.gradients(y_peer)], exact.gradients(y_exact)
+    y_peers, x_peers = [y_peer.detach()], [theirs[0]["x"]]
+    for other in with_neurons_reordered(block.to(dtype)):
+        y_other = other.training().eager()
+        y_peers.append(y_other.detach())
+        x_peers.append(other.gradients(y_other)["x"])
     for other in reordered(block.to(dtype)):
         theirs.append(other.training().gradients(other.eager()))
+    assert y.dtype == dtype
+    assert_as_good(y.detach(), y_exact.detach(), "y", *y_peers)
     assert set(found) == set(ideal)
     for name, gradient in found.items():
         assert gradient.dtype == dtype
-        # The gradient of x has a row per token, in the tokens' own order.
-        assert_as_good(gradient, ideal[name], name, *(t[name] for t in (theirs[:1] if name == "x" else theirs)))
+        assert_as_good(gradient, ideal[name], name, *(x_peers if name == "x" else (t[name] for t in theirs)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

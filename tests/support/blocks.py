@@ -118,10 +118,29 @@ def reordered(block: MLPBlock) -> list[MLPBlock]:
     """The block with its tokens in other orders: gradients of its parameters are the same sums, rounded otherwise."""
     if block.x.ndim < 2:
         return []
-    tokens = block.x.shape[-2]
-    orders = [torch.arange(tokens).flip(0), torch.arange(tokens).roll(tokens // 2), torch.arange(tokens).roll(1)]
+    orders = _orders(block.x.shape[-2])
     found = [replace(block, x=block.x[..., order, :], dy=block.dy[..., order, :]) for order in orders]
     return [b.to(block.x.dtype) for b in found]
+
+
+def with_neurons_reordered(block: MLPBlock) -> list[MLPBlock]:
+    """The block with its neurons in other orders: outputs and gradients of x are the same sums, rounded otherwise."""
+
+    def pick(t: Tensor | None, order: Tensor) -> Tensor | None:
+        return None if t is None else t[order]
+
+    return [
+        replace(
+            block, w_in=block.w_in[order], b_in=pick(block.b_in, order), w_gate=pick(block.w_gate, order),
+            b_gate=pick(block.b_gate, order), w_out=block.w_out[:, order],
+            scale=None if block.scale is None else block.scale[..., order],
+        ).to(block.x.dtype)
+        for order in _orders(block.w_in.shape[0])
+    ]  # fmt: skip
+
+
+def _orders(n: int) -> list[Tensor]:
+    return [torch.arange(n).flip(0), torch.arange(n).roll(n // 2), torch.arange(n).roll(1)]
 
 
 def assert_as_good(found: Tensor, exact: Tensor, what: str, *peers: Tensor) -> None:
