@@ -10,10 +10,10 @@ installed, bfloat16, forward, backward and both, as calls and captured in a CUDA
 the scale folded in, except ours, which fold it in every call.
 
 On a CPU with `--threads 1` what counts are processor seconds, which other programs disturb less than elapsed ones.
-Variants are timed in turn, round after round; given are medians and quartiles of the rounds, and ratios of medians. The
-floor is the operations of the products over the rate that a large product reaches in the same run, and on a GPU at
-least the bytes that an epilogue-fused path moves over the rate of a large copy. Peak memory is that of one training
-step beyond x and the weights.
+Variants are timed in turn, in random order in every round; given are medians and quartiles of the rounds, and ratios of
+medians. The floor is the operations of the products over the rate that a large product reaches in the same run, and on
+a GPU at least the bytes that an epilogue-fused path moves over the rate of a large copy. Peak memory is that of one
+training step beyond x and the weights.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import importlib
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -132,7 +133,11 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def in_turn(steps: dict[str, Step], rounds: int, budget: float) -> dict[str, dict[str, float]]:
-    """Seconds of each step on the CPU, one after the other in every round, in alternating order."""
+    """Seconds of each step on the CPU, one after the other in every round, in random order.
+
+    The one that runs after itself finds its weights in the cache, which would favour the first and last of a list.
+    """
+    order, shuffled = list(steps), random.Random(0)
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     calls: dict[str, int] = {}
     for name, step in steps.items():
@@ -143,7 +148,8 @@ def in_turn(steps: dict[str, Step], rounds: int, budget: float) -> dict[str, dic
     taken: dict[str, list[float]] = {name: [] for name in steps}
     began = time.perf_counter()
     for number in range(rounds):
-        for name in list(steps)[:: 1 if number % 2 else -1]:
+        shuffled.shuffle(order)
+        for name in order:
             started = clock()
             for _ in range(calls[name]):
                 steps[name]()

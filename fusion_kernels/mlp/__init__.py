@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusion_kernels import gpu, native, transforms
 from fusion_kernels.activations import ACTIVATIONS, get_activation
-from fusion_kernels.mlp import cpu_backend, gpu_backend, reference_backend, torch_backend, tuning
+from fusion_kernels.mlp import cpu_backend, gpu_backend, reference_backend, torch_backend
 from fusion_kernels.mlp.operators import MLP, register, run, without_autocast
 from fusion_kernels.pinning import Pin
 from fusion_kernels.reference import mlp as reference
@@ -78,9 +78,8 @@ def fused_mlp(
             and the activations; 1 the pre-activations; 2 none, at the price of computing the first product again.
             Nothing is kept where no gradient is needed.
         backend: `"auto"` for the process-wide pin (see :func:`mlp_backend`) or, without one, the best that is known
-            to work here (on a CPU, up to 32 tokens with gradients, torch's operations and autograd); or a name to
-            insist on: `"cpu"` (compiled, tokens in chunks), `"torch"` (torch's operations), `"reference"`, and on CUDA
-            `"cublas"`, `"epilogue"`, `"resident"` (forward that saves nothing only).
+            to work here; or a name to insist on: `"cpu"` (compiled, tokens in chunks), `"torch"` (torch's operations),
+            `"reference"`, and on CUDA `"cublas"`, `"epilogue"`, `"resident"` (forward that saves nothing only).
 
     Returns:
         (..., d_out) in the dtype of the computation, contiguous.
@@ -195,14 +194,7 @@ def _run(
         backend = mlp_backend.name
     block = (w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
     trains = torch.is_grad_enabled() and _requires_grad(x, *block)
-    # Not under a compiler, which has no calls to save and must not depend on the number of tokens.
-    if transforms.active() or (
-        trains
-        and backend == "auto"
-        and device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and tuning.is_small(math.prod(x.shape[:-1]))
-    ):
+    if transforms.active():
         return _composed(x, *block, activation)
     # Level 2 asks for no more than y, so that nothing is made to be saved where no gradient is needed.
     level = checkpoint_level if trains else 2

@@ -1,7 +1,4 @@
-"""Which path a block of some shape takes: pure functions of shapes, so that nothing is tuned while a program runs.
-
-What asks them is `fusion_kernels.mlp`: :func:`path` on a GPU, :func:`is_small` on a CPU.
-"""
+"""Which path a block takes on a GPU: a pure function of shapes, so that nothing is tuned while a program runs."""
 
 from __future__ import annotations
 
@@ -54,13 +51,3 @@ def path(gpu: str, dtype: torch.dtype, shape: Shape, table: Table | None = None)
     table = MEASURED if table is None else table
     rows = table.get((gpu, dtype, shape.d, shape.h, shape.gated, shape.checkpoint_level < 2), [])
     return next((backend for tokens, backend in reversed(rows) if shape.tokens >= tokens), UNMEASURED)
-
-
-#: Up to so many tokens, a CPU trains a block as torch's operations: calls then cost more than what they do, under
-#: torch's own autograd every call is C++, and what it saves is small beside the weights.
-SMALL_TOKENS = 32
-
-
-def is_small(tokens: int) -> bool:
-    """Whether a CPU trains on `tokens` tokens by torch's own operations and autograd rather than by the operator."""
-    return tokens <= SMALL_TOKENS

@@ -406,15 +406,6 @@ def test_what_nothing_was_measured_for_runs_as_torch_operations() -> None:
     assert found <= {backend.name for backend in MLP.backends if "cuda" in backend.device_types}
 
 
-@pytest.mark.parametrize("tokens", [0, 1, tuning.SMALL_TOKENS, tuning.SMALL_TOKENS + 1, 300])
-def test_few_tokens_train_as_torch_operations(tokens: int) -> None:
-    assert tuning.is_small(tokens) == (tokens <= 32)
-    block = make_block(tokens).training()
-    with mlp_backend("auto"):
-        operator = "_Direct" in type(block.fused().grad_fn).__name__
-    assert operator == (tokens > 32)
-
-
 @GATED
 @pytest.mark.parametrize("level", [0, 1, 2])
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
