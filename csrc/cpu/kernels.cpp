@@ -9,19 +9,18 @@ namespace {
 // sum[j] (+)= sum over Count rows, in order.
 template <int Count, class T>
 MLP_INLINE void add_some(const T* const* rows, const double* w, int64_t width, bool first, double* sum) {
-  for (int64_t j = 0; j < width; j += 2 * kLanes) {
-    Double8 a = {}, b = {};
+  constexpr int64_t lanes = 4, block = 4 * lanes;
+  for (int64_t j = 0; j < width; j += block) {
+    Double4 sums[4] = {};
     if (!first) {
-      a = load<Double8>(sum + j);
-      b = load<Double8>(sum + j + kLanes);
+      for (int64_t v = 0; v < 4; ++v) sums[v] = load<Double4>(sum + j + v * lanes);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < Count; ++i) {
-      a += w[i] * load_double(rows[i] + j);
-      b += w[i] * load_double(rows[i] + j + kLanes);
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < 4; ++v) sums[v] += w[i] * load_double4(rows[i] + j + v * lanes);
     }
-    store(sum + j, a);
-    store(sum + j + kLanes, b);
+    for (int64_t v = 0; v < 4; ++v) store(sum + j + v * lanes, sums[v]);
   }
 }
 

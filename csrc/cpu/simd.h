@@ -40,6 +40,8 @@ constexpr int64_t kPad = 16;
 constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
 typedef double Double8 __attribute__((vector_size(64)));
+typedef double Double4 __attribute__((vector_size(32)));
+typedef float Float4 __attribute__((vector_size(16)));
 typedef float Float8 __attribute__((vector_size(32)));
 typedef int32_t Int8 __attribute__((vector_size(32)));
 typedef int64_t Long8 __attribute__((vector_size(64)));
@@ -79,6 +81,10 @@ MLP_INLINE Double8 load_double(const float* from) {
 MLP_INLINE Double8 load_double(const double* from) { return load<Double8>(from); }
 MLP_INLINE void store_double(float* to, Double8 v) { store(to, __builtin_convertvector(v, Float8)); }
 MLP_INLINE void store_double(double* to, Double8 v) { store(to, v); }
+
+// Half of it, in a register of AVX2, for which GCC 12 takes wider vectors apart through memory.
+MLP_INLINE Double4 load_double4(const float* from) { return __builtin_convertvector(load<Float4>(from), Double4); }
+MLP_INLINE Double4 load_double4(const double* from) { return load<Double4>(from); }
 
 MLP_INLINE double sum(Double8 v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
 
