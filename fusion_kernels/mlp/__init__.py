@@ -19,6 +19,7 @@ from fusion_kernels.mlp import cpu_backend, gpu_backend, reference_backend, torc
 from fusion_kernels.mlp.operators import MLP, register, run, without_autocast
 from fusion_kernels.pinning import Pin
 from fusion_kernels.reference import mlp as reference
+from fusion_kernels.reference.mlp import Block
 
 __all__ = ["fused_glu_mlp", "fused_mlp", "mlp_backend", "split_gate_up"]
 
@@ -91,10 +92,11 @@ def fused_mlp(
     Source: Wei et al., "NTK-approximating MLP Fusion for Efficient Language Model Fine-tuning", 2023, arXiv 2307.08941,
     for the scale between activation and output projection.
     """
-    if not _fits(x, w1, b1, None, None, w2, b2, scale, activation, checkpoint_level):
+    block = Block(w1, b1, None, None, w2, b2, scale, activation)
+    if not _fits(x, block, checkpoint_level):
         weights = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "scale": scale}
         _check(x, weights, ("w1", "w2"), activation, checkpoint_level)
-    return _run(x, w1, b1, None, None, w2, b2, scale, activation, checkpoint_level, backend)
+    return _run(x, block, checkpoint_level, backend)
 
 
 def fused_glu_mlp(
@@ -136,13 +138,14 @@ def fused_glu_mlp(
         ValueError: a shape, dtype, device, activation, level or backend that does not fit; the message names it.
         BackendUnavailableError: `backend` cannot run here.
     """
-    if not _fits(x, w_up, b_up, w_gate, b_gate, w_down, b_down, scale, activation, checkpoint_level):
+    block = Block(w_up, b_up, w_gate, b_gate, w_down, b_down, scale, activation)
+    if not _fits(x, block, checkpoint_level):
         weights = {
             "w_gate": w_gate, "w_up": w_up, "w_down": w_down, "b_gate": b_gate, "b_up": b_up, "b_down": b_down,
             "scale": scale,
         }  # fmt: skip
         _check(x, weights, ("w_gate", "w_up", "w_down"), activation, checkpoint_level)
-    return _run(x, w_up, b_up, w_gate, b_gate, w_down, b_down, scale, activation, checkpoint_level, backend)
+    return _run(x, block, checkpoint_level, backend)
 
 
 def split_gate_up(weight: Tensor, layout: str = "concatenated") -> tuple[Tensor, Tensor]:
@@ -173,37 +176,24 @@ def split_gate_up(weight: Tensor, layout: str = "concatenated") -> tuple[Tensor,
     return gate, up
 
 
-def _run(
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-    activation: str,
-    checkpoint_level: int,
-    backend: str,
-) -> Tensor:
+def _run(x: Tensor, block: Block, checkpoint_level: int, backend: str) -> Tensor:
     """The block by the operator or, where that cannot be differentiated as is asked, by its specification."""
     device = x.device
     if torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device.type))
     if backend == "auto":
         backend = mlp_backend.name
-    block = (w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
-    trains = torch.is_grad_enabled() and _requires_grad(x, *block)
+    trains = torch.is_grad_enabled() and _requires_grad(x, *block[:-1])
     if transforms.active():
-        return _composed(x, *block, activation)
+        return _composed(x, block)
     # Level 2 asks for no more than y, so that nothing is made to be saved where no gradient is needed.
     level = checkpoint_level if trains else 2
     ndim = x.ndim
     if ndim == 2:
-        return run(x, *block, activation, level, backend, trains=trains)
+        return run(x, block, level, backend, trains=trains)
     leading = x.shape[:-1]
-    y = run(x.reshape(math.prod(leading), x.shape[-1]), *block, activation, level, backend, trains=trains)
-    return y.reshape((*leading, w_out.shape[0]))
+    y = run(x.reshape(math.prod(leading), x.shape[-1]), block, level, backend, trains=trains)
+    return y.reshape((*leading, block.w_out.shape[0]))
 
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
@@ -213,19 +203,9 @@ def _requires_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-def _fits(
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-    activation: str,
-    checkpoint_level: int,
-) -> bool:
+def _fits(x: Tensor, block: Block, checkpoint_level: int) -> bool:
     """Whether all is as it usually is, in a few microseconds; what is not is for `_check` to judge."""
+    w_in, b_in, w_gate, b_gate, w_out, b_out, scale, activation = block
     if w_in.ndim != 2 or w_out.ndim != 2 or x.ndim == 0:
         return False
     dtype, device, inner, outer = w_in.dtype, x.device, w_in.shape, w_out.shape

@@ -17,89 +17,42 @@ import torch
 from torch import Tensor
 
 from fusion_kernels import native
-from fusion_kernels.mlp.operators import Gradients, Outputs
+from fusion_kernels.mlp.operators import Gradients, Outputs, Saved
+from fusion_kernels.reference.mlp import Block
 
 
-def forward(
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-    activation: str,
-    checkpoint_level: int,
-    backend: str,
-) -> Outputs:
+def forward(x: Tensor, block: Block, checkpoint_level: int) -> Outputs:
     """See `fusion_kernels.mlp.operators`."""
-    block = _block(x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
-    outputs: Outputs = native.operators().mlp.default(x, *block, activation, checkpoint_level)
+    outputs: Outputs = native.operators().mlp.default(x, *_tensors(block, x), block.activation, checkpoint_level)
     return outputs
 
 
-def output(
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-    activation: str,
-    checkpoint_level: int,
-    backend: str,
-) -> Tensor:
+def output(x: Tensor, block: Block) -> Tensor:
     """y of the forward, which keeps nothing."""
-    block = _block(x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
-    y: Tensor = native.operators().mlp_output.default(x, *block, activation)
+    y: Tensor = native.operators().mlp_output.default(x, *_tensors(block, x), block.activation)
     return y
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-    z: Tensor,
-    g: Tensor,
-    a: Tensor,
-    activation: str,
-    checkpoint_level: int,
-    backend: str,
-    needs: Sequence[bool],
+    dy: Tensor, x: Tensor, block: Block, kept: Saved, checkpoint_level: int, needs: Sequence[bool]
 ) -> Gradients:
     """See `fusion_kernels.mlp.operators`."""
+    w_in, b_in, w_gate, b_gate, w_out, _, scale, activation = block
     found = native.operators().mlp_backward.default(
         dy if dy.stride(1) == 1 else dy.contiguous(), x,
         _cast(w_in, x), _cast(b_in, x), _cast(w_gate, x), _cast(b_gate, x), _cast(w_out, x), _factors(scale, x),
-        z, g, a, activation, sum(1 << bit for bit, need in enumerate(needs) if need),
+        *kept, activation, sum(1 << bit for bit, need in enumerate(needs) if need),
     )  # fmt: skip
-    inputs = (x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
     dx, dw_in, db_in, dw_gate, db_gate, dw_out, db_out, dscale = (
         t.to(like.dtype) if need and like is not None else None
-        for t, like, need in zip(found, inputs, needs, strict=True)
+        for t, like, need in zip(found, (x, *block.tensors), needs, strict=True)
     )
     return dx, dw_in, db_in, dw_gate, db_gate, dw_out, db_out, dscale
 
 
-def _block(
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-) -> tuple[Tensor | None, ...]:
+def _tensors(block: Block, x: Tensor) -> tuple[Tensor | None, ...]:
+    """The block's tensors as the compiled operators take them."""
+    w_in, b_in, w_gate, b_gate, w_out, b_out, scale, _ = block
     return (
         _cast(w_in, x), _cast(b_in, x), _cast(w_gate, x), _cast(b_gate, x), _cast(w_out, x), _cast(b_out, x),
         _factors(scale, x),

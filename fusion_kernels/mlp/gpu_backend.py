@@ -7,79 +7,42 @@ saves nothing in one kernel whose hidden tile stays on the chip. The products wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from fusion_kernels.mlp.operators import Gradients, Outputs, saved
+from fusion_kernels.mlp.operators import Gradients, Outputs, Saved, saved
 from fusion_kernels.mlp.torch_backend import gradients
-from fusion_kernels.reference.mlp import fold_scale, project
+from fusion_kernels.reference.mlp import Block, fold_scale, project
 
 
-def cublas_forward(
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-    activation: str,
-    checkpoint_level: int,
-    backend: str,
-) -> Outputs:
+def cublas_forward(x: Tensor, block: Block, checkpoint_level: int) -> Outputs:
     """See `fusion_kernels.mlp.operators`."""
     from fusion_kernels.mlp import triton_pointwise as kernels
 
-    z = project(x, w_in, b_in)
-    g = None if w_gate is None else project(x, w_gate, b_gate)
-    a = kernels.act_forward(z, activation) if g is None else kernels.glu_act_forward(g, z, activation)
-    return saved(_output(a, w_out, b_out, scale), z, g, a, checkpoint_level)
+    z = project(x, block.w_in, block.b_in)
+    g = None if block.w_gate is None else project(x, block.w_gate, block.b_gate)
+    a = kernels.act_forward(z, block.activation) if g is None else kernels.glu_act_forward(g, z, block.activation)
+    return saved(_output(a, block), z, g, a, checkpoint_level)
 
 
-def epilogue_forward(
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-    activation: str,
-    checkpoint_level: int,
-    backend: str,
-) -> Outputs:
+def epilogue_forward(x: Tensor, block: Block, checkpoint_level: int) -> Outputs:
     """See `fusion_kernels.mlp.operators`."""
     from fusion_kernels.mlp import triton_linear as kernels
 
     rows, keep = _rows(x), checkpoint_level < 2
+    w_in, b_in, activation = _cast(block.w_in, x), _bias(block.b_in, x), block.activation
     g: Tensor | None = None
-    if w_gate is None:
-        z, a = kernels.linear_act(rows, _cast(w_in, x), _bias(b_in, x), activation, save_z=keep)
+    if block.w_gate is None:
+        z, a = kernels.linear_act(rows, w_in, b_in, activation, save_z=keep)
     else:
-        g, z, a = kernels.linear_glu(
-            rows, _cast(w_gate, x), _cast(w_in, x), _bias(b_gate, x), _bias(b_in, x), activation, save_z=keep
-        )
-    return saved(_output(a, w_out, b_out, scale), a if z is None else z, g, a, checkpoint_level)
+        w_gate, b_gate = _cast(block.w_gate, x), _bias(block.b_gate, x)
+        g, z, a = kernels.linear_glu(rows, w_gate, w_in, b_gate, b_in, activation, save_z=keep)
+    return saved(_output(a, block), a if z is None else z, g, a, checkpoint_level)
 
 
-def resident_forward(
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-    activation: str,
-    checkpoint_level: int,
-    backend: str,
-) -> Outputs:
+def resident_forward(x: Tensor, block: Block, checkpoint_level: int) -> Outputs:
     """See `fusion_kernels.mlp.operators`.
 
     Raises:
@@ -92,17 +55,18 @@ def resident_forward(
             f"backend 'resident' never has the hidden tensors that checkpoint_level={checkpoint_level} saves: use "
             "checkpoint_level=2, torch.no_grad() or backend 'epilogue'"
         )
-    rows, out, b_in, b_out = _rows(x), fold_scale(w_out, scale, x.dtype), _bias(b_in, x), _bias(b_out, x)
-    if w_gate is None:
-        y = kernels.mlp_resident(rows, _cast(w_in, x), b_in, _rows(out), b_out, activation)
+    rows, w_in, b_in = _rows(x), _cast(block.w_in, x), _bias(block.b_in, x)
+    output = _rows(fold_scale(block.w_out, block.scale, x.dtype)), _bias(block.b_out, x), block.activation
+    if block.w_gate is None:
+        y = kernels.mlp_resident(rows, w_in, b_in, *output)
     else:
-        y = kernels.glu_resident(
-            rows, _cast(w_gate, x), _cast(w_in, x), _bias(b_gate, x), b_in, _rows(out), b_out, activation
-        )
+        y = kernels.glu_resident(rows, _cast(block.w_gate, x), w_in, _bias(block.b_gate, x), b_in, *output)
     return y, y.new_empty((0,)), y.new_empty((0,)), y.new_empty((0,))
 
 
-def cublas_backward(*arguments: Any) -> Gradients:
+def cublas_backward(
+    dy: Tensor, x: Tensor, block: Block, kept: Saved, checkpoint_level: int, needs: Sequence[bool]
+) -> Gradients:
     """See `fusion_kernels.mlp.operators`."""
     from fusion_kernels.mlp import triton_pointwise as kernels
 
@@ -114,10 +78,12 @@ def cublas_backward(*arguments: Any) -> Gradients:
     ) -> tuple[Any, ...]:
         return *kernels.glu_act_backward(dy @ w, g, z, activation, need_a), None, None
 
-    return _backward(plain, gated, *arguments)
+    return _backward(plain, gated, dy, x, block, kept, checkpoint_level, needs)
 
 
-def epilogue_backward(*arguments: Any) -> Gradients:
+def epilogue_backward(
+    dy: Tensor, x: Tensor, block: Block, kept: Saved, checkpoint_level: int, needs: Sequence[bool]
+) -> Gradients:
     """See `fusion_kernels.mlp.operators`."""
     from fusion_kernels.mlp import triton_linear as kernels
 
@@ -129,49 +95,37 @@ def epilogue_backward(*arguments: Any) -> Gradients:
     ) -> tuple[Any, ...]:
         return kernels.linear_glu_backward(_rows(dy), _rows(w), g, z, activation, need_a=need_a, need_db=need_db)
 
-    return _backward(plain, gated, *arguments)
+    return _backward(plain, gated, dy, x, block, kept, checkpoint_level, needs)
 
 
 def _backward(
-    plain: Any,
-    gated: Any,
+    plain: Callable[..., tuple[Any, ...]],
+    gated: Callable[..., tuple[Any, ...]],
     dy: Tensor,
     x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-    z: Tensor,
-    g: Tensor,
-    a: Tensor,
-    activation: str,
+    block: Block,
+    kept: Saved,
     checkpoint_level: int,
-    backend: str,
     needs: Sequence[bool],
 ) -> Gradients:
     """The backward of which `plain` or `gated` does the step from dy to the pre-activations."""
+    z, g, a = kept
     if checkpoint_level == 2:
-        z = project(x, w_in, b_in)
-        g = g if w_gate is None else project(x, w_gate, b_gate)
+        z = project(x, block.w_in, block.b_in)
+        g = g if block.w_gate is None else project(x, block.w_gate, block.b_gate)
     need_a = checkpoint_level != 0 and (needs[5] or needs[7])
     dz = dg = db_in = db_gate = again = None
     if any(needs[:5]) or need_a:
-        w, need_db = fold_scale(w_out, scale, x.dtype), needs[2] or needs[4]
-        if w_gate is None:
-            dz, again, db_in = plain(dy, w, z, activation, need_a, need_db)
+        w, need_db = fold_scale(block.w_out, block.scale, x.dtype), needs[2] or needs[4]
+        if block.w_gate is None:
+            dz, again, db_in = plain(dy, w, z, block.activation, need_a, need_db)
         else:
-            dg, dz, again, db_gate, db_in = gated(dy, w, g, z, activation, need_a, need_db)
-    a = a if again is None else again
-    return gradients(
-        dy, x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale, dz, dg, a, needs, db_in=db_in, db_gate=db_gate
-    )
+            dg, dz, again, db_gate, db_in = gated(dy, w, g, z, block.activation, need_a, need_db)
+    return gradients(dy, x, block, dz, dg, a if again is None else again, needs, db_in=db_in, db_gate=db_gate)
 
 
-def _output(a: Tensor, w_out: Tensor, b_out: Tensor | None, scale: Tensor | None) -> Tensor:
-    return F.linear(a, fold_scale(w_out, scale, a.dtype), _bias(b_out, a))
+def _output(a: Tensor, block: Block) -> Tensor:
+    return project(a, fold_scale(block.w_out, block.scale, a.dtype), block.b_out)
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ what it saves, so that a compiler sees (and may recompute) these tensors like an
 backward operator. Its own derivative, which makes `create_graph=True` right to any order, is that of the reference's
 formulas; gradients of gradients are rare enough for plain torch.
 
+A backend is a forward of (x, block, checkpoint_level) and a backward of (dy, x, block, kept, checkpoint_level, needs):
+the schemas' tensors become one `Block` where they arrive.
+
 Outside of tracing, `run` calls the backend itself: a Python operator costs as much as a block of one token on a CPU, or
 as the kernels of a thousand on a GPU. The derivative is then that of `_Direct`, by the same backward.
 """
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,9 +24,12 @@ from torch import Tensor
 from fusion_kernels.library import NAMESPACE, Backend, Operator, operator
 from fusion_kernels.mlp import tuning
 from fusion_kernels.reference import mlp as reference
+from fusion_kernels.reference.mlp import Block
 
 #: y (T, d_out); z, g, a (T, h), each empty (0,) where the level does not save it or the block has none.
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+#: What the forward has kept for the backward: its z, g, a.
+Saved = tuple[Tensor, Tensor, Tensor]
 #: What a backend's backward returns: dX, dW_in, db_in, dW_gate, db_gate, dW_out, db_out, dp, each in the dtype of what
 #: it belongs to; None where it is not asked for. The operator returns empty (0,) tensors there.
 Gradients = reference.Gradients
@@ -35,51 +41,44 @@ _INPUTS = (
 )
 
 
-def _fake_forward(
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-    activation: str,
-    checkpoint_level: int,
-    backend: str,
-) -> Outputs:
-    T, h = x.shape[0], w_in.shape[0]
+def parse_forward(arguments: Sequence[Any]) -> tuple[Block, int, str]:
+    """The block, the level and the backend, of what a forward operator takes behind its rows."""
+    *block, checkpoint_level, backend = arguments
+    return Block(*block), checkpoint_level, backend
+
+
+def parse_backward(arguments: Sequence[Any]) -> tuple[Block, Saved, int, str, Sequence[bool]]:
+    """The block, what the forward kept, the level, the backend and the needs, of what the backward takes there."""
+    *tensors, z, g, a, activation, checkpoint_level, backend, needs = arguments
+    return Block._make((*tensors, activation)), (z, g, a), checkpoint_level, backend, needs
+
+
+def fake_outputs(x: Tensor, block: Block, checkpoint_level: int) -> Outputs:
+    """Empty tensors as a forward operator returns them, of one block or of experts."""
+    T, h = x.shape[0], block.w_in.shape[-2]
     nothing = (0,)
     return (
-        x.new_empty((T, w_out.shape[0])),
+        x.new_empty((T, block.w_out.shape[-2])),
         x.new_empty((T, h) if checkpoint_level < 2 else nothing),
-        x.new_empty((T, h) if checkpoint_level < 2 and w_gate is not None else nothing),
+        x.new_empty((T, h) if checkpoint_level < 2 and block.w_gate is not None else nothing),
         x.new_empty((T, h) if checkpoint_level == 0 else nothing),
     )
 
 
-def _fake_backward(
-    dy: Tensor,
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-    z: Tensor,
-    g: Tensor,
-    a: Tensor,
-    activation: str,
-    checkpoint_level: int,
-    backend: str,
-    needs: Sequence[bool],
-) -> Gradients:
-    inputs = (x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
-    return packed(
-        x, [t.new_empty(t.shape) if n and t is not None else None for t, n in zip(inputs, needs, strict=True)]
-    )
+def fake_gradients(x: Tensor, block: Block, needs: Sequence[bool]) -> Gradients:
+    """Empty tensors as a backward operator returns them, of one block or of experts."""
+    pairs = zip((x, *block.tensors), needs, strict=True)
+    return packed(x, [t.new_empty(t.shape) if need and t is not None else None for t, need in pairs])
+
+
+def _fake_forward(x: Tensor, *rest: Any) -> Outputs:
+    block, checkpoint_level, _ = parse_forward(rest)
+    return fake_outputs(x, block, checkpoint_level)
+
+
+def _fake_backward(dy: Tensor, x: Tensor, *rest: Any) -> Gradients:
+    block, *_, needs = parse_backward(rest)
+    return fake_gradients(x, block, needs)
 
 
 def packed(x: Tensor, gradients: Sequence[Tensor | None]) -> Gradients:
@@ -101,21 +100,21 @@ def saved(y: Tensor, z: Tensor, g: Tensor | None, a: Tensor, checkpoint_level: i
     )
 
 
-def _choose(x: Tensor, w_in: Tensor, w_gate: Tensor | None, w_out: Tensor, checkpoint_level: int, backend: str) -> str:
+def _choose(x: Tensor, block: Block, checkpoint_level: int, backend: str) -> str:
     if backend != "auto" or x.device.type != "cuda":
         return backend
-    shape = tuning.Shape(x.shape[0], x.shape[1], w_in.shape[0], w_out.shape[0], w_gate is not None, checkpoint_level)
+    h, d_out, is_gated = block.w_in.shape[0], block.w_out.shape[0], block.w_gate is not None
+    shape = tuning.Shape(x.shape[0], x.shape[1], h, d_out, is_gated, checkpoint_level)
     return tuning.path(torch.cuda.get_device_name(x.device), x.dtype, shape)
 
 
-def _choose_forward(*arguments: Any) -> str:
-    x, w_in, _, w_gate, _, w_out, _, _, _, checkpoint_level, backend = arguments
-    return _choose(x, w_in, w_gate, w_out, checkpoint_level, backend)
+def _choose_forward(x: Tensor, *rest: Any) -> str:
+    return _choose(x, *parse_forward(rest))
 
 
-def _choose_backward(*arguments: Any) -> str:
-    _, x, w_in, _, w_gate, _, w_out, *_, checkpoint_level, backend, _ = arguments
-    return _choose(x, w_in, w_gate, w_out, checkpoint_level, backend)
+def _choose_backward(dy: Tensor, x: Tensor, *rest: Any) -> str:
+    block, _, checkpoint_level, backend, _ = parse_backward(rest)
+    return _choose(x, block, checkpoint_level, backend)
 
 
 MLP: Operator = operator(
@@ -133,17 +132,28 @@ MLP_BACKWARD: Operator = operator(
 )
 
 
+class _Functions(NamedTuple):
+    """A backend's, with autocast off: what runs where nothing looks at the operators."""
+
+    output: Callable[[Tensor, Block], Tensor]
+    forward: Callable[[Tensor, Block, int], Outputs]
+    backward: Callable[[Tensor, Tensor, Block, Saved, int, Sequence[bool]], Gradients]
+
+
+_FUNCTIONS: dict[str, _Functions] = {}
+
+
 def register(
     name: str,
-    forward: Callable[..., Outputs],
-    backward: Callable[..., Gradients],
+    forward: Callable[[Tensor, Block, int], Outputs],
+    backward: Callable[[Tensor, Tensor, Block, Saved, int, Sequence[bool]], Gradients],
     device_types: tuple[str, ...],
     why_not: Callable[[], str | None] = lambda: None,
     *,
-    output: Callable[..., Tensor] | None = None,
+    output: Callable[[Tensor, Block], Tensor] | None = None,
     both_factors: bool = False,
 ) -> None:
-    """Add a backend of both operators: functions of their schemas' arguments, the backward's with `Gradients`.
+    """Add a backend of both operators.
 
     `output` is the forward at level 2 with y alone, where that costs less than the forward.
 
@@ -153,69 +163,71 @@ def register(
     if not both_factors:
         forward, backward = _folding_forward(forward), _folding_backward(backward)
 
-    def packed(*arguments: Any) -> tuple[Tensor, ...]:
-        empty = arguments[1].new_empty
-        return tuple(empty((0,)) if gradient is None else gradient for gradient in direct(*arguments))
+    def first(x: Tensor, block: Block) -> Tensor:
+        return forward(x, block, 2)[0]
 
-    def first(*arguments: Any) -> Tensor:
-        return full(*arguments)[0]
+    functions = _Functions(without_autocast(output or first), without_autocast(forward), without_autocast(backward))
 
-    full, direct = without_autocast(forward), without_autocast(backward)
-    _OUTPUTS[name] = first if output is None else without_autocast(output)
-    _BACKWARDS[name] = direct
-    MLP.register(Backend(name, full, device_types, why_not))
-    MLP_BACKWARD.register(Backend(name, packed, device_types, why_not))
+    def forward_of_schema(x: Tensor, *rest: Any) -> Outputs:
+        block, checkpoint_level, _ = parse_forward(rest)
+        return functions.forward(x, block, checkpoint_level)
+
+    def backward_of_schema(dy: Tensor, x: Tensor, *rest: Any) -> Gradients:
+        block, kept, checkpoint_level, _, needs = parse_backward(rest)
+        return packed(x, functions.backward(dy, x, block, kept, checkpoint_level, needs))
+
+    _FUNCTIONS[name] = functions
+    MLP.register(Backend(name, forward_of_schema, device_types, why_not))
+    MLP_BACKWARD.register(Backend(name, backward_of_schema, device_types, why_not))
 
 
-def _folded(inputs: Sequence[Any], before: Tensor, behind: Tensor | None) -> list[Any]:
-    """The block's inputs with the factor before phi folded into the projection that feeds it."""
-    x, weight, bias = inputs[0], *inputs[_fed_by(inputs)]
+def _folded(x: Tensor, block: Block, before: Tensor, behind: Tensor | None) -> Block:
+    """The block with the factor before phi folded into the projection that feeds it."""
+    inputs: list[Any] = [x, *block]
+    here = _fed_by(block)
+    weight, bias = inputs[here]
     wide = torch.promote_types(torch.promote_types(weight.dtype, x.dtype), torch.float32)
     factor = before.to(wide)
-    folded = [*inputs[: N_INPUTS - 1], behind]
-    folded[_fed_by(inputs)] = (
-        weight.to(wide) * factor.unsqueeze(1),
-        None if bias is None else bias.to(wide) * factor,
-    )
-    return folded
+    inputs[here] = weight.to(wide) * factor.unsqueeze(1), None if bias is None else bias.to(wide) * factor
+    return Block(*inputs[1:])._replace(scale=behind)
 
 
-def _fed_by(inputs: Sequence[Any]) -> slice:
-    """Where the projection lies whose outputs phi takes, weight and bias: the gate's, or the only one."""
-    return slice(1, 3) if inputs[3] is None else slice(3, 5)
+def _fed_by(block: Block) -> slice:
+    """Where, behind x, the projection lies whose outputs phi takes, weight and bias: the gate's, or the only one."""
+    return slice(1, 3) if block.w_gate is None else slice(3, 5)
 
 
-def _folding_forward(forward: Callable[..., Outputs]) -> Callable[..., Outputs]:
+def _folding_forward(forward: Callable[[Tensor, Block, int], Outputs]) -> Callable[[Tensor, Block, int], Outputs]:
     @functools.wraps(forward)
-    def folding(*arguments: Any) -> Outputs:
-        before, behind = reference.factors(arguments[N_INPUTS - 1])
-        if before is None:
-            return forward(*arguments)
-        return forward(*_folded(arguments[:N_INPUTS], before, behind), *arguments[N_INPUTS:])
+    def folding(x: Tensor, block: Block, checkpoint_level: int) -> Outputs:
+        before, behind = reference.factors(block.scale)
+        return forward(x, block if before is None else _folded(x, block, before, behind), checkpoint_level)
 
     return folding
 
 
 def _folding_backward(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     @functools.wraps(backward)
-    def folding(dy: Tensor, *arguments: Any) -> Gradients:
-        inputs, needs = arguments[:N_INPUTS], arguments[-1]
-        scale = inputs[-1]
-        before, behind = reference.factors(scale)
-        if before is None:
-            return backward(dy, *arguments)
-        here = _fed_by(inputs)
+    def folding(
+        dy: Tensor, x: Tensor, block: Block, kept: Saved, checkpoint_level: int, needs: Sequence[bool]
+    ) -> Gradients:
+        before, behind = reference.factors(block.scale)
+        if before is None or block.scale is None:
+            return backward(dy, x, block, kept, checkpoint_level, needs)
+        here = _fed_by(block)
+        inputs: tuple[Any, ...] = (x, *block.tensors)
+        weight, bias = inputs[here]
         inner = list(needs)
         if needs[-1]:
-            inner[here] = True, inputs[here][1] is not None
-        found: list[Any] = list(backward(dy, *_folded(inputs, before, behind), *arguments[N_INPUTS:-1], inner))
-        (weight, bias), (dw, db) = inputs[here], found[here]
+            inner[here] = True, bias is not None
+        found: list[Any] = list(backward(dy, x, _folded(x, block, before, behind), kept, checkpoint_level, inner))
+        dw, db = found[here]
         wide = weight.dtype if dw is None else dw.dtype
         if needs[-1]:
             d_before = (dw * weight.to(wide)).sum(1)
             if db is not None:
                 d_before = d_before + db.to(wide) * bias.to(wide)
-            found[-1] = torch.stack([found[-1].to(wide), d_before]).to(scale.dtype)
+            found[-1] = torch.stack([found[-1].to(wide), d_before]).to(block.scale.dtype)
         wanted, wanted_b = needs[here]
         found[here] = (
             (dw * before.to(wide).unsqueeze(1)).to(weight.dtype) if wanted else None,
@@ -226,8 +238,6 @@ def _folding_backward(backward: Callable[..., Gradients]) -> Callable[..., Gradi
     return folding
 
 
-_OUTPUTS: dict[str, Callable[..., Tensor]] = {}
-_BACKWARDS: dict[str, Callable[..., Gradients]] = {}
 Result = TypeVar("Result")
 
 
@@ -244,17 +254,17 @@ def without_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
     return run_it
 
 
-def run(*arguments: Any, trains: bool) -> Tensor:
-    """y of the forward operator's arguments, differentiable; `trains` says whether anything asks for a gradient.
+def run(x: Tensor, block: Block, checkpoint_level: int, backend: str, *, trains: bool) -> Tensor:
+    """y of the forward operator, differentiable; `trains` says whether anything asks for a gradient.
 
-    Where nothing does, the arguments' level is 2: nothing is kept.
+    Where nothing does, the level is 2: nothing is kept.
     """
-    if not is_direct(arguments[:N_INPUTS]):
-        y: Tensor = MLP.overload(*arguments)[0]
+    if not is_direct((x, *block[:-1])):
+        y: Tensor = MLP.overload(x, *block, checkpoint_level, backend)[0]
         return y
     if trains:
-        return _Direct.apply(*arguments)
-    return _OUTPUTS[MLP.select(_choose_forward(*arguments), arguments[0].device).name](*arguments)
+        return _Direct.apply(x, *block[:-1], block, checkpoint_level, backend)
+    return _FUNCTIONS[MLP.select(_choose(x, block, checkpoint_level, backend), x.device).name].output(x, block)
 
 
 def is_direct(tensors: Sequence[Tensor | None]) -> bool:
@@ -284,14 +294,16 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None
 
 
 class _Direct(torch.autograd.Function):
-    """The forward operator's derivative without the operators between."""
+    """The forward operator's derivative without the operators between; in the activation's place comes the block."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y, z, g, a = MLP.select(_choose_forward(*inputs), inputs[0].device).function(*inputs)
+        x, (block, checkpoint_level, backend) = inputs[0], inputs[N_INPUTS:]
+        chosen = MLP.select(_choose(x, block, checkpoint_level, backend), x.device).name
+        y, z, g, a = _FUNCTIONS[chosen].forward(x, block, checkpoint_level)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:N_INPUTS], z, g, a)
-        ctx.options = inputs[N_INPUTS:]
+        ctx.options = block.activation, checkpoint_level, backend
         return y
 
     @staticmethod
@@ -300,9 +312,11 @@ class _Direct(torch.autograd.Function):
         saved = ctx.saved_tensors
         if dy is None or torch.is_grad_enabled() or not is_direct((dy, *saved)):
             return _differentiate(ctx, dy)
-        arguments = (dy, *saved, *ctx.options, ctx.needs_input_grad[:N_INPUTS])
-        chosen = MLP_BACKWARD.select(_choose_backward(*arguments), dy.device).name
-        return (*_BACKWARDS[chosen](*arguments), None, None, None)
+        activation, checkpoint_level, backend = ctx.options
+        x, block, kept = saved[0], Block._make((*saved[1:N_INPUTS], activation)), saved[N_INPUTS:]
+        chosen = MLP_BACKWARD.select(_choose(x, block, checkpoint_level, backend), dy.device).name
+        needs = ctx.needs_input_grad[:N_INPUTS]
+        return (*_FUNCTIONS[chosen].backward(dy, x, block, kept, checkpoint_level, needs), None, None, None)
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -318,15 +332,9 @@ def _differentiate_twice(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor |
     wanted = ctx.needs_input_grad[: 1 + N_INPUTS]
     with torch.enable_grad():
         # Views, because dy usually depends on the other inputs: what leads from one to another is not ours to count.
-        inputs = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-        dy, x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale = inputs
-        assert dy is not None
-        assert x is not None
-        assert w_in is not None
-        assert w_out is not None
-        outputs = without_autocast(reference.mlp_backward)(
-            dy, x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale, ctx.activation, ctx.needs
-        )
+        inputs: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+        dy, x, *tensors = inputs
+        outputs = without_autocast(reference.mlp_backward)(dy, x, Block._make((*tensors, ctx.activation)), ctx.needs)
     # A gradient that no input reaches has nothing to differentiate, e.g. that of b_out when dy is constant.
     pairs = [
         (output, cotangent)

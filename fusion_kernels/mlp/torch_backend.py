@@ -12,31 +12,19 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.activations import get_activation
-from fusion_kernels.mlp.operators import Gradients
+from fusion_kernels.mlp.operators import Gradients, Saved
 from fusion_kernels.reference import mlp as reference
+from fusion_kernels.reference.mlp import Block
 
 _aten = torch.ops.aten
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-    z: Tensor,
-    g: Tensor,
-    a: Tensor,
-    activation: str,
-    checkpoint_level: int,
-    backend: str,
-    needs: Sequence[bool],
+    dy: Tensor, x: Tensor, block: Block, kept: Saved, checkpoint_level: int, needs: Sequence[bool]
 ) -> Gradients:
     """See `fusion_kernels.mlp.operators`."""
+    w_in, b_in, w_gate, b_gate, w_out, _, scale, activation = block
+    z, g, a = kept
     if checkpoint_level == 2:
         z = reference.project(x, w_in, b_in)
         g = g if w_gate is None else reference.project(x, w_gate, b_gate)
@@ -56,7 +44,8 @@ def backward(
         dz = None if inner is None else reference.times(inner, before)
         if checkpoint_level != 0 and (needs[5] or needs[7]):
             a = phi(argument)
-    *others, dp = gradients(dy, x, w_in, b_in, w_gate, b_gate, w_out, b_out, behind, dz, dg, a, needs)
+    one_factor = block if before is None else block._replace(scale=behind)
+    *others, dp = gradients(dy, x, one_factor, dz, dg, a, needs)
     if dp is not None and inner is not None and before is not None and scale is not None:
         wide = torch.promote_types(x.dtype, torch.float32)
         d_before = (inner.to(wide) * inside.to(wide)).sum(0)
@@ -80,13 +69,7 @@ def act_backward(da: Tensor, z: Tensor, activation: str) -> Tensor:
 def gradients(
     dy: Tensor,
     x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
+    block: Block,
     dz: Tensor | None,
     dg: Tensor | None,
     a: Tensor,
@@ -97,10 +80,12 @@ def gradients(
     """The gradients that are asked for, from those of the pre-activations.
 
     Args:
+        block: its scale (h,) or None.
         dz, dg: (T, h); None where no gradient needs them, dg also for a plain block.
         a: (T, h); unused unless W_out or p needs its gradient.
         db_in, db_gate: sums of dz and dg over tokens, where a kernel has made them on its way.
     """
+    w_in, b_in, w_gate, b_gate, w_out, b_out, scale, _ = block
     dx = dw_in = dw_gate = db_out = dw_out = dp = None
     if needs[0] and dz is not None:
         dx = dz @ w_in.to(x.dtype)

@@ -54,6 +54,7 @@ def experts(
     for expert, rows in spans(ends):
         b1, b2, b3, p = (None if t is None else t[expert] for t in (b_in, b_gate, b_out, scale))
         gate = None if w_gate is None else w_gate[expert]
-        parts.append(reference.mlp(x[rows], w_in[expert], b1, gate, b2, w_out[expert], b3, p, activation))
+        block = reference.Block(w_in[expert], b1, gate, b2, w_out[expert], b3, p, activation)
+        parts.append(reference.mlp(x[rows], block))
         total = rows.stop
     return torch.cat([*parts, x.new_zeros(len(x) - total, w_out.shape[1])])

@@ -20,6 +20,7 @@ All of it is made of differentiable torch operations: `mlp` is also what runs un
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,35 @@ Gradients = tuple[
     Tensor | None, Tensor | None, Tensor | None, Tensor | None,
     Tensor | None, Tensor | None, Tensor | None, Tensor | None,
 ]  # fmt: skip
+
+
+class Block(NamedTuple):
+    """A block as its operators take it behind x, in the order of their schemas.
+
+    Attributes:
+        w_in: (h, d); the up projection of a gated block.
+        b_in: (h,).
+        w_gate: (h, d); the block is gated when it is there.
+        b_gate: (h,).
+        w_out: (d_out, h).
+        b_out: (d_out,).
+        scale: (h,) or (2, h), of a floating-point or integer dtype.
+        activation: name of phi in `fusion_kernels.activations`.
+    """
+
+    w_in: Tensor
+    b_in: Tensor | None
+    w_gate: Tensor | None
+    b_gate: Tensor | None
+    w_out: Tensor
+    b_out: Tensor | None
+    scale: Tensor | None
+    activation: str
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but the activation: with x before them, what gradients belong to."""
+        return self[:-1]
 
 
 def fold_scale(w_out: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -66,74 +96,33 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
-def hidden(
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    activation: str,
-    before: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def hidden(x: Tensor, block: Block, before: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
     """(z, g, a), each (T, h), with the factor `before` phi in a alone; g is None for a plain block."""
-    phi = get_activation(activation).function
-    z = project(x, w_in, b_in)
-    if w_gate is None:
+    phi = get_activation(block.activation).function
+    z = project(x, block.w_in, block.b_in)
+    if block.w_gate is None:
         return z, None, phi(times(z, before))
-    g = project(x, w_gate, b_gate)
+    g = project(x, block.w_gate, block.b_gate)
     return z, g, phi(times(g, before)) * z
 
 
-def mlp(
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-    activation: str,
-) -> Tensor:
-    """Return y (..., d_out) in the dtype of x.
-
-    Args:
-        x: (..., d).
-        w_in: (h, d); the up projection of a gated block.
-        b_in: (h,).
-        w_gate: (h, d); the block is gated when it is there.
-        b_gate: (h,).
-        w_out: (d_out, h).
-        b_out: (d_out,).
-        scale: (h,) or (2, h), of a floating-point or integer dtype.
-        activation: name of phi in `fusion_kernels.activations`.
-    """
-    before, behind = factors(scale)
-    _, _, a = hidden(x, w_in, b_in, w_gate, b_gate, activation, before)
-    return project(times(a, behind), w_out, b_out)
+def mlp(x: Tensor, block: Block) -> Tensor:
+    """Return y (..., d_out) of x (..., d), in the dtype of x."""
+    before, behind = factors(block.scale)
+    _, _, a = hidden(x, block, before)
+    return project(times(a, behind), block.w_out, block.b_out)
 
 
-def mlp_backward(
-    dy: Tensor,
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-    activation: str,
-    needs: Sequence[bool],
-) -> Gradients:
+def mlp_backward(dy: Tensor, x: Tensor, block: Block, needs: Sequence[bool]) -> Gradients:
     """Return the gradients of `mlp` for dy (T, d_out) and x (T, d), each in the dtype of what it belongs to.
 
     Args:
-        needs: whether x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale each need theirs.
+        needs: whether x and each of `block.tensors` need theirs.
     """
+    w_in, b_in, w_gate, b_gate, w_out, b_out, scale, activation = block
     phi = get_activation(activation)
     before, behind = factors(scale)
-    z, g, a = hidden(x, w_in, b_in, w_gate, b_gate, activation, before)
+    z, g, a = hidden(x, block, before)
     da = times(dy @ w_out.to(x.dtype), behind)
     dg: Tensor | None = None
     if g is None:

@@ -21,6 +21,7 @@ from fusion_kernels import BackendUnavailableError, fused_mlp, mlp_backend, nati
 from fusion_kernels.mlp import operators, reference_backend, torch_backend, tuning
 from fusion_kernels.mlp.operators import MLP, MLP_BACKWARD
 from fusion_kernels.mlp.tuning import Shape
+from fusion_kernels.reference.mlp import Block
 
 DEFAULT = "torch" if native.UNAVAILABLE else "cpu"
 GATED = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
@@ -267,8 +268,8 @@ def test_pinning_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     def noting(name: str, function: Any) -> Any:
         return lambda *a: (ran.append(name), function(*a))[1]
 
-    outputs = operators._OUTPUTS
-    monkeypatch.setattr(operators, "_OUTPUTS", {name: noting(name, outputs[name]) for name in outputs})
+    noted = {name: f._replace(output=noting(name, f.output)) for name, f in operators._FUNCTIONS.items()}
+    monkeypatch.setattr(operators, "_FUNCTIONS", noted)
     block.fused()
     with mlp_backend("reference"):
         block.fused()
@@ -412,22 +413,25 @@ def test_what_nothing_was_measured_for_runs_as_torch_operations() -> None:
 def test_a_factor_before_the_activation_is_folded_for_backends_without_one(bias: bool, level: int, gated: bool) -> None:
     def one_factor(function: Any) -> Any:
         def checked(*arguments: Any) -> Any:
-            at = 7 if function is reference_backend.forward else 8
-            assert arguments[at].ndim == 1
+            (folded,) = (argument for argument in arguments if isinstance(argument, Block))
+            assert folded.scale is not None
+            assert folded.scale.ndim == 1
             return function(*arguments)
 
         return checked
 
     block = make_block(9, gated=gated, bias=bias, scale="both").training()
+    x, *tensors = order(block)
+    record = Block._make((*tensors, "gelu"))
     ideal = block.gradients(block.eager())
     with torch.no_grad():
-        y, *kept = operators._folding_forward(one_factor(reference_backend.forward))(*order(block), "gelu", level, "")
+        y, *kept = operators._folding_forward(one_factor(reference_backend.forward))(x, record, level)
         torch.testing.assert_close(y, block.eager())
         names = ["x", "w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out", "scale"]
         for frozen in (set(), {"scale"}, {"w_in", "w_gate", "b_in"}):
             needs = [t is not None and name not in frozen for name, t in zip(names, order(block), strict=True)]
             backward = operators._folding_backward(one_factor(torch_backend.backward))
-            found = backward(block.dy, *order(block), *kept, "gelu", level, "", needs)
+            found = backward(block.dy, x, record, kept, level, needs)
             for name, need, gradient in zip(names, needs, found, strict=True):
                 assert (gradient is not None) == need, name
                 if need:

@@ -14,6 +14,7 @@ import torch
 from blocks import make_block
 
 from fusion_kernels.mlp import gpu_backend, reference_backend
+from fusion_kernels.reference.mlp import Block
 
 PATHS = {
     "cublas": (gpu_backend.cublas_forward, gpu_backend.cublas_backward),
@@ -26,16 +27,16 @@ PATHS = {
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_paths(level: int, gated: bool, path: str) -> None:
     b = make_block(9, gated=gated, dtype=torch.float32)
-    inputs = (b.x, b.w_in, b.b_in, b.w_gate, b.b_gate, b.w_out, b.b_out, b.scale)
+    block = Block(b.w_in, b.b_in, b.w_gate, b.b_gate, b.w_out, b.b_out, b.scale, "gelu")
     forward, backward = PATHS[path]
-    found = forward(*inputs, "gelu", level, path)
-    ideal = reference_backend.forward(*inputs, "gelu", level, path)
+    found = forward(b.x, block, level)
+    ideal = reference_backend.forward(b.x, block, level)
     for one, other in zip(found, ideal, strict=True):
         torch.testing.assert_close(one, other)
-    every = [t is not None for t in inputs]
+    every = [t is not None for t in (b.x, *block.tensors)]
     for needs in (every, [i in (5, 7) for i in range(8)], [i in (0, 2) for i in range(8)]):
-        gradients = backward(b.dy, *inputs, *found[1:], "gelu", level, path, needs)
-        expected = reference_backend.backward(b.dy, *inputs, *ideal[1:], "gelu", level, path, needs)
+        gradients = backward(b.dy, b.x, block, found[1:], level, needs)
+        expected = reference_backend.backward(b.dy, b.x, block, ideal[1:], level, needs)
         for one_, other_ in zip(gradients, expected, strict=True):
             assert (one_ is None) == (other_ is None)
             if one_ is not None and other_ is not None:
@@ -45,11 +46,11 @@ def test_paths(level: int, gated: bool, path: str) -> None:
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_resident_forward(gated: bool) -> None:
     b = make_block(9, d=16, h=16, d_out=16, gated=gated, dtype=torch.float16)
-    inputs = (b.x, b.w_in, b.b_in, b.w_gate, b.b_gate, b.w_out, b.b_out, b.scale)
-    y, *rest = gpu_backend.resident_forward(*inputs, "gelu", 2, "resident")
+    block = Block(b.w_in, b.b_in, b.w_gate, b.b_gate, b.w_out, b.b_out, b.scale, "gelu")
+    y, *rest = gpu_backend.resident_forward(b.x, block, 2)
     torch.testing.assert_close(y, b.eager(), atol=2e-2, rtol=2e-2)
     assert [t.numel() for t in rest] == [0, 0, 0]
     with pytest.raises(
         ValueError, match="backend 'resident' never has the hidden tensors that checkpoint_level=1 saves"
     ):
-        gpu_backend.resident_forward(*inputs, "gelu", 1, "resident")
+        gpu_backend.resident_forward(b.x, block, 1)
