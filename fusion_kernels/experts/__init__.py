@@ -15,20 +15,17 @@ from torch import Tensor
 from fusion_kernels import gpu, transforms
 from fusion_kernels.activations import get_activation
 from fusion_kernels.experts import grouped_mm_backend, loop_backend, triton_backend
-from fusion_kernels.experts.operators import EXPERTS, EXPERTS_BACKWARD, run
-from fusion_kernels.library import Backend
+from fusion_kernels.experts.operators import EXPERTS, register, run
 from fusion_kernels.pinning import Pin
 from fusion_kernels.reference import experts as reference
+from fusion_kernels.reference.mlp import Block
 
 __all__ = ["experts_backend", "fused_experts"]
 
-EXPERTS.register(Backend("loop", loop_backend.forward, ("cpu", "cuda")))
-EXPERTS.register(Backend("grouped_mm", grouped_mm_backend.forward, ("cpu", "cuda")))
-EXPERTS_BACKWARD.register(Backend("loop", loop_backend.backward, ("cpu", "cuda")))
-EXPERTS_BACKWARD.register(Backend("grouped_mm", grouped_mm_backend.backward, ("cpu", "cuda")))
+register("loop", loop_backend.forward, loop_backend.backward, ("cpu", "cuda"))
+register("grouped_mm", grouped_mm_backend.forward, grouped_mm_backend.backward, ("cpu", "cuda"))
 # Behind the others, and so by name only, until it has been measured on a GPU.
-EXPERTS.register(Backend("triton", triton_backend.forward, ("cuda",), gpu.why_not))
-EXPERTS_BACKWARD.register(Backend("triton", triton_backend.backward, ("cuda",), gpu.why_not))
+register("triton", triton_backend.forward, triton_backend.backward, ("cuda",), gpu.why_not)
 
 #: The process-wide choice of a backend of :func:`fused_experts`: `with experts_backend("triton"):`.
 experts_backend = Pin(EXPERTS)
@@ -97,8 +94,8 @@ def fused_experts(
     ends = torch.searchsorted(owner, torch.arange(len(w_in), device=owner.device, dtype=owner.dtype), right=True)
     with torch.autocast(x.device.type, enabled=False):
         if transforms.active():
-            blocks = (w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
-            y = reference.experts(x[order // k], ends, *blocks, activation)[inverse]
+            block = Block(w_in, b_in, w_gate, b_gate, w_out, b_out, scale, activation)
+            y = reference.experts(x[order // k], ends, block)[inverse]
         else:
             tensors: tuple[Any, ...] = tuple(weights.values())
             needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))

@@ -14,29 +14,18 @@ from torch.nn import functional as F
 
 from fusion_kernels.activations import get_activation
 from fusion_kernels.experts.operators import folded, owned, rows_of_experts, sum_of_rows
-from fusion_kernels.mlp.operators import Gradients, Outputs, packed, saved
+from fusion_kernels.mlp.operators import Gradients, Outputs, Saved, packed, saved
 from fusion_kernels.mlp.torch_backend import act_backward
+from fusion_kernels.reference.mlp import Block
 
 
-def forward(
-    x: Tensor,
-    ends: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-    activation: str,
-    checkpoint_level: int,
-    backend: str,
-) -> Outputs:
+def forward(x: Tensor, ends: Tensor, block: Block, checkpoint_level: int) -> Outputs:
     """See `fusion_kernels.experts.operators`.
 
     Raises:
         ValueError: float64, or sizes that are no multiples of 16 bytes.
     """
+    w_in, b_in, w_gate, b_gate, w_out, b_out, scale, activation = block
     sizes = (*w_in.shape[1:], w_out.shape[1])
     if x.dtype == torch.float64 or any(size * x.element_size() % 16 for size in sizes):
         raise ValueError(
@@ -54,25 +43,11 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    ends: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-    z: Tensor,
-    g: Tensor,
-    a: Tensor,
-    activation: str,
-    checkpoint_level: int,
-    backend: str,
-    needs: Sequence[bool],
+    dy: Tensor, x: Tensor, ends: Tensor, block: Block, kept: Saved, checkpoint_level: int, needs: Sequence[bool]
 ) -> Gradients:
     """See `fusion_kernels.experts.operators`."""
+    w_in, b_in, w_gate, b_gate, w_out, b_out, scale, activation = block
+    z, g, a = kept
     ends, dy = ends.int(), dy.contiguous()
     owner = rows_of_experts(ends, len(x))
     if checkpoint_level == 2:

@@ -10,35 +10,22 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fusion_kernels.mlp import mlp_backend
-from fusion_kernels.mlp.operators import MLP, MLP_BACKWARD, Gradients, Outputs, packed
+from fusion_kernels.mlp import operators as mlp
+from fusion_kernels.mlp.operators import Gradients, Outputs, Saved, packed
 from fusion_kernels.reference.experts import spans
+from fusion_kernels.reference.mlp import Block
 
 
-def forward(
-    x: Tensor,
-    ends: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-    activation: str,
-    checkpoint_level: int,
-    backend: str,
-) -> Outputs:
+def forward(x: Tensor, ends: Tensor, block: Block, checkpoint_level: int) -> Outputs:
     """See `fusion_kernels.experts.operators`."""
-    weights = (w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
-    S, h = len(x), w_in.shape[1]
+    S, h = len(x), block.w_in.shape[1]
     kept = checkpoint_level < 2
-    y = x.new_zeros(S, w_out.shape[1])
+    y = x.new_zeros(S, block.w_out.shape[1])
     z = x.new_zeros((S, h) if kept else (0,))
-    g = x.new_zeros((S, h) if kept and w_gate is not None else (0,))
+    g = x.new_zeros((S, h) if kept and block.w_gate is not None else (0,))
     a = x.new_zeros((S, h) if checkpoint_level == 0 else (0,))
     for expert, rows in spans(ends):
-        of_expert = (None if w is None else w[expert] for w in weights)
-        found = MLP.direct(x[rows], *of_expert, activation, checkpoint_level, mlp_backend.name)
+        found = mlp.forward(x[rows], block.expert(expert), checkpoint_level, mlp_backend.name)
         for whole, part in zip((y, z, g, a), found, strict=True):
             if len(whole):
                 whole[rows] = part
@@ -46,40 +33,21 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    ends: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-    z: Tensor,
-    g: Tensor,
-    a: Tensor,
-    activation: str,
-    checkpoint_level: int,
-    backend: str,
-    needs: Sequence[bool],
+    dy: Tensor, x: Tensor, ends: Tensor, block: Block, kept: Saved, checkpoint_level: int, needs: Sequence[bool]
 ) -> Gradients:
     """See `fusion_kernels.experts.operators`."""
-    weights = (w_in, b_in, w_gate, b_gate, w_out, b_out, scale)
     # An expert without rows has gradients of zero.
     totals = [
         t.new_zeros(t.shape) if need and t is not None else None
-        for t, need in zip((x, *weights), needs, strict=True)
+        for t, need in zip((x, *block.tensors), needs, strict=True)
     ]  # fmt: skip
     for expert, rows in spans(ends):
-        of_expert = (None if w is None else w[expert] for w in weights)
-        saved = (t[rows] if len(t) else t for t in (z, g, a))
-        found = MLP_BACKWARD.direct(
-            dy[rows], x[rows], *of_expert, *saved, activation, checkpoint_level, mlp_backend.name, list(needs)
+        z, g, a = (t[rows] if len(t) else t for t in kept)
+        found = mlp.backward(
+            dy[rows], x[rows], block.expert(expert), (z, g, a), checkpoint_level, mlp_backend.name, needs
         )
-        if totals[0] is not None:
-            totals[0][rows] = found[0]
-        for total, part in zip(totals[1:], found[1:], strict=True):
-            if total is not None:
-                total[expert] = part
+        places: tuple[slice | int, ...] = (rows, *(expert for _ in block.tensors))
+        for total, part, where in zip(totals, found, places, strict=True):
+            if total is not None and part is not None:
+                total[where] = part
     return packed(x, totals)

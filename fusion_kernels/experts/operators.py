@@ -6,15 +6,25 @@ of tracing `run` calls the backend itself. Gradients of gradients come from diff
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from fusion_kernels.library import NAMESPACE, Operator, operator
-from fusion_kernels.mlp.operators import Gradients, Outputs, is_direct, packed
+from fusion_kernels.library import NAMESPACE, Backend, Operator, operator
+from fusion_kernels.mlp.operators import (
+    Gradients,
+    Outputs,
+    Saved,
+    fake_gradients,
+    fake_outputs,
+    is_direct,
+    parse_backward,
+    parse_forward,
+)
 from fusion_kernels.reference import experts as reference
-from fusion_kernels.reference.mlp import fold_scale
+from fusion_kernels.reference.mlp import Block, fold_scale
 
 #: x (S, d), the ends of the experts' rows (E,), and the seven tensors of the blocks.
 N_INPUTS = 9
@@ -24,57 +34,69 @@ _INPUTS = (
 )
 
 
-def _fake_forward(
-    x: Tensor,
-    ends: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-    activation: str,
-    checkpoint_level: int,
-    backend: str,
-) -> Outputs:
-    hidden = (x.shape[0], w_in.shape[1])
-    return (
-        x.new_empty((x.shape[0], w_out.shape[1])),
-        x.new_empty(hidden if checkpoint_level < 2 else (0,)),
-        x.new_empty(hidden if checkpoint_level < 2 and w_gate is not None else (0,)),
-        x.new_empty(hidden if checkpoint_level == 0 else (0,)),
-    )
+def _fake_forward(x: Tensor, ends: Tensor, *rest: Any) -> Outputs:
+    block, checkpoint_level, _ = parse_forward(rest)
+    return fake_outputs(x, block, checkpoint_level)
 
 
 def _fake_backward(dy: Tensor, x: Tensor, ends: Tensor, *rest: Any) -> Gradients:
-    weights, needs = rest[: N_INPUTS - 2], rest[-1]
-    pairs = zip((x, *weights), needs, strict=True)
-    return packed(x, [t.new_empty(t.shape) if need and t is not None else None for t, need in pairs])
+    block, *_, needs = parse_backward(rest)
+    return fake_gradients(x, block, needs)
 
 
-def _choose(x: Tensor, w_in: Tensor, w_out: Tensor, backend: str) -> str:
+def _choose(x: Tensor, block: Block, backend: str) -> str:
     if backend != "auto" or x.device.type != "cuda":
         return backend
     # Products of all experts in one launch need rows of whole 16 bytes; everything else goes expert by expert.
-    aligned = all(size * x.element_size() % 16 == 0 for size in (*w_in.shape[1:], w_out.shape[1]))
+    aligned = all(size * x.element_size() % 16 == 0 for size in (*block.w_in.shape[1:], block.w_out.shape[1]))
     hopper = torch.cuda.get_device_capability(x.device)[0] >= 9
     return "grouped_mm" if hopper and aligned and x.dtype == torch.bfloat16 else "loop"
+
+
+def _choose_forward(x: Tensor, ends: Tensor, *rest: Any) -> str:
+    block, _, backend = parse_forward(rest)
+    return _choose(x, block, backend)
+
+
+def _choose_backward(dy: Tensor, x: Tensor, ends: Tensor, *rest: Any) -> str:
+    block, _, _, backend, _ = parse_backward(rest)
+    return _choose(x, block, backend)
 
 
 EXPERTS: Operator = operator(
     "experts",
     f"({_INPUTS}, str activation, int checkpoint_level, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_forward,
-    lambda x, ends, w_in, b_in, w_gate, b_gate, w_out, *rest: _choose(x, w_in, w_out, rest[-1]),
+    _choose_forward,
 )
 EXPERTS_BACKWARD: Operator = operator(
     "experts_backward",
     f"(Tensor dy, {_INPUTS}, Tensor z, Tensor g, Tensor a, str activation, int checkpoint_level, str backend, "
     "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
-    lambda dy, x, ends, w_in, b_in, w_gate, b_gate, w_out, *rest: _choose(x, w_in, w_out, rest[-2]),
+    _choose_backward,
 )
+
+
+def register(
+    name: str,
+    forward: Callable[[Tensor, Tensor, Block, int], Outputs],
+    backward: Callable[[Tensor, Tensor, Tensor, Block, Saved, int, Sequence[bool]], Gradients],
+    device_types: tuple[str, ...],
+    why_not: Callable[[], str | None] = lambda: None,
+) -> None:
+    """Add a backend of both operators; its tensors of the block have an axis of experts before the others."""
+
+    def forward_of_schema(x: Tensor, ends: Tensor, *rest: Any) -> Outputs:
+        block, checkpoint_level, _ = parse_forward(rest)
+        return forward(x, ends, block, checkpoint_level)
+
+    def backward_of_schema(dy: Tensor, x: Tensor, ends: Tensor, *rest: Any) -> Gradients:
+        block, kept, checkpoint_level, _, needs = parse_backward(rest)
+        return backward(dy, x, ends, block, kept, checkpoint_level, needs)
+
+    EXPERTS.register(Backend(name, forward_of_schema, device_types, why_not))
+    EXPERTS_BACKWARD.register(Backend(name, backward_of_schema, device_types, why_not))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
@@ -93,8 +115,8 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None
     if torch.is_grad_enabled():
         # create_graph: the gradients themselves will be differentiated.
         inputs: list[Any] = [None if t is None else t.view_as(t) for t in (x, *weights)]
-        x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale = inputs
-        y = reference.experts(x, ends, w_in, b_in, w_gate, b_gate, w_out, b_out, scale, ctx.options[0])
+        x, *tensors = inputs
+        y = reference.experts(x, ends, Block._make((*tensors, ctx.options[0])))
         needs = [wanted[0], *wanted[2:]]
         sources = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
         found = iter(torch.autograd.grad(y, sources, dy, create_graph=True, allow_unused=True))

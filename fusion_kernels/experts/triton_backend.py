@@ -12,59 +12,33 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.experts.operators import folded, owned, rows_of_experts
-from fusion_kernels.mlp.operators import Gradients, Outputs, packed, saved
+from fusion_kernels.mlp.operators import Gradients, Outputs, Saved, packed, saved
+from fusion_kernels.reference.mlp import Block
 
 
-def forward(
-    x: Tensor,
-    ends: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-    activation: str,
-    checkpoint_level: int,
-    backend: str,
-) -> Outputs:
+def forward(x: Tensor, ends: Tensor, block: Block, checkpoint_level: int) -> Outputs:
     """See `fusion_kernels.experts.operators`."""
     from fusion_kernels.mlp import triton_linear as kernels
 
     x, offsets = _rows(x), _offsets(ends)
-    z, g, a = _hidden(x, offsets, w_in, b_in, w_gate, b_gate, activation, checkpoint_level < 2)
-    y = kernels.grouped_linear(a, folded(w_out, scale, x).mT, offsets, _cast(b_out, x))
+    z, g, a = _hidden(x, offsets, block, checkpoint_level < 2)
+    y = kernels.grouped_linear(a, folded(block.w_out, block.scale, x).mT, offsets, _cast(block.b_out, x))
     found = saved(y, a if z is None else z, g, a, checkpoint_level)
-    return owned(found, rows_of_experts(ends, len(x)), len(w_in))
+    return owned(found, rows_of_experts(ends, len(x)), len(block.w_in))
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    ends: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-    z: Tensor,
-    g: Tensor,
-    a: Tensor,
-    activation: str,
-    checkpoint_level: int,
-    backend: str,
-    needs: Sequence[bool],
+    dy: Tensor, x: Tensor, ends: Tensor, block: Block, kept: Saved, checkpoint_level: int, needs: Sequence[bool]
 ) -> Gradients:
     """See `fusion_kernels.experts.operators`."""
     from fusion_kernels.mlp import triton_linear as kernels
     from fusion_kernels.mlp.triton_pointwise import column_sums
 
+    w_in, b_in, w_gate, b_gate, w_out, b_out, scale, activation = block
+    z, g, a = kept
     dy, x, offsets = _rows(dy), _rows(x), _offsets(ends)
     if checkpoint_level == 2:
-        again = _hidden(x, offsets, w_in, b_in, w_gate, b_gate, activation, True)
+        again = _hidden(x, offsets, block, True)
         assert again[0] is not None
         z, g = again[0], g if again[1] is None else again[1]
     need_a = checkpoint_level != 0 and (needs[5] or needs[7])
@@ -104,26 +78,16 @@ def backward(
     return packed(x, (dx, dw_in, db_in, dw_gate, db_gate, dw_out, db_out, dp))
 
 
-def _hidden(
-    x: Tensor,
-    offsets: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    activation: str,
-    keep: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
+def _hidden(x: Tensor, offsets: Tensor, block: Block, keep: bool) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """(z, g, a); z and g are None unless `keep`."""
     from fusion_kernels.mlp import triton_linear as kernels
 
-    w, b = w_in.to(x.dtype), _cast(b_in, x)
-    if w_gate is None:
+    w, b, activation = block.w_in.to(x.dtype), _cast(block.b_in, x), block.activation
+    if block.w_gate is None:
         z, a = kernels.linear_act(x, w, b, activation, save_z=keep, offsets=offsets)
         return z, None, a
-    g, z, a = kernels.linear_glu(
-        x, w_gate.to(x.dtype), w, _cast(b_gate, x), b, activation, save_z=keep, offsets=offsets
-    )  # fmt: skip
+    w_gate, b_gate = block.w_gate.to(x.dtype), _cast(block.b_gate, x)
+    g, z, a = kernels.linear_glu(x, w_gate, w, b_gate, b, activation, save_z=keep, offsets=offsets)
     return z, g, a
 
 

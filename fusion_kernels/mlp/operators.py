@@ -267,6 +267,20 @@ def run(x: Tensor, block: Block, checkpoint_level: int, backend: str, *, trains:
     return _FUNCTIONS[MLP.select(_choose(x, block, checkpoint_level, backend), x.device).name].output(x, block)
 
 
+def forward(x: Tensor, block: Block, checkpoint_level: int, backend: str) -> Outputs:
+    """What the forward operator returns, without the operator."""
+    chosen = MLP.select(_choose(x, block, checkpoint_level, backend), x.device).name
+    return _FUNCTIONS[chosen].forward(x, block, checkpoint_level)
+
+
+def backward(
+    dy: Tensor, x: Tensor, block: Block, kept: Saved, checkpoint_level: int, backend: str, needs: Sequence[bool]
+) -> Gradients:
+    """The gradients that are needed, without the backward operator."""
+    chosen = MLP_BACKWARD.select(_choose(x, block, checkpoint_level, backend), dy.device).name
+    return _FUNCTIONS[chosen].backward(dy, x, block, kept, checkpoint_level, needs)
+
+
 def is_direct(tensors: Sequence[Tensor | None]) -> bool:
     """Whether nothing looks at the operators: no compiler, no dispatch mode, no tensor subclass."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() != 0:
@@ -298,9 +312,8 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, (block, checkpoint_level, backend) = inputs[0], inputs[N_INPUTS:]
-        chosen = MLP.select(_choose(x, block, checkpoint_level, backend), x.device).name
-        y, z, g, a = _FUNCTIONS[chosen].forward(x, block, checkpoint_level)
+        block, checkpoint_level, backend = inputs[N_INPUTS:]
+        y, z, g, a = forward(inputs[0], block, checkpoint_level, backend)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:N_INPUTS], z, g, a)
         ctx.options = block.activation, checkpoint_level, backend
@@ -314,9 +327,8 @@ class _Direct(torch.autograd.Function):
             return _differentiate(ctx, dy)
         activation, checkpoint_level, backend = ctx.options
         x, block, kept = saved[0], Block._make((*saved[1:N_INPUTS], activation)), saved[N_INPUTS:]
-        chosen = MLP_BACKWARD.select(_choose(x, block, checkpoint_level, backend), dy.device).name
         needs = ctx.needs_input_grad[:N_INPUTS]
-        return (*_FUNCTIONS[chosen].backward(dy, x, block, kept, checkpoint_level, needs), None, None, None)
+        return (*backward(dy, x, block, kept, checkpoint_level, backend, needs), None, None, None)
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

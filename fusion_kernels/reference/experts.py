@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fusion_kernels.reference import mlp as reference
+from fusion_kernels.reference.mlp import Block, mlp
 
 
 def spans(ends: Tensor) -> Iterator[tuple[int, slice]]:
@@ -23,38 +23,17 @@ def spans(ends: Tensor) -> Iterator[tuple[int, slice]]:
         begin = end
 
 
-def experts(
-    x: Tensor,
-    ends: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    scale: Tensor | None,
-    activation: str,
-) -> Tensor:
+def experts(x: Tensor, ends: Tensor, block: Block) -> Tensor:
     """Return y (S, d_out) in the dtype of x, by differentiable torch operations.
 
     Args:
         x: (S, d), sorted by expert.
         ends: (E,) integers, where the rows of each expert end; not falling.
-        w_in: (E, h, d); the up projections of gated blocks.
-        b_in: (E, h).
-        w_gate: (E, h, d).
-        b_gate: (E, h).
-        w_out: (E, d_out, h).
-        b_out: (E, d_out).
-        scale: (E, h), of a floating-point or integer dtype.
-        activation: name of phi in `fusion_kernels.activations`.
+        block: its tensors with an axis of E experts before the others; a scale is (E, h).
     """
     parts = []
     total = 0
     for expert, rows in spans(ends):
-        b1, b2, b3, p = (None if t is None else t[expert] for t in (b_in, b_gate, b_out, scale))
-        gate = None if w_gate is None else w_gate[expert]
-        block = reference.Block(w_in[expert], b1, gate, b2, w_out[expert], b3, p, activation)
-        parts.append(reference.mlp(x[rows], block))
+        parts.append(mlp(x[rows], block.expert(expert)))
         total = rows.stop
-    return torch.cat([*parts, x.new_zeros(len(x) - total, w_out.shape[1])])
+    return torch.cat([*parts, x.new_zeros(len(x) - total, block.w_out.shape[1])])

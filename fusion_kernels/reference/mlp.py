@@ -36,7 +36,7 @@ Gradients = tuple[
 
 
 class Block(NamedTuple):
-    """A block as its operators take it behind x, in the order of their schemas.
+    """A block as its operators take it behind x, in the order of their schemas; those of experts with an axis before.
 
     Attributes:
         w_in: (h, d); the up projection of a gated block.
@@ -62,6 +62,10 @@ class Block(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All but the activation: with x before them, what gradients belong to."""
         return self[:-1]
+
+    def expert(self, expert: int) -> Block:
+        """The block of one of the experts."""
+        return Block._make((*(None if t is None else t[expert] for t in self.tensors), self.activation))
 
 
 def fold_scale(w_out: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fusion_kernels.experts import loop_backend, triton_backend
 from fusion_kernels.mlp.operators import Gradients
+from fusion_kernels.reference.mlp import Block
 
 NAMES = ("x", "w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out", "scale")
 
@@ -35,16 +36,15 @@ def layer(gated: bool, bias: bool, scaled: bool) -> list[Tensor | None]:
 @pytest.mark.parametrize(("gated", "bias", "scaled"), [(True, False, True), (True, True, False), (False, True, True)])
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_as_expert_by_expert(gated: bool, bias: bool, scaled: bool, level: int) -> None:
-    blocks = layer(gated, bias, scaled)
+    block = Block._make((*layer(gated, bias, scaled), "silu"))
     x, ends = torch.randn(23, 9), torch.tensor([7, 7, 20, 21])  # an expert without rows, and two rows without expert
-    options = ("silu", level, "triton")
-    found = triton_backend.forward(x, ends, *blocks, *options)
-    expected = loop_backend.forward(x, ends, *blocks, *options)
+    found = triton_backend.forward(x, ends, block, level)
+    expected = loop_backend.forward(x, ends, block, level)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
     dy = torch.randn(5, 23).t()
-    needs = [t is not None for t in (x, *blocks)]
-    run = (dy, x, ends, *blocks, *found[1:], *options)
+    needs = [t is not None for t in (x, *block.tensors)]
+    run = (dy, x, ends, block, found[1:], level)
     pairs: list[tuple[Gradients, Gradients]] = [
         (triton_backend.backward(*run, mask), loop_backend.backward(*run, mask))
         for mask in (needs, [n and i % 2 == 0 for i, n in enumerate(needs)], [i == 5 for i in range(8)])
