@@ -1,12 +1,13 @@
 """Expert by expert, each by the backend that answers (or is pinned) for a single block.
 
-On a GPU this waits for the ends of the rows.
+On a GPU this waits for the ends of the rows, which a CUDA graph cannot record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from fusion_kernels.mlp import mlp_backend
@@ -24,7 +25,7 @@ def forward(x: Tensor, ends: Tensor, block: Block, checkpoint_level: int) -> Out
     z = x.new_zeros((S, h) if kept else (0,))
     g = x.new_zeros((S, h) if kept and block.w_gate is not None else (0,))
     a = x.new_zeros((S, h) if checkpoint_level == 0 else (0,))
-    for expert, rows in spans(ends):
+    for expert, rows in _experts(ends):
         found = mlp.forward(x[rows], block.expert(expert), checkpoint_level, mlp_backend.name)
         for whole, part in zip((y, z, g, a), found, strict=True):
             if len(whole):
@@ -41,7 +42,7 @@ def backward(
         t.new_zeros(t.shape) if need and t is not None else None
         for t, need in zip((x, *block.tensors), needs, strict=True)
     ]  # fmt: skip
-    for expert, rows in spans(ends):
+    for expert, rows in _experts(ends):
         z, g, a = (t[rows] if len(t) else t for t in kept)
         found = mlp.backward(
             dy[rows], x[rows], block.expert(expert), (z, g, a), checkpoint_level, mlp_backend.name, needs
@@ -51,3 +52,17 @@ def backward(
             if total is not None and part is not None:
                 total[where] = part
     return packed(x, totals)
+
+
+def _experts(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """The experts that have rows, with their rows.
+
+    Raises:
+        RuntimeError: a CUDA graph is being recorded.
+    """
+    if ends.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "experts one by one need the ends of their rows on the host, which a CUDA graph cannot record: "
+            "use experts_backend('triton') or, for bfloat16 on Hopper, experts_backend('grouped_mm')"
+        )
+    return spans(ends)

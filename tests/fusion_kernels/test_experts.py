@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusion_kernels import experts_backend, fused_experts
+from fusion_kernels.experts import loop_backend
 
 BACKENDS = ("loop", "grouped_mm")
 #: What a backend is compared in, and how closely.
@@ -207,6 +208,19 @@ def test_low_precision_errs_at_most_twice_as_much_as_torch(backend: str, dtype: 
     for name in exact:
         assert float(found[name].max()) <= 2 * float(allowed[name].max()), name
         assert float(found[name].square().mean()) <= 4 * float(allowed[name].square().mean()), name
+
+
+def test_the_loop_says_what_a_graph_cannot_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu(Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    ends = torch.tensor([2, 5]).as_subclass(OnGpu)
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    with pytest.raises(RuntimeError, match="CUDA graph cannot record: use experts_backend"):
+        loop_backend._experts(ends)
+    capturing = False
+    assert list(loop_backend._experts(ends)) == [(0, slice(0, 2)), (1, slice(2, 5))]
 
 
 def test_what_is_kept() -> None:
