@@ -15,7 +15,7 @@ $(VENV)/.base: constraints.txt pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -c constraints.txt torch 'setuptools>=77'
+	$(BIN)/pip install --quiet -c constraints.txt torch numpy 'setuptools>=77'
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.base $(SOURCES)

@@ -70,6 +70,20 @@ class Block(Protocol):
     def as_bundle(self) -> Bundle: ...
 
 
+def bundle_of(block: Block) -> Bundle:
+    """The block's tensors.
+
+    Raises:
+        TypeError: it is nothing that has them.
+    """
+    if not hasattr(block, "as_bundle"):
+        raise TypeError(
+            f"block is a {type(block).__name__}: give what has as_bundle(), a mlp_fusion.NeuronBundle, FusedMLP or "
+            "FusedGLU (FusedMLP.from_mlp makes one of two linear layers)"
+        )
+    return block.as_bundle()
+
+
 @dataclass(frozen=True)
 class Prepared:
     """One block and the rows it is asked about: detached, checked, in one dtype, without the batch dimension.
@@ -174,7 +188,7 @@ def prepare(
     Raises:
         ValueError: see `ntk_gram`.
     """
-    bundle = block.as_bundle()
+    bundle = bundle_of(block)
     get_activation(bundle.activation)
     shapes = _shapes(bundle)
     d = shapes["w_in"][2]

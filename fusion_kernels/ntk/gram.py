@@ -213,6 +213,7 @@ def ntk_gram(
         tensors: nothing can be differentiated through it.
 
     Raises:
+        TypeError: `block` has no `as_bundle()`.
         ValueError: a shape, dtype, device, part, kernel, reduction, precision, activation or backend that does not
             fit, a batch of blocks, an empty choice of parts, a negative metric, a negative scale whose exponent is not
             0, or a tensor with values that are not finite; the message names it.

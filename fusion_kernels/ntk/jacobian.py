@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_kernels.ntk.block import PARTS, Block, Kernel, Prepared, check_kernel, prepare
+from fusion_kernels.ntk.block import PARTS, Block, Kernel, Prepared, bundle_of, check_kernel, prepare
 from fusion_kernels.ntk.gram import Reduce, contraction_named
 from fusion_kernels.ntk.operators import NTK_JVP, NTK_VJP, NTK_VP, exactly, function_named
 from fusion_kernels.ntk.torch_backend import FactoredKernel
@@ -28,7 +28,7 @@ def check_tangents(block: Block, tangents: Mapping[str, Tensor], name: str = "ta
     Raises:
         ValueError: an unknown part, one the block does not have, or a wrong shape.
     """
-    bundle = block.as_bundle()
+    bundle = bundle_of(block)
     for part, tangent in tangents.items():
         stored = getattr(bundle, part) if part in PARTS else None
         if stored is None:

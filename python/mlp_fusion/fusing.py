@@ -28,9 +28,9 @@ from mlp_fusion.methods.pipeline import Progress, Recipe, ReducedFFN, reduce_ffn
 from mlp_fusion.methods.sequential import reduce_sequentially
 from mlp_fusion.neurons import NeuronBundle, Parameterization
 from mlp_fusion.selection import (
-    BUDGET_ALONE,
     Layers,
     Width,
+    is_automatic,
     parameterization_for,
     resolve_layers,
     resolve_width,
@@ -87,11 +87,7 @@ def check_options(
     if match is not None and form == "folded":
         raise InputError("match needs an optimizer: a model for inference has no tangent kernel to match")
     kernel: Any = OPTIMIZER_KERNELS[form] if match == "auto" else match
-    automatic = isinstance(width, str)
-    if automatic and width != "auto":
-        raise InputError(f"width {width!r}: give a count such as 768 or a share such as 0.25, or auto")
-    if automatic != (budget is not None):
-        raise InputError(BUDGET_ALONE)
+    automatic = is_automatic(width, budget)
     if budget is not None and not 0.0 < budget < 1.0:
         raise InputError(
             f"budget {budget} must lie strictly between 0 and 1: the share of the FFNs' parameters to keep"
@@ -108,7 +104,7 @@ def check_options(
         }  # fmt: skip
         wanting = [name for name, wanted in asked.items() if wanted]
         if wanting:
-            raise InputError(f"{wanting[0]} needs calibration text: pass calibration")
+            raise InputError(f"{wanting[0]} needs calibration text: pass calibration (--calibration FILE)")
     fit = calibrated if refit is None else refit
     recipe = Recipe(reducer, seed, form, refit=fit, tune_steps=tune_steps, match=kernel)
     return Options(recipe, optimizer, calibrated, sequential, budget)
@@ -149,7 +145,8 @@ def fuse(
         sample: batches that the reported errors are measured on, as a tokenizer returns them. None: the calibration
             text, or else random token ids, which run the real layers but are not real text.
         calibration: text that the method and its corrections learn from; a few hundred sentences suffice. Batches, the
-            path of a text file, or a `datasets` dataset: see :func:`mlp_fusion.calibration.text.calibration_batches`.
+            path of a text file, a list of sentences, or a `datasets` dataset: see
+            :func:`mlp_fusion.calibration.text.calibration_batches`.
             The model runs over it once (four times when sequential). Memory: see
             :func:`mlp_fusion.calibration.collect`.
         refit: fit each reduced FFN's output weights and bias to the original's outputs, by ridge regression; None:
@@ -185,7 +182,11 @@ def fuse(
     _check_finite(model)
     before = count_parameters(model)
 
-    known = None if calibration is None else take_batches(calibration_batches(calibration, model), CALIBRATION_TOKENS)
+    known = (
+        None
+        if calibration is None
+        else take_batches(calibration_batches(calibration, model), CALIBRATION_TOKENS, "calibration")
+    )
     calibrating = time.perf_counter()
     statistics = None
     if known is not None and (not sequential or budget is not None):

@@ -12,8 +12,6 @@ from mlp_fusion.neurons import Parameterization
 Layers = Iterable[int] | str | None
 Width = int | float
 
-BUDGET_ALONE = "width auto and budget go together: budget 0.4 keeps 40% of the FFNs' parameters"
-
 _ADAPTIVE = ("adam", "adamw", "adamax", "nadam", "radam", "adafactor", "lion", "signsgd", "lamb", "rmsprop", "adagrad")
 _GRADIENT = ("sgd", "momentum", "nesterov", "muon", "lbfgs")
 
@@ -100,6 +98,20 @@ def width_multiple(full: int) -> int:
     if full >= 1024 and full % 128 == 0:
         return 128
     return 8 if full % 8 == 0 else 1
+
+
+def is_automatic(width: object, budget: float | None) -> bool:
+    """Whether FFNs get their widths from a budget.
+
+    Raises:
+        InputError: a text that is not `"auto"`, or one of `"auto"` and the budget without the other.
+    """
+    automatic = isinstance(width, str)
+    if automatic and width != "auto":
+        raise InputError(f"width {width!r}: give a number, a count such as 768 or a share such as 0.25, or auto")
+    if automatic != (budget is not None):
+        raise InputError("width auto and budget go together: budget 0.4 keeps 40% of the FFNs' parameters")
+    return automatic
 
 
 def resolve_width(width: Width, full: int) -> int:

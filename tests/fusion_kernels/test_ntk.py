@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from ffn_blocks import ACTIVATIONS, KERNELS, Bundle, forward, jacobian_grams, make_bundle
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusion_kernels.library import BackendUnavailableError
-from fusion_kernels.ntk import Kernel, ntk_gram
+from fusion_kernels.ntk import Kernel, jvp, ntk_gram
 from fusion_kernels.ntk import gram as ntk_module
 
 
@@ -318,6 +318,12 @@ def test_bad_input_is_named(changes: dict[str, Any], message: str) -> None:
     bundle = replace(bundle, **{k: v for k, v in changes.items() if k in Bundle.__dataclass_fields__})
     with pytest.raises(ValueError, match=re.escape(message)):
         ntk_gram(bundle, **options)
+
+
+def test_what_is_no_block_is_named() -> None:
+    for call in (lambda m: ntk_gram(m, torch.randn(4, 5)), lambda m: jvp(m, torch.randn(4, 5), {})):
+        with pytest.raises(TypeError, match=r"block is a Linear: give what has as_bundle\(\)"):
+            call(nn.Linear(5, 6))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import checkpoints as ck
 from families import FAMILIES, WIDTH, tiny_model, token_batch
 from mlp_fusion import FusionReport, InputError, fuse
 from mlp_fusion.architectures import get_architecture
@@ -270,7 +271,7 @@ def test_calibration_from_datasets() -> None:
     ("options", "message"),
     [
         ({"refit": True}, "refit needs calibration text"),
-        ({"match": "gd"}, "match needs calibration text"),
+        ({"match": "gd"}, "match needs calibration text: pass calibration \\(--calibration FILE\\)"),
         ({"sequential": True}, "sequential needs calibration text"),
         ({"width": "auto", "budget": 0.4}, "width auto needs calibration text"),
         ({"method": "select"}, "method select needs calibration text"),
@@ -279,10 +280,10 @@ def test_calibration_from_datasets() -> None:
         ({"match": "auto", "optimizer": None, "calibration": TEXT}, "match needs an optimizer"),
         ({"width": "auto", "calibration": TEXT}, "width auto and budget go together"),
         ({"budget": 0.3, "calibration": TEXT}, "width auto and budget go together"),
-        ({"width": "wide", "calibration": TEXT}, "width 'wide': give a count"),
+        ({"width": "0.5", "calibration": TEXT}, "width '0.5': give a number, a count"),
         ({"width": "auto", "budget": 1.5, "calibration": TEXT}, "strictly between 0 and 1"),
         ({"width": "auto", "budget": 0.05, "calibration": TEXT}, "budget is too small"),
-        ({"calibration": []}, "at least one batch"),
+        ({"calibration": []}, "calibration needs at least one batch"),
         ({"calibration": "no/such/file"}, "no/such/file: cannot be read"),
     ],
 )
@@ -294,6 +295,22 @@ def test_refusals_leave_the_model_as_it_was(options: dict[str, Any], message: st
     assert "\n" not in str(caught.value)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_list_of_sentences_is_a_file_of_them(tmp_path: Path) -> None:
+    ck.add_tokenizer(tmp_path, pad_token="<pad>", eos_token="</s>")
+    model: Any = tiny_model("bert")
+    model.name_or_path = str(tmp_path)
+    sentences = ["the cat sat", "a cat"] * 300
+    (tmp_path / "text.txt").write_text("\n".join(sentences), encoding="utf-8")
+    from_list, from_file = (list(calibration_batches(c, model)) for c in (sentences, tmp_path / "text.txt"))
+    assert sum(len(batch["input_ids"]) for batch in from_list) == 512
+    for one, other in zip(from_list, from_file, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    for bad in (["a cat", " "], ["a cat", 3]):
+        with pytest.raises(InputError, match="some are blank or no text"):
+            calibration_batches(bad, model)
 
 
 def test_text_files_need_the_models_tokenizer(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_restore_of_the_bare_encoder_of_a_task_model(tmp_path: Path) -> None:
 
 def test_restore_refusals(tmp_path: Path) -> None:
     tiny_model("bert").save_pretrained(tmp_path / "plain")
-    with pytest.raises(InputError, match="not a fused checkpoint"):
+    with pytest.raises(InputError, match="not loaded from a fused checkpoint"):
         restore(AutoModel.from_pretrained(tmp_path / "plain"), tmp_path / "plain")
     model = tiny_model("bert")
     fuse(model, 16)
@@ -117,6 +117,8 @@ def test_restore_refusals(tmp_path: Path) -> None:
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "fused")
     with pytest.raises(InputError, match=re.escape(f"{SCALE_FILE} is missing")):
         restore(loaded, tmp_path / "plain")
+    with pytest.raises(InputError, match="nowhere: neither a folder here nor a fused checkpoint on the hub"):
+        restore(loaded, tmp_path / "nowhere")
     scales = load_file(tmp_path / "fused" / SCALE_FILE)
     wrong = {k: v[:-1] for k, v in scales.items()}
     (tmp_path / "wrong" / "mlp_fusion").mkdir(parents=True)

@@ -413,7 +413,7 @@ def test_layers_that_differ_already(bert: Path) -> None:
         (0.99, f"gives {WIDTH} neurons: not smaller"),
         (True, "give a count such as 768 or a share such as 0.25"),
         (False, "give a count such as 768 or a share such as 0.25"),
-        ("16", "give a count such as 768 or a share such as 0.25"),
+        ("16", "give a number, a count such as 768 or a share such as 0.25, or auto"),
         (None, "give a count such as 768 or a share such as 0.25"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from mlp_fusion.checkpoint.text import read_sentences, tokenize
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure.activations import Batch
 
-Calibration = Batch | Iterable[Batch] | str | Path
+Calibration = Batch | Iterable[Batch] | Sequence[str] | str | Path
 
 #: Sentences read from a file or a dataset.
 CALIBRATION_SENTENCES = 512
@@ -25,9 +25,9 @@ def calibration_batches(calibration: Any, model: nn.Module) -> Batch | Iterable[
 
     Args:
         calibration: a batch or an iterable of batches, as a tokenizer returns them; the path of a text file, one
-            sentence a line (of a `.tsv`, the first field); or a dataset of the `datasets` library (or anything with
-            `column_names` and rows that are mappings) with a column `input_ids`, or `text`, `sentence` or `content`.
-            Of files and datasets, the first 512 sentences.
+            sentence a line (of a `.tsv`, the first field); a list of sentences; or a dataset of the `datasets` library
+            (or anything with `column_names` and rows that are mappings) with a column `input_ids`, or `text`,
+            `sentence` or `content`. Of files, lists and datasets, the first 512 sentences.
         model: whose tokenizer reads text: it is looked up under the name that the model was loaded from.
 
     Raises:
@@ -36,6 +36,11 @@ def calibration_batches(calibration: Any, model: nn.Module) -> Batch | Iterable[
     if isinstance(calibration, (str, Path)):
         sentences = read_sentences(Path(calibration).expanduser(), limit=CALIBRATION_SENTENCES)
         return _tokenized(sentences, model, str(calibration))
+    if isinstance(calibration, (list, tuple)) and calibration and isinstance(calibration[0], str):
+        sentences = [text for text in calibration if isinstance(text, str) and text.strip()]
+        if len(sentences) < len(calibration):
+            raise InputError("calibration is a list of sentences of which some are blank or no text")
+        return _tokenized(sentences[:CALIBRATION_SENTENCES], model, "calibration")
     names = getattr(calibration, "column_names", None)
     if names is None:
         return calibration  # type: ignore[no-any-return]

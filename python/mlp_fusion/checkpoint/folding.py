@@ -184,7 +184,10 @@ def restore(model: nn.Module, path: str | os.PathLike[str], optimizer: str | Non
     """
     record = fusion_record(getattr(model, "config", None))
     if record is None:
-        raise InputError(f"{path}: not a fused checkpoint: config.json has no {FUSION_KEY!r} entry")
+        raise InputError(
+            f"the model was not loaded from a fused checkpoint, its config has no {FUSION_KEY!r} entry: "
+            f"load {path} with from_pretrained and restore that"
+        )
     config: Any = model.config
     architecture = get_architecture(config.model_type)
     sites = {architecture.scale_name(site.path): site for site in architecture.sites(model)}
@@ -215,7 +218,11 @@ def _read_scales(path: str | os.PathLike[str], sites: Mapping[str, FFNSite]) -> 
     try:
         file = cached_file(os.fspath(path), name, subfolder=folder)
     except OSError as error:
-        raise InputError(f"{path}: {SCALE_FILE} is missing: the checkpoint cannot be trained on as before") from error
+        if os.path.isdir(path):
+            what = f"{SCALE_FILE} is missing, which fused checkpoints have"
+        else:
+            what = f"neither a folder here nor a fused checkpoint on the hub ({str(error).splitlines()[0]})"
+        raise InputError(f"{path}: {what}: the model cannot train on as it was saved") from error
     try:
         scales = load_file(file)
     except SafetensorError as error:

@@ -18,7 +18,7 @@ from mlp_fusion.checkpoint.metadata import check_config
 from mlp_fusion.checkpoint.source import Headers, TensorInfo, model_headers, read_headers
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure.report import format_bytes, render
-from mlp_fusion.selection import BUDGET_ALONE, Layers, Width, resolve_layers, resolve_width
+from mlp_fusion.selection import Layers, Width, is_automatic, resolve_layers, resolve_width
 
 #: Parts of a tensor's name that speak of a feed-forward layer, in the families that transformers knows.
 _FFN_WORDS = re.compile(
@@ -127,11 +127,7 @@ def plan(
     _refuse_strays(headers, architecture, claimed)
     architecture.activation(headers.config)
     chosen = set(resolve_layers(layers, [index for index, _ in found]))
-    automatic = isinstance(width, str)
-    if automatic and width != "auto":
-        raise InputError(f"width {width!r}: give a count such as 768 or a share such as 0.25, or auto")
-    if automatic != (budget is not None):
-        raise InputError(BUDGET_ALONE)
+    automatic = is_automatic(width, budget)
     ffns = []
     for (index, path), parts in found.items():
         before = _width(architecture, parts)

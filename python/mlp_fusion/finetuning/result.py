@@ -62,6 +62,9 @@ class FinetuneReport:
         """Plain JSON types."""
         return dataclasses.asdict(self)
 
+    def __str__(self) -> str:
+        return self.table()
+
     def table(self) -> str:
         """The outcome as lines of text."""
         lines = [f"{self.task}: {self.examples:,} rows, {self.epochs:g} epochs, {self.optimizer}, seed {self.seed}"]

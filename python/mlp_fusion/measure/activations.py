@@ -61,8 +61,10 @@ def random_batch(model: nn.Module, *, seed: int, batch: int = 8, length: int = 6
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def take_batches(sample: Batch | Iterable[Batch], tokens: int) -> list[dict[str, Tensor]]:
+def take_batches(sample: Batch | Iterable[Batch], tokens: int, name: str = "sample") -> list[dict[str, Tensor]]:
     """Batches from one batch or an iterable of them, until they hold `tokens` tokens; masks are on the CPU.
+
+    `name` is what the caller calls them.
 
     Raises:
         InputError: there is none, a batch is not a mapping of tensors with `input_ids`, or no token is left unmasked.
@@ -74,7 +76,7 @@ def take_batches(sample: Batch | Iterable[Batch], tokens: int) -> list[dict[str,
     for batch in batches:
         if not hasattr(batch, "keys") or not isinstance(batch.get("input_ids"), Tensor):
             raise InputError(
-                'a batch of sample must map input_ids to a tensor, as a tokenizer with return_tensors="pt"'
+                f'a batch of {name} must map input_ids to a tensor, as a tokenizer with return_tensors="pt"'
             )
         # Labels are a head's business, and text columns nobody's; extra leading dimensions (choices) are flattened.
         tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim >= 2 and k != "labels"}
@@ -83,9 +85,9 @@ def take_batches(sample: Batch | Iterable[Batch], tokens: int) -> list[dict[str,
         if seen >= tokens:
             break
     if not taken:
-        raise InputError("sample needs at least one batch: a mapping with input_ids, as a tokenizer returns it")
+        raise InputError(f"{name} needs at least one batch: a mapping with input_ids, as a tokenizer returns it")
     if seen == 0:
-        raise InputError("sample has no token: every attention mask is zero")
+        raise InputError(f"{name} has no token: every attention mask is zero")
     return taken
 
 

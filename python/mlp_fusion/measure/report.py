@@ -140,6 +140,9 @@ class FusionReport:
         calibration = None if known is None else CalibrationRecord(**known)
         return cls(**{**data, "rows": rows, "embeddings": embeddings, "calibration": calibration})
 
+    def __str__(self) -> str:
+        return self.table()
+
     def table(self) -> str:
         """The report as text: a row per FFN, and the totals under it."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
