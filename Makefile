@@ -28,7 +28,7 @@ $(VENV)/.test: $(VENV)/.base $(SOURCES)
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
-	rm -rf $(DEMO_OUT)
+	rm -rf $(DEMO_OUT) $(DEMO_OUT)-calibrated $(DEMO_OUT)-text
 	$(BIN)/python examples/demo.py $(DEMO_OUT)
 
 test: $(VENV)/.test lint types
