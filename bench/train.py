@@ -8,7 +8,7 @@ same batches:
 
     plain      the projections one by one, as torch runs any module (hooks that do nothing hang on them)
     reference  the fused operator, in its reference backend
-    kernels    the fused operator, in the backend that answers here (by itself it would leave small batches to torch)
+    kernels    the fused operator, in the backend that answers here
 
 The run fails if their losses differ by more than rounding. Then steps of the original model, of `plain` and of
 `kernels` are timed in turn: tokens per second, forward, backward and optimiser together, medians over rounds. On a GPU
