@@ -407,6 +407,12 @@ def test_what_nothing_was_measured_for_runs_as_torch_operations() -> None:
     assert found <= {backend.name for backend in MLP.backends if "cuda" in backend.device_types}
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 32, 33])
+def test_any_number_of_tokens_trains_through_the_backend(tokens: int) -> None:
+    with mlp_backend("auto"):
+        assert "_Direct" in type(make_block(tokens).training().fused().grad_fn).__name__
+
+
 @GATED
 @pytest.mark.parametrize("level", [0, 1, 2])
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])

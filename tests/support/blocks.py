@@ -124,7 +124,7 @@ def reordered(block: MLPBlock) -> list[MLPBlock]:
 
 
 def with_neurons_reordered(block: MLPBlock) -> list[MLPBlock]:
-    """The block with its neurons in other orders: outputs and gradients of x are the same sums, rounded otherwise."""
+    """The block with its neurons in other orders: gradients of x are the same sums, rounded otherwise."""
 
     def pick(t: Tensor | None, order: Tensor) -> Tensor | None:
         return None if t is None else t[order]
