@@ -78,7 +78,8 @@ constexpr ScalarType kSums = std::is_same_v<T, double> ? ScalarType::Double : Sc
 template <class T>
 Block<T> make_block(const Tensor& x, const Tensor& w_in, const std::optional<Tensor>& b_in,
                     const std::optional<Tensor>& w_gate, const std::optional<Tensor>& b_gate, const Tensor& w_out,
-                    const std::optional<Tensor>& b_out, const std::optional<Tensor>& scale, const std::string& activation) {
+                    const std::optional<Tensor>& b_out, const std::optional<Tensor>& scale,
+                    const std::string& activation) {
   STD_TORCH_CHECK(x.dim() == 2 && w_in.dim() == 2 && w_out.dim() == 2, "mlp: x and the weights must be matrices");
   const std::optional<Activation> phi = activation_named(activation);
   STD_TORCH_CHECK(phi.has_value(), "mlp: unknown activation ", activation);
