@@ -8,9 +8,9 @@ six FFNs reduced; `gpt2` and `llama`, language models of those shapes that the s
 of `FOLDER/tiny_shakespeare.txt`, then compresses, fine-tunes for a short while, and measures on the last tenth.
 
 Calibrated modes learn from the first 512 training sentences (128 blocks, for language models). Every run leaves a file
-under `--results`; what is there already is not run again, so that the script can be interrupted, and run several times
-side by side. Teachers are the full models of the same seed, which stay under `--work`. `--summary` prints all results,
-means over seeds.
+under `--results`; what is there already is not run again, and what was interrupted goes on from its last epoch, so that
+the script can be stopped at any time, and run several times side by side. Teachers are the full models of the same
+seed, which stay under `--work`. `--summary` prints all results, means over seeds.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from transformers import (
@@ -43,6 +44,8 @@ from transformers import (
 import mlp_fusion
 from mlp_fusion.architectures import get_architecture
 from mlp_fusion.finetuning.data import language_examples, read_rows
+from mlp_fusion.finetuning.result import RESULT_FILE
+from mlp_fusion.finetuning.run import is_unfinished
 from mlp_fusion.methods import get_method
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -69,6 +72,8 @@ class Mode:
         layerwise: fit hidden states to the original's for an epoch first.
         logits: learn from the full model's logits as well.
         share: of the width.
+        late: reduce the full model that was trained on the task, rather than the pretrained one. Only for `sst2`: the
+            language models were trained on their task before they are reduced.
     """
 
     method: str | None
@@ -77,6 +82,7 @@ class Mode:
     layerwise: bool = False
     logits: bool = False
     share: float = 0.25
+    late: bool = False
 
 
 MODES: dict[str, Mode] = {
@@ -86,8 +92,10 @@ MODES: dict[str, Mode] = {
     "fusion": Mode("fusion"),
     "fusion, layerwise": Mode("fusion", layerwise=True),
     "fusion, layerwise, logits": Mode("fusion", layerwise=True, logits=True),
+    "fusion, late, layerwise, logits": Mode("fusion", layerwise=True, logits=True, late=True),
     "prune": Mode("prune"),
     "prune, layerwise, logits": Mode("prune", layerwise=True, logits=True),
+    "prune, late, layerwise, logits": Mode("prune", layerwise=True, logits=True, late=True),
     "fusion, sequential": Mode("fusion", options={"sequential": True}),
     "select, sequential": Mode("select", options={"sequential": True}),
     "select, layerwise, logits": Mode("select", options={"sequential": True}, layerwise=True, logits=True),
@@ -154,35 +162,36 @@ class Task:
         )
         print(f"{self.name} trained from nothing\n{report.table()}", flush=True)
 
-    def model(self, seed: int) -> Any:
+    def model(self, folder: Path, seed: int) -> Any:
         transformers.set_seed(seed)
         if self.labelled:
             return AutoModelForSequenceClassification.from_pretrained(
-                self.folder, id2label={0: "0", 1: "1"}, label2id={"0": 0, "1": 1}
+                folder, id2label={0: "0", 1: "1"}, label2id={"0": 0, "1": 1}
             )
-        return AutoModelForCausalLM.from_pretrained(self.folder)
+        return AutoModelForCausalLM.from_pretrained(folder)
 
     def run(self, name: str, seed: int) -> None:
         """Reduce, fine-tune, and leave the result; nothing if that has been done or is being done."""
         mode, slug = MODES[name], f"{name.replace(', ', '+').replace(' ', '_')}-{seed}"
         file, out = self.results / f"{slug}.json", self.work / slug
-        # The full models are teachers of others, so that one without its weights is trained again.
-        if file.is_file() and (name != "full" or not self.labelled or out.is_dir()):
-            return
+        out.mkdir(parents=True, exist_ok=True)
         try:
-            out.mkdir(parents=True)
-        except FileExistsError:
-            return
-        try:
-            result = self._run(name, mode, seed, out)
-        except BaseException:
-            shutil.rmtree(out)
-            raise
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            # Of the process: a run that was killed holds none, and is gone on with.
+            with FileLock(out / ".lock", blocking=False):
+                # The full models are teachers of others, so that one without its weights is trained again.
+                if file.is_file() and (name != "full" or not self.labelled or (out / "run" / RESULT_FILE).is_file()):
+                    return
+                result = self._run(name, mode, seed, out)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        except Timeout:
+            print(f"{self.name:6} {name:30} seed {seed}: another process is at it", flush=True)
 
     def _run(self, name: str, mode: Mode, seed: int, out: Path) -> dict[str, Any]:
-        model = self.model(seed)
+        # The language models were trained on the task already: they are their own full models.
+        teacher = self.work / f"full-{seed}" / "run" if self.labelled else self.folder
+        source = teacher if mode.late else self.folder
+        model = self.model(source, seed)
         started = time.perf_counter()
         reduced: dict[str, Any] = {}
         if mode.method == "svd":
@@ -195,15 +204,18 @@ class Task:
         reduced["seconds"] = time.perf_counter() - started
         teaching: dict[str, Any] = {}
         if mode.layerwise:
-            teaching["original"] = self.folder
+            teaching["original"] = source
         if mode.logits:
-            # The language models were trained on the task already: they are their own full models.
-            teaching["teacher"] = self.work / f"full-{seed}" / "run" if self.labelled else self.folder
+            teaching["teacher"] = teacher
+        goes_on = is_unfinished(out / "run")
+        if not goes_on:
+            shutil.rmtree(out / "run", ignore_errors=True)
         parameters = sum(p.numel() for p in model.parameters())
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         report = mlp_fusion.finetune(
-            model, out / "run", self.train, self.evaluation, seed=seed, tokenizer=tokenizer, **self.recipe, **teaching
-        )
+            model, out / "run", self.train, self.evaluation, seed=seed, tokenizer=tokenizer,
+            resume=goes_on, **self.recipe, **teaching,
+        )  # fmt: skip
         if name != "full":
             for file in (out / "run").glob("*.safetensors"):
                 file.unlink()  # gigabytes, over all runs
@@ -281,7 +293,7 @@ def main() -> None:
     task = Task(options.task, options.data, options.work, options.results)
     for seed in range(options.seeds):
         for name in options.modes:
-            if not (name == "svd" and options.task == "gpt2"):
+            if not (name == "svd" and options.task == "gpt2") and not (MODES[name].late and options.task != "sst2"):
                 task.run(name, seed)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
 from scipy.optimize import nnls as scipy_nnls
 from torch import Tensor
 
@@ -305,6 +306,30 @@ def test_matching_tied_neurons_finds_their_number(form: str, kernel: str) -> Non
     wrong = reduced.parameterized("folded").unfolded(torch.full((1, 6), 2.5, dtype=torch.float64))
     found = match_ntk(tied, wrong, rows(60), kernel=kernel, form=form)  # type: ignore[arg-type]
     torch.testing.assert_close(found.scale, sizes.double().unsqueeze(0), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("kernel", "gated"), [("gd", False), ("sign", True)])
+def test_matching_many_rows_comes_near_the_best_scales(kernel: str, gated: bool) -> None:
+    """Of neurons of very different strength, beside a general optimiser with the naive objective."""
+    original = random_bundle(width=25, gated=gated)
+    strength = torch.logspace(-0.7, 0.7, 25, dtype=torch.float64).reshape(1, -1, 1)
+    original = dataclasses.replace(original, w_out=original.w_out * strength)
+    reduced = original.reduce(torch.arange(25).unsqueeze(0) // 5)
+    x = rows(260)
+    x[1::2] *= 3.0  # or any half of the rows would do for all
+    target = ntk_gram(original, x, params=_parts(original), kernel=kernel)  # type: ignore[arg-type]
+
+    def error(log_scale: np.ndarray) -> float:
+        scale = torch.from_numpy(log_scale).exp().unsqueeze(0)
+        moved = reduced.parameterized("folded").unfolded(scale).parameterized("split")
+        gram = ntk_gram(moved, x, params=_parts(moved), kernel=kernel)  # type: ignore[arg-type]
+        return relative_error(gram, target)
+
+    found = match_ntk(original, reduced, x, kernel=kernel, form="split")  # type: ignore[arg-type]
+    assert found.scale is not None
+    start, bounds = np.full(5, np.log(5.0)), [(np.log(1e-2), np.log(1e4))] * 5
+    best = minimize(error, start, method="L-BFGS-B", bounds=bounds)
+    assert error(found.scale[0].log().numpy()) < 1.001 * best.fun < 0.95 * error(start)
 
 
 @pytest.mark.parametrize("kernel", ["gd", "sign"])
