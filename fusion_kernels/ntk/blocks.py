@@ -16,20 +16,13 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.ntk import tuning
-from fusion_kernels.reference.ntk import factors, symmetric, transposed
+from fusion_kernels.reference.ntk import FFN, symmetric, transposed
 
 
 def outputs_gram(
     x1: Tensor,
     x2: Tensor | None,
-    w_in: Tensor,
-    w_gate: Tensor | None,
-    b_in: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    scale: Tensor | None,
-    scale_exponent: float,
-    activation: str,
+    ffn: FFN,
     params: Sequence[str],
     kernel: str,
     reduce: str,
@@ -38,12 +31,12 @@ def outputs_gram(
     out: Tensor | None,
 ) -> Tensor:
     """Return `"full"` or `"diagonal"`; arguments and result as in `fusion_kernels.reference.ntk.ntk_gram`."""
-    block = (w_in, w_gate, b_in, b_gate, scale, scale_exponent, activation)
-    a1, slopes1 = factors(x1, *block)
+    a1, slopes1 = ffn.factors(x1)
     is_symmetric = x2 is None and kernel == "gd"
-    a2, slopes2, right, v2 = a1, slopes1, x1, w_out
+    w_out = v2 = ffn.w_out
+    a2, slopes2, right = a1, slopes1, x1
     if x2 is not None:
-        a2, slopes2 = factors(x2, *block)
+        a2, slopes2 = ffn.factors(x2)
         right = x2
     if kernel == "sign":
         a2, slopes2, right, v2 = a2.sign(), {name: s.sign() for name, s in slopes2.items()}, right.sign(), v2.sign()
@@ -52,7 +45,7 @@ def outputs_gram(
         a1, slopes1 = a1 * left, {name: s * left for name, s in slopes1.items()}
         a2, slopes2 = a2 * other, {name: s * other for name, s in slopes2.items()}
 
-    rows, columns, neurons, outputs = len(x1), len(right), len(w_in), w_out.shape[1]
+    rows, columns, neurons, outputs = len(x1), len(right), *w_out.shape
     axes = (outputs, outputs) if reduce == "full" else (outputs,)
     if out is None:
         out = x1.new_empty(rows, columns, *axes)

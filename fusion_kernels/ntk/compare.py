@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusion_kernels import native
 from fusion_kernels.library import Backend, operator
 from fusion_kernels.ntk import cpu_backend, cuda_backend
 from fusion_kernels.ntk.block import Block, Kernel, check_kernel, prepare
-from fusion_kernels.ntk.gram import Reduce, _no_native, check_block_size, contraction_named
+from fusion_kernels.ntk.gram import Reduce, check_block_size, contraction_named, no_native
 from fusion_kernels.ntk.jacobian import NTKOperator
-from fusion_kernels.ntk.operators import function_named
+from fusion_kernels.ntk.operators import exactly, function_named
 from fusion_kernels.reference import ntk as reference
+from fusion_kernels.reference.ntk import FFN, Differentiated
 
 #: Rows up to which the sign kernel, which has no symmetry to save by, is compared exactly unless the caller says.
 EXACT_SIGN_ROWS = 8192
@@ -37,10 +38,26 @@ _NTK_SUMS = operator(
     "-> (Tensor, Tensor, Tensor)",
     _fake,
 )
-_NTK_SUMS.register(Backend("cpu", cpu_backend.ntk_sums, ("cpu",), _no_native))
-_NTK_SUMS.register(Backend("reference", native.exact_products()(reference.ntk_sums), ("cpu", "cuda")))
+
+
+def _of_blocks(sums: Callable[..., Any]) -> Callable[..., Any]:
+    """`sums` of two blocks as the operator calls it, with their members in four arguments each."""
+    run = exactly(sums)
+
+    def flat(x1: Tensor, x2: Tensor | None, *given: Any) -> Any:
+        blocks = [
+            Differentiated(FFN(*tensors, exponent, activation), params, metric)  # type: ignore[call-arg]
+            for (*tensors, metric), exponent, activation, params in (given[:4], given[4:8])
+        ]
+        return run(x1, x2, *blocks, *given[8:])
+
+    return flat
+
+
+_NTK_SUMS.register(Backend("cpu", _of_blocks(cpu_backend.ntk_sums), ("cpu",), no_native))
+_NTK_SUMS.register(Backend("reference", _of_blocks(reference.ntk_sums), ("cpu", "cuda")))
 # Behind the reference, as of `ntk_gram`.
-_NTK_SUMS.register(Backend("cuda", cuda_backend.ntk_sums, ("cuda",), cuda_backend.why_not))
+_NTK_SUMS.register(Backend("cuda", _of_blocks(cuda_backend.ntk_sums), ("cuda",), cuda_backend.why_not))
 
 
 @dataclass(frozen=True)

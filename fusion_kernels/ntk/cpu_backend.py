@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fusion_kernels import native
 from fusion_kernels.ntk import tuning
 from fusion_kernels.ntk.blocks import outputs_gram
 from fusion_kernels.ntk.folding import Weights, fold
+from fusion_kernels.reference.ntk import FFN, Differentiated
 
 
 @dataclass(frozen=True)
@@ -47,31 +47,25 @@ def _terms(params: Sequence[str], neurons: int, gated: bool) -> list[int]:
 def _sides(
     x1: Tensor,
     x2: Tensor | None,
-    w_in: Tensor,
-    w_gate: Tensor | None,
-    b_in: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    scale: Tensor | None,
-    metric: Tensor | None,
-    a: float,
-    activation: str,
+    ffn: FFN,
     params: Sequence[str],
+    metric: Tensor | None,
     kernel: str,
     direction: Tensor | None,
 ) -> _Sides:
-    gated = w_gate is not None
-    left, right, shrink, coefficient = fold(gated, w_out, scale, metric, a, kernel, direction)
-    tensors = [None if t is None else t.contiguous() for t in (w_in, w_gate, b_in, b_gate)]
+    left, right, shrink, coefficient = fold(ffn, metric, kernel, direction)
+    tensors = [None if t is None else t.contiguous() for t in (ffn.w_in, ffn.w_gate, ffn.b_in, ffn.b_gate)]
 
     def side(x: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
-        return native.operators().ntk_factors(x, *tensors, shrink, w.of_hidden, w.of_in, w.of_gate, activation, w.signs)
+        weights = (w.of_hidden, w.of_in, w.of_gate)
+        return native.operators().ntk_factors(x, *tensors, shrink, *weights, ffn.activation, w.signs)
 
     first = side(x1, left)
     second = first if x2 is None and kernel == "gd" else side(x1 if x2 is None else x2, right)
     hidden1, hidden2 = (first[0], second[0]) if "w_out" in params else (None, None)
     constant = coefficient if "b_out" in params else 0.0
-    return _Sides(hidden1, hidden2, first[1], second[1], _terms(params, len(w_in), gated), constant)
+    terms = _terms(params, len(ffn.w_in), ffn.w_gate is not None)
+    return _Sides(hidden1, hidden2, first[1], second[1], terms, constant)
 
 
 def _rows(x1: Tensor, x2: Tensor | None, kernel: str) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -85,14 +79,7 @@ def _rows(x1: Tensor, x2: Tensor | None, kernel: str) -> tuple[Tensor, Tensor | 
 def ntk_gram(
     x1: Tensor,
     x2: Tensor | None,
-    w_in: Tensor,
-    w_gate: Tensor | None,
-    b_in: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    scale: Tensor | None,
-    scale_exponent: float,
-    activation: str,
+    ffn: FFN,
     params: Sequence[str],
     kernel: str,
     reduce: str = "trace",
@@ -107,47 +94,30 @@ def ntk_gram(
     Args:
         block_size: edge of the tiles; rows at a time where there is an axis of outputs.
     """
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), native.exact_products():
-        block = (w_in, w_gate, b_in, b_gate, w_out, scale)
-        if reduce in ("full", "diagonal"):
-            form = (scale_exponent, activation)
-            return outputs_gram(x1, x2, *block, *form, params, kernel, reduce, metric, block_size, out)
-        x1, x2, right = _rows(x1, x2, kernel)
-        sides = _sides(x1, x2, *block, metric, scale_exponent, activation, params, kernel, direction)
-        if out is None:
-            out = x1.new_empty(len(x1), len(right))
-        edge = tuning.tile_edge(max(out.shape)) if block_size is None else block_size
-        is_symmetric = x2 is None and kernel == "gd"
-        native.operators().ntk_gram(x1, right, *sides.arguments(), is_symmetric, edge, out)
-        return out
+    if reduce in ("full", "diagonal"):
+        return outputs_gram(x1, x2, ffn, params, kernel, reduce, metric, block_size, out)
+    x1, x2, right = _rows(x1, x2, kernel)
+    sides = _sides(x1, x2, ffn, params, metric, kernel, direction)
+    if out is None:
+        out = x1.new_empty(len(x1), len(right))
+    edge = tuning.tile_edge(max(out.shape)) if block_size is None else block_size
+    is_symmetric = x2 is None and kernel == "gd"
+    native.operators().ntk_gram(x1, right, *sides.arguments(), is_symmetric, edge, out)
+    return out
 
 
 def ntk_sums(
     x1: Tensor,
     x2: Tensor | None,
-    a: Sequence[Tensor | None],
-    a_exponent: float,
-    a_activation: str,
-    a_params: Sequence[str],
-    b: Sequence[Tensor | None],
-    b_exponent: float,
-    b_activation: str,
-    b_params: Sequence[str],
+    a: Differentiated,
+    b: Differentiated,
     kernel: str,
     direction: Tensor | None = None,
     block_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sums over two kernels; arguments and result as in `fusion_kernels.reference.ntk.ntk_sums`."""
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), native.exact_products():
-        x1, x2, right = _rows(x1, x2, kernel)
-        both = [
-            _sides(x1, x2, *block, exponent, activation, params, kernel, direction).arguments()  # type: ignore[call-arg,arg-type]
-            for block, exponent, activation, params in (
-                (a, a_exponent, a_activation, a_params),
-                (b, b_exponent, b_activation, b_params),
-            )
-        ]
-        rows = max(len(x1), len(right))
-        edge = tuning.tile_edge(rows) if block_size is None else block_size
-        is_symmetric = x2 is None and kernel == "gd"
-        return native.operators().ntk_sums(x1, right, *both[0], *both[1], is_symmetric, edge)
+    x1, x2, right = _rows(x1, x2, kernel)
+    of_a, of_b = (_sides(x1, x2, *block, kernel, direction).arguments() for block in (a, b))
+    edge = tuning.tile_edge(max(len(x1), len(right))) if block_size is None else block_size
+    is_symmetric = x2 is None and kernel == "gd"
+    return native.operators().ntk_sums(x1, right, *of_a, *of_b, is_symmetric, edge)

@@ -29,6 +29,7 @@ from fusion_kernels import native
 from fusion_kernels.ntk import tuning
 from fusion_kernels.ntk.blocks import outputs_gram
 from fusion_kernels.ntk.folding import Weights, fold
+from fusion_kernels.reference.ntk import FFN, Differentiated
 
 
 def why_not() -> str | None:
@@ -59,31 +60,25 @@ def _passes(params: Sequence[str], gated: bool) -> list[_Pass]:
 def _left_and_right(
     x1: Tensor,
     x2: Tensor | None,
-    w_in: Tensor,
-    w_gate: Tensor | None,
-    b_in: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    scale: Tensor | None,
-    metric: Tensor | None,
-    a: float,
-    activation: str,
+    ffn: FFN,
     params: Sequence[str],
+    metric: Tensor | None,
     kernel: str,
     direction: Tensor | None,
     precision: str,
 ) -> Iterator[tuple[Tensor, Tensor, tuple[int | float | bool, ...]]]:
     """Both operands of each pass, and what `ntk_tiles` takes behind them up to `accumulate`."""
-    gated, symmetric = w_gate is not None, x2 is None and kernel == "gd"
-    left, right, shrink, coefficient = fold(gated, w_out, scale, metric, a, kernel, direction)
+    gated, symmetric = ffn.w_gate is not None, x2 is None and kernel == "gd"
+    left, right, shrink, coefficient = fold(ffn, metric, kernel, direction)
 
     def rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x = x.contiguous()
-        return x, F.linear(x, w_in, b_in), None if w_gate is None else F.linear(x, w_gate, b_gate)
+        gate = None if ffn.w_gate is None else F.linear(x, ffn.w_gate, ffn.b_gate)
+        return x, F.linear(x, ffn.w_in, ffn.b_in), gate
 
     def operand(of: tuple[Tensor, Tensor, Tensor | None], w: Weights, wanted: tuple[bool | str, ...]) -> Tensor:
         weights = (w.of_hidden, w.of_in, w.of_gate)
-        return native.cuda_operators().ntk_operand(*of, shrink, *weights, activation, w.signs, *wanted)
+        return native.cuda_operators().ntk_operand(*of, shrink, *weights, ffn.activation, w.signs, *wanted)
 
     first = rows(x1)
     second = first if x2 is None else rows(x2)
@@ -92,7 +87,7 @@ def _left_and_right(
         wanted = (part.weights, "in" in part.slopes, "gate" in part.slopes, with_hidden, precision)
         one = operand(first, left, wanted)
         other = one if symmetric else operand(second, right, wanted)
-        columns = (x1.shape[1] if part.weights else 0, len(w_in), len(part.slopes), with_hidden)
+        columns = (x1.shape[1] if part.weights else 0, len(ffn.w_in), len(part.slopes), with_hidden)
         constant = coefficient if number == 0 and "b_out" in params else 0.0
         yield one, other, (*columns, float(part.bias), constant, number > 0)
 
@@ -100,14 +95,7 @@ def _left_and_right(
 def ntk_gram(
     x1: Tensor,
     x2: Tensor | None,
-    w_in: Tensor,
-    w_gate: Tensor | None,
-    b_in: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    scale: Tensor | None,
-    scale_exponent: float,
-    activation: str,
+    ffn: FFN,
     params: Sequence[str],
     kernel: str,
     reduce: str = "trace",
@@ -123,30 +111,21 @@ def ntk_gram(
         precision: `"highest"`; for the trace or a vector in float32 also `"tf32x3"`, `"bf16x3"` or `"bf16"`.
         block_size: rows at a time where there is an axis of outputs; of no meaning otherwise.
     """
-    with torch.no_grad(), torch.autocast(x1.device.type, enabled=False), native.exact_products():
-        if reduce in ("full", "diagonal"):
-            block = (w_in, w_gate, b_in, b_gate, w_out, scale, scale_exponent, activation)
-            return outputs_gram(x1, x2, *block, params, kernel, reduce, metric, block_size, out)
-        described = (w_in, w_gate, b_in, b_gate, w_out, scale, metric, scale_exponent, activation, params, kernel)
-        if out is None:
-            out = x1.new_empty(len(x1), len(x1 if x2 is None else x2))
-        symmetric = x2 is None and kernel == "gd"
-        for one, other, how in _left_and_right(x1, x2, *described, direction, precision):
-            native.cuda_operators().ntk_tiles(one, other, *how, symmetric, out)
-        return out
+    if reduce in ("full", "diagonal"):
+        return outputs_gram(x1, x2, ffn, params, kernel, reduce, metric, block_size, out)
+    if out is None:
+        out = x1.new_empty(len(x1), len(x1 if x2 is None else x2))
+    symmetric = x2 is None and kernel == "gd"
+    for one, other, how in _left_and_right(x1, x2, ffn, params, metric, kernel, direction, precision):
+        native.cuda_operators().ntk_tiles(one, other, *how, symmetric, out)
+    return out
 
 
 def ntk_sums(
     x1: Tensor,
     x2: Tensor | None,
-    a: Sequence[Tensor | None],
-    a_exponent: float,
-    a_activation: str,
-    a_params: Sequence[str],
-    b: Sequence[Tensor | None],
-    b_exponent: float,
-    b_activation: str,
-    b_params: Sequence[str],
+    a: Differentiated,
+    b: Differentiated,
     kernel: str,
     direction: Tensor | None = None,
     block_size: int | None = None,
@@ -158,30 +137,23 @@ def ntk_sums(
     accumulators of two kernels would need more registers than there are. float32 goes by `"tf32x3"`, whose errors are
     float32's.
     """
-    with torch.no_grad(), torch.autocast(x1.device.type, enabled=False), native.exact_products():
-        precision = "tf32x3" if x1.dtype == torch.float32 else "highest"
-        passes = [
-            list(_left_and_right(x1, x2, *block, exponent, activation, params, kernel, direction, precision))  # type: ignore[call-arg,arg-type]
-            for block, exponent, activation, params in (
-                (a, a_exponent, a_activation, a_params),
-                (b, b_exponent, b_activation, b_params),
-            )
-        ]
-        n1, n2 = len(x1), len(x1 if x2 is None else x2)
-        symmetric = x2 is None and kernel == "gd"
-        step = tuning.row_block(2 * n2 * x1.element_size()) if block_size is None else block_size
-        strips = x1.new_empty(2, min(step, n1) * n2)
-        sums = x1.new_zeros((n2 + 127) // 128, 4, dtype=torch.float64)
-        rows, columns = (x1.new_zeros(2, n, dtype=torch.float64) for n in (n1, n2))
-        for begin in range(0, n1, step):
-            end = min(begin + step, n1)
-            width = end if symmetric else n2
-            pair = [strip[: (end - begin) * width].view(end - begin, width) for strip in strips]
-            for strip, of_one in zip(pair, passes, strict=True):
-                for one, other, how in of_one:
-                    native.cuda_operators().ntk_tiles(one[:, begin:end], other[:, :width], *how, False, strip)
-            native.cuda_operators().ntk_strip(*pair, begin, symmetric, sums, rows[:, begin:end], columns)
-        if symmetric:
-            rows += columns
-            columns = rows.clone()
-        return sums.sum(0), rows, columns
+    precision = "tf32x3" if x1.dtype == torch.float32 else "highest"
+    passes = [list(_left_and_right(x1, x2, *block, kernel, direction, precision)) for block in (a, b)]
+    n1, n2 = len(x1), len(x1 if x2 is None else x2)
+    symmetric = x2 is None and kernel == "gd"
+    step = tuning.row_block(2 * n2 * x1.element_size()) if block_size is None else block_size
+    strips = x1.new_empty(2, min(step, n1) * n2)
+    sums = x1.new_zeros((n2 + 127) // 128, 4, dtype=torch.float64)
+    rows, columns = (x1.new_zeros(2, n, dtype=torch.float64) for n in (n1, n2))
+    for begin in range(0, n1, step):
+        end = min(begin + step, n1)
+        width = end if symmetric else n2
+        pair = [strip[: (end - begin) * width].view(end - begin, width) for strip in strips]
+        for strip, of_one in zip(pair, passes, strict=True):
+            for one, other, how in of_one:
+                native.cuda_operators().ntk_tiles(one[:, begin:end], other[:, :width], *how, False, strip)
+        native.cuda_operators().ntk_strip(*pair, begin, symmetric, sums, rows[:, begin:end], columns)
+    if symmetric:
+        rows += columns
+        columns = rows.clone()
+    return sums.sum(0), rows, columns

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusion_kernels.reference.ntk import contraction
+from fusion_kernels.reference.ntk import FFN, contraction
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,14 @@ class Weights:
 
 
 def fold(
-    gated: bool,
-    w_out: Tensor,
-    scale: Tensor | None,
-    metric: Tensor | None,
-    a: float,
-    kernel: str,
-    direction: Tensor | None,
+    ffn: FFN, metric: Tensor | None, kernel: str, direction: Tensor | None
 ) -> tuple[Weights, Weights, Tensor | None, float]:
     """Return the weights of both sets of rows, what goes through the activation is multiplied by, and `[o = o']`.
 
-    In `"gd"` the weights are the same, so that the kernel of one set of rows with itself is a Gram matrix.
-
-    Args:
-        gated: whether the block is.
-        w_out, scale, metric, a, kernel, direction: as in `fusion_kernels.reference.ntk.ntk_gram`.
+    In `"gd"` the weights are the same, so that the kernel of one set of rows with itself is a Gram matrix. Arguments
+    as in `fusion_kernels.reference.ntk.ntk_gram`.
     """
+    w_out, scale, a, gated = ffn.w_out, ffn.scale, ffn.scale_exponent, ffn.w_gate is not None
     p = w_out.new_ones(w_out.shape[0]) if scale is None else scale
     m = torch.ones_like(p) if metric is None else metric
     weight1, weight2, coefficient = contraction(w_out, direction, kernel)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,7 +12,9 @@ from fusion_kernels import native
 from fusion_kernels.library import Backend, operator
 from fusion_kernels.ntk import cpu_backend, cuda_backend
 from fusion_kernels.ntk.block import Block, Kernel, all_finite, check_kernel, prepare
+from fusion_kernels.ntk.operators import FFN_ARGUMENTS, exactly, of_ffn
 from fusion_kernels.reference import ntk as reference
+from fusion_kernels.reference.ntk import FFN
 
 #: How the outputs of a block enter its kernel; a vector is a direction r, for the kernel of the function r.F.
 Reduce = Literal["trace", "full", "diagonal", "pseudo"] | Sequence[float] | Tensor
@@ -20,8 +22,7 @@ Reduce = Literal["trace", "full", "diagonal", "pseudo"] | Sequence[float] | Tens
 Precision = Literal["highest", "tf32x3", "bf16x3", "bf16"]
 
 _ARGUMENTS = (
-    "Tensor x1, Tensor? x2, Tensor w_in, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, Tensor w_out, Tensor? scale, "
-    "float scale_exponent, str activation, str[] params, str kernel, str reduce='trace', Tensor? direction=None, "
+    f"Tensor x1, Tensor? x2, {FFN_ARGUMENTS}, str[] params, str kernel, str reduce='trace', Tensor? direction=None, "
     "Tensor? metric=None, str precision='highest', int? block_size=None"
 )
 
@@ -33,55 +34,39 @@ def _shape(x1: Tensor, x2: Tensor | None, w_out: Tensor, reduce: str) -> tuple[i
 
 
 def _fake(
-    x1: Tensor,
-    x2: Tensor | None,
-    w_in: Tensor,
-    w_gate: Tensor | None,
-    b_in: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    scale: Tensor | None,
-    scale_exponent: float,
-    activation: str,
-    params: Sequence[str],
-    kernel: str,
-    reduce: str = "trace",
-    *_: object,
+    x1: Tensor, x2: Tensor | None, ffn: FFN, params: Sequence[str], kernel: str, reduce: str = "trace", *_: object
 ) -> Tensor:
-    return x1.new_empty(_shape(x1, x2, w_out, reduce))
+    return x1.new_empty(_shape(x1, x2, ffn.w_out, reduce))
 
 
 def _fake_out(out: Tensor, *_: object) -> None:
     return None
 
 
-def _cpu_out(out: Tensor, *arguments: object) -> None:
-    cpu_backend.ntk_gram(*arguments, out=out)  # type: ignore[misc,arg-type]
-
-
-def _cuda_out(out: Tensor, *arguments: object) -> None:
-    cuda_backend.ntk_gram(*arguments, out=out)  # type: ignore[misc,arg-type]
-
-
-def _reference_out(out: Tensor, *arguments: object) -> None:
-    reference.ntk_gram(*arguments, out=out)  # type: ignore[misc,arg-type]
-
-
-def _no_native() -> str | None:
+def no_native() -> str | None:
+    """In one line why compiled code cannot run here, or None."""
     return native.UNAVAILABLE
 
 
-_NTK_GRAM = operator("ntk_gram", f"({_ARGUMENTS}) -> Tensor", _fake)
-_NTK_GRAM.register(Backend("cpu", cpu_backend.ntk_gram, ("cpu",), _no_native))
-_NTK_GRAM.register(Backend("reference", native.exact_products()(reference.ntk_gram), ("cpu", "cuda")))
-# Behind the reference, and so for those who ask by name, until bench/gpu_ntk.py has passed on a GPU.
-_NTK_GRAM.register(Backend("cuda", cuda_backend.ntk_gram, ("cuda",), cuda_backend.why_not))
-
+_NTK_GRAM = operator("ntk_gram", f"({_ARGUMENTS}) -> Tensor", of_ffn(_fake, 2))
 # The same, into memory that is there: a kernel may be most of what fits.
 _NTK_GRAM_OUT = operator("ntk_gram_out", f"(Tensor(a!) out, {_ARGUMENTS}) -> ()", _fake_out)
-_NTK_GRAM_OUT.register(Backend("cpu", _cpu_out, ("cpu",), _no_native))
-_NTK_GRAM_OUT.register(Backend("reference", native.exact_products()(_reference_out), ("cpu", "cuda")))
-_NTK_GRAM_OUT.register(Backend("cuda", _cuda_out, ("cuda",), cuda_backend.why_not))
+
+
+def _register(
+    name: str, gram: Callable[..., Tensor], devices: tuple[str, ...], why_not: Callable[[], str | None]
+) -> None:
+    def into(out: Tensor, *arguments: Any) -> None:
+        gram(*arguments, out=out)
+
+    _NTK_GRAM.register(Backend(name, of_ffn(exactly(gram), 2), devices, why_not))
+    _NTK_GRAM_OUT.register(Backend(name, of_ffn(exactly(into), 3), devices, why_not))
+
+
+_register("cpu", cpu_backend.ntk_gram, ("cpu",), no_native)
+_register("reference", reference.ntk_gram, ("cpu", "cuda"), lambda: None)
+# Behind the reference, and so for those who ask by name, until bench/gpu_ntk.py has passed on a GPU.
+_register("cuda", cuda_backend.ntk_gram, ("cuda",), cuda_backend.why_not)
 
 
 def contraction_named(reduce: Reduce, outputs: int, like: Tensor) -> tuple[str, Tensor | None]:

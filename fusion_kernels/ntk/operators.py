@@ -20,22 +20,30 @@ from fusion_kernels.ntk import torch_backend
 from fusion_kernels.reference import ntk as reference
 from fusion_kernels.reference.ntk import FFN
 
-_BLOCK = (
-    "Tensor x, Tensor w_in, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, Tensor w_out, Tensor? scale, "
+#: The members of `FFN` in an operator's schema.
+FFN_ARGUMENTS = (
+    "Tensor w_in, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, Tensor w_out, Tensor? scale, "
     "float scale_exponent, str activation"
 )
-#: How many arguments the block and its rows are.
-_BLOCK_SIZE = 9
 
 
 def exactly(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run `function` without autograd and autocast, with products of float32 in float32."""
+    """Run `function` without autograd and autocast, with products of float32 in float32.
+
+    Autocast would run the products in a dtype that a solve on the result cannot bear.
+    """
 
     def wrapped(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False), native.exact_products():
             return function(x, *args, **kwargs)
 
     return wrapped
+
+
+def of_ffn(function: Callable[..., Any], tensors: int) -> Callable[..., Any]:
+    """`function` of an `FFN` behind some `tensors`, for an operator: with the members of the `FFN` one by one."""
+    end = tensors + len(FFN._fields)
+    return lambda *given: function(*given[:tensors], FFN(*given[tensors:end]), *given[end:])
 
 
 def function_named(op: Operator, backend: str, device: torch.device) -> Callable[..., Any]:
@@ -49,43 +57,32 @@ def function_named(op: Operator, backend: str, device: torch.device) -> Callable
 
 
 def _declare(name: str, arguments: str, returns: str, fake: Callable[..., Any], function: str) -> Operator:
-    """An operator of a block's rows and `arguments`; `fake` takes the block as a tuple, then those."""
-
-    def fake_of_all(*all_arguments: Any) -> Any:
-        return fake(all_arguments[:_BLOCK_SIZE], *all_arguments[_BLOCK_SIZE:])
-
-    def of(module: Any) -> Callable[..., Any]:
-        run = exactly(getattr(module, function))
-        return lambda x, *rest: run(x, FFN(*rest[: _BLOCK_SIZE - 1]), *rest[_BLOCK_SIZE - 1 :])
-
-    op = operator(name, f"({_BLOCK}, {arguments}) -> {returns}", fake_of_all)
-    op.register(Backend("torch", of(torch_backend), ("cpu", "cuda")))
-    op.register(Backend("reference", of(reference), ("cpu", "cuda")))
+    """An operator of rows x, a block and `arguments`; `fake` takes them as the functions do."""
+    op = operator(name, f"(Tensor x, {FFN_ARGUMENTS}, {arguments}) -> {returns}", of_ffn(fake, 1))
+    for backend, module in (("torch", torch_backend), ("reference", reference)):
+        op.register(Backend(backend, of_ffn(exactly(getattr(module, function)), 1), ("cpu", "cuda")))
     return op
 
 
-def _fake_jvp(block: tuple[Any, ...], tangents: Sequence[Tensor | None]) -> Tensor:
-    x, w_out = block[0], block[5]
-    return x.new_empty(x.shape[0], w_out.shape[1])
+def _fake_jvp(x: Tensor, ffn: FFN, tangents: Sequence[Tensor | None]) -> Tensor:
+    return x.new_empty(x.shape[0], ffn.w_out.shape[1])
 
 
-def _fake_vjp(block: tuple[Any, ...], cotangent: Tensor, params: Sequence[str]) -> list[Tensor]:
-    x, w_in, *_, w_out = block[:6]
+def _fake_vjp(x: Tensor, ffn: FFN, cotangent: Tensor, params: Sequence[str]) -> list[Tensor]:
+    w_in, w_out = ffn.w_in, ffn.w_out
     shapes = {"w_in": w_in.shape, "w_gate": w_in.shape, "w_out": w_out.shape, "b_out": w_out.shape[1:]}
     return [x.new_empty(shapes.get(part, w_in.shape[:1])) for part in params]
 
 
-def _fake_vp(block: tuple[Any, ...], v: Tensor, *_: object) -> Tensor:
+def _fake_vp(x: Tensor, ffn: FFN, v: Tensor, *_: object) -> Tensor:
     return v.new_empty(v.shape)
 
 
-def _fake_gram(block: tuple[Any, ...], *_: object) -> Tensor:
-    x = block[0]
+def _fake_gram(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[0])
 
 
-def _fake_norms(block: tuple[Any, ...], *_: object) -> Tensor:
-    x = block[0]
+def _fake_norms(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape[0])
 
 

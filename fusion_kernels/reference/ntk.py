@@ -38,26 +38,46 @@ from fusion_kernels.activations import get_activation
 BLOCK_BYTES = 64 << 20
 
 
-def factors(
-    x: Tensor,
-    w_in: Tensor,
-    w_gate: Tensor | None,
-    b_in: Tensor | None,
-    b_gate: Tensor | None,
-    scale: Tensor | None,
-    a: float,
-    activation: str,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return A and `{"in": S}`, for a gated block `{"in": S, "gate": T}`; each (rows, neurons)."""
-    phi = get_activation(activation)
-    p = w_in.new_ones(w_in.shape[0]) if scale is None else scale
-    z = F.linear(x, w_in, b_in)
-    if w_gate is None:
-        z = z / p**a
-        return p ** (1 - a) * phi.function(z), {"in": p ** (1 - 2 * a) * phi.derivative(z)}
-    g = F.linear(x, w_gate, b_gate) / p**a
-    s = p ** (1 - 2 * a) * phi.function(g)
-    return s * z, {"in": s, "gate": p ** (1 - 3 * a) * phi.derivative(g) * z}
+class FFN(NamedTuple):
+    """A block, as the operators take it behind its rows.
+
+    Attributes:
+        w_in, w_gate: (neurons, d); the block is gated when `w_gate` is there. All tensors share one dtype, float32 or
+            float64, and one device.
+        b_in, b_gate: (neurons,) or None.
+        w_out: (neurons, outputs).
+        scale: (neurons,) or None.
+        scale_exponent, activation: a and the name of phi.
+    """
+
+    w_in: Tensor
+    w_gate: Tensor | None
+    b_in: Tensor | None
+    b_gate: Tensor | None
+    w_out: Tensor
+    scale: Tensor | None
+    scale_exponent: float
+    activation: str
+
+    def factors(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """A and `{"in": S}` of the rows x (N, d), for a gated block `{"in": S, "gate": T}`; each (N, neurons)."""
+        phi, a = get_activation(self.activation), self.scale_exponent
+        p = self.w_in.new_ones(self.w_in.shape[0]) if self.scale is None else self.scale
+        z = F.linear(x, self.w_in, self.b_in)
+        if self.w_gate is None:
+            z = z / p**a
+            return p ** (1 - a) * phi.function(z), {"in": p ** (1 - 2 * a) * phi.derivative(z)}
+        g = F.linear(x, self.w_gate, self.b_gate) / p**a
+        s = p ** (1 - 2 * a) * phi.function(g)
+        return s * z, {"in": s, "gate": p ** (1 - 3 * a) * phi.derivative(g) * z}
+
+
+class Differentiated(NamedTuple):
+    """A block, the parts it is differentiated by, and the metric (neurons,) of its neurons or None."""
+
+    ffn: FFN
+    params: Sequence[str]
+    metric: Tensor | None
 
 
 def contraction(w_out: Tensor, direction: Tensor | None, kernel: str) -> tuple[Tensor, Tensor, float]:
@@ -87,14 +107,7 @@ def contraction(w_out: Tensor, direction: Tensor | None, kernel: str) -> tuple[T
 def ntk_gram(
     x1: Tensor,
     x2: Tensor | None,
-    w_in: Tensor,
-    w_gate: Tensor | None,
-    b_in: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    scale: Tensor | None,
-    scale_exponent: float,
-    activation: str,
+    ffn: FFN,
     params: Sequence[str],
     kernel: str,
     reduce: str = "trace",
@@ -107,13 +120,8 @@ def ntk_gram(
     """Return the kernel of two sets of rows, summed over the parts named in `params`.
 
     Args:
-        x1: (N1, d). All tensors share one dtype, float32 or float64, and one device.
+        x1: (N1, d), of the block's dtype and on its device.
         x2: (N2, d), or None for `x1`.
-        w_in, w_gate: (neurons, d); the block is gated when `w_gate` is there.
-        b_in, b_gate: (neurons,).
-        w_out: (neurons, outputs).
-        scale: (neurons,).
-        scale_exponent, activation: a and the name of phi.
         params: some of `w_in`, `b_in`, `w_gate`, `b_gate`, `w_out`, `b_out`.
         kernel: `"gd"` or `"sign"`.
         reduce: `"trace"`, `"full"`, `"diagonal"`, or `"vector"` with `direction`.
@@ -127,26 +135,23 @@ def ntk_gram(
         (N1, N2); (N1, N2, outputs, outputs) for `"full"`; (N1, N2, outputs) for `"diagonal"`. Beside it, (N, neurons)
         matrices and blocks of rows, for the latter two with an axis of neurons.
     """
-    # Autocast would run the products in a dtype that a solve on the result cannot bear.
-    with torch.no_grad(), torch.autocast(x1.device.type, enabled=False):
-        block = (w_in, w_gate, b_in, b_gate, w_out, scale)
-        first, second = sides(x1, x2, *block, metric, scale_exponent, activation, kernel)
-        rows, columns, outputs = len(first.x), len(second.x), w_out.shape[1]
-        axes = {"full": (outputs, outputs), "diagonal": (outputs,)}.get(reduce, ())
-        gram = x1.new_empty(rows, columns, *axes) if out is None else out
-        is_symmetric = kernel == "gd" and x2 is None
-        per_pair = outputs * max(outputs, len(w_in)) if axes else 1
-        for here in _row_blocks(rows, columns * per_pair * x1.element_size(), block_size):
-            if not is_symmetric:
-                gram[here] = between(first[here], second, params, reduce, direction, kernel)
-                continue
-            # A matrix product may sum the two triangles in different orders: one is computed, and mirrored.
-            begin = here.start
-            tile = between(first[here], second[: here.stop], params, reduce, direction, kernel)
-            tile[:, begin:] = symmetric(tile[:, begin:])
-            gram[here, : here.stop] = tile
-            gram[:begin, here] = transposed(tile[:, :begin])
-        return gram
+    first, second = sides(x1, x2, ffn, metric, kernel)
+    rows, columns, outputs = len(first.x), len(second.x), ffn.w_out.shape[1]
+    axes = {"full": (outputs, outputs), "diagonal": (outputs,)}.get(reduce, ())
+    gram = x1.new_empty(rows, columns, *axes) if out is None else out
+    is_symmetric = kernel == "gd" and x2 is None
+    per_pair = outputs * max(outputs, len(ffn.w_in)) if axes else 1
+    for here in _row_blocks(rows, columns * per_pair * x1.element_size(), block_size):
+        if not is_symmetric:
+            gram[here] = between(first[here], second, params, reduce, direction, kernel)
+            continue
+        # A matrix product may sum the two triangles in different orders: one is computed, and mirrored.
+        begin = here.start
+        tile = between(first[here], second[: here.stop], params, reduce, direction, kernel)
+        tile[:, begin:] = symmetric(tile[:, begin:])
+        gram[here, : here.stop] = tile
+        gram[:begin, here] = transposed(tile[:, :begin])
+    return gram
 
 
 @dataclass(frozen=True)
@@ -170,33 +175,19 @@ class Side:
         return Side(self.x[rows], self.hidden[rows], slopes, self.w_out)
 
 
-def sides(
-    x1: Tensor,
-    x2: Tensor | None,
-    w_in: Tensor,
-    w_gate: Tensor | None,
-    b_in: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    scale: Tensor | None,
-    metric: Tensor | None,
-    scale_exponent: float,
-    activation: str,
-    kernel: str,
-) -> tuple[Side, Side]:
+def sides(x1: Tensor, x2: Tensor | None, ffn: FFN, metric: Tensor | None, kernel: str) -> tuple[Side, Side]:
     """The left and the right side of a kernel; arguments as in `ntk_gram`."""
-    block = (w_in, w_gate, b_in, b_gate, scale, scale_exponent, activation)
-    a1, slopes1 = factors(x1, *block)
-    a2, slopes2 = (a1, slopes1) if x2 is None else factors(x2, *block)
+    a1, slopes1 = ffn.factors(x1)
+    a2, slopes2 = (a1, slopes1) if x2 is None else ffn.factors(x2)
     right = x1 if x2 is None else x2
     if metric is not None:
         m1, m2 = (metric.sqrt(), metric.sqrt()) if kernel == "gd" else (metric, torch.ones_like(metric))
         a1, slopes1 = a1 * m1, {name: s * m1 for name, s in slopes1.items()}
         a2, slopes2 = a2 * m2, {name: s * m2 for name, s in slopes2.items()}
-    left = Side(x1, a1, slopes1, w_out)
+    left = Side(x1, a1, slopes1, ffn.w_out)
     if kernel == "gd":
-        return left, Side(right, a2, slopes2, w_out)
-    return left, Side(right.sign(), a2.sign(), {name: s.sign() for name, s in slopes2.items()}, w_out.sign())
+        return left, Side(right, a2, slopes2, ffn.w_out)
+    return left, Side(right.sign(), a2.sign(), {name: s.sign() for name, s in slopes2.items()}, ffn.w_out.sign())
 
 
 def between(
@@ -258,14 +249,8 @@ def transposed(gram: Tensor) -> Tensor:
 def ntk_sums(
     x1: Tensor,
     x2: Tensor | None,
-    a: Sequence[Tensor | None],
-    a_exponent: float,
-    a_activation: str,
-    a_params: Sequence[str],
-    b: Sequence[Tensor | None],
-    b_exponent: float,
-    b_activation: str,
-    b_params: Sequence[str],
+    a: Differentiated,
+    b: Differentiated,
     kernel: str,
     direction: Tensor | None = None,
     block_size: int | None = None,
@@ -273,7 +258,7 @@ def ntk_sums(
     """Return sums over the kernels A and B of two blocks, as in `ntk_gram`, without storing either.
 
     Args:
-        a, b: `w_in`, `w_gate`, `b_in`, `b_gate`, `w_out`, `scale`, `metric` of each.
+        a, b: with as many outputs.
         direction: (outputs,) for the kernels of r.F, or None for their traces.
         block_size: rows at a time; None takes as many as `BLOCK_BYTES` hold.
 
@@ -282,39 +267,19 @@ def ntk_sums(
         columns. All float64, and of the same rounded values, so that taking means off the first is exact.
     """
     reduce = "trace" if direction is None else "vector"
-    with torch.no_grad(), torch.autocast(x1.device.type, enabled=False):
-        left_a, right_a = sides(x1, x2, *a, a_exponent, a_activation, kernel)  # type: ignore[call-arg,arg-type]
-        left_b, right_b = sides(x1, x2, *b, b_exponent, b_activation, kernel)  # type: ignore[call-arg,arg-type]
-        columns = len(right_a.x)
-        sums = x1.new_zeros(4, dtype=torch.float64)
-        of_rows = x1.new_zeros(2, len(x1), dtype=torch.float64)
-        of_columns = x1.new_zeros(2, columns, dtype=torch.float64)
-        for here in _row_blocks(len(x1), columns * x1.element_size(), block_size):
-            ka = between(left_a[here], right_a, a_params, reduce, direction, kernel).double()
-            kb = between(left_b[here], right_b, b_params, reduce, direction, kernel).double()
-            sums += torch.stack([ka.square().sum(), (ka * kb).sum(), kb.square().sum(), (ka - kb).square().sum()])
-            of_rows[:, here] = torch.stack([ka.sum(1), kb.sum(1)])
-            of_columns += torch.stack([ka.sum(0), kb.sum(0)])
-        return sums, of_rows, of_columns
-
-
-class FFN(NamedTuple):
-    """A block as the operators of products take it behind its rows: see `ntk_gram` for its members."""
-
-    w_in: Tensor
-    w_gate: Tensor | None
-    b_in: Tensor | None
-    b_gate: Tensor | None
-    w_out: Tensor
-    scale: Tensor | None
-    scale_exponent: float
-    activation: str
-
-    def factors(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """:func:`factors` of the rows x (N, d)."""
-        return factors(
-            x, self.w_in, self.w_gate, self.b_in, self.b_gate, self.scale, self.scale_exponent, self.activation
-        )
+    left_a, right_a = sides(x1, x2, a.ffn, a.metric, kernel)
+    left_b, right_b = sides(x1, x2, b.ffn, b.metric, kernel)
+    columns = len(right_a.x)
+    sums = x1.new_zeros(4, dtype=torch.float64)
+    of_rows = x1.new_zeros(2, len(x1), dtype=torch.float64)
+    of_columns = x1.new_zeros(2, columns, dtype=torch.float64)
+    for here in _row_blocks(len(x1), columns * x1.element_size(), block_size):
+        ka = between(left_a[here], right_a, a.params, reduce, direction, kernel).double()
+        kb = between(left_b[here], right_b, b.params, reduce, direction, kernel).double()
+        sums += torch.stack([ka.square().sum(), (ka * kb).sum(), kb.square().sum(), (ka - kb).square().sum()])
+        of_rows[:, here] = torch.stack([ka.sum(1), kb.sum(1)])
+        of_columns += torch.stack([ka.sum(0), kb.sum(0)])
+    return sums, of_rows, of_columns
 
 
 def jvp(
@@ -374,7 +339,7 @@ def ntk_vp(
         v: (N, outputs) for the `"full"` kernel; (N, M) for `"trace"` and `"vector"`.
         others: as in `ntk_gram`.
     """
-    left, right = sides(x, None, *ffn[:6], metric, *ffn[6:], kernel)
+    left, right = sides(x, None, ffn, metric, kernel)
     outputs = ffn.w_out.shape[1]
     per_pair = outputs * max(outputs, len(ffn.w_in)) if reduce == "full" else 1
     product = torch.empty_like(v)

@@ -32,6 +32,7 @@ from fusion_kernels.ntk import compare as comparison
 from fusion_kernels.ntk import gram as module
 from fusion_kernels.ntk.block import prepare
 from fusion_kernels.reference import ntk as reference
+from fusion_kernels.reference.ntk import FFN, Differentiated
 
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024}
@@ -54,13 +55,9 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         return "cuda"
     emulation = request.getfixturevalue("emulation")
     monkeypatch.setattr(native, "cuda_operators", lambda: emulation)
-    functions = {
-        "ntk_gram": (module._NTK_GRAM, cuda_backend.ntk_gram),
-        "ntk_gram_out": (module._NTK_GRAM_OUT, module._cuda_out),
-        "ntk_sums": (comparison._NTK_SUMS, cuda_backend.ntk_sums),
-    }
-    for operator, function in functions.values():
-        monkeypatch.setattr(operator, "backends", [Backend("cuda", function, ("cpu",)), *operator.backends[:-1]])
+    for operator in (module._NTK_GRAM, module._NTK_GRAM_OUT, comparison._NTK_SUMS):
+        *others, cuda = operator.backends
+        monkeypatch.setattr(operator, "backends", [Backend("cuda", cuda.function, ("cpu",)), *others])
     return "cpu"
 
 
@@ -182,8 +179,8 @@ def test_bfloat16_errs_less_than_torch_in_bfloat16(device: str, gated: bool) -> 
     exact = ntk_gram(bundle, x, backend="reference")
     single = bundle.to(torch.float32)
     prepared = prepare(single, {"x1": x.float()}, None, None)
-    arguments = [None if t is None else t.bfloat16() for t in (x, None, *prepared.arguments())]
-    peer = reference.ntk_gram(*arguments, 0.0, "gelu", prepared.parts, "gd")  # type: ignore[arg-type]
+    ffn = FFN(*(None if t is None else t.bfloat16() for t in prepared.arguments()), 0.0, "gelu")  # type: ignore[arg-type]
+    peer = reference.ntk_gram(x.bfloat16(), None, ffn, prepared.parts, "gd")
     assert peer.dtype == torch.bfloat16
     found = ntk_gram(moved(bundle, device, torch.float32), x.float().to(device), backend="cuda", precision="bf16")
     for error, of_torch in zip(errors(found, exact), errors(peer, exact), strict=True):
@@ -224,18 +221,18 @@ def test_sums_of_two_kernels(
     x2 = None if others is None else torch.randn(others, 9).double()
     direction = torch.randn(4).double()
 
-    def described(dtype: torch.dtype, device: str) -> list[Any]:
-        arguments: list[Any] = []
+    def sums(function: Any, dtype: torch.dtype, device: str, *rest: Any) -> tuple[torch.Tensor, ...]:
+        blocks = []
         for bundle in (wide, narrow):
             prepared = prepare(moved(bundle, device, dtype), {"x": x1.to(device, dtype)}, params, None)
             metric = torch.linspace(0.5, 2, len(prepared.tensors["w_in"]), dtype=dtype, device=device)
-            arguments += [[*prepared.arguments(), metric], prepared.exponent, prepared.activation, prepared.parts]
-        return [*arguments, kernel, direction.to(device, dtype)]
+            blocks.append(Differentiated(FFN(*prepared.described()), prepared.parts, metric))  # type: ignore[arg-type]
+        given = [None if x is None else x.to(device, dtype) for x in (x1, x2)]
+        return function(*given, *blocks, kernel, direction.to(device, dtype), *rest)
 
-    given = [None if x is None else x.to(device, dtype) for x in (x1, x2)]
-    found = cuda_backend.ntk_sums(*given, *described(dtype, device), block_size)  # type: ignore[arg-type]
-    exact = reference.ntk_sums(x1, x2, *described(torch.float64, "cpu"))
-    peer = reference.ntk_sums(x1.to(dtype), None if x2 is None else x2.to(dtype), *described(dtype, "cpu"))
+    found = sums(cuda_backend.ntk_sums, dtype, device, block_size)
+    exact = sums(reference.ntk_sums, torch.float64, "cpu")
+    peer = sums(reference.ntk_sums, dtype, "cpu")
     for own, of_torch, expected in zip(found, peer, exact, strict=True):
         assert own.dtype == torch.float64
         assert own.shape == expected.shape
