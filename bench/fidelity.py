@@ -1,6 +1,6 @@
 """Every compression method on the FFNs of all-MiniLM-L6-v2, as it is and after each correction, on held-out sentences.
 
-    python bench/fidelity.py --data FOLDER [--width 384] [--sentences 512] [--out bench/results/fidelity-cpu.json]
+    python bench/fidelity.py --data FOLDER [--width 384] [--sentences 512] [--tune 300] [--long 2500] [--out FILE]
 
 Calibrated on the first sentences of `FOLDER/sst2_train.tsv`, measured on all of `FOLDER/sst2_dev.tsv`
 (`sentence<TAB>label`). Without `--data`: on the two halves of the package's own sentences, which are few.
@@ -8,8 +8,8 @@ Calibrated on the first sentences of `FOLDER/sst2_train.tsv`, measured on all of
 Per method and layer: relative Frobenius errors of the FFN's outputs (unfitted, after the refit) and of its tangent
 kernel (in the parameterization that suits the kernel: before and after matching, both after the refit). Per method:
 cosines of the sentence embeddings to the original's with all layers reduced. `fuse` from end to end, also sequentially
-and with local tuning (`--tune`). Seconds of every step: the run over the calibration text beside a bare run of the
-model, clustering, refit, matching.
+and with local tuning (`--tune`), and, with `--long`, tuned for that many steps on all sentences of the file. Seconds of
+every step: the run over the calibration text beside a bare run of the model, clustering, refit, matching.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mlp_fusion.calibration.matching import MATCHING_ROWS
 from mlp_fusion.checkpoint.text import compare_embeddings, embed, read_sentences, tokenize
 from mlp_fusion.fusing import find_ffns
 from mlp_fusion.measure import Activations, capture_activations, ffn_errors, relative_error
-from mlp_fusion.measure.activations import Batch
+from mlp_fusion.measure.activations import Batch, token_mask
 from mlp_fusion.methods import get_method, method_names
 from mlp_fusion.neurons import NeuronBundle
 
@@ -137,15 +137,15 @@ class Bench:
             "largest_scale_matched": [float(m.scale.max()) for m in matched if m.scale is not None],
         }
 
-    def whole(self, **options: Any) -> dict[str, Any]:
-        """`fuse` from end to end."""
+    def whole(self, calibration: Sequence[Batch] | None = None, **options: Any) -> dict[str, Any]:
+        """`fuse` from end to end, on `calibration` where that is given."""
+        learnt = self.calibration if calibration is None else calibration
         model = copy.deepcopy(self.model)
-        report, seconds = _timed(
-            lambda: mlp_fusion.fuse(model, sample=self.held_out, calibration=self.calibration, **options)
-        )
+        report, seconds = _timed(lambda: mlp_fusion.fuse(model, sample=self.held_out, calibration=learnt, **options))
         found = compare_embeddings(embed(model, self.held_out), self.embeddings)
         return {
             "options": options,
+            "calibration_tokens": _tokens(learnt),
             "cosine": {"mean": found.mean, "smallest": found.minimum},
             "output_error": [row.output_error for row in report.rows],
             "widths": [row.neurons_after for row in report.rows],
@@ -171,6 +171,10 @@ def _timed(function: Any) -> tuple[Any, float]:
     return result, time.perf_counter() - started
 
 
+def _tokens(batches: Sequence[Batch]) -> int:
+    return sum(int(token_mask(batch).sum()) for batch in batches)
+
+
 def _sentences(data: Path | None, count: int) -> tuple[list[str], list[str], str]:
     if data is None:
         own = read_sentences(None)
@@ -189,6 +193,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=384, help="neurons to keep of 1536")
     parser.add_argument("--sentences", type=int, default=512, help="calibration sentences")
     parser.add_argument("--tune", type=int, default=600, help="steps of local tuning, in the rows that have it")
+    parser.add_argument(
+        "--long", type=int, default=0, help="steps of local tuning on all sentences; 0 for no such rows"
+    )
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--out", type=Path, default=Path("build/fidelity.json"), help="JSON to write")
     options = parser.parse_args()
@@ -217,14 +224,14 @@ def main() -> None:
         {"method": "select"}, {"method": "select", **sequential}, {"method": "select", **sequential, **tuned},
         {"width": "auto", "budget": options.width / bench.bundle.width},
     ):  # fmt: skip
-        row = bench.whole(**{"width": options.width, **extra})
-        whole.append(row)
-        print(
-            row["options"],
-            f"cosine {row['cosine']['mean']:.3f}, {row['seconds']:.1f} s (corrections "
-            f"{row['correction_seconds']:.1f} s), widths {row['widths']}",
-            flush=True,
-        )
+        whole.append(bench.whole(**{"width": options.width, **extra}))
+        _show_whole(whole[-1])
+    if options.long:
+        everything = tokenize(folder, _sentences(options.data, sys.maxsize)[0], 512) or []
+        long = {"sequential": True, "tune_steps": options.long, "calibration_rows": _tokens(everything)}
+        for method in ("fusion", "select"):
+            whole.append(bench.whole(everything, width=options.width, method=method, **long))
+            _show_whole(whole[-1])
     result = {
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "gpu": None},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -245,6 +252,15 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"written: {options.out}")
+
+
+def _show_whole(row: dict[str, Any]) -> None:
+    print(
+        row["options"],
+        f"cosine {row['cosine']['mean']:.4f}, {row['seconds']:.1f} s (corrections "
+        f"{row['correction_seconds']:.1f} s), widths {row['widths']}",
+        flush=True,
+    )
 
 
 def _show(row: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ from rich.progress import (
 
 import mlp_fusion
 from fusion_kernels import backends
+from mlp_fusion.calibration.text import CALIBRATION_SENTENCES
 from mlp_fusion.errors import InputError
 from mlp_fusion.finetuning.run import TASKS, is_unfinished
 from mlp_fusion.methods import method_names
@@ -105,6 +106,20 @@ def plan(model: str, width: str, budget: float | None, layers: str, as_json: boo
     help="Sentences, one a line, to learn from: better clusters and refitted outputs. A few hundred suffice.",
 )
 @click.option(
+    "--calibration-sentences",
+    default=CALIBRATION_SENTENCES,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Read the first N of them.",
+)
+@click.option(
+    "--calibration-rows",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Tokens whose inputs and outputs each FFN keeps to fit and tune on.  [default: 16384, in 256 MiB at most]",
+)
+@click.option(
     "--refit/--no-refit",
     default=None,
     help="Fit output weights and bias to the calibration text.  [default: with --calibration]",
@@ -123,7 +138,7 @@ def plan(model: str, width: str, budget: float | None, layers: str, as_json: boo
     show_default=True,
     type=click.IntRange(0),
     metavar="STEPS",
-    help="Adam steps by which each FFN learns the original's outputs on the calibration text; a few hundred.",
+    help="Adam steps by which each FFN learns the original's outputs on the calibration text.",
 )
 @click.option("--sequential", is_flag=True, help="Calibrate each FFN on what the reduced ones before it produce.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -139,6 +154,8 @@ def compress(
     seed: int,
     text: Path | None,
     calibration: Path | None,
+    calibration_sentences: int,
+    calibration_rows: int | None,
     refit: bool | None,
     match: str,
     tune_steps: int,
@@ -147,7 +164,7 @@ def compress(
     as_json: bool,
 ) -> None:
     """Fuse the FFNs of MODEL and write a plain checkpoint to OUT, which must not exist or be empty."""
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("FFNs"), TimeElapsedColumn())
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # On a pipe, a bar that is drawn once at the end is a blank line in front of the error.
     hidden = not sys.stderr.isatty()
     with Progress(TextColumn("fusing"), *columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
@@ -162,6 +179,8 @@ def compress(
             seed=seed,
             text=text,
             calibration=calibration,
+            calibration_sentences=calibration_sentences,
+            calibration_rows=calibration_rows,
             refit=refit,
             match=None if match == "none" else match,
             tune_steps=tune_steps,

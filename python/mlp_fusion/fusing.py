@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Iterable, Sequence
@@ -13,18 +14,25 @@ from torch import Tensor, nn
 
 from fusion_kernels.ntk import Kernel
 from mlp_fusion.architectures import Architecture, FFNSite
-from mlp_fusion.calibration import FFNStatistics, collect
-from mlp_fusion.calibration.statistics import CALIBRATION_TOKENS
-from mlp_fusion.calibration.text import Calibration, calibration_batches
+from mlp_fusion.calibration import FFNStatistics, collect, output_sensitivities
+from mlp_fusion.calibration.statistics import take_calibration
+from mlp_fusion.calibration.text import CALIBRATION_SENTENCES, Calibration, calibration_batches
 from mlp_fusion.checkpoint.folding import unfold_on_load
 from mlp_fusion.checkpoint.metadata import check_config, fused_config, replace_config
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure import FFNRow, FusionReport, capture_activations, ffn_errors, random_batch, relative_error
-from mlp_fusion.measure.activations import Activations, Batch, take_batches, token_mask
+from mlp_fusion.measure.activations import Activations, Batch, token_mask
 from mlp_fusion.measure.report import CalibrationRecord
 from mlp_fusion.methods import get_method, method_names
 from mlp_fusion.methods.allocation import allocate_widths, hidden_state_changes
-from mlp_fusion.methods.pipeline import Progress, Recipe, ReducedFFN, reduce_ffns, working_precision
+from mlp_fusion.methods.pipeline import (
+    Progress,
+    Recipe,
+    ReducedFFN,
+    progress_units,
+    reduce_ffns,
+    working_precision,
+)
 from mlp_fusion.methods.sequential import reduce_sequentially
 from mlp_fusion.neurons import NeuronBundle, Parameterization
 from mlp_fusion.selection import (
@@ -67,6 +75,8 @@ def check_options(
     tune_steps: int,
     sequential: bool,
     budget: float | None,
+    calibration_sentences: int,
+    calibration_rows: int | None,
 ) -> Options:
     """Check what can be checked without a model; arguments as in :func:`fuse`.
 
@@ -94,12 +104,16 @@ def check_options(
         )
     if isinstance(tune_steps, bool) or not isinstance(tune_steps, int) or tune_steps < 0:
         raise InputError(f"tune_steps {tune_steps!r}: give a number of steps, 0 for no tuning")
+    for name, count in (("calibration_sentences", calibration_sentences), ("calibration_rows", calibration_rows)):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise InputError(f"{name} {count!r}: give a number from 1 on")
     if tune_steps > 0 and refit is False:
         raise InputError("tune_steps starts from a refit and ends in one: leave refit to itself")
     if not calibrated:
         asked = {
             "refit": bool(refit), "match": match is not None, "tune_steps": tune_steps > 0, "sequential": sequential,
-            "width auto": automatic,
+            "width auto": automatic, "calibration_rows": calibration_rows is not None,
+            "calibration_sentences": calibration_sentences != CALIBRATION_SENTENCES,
             f"method {method}": reducer.needs_statistics,
         }  # fmt: skip
         wanting = [name for name, wanted in asked.items() if wanted]
@@ -125,6 +139,8 @@ def fuse(
     tune_steps: int = 0,
     sequential: bool = False,
     budget: float | None = None,
+    calibration_sentences: int = CALIBRATION_SENTENCES,
+    calibration_rows: int | None = None,
     progress: Progress | None = None,
 ) -> FusionReport:
     """Shrink the FFNs of a loaded Hugging Face model, in place.
@@ -154,12 +170,16 @@ def fuse(
         match: tangent kernel that the scale is matched to: `"gd"` (gradient descent), `"sign"` (Adam-like), `"auto"`
             for the one of `optimizer`, or None to keep the method's scale. Outputs do not depend on it.
         tune_steps: Adam steps by which each reduced FFN learns the original's outputs on the calibration text, all FFNs
-            of one shape side by side, between two refits; 0 for none. A few hundred, at most a few thousand: see
-            :func:`mlp_fusion.calibration.tune`.
+            of one shape side by side, between two refits; 0 for none. A few hundred for a few hundred sentences; a few
+            thousand need thousands, and their rows kept. See :func:`mlp_fusion.calibration.tune`, and
+            :func:`mlp_fusion.calibration.output_sensitivities` for the gradients through the model that it takes.
         sequential: calibrate each FFN on the inputs that the already reduced ones before it produce, so that it leads
             the hidden states back to the original model's; see :mod:`mlp_fusion.methods.sequential`.
         budget: with `width="auto"`, the share of the FFNs' parameters to keep.
-        progress: called as `progress(done, total)` while FFNs are worked on.
+        calibration_sentences: how many sentences of a file, a list or a dataset are read: the first ones.
+        calibration_rows: input and output rows that each FFN keeps of the calibration text, to fit and to tune on:
+            `2 d` numbers each, for all FFNs at once unless sequential. None: 16,384, or fewer that fit into 256 MiB.
+        progress: called as `progress(done, total)` with FFNs done, counting steps where they are tuned.
 
     Returns:
         A `FusionReport` with a row per FFN.
@@ -172,7 +192,8 @@ def fuse(
     config: Any = model.config
     options = check_options(
         width, method, optimizer=optimizer, seed=seed, calibrated=calibration is not None, refit=refit, match=match,
-        tune_steps=tune_steps, sequential=sequential, budget=budget,
+        tune_steps=tune_steps, sequential=sequential, budget=budget, calibration_sentences=calibration_sentences,
+        calibration_rows=calibration_rows,
     )  # fmt: skip
     form = options.recipe.form
     indices = set(resolve_layers(layers, [site.index for site in sites]))
@@ -185,12 +206,12 @@ def fuse(
     known = (
         None
         if calibration is None
-        else take_batches(calibration_batches(calibration, model), CALIBRATION_TOKENS, "calibration")
+        else take_calibration(calibration_batches(calibration, model, sentences=calibration_sentences))
     )
     calibrating = time.perf_counter()
     statistics = None
     if known is not None and (not sequential or budget is not None):
-        statistics = collect(model, architecture, chosen, known, seed=seed)
+        statistics = collect(model, architecture, chosen, known, seed=seed, rows=calibration_rows)
     calibration_seconds = time.perf_counter() - calibrating if statistics is not None else None
     if sample is None and statistics is not None:
         activations = [_sampled(s, seed) for s in statistics]
@@ -204,9 +225,17 @@ def fuse(
     if budget is not None and statistics is not None and known is not None:
         effects = functools.partial(hidden_state_changes, model, architecture, chosen, known)
         widths = allocate_widths(options.recipe, originals, statistics, budget, effects, progress)
+    sensitivities: list[Tensor | None] = [None] * len(chosen)
+    if known is not None and options.recipe.tune_steps > 0:
+        sensitivities = [*output_sensitivities(model, architecture, chosen, known, seed=seed)]
     if known is not None and sequential:
-        reduced = _sequentially(model, architecture, chosen, known, originals, widths, options.recipe, progress)
+        reduce = functools.partial(_reduce_one, options.recipe, originals, widths, sensitivities, progress)
+        reduced = reduce_sequentially(model, architecture, chosen, known, reduce, seed=seed, rows=calibration_rows)
     else:
+        if statistics is not None:
+            statistics = [
+                dataclasses.replace(s, sensitivity=found) for s, found in zip(statistics, sensitivities, strict=True)
+            ]
         reduced = reduce_ffns(options.recipe, originals, widths, statistics, progress)
     report_rows = [
         _row(site, original, ffn, form, sampled)
@@ -247,23 +276,24 @@ def _sampled(statistics: FFNStatistics, seed: int) -> Activations:
     return Activations(statistics.x[chosen], statistics.y[chosen])
 
 
-def _sequentially(
-    model: nn.Module,
-    architecture: Architecture,
-    sites: Sequence[FFNSite],
-    batches: Iterable[Batch],
+def _reduce_one(
+    recipe: Recipe,
     originals: Sequence[NeuronBundle],
     widths: Sequence[int],
-    recipe: Recipe,
+    sensitivities: Sequence[Tensor | None],
     progress: Progress | None,
-) -> list[ReducedFFN]:
-    def reduce(number: int, statistics: FFNStatistics) -> ReducedFFN:
-        ffn = reduce_ffns(recipe, [originals[number]], [widths[number]], [statistics])[0]
-        if progress is not None:
-            progress(number + 1, len(sites))
-        return ffn
+    number: int,
+    statistics: FFNStatistics,
+) -> ReducedFFN:
+    """One of the FFNs, whose statistics are only now known."""
 
-    return reduce_sequentially(model, architecture, sites, batches, reduce, seed=recipe.seed)
+    def report(done: int, _total: int) -> None:
+        if progress is not None:
+            units = progress_units(recipe)
+            progress(units * number + done, units * len(originals))
+
+    known = dataclasses.replace(statistics, sensitivity=sensitivities[number])
+    return reduce_ffns(recipe, [originals[number]], [widths[number]], [known], report)[0]
 
 
 def _describe(options: Options, batches: Sequence[Batch] | None, seconds: float | None) -> CalibrationRecord | None:

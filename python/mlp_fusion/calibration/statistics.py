@@ -6,6 +6,7 @@ sample of its input and output rows, from which fits are made.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,10 +17,10 @@ from mlp_fusion.architectures import Architecture, FFNSite
 from mlp_fusion.measure.activations import Batch, Taps, stream_activations, take_batches, token_mask
 from mlp_fusion.neurons import NeuronBundle
 
-#: Most input rows kept per FFN, and the most bytes that they may take.
+#: Most input rows kept per FFN, and the most bytes that they may take, unless the caller asks for a number of rows.
 CALIBRATION_ROWS = 16_384
 _ROW_BYTES = 256 * 2**20
-#: Tokens after which an endless calibration text is cut.
+#: Tokens after which calibration text that may be endless is cut.
 CALIBRATION_TOKENS = 2**18
 #: One sequence in this many is held out from fits, to choose their regularisation on.
 _HELD_OUT = 5
@@ -36,6 +37,8 @@ class FFNStatistics:
         x, y: `(R, d)` inputs and `(R, d_out)` outputs, a uniform sample without replacement of the positions, in
             order; the same positions at every FFN; in the model's dtype, on its device.
         sequence: `(R,)` int64, on the CPU, which sequence a row comes from, counted over the calibration text.
+        sensitivity: `(d_out, d_out)` L with `|e L|^2` what an error e of the outputs does to the model, as
+            :func:`mlp_fusion.calibration.output_sensitivities` returns it; None: all errors count alike.
     """
 
     tokens: int
@@ -45,6 +48,7 @@ class FFNStatistics:
     x: Tensor
     y: Tensor
     sequence: Tensor
+    sensitivity: Tensor | None = None
 
     @property
     def held_out(self) -> Tensor:
@@ -72,8 +76,7 @@ class FFNStatistics:
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.input_moment, self.hidden_mean, self.hidden_variance, self.x, self.sequence, self.y)
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.numel() * t.element_size() for t in vars(self).values() if isinstance(t, Tensor))
 
 
 class Reservoir:
@@ -149,6 +152,8 @@ class Collector:
         """The statistics; `order` holds the filled slots in order of the stream, `sequence` what each comes from."""
         assert self._rows is not None
         x, y = (kept[order.to(kept.device)] for kept in self._rows)
+        # One FFN's rows are there twice at a time, not all of them.
+        self._rows = None
         return FFNStatistics(
             tokens=self.tokens,
             input_moment=self._moment / self.tokens,
@@ -182,9 +187,19 @@ class StreamPlan:
         self.sequence = sequence[self.order]
 
 
-def row_capacity(d: int, itemsize: int) -> int:
-    """Rows of `d` inputs that one FFN's sample may hold: `CALIBRATION_ROWS`, or fewer that fit into 256 MiB."""
-    return max(1, min(CALIBRATION_ROWS, _ROW_BYTES // (d * itemsize)))
+def take_calibration(calibration: Batch | Iterable[Batch]) -> list[dict[str, Tensor]]:
+    """The batches of a calibration text: a list to its end, any other iterable for 262,144 tokens.
+
+    Raises:
+        InputError: there is no batch or no token.
+    """
+    finite = isinstance(calibration, Sequence)
+    return take_batches(calibration, sys.maxsize if finite else CALIBRATION_TOKENS, "calibration")
+
+
+def row_capacity(rows: int | None, d: int, itemsize: int) -> int:
+    """Rows of `d` inputs that one FFN's sample may hold; None: `CALIBRATION_ROWS`, or fewer that fit into 256 MiB."""
+    return rows if rows is not None else max(1, min(CALIBRATION_ROWS, _ROW_BYTES // (d * itemsize)))
 
 
 def collect(
@@ -194,20 +209,22 @@ def collect(
     calibration: Batch | Iterable[Batch],
     *,
     seed: int,
+    rows: int | None = None,
 ) -> list[FFNStatistics]:
     """Statistics of every FFN in `sites`, from one run of `model` over the calibration text.
 
-    Memory beside the model: per FFN `8 ((d + 1)^2 + 2 N)` bytes of moments and at most 16,384 rows of inputs and
-    of outputs in the model's dtype, at most 256 MiB each; in passing, the activations of one FFN on one batch. At 384
+    Memory beside the model: per FFN `8 ((d + 1)^2 + 2 N)` bytes of moments and `rows` rows of inputs and of outputs in
+    the model's dtype; in passing, the activations of one FFN on one batch. At 384
     inputs and 1,536 neurons (MiniLM) that is 49 MiB per FFN at most. Time: the run itself, and `2 T d^2` operations
     per FFN.
 
     Args:
         model: an unfused model.
         architecture, sites: its architecture and the FFNs wanted.
-        calibration: batches as a tokenizer returns them; masked positions are left out. Texts beyond 262,144 tokens
-            are cut.
+        calibration: batches as a tokenizer returns them; masked positions are left out. A list is read to its end,
+            any other iterable for 262,144 tokens.
         seed: of the rows that are kept.
+        rows: how many of those are kept, or all there are; None for 16,384, or fewer that fit into 256 MiB.
 
     Returns:
         One `FFNStatistics` per site, in their order.
@@ -215,9 +232,9 @@ def collect(
     Raises:
         InputError: there is no batch or no token, or the model cannot run on one.
     """
-    batches = take_batches(calibration, CALIBRATION_TOKENS)
+    batches = take_calibration(calibration)
     inputs = architecture.read(sites[0], model.config).w_in
-    plan = StreamPlan(batches, row_capacity(inputs.shape[-1], inputs.element_size()), seed)
+    plan = StreamPlan(batches, row_capacity(rows, inputs.shape[-1], inputs.element_size()), seed)
     collectors = [Collector(plan.capacity) for _ in sites]
     done = [0] * len(sites)
 

@@ -15,38 +15,41 @@ from mlp_fusion.measure.activations import Batch
 
 Calibration = Batch | Iterable[Batch] | Sequence[str] | str | Path
 
-#: Sentences read from a file or a dataset.
+#: Sentences read from a file, a list or a dataset, unless the caller asks for another number.
 CALIBRATION_SENTENCES = 512
 TEXT_COLUMNS = ("text", "sentence", "content")
 
 
-def calibration_batches(calibration: Any, model: nn.Module) -> Batch | Iterable[Batch]:
+def calibration_batches(
+    calibration: Any, model: nn.Module, *, sentences: int = CALIBRATION_SENTENCES
+) -> Batch | Iterable[Batch]:
     """Batches for :func:`mlp_fusion.calibration.collect`.
 
     Args:
         calibration: a batch or an iterable of batches, as a tokenizer returns them; the path of a text file, one
             sentence a line (of a `.tsv`, the first field); a list of sentences; or a dataset of the `datasets` library
             (or anything with `column_names` and rows that are mappings) with a column `input_ids`, or `text`,
-            `sentence` or `content`. Of files, lists and datasets, the first 512 sentences.
+            `sentence` or `content`.
         model: whose tokenizer reads text: it is looked up under the name that the model was loaded from.
+        sentences: how many are read of files, lists and datasets.
 
     Raises:
         InputError: the file or the dataset cannot be used, or the model has no tokenizer to read text with.
     """
     if isinstance(calibration, (str, Path)):
-        sentences = read_sentences(Path(calibration).expanduser(), limit=CALIBRATION_SENTENCES)
-        return _tokenized(sentences, model, str(calibration))
+        texts = read_sentences(Path(calibration).expanduser(), limit=sentences)
+        return _tokenized(texts, model, str(calibration))
     if isinstance(calibration, (list, tuple)) and calibration and isinstance(calibration[0], str):
-        sentences = [text for text in calibration if isinstance(text, str) and text.strip()]
-        if len(sentences) < len(calibration):
+        texts = [text for text in calibration if isinstance(text, str) and text.strip()]
+        if len(texts) < len(calibration):
             raise InputError("calibration is a list of sentences of which some are blank or no text")
-        return _tokenized(sentences[:CALIBRATION_SENTENCES], model, "calibration")
+        return _tokenized(texts[:sentences], model, "calibration")
     names = getattr(calibration, "column_names", None)
     if names is None:
         return calibration  # type: ignore[no-any-return]
     if isinstance(names, Mapping):
         raise InputError(f"calibration is a dictionary of datasets: choose one of its splits ({', '.join(names)})")
-    rows = [row for row, _ in zip(calibration, range(CALIBRATION_SENTENCES), strict=False)]
+    rows = [row for row, _ in zip(calibration, range(sentences), strict=False)]
     if not rows:
         raise InputError("calibration is a dataset without rows")
     if "input_ids" in names:

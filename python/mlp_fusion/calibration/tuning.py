@@ -3,20 +3,23 @@
 No gradient passes from one FFN to another, nor through the model: FFNs of one shape are trained side by side as one
 batched problem, on rows that calibration has kept. With f the reduced FFN and (x, y) the original's rows,
 
-    min over all weights and biases of  |f(x) - y|_F^2 / |y - mean y|_F^2
+    min over all weights and biases of  |(f(x) - y) L|_F^2 / |(y - mean y) L|_F^2
 
-by Adam on mini-batches. What is trained is the folded FFN, whose function has no scale in it, with every tensor in
-units of its own root mean square: one learning rate then suits all tensors of all FFNs, whatever the cluster sizes. The
-scale is taken out again afterwards and stays as it was.
+by Adam on mini-batches, where L weighs the directions of the outputs by what they do to the rest of the model (see
+:mod:`mlp_fusion.calibration.sensitivity`), or is the identity where the statistics have none. What is trained is the
+folded FFN, whose function has no scale in it, with every tensor in units of its own root mean square: one learning rate
+then suits all tensors of all FFNs, whatever the cluster sizes. The scale is taken out again afterwards and stays as it
+was.
 
-Source: Adam (Kingma & Ba 2015); layer-wise reconstruction as in "AdaRound" (Nagel et al. 2020) and its kin.
+Source: Adam (Kingma & Ba 2015); layer-wise reconstruction as in "AdaRound" (Nagel et al. 2020), weighed by what matters
+to the model's output as in "BRECQ" (Li et al. 2021), there by the diagonal of the Fisher information.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +49,8 @@ class Tuned:
     Attributes:
         bundle: B FFNs, canonical (`scale_exponent` 0), with the scale that they had; each as it was when it did best on
             its held-out rows, which may be as it came.
-        before, after: `(B,)` float64, relative Frobenius errors on the held-out rows; `after <= before`. NaN where
-            there is no held-out row.
+        before, after: `(B,)` float64, relative Frobenius errors `|(f(x) - y) L| / |y L|` on the held-out rows;
+            `after <= before`. NaN where there is no held-out row.
     """
 
     bundle: NeuronBundle
@@ -55,27 +58,40 @@ class Tuned:
     after: Tensor
 
 
-def tune(reduced: NeuronBundle, statistics: Sequence[FFNStatistics], *, steps: int, seed: int) -> Tuned:
+def tune(
+    reduced: NeuronBundle,
+    statistics: Sequence[FFNStatistics],
+    *,
+    steps: int,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> Tuned:
     """Train the reduced FFNs on the calibration rows that are not held out, and keep the best on those that are.
 
     Args:
         reduced: B reduced FFNs of one shape, in any parameterization; silent neurons (of scale 0) stay silent.
-        statistics: of the B originals, gathered together, so that their rows are of the same tokens.
+        statistics: of the B originals, gathered together, so that their rows are of the same tokens; all of them with
+            a `sensitivity`, or none.
         steps: mini-batches of 512 rows.
         seed: of the mini-batches. The same seed gives the same bits.
+        progress: called with the number of steps done, after each.
 
     Where no row is held out there is nothing to choose on, and the FFNs come back as they are.
 
     Memory: four times the reduced FFNs' parameters, and the activations of a mini-batch with their gradients. Time:
-    `6 * 512 K (d + d_out)` operations per step and FFN (of gated ones, `6 * 512 K (2 d + d_out)`).
+    `6 * 512 K (d + d_out)` operations per step and FFN (of gated ones, `6 * 512 K (2 d + d_out)`), and
+    `4 * 512 d_out^2` with a sensitivity.
 
     Raises:
-        ValueError: `steps` is negative, or there is not one entry of `statistics`, with the same rows, per FFN.
+        ValueError: `steps` is negative, or there is not one entry of `statistics`, with the same rows, per FFN, or some
+            have a sensitivity and others none.
     """
     if steps < 0:
         raise ValueError(f"steps {steps}: give 0 or more")
     if len(statistics) != reduced.batch or any(len(s.x) != len(statistics[0].x) for s in statistics):
         raise ValueError(f"{reduced.batch} FFNs need as many statistics, gathered together from the same tokens")
+    if len({s.sensitivity is None for s in statistics}) > 1:
+        raise ValueError("some of the statistics have a sensitivity and some have none: give it to all")
     reduced = reduced.canonical()
     held_out = statistics[0].held_out
     fitted, tested = (rows.nonzero().squeeze(1) for rows in (~held_out, held_out))
@@ -97,6 +113,8 @@ def tune(reduced: NeuronBundle, statistics: Sequence[FFNStatistics], *, steps: i
         with torch.enable_grad():
             problem.loss(fitted[rows.to(fitted.device)]).backward()
         optimizer.step()
+        if progress is not None:
+            progress(step + 1)
         if step + 1 in looks:
             now = problem.errors(tested)
             better = now < after
@@ -124,10 +142,10 @@ class _Problem:
         self._dtype = self._folded.w_in.dtype
         alive = torch.ones_like(reduced.w_in[..., 0]) if reduced.scale is None else (reduced.scale != 0)
         self._alive = alive.to(self._dtype)
-        y = [s.y[fitted].to(self._dtype) for s in statistics]
-        spread = torch.stack([(t - t.mean(dim=0)).square().mean() for t in y])
-        #: `(B,)` mean squares of the outputs' entries about their means, on the rows to fit.
-        self._spread = torch.where(spread > 0, spread, torch.ones_like(spread))
+        weights = [s.sensitivity for s in statistics if s.sensitivity is not None]
+        self._weight = torch.stack(weights).to(self._dtype) if weights else None
+        #: `(B,)` mean squares of the outputs' entries about their means, on the rows to fit: plain, and weighed.
+        self._size, self._spread = (self._spreads(fitted, weighed) for weighed in (False, True))
         self._units: dict[str, Tensor] = {}
         self.parameters: list[Tensor] = []
         for name in _FIELDS:
@@ -142,12 +160,28 @@ class _Problem:
         Biases are often 0 to begin with: an input bias goes with its weights, the output bias with the outputs.
         """
         if name == "b_out":
-            return self._spread.sqrt().unsqueeze(1)
+            return self._size.sqrt().unsqueeze(1)
         weight = {"b_in": self._folded.w_in, "b_gate": self._folded.w_gate}.get(name, tensor)
         assert weight is not None
         size = weight.square().mean(dim=(1, 2)).sqrt()
         size = torch.where(size > 0, size, torch.ones_like(size))
         return size.reshape(-1, *[1] * (tensor.ndim - 1))
+
+    def _spreads(self, fitted: Tensor, weighed: bool) -> Tensor:
+        spreads = []
+        # One FFN at a time: all their rows at once may be gigabytes.
+        for number, known in enumerate(self._statistics):
+            y = known.y[fitted].to(self._dtype)
+            centred = y - y.mean(dim=0)
+            if weighed and self._weight is not None:
+                centred = centred @ self._weight[number]
+            spreads.append(centred.square().mean())
+        spread = torch.stack(spreads)
+        return torch.where(spread > 0, spread, torch.ones_like(spread))
+
+    def _weighed(self, rows: Tensor) -> Tensor:
+        """`rows (B, R, d_out)` times L."""
+        return rows if self._weight is None else rows @ self._weight
 
     def _bundle(self, parameters: Sequence[Tensor]) -> NeuronBundle:
         values: dict[str, Any] = {
@@ -161,9 +195,9 @@ class _Problem:
         return x, y
 
     def loss(self, rows: Tensor) -> Tensor:
-        """Sum over problems of the mean squared error on `rows`, relative to the outputs' spread."""
+        """Sum over problems of the mean squared weighed error on `rows`, relative to the outputs' spread."""
         x, y = self._rows(rows)
-        error = (self._bundle(self.parameters).forward(x) - y).square().mean(dim=(1, 2))
+        error = self._weighed(self._bundle(self.parameters).forward(x) - y).square().mean(dim=(1, 2))
         return (error / self._spread).sum()
 
     @torch.no_grad()
@@ -174,6 +208,7 @@ class _Problem:
         for chunk in rows.split(_CHUNK):
             x, y = self._rows(chunk)
             for total, part in zip(squares, (bundle.forward(x) - y, y), strict=True):
+                part = self._weighed(part)
                 total += torch.linalg.vector_norm(part, dim=(1, 2), dtype=torch.float64).square()
         return (squares[0] / squares[1]).sqrt().cpu()
 

@@ -54,6 +54,8 @@ def compress(
     tune_steps: int = 0,
     sequential: bool = False,
     budget: float | None = None,
+    calibration_sentences: int = CALIBRATION_SENTENCES,
+    calibration_rows: int | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> FusionReport:
@@ -68,11 +70,12 @@ def compress(
         out: folder to make; must not exist, or be empty.
         width, layers, method, optimizer, seed: as in :func:`mlp_fusion.fuse`.
         text: file of sentences, one a line, that errors are measured on; None for the package's own.
-        calibration: file of sentences, one a line, that the method and its corrections learn from (the first 512); None
-            to fuse without data. Measure on other text than this.
-        refit, match, tune_steps, sequential, budget: as in :func:`mlp_fusion.fuse`.
+        calibration: file of sentences, one a line, that the method and its corrections learn from; None to fuse without
+            data. Measure on other text than this.
+        refit, match, tune_steps, sequential, budget, calibration_sentences, calibration_rows: as in
+            :func:`mlp_fusion.fuse`.
         device: `cpu`, `cuda`, `cuda:1`, or `auto` for CUDA when there is one.
-        progress: called as `progress(done, total)` while FFNs are worked on.
+        progress: as in :func:`mlp_fusion.fuse`.
 
     Returns:
         The report of `fuse`, with the cosines of sentence embeddings where the model has a tokenizer.
@@ -85,12 +88,13 @@ def compress(
     check_output(out)
     torch_device = resolve_device(device)
     sentences = read_sentences(None if text is None else Path(text).expanduser())
-    calibration_file = None if calibration is None else Path(calibration).expanduser()
-    learnt = None if calibration_file is None else read_sentences(calibration_file, limit=CALIBRATION_SENTENCES)
     corrections: dict[str, Any] = {
         "refit": refit, "match": match, "tune_steps": tune_steps, "sequential": sequential, "budget": budget,
+        "calibration_sentences": calibration_sentences, "calibration_rows": calibration_rows,
     }  # fmt: skip
-    check_options(width, method, optimizer=optimizer, seed=seed, calibrated=learnt is not None, **corrections)
+    check_options(width, method, optimizer=optimizer, seed=seed, calibrated=calibration is not None, **corrections)
+    calibration_file = None if calibration is None else Path(calibration).expanduser()
+    learnt = None if calibration_file is None else read_sentences(calibration_file, limit=calibration_sentences)
     planned = plan(path, width, layers, budget=budget)
     folder = local_folder(path)
     if folder.resolve() in out.parents:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from mlp_fusion.calibration.tuning import tune
 from mlp_fusion.methods import Method, Reduction
 from mlp_fusion.neurons import NeuronBundle, Parameterization
 
-#: Called as `progress(done, total)` with FFNs.
+#: Called as `progress(done, total)`, in units of FFNs reduced and, where FFNs are tuned, of steps of each.
 Progress = Callable[[int, int], None]
 
 #: Bytes of neuron vectors that a method works on side by side.
@@ -69,6 +70,11 @@ def working_precision(bundle: NeuronBundle) -> NeuronBundle:
     return bundle.to(dtype=torch.promote_types(bundle.w_in.dtype, torch.float32))
 
 
+def progress_units(recipe: Recipe) -> int:
+    """What one FFN counts in :data:`Progress`."""
+    return 1 + (recipe.tune_steps if recipe.refit else 0)
+
+
 def reduce_ffns(
     recipe: Recipe,
     bundles: Sequence[NeuronBundle],
@@ -84,6 +90,15 @@ def reduce_ffns(
     for number, (bundle, width) in enumerate(zip(bundles, widths, strict=True)):
         groups.setdefault((bundle.layout, bundle.w_in.device, width), []).append(number)
     results: dict[int, ReducedFFN] = {}
+    done, units = 0, progress_units(recipe)
+
+    def report(now: int) -> None:
+        if progress is not None:
+            progress(now, units * len(bundles))
+
+    def stepped(before: int, ffns: int, step: int) -> None:
+        report(before + step * ffns)
+
     for members in groups.values():
         first = bundles[members[0]]
         problem_bytes = 4 * first.width * first.vectors().shape[-1]
@@ -99,18 +114,23 @@ def reduce_ffns(
             seconds = (time.perf_counter() - started) / len(chunk)
             each = [ReducedFFN(_select(reduction, position), seconds) for position in range(len(chunk))]
             if known is not None and reduction.bundle.width < first.width:
-                each = _fit(recipe, each, known)
+                each = _fit(recipe, each, known, functools.partial(stepped, done, len(chunk)))
             for position, n in enumerate(chunk):
                 ffn = each[position]
                 if known is not None and reduction.bundle.width < first.width:
                     ffn = _match(recipe, stacked.select(position), ffn, known[position])
                 results[n] = ffn
-                if progress is not None:
-                    progress(len(results), len(bundles))
+                report(done + (units - 1) * len(chunk) + position + 1)
+            done += units * len(chunk)
     return [results[n] for n in range(len(bundles))]
 
 
-def _fit(recipe: Recipe, ffns: Sequence[ReducedFFN], statistics: Sequence[FFNStatistics]) -> list[ReducedFFN]:
+def _fit(
+    recipe: Recipe,
+    ffns: Sequence[ReducedFFN],
+    statistics: Sequence[FFNStatistics],
+    progress: Callable[[int], None],
+) -> list[ReducedFFN]:
     """Refit, one by one; then tuning, all side by side, and another refit of those that it has done good."""
     if not recipe.refit:
         return list(ffns)
@@ -124,9 +144,9 @@ def _fit(recipe: Recipe, ffns: Sequence[ReducedFFN], statistics: Sequence[FFNSta
         started = time.perf_counter()
         # From the fits that have not seen the held-out rows: those are what tuning is judged on.
         start = NeuronBundle.stack([fit.unseen for fit in fitted])
-        tuned = tune(start, statistics, steps=recipe.tune_steps, seed=recipe.seed).bundle
-        again = [refit(tuned.select(n), known) for n, known in enumerate(statistics)]
-        fitted = [_better(*pair) for pair in zip(fitted, again, strict=True)]
+        tuned = tune(start, statistics, steps=recipe.tune_steps, seed=recipe.seed, progress=progress)
+        for n in (tuned.after < tuned.before).nonzero().squeeze(1).tolist():
+            fitted[n] = refit(tuned.bundle.select(n), statistics[n])
         shared = (time.perf_counter() - started) / len(ffns)
         seconds = [own + shared for own in seconds]
     return [
@@ -139,13 +159,6 @@ def _fit(recipe: Recipe, ffns: Sequence[ReducedFFN], statistics: Sequence[FFNSta
         )
         for ffn, fit, own in zip(ffns, fitted, seconds, strict=True)
     ]
-
-
-def _better(before: Refit, after: Refit) -> Refit:
-    """The one with the smaller error on held-out rows; `before` where nothing says that it is `after`."""
-    if before.held_out_error is None or after.held_out_error is None:
-        return before
-    return after if after.held_out_error < before.held_out_error else before
 
 
 def _match(recipe: Recipe, original: NeuronBundle, ffn: ReducedFFN, statistics: FFNStatistics) -> ReducedFFN:

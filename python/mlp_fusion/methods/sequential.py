@@ -28,14 +28,14 @@ from transformers import Cache
 
 from mlp_fusion.architectures import Architecture, FFNSite
 from mlp_fusion.calibration.statistics import (
-    CALIBRATION_TOKENS,
     Collector,
     FFNStatistics,
     StreamPlan,
     row_capacity,
+    take_calibration,
 )
 from mlp_fusion.errors import InputError
-from mlp_fusion.measure.activations import Batch, Taps, evaluating, replaced, take_batches, tapped, token_mask
+from mlp_fusion.measure.activations import Batch, Taps, evaluating, replaced, tapped, token_mask
 from mlp_fusion.methods.pipeline import ReducedFFN
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -50,10 +50,12 @@ def reduce_sequentially(
     reduce: Callable[[int, FFNStatistics], ReducedFFN],
     *,
     seed: int,
+    rows: int | None = None,
 ) -> list[ReducedFFN]:
     """Reduce the FFNs in `sites` one after the other; `reduce(number, statistics)` does one.
 
-    The outputs `y` in the statistics are the targets that this module's docstring gives.
+    The outputs `y` in the statistics are the targets that this module's docstring gives. `rows` and the length of the
+    text are as in :func:`mlp_fusion.calibration.collect`.
 
     Memory beside the model: three times the hidden states of all calibration tokens at one layer, and the statistics of
     one FFN (see :func:`mlp_fusion.calibration.collect`). Time: four runs of the model.
@@ -61,9 +63,9 @@ def reduce_sequentially(
     Raises:
         InputError: the calibration text cannot be used, or a layer is called in a way that cannot be repeated.
     """
-    batches = take_batches(calibration, CALIBRATION_TOKENS)
+    batches = take_calibration(calibration)
     inputs = architecture.read(sites[0], model.config).w_in
-    plan = StreamPlan(batches, row_capacity(inputs.shape[-1], inputs.element_size()), seed)
+    plan = StreamPlan(batches, row_capacity(rows, inputs.shape[-1], inputs.element_size()), seed)
     masks = [token_mask(batch) for batch in batches]
     first, last = sites[0].index, sites[-1].index
     between = [site for site in architecture.sites(model) if first <= site.index <= last]

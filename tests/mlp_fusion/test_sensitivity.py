@@ -1,0 +1,206 @@
+"""What errors of an FFN's outputs do to the model, against perturbing every output in turn; and its use in tuning."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bundles import random_bundle, statistics_of
+from families import FAMILIES, tiny_model, token_batch
+from mlp_fusion import InputError, fuse
+from mlp_fusion.architectures import get_architecture
+from mlp_fusion.calibration import output_sensitivities, refit, sensitivity, tune
+from mlp_fusion.measure.activations import token_mask
+from mlp_fusion.methods import pipeline
+from mlp_fusion.neurons import NeuronBundle
+
+TEXT = [token_batch(seed=n, batch=6, length=8) for n in range(3)]
+WHOLE = {name: torch.cat([batch[name] for batch in TEXT]) for name in TEXT[0]}
+
+
+def _found(model: Any, text: Sequence[Any] = TEXT, seed: int = 0) -> list[Tensor]:
+    architecture = get_architecture(model.config.model_type)
+    return output_sensitivities(model, architecture, architecture.sites(model), text, seed=seed)
+
+
+def _masked_states(model: Any, batch: Any) -> Tensor:
+    """`(sequences, length * hidden)`, 0 where there is no token."""
+    states: Tensor = model.base_model(**batch).last_hidden_state * token_mask(batch).unsqueeze(-1)
+    return states.flatten(1)
+
+
+@torch.no_grad()
+def _by_perturbing(model: Any, layer: int, step: float = 1e-5) -> Tensor:
+    """Mean over tokens of `J^T J`, every column of every J a difference quotient."""
+    architecture = get_architecture(model.config.model_type)
+    projection = architecture.projection(architecture.sites(model)[layer], "w_out")
+    added = torch.zeros(())
+    hook = projection.register_forward_hook(lambda _module, _args, y: y + added)
+    d = architecture.read(architecture.sites(model)[layer], model.config).w_out.shape[-1]
+    mask, total = token_mask(WHOLE), torch.zeros(d, d, dtype=torch.float64)
+    for position in range(mask.shape[1]):
+        columns = []
+        for entry in range(d):
+            sides = []
+            for sign in (1.0, -1.0):
+                added = torch.zeros(*mask.shape, d, dtype=torch.float64)
+                added[:, position, entry] = sign * step
+                sides.append(_masked_states(model, WHOLE))
+            columns.append((sides[0] - sides[1]) / (2.0 * step))
+        jacobian = torch.stack(columns, dim=-1)[mask[:, position]]
+        total += torch.einsum("sod,soe->de", jacobian, jacobian)
+    hook.remove()
+    return total / mask.sum()
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_sensitivities_are_those_of_perturbed_outputs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With next to nothing of the identity, averaged over probes, which are random."""
+    monkeypatch.setattr(sensitivity, "_IDENTITY", 1e-4)
+    model = tiny_model(family, dtype=torch.float64)
+    exact = _by_perturbing(model, 1)
+    exact *= len(exact) / exact.trace()
+    probes = [_found(model, [WHOLE], seed=seed)[1].double() for seed in range(60)]
+    mean = torch.stack([factor @ factor.T for factor in probes]).mean(dim=0)
+    assert torch.linalg.norm(mean - exact) < 0.08 * torch.linalg.norm(exact)
+    # What there is to be found is well away from "all alike".
+    assert torch.linalg.norm(torch.eye(len(exact)) - exact) > 0.3 * torch.linalg.norm(exact)
+    assert all(torch.equal(factor, factor.tril()) for factor in probes)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_model_is_left_alone(family: str) -> None:
+    model = tiny_model(family)
+    model.train()
+    frozen = next(model.parameters())
+    frozen.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        factors = _found(model)
+    assert model.training
+    assert not frozen.requires_grad
+    assert all(p.requires_grad and p.grad is None for p in model.parameters() if p is not frozen)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+    for factor in factors:
+        weight = factor.double() @ factor.double().T
+        assert float(weight.diagonal().mean()) == pytest.approx(1.0, rel=1e-5)
+        assert float(torch.linalg.eigvalsh(weight)[0]) > 0.0999
+    assert all(torch.equal(*pair) for pair in zip(factors, _found(model), strict=True))
+
+
+def test_chunks_layers_and_padding_make_no_difference() -> None:
+    plain = _found(tiny_model("bert", dtype=torch.float64))
+    chunked = _found(tiny_model("bert", dtype=torch.float64, chunk_size_feed_forward=4))
+    for one, other in zip(plain, chunked, strict=True):
+        torch.testing.assert_close(one, other)
+    model: Any = tiny_model("bert", dtype=torch.float64)
+    architecture = get_architecture("bert")
+    alone = output_sensitivities(model, architecture, architecture.sites(model)[1:2], TEXT, seed=0)
+    torch.testing.assert_close(alone[0], plain[1])
+    # Ids behind the padding are not looked at.
+    other = [{**b, "input_ids": torch.where(token_mask(b), b["input_ids"], 5)} for b in TEXT]
+    for one, two in zip(plain, _found(model, other), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_what_is_looked_at_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def probed(batches: list[Any], chunk: int = 1) -> list[Any]:
+        return list(sensitivity._probes(batches, chunk))
+
+    ids = torch.arange(2 * 40).reshape(2, 40)
+    for name, value in {"_TOKENS": 60, "_RUN": 24, "_SEQUENCE": 12}.items():
+        monkeypatch.setattr(sensitivity, name, value)
+    # Two long sequences: the first 12 positions of both, side by side.
+    [part] = probed([{"input_ids": ids}])
+    assert torch.equal(part["input_ids"], ids[:, :12])
+    # Padding in front is left out; the length stays a multiple of the chunks that the model's FFNs run in.
+    mask = torch.ones(2, 40, dtype=torch.int64)
+    mask[:, :20] = 0
+    [part] = probed([{"input_ids": ids, "attention_mask": mask}])
+    assert torch.equal(part["input_ids"], ids[:, 20:32])
+    [part] = probed([{"input_ids": ids, "attention_mask": mask}], chunk=5)
+    assert part["input_ids"].shape == (2, 10)
+    # A large batch runs in parts; of many batches, some, from first to last.
+    parts = probed([{"input_ids": torch.zeros(30, 6, dtype=torch.int64)}])
+    assert [p["input_ids"].shape for p in parts] == [(4, 6)] * 3
+    parts = probed([{"input_ids": torch.full((3, 8), n)} for n in range(10)])
+    assert [int(p["input_ids"][0, 0]) for p in parts] == [0, 4, 8]
+
+
+def test_models_without_gradients_are_refused() -> None:
+    class Cut(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.detach()
+
+    model: Any = tiny_model("llama")
+    model.model.norm = nn.Sequential(model.model.norm, Cut())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match="tuning needs gradients through the model, which fails"):
+        fuse(model, 16, calibration=TEXT, tune_steps=2)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    model = tiny_model("gpt2")
+    model.transformer.ln_f.weight.data.fill_(1e25)
+    with pytest.raises(InputError, match=r"overflow .*: load it in float32 or bfloat16"):
+        _found(model)
+
+
+def test_tuning_heeds_what_matters() -> None:
+    original = random_bundle(width=40)
+    x = torch.randn(400, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    known = statistics_of(original, x)
+    reduced = refit(original.reduce(torch.arange(40).unsqueeze(0) % 8), known).unseen
+    d_out = known.y.shape[1]
+    first = torch.eye(d_out, dtype=torch.float64)
+    first[0, 0] = 30.0
+    weighed = dataclasses.replace(known, sensitivity=first)
+    held_out = known.held_out
+
+    def errors(bundle: NeuronBundle) -> Tensor:
+        difference: Tensor = bundle.forward(x[held_out])[0] - known.y[held_out]
+        return difference.square().sum(dim=0)
+
+    plain, found = (tune(reduced, [s], steps=150, seed=0) for s in (known, weighed))
+    assert errors(found.bundle)[0] < 0.7 * errors(plain.bundle)[0]
+    assert errors(found.bundle)[1:].sum() > errors(plain.bundle)[1:].sum()
+    expected = torch.linalg.norm((found.bundle.forward(x[held_out])[0] - known.y[held_out]) @ first)
+    assert float(found.after[0]) == pytest.approx(float(expected / torch.linalg.norm(known.y[held_out] @ first)))
+    # Weighing all alike changes nothing, and FFNs side by side have each their own.
+    alike = dataclasses.replace(known, sensitivity=torch.eye(d_out))
+    torch.testing.assert_close(tune(reduced, [alike], steps=150, seed=0).bundle.w_in, plain.bundle.w_in)
+    both = tune(NeuronBundle.stack([reduced, reduced]), [alike, weighed], steps=150, seed=0)
+    torch.testing.assert_close(both.bundle.select(0).w_in, plain.bundle.w_in)
+    torch.testing.assert_close(both.bundle.select(1).w_in, found.bundle.w_in)
+    with pytest.raises(ValueError, match="give it to all"):
+        tune(NeuronBundle.stack([reduced, reduced]), [known, weighed], steps=1, seed=0)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_fuse_tunes_every_ffn_by_its_own_sensitivity(sequential: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor | None] = []
+    whole = pipeline.tune
+
+    def recorded(reduced: NeuronBundle, statistics: Sequence[Any], **options: Any) -> Any:
+        seen.extend(known.sensitivity for known in statistics)
+        return whole(reduced, statistics, **options)
+
+    monkeypatch.setattr(pipeline, "tune", recorded)
+    model = tiny_model("bert")
+    expected = _found(copy.deepcopy(model), seed=3)
+    done: list[tuple[int, int]] = []
+    fuse(
+        model, 16, calibration=TEXT, tune_steps=4, sequential=sequential, seed=3,
+        progress=lambda *now: done.append(now),
+    )  # fmt: skip
+    assert len(seen) == 3
+    for found, wanted in zip(seen, expected, strict=True):
+        assert found is not None
+        assert torch.equal(found, wanted)
+    assert done == sorted(done)
+    assert done[-1] == (15, 15)
