@@ -104,8 +104,11 @@ def check_options(
         )
     if isinstance(tune_steps, bool) or not isinstance(tune_steps, int) or tune_steps < 0:
         raise InputError(f"tune_steps {tune_steps!r}: give a number of steps, 0 for no tuning")
-    for name, count in (("calibration_sentences", calibration_sentences), ("calibration_rows", calibration_rows)):
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+    counts = {"calibration_sentences": calibration_sentences}
+    if calibration_rows is not None:
+        counts["calibration_rows"] = calibration_rows
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise InputError(f"{name} {count!r}: give a number from 1 on")
     if tune_steps > 0 and refit is False:
         raise InputError("tune_steps starts from a refit and ends in one: leave refit to itself")
@@ -162,8 +165,8 @@ def fuse(
             text, or else random token ids, which run the real layers but are not real text.
         calibration: text that the method and its corrections learn from; a few hundred sentences suffice. Batches, the
             path of a text file, a list of sentences, or a `datasets` dataset: see
-            :func:`mlp_fusion.calibration.text.calibration_batches`.
-            The model runs over it once (four times when sequential). Memory: see
+            :func:`mlp_fusion.calibration.text.calibration_batches`. An iterable that is no list is read for 262,144
+            tokens. The model runs over the text once (four times when sequential). Memory: see
             :func:`mlp_fusion.calibration.collect`.
         refit: fit each reduced FFN's output weights and bias to the original's outputs, by ridge regression; None:
             whenever there is calibration text.

@@ -52,6 +52,21 @@ def test_options_reach_fuse(source: Path, text: Path, tmp_path: Path) -> None:
     assert mlp_fusion.verify(tmp_path / "out").passed
 
 
+def test_more_text_and_rows_reach_fuse(source: Path, text: Path, tmp_path: Path) -> None:
+    arguments = ["compress", source, "--width", 16, "--calibration", text, "--json"]
+    whole, few, thin = (
+        _run(*arguments[:2], tmp_path / name, *arguments[2:], *more)
+        for name, more in (
+            ("whole", ()),
+            ("few", ("--calibration-sentences", 30)),
+            ("thin", ("--calibration-rows", 40)),
+        )
+    )
+    assert few["calibration"]["tokens"] < whole["calibration"]["tokens"] == thin["calibration"]["tokens"]
+    assert thin["sample_rows"] == whole["sample_rows"]
+    assert len({(tmp_path / name / ck.WEIGHTS).read_bytes() for name in ("whole", "few", "thin")}) == 3
+
+
 def test_calibration_refits_unless_told_otherwise(source: Path, text: Path, tmp_path: Path) -> None:
     fitted = _run("compress", source, tmp_path / "a", "--width", 16, "--calibration", text, "--json")
     unfitted = _run("compress", source, tmp_path / "b", "--width", 16, "--json")

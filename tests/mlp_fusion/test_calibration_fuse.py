@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import checkpoints as ck
 from families import FAMILIES, WIDTH, tiny_model, token_batch
 from mlp_fusion import FusionReport, InputError, fuse
 from mlp_fusion.architectures import get_architecture
-from mlp_fusion.calibration import collect
+from mlp_fusion.calibration import FFNStatistics, collect
 from mlp_fusion.calibration.text import calibration_batches
 from mlp_fusion.measure import capture_activations, relative_error
-from mlp_fusion.methods import get_method
+from mlp_fusion.methods import get_method, pipeline
 from mlp_fusion.methods.allocation import hidden_state_changes
 from mlp_fusion.methods.pipeline import Recipe, reduce_ffns
 from mlp_fusion.methods.sequential import reduce_sequentially
+from mlp_fusion.neurons import NeuronBundle
 
 TEXT = [token_batch(seed=n, batch=6, length=12) for n in range(8)]
 HELD_OUT = [token_batch(seed=100 + n, batch=6, length=12) for n in range(4)]
@@ -215,7 +217,12 @@ def test_effects_are_those_of_a_model_with_one_ffn_replaced() -> None:
 
 
 def test_same_seed_same_bits() -> None:
-    for options in ({"match": "auto"}, {"sequential": True}, {"method": "select", "optimizer": "sgd", "match": "auto"}):
+    for options in (
+        {"match": "auto"},
+        {"sequential": True},
+        {"method": "select", "optimizer": "sgd", "match": "auto"},
+        {"tune_steps": 3},
+    ):
         states = []
         for _ in range(2):
             model = tiny_model("qwen3")
@@ -231,6 +238,38 @@ def test_the_model_runs_over_the_text_once() -> None:
     base.register_forward_pre_hook(lambda _m, _args: runs.append(1))
     fuse(model, 16, calibration=TEXT)
     assert len(runs) == len(TEXT)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_as_many_rows_are_kept_as_are_asked_for(sequential: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default few, so that memory is bounded; beyond the default where the caller says so."""
+    monkeypatch.setattr("mlp_fusion.calibration.statistics.CALIBRATION_ROWS", 50)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in TEXT)
+    kept: list[int] = []
+    whole = pipeline.refit
+
+    def recorded(reduced: NeuronBundle, statistics: FFNStatistics) -> Any:
+        kept.append(len(statistics.x))
+        return whole(reduced, statistics)
+
+    monkeypatch.setattr(pipeline, "refit", recorded)
+    for rows, expected in ((None, 50), (120, 120), (10**9, tokens)):
+        kept.clear()
+        fuse(tiny_model("bert"), 16, calibration=TEXT, calibration_rows=rows, sequential=sequential)
+        assert kept == [expected] * 3
+
+
+def test_lists_are_read_to_their_end_and_streams_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlp_fusion.calibration.statistics.CALIBRATION_TOKENS", 100)
+    batch = token_batch(batch=6, length=12)
+    tokens = int(batch["attention_mask"].sum())
+    for sequential in (False, True):
+        reports = [
+            fuse(tiny_model("bert"), 16, calibration=text, sequential=sequential)
+            for text in ([batch] * 5, itertools.repeat(batch))
+        ]
+        found = [report.calibration.tokens for report in reports if report.calibration is not None]
+        assert found == [5 * tokens, 2 * tokens]
 
 
 def test_without_a_sample_errors_are_of_the_calibration_text_and_say_so() -> None:
@@ -255,6 +294,7 @@ def test_calibration_from_datasets() -> None:
     batches: Any = calibration_batches(tokens, model)
     assert len(batches) == 512
     assert batches[2]["input_ids"].tolist() == [[5, 6, 9]]
+    assert len(calibration_batches(tokens, model, sentences=599)) == 599  # type: ignore[arg-type]
     assert set(batches[0]) == {"input_ids", "attention_mask"}
     fuse(model, 16, calibration=tokens)
     assert calibration_batches(TEXT, model) is TEXT
@@ -275,6 +315,11 @@ def test_calibration_from_datasets() -> None:
         ({"sequential": True}, "sequential needs calibration text"),
         ({"width": "auto", "budget": 0.4}, "width auto needs calibration text"),
         ({"method": "select"}, "method select needs calibration text"),
+        ({"calibration_rows": 9}, "calibration_rows needs calibration text"),
+        ({"calibration_sentences": 9}, "calibration_sentences needs calibration text"),
+        ({"calibration_rows": 0, "calibration": TEXT}, "calibration_rows 0: give a number from 1 on"),
+        ({"calibration_sentences": True, "calibration": TEXT}, "calibration_sentences True: give a number"),
+        ({"calibration_sentences": None, "calibration": TEXT}, "calibration_sentences None: give a number"),
         ({"method": "svd"}, "method 'svd' keeps the width"),
         ({"match": "adam", "calibration": TEXT}, "match 'adam': use gd, sign, auto or none"),
         ({"match": "auto", "optimizer": None, "calibration": TEXT}, "match needs an optimizer"),
@@ -308,6 +353,10 @@ def test_a_list_of_sentences_is_a_file_of_them(tmp_path: Path) -> None:
     for one, other in zip(from_list, from_file, strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
+    for source in (sentences, tmp_path / "text.txt"):
+        report = fuse(copy.deepcopy(model), 16, calibration=source, calibration_sentences=520)
+        assert report.calibration is not None
+        assert report.calibration.tokens == 260 * 3 + 260 * 2
     for bad in (["a cat", " "], ["a cat", 3]):
         with pytest.raises(InputError, match="some are blank or no text"):
             calibration_batches(bad, model)
