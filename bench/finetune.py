@@ -58,6 +58,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "gpt2": {"task": "lm", "learning_rate": 3e-4, "epochs": 0.5, "batch_size": 16, "max_length": 128},
     "llama": {"task": "lm", "learning_rate": 3e-4, "epochs": 0.5, "batch_size": 16, "max_length": 128},
 }
+#: Local tuning on more text than a few hundred sentences: on all rows of it.
+LONG: dict[str, Any] = {"tune_steps": 2500, "calibration_sentences": 10_000, "calibration_rows": 500_000}
 PRETRAINING: dict[str, Any] = {"learning_rate": 1e-3, "epochs": 4.0, "batch_size": 16, "max_length": 128}
 
 
@@ -74,6 +76,7 @@ class Mode:
         share: of the width.
         late: reduce the full model that was trained on the task, rather than the pretrained one. Only for `sst2`: the
             language models were trained on their task before they are reduced.
+        all_text: calibrate on all of the training text, rather than on the first of it.
     """
 
     method: str | None
@@ -83,6 +86,7 @@ class Mode:
     logits: bool = False
     share: float = 0.25
     late: bool = False
+    all_text: bool = False
 
 
 MODES: dict[str, Mode] = {
@@ -100,6 +104,7 @@ MODES: dict[str, Mode] = {
     "select, sequential": Mode("select", options={"sequential": True}),
     "select, layerwise, logits": Mode("select", options={"sequential": True}, layerwise=True, logits=True),
     "fusion, tuned": Mode("fusion", options={"tune_steps": 300}),
+    "fusion, tuned on all": Mode("fusion", options={**LONG, "sequential": True}, all_text=True),
     "fusion, folded": Mode("fusion", options={"optimizer": None}),
     "fusion, matched": Mode("fusion", options={"match": "auto"}),
     "fusion, split": Mode("fusion", options={"optimizer": "sgd"}),
@@ -126,6 +131,7 @@ class Task:
             self.train: Any = data / "sst2_train.tsv"
             self.evaluation: Any = data / "sst2_dev.tsv"
             self.calibration: Any = data / "sst2_train.tsv"
+            self.all_text = self.calibration
             return
         text = (data / "tiny_shakespeare.txt").read_text(encoding="utf-8")
         cut = len(text) * 9 // 10
@@ -134,11 +140,13 @@ class Task:
         self._pretrain(text[:cut])
         rows = read_rows(self.train, labelled=False)
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        blocks = language_examples(rows, tokenizer, self.recipe["max_length"])[: CALIBRATION // 4]
-        self.calibration = [
-            {key: torch.stack([b[key] for b in blocks[i : i + 8]]) for key in ("input_ids", "attention_mask")}
-            for i in range(0, len(blocks), 8)
+        blocks = language_examples(rows, tokenizer, self.recipe["max_length"])
+        whole = [block for block in blocks if len(block["input_ids"]) == self.recipe["max_length"]]
+        self.all_text = [
+            {key: torch.stack([b[key] for b in whole[i : i + 8]]) for key in ("input_ids", "attention_mask")}
+            for i in range(0, len(whole), 8)
         ]
+        self.calibration = self.all_text[: CALIBRATION // 4 // 8]
 
     def _pretrain(self, text: str) -> None:
         if (self.folder / "finetune.json").is_file():
@@ -198,7 +206,8 @@ class Task:
             low_rank(model, mode.share)
         elif mode.method is not None:
             options: dict[str, Any] = {"optimizer": "adamw", "seed": seed, **mode.options}
-            known = self.calibration if mode.calibrated else None
+            text = self.all_text if mode.all_text else self.calibration
+            known = text if mode.calibrated else None
             report = mlp_fusion.fuse(model, mode.share, method=mode.method, calibration=known, **options)
             reduced = {"output_error": [row.output_error for row in report.rows]}
         reduced["seconds"] = time.perf_counter() - started
