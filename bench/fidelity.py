@@ -1,6 +1,6 @@
 """Every compression method on the FFNs of all-MiniLM-L6-v2, as it is and after each correction, on held-out sentences.
 
-    python bench/fidelity.py --data FOLDER [--width 384] [--sentences 512] [--tune 300] [--long 2500] [--out FILE]
+    python bench/fidelity.py --data FOLDER [--width 384] [--sentences 512] [--tune STEPS] [--long STEPS] [--out FILE]
 
 Calibrated on the first sentences of `FOLDER/sst2_train.tsv`, measured on all of `FOLDER/sst2_dev.tsv`
 (`sentence<TAB>label`). Without `--data`: on the two halves of the package's own sentences, which are few.

@@ -215,6 +215,9 @@ def fuse(
     statistics = None
     if known is not None and (not sequential or budget is not None):
         statistics = collect(model, architecture, chosen, known, seed=seed, rows=calibration_rows)
+    sensitivities: list[Tensor | None] = [None] * len(chosen)
+    if known is not None and options.recipe.tune_steps > 0:
+        sensitivities = [*output_sensitivities(model, architecture, chosen, known, seed=seed)]
     calibration_seconds = time.perf_counter() - calibrating if statistics is not None else None
     if sample is None and statistics is not None:
         activations = [_sampled(s, seed) for s in statistics]
@@ -228,9 +231,6 @@ def fuse(
     if budget is not None and statistics is not None and known is not None:
         effects = functools.partial(hidden_state_changes, model, architecture, chosen, known)
         widths = allocate_widths(options.recipe, originals, statistics, budget, effects, progress)
-    sensitivities: list[Tensor | None] = [None] * len(chosen)
-    if known is not None and options.recipe.tune_steps > 0:
-        sensitivities = [*output_sensitivities(model, architecture, chosen, known, seed=seed)]
     if known is not None and sequential:
         reduce = functools.partial(_reduce_one, options.recipe, originals, widths, sensitivities, progress)
         reduced = reduce_sequentially(model, architecture, chosen, known, reduce, seed=seed, rows=calibration_rows)

@@ -17,7 +17,7 @@ from fusion_kernels import ntk_gram
 from mlp_fusion import InputError
 from mlp_fusion.architectures import get_architecture
 from mlp_fusion.calibration import collect, match_ntk, nnls, refit
-from mlp_fusion.calibration.statistics import Reservoir
+from mlp_fusion.calibration.statistics import StreamPlan
 from mlp_fusion.measure import capture_activations, ffn_errors, relative_error
 from mlp_fusion.neurons import NeuronBundle
 
@@ -92,19 +92,18 @@ def test_sampled_rows_are_uniform_and_the_same_at_every_ffn(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("sizes", [[3, 0, 4], [1] * 30, [40], [5, 5, 5, 5]])
-def test_reservoir_keeps_every_position_equally_often(sizes: list[int]) -> None:
+def test_every_position_is_kept_equally_often(sizes: list[int]) -> None:
+    """Batches of sequences of one token, and of none."""
     total, capacity = sum(sizes), 6
+    batches = [{"input_ids": torch.ones(size, 1), "attention_mask": torch.ones(size, 1)} for size in sizes]
     kept = torch.zeros(total)
     for seed in range(300):
-        reservoir, slots = Reservoir(capacity, seed), torch.full((capacity,), -1)
-        start = 0
-        for size in sizes:
-            taken, where = reservoir.offer(size)
-            assert len(set(where.tolist())) == len(where)
-            slots[where] = start + taken
-            start += size
-        present = slots[slots >= 0]
-        assert len(set(present.tolist())) == min(capacity, total)
+        plan = StreamPlan(batches, capacity, seed)
+        assert plan.capacity == min(capacity, total)
+        starts = torch.tensor([0, *sizes]).cumsum(0)
+        present = torch.cat([start + taken for start, taken in zip(starts, plan.taken, strict=False)])
+        assert len(set(present.tolist())) == plan.capacity
+        assert torch.equal(plan.sequence, present)
         kept[present] += 1
     expected = 300 * min(capacity, total) / total
     assert float((kept - expected).abs().max()) <= 5 * expected**0.5

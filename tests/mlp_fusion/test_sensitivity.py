@@ -66,7 +66,7 @@ def test_sensitivities_are_those_of_perturbed_outputs(family: str, monkeypatch: 
     model = tiny_model(family, dtype=torch.float64)
     exact = _by_perturbing(model, 1)
     exact *= len(exact) / exact.trace()
-    probes = [_found(model, [WHOLE], seed=seed)[1].double() for seed in range(60)]
+    probes = [_found(model, seed=seed)[1].double() for seed in range(60)]
     mean = torch.stack([factor @ factor.T for factor in probes]).mean(dim=0)
     assert torch.linalg.norm(mean - exact) < 0.08 * torch.linalg.norm(exact)
     # What there is to be found is well away from "all alike".
@@ -120,18 +120,29 @@ def test_what_is_looked_at_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     # Two long sequences: the first 12 positions of both, side by side.
     [part] = probed([{"input_ids": ids}])
     assert torch.equal(part["input_ids"], ids[:, :12])
-    # Padding in front is left out; the length stays a multiple of the chunks that the model's FFNs run in.
+    # From the first token of each on; the length stays a multiple of the chunks that the model's FFNs run in.
     mask = torch.ones(2, 40, dtype=torch.int64)
-    mask[:, :20] = 0
-    [part] = probed([{"input_ids": ids, "attention_mask": mask}])
-    assert torch.equal(part["input_ids"], ids[:, 20:32])
-    [part] = probed([{"input_ids": ids, "attention_mask": mask}], chunk=5)
+    mask[0, :20] = 0
+    mask[1, :30] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": torch.arange(40).unsqueeze(0)}
+    [part] = probed([batch])
+    assert torch.equal(part["input_ids"], torch.stack([ids[0, 20:32], ids[1, 28:]]))
+    assert torch.equal(part["attention_mask"], torch.stack([mask[0, 20:32], mask[1, 28:]]))
+    assert torch.equal(part["position_ids"], torch.stack([torch.arange(20, 32), torch.arange(28, 40)]))
+    [part] = probed([batch], chunk=5)
     assert part["input_ids"].shape == (2, 10)
-    # A large batch runs in parts; of many batches, some, from first to last.
-    parts = probed([{"input_ids": torch.zeros(30, 6, dtype=torch.int64)}])
-    assert [p["input_ids"].shape for p in parts] == [(4, 6)] * 3
+    # Behind the tokens, padding is left out, and sequences without any token are.
+    mask = torch.zeros(5, 40, dtype=torch.int64)
+    mask[1:, :3] = 1
+    [part] = probed([{"input_ids": torch.arange(5 * 40).reshape(5, 40), "attention_mask": mask}])
+    assert part["input_ids"][:, 0].tolist() == [40, 80, 120, 160]
+    assert part["attention_mask"].shape == (4, 3)
+    # Of a large batch some, in parts; of many batches some, from first to last.
+    parts = probed([{"input_ids": torch.arange(30).unsqueeze(1).expand(30, 6)}])
+    assert torch.cat([p["input_ids"][:, 0] for p in parts]).tolist() == list(range(0, 30, 3))
+    assert [len(p["input_ids"]) for p in parts] == [4, 4, 2]
     parts = probed([{"input_ids": torch.full((3, 8), n)} for n in range(10)])
-    assert [int(p["input_ids"][0, 0]) for p in parts] == [0, 4, 8]
+    assert [int(p["input_ids"][0, 0]) for p in parts] == [0, 1, 2, 4, 5, 6, 8, 9]
 
 
 def test_models_without_gradients_are_refused() -> None:
@@ -145,10 +156,44 @@ def test_models_without_gradients_are_refused() -> None:
     with pytest.raises(InputError, match="tuning needs gradients through the model, which fails"):
         fuse(model, 16, calibration=TEXT, tune_steps=2)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    model = tiny_model("gpt2")
-    model.transformer.ln_f.weight.data.fill_(1e25)
-    with pytest.raises(InputError, match=r"overflow .*: load it in float32 or bfloat16"):
-        _found(model)
+    for dtype, remedy in ((torch.float16, "float16: load it in float32"), (torch.float32, "float32: leave out")):
+        model = tiny_model("gpt2", dtype=dtype)
+        model.transformer.ln_f.weight.data.fill_(torch.finfo(dtype).max)
+        with pytest.raises(InputError, match=f"not finite in {remedy}"):
+            _found(model)
+    model = tiny_model("bert")
+    model.base_model.encoder.layer = model.base_model.encoder.layer[:2]
+    architecture = get_architecture("bert")
+    skipped = architecture.sites(tiny_model("bert"))[2:]
+    with pytest.raises(InputError, match="an FFN did not run"):
+        output_sensitivities(model, architecture, [*architecture.sites(model), *skipped], TEXT, seed=0)
+    with pytest.raises(InputError, match="at least one batch"):
+        _found(tiny_model("bert"), [])
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_models_of_every_setting_can_be_tuned(family: str) -> None:
+    """In evaluation mode and frozen, with checkpointing, tuples for outputs, and a cache; text batch by batch."""
+    expected = _found(tiny_model(family))
+    for model in (
+        tiny_model(family).requires_grad_(False),
+        tiny_model(family, return_dict=False),
+        tiny_model(family, use_cache=True),
+    ):
+        assert all(torch.equal(*pair) for pair in zip(_found(model), expected, strict=True))
+    model = tiny_model(family)
+    model.gradient_checkpointing_enable()
+    model.train()
+    for found, wanted in zip(_found(model), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    one, again = (_found(tiny_model(family), text) for text in (WHOLE, iter([WHOLE])))
+    assert all(torch.equal(*pair) for pair in zip(one, again, strict=True))
+    positions = {**WHOLE, "position_ids": torch.arange(8).unsqueeze(0)}
+    for found, wanted in zip(_found(tiny_model(family), [positions]), one, strict=True):
+        torch.testing.assert_close(found, wanted)
+    half = _found(tiny_model(family, dtype=torch.bfloat16))
+    for found, wanted in zip(half, expected, strict=True):
+        assert float(torch.linalg.norm(found - wanted) / torch.linalg.norm(wanted)) < 0.1
 
 
 def test_tuning_heeds_what_matters() -> None:
@@ -158,7 +203,7 @@ def test_tuning_heeds_what_matters() -> None:
     reduced = refit(original.reduce(torch.arange(40).unsqueeze(0) % 8), known).unseen
     d_out = known.y.shape[1]
     first = torch.eye(d_out, dtype=torch.float64)
-    first[0, 0] = 30.0
+    first[0, 0], first[2, 0] = 30.0, 3.0
     weighed = dataclasses.replace(known, sensitivity=first)
     held_out = known.held_out
 

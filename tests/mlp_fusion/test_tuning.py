@@ -15,10 +15,10 @@ from torch import Tensor
 from bundles import random_bundle, statistics_of
 from families import FAMILIES, tiny_model, token_batch
 from mlp_fusion import FusionReport, InputError, compress, fuse
-from mlp_fusion.calibration import FFNStatistics, refit, tune
+from mlp_fusion.calibration import FFNStatistics, Refit, refit, tune
 from mlp_fusion.cli import cli
 from mlp_fusion.measure import relative_error
-from mlp_fusion.methods import get_method
+from mlp_fusion.methods import get_method, pipeline
 from mlp_fusion.methods.pipeline import Recipe, reduce_ffns
 from mlp_fusion.neurons import NeuronBundle
 
@@ -153,6 +153,27 @@ def test_the_pipeline_keeps_what_is_better_and_matches_the_kernel_afterwards() -
     assert counts[-1] == 3 * 151
     assert len(counts) == 153
     assert [now for now in done if now[1] == 3] == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_last_refit_that_undoes_what_tuning_won_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = random_bundle(width=40, dtype=torch.float32)
+    known = statistics_of(original, _rows(300, seed=1).float())
+    fits: list[Refit] = []
+
+    def spoiled(reduced: NeuronBundle, statistics: FFNStatistics) -> Refit:
+        found = refit(reduced, statistics)
+        if fits:
+            found = dataclasses.replace(found, unseen=dataclasses.replace(found.unseen, w_out=found.unseen.w_out * 3.0))
+        fits.append(found)
+        return found
+
+    recipe = Recipe(get_method("fusion"), 0, "scaled", refit=True, tune_steps=150)
+    [tuned] = reduce_ffns(recipe, [original], [8], [known])
+    monkeypatch.setattr(pipeline, "refit", spoiled)
+    [kept] = reduce_ffns(recipe, [original], [8], [known])
+    assert len(fits) == 2
+    assert torch.equal(kept.reduction.bundle.w_out, fits[0].bundle.w_out)
+    assert not torch.equal(tuned.reduction.bundle.w_out, fits[0].bundle.w_out)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -84,9 +84,9 @@ def refit(reduced: NeuronBundle, statistics: FFNStatistics) -> Refit:
         reduced: the reduced FFN, B = 1, in any parameterization; the result is canonical (`scale_exponent` 0).
         statistics: of the original.
 
-    Memory: 2,048 rows of activations, and `8 K (3 K + 2 d_out)` bytes for K neurons. Time: `2 R K (d + K + 2 d_out)`
-    operations in the working precision, and a Cholesky factorisation of a K x K matrix per candidate tried, three at
-    least.
+    Memory: a copy of the rows, 2,048 rows of activations, and `8 K (3 K + 2 d_out)` bytes for K neurons. Time:
+    `2 R K (d + K + 2 d_out)` operations in the working precision, and a Cholesky factorisation of a K x K matrix per
+    candidate tried, three at least.
 
     Raises:
         ValueError: the bundle holds more than one FFN.

@@ -14,14 +14,16 @@ output factor of K-FAC (Martens & Grosse 2015), there of the training loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlp_fusion.architectures import Architecture, FFNSite
+from mlp_fusion.calibration.statistics import take_calibration
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure.activations import Batch, evaluating, token_mask
 
@@ -35,36 +37,50 @@ def output_sensitivities(
     model: nn.Module,
     architecture: Architecture,
     sites: Sequence[FFNSite],
-    batches: Sequence[Batch],
+    calibration: Batch | Iterable[Batch],
     *,
     seed: int,
 ) -> list[Tensor]:
     """Per FFN in `sites`, L with `|e L|^2` what an error e of its outputs does to the last hidden states, in the mean.
 
-    M is scaled to a mean eigenvalue of 1 and mixed with a tenth of the identity. About 4,096 tokens are looked at,
-    from batches spread evenly over those given; long sequences count with their first 512.
+    M is scaled to a mean eigenvalue of 1 and mixed with a tenth of the identity. About 4,096 tokens are looked at, of
+    sequences spread evenly over the text, the first 512 of each.
 
     Memory: the activations of a forward pass over at most 1,024 positions, and `12 d_out^2` bytes per FFN. Time: a
     forward and a backward pass over those tokens. The model's parameters are not touched and get no gradients.
 
+    Args:
+        model: an unfused model.
+        architecture, sites: its architecture and the FFNs wanted.
+        calibration: as in :func:`mlp_fusion.calibration.collect`.
+        seed: of the probes.
+
     Returns:
-        `(d_out, d_out)` float32 each, lower triangular with `L L^T = M`, on the model's device.
+        `(d_out, d_out)` float32 each, lower triangular with `L L^T = M`, on the device of the FFN.
 
     Raises:
-        InputError: the model cannot run on a batch, cannot be differentiated, or its gradients are not finite.
+        InputError: there is no batch or no token, the model cannot run on one, skips an FFN, or cannot be
+            differentiated, or its gradients are not finite.
     """
+    batches = take_calibration(calibration)
     outputs: list[list[Tensor]] = [[] for _ in sites]
     sums: list[Tensor | None] = [None] * len(sites)
     generator = torch.Generator().manual_seed(seed)
     base: Any = getattr(model, "base_model", model)
     device = next(model.parameters()).device
-    with evaluating(model), _frozen(model), _caught(architecture, sites, outputs), torch.enable_grad():
+    # Attention's fused backward passes add up in no fixed order on a GPU.
+    exact = sdpa_kernel(SDPBackend.MATH)
+    with evaluating(model), _frozen(model), _caught(architecture, sites, outputs), torch.enable_grad(), exact:
         for batch in _probes(batches, chunk=getattr(model.config, "chunk_size_feed_forward", 0) or 1):
             try:
-                hidden = base(**{k: v.to(device) for k, v in batch.items()}).last_hidden_state
-                mask = token_mask(batch).to(device)
-                probe = torch.randn(hidden.shape, generator=generator).to(hidden) * mask.unsqueeze(-1)
-                gradients = iter(torch.autograd.grad((hidden * probe).sum(), [y for ys in outputs for y in ys]))
+                inputs = {k: v.to(device) for k, v in batch.items()}
+                hidden = base(**inputs, return_dict=True).last_hidden_state
+                if not all(outputs):
+                    raise InputError("an FFN did not run on the calibration text: the model skips it")
+                mask = token_mask(batch)
+                probe = torch.randn(hidden.shape, generator=generator).to(hidden)
+                loss = (hidden * probe * mask.unsqueeze(-1).to(hidden.device)).sum()
+                gradients = iter(torch.autograd.grad(loss, [y for ys in outputs for y in ys]))
             except (ValueError, IndexError, TypeError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(
@@ -72,53 +88,77 @@ def output_sensitivities(
                 ) from error
             for number, ys in enumerate(outputs):
                 # In chunks along the sequence, where the FFN runs in chunks.
-                parts = [next(gradients).float().reshape(len(mask), -1, y.shape[-1]) for y in ys]
-                rows = torch.cat(parts, dim=1)[mask]
-                product = (rows.T @ rows).double()
+                parts = [next(gradients).reshape(len(mask), -1, y.shape[-1]) for y in ys]
+                rows = torch.cat(parts, dim=1)
+                rows = rows[mask.to(rows.device)]
+                _check_finite(rows)
+                product = (rows.float().T @ rows.float()).double()
                 known = sums[number]
                 sums[number] = product if known is None else known.add_(product)
                 ys.clear()
-    if any(total is None for total in sums):
-        raise InputError("an FFN did not run on the calibration text: the model skips it")
     return [_factor(total) for total in sums if total is not None]
+
+
+def _check_finite(gradients: Tensor) -> None:
+    if not bool(gradients.isfinite().all()):
+        remedy = "load it in float32 or bfloat16" if gradients.dtype == torch.float16 else "leave out tune_steps"
+        raise InputError(f"gradients through the model are not finite in {str(gradients.dtype)[6:]}: {remedy}")
 
 
 def _factor(total: Tensor) -> Tensor:
     """`L` of the sum of outer products; of the identity where that is 0."""
     size = total.diagonal().mean()
-    if not bool(size.isfinite()):
-        raise InputError(f"gradients through the model overflow {total.dtype}: load it in float32 or bfloat16 to tune")
     identity = torch.eye(len(total), dtype=total.dtype, device=total.device)
     mixed = identity if float(size) == 0.0 else total * ((1.0 - _IDENTITY) / size) + _IDENTITY * identity
     return torch.linalg.cholesky(mixed).float()
 
 
 def _probes(batches: Sequence[Batch], chunk: int) -> Iterator[dict[str, Tensor]]:
-    """Parts of the batches, at most 1,024 positions each where a sequence allows, with about 4,096 tokens in all."""
-    tokens = sum(int(token_mask(batch).sum()) for batch in batches)
-    size = _SEQUENCE - _SEQUENCE % chunk if chunk <= _SEQUENCE else chunk
-    left = _TOKENS
-    for batch in batches[:: -(-tokens // _TOKENS)]:
-        length = batch["input_ids"].shape[-1]
-        sequences = max(1, _RUN // min(length, size))
-        for first in range(0, len(batch["input_ids"]), sequences):
-            part = {k: v[first : first + sequences] for k, v in batch.items()}
-            mask = token_mask(part)
-            if length > size:
-                # Where padding comes first, from the first token on.
-                start = min(int(mask.any(dim=0).int().argmax()), length - size)
-                part = {k: v[:, start : start + size] for k, v in part.items()}
-                mask = token_mask(part)
-            if left <= 0:
-                return
-            left -= int(mask.sum())
-            yield part
+    """Sequences spread evenly over the batches, with about 4,096 tokens in all, cut to what they have of tokens.
+
+    At most 1,024 positions at a time, where a sequence allows; a multiple of `chunk` in length, as that of a batch is.
+    """
+    longest = max(_SEQUENCE - _SEQUENCE % chunk, chunk)
+    masks = [token_mask(batch) for batch in batches]
+    # Per batch: where each sequence begins, behind its padding, and what is looked at of it.
+    starts = [mask.int().argmax(dim=1) for mask in masks]
+    ends = [mask.shape[1] - mask.flip(1).int().argmax(dim=1) for mask in masks]
+    counts = [
+        ((end - start) * mask.any(dim=1)).clamp(max=longest)
+        for mask, start, end in zip(masks, starts, ends, strict=True)
+    ]
+    step = -(-int(torch.cat(counts).sum()) // _TOKENS)
+    seen = 0
+    for batch, start, count in zip(batches, starts, counts, strict=True):
+        present = count.nonzero().squeeze(1)
+        chosen = present[(seen + torch.arange(len(present))) % step == 0]
+        seen += len(present)
+        while len(chosen) > 0:
+            lengths = -(-count[chosen] // chunk) * chunk
+            # As many as fit beside one another at the length of the longest, one at least.
+            fits = lengths.cummax(0).values * torch.arange(1, len(chosen) + 1) <= _RUN
+            size = max(1, int(fits.sum()))
+            part, length = chosen[:size], int(lengths[:size].max())
+            yield _window(batch, part, start[part], length)
+            chosen = chosen[size:]
+
+
+def _window(batch: Batch, rows: Tensor, start: Tensor, length: int) -> dict[str, Tensor]:
+    """`length` positions of the sequences numbered `rows`, from `start` on or from where they fit."""
+    sequences, width = batch["input_ids"].shape
+    columns = torch.minimum(start, torch.tensor(width - length)).unsqueeze(1) + torch.arange(length)
+    return {
+        # Positions may come once for all sequences.
+        key: tensor.expand(sequences, -1)[rows.unsqueeze(1).to(tensor.device), columns.to(tensor.device)]
+        for key, tensor in batch.items()
+    }
 
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for gradients inside: autograd then keeps only what those of the outputs need."""
-    asking = [p for p in model.parameters() if p.requires_grad]
+    # Of inference mode are never asked: autograd says so when it meets them.
+    asking = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
     for parameter in asking:
         parameter.requires_grad_(False)
     try:

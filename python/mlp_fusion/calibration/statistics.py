@@ -6,6 +6,7 @@ sample of its input and output rows, from which fits are made.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -79,51 +80,17 @@ class FFNStatistics:
         return sum(t.numel() * t.element_size() for t in vars(self).values() if isinstance(t, Tensor))
 
 
-class Reservoir:
-    """A uniform sample without replacement of `capacity` of the positions in a stream of unknown length.
-
-    Every position gets a random key; those with the smallest keys stay. One reservoir decides for all FFNs.
-    """
-
-    def __init__(self, capacity: int, seed: int) -> None:
-        self.capacity = capacity
-        self._generator = torch.Generator().manual_seed(seed)
-        self._keys = torch.empty(0, dtype=torch.float64)
-
-    def offer(self, count: int) -> tuple[Tensor, Tensor]:
-        """Offer the next `count` positions.
-
-        Returns:
-            Which of them to take, and the slot in `[0, capacity)` each one goes to: an empty one, or that of a position
-            that it displaces.
-        """
-        new = torch.rand(count, generator=self._generator, dtype=torch.float64)
-        filled = len(self._keys)
-        keys = torch.cat([self._keys, new])
-        if len(keys) <= self.capacity:
-            self._keys = keys
-            return torch.arange(count), torch.arange(filled, filled + count)
-        staying = torch.zeros(len(keys), dtype=torch.bool)
-        staying[keys.argsort(stable=True)[: self.capacity]] = True
-        taken = staying[filled:].nonzero().squeeze(1)
-        empty = torch.arange(filled, self.capacity)
-        slots = torch.cat([empty, (~staying[:filled]).nonzero().squeeze(1)])
-        self._keys = torch.cat([self._keys, torch.zeros(self.capacity - filled, dtype=torch.float64)])
-        self._keys[slots] = new[taken]
-        return taken, slots
-
-
 class Collector:
     """Accumulates the statistics of one FFN; `add` every batch, then `finish`."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.tokens = 0
+        self.tokens = self._filled = 0
         self._moment = self._mean = self._squares = torch.zeros(())
         self._rows: tuple[Tensor, Tensor] | None = None
 
-    def add(self, x: Tensor, hidden: Tensor, y: Tensor, taken: Tensor, slots: Tensor) -> None:
-        """Add rows `x (T, d)`, `hidden (T, N)`, `y (T, d_out)`; those numbered `taken` go to `slots` of the sample."""
+    def add(self, x: Tensor, hidden: Tensor, y: Tensor, taken: Tensor) -> None:
+        """Add rows `x (T, d)`, `hidden (T, N)`, `y (T, d_out)`; those numbered `taken` are kept."""
         count = len(x)
         if self._rows is None:
             self._rows = x.new_zeros(self.capacity, x.shape[1]), y.new_zeros(self.capacity, y.shape[1])
@@ -132,8 +99,10 @@ class Collector:
             self._mean, self._squares = (x.new_zeros(N, dtype=torch.float64) for _ in range(2))
         if count == 0:
             return
+        end = self._filled + len(taken)
         for kept, new in zip(self._rows, (x, y), strict=True):
-            kept[slots.to(x.device)] = new[taken.to(x.device)]
+            kept[self._filled : end] = new[taken.to(x.device)]
+        self._filled = end
         ones = torch.nn.functional.pad(x.to(torch.promote_types(x.dtype, torch.float32)), (0, 1), value=1.0)
         self._moment += ones.T @ ones
         # Chan, Golub and LeVeque's pairwise update: sums of squares lose the variance of a large mean. Both sums are
@@ -148,12 +117,10 @@ class Collector:
         self._mean += shift * (count / total)
         self.tokens = total
 
-    def finish(self, order: Tensor, sequence: Tensor) -> FFNStatistics:
-        """The statistics; `order` holds the filled slots in order of the stream, `sequence` what each comes from."""
+    def finish(self, sequence: Tensor) -> FFNStatistics:
+        """The statistics; `sequence` says what each row that was kept comes from."""
         assert self._rows is not None
-        x, y = (kept[order.to(kept.device)] for kept in self._rows)
-        # One FFN's rows are there twice at a time, not all of them.
-        self._rows = None
+        x, y = self._rows
         return FFNStatistics(
             tokens=self.tokens,
             input_moment=self._moment / self.tokens,
@@ -166,25 +133,25 @@ class Collector:
 
 
 class StreamPlan:
-    """Which positions of which batch go where in the samples: drawn once, and the same for every FFN."""
+    """Which positions of which batch are kept as rows: drawn once, uniformly, and the same for every FFN.
+
+    Attributes:
+        capacity: rows kept of each FFN.
+        taken: per batch, which of its unmasked positions, in order.
+        sequence: `(capacity,)` int64, which sequence of the text each row comes from.
+    """
 
     def __init__(self, batches: Sequence[Batch], capacity: int, seed: int) -> None:
         masks = [token_mask(batch) for batch in batches]
-        self.capacity = min(capacity, sum(int(mask.sum()) for mask in masks))
-        reservoir = Reservoir(self.capacity, seed)
-        self.moves: list[tuple[Tensor, Tensor]] = []
-        position = torch.zeros(self.capacity, dtype=torch.int64)
-        sequence = torch.zeros(self.capacity, dtype=torch.int64)
-        tokens = sequences = 0
-        for mask in masks:
-            count = int(mask.sum())
-            taken, slots = reservoir.offer(count)
-            self.moves.append((taken, slots))
-            position[slots] = tokens + taken
-            sequence[slots] = sequences + mask.nonzero()[taken, 0]
-            tokens, sequences = tokens + count, sequences + len(mask)
-        self.order = position.argsort()
-        self.sequence = sequence[self.order]
+        counts = [int(mask.sum()) for mask in masks]
+        total = sum(counts)
+        self.capacity = min(capacity, total)
+        chosen = torch.zeros(total, dtype=torch.bool)
+        chosen[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[: self.capacity]] = True
+        self.taken = [part.nonzero().squeeze(1) for part in chosen.split(counts)]
+        owners = [mask.nonzero()[:, 0] for mask in masks]
+        first = [0, *itertools.accumulate(len(mask) for mask in masks)]
+        self.sequence = torch.cat([n + o[t] for n, o, t in zip(first, owners, self.taken, strict=False)])
 
 
 def take_calibration(calibration: Batch | Iterable[Batch]) -> list[dict[str, Tensor]]:
@@ -240,8 +207,8 @@ def collect(
 
     def visit(number: int, mask: Tensor, taps: Taps) -> None:
         mask = mask.to(taps.x.device)
-        collectors[number].add(taps.x[mask], taps.hidden[mask], taps.y[mask], *plan.moves[done[number]])
+        collectors[number].add(taps.x[mask], taps.hidden[mask], taps.y[mask], plan.taken[done[number]])
         done[number] += 1
 
     stream_activations(model, architecture, sites, batches, visit)
-    return [collector.finish(plan.order, plan.sequence) for collector in collectors]
+    return [collector.finish(plan.sequence) for collector in collectors]

@@ -3,7 +3,7 @@
 No gradient passes from one FFN to another, nor through the model: FFNs of one shape are trained side by side as one
 batched problem, on rows that calibration has kept. With f the reduced FFN and (x, y) the original's rows,
 
-    min over all weights and biases of  |(f(x) - y) L|_F^2 / |(y - mean y) L|_F^2
+    min over all weights and biases of  |(f(x) - y) L|_F^2 / |y - mean y|_F^2
 
 by Adam on mini-batches, where L weighs the directions of the outputs by what they do to the rest of the model (see
 :mod:`mlp_fusion.calibration.sensitivity`), or is the identity where the statistics have none. What is trained is the
@@ -78,9 +78,9 @@ def tune(
 
     Where no row is held out there is nothing to choose on, and the FFNs come back as they are.
 
-    Memory: four times the reduced FFNs' parameters, and the activations of a mini-batch with their gradients. Time:
-    `6 * 512 K (d + d_out)` operations per step and FFN (of gated ones, `6 * 512 K (2 d + d_out)`), and
-    `4 * 512 d_out^2` with a sensitivity.
+    Memory: four times the reduced FFNs' parameters, `4 d_out^2` bytes per FFN with a sensitivity, the activations of a
+    mini-batch with their gradients, and in passing a copy of one FFN's outputs. Time: `6 * 512 K (d + d_out)`
+    operations per step and FFN (of gated ones, `6 * 512 K (2 d + d_out)`), and `4 * 512 d_out^2` with a sensitivity.
 
     Raises:
         ValueError: `steps` is negative, or there is not one entry of `statistics`, with the same rows, per FFN, or some
@@ -127,6 +127,39 @@ def tune(
     return Tuned(problem.finished(best, moved), before, after)
 
 
+def held_out_errors(reduced: NeuronBundle, statistics: Sequence[FFNStatistics]) -> Tensor:
+    """`(B,)` float64, on the CPU: what :func:`tune` lowers, of B FFNs on their held-out rows; NaN without any."""
+    return _errors(reduced, statistics, statistics[0].held_out.nonzero().squeeze(1))
+
+
+@torch.no_grad()
+def _errors(bundle: NeuronBundle, statistics: Sequence[FFNStatistics], rows: Tensor) -> Tensor:
+    """Relative weighed Frobenius errors on `rows`; NaN where the outputs are all 0."""
+    dtype, weight = bundle.w_in.dtype, _weights(statistics, bundle.w_in.dtype)
+    squares = torch.zeros(2, len(statistics), dtype=torch.float64, device=bundle.w_in.device)
+    for chunk in rows.split(_CHUNK):
+        x, y = _rows(statistics, chunk, dtype)
+        for total, part in zip(squares, (bundle.forward(x) - y, y), strict=True):
+            total += torch.linalg.vector_norm(_weighed(part, weight), dim=(1, 2), dtype=torch.float64).square()
+    return (squares[0] / squares[1]).sqrt().cpu()
+
+
+def _rows(statistics: Sequence[FFNStatistics], rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`(B, R, d)` and `(B, R, d_out)`: inputs and outputs of all FFNs."""
+    x, y = (torch.stack([getattr(s, name)[rows] for s in statistics]).to(dtype) for name in ("x", "y"))
+    return x, y
+
+
+def _weights(statistics: Sequence[FFNStatistics], dtype: torch.dtype) -> Tensor | None:
+    """`(B, d_out, d_out)`, every FFN's L; None where all errors count alike."""
+    weights = [s.sensitivity for s in statistics if s.sensitivity is not None]
+    return torch.stack(weights).to(dtype) if weights else None
+
+
+def _weighed(rows: Tensor, weight: Tensor | None) -> Tensor:
+    return rows if weight is None else rows @ weight
+
+
 def _schedule(step: int, steps: int) -> float:
     """Share of the learning rate: up linearly, down by a cosine to 0 at the end."""
     warm_up = min(_WARM_UP, max(1, steps // 10))
@@ -142,10 +175,11 @@ class _Problem:
         self._dtype = self._folded.w_in.dtype
         alive = torch.ones_like(reduced.w_in[..., 0]) if reduced.scale is None else (reduced.scale != 0)
         self._alive = alive.to(self._dtype)
-        weights = [s.sensitivity for s in statistics if s.sensitivity is not None]
-        self._weight = torch.stack(weights).to(self._dtype) if weights else None
-        #: `(B,)` mean squares of the outputs' entries about their means, on the rows to fit: plain, and weighed.
-        self._size, self._spread = (self._spreads(fitted, weighed) for weighed in (False, True))
+        self._weight = _weights(statistics, self._dtype)
+        # One FFN at a time: all their rows at once may be gigabytes.
+        spread = torch.stack([(s.y[fitted].to(self._dtype).var(dim=0, correction=0)).mean() for s in statistics])
+        #: `(B,)` mean squares of the outputs' entries about their means, on the rows to fit.
+        self._spread = torch.where(spread > 0, spread, torch.ones_like(spread))
         self._units: dict[str, Tensor] = {}
         self.parameters: list[Tensor] = []
         for name in _FIELDS:
@@ -160,28 +194,12 @@ class _Problem:
         Biases are often 0 to begin with: an input bias goes with its weights, the output bias with the outputs.
         """
         if name == "b_out":
-            return self._size.sqrt().unsqueeze(1)
+            return self._spread.sqrt().unsqueeze(1)
         weight = {"b_in": self._folded.w_in, "b_gate": self._folded.w_gate}.get(name, tensor)
         assert weight is not None
         size = weight.square().mean(dim=(1, 2)).sqrt()
         size = torch.where(size > 0, size, torch.ones_like(size))
         return size.reshape(-1, *[1] * (tensor.ndim - 1))
-
-    def _spreads(self, fitted: Tensor, weighed: bool) -> Tensor:
-        spreads = []
-        # One FFN at a time: all their rows at once may be gigabytes.
-        for number, known in enumerate(self._statistics):
-            y = known.y[fitted].to(self._dtype)
-            centred = y - y.mean(dim=0)
-            if weighed and self._weight is not None:
-                centred = centred @ self._weight[number]
-            spreads.append(centred.square().mean())
-        spread = torch.stack(spreads)
-        return torch.where(spread > 0, spread, torch.ones_like(spread))
-
-    def _weighed(self, rows: Tensor) -> Tensor:
-        """`rows (B, R, d_out)` times L."""
-        return rows if self._weight is None else rows @ self._weight
 
     def _bundle(self, parameters: Sequence[Tensor]) -> NeuronBundle:
         values: dict[str, Any] = {
@@ -190,27 +208,15 @@ class _Problem:
         values["w_out"] = values["w_out"] * self._alive.unsqueeze(-1)
         return dataclasses.replace(self._folded, **values)
 
-    def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = (torch.stack([getattr(s, n)[rows] for s in self._statistics]).to(self._dtype) for n in ("x", "y"))
-        return x, y
-
     def loss(self, rows: Tensor) -> Tensor:
         """Sum over problems of the mean squared weighed error on `rows`, relative to the outputs' spread."""
-        x, y = self._rows(rows)
-        error = self._weighed(self._bundle(self.parameters).forward(x) - y).square().mean(dim=(1, 2))
+        x, y = _rows(self._statistics, rows, self._dtype)
+        error = _weighed(self._bundle(self.parameters).forward(x) - y, self._weight).square().mean(dim=(1, 2))
         return (error / self._spread).sum()
 
-    @torch.no_grad()
     def errors(self, rows: Tensor) -> Tensor:
-        """`(B,)` float64, on the CPU: relative Frobenius errors on `rows`; NaN where the outputs are all 0."""
-        bundle = self._bundle(self.parameters)
-        squares = torch.zeros(2, len(self._statistics), dtype=torch.float64, device=bundle.w_in.device)
-        for chunk in rows.split(_CHUNK):
-            x, y = self._rows(chunk)
-            for total, part in zip(squares, (bundle.forward(x) - y, y), strict=True):
-                part = self._weighed(part)
-                total += torch.linalg.vector_norm(part, dim=(1, 2), dtype=torch.float64).square()
-        return (squares[0] / squares[1]).sqrt().cpu()
+        """`(B,)` float64, on the CPU: :func:`_errors` of the FFNs as they are now."""
+        return _errors(self._bundle(self.parameters), self._statistics, rows)
 
     @torch.no_grad()
     def finished(self, parameters: Sequence[Tensor], moved: Tensor) -> NeuronBundle:

@@ -71,7 +71,8 @@ class CalibrationRecord:
         tokens: token positions of the calibration text.
         refit, match, tune_steps, sequential, budget: as in :func:`mlp_fusion.fuse`; `match` is the kernel, `gd` or
             `sign`.
-        seconds: of the run that gathered the statistics; None where they were gathered layer by layer.
+        seconds: of the runs that gathered the statistics and, for tuning, the sensitivities; None where statistics were
+            gathered layer by layer.
     """
 
     tokens: int

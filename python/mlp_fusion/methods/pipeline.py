@@ -15,7 +15,7 @@ from fusion_kernels.ntk import Kernel
 from mlp_fusion.calibration.matching import MATCHING_ROWS, match_ntk
 from mlp_fusion.calibration.refit import Refit, refit
 from mlp_fusion.calibration.statistics import FFNStatistics
-from mlp_fusion.calibration.tuning import tune
+from mlp_fusion.calibration.tuning import held_out_errors, tune
 from mlp_fusion.methods import Method, Reduction
 from mlp_fusion.neurons import NeuronBundle, Parameterization
 
@@ -146,7 +146,10 @@ def _fit(
         start = NeuronBundle.stack([fit.unseen for fit in fitted])
         tuned = tune(start, statistics, steps=recipe.tune_steps, seed=recipe.seed, progress=progress)
         for n in (tuned.after < tuned.before).nonzero().squeeze(1).tolist():
-            fitted[n] = refit(tuned.bundle.select(n), statistics[n])
+            again = refit(tuned.bundle.select(n), statistics[n])
+            # The refit weighs all directions alike, and its ridge may undo what tuning has won.
+            if held_out_errors(again.unseen, statistics[n : n + 1])[0] < tuned.before[n]:
+                fitted[n] = again
         shared = (time.perf_counter() - started) / len(ffns)
         seconds = [own + shared for own in seconds]
     return [

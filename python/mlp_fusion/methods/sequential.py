@@ -190,7 +190,7 @@ def _statistics(
     collector = Collector(plan.capacity)
     seen: list[Taps] = []
     with tapped(architecture, [site], lambda _number, _mask, taps: seen.append(taps)) as taps:
-        for call, hidden, stream, mask, moves in zip(calls, states, wanted, masks, plan.moves, strict=True):
+        for call, hidden, stream, mask, taken in zip(calls, states, wanted, masks, plan.taken, strict=True):
             taps.start(mask)
             _, present = _streamed(architecture, site, call, hidden)
             taps.finish()
@@ -199,5 +199,5 @@ def _statistics(
             y = found.y[chosen]
             working = torch.promote_types(y.dtype, torch.float32)
             target = y.to(working) + (stream[chosen].to(working) - present[chosen].to(working))
-            collector.add(found.x[chosen], found.hidden[chosen], target.to(y.dtype), *moves)
-    return collector.finish(plan.order, plan.sequence)
+            collector.add(found.x[chosen], found.hidden[chosen], target.to(y.dtype), taken)
+    return collector.finish(plan.sequence)
