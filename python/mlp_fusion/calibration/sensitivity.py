@@ -81,6 +81,8 @@ def output_sensitivities(
                 probe = torch.randn(hidden.shape, generator=generator).to(hidden)
                 loss = (hidden * probe * mask.unsqueeze(-1).to(hidden.device)).sum()
                 gradients = iter(torch.autograd.grad(loss, [y for ys in outputs for y in ys]))
+            except InputError:
+                raise
             except (ValueError, IndexError, TypeError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(

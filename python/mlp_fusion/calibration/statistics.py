@@ -181,9 +181,8 @@ def collect(
     """Statistics of every FFN in `sites`, from one run of `model` over the calibration text.
 
     Memory beside the model: per FFN `8 ((d + 1)^2 + 2 N)` bytes of moments and `rows` rows of inputs and of outputs in
-    the model's dtype; in passing, the activations of one FFN on one batch. At 384
-    inputs and 1,536 neurons (MiniLM) that is 49 MiB per FFN at most. Time: the run itself, and `2 T d^2` operations
-    per FFN.
+    the model's dtype; in passing, the activations of one FFN on one batch. At 384 inputs and 1,536 neurons (MiniLM)
+    and 16,384 rows that is 49 MiB per FFN. Time: the run itself, and `2 T d^2` operations per FFN.
 
     Args:
         model: an unfused model.
