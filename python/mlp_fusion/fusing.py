@@ -17,8 +17,8 @@ from mlp_fusion.architectures import Architecture, FFNSite
 from mlp_fusion.calibration import FFNStatistics, collect, output_sensitivities
 from mlp_fusion.calibration.statistics import take_calibration
 from mlp_fusion.calibration.text import CALIBRATION_SENTENCES, Calibration, calibration_batches
-from mlp_fusion.checkpoint.folding import unfold_on_load
 from mlp_fusion.checkpoint.metadata import check_config, fused_config, replace_config
+from mlp_fusion.checkpoint.states import know_forms
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure import FFNRow, FusionReport, capture_activations, ffn_errors, random_batch, relative_error
 from mlp_fusion.measure.activations import Activations, Batch, token_mask
@@ -251,7 +251,7 @@ def fuse(
     for site, ffn in zip(chosen, reduced, strict=True):
         architecture.install(site, ffn.reduction.bundle, form)
     replace_config(model, changed)
-    unfold_on_load(model, architecture)
+    know_forms(model, architecture)
     after = count_parameters(model)
     described = "the given sample" if sample is not None else "random token ids"
     return FusionReport(

@@ -204,7 +204,8 @@ class NeuronBundle:
         """
         if self.scale is not None:
             raise ValueError("the bundle has a scale already")
-        w_out = (self.w_out * scale_power(scale, -1.0).unsqueeze(-1)).to(self.w_out.dtype)
+        inverse = torch.where(scale != 0, scale, 1.0).reciprocal() * (scale != 0)  # of any sign: it may be trained
+        w_out = (self.w_out * inverse.unsqueeze(-1)).to(self.w_out.dtype)
         return dataclasses.replace(self, w_out=w_out, scale=scale, scale_exponent=0.0)
 
     # --- clustering --------------------------------------------------------------------------------------------------

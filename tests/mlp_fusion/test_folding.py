@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from families import FAMILIES, tiny_model, token_batch
-from mlp_fusion import InputError, fuse, restore
+from mlp_fusion import InputError, fuse, restore, state_form
 from mlp_fusion.checkpoint.metadata import SCALE_FILE
 from mlp_fusion.modules import FusedFFN
 
@@ -123,7 +123,7 @@ def test_restore_refusals(tmp_path: Path) -> None:
     wrong = {k: v[:-1] for k, v in scales.items()}
     (tmp_path / "wrong" / "mlp_fusion").mkdir(parents=True)
     save_file(wrong, tmp_path / "wrong" / SCALE_FILE)
-    with pytest.raises(InputError, match="has 15 entries, the layer 16 neurons"):
+    with pytest.raises(InputError, match="layer 0 has 15 entries, the layer 16 neurons"):
         restore(loaded, tmp_path / "wrong")
     save_file({"encoder.layer.9.intermediate.scale": torch.ones(16)}, tmp_path / "wrong" / SCALE_FILE)
     with pytest.raises(InputError, match=r"layer\.9.* fits no layer"):
@@ -148,7 +148,11 @@ def test_load_state_dict_takes_plain_and_own_states(family: str, optimizer: str,
 
     plain = load_file(tmp_path / "model.safetensors")
     copies = {k: v.clone() for k, v in plain.items()}
-    target.load_state_dict(plain, strict=True)
+    with pytest.raises(InputError, match="comes without"):
+        target.load_state_dict(plain, strict=True)
+    torch.testing.assert_close(logits(target), untrained, rtol=0, atol=0)
+    with state_form("plain"):
+        target.load_state_dict(plain, strict=True)
     torch.testing.assert_close(logits(target), logits(source), rtol=1e-5, atol=1e-5)
     assert all(torch.equal(copies[k], v) for k, v in plain.items())
     target.load_state_dict(source.state_dict(), strict=True)
@@ -193,7 +197,8 @@ def test_copies_and_pickles_still_fold(family: str, tmp_path: Path) -> None:
         other.save_pretrained(tmp_path / str(n))
         loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / str(n))
         torch.testing.assert_close(logits(loaded), logits(other), rtol=1e-5, atol=1e-5)
-        other.load_state_dict(load_file(tmp_path / str(n) / "model.safetensors"))
+        with state_form("plain"):
+            other.load_state_dict(load_file(tmp_path / str(n) / "model.safetensors"))
         torch.testing.assert_close(logits(loaded), logits(other), rtol=1e-5, atol=1e-5)
 
 

@@ -31,6 +31,7 @@ from mlp_fusion.checkpoint.writing import appears_when_complete, check_output, c
 from mlp_fusion.errors import InputError
 from mlp_fusion.fusing import check_options, fuse
 from mlp_fusion.measure import FusionReport, random_batch
+from mlp_fusion.measure.activations import evaluating
 from mlp_fusion.methods.pipeline import Progress
 from mlp_fusion.selection import Layers, Width
 
@@ -179,11 +180,9 @@ def model_outputs(model: Any, input_ids: Tensor, *, head: bool) -> dict[str, Ten
 
     A head that the checkpoint has no weights for is drawn anew on every load: there is nothing to compare.
     """
-    training = model.training
-    model.eval()
     ids = input_ids.to(next(model.parameters()).device)
-    outputs = model(input_ids=ids) if head else model.base_model(input_ids=ids)
-    model.train(training)
+    with evaluating(model):
+        outputs = model(input_ids=ids) if head else model.base_model(input_ids=ids)
     name = "logits" if "logits" in outputs else "last_hidden_state"
     return {name: outputs[name].float().cpu().contiguous()}
 

@@ -1,12 +1,16 @@
-"""What importing `mlp_fusion` changes in transformers: three methods are wrapped, and nothing else.
+"""What importing `mlp_fusion` changes in transformers, each as its module is imported; nothing else is touched.
 
 - The constructors of the supported families' layers: transformers stores widths that differ by layer in its standard
   `per_layer_config`, but its layer classes read the global config and raise. Wrapped, a layer of such a model is built
   from its own config, through plain `AutoModel*.from_pretrained`. Models with equal layers are built as ever.
 - `PreTrainedModel.save_pretrained`: a model that contains fused FFNs is saved folded, whichever of its modules the call
   is made on; one with fused experts that hold a scale is refused. Other models are saved as ever.
+- `PreTrainedModel.from_pretrained` and `load_state_dict` of its models: a state in which a fused FFN has a scale, or
+  lacks one, without the model being able to tell what it means, is refused (see `checkpoint.states`).
+- `Trainer` and `load_sharded_checkpoint` say of the folder that they read whether its weights are plain.
 - The feed-forward method of families that split their FFN over sibling modules: it hands a fused FFN the projection
   that lies in the sibling.
+- transformers' registry of implementations of experts gets one more, `mlp_fusion`.
 
 Methods are wrapped rather than classes replaced through `transformers.monkey_patching`: there, any registered class
 makes every later `from_pretrained` list all of transformers' modules, which takes a third of a second and, up to
@@ -16,43 +20,65 @@ transformers 5.17 at least, fails where torchvision is not installed.
 from __future__ import annotations
 
 import functools
-import pkgutil
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from mlp_fusion.architectures import ARCHITECTURES
-from mlp_fusion.architectures.bert import SplitArchitecture
-from mlp_fusion.checkpoint.folding import save_folded
 from mlp_fusion.errors import InputError
-from mlp_fusion.modules import FusedExperts, FusedFFN
 
 _Method = Callable[..., Any]
 _MARK = "_wrapped_by_mlp_fusion"
 
 
-def register() -> None:
-    """Wrap the methods; calling it again does nothing."""
-    _wrap(PreTrainedModel, "save_pretrained", _saving)
+def adapt(module: ModuleType) -> None:
+    """Wrap what `module` of transformers defines; doing it again changes nothing."""
+    name = module.__name__
+    if name == "transformers.modeling_utils":
+        cls = module.PreTrainedModel
+        _wrap(cls, "save_pretrained", _saving)
+        _wrap(cls, "_load_from_state_dict", _loading)
+        _wrap(cls, "from_pretrained", _from_pretrained)
+        importlib.import_module("mlp_fusion.modules.experts")  # it registers its implementation
+    elif name == "transformers.trainer_utils":
+        _wrap(module, "load_sharded_checkpoint", _reading_folder)
+    elif name == "transformers.trainer":
+        _wrap(module.Trainer, "_load_from_checkpoint", _resuming)
+        _wrap(module.Trainer, "_load_best_model", _loading_best)
+    else:
+        _adapt_layers(module)
+
+
+def _adapt_layers(module: ModuleType) -> None:
+    from mlp_fusion.architectures import ARCHITECTURES
+    from mlp_fusion.architectures.bert import SplitArchitecture
+
     for entry in ARCHITECTURES.values():
-        cls = pkgutil.resolve_name(entry.layer_class)
-        _wrap(cls, "__init__", _list_init if entry.layer_class_builds_list else _layer_init)
-        if isinstance(entry, SplitArchitecture):
-            _wrap(cls, "feed_forward_chunk", _spanning)
+        place, _, cls_name = entry.layer_class.partition(":")
+        if place == module.__name__:
+            cls = getattr(module, cls_name)
+            _wrap(cls, "__init__", _list_init if entry.layer_class_builds_list else _layer_init)
+            if isinstance(entry, SplitArchitecture):
+                _wrap(cls, "feed_forward_chunk", _spanning)
 
 
-def _wrap(cls: type, name: str, wrapper: Callable[[_Method], _Method]) -> None:
-    method = getattr(cls, name)
-    if not hasattr(method, _MARK):
-        wrapped = functools.wraps(method)(wrapper(method))
-        setattr(wrapped, _MARK, True)
-        setattr(cls, name, wrapped)
+def _wrap(owner: Any, name: str, wrapper: Callable[[_Method], _Method]) -> None:
+    method = getattr(owner, name)
+    if hasattr(method, _MARK):
+        return
+    of_class = isinstance(vars(owner).get(name), classmethod)
+    wrapped = functools.wraps(method)(wrapper(method.__func__ if of_class else method))
+    setattr(wrapped, _MARK, True)
+    setattr(owner, name, classmethod(wrapped) if of_class else wrapped)
 
 
 def _saving(save: _Method) -> _Method:
-    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
+        from mlp_fusion.checkpoint.folding import save_folded
+        from mlp_fusion.modules import FusedExperts, FusedFFN
+
         if any(isinstance(module, FusedExperts) and module.scale is not None for module in self.modules()):
             raise InputError(
                 "the model holds fused experts with a scale, which no plain checkpoint has: "
@@ -66,13 +92,69 @@ def _saving(save: _Method) -> _Method:
     return save_pretrained
 
 
+def _loading(load: _Method) -> _Method:
+    def load_from_state_dict(self: Any, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        from mlp_fusion.checkpoint import states
+
+        states.check_forms(self, state_dict, prefix)
+        load(self, state_dict, prefix, *args, **kwargs)
+
+    return load_from_state_dict
+
+
+def _from_pretrained(load: _Method) -> _Method:
+    def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        from mlp_fusion.checkpoint import states
+
+        given = kwargs.get("state_dict") is not None
+        model, info = load(cls, *args, output_loading_info=True, **kwargs)
+        states.check_unexpected(model.config, info["unexpected_keys"])
+        if given:
+            states.check_given_state(model.config)
+        return (model, info) if output_loading_info else model
+
+    return from_pretrained
+
+
+def _reading_folder(load: _Method) -> _Method:
+    def load_sharded_checkpoint(model: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
+        from mlp_fusion.checkpoint import states
+
+        with states.form_of_folder(folder):
+            return load(model, folder, *args, **kwargs)
+
+    return load_sharded_checkpoint
+
+
+def _resuming(load: _Method) -> _Method:
+    def load_from_checkpoint(self: Any, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> Any:
+        from mlp_fusion.checkpoint import states
+
+        with states.form_of_folder(resume_from_checkpoint):
+            return load(self, resume_from_checkpoint, *args, **kwargs)
+
+    return load_from_checkpoint
+
+
+def _loading_best(load: _Method) -> _Method:
+    def load_best_model(self: Any) -> Any:
+        from mlp_fusion.checkpoint import states
+
+        with states.form_of_folder(self.state.best_model_checkpoint):
+            return load(self)
+
+    return load_best_model
+
+
 def _spanning(feed_forward: _Method) -> _Method:
     def feed_forward_chunk(self: Any, attention_output: Tensor) -> Any:
+        from mlp_fusion.modules import FusedFFN
+
         if not isinstance(self.intermediate, FusedFFN):
             return feed_forward(self, attention_output)
         # The sibling's projection is looked up on every call: replicas and wrappers have another one than the model
         # that was fused.
-        return self.output(self.intermediate(attention_output, self.output.dense), attention_output)
+        return self.output(self.intermediate(attention_output, lambda: self.output.dense), attention_output)
 
     return feed_forward_chunk
 

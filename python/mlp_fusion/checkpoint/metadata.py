@@ -7,12 +7,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from mlp_fusion.architectures import Architecture, get_architecture
 from mlp_fusion.errors import InputError
+from mlp_fusion.neurons import Parameterization
 
 #: Key in config.json. Readers that do not know it keep it and pass over it.
 FUSION_KEY = "mlp_fusion"
@@ -92,7 +93,7 @@ def adopt_fused_config(model: nn.Module) -> None:
         return
     for module in model.modules():
         config = module.__dict__.get("config")
-        if config is not None and fusion_record(config) is not None:
+        if getattr(config, FUSION_KEY, None) is not None:
             replace_config(model, config)
             return
 
@@ -123,8 +124,36 @@ def state_layer_count(folder: Path, config: Any) -> None:
 
 
 def fusion_record(config: Any) -> dict[str, Any] | None:
-    """The record that :func:`record_fusion` left, or None for an unfused model."""
-    return getattr(config, FUSION_KEY, None)
+    """The record that :func:`fused_config` left, checked, or None for an unfused model.
+
+    Raises:
+        InputError: it is damaged, or of a format that this version does not know.
+    """
+    record = getattr(config, FUSION_KEY, None)
+    if record is None:
+        return None
+    if not isinstance(record, Mapping):
+        raise _damaged(f"it is {record!r}")
+    version = record.get("format")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise _damaged(f"its format is {version!r}")
+    if version > FORMAT_VERSION:
+        raise InputError(
+            f"the {FUSION_KEY!r} entry of config.json has format {version}, this version knows {FORMAT_VERSION}: "
+            "update mlp-fusion"
+        )
+    layers, width = record.get("fused_layers"), record.get("original_width")
+    if record.get("parameterization") not in get_args(Parameterization):
+        raise _damaged(f"its parameterization is {record.get('parameterization')!r}")
+    if not isinstance(layers, list) or not layers or not all(type(i) is int and i >= 0 for i in layers):
+        raise _damaged(f"its fused_layers are {layers!r}")
+    if not isinstance(record.get("method"), str) or type(width) is not int or width < 1:
+        raise _damaged("it does not say the method and the original width")
+    return dict(record)
+
+
+def _damaged(what: str) -> InputError:
+    return InputError(f"the {FUSION_KEY!r} entry of config.json is damaged ({what}): fuse the original again")
 
 
 def side_path(folder: str | os.PathLike[str], name: str) -> Path:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from mlp_fusion.errors import InputError
-from mlp_fusion.measure.activations import Batch
+from mlp_fusion.measure.activations import Batch, evaluating
 from mlp_fusion.measure.report import EmbeddingSimilarity
 
 #: One of these is there when a checkpoint has a tokenizer.
@@ -87,14 +87,12 @@ def embed(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     """Mean of the last hidden states over each sentence's tokens: `(sentences, hidden)`, float32, on the CPU."""
     base: Any = getattr(model, "base_model", model)
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     pooled = []
-    for batch in batches:
-        hidden = base(**{k: v.to(device) for k, v in batch.items()}).last_hidden_state.float()
-        mask = batch["attention_mask"].to(device).unsqueeze(-1).float()
-        pooled.append(((hidden * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu())
-    model.train(training)
+    with evaluating(model):
+        for batch in batches:
+            hidden = base(**{k: v.to(device) for k, v in batch.items()}).last_hidden_state.float()
+            mask = batch["attention_mask"].to(device).unsqueeze(-1).float()
+            pooled.append(((hidden * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu())
     return torch.cat(pooled)
 
 

@@ -20,11 +20,12 @@ from transformers import (
 )
 
 from mlp_fusion.architectures import get_architecture
-from mlp_fusion.checkpoint.folding import restore
 from mlp_fusion.checkpoint.metadata import adopt_fused_config, fusion_record
+from mlp_fusion.checkpoint.restoring import restore
 from mlp_fusion.checkpoint.source import local_folder
 from mlp_fusion.checkpoint.text import load_tokenizer
 from mlp_fusion.errors import InputError
+from mlp_fusion.measure.activations import evaluating
 from mlp_fusion.modules.ffn import FusedFFN
 from mlp_fusion.selection import parameterization_for
 
@@ -166,10 +167,9 @@ def positions(model: Any) -> int | None:
 
 @torch.no_grad()
 def _check_causal(model: Any, name: str) -> None:
-    training = model.training
     ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
-    one, other = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0].float()
-    model.train(training)
+    with evaluating(model):
+        one, other = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0].float()
     if float((one - other).abs().max()) > 1e-3 * float(one.abs().max()):
         raise InputError(f"{name} is no causal language model: what it predicts for a token depends on later ones")
 

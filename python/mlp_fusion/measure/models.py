@@ -15,7 +15,7 @@ from fusion_kernels import ntk_compare
 from fusion_kernels.ntk import Kernel
 from mlp_fusion.architectures import Architecture, FFNSite, get_architecture
 from mlp_fusion.errors import InputError
-from mlp_fusion.measure.activations import POOL, Batch, capture_activations, take_batches
+from mlp_fusion.measure.activations import POOL, Batch, capture_activations, evaluating, take_batches
 from mlp_fusion.measure.errors import ffn_parts, relative_error
 from mlp_fusion.modules.layouts import read_projection
 
@@ -256,33 +256,30 @@ def _network_kernel(
     """
     device = next(model.parameters()).device
     required = [p.requires_grad for p in parameters]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     total = torch.zeros(len(samples), len(samples), dtype=torch.float64)
     chosen: list[int] = []
     weight = 1.0
     try:
         for p in parameters:
             p.requires_grad_(True)
-        for group in _groups(parameters, len(samples) * drawn):
-            rows: list[list[Tensor]] = []
-            for sample in samples:
-                with torch.enable_grad():
-                    y = outputs(model, {name: value.to(device) for name, value in sample.items()})[0].unbind()
-                if not chosen:
-                    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-                    chosen = sorted(order[:drawn].tolist())
-                    weight = len(y) / len(chosen)
-                rows.append([_flat_gradient(y[o], group, last=o == chosen[-1]) for o in chosen])
-            for of_output in zip(*rows, strict=True):
-                jacobian = torch.stack(of_output)
-                other = jacobian.sign() if kernel == "sign" else jacobian
-                total += (jacobian @ other.T).double().cpu()
+        with evaluating(model):
+            for group in _groups(parameters, len(samples) * drawn):
+                rows: list[list[Tensor]] = []
+                for sample in samples:
+                    with torch.enable_grad():
+                        y = outputs(model, {name: value.to(device) for name, value in sample.items()})[0].unbind()
+                    if not chosen:
+                        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+                        chosen = sorted(order[:drawn].tolist())
+                        weight = len(y) / len(chosen)
+                    rows.append([_flat_gradient(y[o], group, last=o == chosen[-1]) for o in chosen])
+                for of_output in zip(*rows, strict=True):
+                    jacobian = torch.stack(of_output)
+                    other = jacobian.sign() if kernel == "sign" else jacobian
+                    total += (jacobian @ other.T).double().cpu()
     finally:
         for p, flag in zip(parameters, required, strict=True):
             p.requires_grad_(flag)
-        for module, training in modes.items():
-            module.training = training
     return total * weight, len(chosen)
 
 

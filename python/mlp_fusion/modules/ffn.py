@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, TypeVar
 
 import torch
@@ -58,8 +58,8 @@ class FusedFFN(ScaledModule):
             names: role -> child name, where the host model calls them otherwise.
             dropout: probability of the dropout behind the output projection.
             borrowed: role -> module that owns that projection under `names[role]`: a sibling in the host model, which
-                keeps the parameter's name. Borrowed projections are not children of this module; the host passes the
-                output projection to `forward`.
+                keeps the parameter's name. Borrowed projections are not children of this module; the host passes a
+                function that returns the output projection to `forward`.
             checkpoint_level: see the class.
 
         Raises:
@@ -261,13 +261,18 @@ class FusedMLP(FusedFFN):
         projections = {"w_in": fc1, "w_out": fc2}
         return _from_projections(cls, projections, activation, scale, parameterization, checkpoint_level)
 
-    def forward(self, x: Tensor, w_out: nn.Module | None = None) -> Tensor:
-        """`(..., d)` -> `(..., d_out)`; `w_out` is the output projection where it is not this module's own."""
-        weights = self._weights(x, w_out)
+    def forward(self, x: Tensor, w_out: Callable[[], nn.Module] | None = None) -> Tensor:
+        """`(..., d)` -> `(..., d_out)`; `w_out` returns the output projection where it is not this module's own.
+
+        It is a function, because hooks that look at arguments (accelerate's, those of parallel wrappers) move or cast
+        the modules among them.
+        """
+        output = self.projection("w_out") if w_out is None else w_out()
+        weights = self._weights(x, output)
         if weights is None:
             before, behind = self._factors()
             hidden = self._activated(self.projection("w_in"), x, before)
-            return self._projected(hidden, behind, self.projection("w_out") if w_out is None else w_out)
+            return self._projected(hidden, behind, output)
         (w_in, b_in), (w_out_, b_out) = weights
         scale = self._scale_of_operator()
         y = fused_mlp(x, w_in, b_in, w_out_, b_out, scale, self.activation, self.checkpoint_level)

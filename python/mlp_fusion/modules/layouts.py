@@ -14,6 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from mlp_fusion.errors import InputError
 from mlp_fusion.neurons import NeuronBundle
 
+#: Types of weights that can be read and scaled; 8-bit floats are a quantised layer's.
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 def read_projection(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Return a projection's weight as `(out, in)` and its `(out,)` bias or None; views, detached from autograd.
@@ -30,8 +33,13 @@ def read_projection(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
-    if not weight.is_floating_point():
+    if weight.dtype not in FLOATING:
         raise InputError(f"a projection's weight is {weight.dtype}: load the model unquantised before fusing")
+    if type(weight) not in (nn.Parameter, Tensor, FakeTensor):
+        raise InputError(
+            f"a projection's weight is a {type(weight).__module__}.{type(weight).__qualname__}, sharded or quantised: "
+            "work on the whole, unquantised model"
+        )
     if weight.is_meta:
         raise InputError("a projection's weight is on the meta device (offloaded): load the model into memory first")
     weight = weight.detach()

@@ -100,6 +100,14 @@ class ScaledModule(nn.Module):
             self._kept = scale.clone(), torch.stack([behind, before])
         return self._kept[1]
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.scale is None and f"{prefix}scale" in state_dict:
+            raise ValueError(
+                f"{prefix}scale is in the state, and this module has no scale: its weights are plain ones, with the "
+                "scale inside; build it with a scale, or load a state in which the scale is merged"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __getstate__(self) -> dict[str, Any]:
         """Without what can be computed again."""
         return {**self.__dict__, "_kept": None}

@@ -1,0 +1,261 @@
+"""State dicts of two forms under the same names: known, said, or refused before a weight is loaded."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers.trainer_utils import load_sharded_checkpoint
+
+from families import tiny_model, token_batch
+from mlp_fusion import FusedMLP, InputError, fuse, restore, state_form
+
+BATCH = token_batch()
+#: Optimisers of the two forms with an explicit scale.
+FORMS = ["adamw", "sgd"]
+
+
+def logits(model: Any) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        found: Tensor = model(**BATCH).logits
+    return found
+
+
+def fused(family: str, optimizer: str, shift: float = 0.0) -> Any:
+    """A tiny fused model; with a `shift`, all its parameters are moved a little, as training would."""
+    model = tiny_model(family)
+    fuse(model, 16, optimizer=optimizer, sample=BATCH)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.0 + shift)
+    return model
+
+
+def same(model: Any, expected: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(logits(model), expected, rtol=tolerance, atol=tolerance)
+
+
+def partial_states(model: Any) -> dict[str, dict[str, Tensor]]:
+    """Parts of the model's own state in which an FFN has no scale."""
+    parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainable = {name: tensor for name, tensor in parameters.items() if "embed" not in name}
+    averaged = {name: tensor * 0.5 + tensor * 0.5 for name, tensor in parameters.items()}
+    outputs = {n: t for n, t in parameters.items() if "output.dense" in n or "c_proj" in n or "down_proj" in n}
+    return {"parameters": parameters, "trainable": trainable, "averaged": averaged, "outputs": outputs}
+
+
+@pytest.mark.parametrize("optimizer", FORMS)
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_part_of_a_models_own_state_is_asked_about(family: str, optimizer: str) -> None:
+    source = fused(family, optimizer, shift=0.05)
+    expected = logits(source)
+    for name, state in partial_states(source).items():
+        target = copy.deepcopy(source)
+        with torch.no_grad():
+            for key, parameter in target.named_parameters():
+                parameter.mul_(0.9 if key in state else 1.0)
+        before = logits(target)
+        for strict in (False, True):
+            with pytest.raises(InputError, match=r"comes without .*scale.*state_form"):
+                target.load_state_dict(state, strict=strict)
+            torch.testing.assert_close(logits(target), before, rtol=0, atol=0, msg=f"{name}: half loaded")
+        with state_form("own"):
+            target.load_state_dict(state, strict=False)
+        torch.testing.assert_close(logits(target), expected, rtol=0, atol=0)
+
+
+def test_parts_that_are_alike_in_both_forms_need_no_answer() -> None:
+    """Explicit scale: the input projections carry none of it; attention and embeddings never do."""
+    source, target = fused("bert", "adamw", shift=0.05), fused("bert", "adamw")
+    part = {n: p.detach() for n, p in source.named_parameters() if not n.endswith("output.dense.weight")}
+    part |= {n: p.detach() for n, p in source.named_parameters() if "attention" in n}
+    target.load_state_dict(part, strict=False)
+    same(target, logits(source), 0.2)
+    split = fused("bert", "sgd")
+    with pytest.raises(InputError, match=r"intermediate\.dense\.weight comes without"):
+        split.load_state_dict(part, strict=False)
+    folded = tiny_model("bert")
+    fuse(folded, 16, optimizer=None, sample=BATCH)
+    folded.load_state_dict({n: p * 1.01 for n, p in folded.named_parameters()}, strict=False)
+
+
+@pytest.mark.parametrize("optimizer", FORMS)
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_plain_tensors_are_rescaled_one_by_one(family: str, optimizer: str, tmp_path: Path) -> None:
+    source = fused(family, optimizer, shift=0.05)
+    source.save_pretrained(tmp_path)
+    target = fused(family, optimizer)
+    with state_form("plain"):
+        for name, tensor in load_file(tmp_path / "model.safetensors").items():
+            target.load_state_dict({name: tensor}, strict=False)
+    same(target, logits(source))
+
+
+@pytest.mark.parametrize("optimizer", FORMS)
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_sharded_checkpoints_say_what_they_are(family: str, optimizer: str, tmp_path: Path) -> None:
+    source = fused(family, optimizer, shift=0.05)
+    source.save_pretrained(tmp_path, max_shard_size="8KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 3
+    target = fused(family, optimizer)
+    load_sharded_checkpoint(target, tmp_path, strict=False)
+    same(target, logits(source))
+    by_hand = fused(family, optimizer)
+    refused = 0
+    for shard in shards:
+        try:
+            by_hand.load_state_dict(load_file(shard), strict=False)
+        except InputError:
+            refused += 1
+    assert refused >= 2
+    # A folder that says nothing of a fusion says nothing of its weights.
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "mlp_fusion"}))
+    with pytest.raises(InputError, match="comes without"):
+        load_sharded_checkpoint(fused(family, optimizer), tmp_path, strict=False)
+
+
+class _Examples(Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        return {"input_ids": torch.randint(3, 97, (9,), generator=generator), "labels": torch.tensor(index % 2)}
+
+
+@pytest.mark.parametrize("optimizer", FORMS)
+@pytest.mark.parametrize("size", ["50GB", "24KB"], ids=["whole", "sharded"])
+def test_trainer_resumes_and_takes_the_best(
+    size: str, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+        disable_tqdm=True, save_strategy="no", learning_rate=1e-3,
+    )  # fmt: skip
+    source = fused("bert", optimizer, shift=0.05)
+    source.save_pretrained(tmp_path / "checkpoint-1", max_shard_size=size)
+    trainer = Trainer(model=fused("bert", optimizer), args=arguments, train_dataset=_Examples())
+    trainer._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    same(trainer.model, logits(source))
+    best = Trainer(model=fused("bert", optimizer), args=arguments, train_dataset=_Examples())
+    best.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    best._load_best_model()
+    same(best.model, logits(source))
+
+
+def test_what_is_said_must_fit_what_there_is() -> None:
+    model = fused("bert", "adamw")
+    own = model.state_dict()
+    with state_form("plain"), pytest.raises(InputError, match="said to be plain, but holds"):
+        model.load_state_dict(own)
+    with pytest.raises(InputError, match="state_form 'folded': use plain"), state_form("folded"):  # type: ignore[arg-type]
+        pass
+    wider = tiny_model("bert")
+    fuse(wider, 32, sample=BATCH)
+    with state_form("plain"), pytest.raises(InputError, match=r"shape \(24, 32\), the model's FFN has 16 neurons"):
+        model.load_state_dict(dict(wider.named_parameters()), strict=False)
+
+
+def test_a_scale_is_never_dropped(tmp_path: Path) -> None:
+    source = fused("bert", "adamw", shift=0.05)
+    source.save_pretrained(tmp_path / "plain")
+    own = source.state_dict()
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain")
+    with pytest.raises(InputError, match="the model has no place for it"):
+        plain.load_state_dict(own, strict=False)
+    same(plain, logits(source))
+    Accelerator(cpu=True).save_model(source, str(tmp_path / "own"), safe_serialization=True)
+    source.config.save_pretrained(tmp_path / "own")
+    with pytest.raises(InputError, match="the model has no place for it"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "own")
+    with pytest.raises(InputError, match="the model has no place for it"):
+        type(source).from_pretrained(None, config=source.config, state_dict=own)
+    parameters = {name: parameter.detach() for name, parameter in source.named_parameters()}
+    with pytest.raises(InputError, match="may be plain or the model's own"):
+        type(source).from_pretrained(None, config=source.config, state_dict=parameters)
+    with state_form("plain"):
+        state = load_file(tmp_path / "plain" / "model.safetensors")
+        loaded = type(source).from_pretrained(None, config=source.config, state_dict=state)
+    same(loaded, logits(source))
+    merged = copy.deepcopy(source)
+    for module in merged.modules():
+        if isinstance(module, FusedMLP):
+            module.merge_scale()
+    with pytest.raises(InputError, match="the model has no place for it"):
+        merged.load_state_dict(own, strict=False)
+    alone = FusedMLP.from_mlp(nn.Linear(4, 8), nn.Linear(8, 4), scale=torch.full((8,), 2.0), parameterization="scaled")
+    bare = FusedMLP.from_mlp(nn.Linear(4, 8), nn.Linear(8, 4))
+    with pytest.raises(ValueError, match="this module has no scale"):
+        bare.load_state_dict(alone.state_dict(), strict=False)
+
+
+@pytest.mark.parametrize("optimizer", FORMS)
+def test_a_trained_scale_of_any_sign_is_saved(optimizer: str, tmp_path: Path) -> None:
+    model = fused("bert", optimizer)
+    layer = model.base_model.encoder.layer[1].intermediate
+    with torch.no_grad():
+        layer.scale[3:5] *= -0.7 if optimizer == "adamw" else 0.7
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    same(loaded, expected)
+    restore(loaded, tmp_path)
+    same(loaded, expected)
+    torch.testing.assert_close(loaded.base_model.encoder.layer[1].intermediate.scale, layer.scale)
+
+
+def test_the_side_file_is_looked_at(tmp_path: Path) -> None:
+    fused("bert", "adamw").save_pretrained(tmp_path)
+    file = tmp_path / "mlp_fusion" / "scale.safetensors"
+    good = load_file(file)
+    name = "bert.encoder.layer.1.intermediate.scale"
+    damage = {
+        "NaN or Inf": good[name].index_fill(0, torch.tensor([2]), torch.nan),
+        "holds NaN": good[name].index_fill(0, torch.tensor([2]), torch.inf),
+        "is 0 for neurons that have an output": good[name].index_fill(0, torch.tensor([2]), 0.0),
+        "layer 1 has 15 entries, the layer 16 neurons": good[name][:-1],
+    }
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    for reason, scale in damage.items():
+        save_file({**good, name: scale}, file)
+        with pytest.raises(InputError, match=reason):
+            restore(model, tmp_path)
+    save_file({**good, name: -good[name]}, file)
+    with pytest.raises(InputError, match="negative in places"):
+        restore(model, tmp_path, optimizer="sgd")
+    assert not any(isinstance(module, FusedMLP) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 99}, "format 99, this version knows 1: update mlp-fusion"),
+        ({"format": "1"}, "its format is '1'"),
+        ({"parameterization": "sqrt"}, "parameterization is 'sqrt'"),
+        ({"parameterization": None}, "parameterization is None"),
+        ({"fused_layers": "all"}, "fused_layers are 'all'"),
+        ({"fused_layers": [0.5]}, r"fused_layers are \[0.5\]"),
+        ({"method": None}, "method and the original width"),
+    ],
+)
+def test_a_record_that_cannot_be_read_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    fused("bert", "adamw").save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    model.config.mlp_fusion = {**model.config.mlp_fusion, **change}
+    with pytest.raises(InputError, match=message):
+        restore(model, tmp_path)
+    model.config.mlp_fusion = {k: v for k, v in model.config.mlp_fusion.items() if k not in change}
+    with pytest.raises(InputError, match="is damaged"):
+        restore(model, tmp_path)
