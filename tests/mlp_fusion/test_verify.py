@@ -46,13 +46,13 @@ def test_verify_passes(which: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(which)
     verified = mlp_fusion.verify(folder)
     assert failed(verified) == set()
-    assert [check.name for check in verified.checks] == ["shapes", "finite", "loads", "outputs"]
+    assert [check.name for check in verified.checks] == ["shapes", "finite", "loads", "outputs", "scale"]
     assert detail(verified, "shapes") == f"3 FFNs, {3 if which == 'fused' else 1} of them fused"
     assert detail(verified, "finite") == f"{len(ck.tensors(folder))} tensors"
     data = json.loads(json.dumps(verified.to_dict(), allow_nan=False))
     assert data["passed"] is True
     assert data["checkpoint"] == str(folder)
-    assert verified.table().count(" ok ") == 4
+    assert verified.table().count(" ok ") == 5
     assert "FAILED" not in verified.table()
 
 
@@ -112,7 +112,7 @@ def test_a_weight_that_is_not_finite(value: float, broken: Path) -> None:
 def test_width_in_the_config_changed(broken: Path) -> None:
     ck.edit_config(broken, intermediate_size=24)
     verified = mlp_fusion.verify(broken)
-    assert failed(verified) == {"shapes", "loads", "outputs"}
+    assert failed(verified) == {"shapes", "loads", "outputs", "scale"}
     assert f"{W_IN} has 16 neurons, expected 24" in detail(verified, "shapes")
     assert "has another shape than config.json says" in detail(verified, "loads")
 
@@ -120,7 +120,7 @@ def test_width_in_the_config_changed(broken: Path) -> None:
 def test_per_layer_width_in_the_config_lost(uneven: Path, tmp_path: Path) -> None:
     folder = ck.edit_config(ck.copy(uneven, tmp_path / "x"), per_layer_config=None)
     verified = mlp_fusion.verify(folder)
-    assert failed(verified) == {"shapes", "loads", "outputs"}
+    assert failed(verified) == {"shapes", "loads", "outputs", "scale"}
     assert detail(verified, "shapes") == f"bert.encoder.layer.2.{W_IN} has 16 neurons, expected {WIDTH}"
     assert "bert.encoder.layer.2." in detail(verified, "loads")
 
@@ -172,6 +172,51 @@ def test_against_a_model_that_was_trained_on_and_saved(source: Path, tmp_path: P
     model.save_pretrained(tmp_path / "late")
     assert failed(mlp_fusion.verify(tmp_path / "late", model)) == set()
     assert failed(mlp_fusion.verify(tmp_path / "early", model)) == {"outputs"}
+
+
+def test_the_scale_file_is_part_of_the_checkpoint(broken: Path, tmp_path: Path) -> None:
+    scales = load_file(broken / ck.SCALE)
+    assert detail(mlp_fusion.verify(broken), "scale").startswith("of 3 FFNs, the largest ")
+    first = min(scales)
+    for change, seen in {
+        "fewer": ({k: v for k, v in scales.items() if k != first}, "no scale for layer 0"),
+        "NaN": ({**scales, first: scales[first] * torch.nan}, "NaN or Inf"),
+        "zero": ({**scales, first: scales[first] * 0.0}, "is 0 for neurons that have an output"),
+        "short": ({**scales, first: scales[first][1:]}, "has 15 entries, the layer 16 neurons"),
+        "unknown": ({**scales, "x.scale": scales[first]}, "x.scale fits no layer"),
+    }.values():
+        save_file({k: v.contiguous() for k, v in change.items()}, broken / ck.SCALE)
+        verified = mlp_fusion.verify(broken)
+        assert failed(verified) == {"scale"}
+        assert seen in detail(verified, "scale")
+    (broken / ck.SCALE).unlink()
+    verified = mlp_fusion.verify(broken)
+    assert failed(verified) == {"scale"}
+    assert "is missing, which fused checkpoints have" in detail(verified, "scale")
+
+
+def test_a_checkpoint_folded_for_good_has_no_scale(source: Path, tmp_path: Path) -> None:
+    mlp_fusion.compress(source, tmp_path / "out", 16, optimizer=None, device="cpu")
+    verified = mlp_fusion.verify(tmp_path / "out")
+    assert failed(verified) == set()
+    assert "nothing to restore" in detail(verified, "scale")
+
+
+def test_a_format_of_the_future_is_refused(broken: Path) -> None:
+    ck.edit_config(broken, mlp_fusion={**ck.read_config(broken)["mlp_fusion"], "format": 99})
+    assert "format 99, this version knows 1: update mlp-fusion" in verify_refused(broken)
+
+
+def test_the_callers_model_keeps_its_modes(source: Path, tmp_path: Path) -> None:
+    model = load(source)
+    mlp_fusion.fuse(model, 16)
+    model.save_pretrained(tmp_path / "out")
+    model.train()
+    model.bert.encoder.layer[1].eval()
+    before = [module.training for module in model.modules()]
+    assert len(set(before)) == 2
+    mlp_fusion.verify(tmp_path / "out", against=model)
+    assert [module.training for module in model.modules()] == before
 
 
 def verify_refused(folder: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,43 +43,48 @@ def restore(model: nn.Module, path: str | os.PathLike[str], optimizer: str | Non
         )
     config: Any = model.config
     architecture = get_architecture(config.model_type)
-    sites = {architecture.scale_name(site.path): site for site in architecture.sites(model)}
-    if any(architecture.fused(site) is not None for site in sites.values()):
+    if any(architecture.fused(site) is not None for site in architecture.sites(model)):
         raise InputError("the model has its fused FFNs already")
     parameterization = record["parameterization"] if optimizer == "as saved" else parameterization_for(optimizer)
     if record["parameterization"] == "folded":
         raise InputError(f"{path}: saved with its scale folded for good: it trains on as it is, nothing to restore")
-    scales = _matched(_read_scales(path), sites)
-    bundles = {name: architecture.read(sites[name], config) for name in scales}
-    check_scales(
-        {sites[name].index: (scale, bundles[name]) for name, scale in scales.items()},
-        record["fused_layers"],
-        parameterization,
-    )
-    for name, scale in scales.items():
-        unfolded = bundles[name].unfolded(scale.to(bundles[name].w_in.device).unsqueeze(0))
-        architecture.install(sites[name], unfolded, parameterization)
+    for site, scale, bundle in read_scales(model, path, parameterization):
+        unfolded = bundle.unfolded(scale.to(bundle.w_in.device).unsqueeze(0))
+        architecture.install(site, unfolded, parameterization)
     update_record(model, architecture)
     know_forms(model, architecture)
 
 
-def check_scales(found: Mapping[int, tuple[Tensor, NeuronBundle]], fused: Sequence[int], parameterization: str) -> None:
-    """Check the scales of a side file against the FFNs that they belong to.
-
-    Args:
-        found: layer -> its `(N,)` scale and its plain FFN (B = 1).
-        fused: the layers that the record calls fused.
-        parameterization: the one that is asked for.
+def read_scales(
+    model: nn.Module, path: str | os.PathLike[str], parameterization: str
+) -> list[tuple[FFNSite, Tensor, NeuronBundle]]:
+    """Every fused FFN of a plain model with its `(N,)` scale in the side file at `path`, and its bundle (B = 1).
 
     Raises:
-        InputError: a layer has no scale, or one too many, or a scale cannot be that of its FFN.
+        InputError: the side file is missing, damaged, or does not fit the model or the parameterization.
     """
-    without, beyond = sorted(set(fused) - set(found)), sorted(set(found) - set(fused))
+    config: Any = model.config
+    architecture = get_architecture(config.model_type)
+    record = fusion_record(config)
+    assert record is not None
+    sites = {architecture.scale_name(site.path): site for site in architecture.sites(model)}
+    scales = _matched(_side_file(path), sites)
+    found = [(sites[name], scale, architecture.read(sites[name], config)) for name, scale in scales.items()]
+    _check_scales(found, record["fused_layers"], parameterization)
+    return found
+
+
+def _check_scales(
+    found: Sequence[tuple[FFNSite, Tensor, NeuronBundle]], fused: Sequence[int], parameterization: str
+) -> None:
+    present = {site.index for site, _, _ in found}
+    without, beyond = sorted(set(fused) - present), sorted(present - set(fused))
     if without:
         raise InputError(f"{SCALE_FILE} has no scale for layer {without[0]}: it belongs to another checkpoint")
     if beyond:
         raise InputError(f"{SCALE_FILE} has a scale for layer {beyond[0]}, which is not fused: it is of another one")
-    for layer, (scale, bundle) in sorted(found.items()):
+    for site, scale, bundle in found:
+        layer = site.index
         if scale.shape != (bundle.width,):
             raise InputError(
                 f"{SCALE_FILE}: layer {layer} has {scale.numel()} entries, the layer {bundle.width} neurons"
@@ -100,20 +104,7 @@ def check_scales(found: Mapping[int, tuple[Tensor, NeuronBundle]], fused: Sequen
             )
 
 
-def read_scale_file(file: Path) -> dict[str, Tensor]:
-    """The scales in a side file, by the model's names for them.
-
-    Raises:
-        InputError: it is damaged.
-    """
-    try:
-        scales: dict[str, Tensor] = load_file(file)
-    except SafetensorError as error:
-        raise InputError(f"{file}: damaged or cut short: fetch it again") from error
-    return scales
-
-
-def _read_scales(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def _side_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     folder, name = os.path.split(SCALE_FILE)
     try:
         file = cached_file(os.fspath(path), name, subfolder=folder)
@@ -123,7 +114,11 @@ def _read_scales(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         else:
             what = f"neither a folder here nor a fused checkpoint on the hub ({str(error).splitlines()[0]})"
         raise InputError(f"{path}: {what}: the model cannot train on as it was saved") from error
-    return read_scale_file(Path(file))
+    try:
+        scales: dict[str, Tensor] = load_file(file)
+    except SafetensorError as error:
+        raise InputError(f"{file}: damaged or cut short: fetch it again") from error
+    return scales
 
 
 def _matched(scales: Mapping[str, Tensor], sites: Mapping[str, FFNSite]) -> dict[str, Tensor]:

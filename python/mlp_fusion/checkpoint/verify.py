@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mlp_fusion.architectures import get_architecture
 from mlp_fusion.checkpoint.compress import model_class, model_outputs, reference_outputs
 from mlp_fusion.checkpoint.metadata import FUSION_KEY, REFERENCE_FILE, fusion_record
+from mlp_fusion.checkpoint.restoring import read_scales
 from mlp_fusion.checkpoint.source import read_headers, weight_files
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure import relative_error
@@ -66,7 +67,8 @@ def verify(out: str | Path, against: nn.Module | None = None) -> Verification:
 
     Returns:
         The checks: shapes as config and record state them, every tensor finite, a clean load, equal outputs (relative
-        Frobenius difference at most 0.3 sqrt(eps) of the dtype: folding rounds once more than the explicit scale).
+        Frobenius difference at most 0.3 sqrt(eps) of the dtype: folding rounds once more than the explicit scale), and
+        a side file from which `restore` can take the scale.
 
     Raises:
         InputError: not a fused checkpoint, or unreadable, or nothing to compare with.
@@ -78,7 +80,6 @@ def verify(out: str | Path, against: nn.Module | None = None) -> Verification:
     record = fusion_record(headers.config)
     if record is None:
         raise InputError(f"{folder}: not a fused checkpoint: config.json has no {FUSION_KEY!r} entry")
-    _check_record(folder, record)
     recorded = _read_reference(folder) if against is None else None
     model, info = model_class(headers.config).from_pretrained(
         folder, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True,
@@ -90,13 +91,9 @@ def verify(out: str | Path, against: nn.Module | None = None) -> Verification:
         _check_finite(folder),
         _check_loading(headers.config, info),
         _check_outputs(expected, model.eval()),
+        _check_scale(folder, record, model),
     ]
     return Verification(str(folder), checks)
-
-
-def _check_record(folder: Path, record: Any) -> None:
-    if not isinstance(record, dict) or not {"format", "parameterization", "fused_layers"} <= set(record):
-        raise InputError(f"{folder}: the {FUSION_KEY!r} entry of config.json is damaged: compress again")
 
 
 def _read_reference(folder: Path) -> dict[str, Tensor]:
@@ -161,3 +158,14 @@ def _check_outputs(expected: dict[str, Tensor], model: Any) -> Check:
     limit = 0.3 * torch.finfo(model.dtype).eps ** 0.5
     seen = f"relative difference of {kind.replace('_', ' ')} {error:.1e} to the model in memory (limit {limit:.1e})"
     return Check("outputs", error <= limit, seen)
+
+
+def _check_scale(folder: Path, record: dict[str, Any], model: Any) -> Check:
+    if record["parameterization"] == "folded":
+        return Check("scale", True, "folded for good: there is nothing to restore")
+    try:
+        found = read_scales(model, folder, record["parameterization"])
+    except InputError as error:
+        return Check("scale", False, str(error))
+    largest = max(float(scale.max()) for _, scale, _ in found)
+    return Check("scale", True, f"of {len(found)} FFNs, the largest {largest:g}")
