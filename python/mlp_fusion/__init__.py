@@ -7,11 +7,10 @@ changes when transformers is imported.
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mlp_fusion.deferred import when_imported
+from mlp_fusion.deferred import on_demand, when_imported
 
 if TYPE_CHECKING:
     from mlp_fusion.checkpoint.compress import compress
@@ -71,12 +70,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = on_demand(__name__, _PLACES)
 
 
 def __dir__() -> list[str]:

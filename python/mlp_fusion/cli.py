@@ -2,10 +2,15 @@
 
 Exit codes: 0 done, 1 failed, 2 bad input. Errors are one line on standard error; with `--json`, standard output
 holds one JSON object and nothing else.
+
+Torch, transformers and all that stands on them are imported by the commands that need them, after their options have
+been read: help and mistakes in the options are answered at once.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib.metadata
 import json
 import logging
@@ -19,24 +24,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-import torch
-import transformers
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 import mlp_fusion
-from fusion_kernels import backends
-from mlp_fusion.calibration.text import CALIBRATION_SENTENCES
+from mlp_fusion.choices import CALIBRATION_SENTENCES, METHODS, TASKS
+from mlp_fusion.deferred import when_imported
 from mlp_fusion.errors import InputError
-from mlp_fusion.finetuning.run import TASKS, is_unfinished
-from mlp_fusion.methods import method_names
+from mlp_fusion.finetuning.settings import Settings
+from mlp_fusion.selection import check_options
 
 Command = Callable[..., Any]
 
@@ -85,7 +79,7 @@ def plan(model: str, width: str, budget: float | None, layers: str, as_json: boo
 @_model
 @click.argument("out", type=click.Path(path_type=Path))
 @_selection
-@click.option("--method", default="fusion", show_default=True, help=f"One of {', '.join(method_names())}.")
+@click.option("--method", default="fusion", show_default=True, help=f"One of {', '.join(METHODS)}.")
 @click.option(
     "--optimizer",
     default="adamw",
@@ -164,29 +158,31 @@ def compress(
     as_json: bool,
 ) -> None:
     """Fuse the FFNs of MODEL and write a plain checkpoint to OUT, which must not exist or be empty."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # On a pipe, a bar that is drawn once at the end is a blank line in front of the error.
-    hidden = not sys.stderr.isatty()
-    with Progress(TextColumn("fusing"), *columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
+    neurons = parse_width(width)
+    options: dict[str, Any] = {
+        "optimizer": None if optimizer == "none" else optimizer,
+        "seed": seed,
+        "refit": refit,
+        "match": None if match == "none" else match,
+        "tune_steps": tune_steps,
+        "sequential": sequential,
+        "budget": budget,
+        "calibration_sentences": calibration_sentences,
+        "calibration_rows": calibration_rows,
+    }
+    check_options(neurons, method, calibrated=calibration is not None, **options)
+    with _progress() as bar:
         task = bar.add_task("fusing", total=None)
         report = mlp_fusion.compress(
             model,
             out,
-            parse_width(width),
+            neurons,
             layers,
             method,
-            optimizer=None if optimizer == "none" else optimizer,
-            seed=seed,
             text=text,
             calibration=calibration,
-            calibration_sentences=calibration_sentences,
-            calibration_rows=calibration_rows,
-            refit=refit,
-            match=None if match == "none" else match,
-            tune_steps=tune_steps,
-            sequential=sequential,
-            budget=budget,
             device=device,
+            **options,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     _emit(report, as_json)
@@ -238,13 +234,10 @@ def verify(out: str, as_json: bool) -> None:
 @_json
 def finetune(model: str, out: Path, columns: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Train MODEL, fused or not, on a task and write the result to OUT."""
+    Settings(**{field.name: options[field.name] for field in dataclasses.fields(Settings)}).check()
     # Under torchrun, the first of several processes speaks for all.
     silent = int(os.environ.get("RANK", "0")) > 0
-    columns_shown = (BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn(), TimeRemainingColumn())
-    hidden = silent or not sys.stderr.isatty()
-    with Progress(
-        TextColumn("{task.description}"), *columns_shown, console=Console(stderr=True), transient=True, disable=hidden
-    ) as bar:
+    with _progress("steps", silent=silent) as bar:
         task = bar.add_task("preparing", total=None)
 
         def show(stage: str, done: int, total: int, loss: float | None) -> None:
@@ -254,6 +247,8 @@ def finetune(model: str, out: Path, columns: tuple[str, ...], as_json: bool, **o
         try:
             report = mlp_fusion.finetune(model, out, columns=columns or None, progress=show, **options)
         except KeyboardInterrupt as error:
+            from mlp_fusion.finetuning.run import is_unfinished
+
             if is_unfinished(out):
                 raise _InterruptedRunError(
                     f"interrupted; --resume goes on from the last checkpoint in {out}"
@@ -297,6 +292,10 @@ def env(as_json: bool) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions, devices and backends, as plain JSON types."""
+    import torch
+
+    from fusion_kernels import backends
+
     versions: dict[str, str] = {"python": platform.python_version()}
     for package in ("mlp-fusion", "torch", "triton", "transformers", "safetensors", "numpy", "accelerate", "peft"):
         try:
@@ -328,16 +327,44 @@ def parse_width(text: str) -> int | float | str:
     raise InputError(f"--width {text!r}: give a count such as 768 or a share such as 0.25, or auto")
 
 
+def _progress(unit: str = "", *, silent: bool = False) -> Any:
+    """A bar on standard error, which shows the description of its task."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn())
+    # On a pipe, a bar that is drawn once at the end is a blank line in front of the error.
+    hidden = silent or not sys.stderr.isatty()
+    description = TextColumn("{task.description}")
+    return Progress(description, *columns, console=Console(stderr=True), transient=True, disable=hidden)
+
+
+@functools.cache
+def _hush() -> None:
+    """Silence other people's progress bars and advice: they would drown the one table that was asked for."""
+
+    def hush(logging_of_transformers: Any) -> None:
+        logging_of_transformers.disable_progress_bar()
+        logging_of_transformers.set_verbosity_error()
+
+    when_imported(lambda name: name == "transformers.utils.logging", hush)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
 def _emit(result: Any, as_json: bool) -> None:
     click.echo(json.dumps(result.to_dict()) if as_json else result.table())
 
 
 def main() -> None:
     """Run the command line; the entry point of `mlp-fusion`."""
-    # Other people's progress bars and advice would drown the one table that was asked for.
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    _hush()
     # A job that is ended by its scheduler cleans up like one that is interrupted by hand.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -16,14 +16,15 @@ from fusion_kernels.ntk import Kernel
 from mlp_fusion.architectures import Architecture, FFNSite
 from mlp_fusion.calibration import FFNStatistics, collect, output_sensitivities
 from mlp_fusion.calibration.statistics import take_calibration
-from mlp_fusion.calibration.text import CALIBRATION_SENTENCES, Calibration, calibration_batches
+from mlp_fusion.calibration.text import Calibration, calibration_batches
 from mlp_fusion.checkpoint.metadata import check_config, fused_config, replace_config
 from mlp_fusion.checkpoint.states import know_forms
+from mlp_fusion.choices import CALIBRATION_SENTENCES
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure import FFNRow, FusionReport, capture_activations, ffn_errors, random_batch, relative_error
 from mlp_fusion.measure.activations import Activations, Batch, token_mask
 from mlp_fusion.measure.report import CalibrationRecord
-from mlp_fusion.methods import get_method, method_names
+from mlp_fusion.methods import get_method
 from mlp_fusion.methods.allocation import allocate_widths, hidden_state_changes
 from mlp_fusion.methods.pipeline import (
     Progress,
@@ -38,7 +39,7 @@ from mlp_fusion.neurons import NeuronBundle, Parameterization
 from mlp_fusion.selection import (
     Layers,
     Width,
-    is_automatic,
+    check_options,
     parameterization_for,
     resolve_layers,
     resolve_width,
@@ -63,8 +64,7 @@ class Options:
     budget: float | None
 
 
-def check_options(
-    width: Width | str,
+def _options(
     method: str,
     *,
     optimizer: str | None,
@@ -75,55 +75,12 @@ def check_options(
     tune_steps: int,
     sequential: bool,
     budget: float | None,
-    calibration_sentences: int,
-    calibration_rows: int | None,
 ) -> Options:
-    """Check what can be checked without a model; arguments as in :func:`fuse`.
-
-    Raises:
-        InputError: an option is unknown, or asks for what another one rules out.
-    """
+    """The checked options as the reductions take them."""
     form = parameterization_for(optimizer)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise InputError(f"seed {seed!r}: give an integer from 0 to 2**63 - 1")
-    reducer = get_method(method)
-    if not reducer.narrows:
-        narrow = ", ".join(name for name in method_names() if get_method(name).narrows)
-        raise InputError(
-            f"method {method!r} keeps the width, so that no narrower model can hold it: use one of {narrow}"
-        )
-    if match not in (None, "auto", "gd", "sign"):
-        raise InputError(f"match {match!r}: use gd, sign, auto or none")
-    if match is not None and form == "folded":
-        raise InputError("match needs an optimizer: a model for inference has no tangent kernel to match")
     kernel: Any = OPTIMIZER_KERNELS[form] if match == "auto" else match
-    automatic = is_automatic(width, budget)
-    if budget is not None and not 0.0 < budget < 1.0:
-        raise InputError(
-            f"budget {budget} must lie strictly between 0 and 1: the share of the FFNs' parameters to keep"
-        )
-    if isinstance(tune_steps, bool) or not isinstance(tune_steps, int) or tune_steps < 0:
-        raise InputError(f"tune_steps {tune_steps!r}: give a number of steps, 0 for no tuning")
-    counts = {"calibration_sentences": calibration_sentences}
-    if calibration_rows is not None:
-        counts["calibration_rows"] = calibration_rows
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise InputError(f"{name} {count!r}: give a number from 1 on")
-    if tune_steps > 0 and refit is False:
-        raise InputError("tune_steps starts from a refit and ends in one: leave refit to itself")
-    if not calibrated:
-        asked = {
-            "refit": bool(refit), "match": match is not None, "tune_steps": tune_steps > 0, "sequential": sequential,
-            "width auto": automatic, "calibration_rows": calibration_rows is not None,
-            "calibration_sentences": calibration_sentences != CALIBRATION_SENTENCES,
-            f"method {method}": reducer.needs_statistics,
-        }  # fmt: skip
-        wanting = [name for name, wanted in asked.items() if wanted]
-        if wanting:
-            raise InputError(f"{wanting[0]} needs calibration text: pass calibration (--calibration FILE)")
     fit = calibrated if refit is None else refit
-    recipe = Recipe(reducer, seed, form, refit=fit, tune_steps=tune_steps, match=kernel)
+    recipe = Recipe(get_method(method), seed, form, refit=fit, tune_steps=tune_steps, match=kernel)
     return Options(recipe, optimizer, calibrated, sequential, budget)
 
 
@@ -193,11 +150,14 @@ def fuse(
     started = time.perf_counter()
     architecture, sites = find_ffns(model)
     config: Any = model.config
-    options = check_options(
-        width, method, optimizer=optimizer, seed=seed, calibrated=calibration is not None, refit=refit, match=match,
-        tune_steps=tune_steps, sequential=sequential, budget=budget, calibration_sentences=calibration_sentences,
-        calibration_rows=calibration_rows,
-    )  # fmt: skip
+    asked: dict[str, Any] = {
+        "optimizer": optimizer, "seed": seed, "calibrated": calibration is not None, "refit": refit, "match": match,
+        "tune_steps": tune_steps, "sequential": sequential, "budget": budget,
+    }  # fmt: skip
+    check_options(
+        width, method, calibration_sentences=calibration_sentences, calibration_rows=calibration_rows, **asked
+    )
+    options = _options(method, **asked)
     form = options.recipe.form
     indices = set(resolve_layers(layers, [site.index for site in sites]))
     chosen = [site for site in sites if site.index in indices]

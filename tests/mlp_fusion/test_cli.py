@@ -183,8 +183,8 @@ def test_verify_prints_a_table(run: Run, fused: Path) -> None:
     done = run("verify", fused)
     assert (done.code, done.err) == (0, "")
     assert done.out.splitlines()[0] == str(fused)
-    assert [line.split()[:2] for line in done.out.splitlines()[-4:]] == [
-        ["shapes", "ok"], ["finite", "ok"], ["loads", "ok"], ["outputs", "ok"]
+    assert [line.split()[:2] for line in done.out.splitlines()[-5:]] == [
+        ["shapes", "ok"], ["finite", "ok"], ["loads", "ok"], ["outputs", "ok"], ["scale", "ok"]
     ]  # fmt: skip
 
 
@@ -193,7 +193,7 @@ def test_verify_prints_json(run: Run, fused: Path) -> None:
     assert (done.code, done.err) == (0, "")
     assert done.json["passed"] is True
     assert done.json["checkpoint"] == str(fused)
-    assert [check["passed"] for check in done.json["checks"]] == [True] * 4
+    assert [check["passed"] for check in done.json["checks"]] == [True] * 5
 
 
 @pytest.mark.parametrize("value", [1.5, float("nan")])
@@ -437,6 +437,51 @@ def test_interrupt(run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.M
     # click ends the terminal's line with the ^C first
     assert done.err.strip() == "mlp-fusion: interrupted; nothing was written"
     assert os.listdir(tmp_path) == []
+
+
+def test_what_is_asked_wrongly_is_answered_without_torch() -> None:
+    """All in one process, which is slow to start enough: no module that takes long to import is needed."""
+    script = """
+import sys
+from mlp_fusion.cli import main
+for arguments in ARGUMENTS:
+    sys.argv = ["mlp-fusion", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        assert stop.code == (0 if {"-h", "--version"} & set(arguments) else 2), arguments
+slow = {"torch", "transformers", "numpy", "rich", "safetensors", "huggingface_hub"} & set(sys.modules)
+assert not slow, slow
+"""
+    wrong = [
+        *([command, "-h"] for command in ("plan", "compress", "verify", "finetune", "report", "env")),
+        ["-h"], ["--version"], ["shrink"], ["--quiet"], ["plan", "m"], ["compress", "m", "o", "--width", "wide"],
+        *(["compress", "m", "o", "--width", "8", *more] for more in (
+            ["--method", "magic"], ["--method", "svd"], ["--method", "select"], ["--optimizer", "magic"],
+            ["--seed", "x"], ["--budget", "0.5"], ["--match", "gd"], ["--tune", "3"], ["--sequential"], ["--refit"],
+            ["--tune", "-1"],
+        )),
+        *(["finetune", "m", "o", "--task", "lm", "--train", "t", *more] for more in (
+            ["--epochs", "0"], ["--optimizer", "lion"], ["--batch-size", "3", "--accumulation", "2"], ["--warmup", "2"],
+        )),
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script.replace("ARGUMENTS", repr(wrong))], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_plan_imports_no_modelling_code(source: Path) -> None:
+    script = f"""
+import sys
+import mlp_fusion
+assert not {{"torch", "transformers"}} & set(sys.modules)
+mlp_fusion.plan({str(source)!r}, 16)
+assert "transformers.modeling_utils" not in sys.modules
+assert not [name for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name]
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # --- the installed program -------------------------------------------------------------------------------------------

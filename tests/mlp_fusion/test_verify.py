@@ -185,7 +185,7 @@ def test_the_scale_file_is_part_of_the_checkpoint(broken: Path, tmp_path: Path) 
         "short": ({**scales, first: scales[first][1:]}, "has 15 entries, the layer 16 neurons"),
         "unknown": ({**scales, "x.scale": scales[first]}, "x.scale fits no layer"),
     }.values():
-        save_file({k: v.contiguous() for k, v in change.items()}, broken / ck.SCALE)
+        save_file({k: v.clone() for k, v in change.items()}, broken / ck.SCALE)
         verified = mlp_fusion.verify(broken)
         assert failed(verified) == {"scale"}
         assert seen in detail(verified, "scale")

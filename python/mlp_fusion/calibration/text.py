@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from mlp_fusion.checkpoint.text import read_sentences, tokenize
+from mlp_fusion.choices import CALIBRATION_SENTENCES
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure.activations import Batch
 
 Calibration = Batch | Iterable[Batch] | Sequence[str] | str | Path
 
-#: Sentences read from a file, a list or a dataset, unless the caller asks for another number.
-CALIBRATION_SENTENCES = 512
 TEXT_COLUMNS = ("text", "sentence", "content")
 
 

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mlp_fusion.architectures import Architecture, get_architecture
-from mlp_fusion.calibration.text import CALIBRATION_SENTENCES
 from mlp_fusion.checkpoint.folding import fold_state_dict
 from mlp_fusion.checkpoint.metadata import (
     FUSION_KEY,
@@ -28,12 +27,13 @@ from mlp_fusion.checkpoint.plan import FusionPlan, plan
 from mlp_fusion.checkpoint.source import local_folder, read_config
 from mlp_fusion.checkpoint.text import compare_embeddings, embed, read_sentences, tokenize
 from mlp_fusion.checkpoint.writing import appears_when_complete, check_output, copy_companions, write_weights
+from mlp_fusion.choices import CALIBRATION_SENTENCES
 from mlp_fusion.errors import InputError
-from mlp_fusion.fusing import check_options, fuse
+from mlp_fusion.fusing import fuse
 from mlp_fusion.measure import FusionReport, random_batch
 from mlp_fusion.measure.activations import evaluating
 from mlp_fusion.methods.pipeline import Progress
-from mlp_fusion.selection import Layers, Width
+from mlp_fusion.selection import Layers, Width, check_options
 
 #: Tokens of the random sequence whose outputs travel with the checkpoint for `verify`.
 _REFERENCE_TOKENS = 16

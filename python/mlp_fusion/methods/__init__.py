@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mlp_fusion.calibration.statistics import FFNStatistics
+from mlp_fusion.choices import KEEP_WIDTH, METHODS, NEED_TEXT
 from mlp_fusion.errors import InputError
 from mlp_fusion.neurons import NeuronBundle
 
@@ -89,6 +90,9 @@ def method(
     """Register a function as the method called `name`; the options are attributes of :class:`Method`."""
 
     def add(function: Reducer) -> Reducer:
+        said = (name in METHODS, name in NEED_TEXT, name not in KEEP_WIDTH)
+        if said != (True, needs_statistics, narrows):
+            raise ValueError(f"mlp_fusion.choices says otherwise of method {name!r} than its registration: amend it")
         _METHODS[name] = Method(name, function, needs_statistics, uses_statistics or needs_statistics, narrows)
         return function
 

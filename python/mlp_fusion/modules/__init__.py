@@ -1,6 +1,16 @@
 """Drop-in feed-forward modules with the size-scaling vector."""
 
-from mlp_fusion.modules.experts import FusedExperts
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mlp_fusion.deferred import on_demand
 from mlp_fusion.modules.ffn import FusedFFN, FusedGLU, FusedMLP
 
+if TYPE_CHECKING:
+    from mlp_fusion.modules.experts import FusedExperts
+
 __all__ = ["FusedExperts", "FusedFFN", "FusedGLU", "FusedMLP"]
+
+# What experts need of transformers takes seconds to import, and plans do not need it.
+__getattr__ = on_demand(__name__, {"FusedExperts": "experts"})
