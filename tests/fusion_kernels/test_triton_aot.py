@@ -27,15 +27,25 @@ SHAPES = ("3072,768,1537", "64,16,64")
 
 
 @functools.cache
-def resources(script: str, capability: int, *arguments: str) -> list[dict[str, Any]]:
-    """What a script of tests/support finds, in a process of its own: in this one the kernels may be interpreted."""
+def resources(script: str, capability: int, *arguments: str, afresh: str = "") -> list[dict[str, Any]]:
+    """What a script of tests/support finds, in a process of its own: in this one the kernels may be interpreted.
+
+    `afresh` names a kernel to compile, whatever is kept of it.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if afresh:
+        environment["TRITON_AOT"] = f"compile:{afresh}"
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, str(ROOT / "tests" / "support" / script), str(capability), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout)
     return found
+
+
+def test_what_is_kept_is_what_is_compiled() -> None:
+    """For one kernel, on every run; `TRITON_AOT=compile` does it for all, and `make resources` keeps them anew."""
+    resources("triton_aot.py", 80, "64,16,64", afresh="_norms_kernel")
 
 
 def assert_within(found: list[dict[str, Any]], capability: int) -> None:

@@ -2,11 +2,20 @@
 
 As a script (`python triton_aot.py 80 N,K,D ...`, in a process without TRITON_INTERPRET) it compiles every kernel that
 `fusion_kernels.kmeans.triton_backend` launches for problems of these shapes, as it launches them, and writes JSON.
+
+Compiling all of them takes minutes, and gives the same for the same source: what each one uses is kept in
+`tests/data/triton_resources.json` under a hash of its source, all that it calls, its arguments, the target and the
+version of Triton. A kernel that is not there is compiled; `TRITON_AOT=record` compiles what is missing and keeps it,
+`TRITON_AOT=compile` compiles everything and compares it with what is kept, `TRITON_AOT=compile:NAME` one kernel.
+`make resources` does the first, from nothing.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -37,6 +46,9 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+
+
+RECORD = Path(__file__).parents[1] / "data" / "triton_resources.json"
 
 
 @dataclass(frozen=True)
@@ -83,18 +95,42 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
             if value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
+    described = f"{source.hash()} {capability} {sorted(launch.options.items())} {triton.__version__}"
+    key = hashlib.sha256(described.encode()).hexdigest()[:24]
+    mode, kept = os.environ.get("TRITON_AOT", ""), _kept().get(key)
+    if kept is None or mode in ("compile", f"compile:{launch.kernel.__name__}"):
+        found = _compiled(source, launch, capability)
+        assert kept is None or found == kept, f"{launch.kernel.__name__}: compiled {found}, kept {kept}"
+        if mode == "record":
+            _kept()[key] = found
+        kept = found
+    chosen = {name: value for name, value in launch.arguments.items() if name in constant_names} | launch.options
+    return Resources(launch.kernel.__name__, chosen, **kept)
+
+
+def _compiled(source: ASTSource, launch: Launch, capability: int) -> dict[str, Any]:
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
-    usage = _usage(compiled.asm["cubin"])
-    ptx = compiled.asm["ptx"]
-    return Resources(
-        launch.kernel.__name__,
-        {name: value for name, value in launch.arguments.items() if name in constant_names} | launch.options,
-        usage["REG"],
-        usage["STACK"],
-        usage["LOCAL"],
-        compiled.metadata.shared,
-        {name: len(re.findall(pattern, ptx)) for name, pattern in _INSTRUCTIONS.items()},
-    )
+    usage, ptx = _usage(compiled.asm["cubin"]), compiled.asm["ptx"]
+    return {
+        "registers": usage["REG"],
+        "stack": usage["STACK"],
+        "local": usage["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "instructions": {name: len(re.findall(pattern, ptx)) for name, pattern in _INSTRUCTIONS.items()},
+    }
+
+
+@functools.cache
+def _kept() -> dict[str, dict[str, Any]]:
+    kept: dict[str, dict[str, Any]] = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
+    return kept
+
+
+def keep() -> None:
+    """Write what `TRITON_AOT=record` has found, a kernel a line."""
+    if os.environ.get("TRITON_AOT") == "record":
+        lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(_kept().items()))
+        RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
@@ -160,6 +196,7 @@ def main() -> None:
         for launch in kmeans_launches(N, K, D, shared_memory):
             resources = asdict(compile_launch(launch, capability))
             found[json.dumps(resources, sort_keys=True, default=str)] = resources
+    keep()
     sys.stdout.write(json.dumps(list(found.values()), default=str))
 
 

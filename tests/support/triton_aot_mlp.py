@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from triton_aot import Launch, compile_launch, recorder
+from triton_aot import Launch, compile_launch, keep, recorder
 
 #: Tokens, inputs, neurons: few and many tokens of a small model, a larger one, and rows that are not aligned.
 SHAPES = [(1024, 768, 192), (65536, 768, 192), (65536, 2048, 512), (8192, 123, 50)]
@@ -85,6 +85,7 @@ def main() -> None:
     """Write a JSON list of `Resources` for the capability of the command line."""
     capability = int(sys.argv[1])
     found = [asdict(compile_launch(launch, capability)) for launch in mlp_launches(capability)]
+    keep()
     sys.stdout.write(json.dumps(found, default=str))
 
 
