@@ -240,7 +240,9 @@ def test_the_command_line_passes_steps_on(tmp_path: Any, monkeypatch: pytest.Mon
         raise InputError("far enough")
 
     monkeypatch.setattr("mlp_fusion.compress", stop)
-    CliRunner().invoke(cli, ["compress", "m", str(tmp_path / "out"), "--width", "16", "--tune", "300"])
+    CliRunner().invoke(
+        cli, ["compress", "m", str(tmp_path / "out"), "--width", "16", "--tune", "300", "--calibration", "t"]
+    )
     assert seen["tune_steps"] == 300
     monkeypatch.undo()
     with pytest.raises(InputError, match="tune_steps needs calibration text"):
