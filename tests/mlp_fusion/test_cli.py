@@ -478,7 +478,8 @@ import mlp_fusion
 assert not {{"torch", "transformers"}} & set(sys.modules)
 mlp_fusion.plan({str(source)!r}, 16)
 assert "transformers.modeling_utils" not in sys.modules
-models = {{name.split(".")[2] for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name}}
+modelling = [name.split(".") for name in sys.modules if "transformers.models." in name and ".modeling_" in name]
+models = {{parts[2] for parts in modelling}}
 assert models <= {{"auto"}}, models  # a table of names
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
