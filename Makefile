@@ -9,7 +9,7 @@ INSTALL := $(BIN)/pip install --quiet --no-build-isolation -c constraints.txt
 TRITON := 'triton==3.6.0; platform_system == "Linux"'
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: demo test quick resources lint types bench clean
+.PHONY: demo test quick mutants resources lint types bench clean
 
 $(VENV)/.base: constraints.txt pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
@@ -47,6 +47,10 @@ resources: $(VENV)/.test
 	for capability in 80 90; do \
 	  TRITON_AOT=record PYTHONPATH=. $(BIN)/python tests/support/triton_aot.py $$capability 3072,768,1537 64,16,64 >/dev/null && \
 	  TRITON_AOT=record PYTHONPATH=. $(BIN)/python tests/support/triton_aot_mlp.py $$capability >/dev/null || exit 1; done
+
+mutants: $(VENV)/.test
+	$(BIN)/pip install --quiet cosmic-ray
+	PATH=$(abspath $(BIN)):$$PATH tests/mutants.sh $(MODULES)
 
 bench: $(VENV)/.test
 	$(BIN)/python bench/main_job.py

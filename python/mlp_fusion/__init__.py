@@ -77,13 +77,18 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+_HOSTS = {
+    "accelerate.utils.modeling",
+    "torch.distributed.checkpoint.state_dict",
+    "transformers.modeling_utils",
+    "transformers.trainer",
+    "transformers.trainer_utils",
+}
+
+
 def _is_host(name: str) -> bool:
-    """Whether a module of transformers has methods that `checkpoint.hosts` wraps."""
-    package, _, rest = name.partition(".")
-    return package == "transformers" and (
-        rest in ("modeling_utils", "trainer", "trainer_utils")
-        or (rest.startswith("models.") and rest.rpartition(".")[2].startswith("modeling_"))
-    )
+    """Whether a module has functions that `checkpoint.hosts` wraps."""
+    return name in _HOSTS or (name.startswith("transformers.models.") and ".modeling_" in name)
 
 
 def _adapt(module: ModuleType) -> None:

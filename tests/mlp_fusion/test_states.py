@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint.state_dict as distributed
 from accelerate import Accelerator
+from accelerate.utils import modeling as accelerated
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 from transformers.trainer_utils import load_sharded_checkpoint
@@ -153,6 +156,30 @@ def test_trainer_resumes_and_takes_the_best(
     best.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
     best._load_best_model()
     same(best.model, logits(source))
+
+
+@pytest.mark.parametrize("optimizer", FORMS)
+def test_other_ways_in_ask_the_same_questions(optimizer: str, tmp_path: Path) -> None:
+    source = fused("bert", optimizer, shift=0.05)
+    source.save_pretrained(tmp_path)
+    plain = load_file(tmp_path / "model.safetensors")
+    target = fused("bert", optimizer)
+    before = logits(target)
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    with pytest.raises(InputError, match="comes without"):
+        distributed.set_model_state_dict(target, plain, options=options)
+    with pytest.raises(InputError, match="cannot be set one by one"):
+        accelerated.load_checkpoint_in_model(target, tmp_path, device_map={"": "cpu"})
+    torch.testing.assert_close(logits(target), before, rtol=0, atol=0)
+    with state_form("plain"):
+        distributed.set_model_state_dict(target, plain, options=options)
+    same(target, logits(source))
+    other = fused("bert", optimizer)
+    accelerated.load_checkpoint_in_model(other, tmp_path)
+    same(other, logits(source))
+    unfused = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    accelerated.load_checkpoint_in_model(unfused, tmp_path, device_map={"": "cpu"})
+    same(unfused, logits(source))
 
 
 def test_what_is_said_must_fit_what_there_is() -> None:

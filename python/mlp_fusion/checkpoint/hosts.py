@@ -1,4 +1,4 @@
-"""What importing `mlp_fusion` changes in transformers, each as its module is imported; nothing else is touched.
+"""What importing `mlp_fusion` changes in other libraries, each as its module is imported; nothing else is touched.
 
 - The constructors of the supported families' layers: transformers stores widths that differ by layer in its standard
   `per_layer_config`, but its layer classes read the global config and raise. Wrapped, a layer of such a model is built
@@ -7,7 +7,9 @@
   is made on; one with fused experts that hold a scale is refused. Other models are saved as ever.
 - `PreTrainedModel.from_pretrained` and `load_state_dict` of its models: a state in which a fused FFN has a scale, or
   lacks one, without the model being able to tell what it means, is refused (see `checkpoint.states`).
-- `Trainer` and `load_sharded_checkpoint` say of the folder that they read whether its weights are plain.
+- `Trainer`, `load_sharded_checkpoint` and accelerate's `load_checkpoint_in_model` say of the folder that they read
+  whether its weights are plain; the last is refused where it would set tensors one by one. torch's
+  `set_model_state_dict`, which fills up a state from the model's own before it loads it, asks the same questions first.
 - The feed-forward method of families that split their FFN over sibling modules: it hands a fused FFN the projection
   that lies in the sibling.
 - transformers' registry of implementations of experts gets one more, `mlp_fusion`.
@@ -47,6 +49,10 @@ def adapt(module: ModuleType) -> None:
     elif name == "transformers.trainer":
         _wrap(module.Trainer, "_load_from_checkpoint", _resuming)
         _wrap(module.Trainer, "_load_best_model", _loading_best)
+    elif name == "torch.distributed.checkpoint.state_dict":
+        _wrap(module, "set_model_state_dict", _setting)
+    elif name == "accelerate.utils.modeling":
+        _wrap(module, "load_checkpoint_in_model", _setting_one_by_one)
     else:
         _adapt_layers(module)
 
@@ -144,6 +150,32 @@ def _loading_best(load: _Method) -> _Method:
             return load(self)
 
     return load_best_model
+
+
+def _setting(load: _Method) -> _Method:
+    def set_model_state_dict(model: nn.Module, model_state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        from mlp_fusion.checkpoint import states
+
+        own = states.as_own(model, model_state_dict)
+        with states.state_form("own"):
+            return load(model, own, *args, **kwargs)
+
+    return set_model_state_dict
+
+
+def _setting_one_by_one(load: _Method) -> _Method:
+    def load_checkpoint_in_model(model: nn.Module, checkpoint: Any, device_map: Any = None, **kwargs: Any) -> Any:
+        from mlp_fusion.checkpoint import states
+
+        if device_map is not None and states.has_forms(model):
+            raise InputError(
+                "the model holds fused FFNs, whose tensors cannot be set one by one: load the checkpoint with "
+                "from_pretrained(..., device_map=...), then restore it"
+            )
+        with states.form_of_folder(checkpoint):
+            return load(model, checkpoint, device_map, **kwargs)
+
+    return load_checkpoint_in_model
 
 
 def _spanning(feed_forward: _Method) -> _Method:

@@ -29,6 +29,7 @@ from mlp_fusion.architectures import ARCHITECTURES, Architecture, FFNSite
 from mlp_fusion.checkpoint.folding import Rescaling
 from mlp_fusion.checkpoint.metadata import FUSION_KEY
 from mlp_fusion.errors import InputError
+from mlp_fusion.modules import FusedFFN
 
 Form = Literal["own", "plain"]
 
@@ -152,6 +153,22 @@ def dropped_scale(keys: list[str]) -> InputError:
         f"{keys[0]} is the scale of a fused FFN, and the model has no place for it: its outputs would be wrong; save "
         "with model.save_pretrained, or fuse (or restore) the model before loading this state"
     )
+
+
+def has_forms(model: nn.Module) -> bool:
+    """Whether `model` holds fused FFNs whose own weights are not the plain ones."""
+    return any(isinstance(module, FusedFFN) and module.scale is not None for module in model.modules())
+
+
+def as_own(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`state` as `load_state_dict` of `model` would load it, for what does not go through it; a copy if it changes."""
+    changed = dict(state)
+    for name, module in model.named_modules():
+        for hook in module._load_state_dict_pre_hooks.values():
+            form = getattr(hook, "hook", None)
+            if isinstance(form, StateForm):
+                form(module, changed, f"{name}.")
+    return changed if has_forms(model) else state
 
 
 def know_forms(model: nn.Module, architecture: Architecture) -> None:

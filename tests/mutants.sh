@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# How many mutants of the modules below the tests kill: `make mutants`, or with some of their names. Takes an hour.
+#
+# In a copy of the tree, so that nobody meets a mutant. Operators are exchanged for their nearest relatives only: a
+# product that becomes a shift fails by its type and says nothing about a test.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root=$PWD out=$PWD/build/mutants
+mkdir -p "$out"
+declare -A tests=(
+  [neurons]="test_neurons.py test_modules.py test_methods.py"
+  [selection]="test_selection.py test_plan.py test_fuse.py test_calibration_fuse.py"
+  [checkpoint/folding]="test_states.py test_folding.py test_offload.py test_hosts.py"
+  [checkpoint/states]="test_states.py test_folding.py test_hosts.py"
+  [checkpoint/restoring]="test_states.py test_folding.py test_verify.py test_hosts.py"
+  [calibration/refit]="test_calibration.py test_calibration_fuse.py"
+)
+rm -rf "$out/tree"
+git ls-files -z -- python fusion_kernels tests pyproject.toml | xargs -0 cp --parents -t "$(mkdir -p "$out/tree" && echo "$out/tree")"
+cp fusion_kernels/*.so "$out/tree/fusion_kernels/" 2>/dev/null || true
+cd "$out/tree"
+export PYTHONPATH=$PWD/python:$PWD PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1
+socket=$(mktemp -u)
+"$root/.venv/bin/python" tests/support/mutation.py serve "$socket" >"$out/server.log" 2>&1 &
+trap 'kill %1; rm -f "$socket"' EXIT
+until [ -S "$socket" ]; do kill -0 %1 && sleep 1; done
+for name in "${@:-${!tests[@]}}"; do
+  session=$out/${name//\//-}
+  files=$(printf 'tests/mlp_fusion/%s ' ${tests[$name]})
+  cat >"$session.toml" <<EOF2
+[cosmic-ray]
+module-path = "python/mlp_fusion/$name.py"
+timeout = 180.0
+excluded-modules = []
+test-command = "$root/.venv/bin/python -S tests/support/mutation.py run $socket $files"
+[cosmic-ray.distributor]
+name = "local"
+[cosmic-ray.filters.operators-filter]
+exclude-operators = [
+  "core/ReplaceBinaryOperator_.*_(FloorDiv|Mod|Pow|RShift|LShift|BitOr|BitAnd|BitXor)",
+  "core/ReplaceBinaryOperator_(BitOr|BitAnd|BitXor|LShift|RShift)_.*",
+]
+EOF2
+  rm -f "$session.sqlite"
+  cosmic-ray init "$session.toml" "$session.sqlite"
+  cr-filter-operators "$session.sqlite" "$session.toml"
+  cosmic-ray exec "$session.toml" "$session.sqlite"
+  "$root/.venv/bin/python" tests/support/mutation.py report "$session.sqlite" | tee "$session.txt"
+done
