@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fusion_kernels import gpu, native
 from fusion_kernels.kmeans import cpu_backend, gpu_backend
-from fusion_kernels.library import Backend, Operator, operator
+from fusion_kernels.library import Backend, Operator, check_name, operator
 from fusion_kernels.reference import kmeans as reference
-from fusion_kernels.reference.kmeans import ALGORITHMS, SEEDINGS, Options, Results, Status, check_name
+from fusion_kernels.reference.kmeans import ALGORITHMS, SEEDINGS, Options, Results, Status
 
 __all__ = ["ASSIGN", "OPERATOR", "KMeansResult", "Status", "kmeans", "kmeans_assign", "register"]
 

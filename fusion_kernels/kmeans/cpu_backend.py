@@ -330,9 +330,7 @@ def _solve_gram(
     return solved, resolved
 
 
-def _settle(
-    x: Tensor, w: Tensor, solved: _Solved, b: int, options: Options, decided: Tensor | None = None
-) -> None:
+def _settle(x: Tensor, w: Tensor, solved: _Solved, b: int, options: Options, decided: Tensor | None = None) -> None:
     """Make problem b what its rounded centroids make it: `reference.settling.settle`, compiled."""
     refills = options.max_iter > 0
     settled = settle(x[b], w[b], solved.partition(b, options), refills, _nearest, _means, decided)

@@ -18,6 +18,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from fusion_kernels.library import check_name
 from fusion_kernels.reference.settling import Partition, label_idle, nearest, settle
 
 # A squared distance of a point x is known up to a few rounding errors of |x|²: differences below this multiple of
@@ -90,12 +91,6 @@ class Options:
     def hartigan(self) -> bool:
         """Whether Hartigan's moves follow Lloyd's iteration."""
         return self.algorithm == "hartigan"
-
-
-def check_name(what: str, name: str, known: tuple[str, ...]) -> None:
-    """Raise ValueError unless `name` is one of those `known`."""
-    if name not in known:
-        raise ValueError(f"unknown {what} {name!r}: use one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
