@@ -11,6 +11,8 @@ Torch is not a build requirement: an isolated build has none and makes a wheel o
 with `--no-build-isolation` into an environment that has torch and setuptools. The library uses the LibTorch stable ABI
 and no Python API, so that one build serves every later torch and every supported Python.
 
+Sources compile side by side, as many as there are processors for this process, or `build_ext --parallel` of them.
+
 nvcc is that of `CUDA_HOME`, or the first on the PATH. It compiles for compute capabilities 8.0 and 9.0, and to PTX for
 later ones. The CUDA library links with libcudart and libtorch_cuda, which torch has loaded when it is used.
 """
@@ -22,6 +24,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -136,8 +140,31 @@ def cuda_library(nvcc: str, *, optional: bool) -> Extension:
     return extension
 
 
+def processors() -> int:
+    """How many processors this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return (os.cpu_count() or 1) if affinity is None else len(affinity(0))
+
+
+def side_by_side(compile_all: Callable[..., list[str]], jobs: int) -> Callable[..., list[str]]:
+    """A compiler's `compile`, which takes one source after the other, for `jobs` sources at a time."""
+
+    def compile_sources(sources: list[str], **options: object) -> list[str]:
+        with ThreadPoolExecutor(jobs) as pool:
+            parts = pool.map(lambda source: compile_all([source], **options), sources)
+            return [compiled for part in parts for compiled in part]
+
+    return compile_sources
+
+
 class build_libraries(build_ext):  # noqa: N801 - a command of setuptools
-    """`build_ext`, with nvcc for the kernels of an extension."""
+    """`build_ext`, with sources side by side, and with nvcc for the kernels of an extension."""
+
+    def build_extensions(self) -> None:
+        """Compile and link them, one extension after the other: it is their sources that share the processors."""
+        jobs, self.parallel = (self.parallel if type(self.parallel) is int else processors()), None
+        self.compiler.compile = side_by_side(self.compiler.compile, jobs)
+        super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link one extension."""

@@ -72,7 +72,7 @@ Tensor cross(const Tensor centroids, const Tensor points) {
 template <class T>
 class Batch {
  public:
-  Batch(const Tensor& g, const Tensor& w, const Options& options, double column_count)
+  Batch(const Tensor& g, const Tensor& w, const double* offset, const Options& options, double column_count)
       : batch_(g.size(0)), n_(g.size(1)), stride_(g.size(2)), options_(options) {
     const int64_t width = padded(n_);
     w_.assign(batch_ * width, 0.0);
@@ -81,7 +81,8 @@ class Batch {
       const T* matrix = data<T>(g) + b * n_ * stride_;
       std::copy_n(data<double>(w) + b * n_, n_, w_.begin() + b * width);
       for (int64_t j = 0; j < n_; ++j) sq_[b * width + j] = matrix[j * stride_ + j];
-      problems_.push_back({n_, width, stride_, matrix, w_.data() + b * width, sq_.data() + b * width, column_count});
+      problems_.push_back({n_, width, stride_, matrix, w_.data() + b * width, sq_.data() + b * width,
+                           offset == nullptr ? 0.0 : offset[b], column_count});
     }
   }
 
@@ -121,17 +122,20 @@ class Batch {
   std::vector<Problem<T>> problems_;
 };
 
-using Clusters = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Clusters = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Clusters pack(const std::vector<Outcome>& outcomes, int64_t n, int64_t K) {
   const int64_t batch = outcomes.size();
-  int64_t listed = 0;
+  int64_t listed = 0, doubted = 0;
   for (const Outcome& outcome : outcomes) {
     for (const auto& list : outcome.centre) listed += list.size();
+    doubted += outcome.doubts.size();
   }
   Tensor labels = new_tensor({batch, n}, ScalarType::Long), offsets = new_tensor({batch, K + 1}, ScalarType::Long);
   Tensor members = new_tensor({listed}, ScalarType::Long), n_iter = new_tensor({batch}, ScalarType::Long);
-  Tensor converged = new_tensor({batch}, ScalarType::Bool);
+  Tensor converged = new_tensor({batch}, ScalarType::Bool), resolved = new_tensor({batch}, ScalarType::Bool);
+  Tensor doubts = new_tensor({doubted, 3}, ScalarType::Long);
+  int64_t* doubt = mutable_data<int64_t>(doubts);
   int64_t *offset = mutable_data<int64_t>(offsets), *member = mutable_data<int64_t>(members), end = 0;
   for (int64_t b = 0; b < batch; ++b) {
     const Outcome& outcome = outcomes[b];
@@ -143,14 +147,18 @@ Clusters pack(const std::vector<Outcome>& outcomes, int64_t n, int64_t K) {
     }
     mutable_data<int64_t>(n_iter)[b] = outcome.n_iter;
     mutable_data<bool>(converged)[b] = outcome.converged;
+    mutable_data<bool>(resolved)[b] = outcome.resolved;
+    for (const auto& [point, cluster] : outcome.doubts) {
+      for (int64_t index : {b, int64_t{point}, int64_t{cluster}}) *doubt++ = index;
+    }
   }
-  return {labels, offsets, members, n_iter, converged};
+  return {labels, offsets, members, n_iter, converged, doubts, resolved};
 }
 
 Clusters cluster(const Tensor g, const Tensor w, const std::optional<Tensor> levels, const std::optional<Tensor> seeds,
                  const std::optional<Tensor> labels, const std::optional<Tensor> products,
                  const std::optional<Tensor> norms, int64_t n_clusters, int64_t n_init, bool hartigan, int64_t max_iter,
-                 double tol, int64_t column_count) {
+                 double tol, int64_t column_count, const std::optional<Tensor> offset, double rounding) {
   STD_TORCH_CHECK(g.dim() == 3, "cluster: g must be (B, n, stride)");
   const int64_t batch = g.size(0), n = g.size(1), stride = g.size(2), K = n_clusters;
   STD_TORCH_CHECK(stride >= padded(n) && n > K && K >= 1 && n_init >= 1, "cluster: wrong sizes");
@@ -161,13 +169,14 @@ Clusters cluster(const Tensor g, const Tensor w, const std::optional<Tensor> lev
   if (labels) check(*labels, "labels", ScalarType::Long, {batch, n});
   if (products) check(*products, "products", g.scalar_type(), {batch, K, stride});
   if (norms) check(*norms, "norms", ScalarType::Double, {batch, K});
+  if (offset) check(*offset, "offset", ScalarType::Double, {batch});
   STD_TORCH_CHECK(levels.has_value() + seeds.has_value() + labels.has_value() + products.has_value() == 1 &&
                       products.has_value() == norms.has_value(),
                   "cluster: pass one start");
-  const Options options{K, n_init, hartigan, max_iter, tol};
+  const Options options{K, n_init, hartigan, max_iter, tol, rounding};
   return with_dtype(g, [&](auto zero) {
     using T = decltype(zero);
-    const Batch<T> problems(g, w, options, static_cast<double>(column_count));
+    const Batch<T> problems(g, w, data<double>(offset), options, static_cast<double>(column_count));
     return pack(problems.solve(data<double>(levels), data<int64_t>(seeds), data<int64_t>(labels), data<T>(products),
                                data<double>(norms)),
                 n, K);
@@ -206,6 +215,26 @@ Tensor nearest(const Tensor x, const Tensor centroids) {
   return labels;
 }
 
+Tensor decide(const Tensor x, const Tensor centroids, const Tensor labels, const Tensor doubts) {
+  STD_TORCH_CHECK(x.dim() == 3 && centroids.dim() == 3 && doubts.dim() == 2, "decide: wrong dimensions");
+  const int64_t batch = x.size(0), n = x.size(1), D = x.size(2), K = centroids.size(1), count = doubts.size(0);
+  check(x, "x", x.scalar_type(), {batch, n, D});
+  check(centroids, "centroids", x.scalar_type(), {batch, K, D});
+  check(labels, "labels", ScalarType::Long, {batch, n});
+  check(doubts, "doubts", ScalarType::Long, {count, 3});
+  const int64_t* doubt = data<int64_t>(doubts);
+  for (int64_t i = 0; i < 3 * count; ++i) {
+    STD_TORCH_CHECK(doubt[i] >= 0 && doubt[i] < (i % 3 == 0 ? batch : i % 3 == 1 ? n : K), "decide: doubts: outside");
+  }
+  Tensor decided = new_tensor({batch, n}, ScalarType::Long);
+  std::copy_n(data<int64_t>(labels), batch * n, mutable_data<int64_t>(decided));
+  with_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    decide_doubts(data<T>(x), data<T>(centroids), n, K, D, doubt, count, mutable_data<int64_t>(decided));
+  });
+  return decided;
+}
+
 }  // namespace
 }  // namespace mlp_fusion
 
@@ -215,12 +244,13 @@ STABLE_TORCH_LIBRARY(fusion_kernels_native, m) {
   m.def("cross(Tensor centroids, Tensor points) -> Tensor");
   m.def(
       "cluster(Tensor g, Tensor w, Tensor? levels, Tensor? seeds, Tensor? labels, Tensor? products, Tensor? norms, "
-      "int n_clusters, int n_init, bool hartigan, int max_iter, float tol, int column_count) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "int n_clusters, int n_init, bool hartigan, int max_iter, float tol, int column_count, Tensor? offset=None, "
+      "float rounding=0.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "finish(Tensor x, Tensor w, Tensor labels, Tensor offsets, Tensor members, Tensor? fallback) "
       "-> (Tensor, Tensor)");
   m.def("nearest(Tensor x, Tensor centroids) -> Tensor");
+  m.def("decide(Tensor x, Tensor centroids, Tensor labels, Tensor doubts) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusion_kernels_native, CPU, m) {
@@ -230,4 +260,5 @@ STABLE_TORCH_LIBRARY_IMPL(fusion_kernels_native, CPU, m) {
   m.impl("cluster", TORCH_BOX(&mlp_fusion::cluster));
   m.impl("finish", TORCH_BOX(&mlp_fusion::finish));
   m.impl("nearest", TORCH_BOX(&mlp_fusion::nearest));
+  m.impl("decide", TORCH_BOX(&mlp_fusion::decide));
 }

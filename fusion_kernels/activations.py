@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fusion_kernels.library import check_name
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -67,6 +69,5 @@ def get_activation(name: str) -> Activation:
     Raises:
         ValueError: `name` is not one of `gelu` (exact, by erf), `gelu_tanh`, `relu`, `relu2` (squared ReLU), `silu`.
     """
-    if name not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {name!r}: use one of {', '.join(ACTIVATIONS)}")
+    check_name("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]

@@ -6,13 +6,19 @@ per backend with :meth:`Operator.register`. A public function asks :meth:`Operat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 NAMESPACE = "fusion_kernels"
+
+
+def check_name(what: str, name: str, known: Collection[str]) -> None:
+    """Raise ValueError unless `name` is one of those `known`: no function may take one name for another."""
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r}: use one of {', '.join(known)}")
 
 
 class BackendUnavailableError(RuntimeError):

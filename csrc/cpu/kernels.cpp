@@ -79,6 +79,18 @@ MLP_INLINE void first_within_body(const T* v, int64_t stride, int64_t K, int64_t
   }
 }
 
+template <class T>
+MLP_INLINE void count_within_body(const T* v, int64_t stride, int64_t K, int64_t width, const T* blur, const T* bound,
+                                  int32_t* count) {
+  using V = typename Vector<T>::Type;
+  for (int64_t c = 0; c < K; ++c) {
+    for (int64_t j = 0; j < width; j += kLanes) {
+      const Int8 within = as_int<T>(load<V>(v + c * stride + j) - blur[c] <= load<V>(bound + j));
+      store(count + j, load<Int8>(count + j) - within);  // true is -1
+    }
+  }
+}
+
 template <class T, bool Uniform>
 MLP_INLINE void cheapest_entry_body(const Entry<T>& e) {
   using V = typename Vector<T>::Type;
@@ -195,6 +207,22 @@ MLP_INLINE double squared_distance_body(const T* x, const double* centre, int64_
 }
 
 template <class T>
+MLP_INLINE double exact_distance_body(const T* x, const T* centre, double scale, int64_t width) {
+  Double8 squares = {};
+  int64_t j = 0;
+  for (; j + kLanes <= width; j += kLanes) {
+    const Double8 difference = (load_double(x + j) - load_double(centre + j)) * scale;
+    squares += difference * difference;
+  }
+  double total = sum(squares);
+  for (; j < width; ++j) {
+    const double difference = (static_cast<double>(x[j]) - static_cast<double>(centre[j])) * scale;
+    total += difference * difference;
+  }
+  return total;
+}
+
+template <class T>
 MLP_INLINE void centre_row_body(const T* x, const double* offset, double scale, int64_t width, T* out) {
   int64_t j = 0;
   for (; j + kLanes <= width; j += kLanes)
@@ -234,6 +262,22 @@ MLP_CLONES void first_within(const float* v, int64_t stride, int64_t K, int64_t 
 MLP_CLONES void first_within(const double* v, int64_t stride, int64_t K, int64_t width, const double* bound,
                              int32_t* first) {
   first_within_body(v, stride, K, width, bound, first);
+}
+
+MLP_CLONES void count_within(const float* v, int64_t stride, int64_t K, int64_t width, const float* blur,
+                             const float* bound, int32_t* count) {
+  count_within_body(v, stride, K, width, blur, bound, count);
+}
+MLP_CLONES void count_within(const double* v, int64_t stride, int64_t K, int64_t width, const double* blur,
+                             const double* bound, int32_t* count) {
+  count_within_body(v, stride, K, width, blur, bound, count);
+}
+
+MLP_CLONES double exact_distance(const float* x, const float* centre, double scale, int64_t width) {
+  return exact_distance_body(x, centre, scale, width);
+}
+MLP_CLONES double exact_distance(const double* x, const double* centre, double scale, int64_t width) {
+  return exact_distance_body(x, centre, scale, width);
 }
 
 MLP_CLONES void cheapest_entry(const Entry<float>& entry) {

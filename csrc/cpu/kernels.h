@@ -33,6 +33,12 @@ void column_minimum(const double* v, int64_t stride, int64_t K, int64_t width, d
 void first_within(const float* v, int64_t stride, int64_t K, int64_t width, const float* bound, int32_t* first);
 void first_within(const double* v, int64_t stride, int64_t K, int64_t width, const double* bound, int32_t* first);
 
+// count[j] += the number of rows c with v[c][j] - blur[c] <= bound[j].
+void count_within(const float* v, int64_t stride, int64_t K, int64_t width, const float* blur, const float* bound,
+                  int32_t* count);
+void count_within(const double* v, int64_t stride, int64_t K, int64_t width, const double* blur, const double* bound,
+                  int32_t* count);
+
 // Lower (cost, target)[j], in lexicographic order, to the cheapest of the given clusters that are neither the point's own
 // nor its target, and second[j] to the cheapest that is not taken. The cost of entering c is (v[c][j] + sq[j]) *
 // factor[c], or W[c] / (W[c] + w[j]) in place of the factor when `factor` is null; both have an entry per cluster.
@@ -82,6 +88,10 @@ double add_row(const double* x, double w, int64_t width, double* sum, double* la
 // sum_j (x[j] - centre[j])^2.
 double squared_distance(const float* x, const double* centre, int64_t width);
 double squared_distance(const double* x, const double* centre, int64_t width);
+
+// sum_j ((x[j] - centre[j]) * scale)^2, every difference and the sum in double.
+double exact_distance(const float* x, const float* centre, double scale, int64_t width);
+double exact_distance(const double* x, const double* centre, double scale, int64_t width);
 
 // out[j] = (x[j] - offset[j]) * scale.
 void centre_row(const float* x, const double* offset, double scale, int64_t width, float* out);

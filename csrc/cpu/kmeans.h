@@ -18,6 +18,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 namespace mlp_fusion {
@@ -32,6 +33,25 @@ inline constexpr double kSlack<float> = 8 * 0x1p-23;
 template <>
 inline constexpr double kSlack<double> = 16 * 0x1p-52;
 
+// By how much a computed squared distance of a point and a centroid can miss, at most, relative to the squared norms of
+// the point and of what the centroid is the mean of: what products and sums of tens of thousands of terms leave, twice.
+template <class T>
+constexpr double kBlur = 0;
+template <>
+inline constexpr double kBlur<float> = 24 * 0x1p-23;
+template <>
+inline constexpr double kBlur<double> = 24 * 0x1p-52;
+
+// Of what the points have about their mean, the share that a partition in float32 must leave: with less, or with as many
+// near-ties as this share of the points, rounding has decided it, and it is to be found in double.
+constexpr double kResolved = 0x1p-13;
+constexpr double kDoubtful = 0.25;
+
+// Squared distances that agree to this are equal, and so are those below that many squared norms of their point: what
+// sums in double, and means that are rounded to double, leave.
+constexpr double kTie = 0x1p-48;
+constexpr double kNothing = 0x1p-98;
+
 // Entries of G or V below which a step is done by one thread: waking others takes longer.
 constexpr int64_t kWorthThreads = 1 << 16;
 
@@ -41,6 +61,7 @@ struct Options {
   bool hartigan;
   int64_t max_iter;
   double tol;
+  double rounding;  // of the centroids, relative to their norms, once they are returned
 };
 
 // One problem: n points of positive weight, n > clusters.
@@ -52,6 +73,7 @@ struct Problem {
   const T* g;           // (n, stride), zeros beyond column n
   const double* w;      // (width), zeros beyond n
   const T* sq;          // (width), the diagonal of g, zeros beyond n
+  double offset;        // norm of what was subtracted from the points, in their units
   double column_count;  // D, for the mean variance of a column that `tol` refers to
 
   const T* row(int64_t i) const { return g + i * stride; }
@@ -67,14 +89,21 @@ struct Start {
   const double* norms = nullptr;    // (K): squared norms of the given centroids, with `products`
 };
 
+// (point, cluster), point by point.
+using Doubts = std::vector<std::pair<Index, Index>>;
+
 // What a run finds. `centre[c]` lists, in rising order, the points whose weighted mean is centroid c: its members, for
 // an empty cluster those that it had last, for a run without iterations its seed; none for a given centroid.
+// `doubts` lists, point by point, (point, cluster) for all clusters that may be the nearest to it once centroids are
+// rounded, where there are several; `resolved` is false if they, or the clusters, are rounding's work.
 struct Outcome {
   std::vector<Index> labels;
   std::vector<std::vector<Index>> centre;
   double inertia = 0;
   int64_t n_iter = 0;
   bool converged = false;
+  Doubts doubts;
+  bool resolved = true;
 };
 
 // Draws by which a k-means++ step chooses, as in the reference: 2 + floor(ln K).
@@ -133,6 +162,9 @@ class Run {
   void mark(int64_t c);
   void clear_marks();
   double inertia() const;
+  int64_t doubt_tile(int64_t begin, int64_t width, const std::vector<T>& blur, double moved, Doubts& doubts);
+  void find_doubts(Outcome& outcome);
+  std::vector<T> blurs() const;
 
   const Problem<T>& p_;
   const Options& options_;

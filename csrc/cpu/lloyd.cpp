@@ -1,7 +1,9 @@
 // One run of k-means: the matrix V, the members of the clusters, and Lloyd's iteration.
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 #include <limits>
+#include <type_traits>
 
 #include "kernels.h"
 #include "kmeans.h"
@@ -43,6 +45,7 @@ Outcome Run<T>::solve(const Start<T>& start) {
   if (options_.hartigan) hartigan();
   Outcome outcome;
   outcome.inertia = inertia();
+  find_doubts(outcome);
   labels_.resize(p_.n);
   outcome.labels = std::move(labels_);
   outcome.centre = std::move(centre_);
@@ -355,6 +358,79 @@ double Run<T>::inertia() const {
     for (int64_t j = 0; j < p_.n; ++j) total += p_.w[j] * distance(labels_[j], j);
   }
   return total;
+}
+
+// How far V may be off for the points of every cluster: the error of its centroid.
+template <class T>
+std::vector<T> Run<T>::blurs() const {
+  std::vector<T> blur(K_);
+  for (int64_t c = 0; c < K_; ++c) {
+    double moment = 0, weight = 0;
+    for (Index l : centre_[c]) {
+      moment += p_.w[l] * p_.sq[l];
+      weight += p_.w[l];
+    }
+    blur[c] = static_cast<T>(kBlur<T> * std::max(norms_[c], weight > 0 ? moment / weight : 0.0));
+  }
+  return blur;
+}
+
+// Which points may have another nearest centroid than their own once centroids are rounded, in one tile of columns;
+// returns how many.
+template <class T>
+int64_t Run<T>::doubt_tile(int64_t begin, int64_t width, const std::vector<T>& blur, double moved, Doubts& doubts) {
+  update_rows(begin, width);  // what the last moves of Hartigan's method have changed
+  const int64_t end = std::min(begin + width, p_.n);
+  const T* v = v_ + begin;
+  T bound[kTile];
+  Index count[kTile] = {};
+  std::fill_n(bound, width, -std::numeric_limits<T>::infinity());
+  for (int64_t j = begin; j < end; ++j) {
+    const Index own = labels_[j];
+    const double error = blur[own] + kBlur<T> * p_.sq[j], d = std::max(0.0, distance(own, j)) + error;
+    const double window = error + kBlur<T> * p_.sq[j] + moved * (4 * std::sqrt(d) + 2 * moved);
+    bound[j - begin] = static_cast<T>(v_[own * p_.stride + j] + window);
+  }
+  count_within(v, p_.stride, K_, width, blur.data(), bound, count);
+  int64_t points = 0;
+  for (int64_t j = begin; j < end; ++j) {
+    if (count[j - begin] < 2) continue;
+    ++points;
+    for (int64_t c = 0; c < K_; ++c) {
+      if (v[c * p_.stride + j - begin] - blur[c] > bound[j - begin]) continue;
+      doubts.emplace_back(static_cast<Index>(j), static_cast<Index>(c));
+    }
+  }
+  return points;
+}
+
+template <class T>
+void Run<T>::find_doubts(Outcome& outcome) {
+  double moment = 0, longest = 0;
+  for (int64_t j = 0; j < p_.n; ++j) {
+    moment += p_.w[j] * p_.sq[j];
+    longest = std::max(longest, std::sqrt(static_cast<double>(p_.sq[j])));
+  }
+  const std::vector<T> blur = blurs();
+  const double moved = options_.rounding * (p_.offset + longest);  // no mean is longer than the longest point
+  const int64_t tiles = (p_.width + kTile - 1) / kTile;
+  std::vector<Doubts> doubts(tiles);
+  std::vector<int64_t> points(tiles, 0);
+  for_each_tile([&](int64_t begin, int64_t width) {
+    points[begin / kTile] = doubt_tile(begin, width, blur, moved, doubts[begin / kTile]);
+  });
+  clear_marks();
+  int64_t doubtful = 0;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    doubtful += points[tile];
+    outcome.doubts.insert(outcome.doubts.end(), doubts[tile].begin(), doubts[tile].end());
+  }
+  if (std::is_same_v<T, double>) return;
+  std::vector<char> empty(K_, 1);
+  for (int64_t j = 0; j < p_.n; ++j) empty[labels_[j]] = 0;
+  const bool refilled = options_.max_iter == 0 || std::find(empty.begin(), empty.end(), 1) == empty.end();
+  outcome.resolved = refilled && outcome.inertia > kResolved * moment && doubtful <= kDoubtful * p_.n;
+  if (!outcome.resolved) outcome.doubts.clear();
 }
 
 template <class T>

@@ -25,6 +25,38 @@ constexpr int64_t kLeastRows = 32, kMostRows = 512;
 // The power of two that brings `largest` into [1/2, 1); 1 for 0.
 double scale_for(double largest) { return largest > 0 ? std::ldexp(1.0, -(std::ilogb(largest) + 1)) : 1.0; }
 
+// A power of two that keeps squared differences from x in range.
+template <class T>
+double scale_of(const T* x, int64_t D) {
+  double largest = 0;
+  for (int64_t d = 0; d < D; ++d) largest = std::max(largest, std::abs(static_cast<double>(x[d])));
+  return scale_for(largest);
+}
+
+// Squares of x, in units of 1 / scale, of which a rounding error is nothing.
+template <class T>
+double nothing_beside(const T* x, double scale, int64_t D) {
+  double squares = 0;
+  for (int64_t d = 0; d < D; ++d) squares += x[d] * scale * (x[d] * scale);
+  return kNothing * squares;
+}
+
+// Of `count` clusters by rising id, `stride` apart, with their distances, the nearest: `current` if it ties, else the
+// lowest id; `current` if no distance is a number.
+int64_t first_of_nearest(const int64_t* clusters, int64_t stride, const double* distances, int64_t count,
+                         double nothing, int64_t current) {
+  double least = std::numeric_limits<double>::infinity();
+  for (int64_t i = 0; i < count; ++i) least = std::min(least, distances[i]);
+  const double bound = std::max(least * (1 + kTie), nothing);
+  int64_t first = current;
+  for (int64_t i = count - 1; i >= 0; --i) {
+    if (!(distances[i] <= bound)) continue;
+    first = clusters[i * stride];
+    if (first == current) break;
+  }
+  return first;
+}
+
 // Points of each of K labels, in order: `order` from begin[c] to begin[c + 1].
 struct Grouping {
   std::vector<int64_t> begin, order;
@@ -121,8 +153,10 @@ void nearest_centroids(const T* x, const T* centroids, int64_t batch, int64_t n,
   std::unique_ptr<T[]> centred(new T[batch * K * stride]);
   prepare_points(centroids, ones.data(), batch, K, D, stride, centred.get(), offset.data(), scale.data());
   const std::vector<double> origin(stride, 0.0);
+  std::vector<T> blurs(batch * K);
   for (int64_t i = 0; i < batch * K; ++i) {
     norms[i] = squared_distance(centred.get() + i * stride, origin.data(), stride);
+    blurs[i] = static_cast<T>(kBlur<T> * norms[i]);
   }
 
   const int64_t rows = std::clamp(kBlockEntries / K / kPad * kPad, kLeastRows, kMostRows);
@@ -130,6 +164,10 @@ void nearest_centroids(const T* x, const T* centroids, int64_t batch, int64_t n,
   for_each_alone(batch * blocks, [&](int64_t item) {
     const int64_t b = item / blocks, begin = item % blocks * rows, count = std::min(rows, n - begin);
     const int64_t width = padded(count);
+    if (std::isnan(scale[b])) {
+      std::fill_n(labels + b * n + begin, count, 0);
+      return;
+    }
     std::unique_ptr<T[]> points(new T[width * stride]), v(new T[K * width]);
     T bound[kMostRows], sq[kMostRows];
     Index nearest[kMostRows] = {};
@@ -145,12 +183,57 @@ void nearest_centroids(const T* x, const T* centroids, int64_t batch, int64_t n,
       for (int64_t j = 0; j < width; ++j) v[c * width + j] = norm - 2 * v[c * width + j];
     }
     column_minimum(v.get(), width, K, width, bound);
-    for (int64_t j = 0; j < width; ++j) bound[j] += static_cast<T>(kSlack<T>) * sq[j];
+    for (int64_t j = 0; j < width; ++j) {
+      // No nearest centroid is longer than point and distance together.
+      const T length = 2 * (sq[j] + std::max(T{0}, sq[j] + bound[j]));
+      bound[j] += static_cast<T>(kBlur<T>) * (2 * sq[j] + length);
+    }
     first_within(v.get(), width, K, width, bound, nearest);
-    std::copy_n(nearest, count, labels + b * n + begin);
+    Index within[kMostRows] = {};
+    count_within(v.get(), width, K, width, blurs.data() + b * K, bound, within);
+    std::vector<int64_t> clusters;
+    std::vector<double> distances;
+    for (int64_t j = 0; j < count; ++j) {
+      labels[b * n + begin + j] = nearest[j];
+      const bool known = std::isfinite(bound[j]);
+      if (known && within[j] < 2) continue;
+      clusters.clear();
+      distances.clear();
+      const T* point = x + (b * n + begin + j) * D;
+      const double unit = known ? scale[b] : scale_of(point, D);
+      for (int64_t c = 0; c < K; ++c) {
+        if (known && v[c * width + j] - blurs[b * K + c] > bound[j]) continue;
+        clusters.push_back(c);
+        distances.push_back(exact_distance(point, centroids + (b * K + c) * D, unit, D));
+      }
+      labels[b * n + begin + j] = first_of_nearest(clusters.data(), 1, distances.data(), clusters.size(),
+                                                       nothing_beside(point, unit, D), 0);
+    }
   });
 }
 
+template <class T>
+void decide_doubts(const T* x, const T* centroids, int64_t n, int64_t K, int64_t D, const int64_t* doubts, int64_t count,
+                   int64_t* labels) {
+  std::vector<double> distances(count);
+  for_each_if(count * D >= kWorthThreads, (count + kRows - 1) / kRows, [&](int64_t item) {
+    for (int64_t i = item * kRows; i < std::min((item + 1) * kRows, count); ++i) {
+      const int64_t b = doubts[3 * i], j = doubts[3 * i + 1], c = doubts[3 * i + 2];
+      const T* point = x + (b * n + j) * D;
+      distances[i] = exact_distance(point, centroids + (b * K + c) * D, scale_of(point, D), D);
+    }
+  });
+  for (int64_t i = 0, end; i < count; i = end) {
+    for (end = i + 1; end < count && std::equal(doubts + 3 * i, doubts + 3 * i + 2, doubts + 3 * end);) ++end;
+    const int64_t row = doubts[3 * i] * n + doubts[3 * i + 1];
+    const T* point = x + row * D;
+    const double nothing = nothing_beside(point, scale_of(point, D), D);
+    labels[row] = first_of_nearest(doubts + 3 * i + 2, 3, distances.data() + i, end - i, nothing, labels[row]);
+  }
+}
+
+template void decide_doubts(const float*, const float*, int64_t, int64_t, int64_t, const int64_t*, int64_t, int64_t*);
+template void decide_doubts(const double*, const double*, int64_t, int64_t, int64_t, const int64_t*, int64_t, int64_t*);
 template void prepare_points(const float*, const double*, int64_t, int64_t, int64_t, int64_t, float*, double*, double*);
 template void prepare_points(const double*, const double*, int64_t, int64_t, int64_t, int64_t, double*, double*,
                              double*);

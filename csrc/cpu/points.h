@@ -19,9 +19,16 @@ template <class T>
 void finish_clusters(const T* x, const double* w, const int64_t* labels, const int64_t* offsets, const int64_t* members,
                      const T* fallback, int64_t batch, int64_t n, int64_t D, int64_t K, T* centroids, double* inertia);
 
-// labels[j] = the nearest of K centroids to x_j, ties up to rounding to the lowest id, for each of `batch` problems.
+// labels[j] = the nearest of K centroids to x_j, by differences in double where products leave a doubt, ties to the
+// lowest id, for each of `batch` problems; 0 where x_j or the centroids are not finite.
 template <class T>
 void nearest_centroids(const T* x, const T* centroids, int64_t batch, int64_t n, int64_t K, int64_t D,
                        int64_t* labels);
+
+// Decide `count` doubts, each (problem, point, cluster), those of a point one after the other by rising id of the
+// cluster: labels[point] becomes the nearest of these, ties to the label that it has, else to the lowest id.
+template <class T>
+void decide_doubts(const T* x, const T* centroids, int64_t n, int64_t K, int64_t D, const int64_t* doubts, int64_t count,
+                   int64_t* labels);
 
 }  // namespace mlp_fusion

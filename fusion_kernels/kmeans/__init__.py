@@ -16,14 +16,12 @@ from torch import Tensor
 
 from fusion_kernels import gpu, native
 from fusion_kernels.kmeans import cpu_backend, gpu_backend
-from fusion_kernels.library import Backend, Operator, operator
+from fusion_kernels.library import Backend, Operator, check_name, operator
 from fusion_kernels.reference import kmeans as reference
-from fusion_kernels.reference.kmeans import Options, Results, Status
+from fusion_kernels.reference.kmeans import ALGORITHMS, SEEDINGS, Options, Results, Status
 
 __all__ = ["ASSIGN", "OPERATOR", "KMeansResult", "Status", "kmeans", "kmeans_assign", "register"]
 
-_SEEDINGS = ("k-means++", "random")
-_ALGORITHMS = ("hartigan", "lloyd")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -139,11 +137,14 @@ def kmeans(
     matters. Every round makes moves between disjoint pairs of clusters, the largest decrease first, ties to the
     lowest point. Its result is never worse than Lloyd's from the same seeds, and it never empties a cluster.
 
-    Labels, centroids, counts and inertia belong together. The centroids are the weighted means of their points, and
-    every point has its nearest centroid, ties to either, up to rounding: at a fixed point both hold. `"lloyd"`
-    stopped by `max_iter` or `tol` returns nearest centroids that are not quite means; `"hartigan"` stopped by
-    `max_iter` returns means that may not be the nearest. With `N <= n_clusters` every point is a cluster of its own,
-    whatever `init` says, and the clusters left over repeat the last point (zeros if N is 0).
+    Labels, centroids, counts and inertia belong together. Every point has the nearest of the centroids that are
+    returned, which is what :func:`kmeans_assign` says of them: squared distances are decided in float64, whatever the
+    dtype, and only those that agree there to 14 digits are ties, which may go to either. The centroids are the weighted
+    means of their points, up to their rounding: at a fixed point both hold. Stopped by `max_iter` or `tol` the
+    centroids are not quite means. float32 points that products in float32 cannot tell apart, groups of a few that lie
+    a hundred times their size from each other, are clustered in float64. While there are `n_clusters` distinct points
+    of positive weight, no cluster is empty unless `max_iter` is 0. With `N <= n_clusters` every point is a cluster of
+    its own, whatever `init` says, and the clusters left over repeat the last point (zeros if N is 0).
 
     Values of x that are not finite, and weights that are all zero, spoil their own problem only: see
     :class:`Status`. The same seed gives the same result. All problems use the same random stream, so that a problem
@@ -212,7 +213,8 @@ def kmeans_assign(x: Tensor, centroids: Tensor, *, backend: str = "auto") -> Ten
         backend: `"auto"` or the name of a backend. Only `"auto"` can be traced by `torch.compile`.
 
     Returns:
-        (N,) or (B, N) int64. Ties up to rounding go to the lowest id; points that are not finite to 0.
+        (N,) or (B, N) int64. Squared distances that agree to 14 digits in float64 are ties, which go to the lowest id;
+        points that are not finite to 0.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -271,8 +273,7 @@ def _check_options(
         raise TypeError(f"tol is {type(tol).__name__}: pass a float")
     if not 0.0 <= tol < math.inf:
         raise ValueError(f"tol is {tol}: pass 0 or a positive finite number")
-    if algorithm not in _ALGORITHMS:
-        raise ValueError(f"unknown algorithm {algorithm!r}: use one of {', '.join(_ALGORITHMS)}")
+    check_name("algorithm", algorithm, ALGORITHMS)
 
 
 def _check_weights(x: Tensor, sample_weight: Tensor) -> None:
@@ -289,13 +290,13 @@ def _check_weights(x: Tensor, sample_weight: Tensor) -> None:
 def _check_init(x: Tensor, init: str | Tensor, n_clusters: int, n_init: int) -> tuple[Tensor | None, str]:
     """The initial centroids or labels, if given, and the name of the seeding."""
     if isinstance(init, str):
-        if init not in _SEEDINGS:
+        if init not in SEEDINGS:
             raise ValueError(
-                f"unknown init {init!r}: use one of {', '.join(_SEEDINGS)}, a tensor of centroids or one of labels"
+                f"unknown init {init!r}: use one of {', '.join(SEEDINGS)}, a tensor of centroids or one of labels"
             )
         return None, init
     if not isinstance(init, Tensor):
-        raise TypeError(f"init is {type(init).__name__}: pass {' or '.join(map(repr, _SEEDINGS))} or a torch.Tensor")
+        raise TypeError(f"init is {type(init).__name__}: pass {' or '.join(map(repr, SEEDINGS))} or a torch.Tensor")
     if init.dtype not in _FLOATS + _INTEGERS:
         raise TypeError(f"init is {init.dtype}: pass floating point centroids or integer labels")
     if init.is_floating_point():
@@ -308,7 +309,7 @@ def _check_init(x: Tensor, init: str | Tensor, n_clusters: int, n_init: int) -> 
         raise ValueError(f"init is on {init.device}: move it to {x.device}, where x is")
     if n_init != 1:
         raise ValueError(f"n_init is {n_init}: pass 1 when init is a tensor, as every run would be the same")
-    return init, _SEEDINGS[0]
+    return init, SEEDINGS[0]
 
 
 def _check_values(sample_weight: Tensor | None, init: Tensor | None, n_clusters: int) -> None:

@@ -27,7 +27,7 @@ def _nearest_kernel(
     """labels (B, N) int64: nearest of the centroids (B, K, depth) to the points (B, N, depth), both split and scaled.
 
     One program per BN points of a problem; it walks over the centroids, BK at a time, and keeps the nearest so far.
-    Distances within the slack are ties, which go to the lowest id.
+    Where another one is as near, up to what products can miss, -1 - label is stored: it is to be decided.
     """
     tiles = tl.cdiv(N, BN)
     b = (tl.program_id(0) // tiles).to(tl.int64)
@@ -35,8 +35,9 @@ def _nearest_kernel(
     # Rows past the end are read from the last one: no masks in the loop, and nothing of them is stored.
     row = b * N + tl.minimum(r, N - 1)
     x_scale = tl.load(x_scale_ptr + row)
-    slack = slack_factor * tl.load(x_norm_ptr + row)
+    x_norm = tl.load(x_norm_ptr + row)
     nearest = tl.full((BN,), float("inf"), tl.float32)
+    second = tl.full((BN,), float("inf"), tl.float32)
     label = tl.zeros((BN,), tl.int32)
     for k in range(0, K, BK):
         c = k + tl.arange(0, BK)
@@ -58,9 +59,13 @@ def _nearest_kernel(
         distance = tl.load(c_norm_ptr + centroid)[None, :] - 2.0 * (total * scale)  # (BN, BK)
         distance = tl.where((c < K)[None, :], distance, float("inf"))
         least = tl.min(distance, 1)
-        tied = distance <= (least + slack)[:, None]
-        first_tied = tl.min(tl.where(tied, c[None, :], K), 1)
-        nearer = least < nearest - slack
+        first = tl.min(tl.where(distance == least[:, None], c[None, :], K), 1)
+        others = tl.min(tl.where(c[None, :] == first[:, None], float("inf"), distance), 1)
+        nearer = least < nearest
+        second = tl.minimum(tl.minimum(second, others), tl.where(nearer, nearest, least))
         nearest = tl.where(nearer, least, nearest)
-        label = tl.where(nearer, first_tied, label)
+        label = tl.where(nearer, first, label)
+    # No nearest centroid is longer than point and distance together.
+    window = 12.0 * slack_factor * (x_norm + tl.maximum(x_norm + nearest, 0.0))
+    label = tl.where(second <= nearest + window, -1 - label, label)
     tl.store(labels_ptr + b * N + r, label.to(tl.int64), mask=r < N)

@@ -3,17 +3,20 @@
 The points of a problem are centred and scaled by a power of two, multiplied with themselves once (float32 for float32
 points, else float64), and every seeding, iteration and move then reads the Gram matrix only: see `csrc/cpu/kmeans.h`.
 What is computed is the reference's, in the dtype of the points: near-ties within a few rounding errors of that dtype
-may be decided differently. The final centroids are means of the original points and the inertia is summed from direct
-distances, both in float64. Problems are independent and every sum has one order, so that a problem has the same bits
-alone, in a batch, in chunks of any size, and on any number of threads.
+may be decided differently on the way. The final centroids are means of the original points and the inertia is summed
+from direct distances, both in float64. The engine lists the points whose nearest centroid products of that dtype leave
+in doubt, and those are decided from the points themselves. Where too many are, or the clusters are as small as the
+rounding, a float32 problem is solved in float64. Problems are independent and every sum has one order, so that a
+problem has the same bits alone, in a batch, in chunks of any size, and on any number of threads.
 
 Where a Gram matrix costs more than it saves (many points per cluster: see `tuning.py`) or exceeds the workspace, a
 problem is solved by the reference's own steps in the dtype of the points ("direct"): products by BLAS, whose rounding
-may depend on the number of threads.
+may depend on the number of threads; what they leave in doubt is decided in the same way.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,12 +27,15 @@ from torch import Tensor
 from fusion_kernels import native
 from fusion_kernels.kmeans import tuning
 from fusion_kernels.reference import kmeans as reference
-from fusion_kernels.reference.kmeans import Options, Partition, Results, Status
+from fusion_kernels.reference.kmeans import Options, Results, Status
+from fusion_kernels.reference.settling import RESOLVED, Partition, distances_of, label_idle, settle
 
 #: Bytes of Gram matrices and what is computed from them at a time, unless the caller says otherwise.
 WORKSPACE_BYTES = 2 << 30
 # Centroids this far away, in units of the largest coordinate of the points, are equally far for every point.
 _FAR = {torch.float32: 2.0**40, torch.float64: 2.0**400}
+# Weights this small, beside the largest, weigh nothing in the direct form: one of 0 would leave a mean undefined.
+_LEAST_WEIGHT = 2.0**-100
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,38 @@ class _Solved:
     inertia: Tensor
     n_iter: Tensor
     converged: Tensor
+
+    def put(self, where: Tensor, other: _Solved) -> None:
+        """Let the problems `where` have the results of `other`."""
+        for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
+            mine[where] = theirs
+
+    def partition(self, b: int, options: Options) -> Partition:
+        """Problem b alone."""
+        converged = bool(self.converged[b])
+        at_means = converged and (options.hartigan or options.tol == 0.0)
+        return Partition(
+            self.labels[b].clone(),
+            self.centroids[b].clone(),
+            float(self.inertia[b]),
+            int(self.n_iter[b]),
+            converged,
+            at_means,
+        )
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Points (b, n, D padded) less their means `offset` (b, D) float64, times powers of two `scale` (b,)."""
+
+    points: Tensor
+    offset: Tensor
+    scale: Tensor
+
+    def bring(self, centroids: Tensor) -> Tensor:
+        """Given centroids (b, K, D) in the coordinates of the points, float64."""
+        far = _FAR[self.points.dtype]
+        return ((centroids.to(torch.float64) - self.offset[:, None]) * self.scale[:, None, None]).clamp_(-far, far)
 
 
 def kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options: Options) -> Results:
@@ -59,7 +97,7 @@ def kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options
     results = (
         torch.zeros(B, N, dtype=torch.int64),
         x.new_zeros(B, n_clusters, D),
-        x.new_zeros(B),
+        torch.zeros(B, dtype=torch.float64),
         torch.zeros(B, n_clusters, dtype=torch.int64),
         torch.zeros(B, dtype=torch.int64),
         torch.zeros(B, dtype=torch.int64),
@@ -71,7 +109,8 @@ def kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options
             _solve_plain(x, w, init, chunk, options, workspace, results)
         for b in (~plain).nonzero().squeeze(1).tolist():
             _solve_special(x, w, init, b, options, workspace, results)
-    return results
+    labels, centroids, inertia, counts, n_iter, status = results
+    return labels, centroids, *reference.in_dtype(inertia, status, x.dtype, counts, n_iter)
 
 
 def assign(x: Tensor, centroids: Tensor) -> Tensor:
@@ -79,6 +118,28 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     with native.exact_products():
         labels: Tensor = native.operators().nearest(x.contiguous(), centroids.contiguous())
     return labels
+
+
+def _nearest(rows: Tensor, centroids: Tensor, current: Tensor | None) -> Tensor:
+    """`reference.settling.nearest`, compiled."""
+    found: Tensor = native.operators().nearest(rows[None], centroids[None])[0]
+    if current is None:
+        return found
+    point = (found != current).nonzero().squeeze(1)
+    pair = torch.stack([found[point], current[point]], 1).sort(1).values
+    doubts = torch.stack([torch.zeros_like(pair), point[:, None].expand(-1, 2), pair], 2).view(-1, 3)
+    decided: Tensor = native.operators().decide(rows[None], centroids[None], current[None].contiguous(), doubts)[0]
+    return decided
+
+
+def _means(rows: Tensor, w: Tensor, labels: Tensor, empty: Tensor) -> Tensor:
+    """Means (K, D) in float64, rounded, of rows (n, D) by label; clusters without points take theirs from `empty`."""
+    ends = torch.bincount(labels, minlength=len(empty)).cumsum(0)
+    offsets = torch.cat([ends.new_zeros(1), ends])[None]
+    order = labels.argsort(stable=True)
+    arguments = (rows[None], w[None].contiguous(), labels[None].contiguous(), offsets, order, empty[None].contiguous())
+    means: Tensor = native.operators().finish(*arguments)[0][0]
+    return means
 
 
 def _runs_at_a_time(problems: int, n_init: int) -> int:
@@ -107,7 +168,7 @@ def _solve_plain(
     labels, centroids, inertia, counts, n_iter, status = results
     labels[select] = solved.labels
     centroids[select] = solved.centroids
-    inertia[select] = solved.inertia.to(inertia.dtype)
+    inertia[select] = solved.inertia
     n_iter[select] = solved.n_iter
     counts[select] = _counts(solved.labels, options.n_clusters)
     status[select] = torch.where(solved.converged, int(Status.OK), int(Status.MAX_ITER))
@@ -150,93 +211,67 @@ def _solve_weighted_points(
         best = reference.one_point_each(rows[active], options.n_clusters)
     else:
         solved = _solve(rows[None, active], w[None, active], None if start is None else start[None], options, workspace)
-        best = Partition(
-            solved.labels[0],
-            solved.centroids[0],
-            float(solved.inertia[0]),
-            int(solved.n_iter[0]),
-            bool(solved.converged[0]),
-        )
+        best = solved.partition(0, options)
     filled = torch.bincount(best.labels, minlength=options.n_clusters) > 0
     labels = torch.zeros(len(rows), dtype=torch.int64)
     labels[active] = best.labels
-    idle = (w == 0).nonzero().squeeze(1)
-    candidates = filled.nonzero().squeeze(1)
-    labels[idle] = candidates[native.operators().nearest(rows[None, idle], best.centroids[None, candidates])[0]]
+    idle = w == 0
+    moves = options.max_iter > 0 and len(active) > options.n_clusters
+    labels[idle], centroids = label_idle(rows[idle], best.centroids, filled, moves, _nearest)
     return (
-        Partition(labels, best.centroids, best.inertia, best.n_iter, best.converged),
+        dataclasses.replace(best, labels=labels, centroids=centroids),
         reference.status_of(best.converged, bool(filled.all())),
     )
 
 
-def _solve(x: Tensor, w: Tensor, init: Tensor | None, options: Options, workspace: int) -> _Solved:
-    """x (b, n, D) contiguous with weights w (b, n) > 0 in float64, n > K, by the form that costs less."""
+def _solve(
+    x: Tensor, w: Tensor, init: Tensor | None, options: Options, workspace: int, dtype: torch.dtype | None = None
+) -> _Solved:
+    """x (b, n, D) contiguous with weights w (b, n) > 0 in float64, n > K, by the form that costs less.
+
+    Args:
+        dtype: of the products; None for that of x, and float64 for the problems that this does not resolve.
+    """
     b, n, D = x.shape
-    seeding = options.seeding if init is None else "centroids" if init.is_floating_point() else "labels"
-    shape = tuning.Shape(
-        n, D, options.n_clusters, options.n_init, seeding, options.algorithm == "hartigan", options.max_iter
-    )
-    runs = _runs_at_a_time(b, options.n_init)
-    fits = tuning.gram_bytes(n, options.n_clusters, x.element_size(), runs) <= workspace
-    if fits and tuning.prefers_gram(shape):
-        return _solve_gram(x, w, init, options)
-    if shape.hartigan and n * options.n_clusters * x.element_size() > workspace:
-        raise ValueError(
-            f"Hartigan moves on {n} points and {options.n_clusters} clusters need more than workspace_bytes="
-            f"{workspace}: raise it, or use algorithm='lloyd'"
-        )
-    return _solve_direct(x, w, init, options)
-
-
-def _solve_gram(x: Tensor, w: Tensor, init: Tensor | None, options: Options) -> _Solved:
-    ops = native.operators()
-    w = w.contiguous()
-    points, offset, scale = ops.prepare(x, w)
+    products = x if dtype is None else x.to(dtype)
+    points, offset, scale = native.operators().prepare(products, w.contiguous())
     finite = scale.isfinite()
     if init is not None and init.is_floating_point():
         finite &= init.to(torch.float64).square().sum((1, 2)).isfinite()
     if not bool(finite.all()):
-        return _without_spoilt(x, w, init, finite, options)
-
-    levels = seeds = labels = products = norms = None
-    K = options.n_clusters
-    if init is None:
-        generator = torch.Generator().manual_seed(options.seed)
-        if options.seeding == "k-means++":
-            draws = [reference.seeding_levels(K, generator) for _ in range(options.n_init)]
-            levels = torch.stack([torch.cat([first, rest.flatten()]) for first, rest in draws])
-        else:
-            seeds = torch.stack([_random_seeds(problem, K, options) for problem in w])
-    elif init.is_floating_point():
-        centred = (init.to(torch.float64) - offset[:, None]) * scale[:, None, None]
-        centred = centred.clamp_(-_FAR[x.dtype], _FAR[x.dtype])
-        norms = centred.square().sum(2)
-        padding = points.shape[2] - x.shape[2]
-        products = ops.cross(torch.nn.functional.pad(centred.to(x.dtype), (0, padding)), points)
+        return _without_spoilt(x, w, init, finite, options, workspace, dtype)
+    seeding = options.seeding if init is None else "centroids" if init.is_floating_point() else "labels"
+    shape = tuning.Shape(n, D, options.n_clusters, options.n_init, seeding, options.hartigan, options.max_iter)
+    runs = _runs_at_a_time(b, options.n_init)
+    fits = tuning.gram_bytes(n, options.n_clusters, products.element_size(), runs) <= workspace
+    prepared = _Prepared(points, offset, scale)
+    del points, products
+    if fits and tuning.prefers_gram(shape):
+        solved, resolved = _solve_gram(x, w, init, options, prepared)
+    elif shape.hartigan and n * options.n_clusters * prepared.points.element_size() > workspace:
+        raise ValueError(
+            f"Hartigan moves on {n} points and {options.n_clusters} clusters need more than workspace_bytes="
+            f"{workspace}: raise it, or use algorithm='lloyd'"
+        )
     else:
-        labels = init.contiguous()
-    gram = ops.gram(points)
-    del points
-    labels, offsets, members, n_iter, converged = ops.cluster(
-        gram, w, levels, seeds, labels, products, norms, K, options.n_init, options.algorithm == "hartigan",
-        options.max_iter, options.tol, x.shape[2],
-    )  # fmt: skip
-    # Centroids that never had members: those given, or, where labels were, the mean of all points.
-    fallback = None
-    if init is not None:
-        fallback = init if init.is_floating_point() else offset[:, None].expand(-1, K, -1).to(x.dtype)
-        fallback = fallback.contiguous()
-    centroids, inertia = ops.finish(x, w, labels, offsets, members, fallback)
-    return _Solved(labels, centroids, inertia, n_iter, converged)
+        solved, resolved = _solve_direct(x, w, init, options, prepared)
+    if not bool(resolved.all()):
+        del prepared
+        for problem in (~resolved).nonzero():
+            start = None if init is None else init[problem]
+            solved.put(problem, _solve(x[problem], w[problem], start, options, workspace, torch.float64))
+    return solved
 
 
-def _random_seeds(w: Tensor, n_clusters: int, options: Options) -> Tensor:
-    """(n_init, K) distinct points of one problem, every problem by the same random stream."""
-    generator = torch.Generator().manual_seed(options.seed)
-    return torch.stack([reference.random_seeds(w, n_clusters, generator) for _ in range(options.n_init)])
-
-
-def _without_spoilt(x: Tensor, w: Tensor, init: Tensor | None, finite: Tensor, options: Options) -> _Solved:
+def _without_spoilt(
+    x: Tensor,
+    w: Tensor,
+    init: Tensor | None,
+    finite: Tensor,
+    options: Options,
+    workspace: int,
+    dtype: torch.dtype | None,
+) -> _Solved:
     """The problems that are finite, and the results that stand for the others."""
     (b, n, D), K = x.shape, options.n_clusters
     solved = _Solved(
@@ -247,32 +282,97 @@ def _without_spoilt(x: Tensor, w: Tensor, init: Tensor | None, finite: Tensor, o
         torch.ones(b, dtype=torch.bool),
     )
     if bool(finite.any()):
-        others = _solve_gram(x[finite], w[finite], None if init is None else init[finite], options)
-        solved.labels[finite] = others.labels
-        solved.centroids[finite] = others.centroids
-        solved.inertia[finite] = others.inertia
-        solved.n_iter[finite] = others.n_iter
-        solved.converged[finite] = others.converged
+        start = None if init is None else init[finite]
+        solved.put(finite, _solve(x[finite], w[finite], start, options, workspace, dtype))
     return solved
 
 
-def _solve_direct(x: Tensor, w: Tensor, init: Tensor | None, options: Options) -> _Solved:
-    """One problem after the other by the reference's steps in the dtype of x."""
-    settled: list[Partition] = []
-    for b in range(len(x)):
-        start = None if init is None else init[b]
-        special = reference.special_case(x[b], w[b], start, options.n_clusters)
-        settled.append(
-            special[0] if special is not None else reference.best_run(x[b], w[b].to(x.dtype), start, options)
-        )
-    labels = torch.stack([s.labels for s in settled])
-    centroids = torch.stack([s.centroids for s in settled])
-    converged = torch.tensor([s.converged for s in settled])
-    # The reference's centroids and inertia in float64, where the centroids are the means of their members.
-    at_means = options.algorithm == "hartigan" or options.tol == 0.0
-    counts = _counts(labels, options.n_clusters) * (converged | (options.algorithm == "hartigan"))[:, None] * at_means
-    ends = counts.flatten().cumsum(0).view_as(counts)
-    offsets = torch.cat([ends[:, :1] - counts[:, :1], ends], dim=1)
-    members = labels.argsort(dim=1, stable=True)[counts.any(1)].flatten()
-    centroids, inertia = native.operators().finish(x, w.contiguous(), labels, offsets, members, centroids)
-    return _Solved(labels, centroids, inertia, torch.tensor([s.n_iter for s in settled]), converged)
+def _solve_gram(
+    x: Tensor, w: Tensor, init: Tensor | None, options: Options, prepared: _Prepared
+) -> tuple[_Solved, Tensor]:
+    """Solve on the Gram matrix; also (b,) bool, whether the dtype of the products is wide enough for the problem."""
+    ops = native.operators()
+    offset, scale, dtype = prepared.offset, prepared.scale, prepared.points.dtype
+    levels = seeds = labels = products = norms = None
+    K = options.n_clusters
+    if init is None:
+        generator = torch.Generator().manual_seed(options.seed)
+        if options.seeding == "k-means++":
+            draws = [reference.seeding_levels(K, generator) for _ in range(options.n_init)]
+            levels = torch.stack([torch.cat([first, rest.flatten()]) for first, rest in draws])
+        else:
+            seeds = torch.stack([_random_seeds(problem, K, options) for problem in w])
+    elif init.is_floating_point():
+        centred = prepared.bring(init)
+        norms = centred.square().sum(2)
+        padding = prepared.points.shape[2] - x.shape[2]
+        products = ops.cross(torch.nn.functional.pad(centred.to(dtype), (0, padding)), prepared.points)
+    else:
+        labels = init.contiguous()
+    gram = ops.gram(prepared.points)
+    del prepared
+    labels, offsets, members, n_iter, converged, doubts, resolved = ops.cluster(
+        gram, w.contiguous(), levels, seeds, labels, products, norms, K, options.n_init, options.hartigan,
+        options.max_iter, options.tol, x.shape[2], offset.norm(dim=1) * scale, torch.finfo(x.dtype).eps / 2,
+    )  # fmt: skip
+    # Centroids that never had members: those given, or, where labels were, the mean of all points.
+    fallback = None
+    if init is not None:
+        fallback = init if init.is_floating_point() else offset[:, None].expand(-1, K, -1).to(x.dtype)
+        fallback = fallback.contiguous()
+    centroids, inertia = ops.finish(x, w.contiguous(), labels, offsets, members, fallback)
+    solved = _Solved(labels, centroids, inertia, n_iter, converged)
+    decided = ops.decide(x, centroids, labels, doubts)
+    empty = (_counts(decided, K) == 0).any(1) & (options.max_iter > 0)
+    for b in ((decided != labels).any(1) | empty).nonzero().squeeze(1).tolist():
+        if bool(resolved[b]):
+            _settle(x, w, solved, b, options, decided[b])
+    return solved, resolved
+
+
+def _settle(x: Tensor, w: Tensor, solved: _Solved, b: int, options: Options, decided: Tensor | None = None) -> None:
+    """Make problem b what its rounded centroids make it: `reference.settling.settle`, compiled."""
+    refills = options.max_iter > 0
+    settled = settle(x[b], w[b], solved.partition(b, options), refills, _nearest, _means, decided)
+    solved.labels[b], solved.centroids[b], solved.inertia[b] = settled.labels, settled.centroids, settled.inertia
+
+
+def _random_seeds(w: Tensor, n_clusters: int, options: Options) -> Tensor:
+    """(n_init, K) distinct points of one problem, every problem by the same random stream."""
+    generator = torch.Generator().manual_seed(options.seed)
+    return torch.stack([reference.random_seeds(w, n_clusters, generator) for _ in range(options.n_init)])
+
+
+def _solve_direct(
+    x: Tensor, w: Tensor, init: Tensor | None, options: Options, prepared: _Prepared
+) -> tuple[_Solved, Tensor]:
+    """One problem after the other by the reference's steps on the prepared points; as `_solve_gram`."""
+    (b, _, D), dtype = x.shape, prepared.points.dtype
+    solved = _Solved(
+        torch.zeros(x.shape[:2], dtype=torch.int64),
+        x.new_zeros(b, options.n_clusters, D),
+        torch.zeros(b, dtype=torch.float64),
+        torch.zeros(b, dtype=torch.int64),
+        torch.ones(b, dtype=torch.bool),
+    )
+    resolved = torch.ones(b, dtype=torch.bool)
+    starts = prepared.bring(init).to(dtype) if init is not None and init.is_floating_point() else init
+    for p in range(b):
+        points = prepared.points[p, :, :D].contiguous()
+        share = (w[p] / w[p].max()).clamp(min=_LEAST_WEIGHT)
+        found = reference.best_run(points, share.to(dtype), None if starts is None else starts[p], options)
+        centroids = (found.centroids.double() / prepared.scale[p] + prepared.offset[p]).to(x.dtype)
+        if found.at_means or options.hartigan:
+            centroids = _means(x[p], w[p], found.labels, centroids)
+        elif init is not None and options.max_iter == 0:
+            centroids = init[p] if init.is_floating_point() else centroids
+        solved.labels[p], solved.centroids[p], solved.n_iter[p] = found.labels, centroids, found.n_iter
+        solved.converged[p] = found.converged
+        solved.inertia[p] = float(w[p] @ distances_of(x[p], centroids, found.labels))
+        if dtype == torch.float32 and options.max_iter > 0:
+            filled = torch.bincount(found.labels, minlength=options.n_clusters).min() > 0
+            moment = float(share @ points.double().square().sum(1))
+            resolved[p] = bool(filled) and found.inertia > RESOLVED * moment
+        if bool(resolved[p]):
+            _settle(x, w, solved, p, options)
+    return solved, resolved

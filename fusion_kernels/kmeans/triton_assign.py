@@ -11,6 +11,7 @@ from fusion_kernels.kmeans import _triton_gram as gram_kernels
 from fusion_kernels.kmeans import triton_tuning as tuning
 from fusion_kernels.kmeans.triton_points import SLACK, Split, split, to_one_exponent
 from fusion_kernels.reference import kmeans as reference
+from fusion_kernels.reference.settling import nearest
 
 #: Bytes of split points at a time: what is kept beside points and labels.
 POINTS_BYTES = 1 << 30
@@ -19,8 +20,8 @@ POINTS_BYTES = 1 << 30
 def assign(x: Tensor, centroids: Tensor) -> Tensor:
     """Nearest centroids (B, N) int64 of x (B, N, D) among centroids (B, K, D), both float32 or both float64.
 
-    Ties up to rounding go to the lowest id; points that are not finite to 0. float64 is the reference's own steps:
-    tensor cores have nothing for it.
+    Ties go to the lowest id; points that are not finite to 0. What products on tensor cores leave in doubt is decided
+    by the reference's own steps, which are all there is for float64.
     """
     if x.dtype == torch.float64:
         return reference.assign(x, centroids)
@@ -37,11 +38,14 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
         for begin in range(0, N, at_once):
             points = split(x[:, begin : begin + at_once].contiguous(), origin, exact=True)
             labels[:, begin : begin + at_once] = _nearest(points, centres, largest, N)
+        for b in range(B):
+            doubtful = (labels[b] < 0).nonzero().squeeze(1)
+            labels[b, doubtful] = nearest(x[b, doubtful], centroids[b])
     return labels
 
 
 def _nearest(points: Split, centres: Split, largest: Tensor, total: int) -> Tensor:
-    """(B, n) labels of some of `total` points per problem."""
+    """(B, n) labels of some of `total` points per problem, negative where another centroid may be nearer."""
     (B, n, depth), K = points.high.shape, centres.high.shape[1]
     scales, norms = [], []
     for rows in (points, centres):

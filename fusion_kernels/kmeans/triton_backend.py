@@ -9,7 +9,9 @@ not wait to find out whether all are done: it asks for a copy of the answer now 
 has arrived that says so, which changes no result. Without such an answer, rounds that find nothing to do cost their
 launches.
 
-float64 points use a float64 Gram matrix from torch and the same kernels otherwise.
+float64 points use a float64 Gram matrix from torch and the same kernels otherwise; so do float32 points that products
+in float32 cannot tell apart. What is found is settled by the reference's steps, one problem after the other: labels
+and rounded centroids then belong together, whatever rounding did on the way.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from fusion_kernels.kmeans import _triton_sweep as sweep_kernels
 from fusion_kernels.kmeans import triton_tuning as tuning
 from fusion_kernels.kmeans.triton_points import SLACK, Points, is_finite, prepare
 from fusion_kernels.kmeans.triton_run import Run, State
-from fusion_kernels.reference.kmeans import Options, Results, Status
+from fusion_kernels.kmeans.triton_settling import resolved_problems, settle_problem
+from fusion_kernels.reference.kmeans import Options, Results, Status, in_dtype
 
 PRECISIONS = ("exact", "fast")
 
@@ -52,25 +55,48 @@ def kmeans(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
-    (B, N, D), n_clusters, exact = x.shape, options.n_clusters, precision == "exact"
     with device_guard(x):
-        if n_clusters >= N:
-            return _one_point_each(x, sample_weight, init, n_clusters)
-        size = tuning.problem_bytes(N, n_clusters, D, x.element_size(), exact)
-        if x.is_cuda:
-            _check_memory(size, N, torch.cuda.get_device_properties(x.device).total_memory)
-        bound = tuning.WORKSPACE_BYTES if options.workspace_bytes is None else options.workspace_bytes
-        at_once = max(1, bound // size)
-        parts = [
-            _cluster(
-                x[b : b + at_once].contiguous(),
-                None if sample_weight is None else sample_weight[b : b + at_once],
-                None if init is None else init[b : b + at_once],
-                options,
-                exact,
-            )
-            for b in range(0, max(B, 1), at_once)
-        ]
+        labels, centroids, inertia, counts, n_iter, status = _found(x, sample_weight, init, options, precision)
+        return labels, centroids, *in_dtype(inertia, status, x.dtype, counts, n_iter)
+
+
+def _found(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options: Options, precision: str) -> Results:
+    """The results, settled, with inertia in float64."""
+    N, exact = x.shape[1], precision == "exact"
+    if options.n_clusters >= N:
+        return _one_point_each(x, sample_weight, init, options.n_clusters)
+    results = _clustered(x, sample_weight, init, options, exact)
+    if x.dtype == torch.float32 and exact and options.max_iter > 0:
+        again = ~resolved_problems(x, sample_weight, results)
+        if bool(again.any()):
+            weight, start = (None if t is None else t[again] for t in (sample_weight, init))
+            wide = [t.double() if t is not None and t.is_floating_point() else t for t in (x[again], weight, start)]
+            for mine, theirs in zip(results, _clustered(*wide, options, exact), strict=True):
+                mine[again] = theirs.to(mine.dtype)
+    for b in range(len(x)):
+        own = [field[b] for field in results]
+        settle_problem(x[b], None if sample_weight is None else sample_weight[b], own, options, exact)
+    return results
+
+
+def _clustered(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options: Options, exact: bool) -> Results:
+    """The problems of the batch in parts that fit the workspace, N > K."""
+    (B, N, D), n_clusters = x.shape, options.n_clusters
+    size = tuning.problem_bytes(N, n_clusters, D, x.element_size(), exact)
+    if x.is_cuda:
+        _check_memory(size, N, torch.cuda.get_device_properties(x.device).total_memory)
+    bound = tuning.WORKSPACE_BYTES if options.workspace_bytes is None else options.workspace_bytes
+    at_once = max(1, bound // size)
+    parts = [
+        _cluster(
+            x[b : b + at_once].contiguous(),
+            None if sample_weight is None else sample_weight[b : b + at_once],
+            None if init is None else init[b : b + at_once],
+            options,
+            exact,
+        )
+        for b in range(0, max(B, 1), at_once)
+    ]
     labels, centroids, inertia, counts, n_iter, status = (
         fields[0] if len(parts) == 1 else torch.cat(fields) for fields in zip(*parts, strict=True)
     )
@@ -140,7 +166,7 @@ def _cluster(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, optio
         else:
             run.start_from_labels()
         means_of = run.lloyd(options.max_iter)
-        if options.algorithm == "hartigan":
+        if options.hartigan:
             means_of = run.hartigan(options.max_iter)
         inertia = run.inertia()
         if sample_weight is not None:
@@ -232,7 +258,7 @@ def _results(points: Points, best: _Outcome, centroids: Tensor, spoiled: Tensor,
     converged = (best.state == State.FIXED) | (best.state == State.SETTLED) | (best.state == State.ALONE)
     status = torch.where(converged, int(Status.OK), int(Status.MAX_ITER))
     status = torch.where((counts == 0).any(1), int(Status.EMPTY_CLUSTERS), status)
-    return _spoil(labels, centroids, inertia.to(x.dtype), counts, best.n_iter.long(), status, spoiled, ~points.finite)
+    return _spoil(labels, centroids, inertia, counts, best.n_iter.long(), status, spoiled, ~points.finite)
 
 
 def _spoil(
@@ -266,7 +292,14 @@ def _one_point_each(x: Tensor, sample_weight: Tensor | None, init: Tensor | None
     integer: Callable[..., Tensor] = torch.zeros(B, dtype=torch.int64, device=x.device).new_full
     if B == 0:
         none = integer((0,), 0)
-        return integer((0, N), 0), x.new_empty(0, K, D), x.new_empty(0), integer((0, K), 0), none, none.clone()
+        return (
+            integer((0, N), 0),
+            x.new_empty(0, K, D),
+            x.new_empty(0, dtype=torch.float64),
+            integer((0, K), 0),
+            none,
+            none.clone(),
+        )
     finite = is_finite(x)
     if init is not None and init.is_floating_point():
         finite &= is_finite(init)
@@ -278,4 +311,6 @@ def _one_point_each(x: Tensor, sample_weight: Tensor | None, init: Tensor | None
     labels = torch.arange(N, device=x.device).expand(B, -1)
     counts = (torch.arange(K, device=x.device) < N).long().expand(B, -1)
     status = integer((B,), int(Status.EMPTY_CLUSTERS if K > N else Status.OK))
-    return _spoil(labels, centroids, x.new_zeros(B), counts, integer((B,), 0), status, spoiled, ~finite)
+    return _spoil(
+        labels, centroids, x.new_zeros(B, dtype=torch.float64), counts, integer((B,), 0), status, spoiled, ~finite
+    )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.activations import get_activation
+from fusion_kernels.library import check_name
+from fusion_kernels.ntk.sharing import check_untied
 
 Kernel = Literal["gd", "sign"]
 
@@ -125,8 +127,7 @@ class Prepared:
 
 def check_kernel(kernel: str) -> None:
     """Raise ValueError unless `kernel` is one of `Kernel`."""
-    if kernel not in get_args(Kernel):
-        raise ValueError(f"unknown kernel {kernel!r}: use one of {', '.join(get_args(Kernel))}")
+    check_name("kernel", kernel, get_args(Kernel))
 
 
 def all_finite(t: Tensor) -> bool:
@@ -193,6 +194,9 @@ def prepare(
     shapes = _shapes(bundle)
     d = shapes["w_in"][2]
     given = {**rows, **(others or {}), **{name: getattr(bundle, name) for name in (*PARTS, "scale")}, "metric": metric}
+    own = {name: t for name in (*PARTS, "scale") if (t := given[name]) is not None}
+    parts = _parts(block, params, [part for part in PARTS if part in own])
+    check_untied(block, own, parts)
     tensors = {name: t.detach() for name, t in given.items() if t is not None}
     if "b_gate" in tensors and "w_gate" not in tensors:
         raise ValueError("b_gate is there without w_gate")
@@ -240,7 +244,7 @@ def prepare(
         kept,
         float(bundle.scale_exponent),
         bundle.activation,
-        _parts(block, params, [part for part in PARTS if part in own]),
+        parts,
         weights,
     )
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fusion_kernels import native
+from fusion_kernels.library import check_name
 from fusion_kernels.ntk import tuning
 from fusion_kernels.ntk.blocks import outputs_gram
 from fusion_kernels.ntk.folding import Weights, fold
-from fusion_kernels.reference.ntk import FFN, Differentiated
+from fusion_kernels.reference.ntk import FFN, KERNELS, Differentiated, check_names
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def ntk_gram(
     Args:
         block_size: edge of the tiles; rows at a time where there is an axis of outputs.
     """
+    check_names(kernel, reduce, direction)
+    check_name("precision", precision, ("highest",))
     if reduce in ("full", "diagonal"):
         return outputs_gram(x1, x2, ffn, params, kernel, reduce, metric, block_size, out)
     x1, x2, right = _rows(x1, x2, kernel)
@@ -116,6 +119,7 @@ def ntk_sums(
     block_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sums over two kernels; arguments and result as in `fusion_kernels.reference.ntk.ntk_sums`."""
+    check_name("kernel", kernel, KERNELS)
     x1, x2, right = _rows(x1, x2, kernel)
     of_a, of_b = (_sides(x1, x2, *block, kernel, direction).arguments() for block in (a, b))
     edge = tuning.tile_edge(max(len(x1), len(right))) if block_size is None else block_size

@@ -26,10 +26,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusion_kernels import native
+from fusion_kernels.library import check_name
 from fusion_kernels.ntk import tuning
 from fusion_kernels.ntk.blocks import outputs_gram
 from fusion_kernels.ntk.folding import Weights, fold
-from fusion_kernels.reference.ntk import FFN, Differentiated
+from fusion_kernels.reference.ntk import FFN, KERNELS, Differentiated, check_names
 
 
 def why_not() -> str | None:
@@ -111,6 +112,7 @@ def ntk_gram(
         precision: `"highest"`; for the trace or a vector in float32 also `"tf32x3"`, `"bf16x3"` or `"bf16"`.
         block_size: rows at a time where there is an axis of outputs; of no meaning otherwise.
     """
+    check_names(kernel, reduce, direction)
     if reduce in ("full", "diagonal"):
         return outputs_gram(x1, x2, ffn, params, kernel, reduce, metric, block_size, out)
     if out is None:
@@ -137,6 +139,7 @@ def ntk_sums(
     accumulators of two kernels would need more registers than there are. float32 goes by `"tf32x3"`, whose errors are
     float32's.
     """
+    check_name("kernel", kernel, KERNELS)
     precision = "tf32x3" if x1.dtype == torch.float32 else "highest"
     passes = [list(_left_and_right(x1, x2, *block, kernel, direction, precision)) for block in (a, b)]
     n1, n2 = len(x1), len(x1 if x2 is None else x2)

@@ -7,14 +7,15 @@ inner products are the operators of `operators.py`; the formulas are in `torch_b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
-from fusion_kernels.library import Operator
+from fusion_kernels.library import Operator, check_name
 from fusion_kernels.ntk.block import Block, prepare
 from fusion_kernels.ntk.jacobian import check_columns, check_tangents, moved_parts, tangent_arguments
 from fusion_kernels.ntk.operators import NTK_GRADIENT_GRAM, NTK_GRADIENT_NORMS, NTK_JVP, function_named
+from fusion_kernels.reference.ntk import FORMS
 
 Form = Literal["auto", "ghost", "direct"]
 
@@ -32,8 +33,7 @@ def _run(
     function = function_named(op, backend, x.device)
     if x.ndim != 3:
         raise ValueError(f"x must be (N, S, d), sequences of tokens, got {tuple(x.shape)}")
-    if form not in get_args(Form):
-        raise ValueError(f"unknown form {form!r}: use one of {', '.join(get_args(Form))}")
+    check_name("form", form, FORMS)
     prepared = prepare(block, {"x": x.flatten(0, 1)}, params, metric, {"cotangents": cotangents})
     check_columns("cotangents", cotangents, (*x.shape[:2], prepared.outputs))
     rows = prepared.rows["x"].view(x.shape)

@@ -29,8 +29,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fusion_kernels.library import check_name
 from fusion_kernels.ntk import tuning
-from fusion_kernels.reference.ntk import FFN, contraction
+from fusion_kernels.reference.ntk import FFN, FORMS, check_names, contraction
 
 # A layer of the gradient: activations (N, S, di), backpropagated (N, S, do), and whether weight and bias count.
 _Layer = tuple[Tensor, Tensor, bool, bool]
@@ -130,6 +131,7 @@ class FactoredKernel:
         uses: int,
     ) -> None:
         """Arguments as in `fusion_kernels.reference.ntk.ntk_vp`; `uses` is how many products are expected."""
+        check_names(kernel, reduce, direction)
         hidden, slopes = block_factors(x, ffn)
         w_out = ffn.w_out
         self._w_out, self._parts = w_out, params
@@ -241,6 +243,7 @@ def gradient_gram(
     form: str,
 ) -> Tensor:
     """All inner products of gradients: arguments and result as in `fusion_kernels.reference.ntk.gradient_gram`."""
+    check_name("form", form, FORMS)
     n, s = cotangents.shape[:2]
     gram = x.new_zeros(n, n)
     for a, b, weight, bias in _layers(x, ffn, cotangents, params, metric):
@@ -284,6 +287,7 @@ def gradient_norms(
     form: str,
 ) -> Tensor:
     """The norms of gradients: arguments and result as in `fusion_kernels.reference.ntk.gradient_norms`."""
+    check_name("form", form, FORMS)
     n, s = cotangents.shape[:2]
     squares = x.new_zeros(n)
     for a, b, weight, bias in _layers(x, ffn, cotangents, params, metric):

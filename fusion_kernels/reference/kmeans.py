@@ -12,11 +12,14 @@ trials per step); Hartigan 1975 and Telgarsky & Vattani 2010 (moves of single po
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
 from torch import Tensor
+
+from fusion_kernels.library import check_name
+from fusion_kernels.reference.settling import Partition, label_idle, nearest, settle
 
 # A squared distance of a point x is known up to a few rounding errors of |x|²: differences below this multiple of
 # eps |x|² are ties. It covers the largest error seen for sums of tens of thousands of terms.
@@ -34,11 +37,13 @@ class Status(IntEnum):
         OK: converged; every cluster has points.
         MAX_ITER: stopped by `max_iter` before it converged. The result is valid.
         EMPTY_CLUSTERS: some clusters have no points, because there are fewer points (or fewer distinct points of
-            positive weight) than clusters, or because `"lloyd"` was stopped before it could refill one. The result
-            is valid; the centroids of empty clusters are finite.
+            positive weight) than clusters, or because `max_iter` is 0. The result is valid; the centroids of empty
+            clusters are finite.
         ZERO_WEIGHT: every weight is zero. Labels, centroids and inertia are 0.
         NON_FINITE: `x` or the given centroids hold NaN or infinity, or values too large to square. Labels are 0,
             centroids and inertia NaN.
+        LARGE_INERTIA: the inertia is larger than the dtype of the result can hold, and infinite. All else is right.
+            Scale the points or the weights down, or pass float64.
     """
 
     OK = 0
@@ -46,6 +51,11 @@ class Status(IntEnum):
     EMPTY_CLUSTERS = 2
     ZERO_WEIGHT = 3
     NON_FINITE = 4
+    LARGE_INERTIA = 5
+
+
+ALGORITHMS = ("hartigan", "lloyd")
+SEEDINGS = ("k-means++", "random")
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,16 @@ class Options:
     seed: int = 0
     workspace_bytes: int | None = None
 
+    def __post_init__(self) -> None:
+        """Raise ValueError unless algorithm and seeding are known: no backend can take one for another."""
+        check_name("algorithm", self.algorithm, ALGORITHMS)
+        check_name("init", self.seeding, SEEDINGS)
+
+    @property
+    def hartigan(self) -> bool:
+        """Whether Hartigan's moves follow Lloyd's iteration."""
+        return self.algorithm == "hartigan"
+
 
 @dataclass(frozen=True)
 class _Points:
@@ -94,17 +114,6 @@ class _Points:
     slack: Tensor
 
 
-@dataclass(frozen=True)
-class Partition:
-    """Labels (n,) of the points and centroids (K, D), both in the coordinates of the caller's choice."""
-
-    labels: Tensor
-    centroids: Tensor
-    inertia: float
-    n_iter: int
-    converged: bool
-
-
 def kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options: Options) -> Results:
     """Cluster each problem of a batch; see :func:`fusion_kernels.kmeans.kmeans` for the meaning of the arguments.
 
@@ -121,13 +130,13 @@ def kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options
     (B, N, D), n_clusters = x.shape, options.n_clusters
     labels = torch.zeros(B, N, dtype=torch.int64, device=x.device)
     centroids = x.new_zeros(B, n_clusters, D)
-    inertia = x.new_zeros(B)
+    inertia = torch.zeros(B, dtype=torch.float64, device=x.device)
     counts = torch.zeros(B, n_clusters, dtype=torch.int64, device=x.device)
     n_iter = torch.zeros(B, dtype=torch.int64, device=x.device)
     status = torch.zeros(B, dtype=torch.int64, device=x.device)
     for b in range(B):
-        rows = x[b].to(torch.float64).contiguous()
-        w = rows.new_ones(N) if sample_weight is None else sample_weight[b].to(torch.float64)
+        rows = x[b].contiguous()
+        w = rows.new_ones(N, dtype=torch.float64) if sample_weight is None else sample_weight[b].to(torch.float64)
         start = None if init is None else init[b]
         if start is not None and start.is_floating_point():
             start = start.to(torch.float64)
@@ -138,7 +147,17 @@ def kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options
         counts[b] = torch.bincount(settled.labels, minlength=n_clusters)
         n_iter[b] = settled.n_iter
         status[b] = int(problem_status)
-    return labels, centroids, inertia, counts, n_iter, status
+    return labels, centroids, *in_dtype(inertia, status, x.dtype, counts, n_iter)
+
+
+def in_dtype(inertia: Tensor, status: Tensor, dtype: torch.dtype, *between: Tensor) -> tuple[Tensor, ...]:
+    """The inertia (B,) float64 in the dtype of results, and the status of the problems for which that is too narrow.
+
+    Returns:
+        inertia, `between`, status.
+    """
+    narrow = inertia.to(dtype)
+    return narrow, *between, torch.where(narrow.isinf(), int(Status.LARGE_INERTIA), status)
 
 
 def _cluster(rows: Tensor, w: Tensor, start: Tensor | None, options: Options) -> tuple[Partition, Status]:
@@ -156,19 +175,18 @@ def _cluster(rows: Tensor, w: Tensor, start: Tensor | None, options: Options) ->
     if len(active) <= n_clusters:
         best = one_point_each(rows[active], n_clusters)
     else:
-        best = best_run(rows[active], w[active], start, options)
+        best = best_run(rows[active].to(torch.float64), w[active], start, options)
+        best = replace(best, centroids=best.centroids.to(rows.dtype))
+        best = settle(rows[active], w[active], best, options.max_iter > 0, nearest, rounded_means)
 
     labels = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     labels[active] = best.labels
     filled = torch.bincount(best.labels, minlength=n_clusters) > 0
-    idle = (w == 0).nonzero().squeeze(1)
-    if len(idle):
-        offset = (w / w.sum()) @ rows
-        candidates = filled.nonzero().squeeze(1)
-        nearest = _assign(_centre(rows[idle], w[idle], offset), best.centroids[candidates] - offset)
-        labels[idle] = candidates[nearest]
+    idle = w == 0
+    moves = options.max_iter > 0 and len(active) > n_clusters
+    labels[idle], centroids = label_idle(rows[idle], best.centroids, filled, moves, nearest)
     status = status_of(best.converged, bool(filled.all()))
-    return Partition(labels, best.centroids, best.inertia, best.n_iter, best.converged), status
+    return replace(best, labels=labels, centroids=centroids), status
 
 
 def special_case(rows: Tensor, w: Tensor, start: Tensor | None, n_clusters: int) -> tuple[Partition, Status] | None:
@@ -191,6 +209,12 @@ def special_case(rows: Tensor, w: Tensor, start: Tensor | None, n_clusters: int)
     return None
 
 
+def moment(rows: Tensor, w: Tensor) -> float:
+    """Weighted sum of the squared distances of the points (n, D) to their weighted mean, in float64."""
+    offset = (w / w.sum()) @ rows.to(torch.float64)
+    return float(w @ (rows.to(torch.float64) - offset).square().sum(1))
+
+
 def is_finite(rows: Tensor) -> bool:
     """Whether the sum of squares is finite in float64."""
     return math.isfinite(float(rows.to(torch.float64).square().sum()))
@@ -204,17 +228,19 @@ def status_of(converged: bool, all_filled: bool) -> Status:
 
 
 def assign(x: Tensor, centroids: Tensor) -> Tensor:
-    """Nearest of the centroids (B, K, D) to each point of x (B, N, D): (B, N) int64, ties up to rounding the lowest id.
+    """Nearest of the centroids (B, K, D) to each point of x (B, N, D): (B, N) int64, ties the lowest id.
 
-    A point that is not finite is labelled 0.
+    A point that is not finite is labelled 0, and so are all if a centroid is not.
     """
     labels = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
     for b in range(len(x)):
-        centres = centroids[b].to(torch.float64)
-        offset = centres.mean(0)
-        rows = x[b].to(torch.float64)
-        labels[b] = _assign(_centre(rows, rows.new_ones(len(rows)), offset), centres - offset)
+        labels[b] = nearest(x[b], centroids[b])
     return labels
+
+
+def rounded_means(rows: Tensor, w: Tensor, labels: Tensor, empty: Tensor) -> Tensor:
+    """`_means` in float64, rounded to the dtype of `rows`."""
+    return _means(rows.to(torch.float64), w, labels, empty.to(torch.float64)).to(rows.dtype)
 
 
 def best_run(rows: Tensor, w: Tensor, start: Tensor | None, options: Options) -> Partition:
@@ -238,9 +264,8 @@ def one_point_each(rows: Tensor, n_clusters: int) -> Partition:
     return Partition(labels, torch.cat([rows, last.expand(n_clusters - n, D)]), 0.0, 0, True)
 
 
-def _centre(rows: Tensor, w: Tensor, offset: Tensor | None = None) -> _Points:
-    if offset is None:
-        offset = (w / w.sum()) @ rows
+def _centre(rows: Tensor, w: Tensor) -> _Points:
+    offset = (w / w.sum()) @ rows
     x = rows - offset
     sq = x.square().sum(1)
     return _Points(rows, offset, x, w, sq, _SLACK * torch.finfo(x.dtype).eps * sq)
@@ -262,7 +287,7 @@ def _run(points: _Points, start: Tensor | None, options: Options, generator: tor
     labels, centroids, n_iter, converged = _lloyd(points, labels, centroids, options.max_iter, options.tol)
     # Lloyd that was stopped returns the centroids that its labels are nearest to, not the labels' means.
     at_means = converged and options.tol == 0.0
-    if options.algorithm == "hartigan":
+    if options.hartigan:
         labels, centroids, rounds, converged = _hartigan(points, labels, centroids, options.max_iter)
         n_iter += rounds
         at_means = True
@@ -270,7 +295,7 @@ def _run(points: _Points, start: Tensor | None, options: Options, generator: tor
     centroids = centroids + points.offset
     if at_means:
         centroids = _means(points.rows, points.w, labels, centroids)
-    return Partition(labels, centroids, inertia, n_iter, converged)
+    return Partition(labels, centroids, inertia, n_iter, converged, at_means and converged)
 
 
 def _seed_plus_plus(points: _Points, n_clusters: int, generator: torch.Generator) -> Tensor:

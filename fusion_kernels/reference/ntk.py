@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusion_kernels.activations import get_activation
+from fusion_kernels.library import check_name
 
 #: Bytes of one temporary of a block of rows; a few such are held beside the result.
 BLOCK_BYTES = 64 << 20
@@ -78,6 +79,20 @@ class Differentiated(NamedTuple):
     ffn: FFN
     params: Sequence[str]
     metric: Tensor | None
+
+
+#: What operators take by name, and no backend may take for another.
+KERNELS = ("gd", "sign")
+REDUCTIONS = ("trace", "full", "diagonal", "vector")
+FORMS = ("auto", "ghost", "direct")
+
+
+def check_names(kernel: str, reduce: str, direction: Tensor | None) -> None:
+    """Raise ValueError for a kernel or a reduction that is unknown, or a direction that does not go with it."""
+    check_name("kernel", kernel, KERNELS)
+    check_name("reduction", reduce, REDUCTIONS)
+    if (direction is not None) != (reduce == "vector"):
+        raise ValueError(f"reduction {reduce!r}: pass a direction to 'vector' and to no other")
 
 
 def contraction(w_out: Tensor, direction: Tensor | None, kernel: str) -> tuple[Tensor, Tensor, float]:
@@ -135,6 +150,8 @@ def ntk_gram(
         (N1, N2); (N1, N2, outputs, outputs) for `"full"`; (N1, N2, outputs) for `"diagonal"`. Beside it, (N, neurons)
         matrices and blocks of rows, for the latter two with an axis of neurons.
     """
+    check_names(kernel, reduce, direction)
+    check_name("precision", precision, ("highest",))
     first, second = sides(x1, x2, ffn, metric, kernel)
     rows, columns, outputs = len(first.x), len(second.x), ffn.w_out.shape[1]
     axes = {"full": (outputs, outputs), "diagonal": (outputs,)}.get(reduce, ())
@@ -267,6 +284,7 @@ def ntk_sums(
         columns. All float64, and of the same rounded values, so that taking means off the first is exact.
     """
     reduce = "trace" if direction is None else "vector"
+    check_names(kernel, reduce, direction)
     left_a, right_a = sides(x1, x2, a.ffn, a.metric, kernel)
     left_b, right_b = sides(x1, x2, b.ffn, b.metric, kernel)
     columns = len(right_a.x)
@@ -339,6 +357,7 @@ def ntk_vp(
         v: (N, outputs) for the `"full"` kernel; (N, M) for `"trace"` and `"vector"`.
         others: as in `ntk_gram`.
     """
+    check_names(kernel, reduce, direction)
     left, right = sides(x, None, ffn, metric, kernel)
     outputs = ffn.w_out.shape[1]
     per_pair = outputs * max(outputs, len(ffn.w_in)) if reduce == "full" else 1
@@ -380,6 +399,7 @@ def gradient_gram(
     Args:
         form: how other backends are to compute it; of no meaning here.
     """
+    check_name("form", form, FORMS)
     gram = x.new_zeros(len(x), len(x))
     blocks = _sample_blocks(x, *ffn[:5])
     for number, here in enumerate(blocks):
@@ -399,6 +419,7 @@ def gradient_norms(
     form: str,
 ) -> Tensor:
     """Return the Euclidean norms of `sample_gradients`: (N,). Arguments as in `gradient_gram`."""
+    check_name("form", form, FORMS)
     norms = x.new_zeros(len(x))
     for here in _sample_blocks(x, *ffn[:5]):
         norms[here] = sample_gradients(x[here], ffn, cotangents[here], params, metric).norm(dim=1)

@@ -30,6 +30,12 @@ def read_projection(module: nn.Module) -> tuple[Tensor, Tensor | None]:
             f"a projection is a {kind.__module__}.{kind.__name__}, not a plain torch.nn.Linear or Conv1D: "
             "merge adapters and load the weights unquantised before fusing"
         )
+    made_of = [name for name, _ in module.named_parameters(recurse=False) if name not in ("weight", "bias")]
+    if made_of:
+        raise InputError(
+            f"a projection's weight is computed from {', '.join(made_of)}: remove the weight norm or the pruning "
+            "(torch.nn.utils.remove_weight_norm, prune.remove) before fusing"
+        )
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)

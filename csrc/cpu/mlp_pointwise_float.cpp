@@ -1,0 +1,7 @@
+#include "mlp_pointwise_body.h"
+
+namespace mlp_fusion {
+
+MLP_ELEMENT_TYPE(float)
+
+}  // namespace mlp_fusion
