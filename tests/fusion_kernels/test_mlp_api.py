@@ -401,10 +401,17 @@ def test_the_dispatcher_asks_for_the_path_on_a_gpu(monkeypatch: pytest.MonkeyPat
     assert not asked
 
 
-def test_what_nothing_was_measured_for_runs_as_torch_operations() -> None:
-    assert tuning.UNMEASURED in {backend.name for backend in MLP.backends if "cuda" in backend.device_types}
-    found = {name for rows in tuning.MEASURED.values() for _, name in rows}
-    assert found <= {backend.name for backend in MLP.backends if "cuda" in backend.device_types}
+def test_what_nothing_was_measured_for_runs_as_torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpus = {backend.name for backend in MLP.backends if "cuda" in backend.device_types}
+    assert on_gpus == {"cublas", "epilogue", "resident", "torch", "reference"}
+    assert tuning.UNMEASURED in on_gpus
+    shape = Shape(1024, 768, 192, 768, False, 1)
+    for name in on_gpus:
+        measured = {("a GPU", torch.bfloat16, 768, 192, False, True): [(1024, name)]}
+        monkeypatch.setattr(tuning, "MEASURED", measured)
+        assert tuning.path("a GPU", torch.bfloat16, shape) == name
+        assert tuning.path("a GPU", torch.bfloat16, replace(shape, tokens=1023)) == tuning.UNMEASURED
+        assert tuning.path("another", torch.bfloat16, shape) == tuning.UNMEASURED
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 32, 33])
