@@ -8,9 +8,9 @@ with u the unit roundoff. `assert_rounding` holds a result to two rules:
 - every entry lies within its bound. The bound is a theorem, so no processor breaks it, and it is the worst case, so it
   catches what is wrong, not what is imprecise: a term left out, a wrong factor, a sum in a lower precision.
 - over `MANY` entries and more, the RMS of the errors, each relative to its bound, is at most `RATIO` times that of
-  torch in the same dtype. This catches what is imprecise: 10 units in the last place of every entry, or 20 of a tenth of
-  them, where sums are as long as in the tests. Among fewer entries torch's own error would be luck: results of `SOME`
-  and more are pooled with the others of one call, each relative to torch's, and left out where these too are few.
+  torch in the same dtype. This catches what is imprecise: 10 units in the last place of every entry, or 20 of a tenth
+  of them, where sums are as long as in the tests. Among fewer entries torch's own error would be luck: results of
+  `SOME` and more are pooled with the others of one call, each relative to torch's, or left out where these are too few.
 
 A single entry that is a few units off beside a long sum is caught by neither. `tests/fusion_kernels/test_rounding.py`
 shows all of this.
