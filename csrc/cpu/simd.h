@@ -5,6 +5,9 @@
 // for AVX2 with FMA and for the baseline of the platform, and the loader picks one for the machine that it runs on, so
 // that a library built on one machine runs on every other. Loops are written once, as templates over the element type
 // that are inlined into such functions.
+//
+// The loader asks the processor, which no environment overrides: to run the code for a lesser one, build the library with
+// MLP_PINNED_BYTES defined as the bytes of its registers, 64 (AVX-512), 32 (AVX2 with FMA) or 16 (the baseline).
 #pragma once
 
 #include <cstdint>
@@ -18,6 +21,7 @@
 #else
 #define MLP_AVX2 "fma"
 #endif
+#if !defined(MLP_PINNED_BYTES)
 #define MLP_CLONES __attribute__((target_clones("avx512f", MLP_AVX2, "default")))
 // Function(Target, Bytes, ...) for the same three, with the bytes of their registers: for code whose vectors depend on
 // them, which has to be written out once for every target.
@@ -25,6 +29,18 @@
   Function(__attribute__((target("avx512f"))), 64, __VA_ARGS__)                                                        \
   Function(__attribute__((target(MLP_AVX2))), 32, __VA_ARGS__)                                                         \
   Function(__attribute__((target("default"))), 16, __VA_ARGS__)
+#elif MLP_PINNED_BYTES == 64
+#define MLP_CLONES __attribute__((target("avx512f")))
+#elif MLP_PINNED_BYTES == 32
+#define MLP_CLONES __attribute__((target(MLP_AVX2)))
+#elif MLP_PINNED_BYTES == 16
+#define MLP_CLONES
+#else
+#error "MLP_PINNED_BYTES must be 64, 32 or 16"
+#endif
+#if defined(MLP_PINNED_BYTES)
+#define MLP_EACH_TARGET(Function, ...) Function(MLP_CLONES, MLP_PINNED_BYTES, __VA_ARGS__)
+#endif
 #else
 #define MLP_CLONES
 #define MLP_EACH_TARGET(Function, ...) Function(, 16, __VA_ARGS__)

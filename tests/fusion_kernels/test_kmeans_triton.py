@@ -100,8 +100,8 @@ def relative_errors(gram: Tensor, rows: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize(("n", "d"), [(17, 1), (123, 65), (17, 1537), (65, 129)])
-def test_gram_errs_at_most_twice_as_much_as_torch(n: int, d: int, exact: bool) -> None:
+@pytest.mark.parametrize(("n", "d"), [(123, 1), (123, 65), (17, 1537), (65, 129)])
+def test_gram_errs_as_rounding_does(n: int, d: int, exact: bool) -> None:
     x = blobs(2, n, d, seed=n)
     # Rows of very different sizes: every one has a scale of its own.
     x[1] = (x[1] - 5) * torch.logspace(-12, 12, n)[:, None]
@@ -114,9 +114,12 @@ def test_gram_errs_at_most_twice_as_much_as_torch(n: int, d: int, exact: bool) -
         exponent = torch.frexp(given.abs().amax(2, keepdim=True))[1]
         given = torch.ldexp(torch.ldexp(given, 15 - exponent).half().float(), exponent - 15)
     torchs = relative_errors(given @ given.mT, rows)
-    # 22 bits per entry are two fewer than float32 has, which no sum hides where there is a single column.
+    # Two numbers of 11 bits per entry, without the product of the second ones, or one; then d products are summed in
+    # float32. All of it is relative to the absolute products, which the norms of the rows bound.
+    of_factors = 3 * 2.0**-22 if exact else 2 * 2.0**-11 + 2.0**-22
+    assert float(found.abs().max()) <= of_factors + 1.01 * (d + 4) * 2.0**-24
+    # 22 bits are two fewer than float32 has, which no sum hides where there is a single column.
     factor = 4 if d == 1 else 2
-    assert float(found.abs().max()) <= factor * float(torchs.abs().max())
     assert float(found.square().mean()) <= factor**2 * float(torchs.square().mean())
     assert torch.equal(points.gram[:, :, :n], points.gram[:, :, :n].mT)
     assert bool(points.finite.all())

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from blocks import MLPBlock, assert_as_good, make_block, reordered, with_neurons_reordered
+from blocks import MLPBlock, make_block
 from hypothesis import given
 from hypothesis import strategies as st
+from rounding import MANY, assert_rounding
 from torch import Tensor
 
 from fusion_kernels import fused_glu_mlp, fused_mlp, native, split_gate_up
@@ -25,26 +27,26 @@ BACKENDS = [
 ]
 
 
-def check(block: MLPBlock, level: int, backend: str, dtype: torch.dtype) -> None:
-    """The fused block in `dtype` is as near to float64 as ordinary layers in `dtype` are, gradients too."""
-    low, peer, exact = (
-        block.to(dtype).training(),
-        block.to(dtype).training(),
-        block.to(dtype).to(torch.float64).training(),
-    )
-    y, y_peer, y_exact = low.fused(level, backend), peer.eager(), exact.eager()
-    found, theirs, ideal = low.gradients(y), [peer.gradients(y_peer)], exact.gradients(y_exact)
-    x_peers = [theirs[0]["x"]]
-    for other in with_neurons_reordered(block.to(dtype)):
-        x_peers.append(other.training().gradients(other.eager())["x"])
-    for other in reordered(block.to(dtype)):
-        theirs.append(other.training().gradients(other.eager()))
-    assert y.dtype == dtype
-    assert_as_good(y.detach(), y_exact.detach(), "y", y_peer.detach())
-    assert set(found) == set(ideal)
-    for name, gradient in found.items():
-        assert gradient.dtype == dtype
-        assert_as_good(gradient, ideal[name], name, *(x_peers if name == "x" else (t[name] for t in theirs)))
+def computed(block: MLPBlock, run: Callable[[MLPBlock], Tensor]) -> dict[str, Tensor]:
+    """y and the gradients for dy, by name, each in the dtype of what it belongs to."""
+    block = block.to(block.x.dtype).training()
+    y = run(block)
+    found = block.gradients(y) | {"y": y.detach()}
+    leaves = block.leaves() | {"y": block.x}
+    assert {name: t.dtype for name, t in found.items()} == {name: leaves[name].dtype for name in found}
+    return found
+
+
+def check(block: MLPBlock, backend: str, dtype: torch.dtype, levels: Sequence[int] = (0, 1, 2)) -> None:
+    """The fused block in `dtype` is what rounding makes of float64, and as near to it as ordinary layers are."""
+    low = block.to(dtype)
+    exact, bounds = computed(low.to(torch.float64), MLPBlock.eager), low.bounds(dtype)
+    # float64 has nothing to be compared with; of few hidden values torch's errors would be luck.
+    many = dtype != torch.float64 and low.x[..., 0].numel() * len(low.w_in) >= MANY
+    torchs = [computed(low, run) for run in (MLPBlock.eager, MLPBlock.folded)] if many else []
+    for level in levels:
+        found = computed(low, lambda b, level=level: b.fused(level, backend))
+        assert_rounding(found, exact, {name: bounds[name] for name in exact}, *torchs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -52,8 +54,7 @@ def check(block: MLPBlock, level: int, backend: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_values_and_gradients(activation: str, gated: bool, dtype: torch.dtype, backend: str) -> None:
-    for level in (0, 1, 2):
-        check(make_block(37, gated=gated, activation=activation, d=40, h=35, d_out=33), level, backend, dtype)
+    check(make_block(37, gated=gated, activation=activation, d=40, h=35, d_out=33), backend, dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -61,7 +62,7 @@ def test_values_and_gradients(activation: str, gated: bool, dtype: torch.dtype, 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("scale", [None, "int", "float", "both"])
 def test_optional_tensors(scale: str | None, bias: bool, gated: bool, backend: str) -> None:
-    check(make_block(2, 3, gated=gated, bias=bias, scale=scale), 1, backend, torch.float32)
+    check(make_block(8, 5, gated=gated, bias=bias, scale=scale), backend, torch.float32, [1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -69,9 +70,7 @@ def test_optional_tensors(scale: str | None, bias: bool, gated: bool, backend: s
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_scale_before_the_activation(activation: str, gated: bool, dtype: torch.dtype, backend: str) -> None:
-    for level in (0, 1, 2):
-        block = make_block(70, gated=gated, activation=activation, d=40, h=35, d_out=33, scale="both")
-        check(block, level, backend, dtype)
+    check(make_block(70, gated=gated, activation=activation, d=40, h=35, d_out=33, scale="both"), backend, dtype)
 
 
 def test_an_integer_scale_is_not_rounded_to_low_precision() -> None:
@@ -89,8 +88,7 @@ def test_an_integer_scale_is_not_rounded_to_low_precision() -> None:
     ("tokens", "d", "h", "d_out"), [(1, 17, 23, 5), (17, 123, 1, 3), (1537, 5, 17, 4), (3, 17, 1537, 1)]
 )
 def test_odd_shapes(tokens: int, d: int, h: int, d_out: int, gated: bool, backend: str) -> None:
-    for level in (0, 1, 2):
-        check(make_block(tokens, d=d, h=h, d_out=d_out, gated=gated), level, backend, torch.float32)
+    check(make_block(tokens, d=d, h=h, d_out=d_out, gated=gated), backend, torch.float32)
 
 
 @pytest.mark.skipif(native.UNAVAILABLE is not None, reason="the compiled library is not there")
@@ -101,14 +99,14 @@ def test_few_tokens_without_gradients(tokens: int, gated: bool) -> None:
     for bias, d, h in ((True, 523, 61), (False, 5, 12)):
         # Many tokens, a few at a time, so that torch's error is not that of a handful of entries.
         block = make_block(50, d=d, h=h, d_out=13, gated=gated, bias=bias).to(torch.float32)
-        exact, peer = block.to(torch.float64).eager(), block.eager()
+        exact, peer, bound = block.to(torch.float64).eager(), block.eager(), block.bounds(torch.float32)["y"]
         spread = block.x.new_full((50, 2 * d), torch.nan)
         spread[:, :d] = block.x
         columns = block.w_in.t().contiguous().t()
         for case in (block, replace(block, x=spread[:, :d]), replace(block, w_in=columns)):
             with torch.no_grad():
                 y = torch.cat([replace(case, x=x).fused(1, "cpu") for x in case.x.split(tokens)])
-            assert_as_good(y, exact, "y", peer)
+            assert_rounding({"y": y}, {"y": exact}, {"y": bound}, {"y": peer})
 
 
 @pytest.mark.skipif(native.UNAVAILABLE is not None, reason="the compiled library is not there")
@@ -129,10 +127,9 @@ def test_a_token_has_the_same_bits_alone_and_among_few() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("level", [0, 1, 2])
-def test_more_tokens_than_a_chunk(level: int, gated: bool, dtype: torch.dtype) -> None:
+def test_more_tokens_than_a_chunk(gated: bool, dtype: torch.dtype) -> None:
     for scale in ("float", "both"):
-        check(make_block(1100, d=8, h=1030, d_out=6, gated=gated, scale=scale), level, "auto", dtype)
+        check(make_block(1100, d=8, h=1030, d_out=6, gated=gated, scale=scale), "auto", dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,6 +11,7 @@ if importlib.util.find_spec("triton") is None:
 
 import triton_interpreter  # noqa: F401, I001 - before any kernel is defined
 import torch
+from rounding import Arithmetic, assert_rounding
 from torch import Tensor
 
 from fusion_kernels.mlp import triton_linear, triton_pointwise
@@ -116,16 +117,23 @@ def test_products(counts: tuple[int, ...], dtype: torch.dtype) -> None:
     sums = triton_pointwise.column_sums(x, offsets)
     assert gradient.shape == small.shape == (E, h, d)
     assert small.dtype == dtype
-    eps = torch.finfo(dtype).eps
+    by = Arithmetic(dtype)
     for e in range(E):
-        own, own2, own_x = (rows(t, offsets, e).double() for t in (a, a2, x))
-        exact = own @ w[e].double().T + bias[e].double()
-        torch.testing.assert_close(rows(y, offsets, e).double(), exact, rtol=eps, atol=4 * eps)
-        exact = own @ w[e].double().T + own2 @ w2[e].double().T
-        torch.testing.assert_close(rows(back, offsets, e).double(), exact, rtol=eps, atol=4 * eps)
-        torch.testing.assert_close(gradient[e].double(), own.T @ own_x, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(small[e].double(), own.T @ own_x, rtol=eps, atol=2e-6)
-        torch.testing.assert_close(sums[e].double(), own_x.sum(0), rtol=1e-6, atol=1e-6)
+        own, own2, own_x = (by.exact(rows(t, offsets, e)) for t in (a, a2, x))
+        first = own @ by.exact(w[e]).T
+        bounds = {
+            "y": (first + by.exact(bias[e])).stored(),
+            # One sum of both products.
+            "back": (first + own2 @ by.exact(w2[e]).T).rounded(2 * h).stored(),
+            "gradient": (own.T @ own_x).rounded(),
+            "small": (own.T @ own_x).stored(),
+            "sums": own_x.sum(0).rounded(),
+        }
+        found = {
+            "y": rows(y, offsets, e), "back": rows(back, offsets, e), "gradient": gradient[e], "small": small[e],
+            "sums": sums[e],
+        }  # fmt: skip
+        assert_rounding(found, {name: bound.value for name, bound in bounds.items()}, bounds)
 
 
 def test_rows_of_no_expert_are_left_alone() -> None:

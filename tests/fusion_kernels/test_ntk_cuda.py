@@ -20,10 +20,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ntk_rounding
 import pytest
 import torch
 from ffn_blocks import ACTIVATIONS, KERNELS, Bundle, make_bundle
 from ntk_emulation import Emulation
+from rounding import Arithmetic, assert_rounding
 
 from fusion_kernels import BackendUnavailableError, native, ntk_compare, ntk_gram
 from fusion_kernels.library import Backend
@@ -73,34 +75,43 @@ def moved(bundle: Bundle, device: str, dtype: torch.dtype) -> Bundle:
     return Bundle(**{**vars(bundle), **tensors})
 
 
-def errors(found: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
-    """Largest and RMS error, over those of `exact`."""
-    difference = found.detach().cpu().double() - exact
-    return float(difference.abs().max() / exact.abs().max()), float(difference.norm() / exact.norm())
+def rms(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """The RMS error over the RMS of `exact`."""
+    return float((found.detach().cpu().double() - exact).norm() / exact.norm())
+
+
+#: Of each precision: unit roundoff of the two factors of a product, and of its sums, which tensor cores cut off; the
+#: RMS error that it may have, over that of the values, where torch has no such arithmetic to compare with.
+PRECISIONS = {
+    "highest": (None, None, None),
+    "tf32x3": (1.5 * 2**-22, 2**-23, None),
+    "bf16x3": (1.5 * 2**-16, 2**-23, 2**-16),
+    "bf16": (2**-8, 2**-23, 2**-7),
+}
 
 
 def assert_precise(bundle: Bundle, x1: torch.Tensor, x2: torch.Tensor | None, device: str, **options: Any) -> None:
     """Every precision against float64, beside torch in the same dtype where it has that dtype."""
-    exact = ntk_gram(bundle, x1, x2, backend="reference", **options)
-    double = [None if x is None else x.to(device) for x in (x1, x2)]
     there = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
-    found = ntk_gram(moved(bundle, device, torch.float64), *double, backend="cuda", **there)  # type: ignore[arg-type]
-    assert found.dtype == torch.float64
-    assert max(errors(found, exact)) <= 1e-13
-    low = [None if x is None else x.float() for x in double]
-    block = moved(bundle, device, torch.float32)
-    peer = ntk_gram(
-        bundle.to(torch.float32), x1.float(), None if x2 is None else x2.float(), backend="reference", **options
-    )
-    # Summed are products of four values, each within 2^-17 or 2^-9; errors that add up are rare.
-    everything = (("highest", 4e-7, 4e-7), ("tf32x3", 6e-7, 4e-7), ("bf16x3", 2**-15, 2**-16), ("bf16", 2**-7, 2**-7))
-    for precision, *bounds in everything:
-        found = ntk_gram(block, *low, backend="cuda", precision=precision, **there)  # type: ignore[arg-type]
-        assert found.dtype == torch.float32
-        for error, of_torch, bound in zip(errors(found, exact), errors(peer, exact), bounds, strict=True):
-            assert error <= max(bound, 2 * of_torch), precision
-        if x2 is None and options.get("kernel", "gd") == "gd":
-            assert torch.equal(found, found.T)
+    for dtype in (torch.float64, torch.float32):
+        low, wide = bundle.to(dtype), bundle.to(dtype).to(torch.float64)
+        exact = {"K": ntk_gram(wide, x1, x2, backend="reference", **options)}
+        block = moved(low, device, dtype)
+        rows = [None if x is None else x.to(device, dtype) for x in (x1, x2)]
+        given = [None if x is None else x.to(dtype) for x in (x1, x2)]
+        torchs = {"K": ntk_gram(low, *given, backend="reference", **options)}  # type: ignore[arg-type]
+        many = dtype == torch.float32 and ntk_rounding.enough(bundle, x1, x2)
+        for precision, (operand, total, largest) in PRECISIONS.items():
+            if dtype == torch.float64 and precision != "highest":
+                continue
+            found = ntk_gram(block, *rows, backend="cuda", precision=precision, **there)  # type: ignore[arg-type]
+            assert found.dtype == dtype
+            bound = ntk_rounding.gram(Arithmetic(dtype, operand, total), wide, x1, x2, **options)
+            assert_rounding({"K": found}, exact, {"K": bound}, *([torchs] if many and largest is None else []))
+            if many and largest is not None:
+                assert rms(found, exact["K"]) <= largest, precision
+            if x2 is None and options.get("kernel", "gd") == "gd":
+                assert torch.equal(found, found.T)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -174,17 +185,15 @@ def test_only_the_result_is_written(device: str, precision: Any) -> None:
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_bfloat16_errs_less_than_torch_in_bfloat16(device: str, gated: bool) -> None:
-    bundle = make_bundle(64, 100, 5, gated=gated)
-    x = torch.randn(150, 64).double()
-    exact = ntk_gram(bundle, x, backend="reference")
-    single = bundle.to(torch.float32)
-    prepared = prepare(single, {"x1": x.float()}, None, None)
+    single = make_bundle(64, 100, 5, gated=gated).to(torch.float32)
+    x = torch.randn(150, 64)
+    exact = ntk_gram(single.to(torch.float64), x.double(), backend="reference")
+    prepared = prepare(single, {"x1": x}, None, None)
     ffn = FFN(*(None if t is None else t.bfloat16() for t in prepared.arguments()), 0.0, "gelu")  # type: ignore[arg-type]
-    peer = reference.ntk_gram(x.bfloat16(), None, ffn, prepared.parts, "gd")
-    assert peer.dtype == torch.bfloat16
-    found = ntk_gram(moved(bundle, device, torch.float32), x.float().to(device), backend="cuda", precision="bf16")
-    for error, of_torch in zip(errors(found, exact), errors(peer, exact), strict=True):
-        assert error <= of_torch
+    torchs = reference.ntk_gram(x.bfloat16(), None, ffn, prepared.parts, "gd")
+    assert torchs.dtype == torch.bfloat16
+    found = ntk_gram(moved(single, device, torch.float32), x.to(device), backend="cuda", precision="bf16")
+    assert rms(found, exact) <= rms(torchs, exact)
 
 
 @pytest.mark.parametrize("precision", ["tf32x3", "bf16x3"])
@@ -199,7 +208,7 @@ def test_long_sums_round(device: str, precision: Any) -> None:
     exact = ntk_gram(bundle, x.double(), params="w_in", backend="reference")
     block = moved(bundle, device, torch.float32)
     found = ntk_gram(block, x.float().to(device), params="w_in", precision=precision, backend="cuda")
-    assert max(errors(found, exact)) <= 1e-6
+    assert float((found.cpu() / exact - 1).abs().max()) <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -214,30 +223,54 @@ def test_long_sums_round(device: str, precision: Any) -> None:
 def test_sums_of_two_kernels(
     device: str, dtype: torch.dtype, kernel: Kernel, rows: int, others: int | None, params: Any, block_size: int | None
 ) -> None:
-    """Strips of a comparison against those of the reference in float64, whatever their height."""
+    """Strips of a comparison, whatever their height: of the same values as whole kernels, to the last bits of float64.
+
+    They add up what rounding all entries have in common: torch's errors in float32 are one draw of few.
+    """
     wide = make_bundle(9, 20, 4, gated=True, scale=True, scale_exponent=0.5)
     narrow = make_bundle(9, 7, 4, gated=True)
     x1 = torch.randn(rows, 9).double()
     x2 = None if others is None else torch.randn(others, 9).double()
     direction = torch.randn(4).double()
 
-    def sums(function: Any, dtype: torch.dtype, device: str, *rest: Any) -> tuple[torch.Tensor, ...]:
-        blocks = []
-        for bundle in (wide, narrow):
-            prepared = prepare(moved(bundle, device, dtype), {"x": x1.to(device, dtype)}, params, None)
-            metric = torch.linspace(0.5, 2, len(prepared.tensors["w_in"]), dtype=dtype, device=device)
-            blocks.append(Differentiated(FFN(*prepared.described()), prepared.parts, metric))  # type: ignore[arg-type]
-        given = [None if x is None else x.to(device, dtype) for x in (x1, x2)]
-        return function(*given, *blocks, kernel, direction.to(device, dtype), *rest)
+    # In what both dtypes hold, or rounding the parameters would be an error too.
+    wide, narrow, direction = wide.to(dtype).to(torch.float64), narrow.to(dtype).to(torch.float64), direction.to(dtype)
+    metrics = [torch.linspace(0.5, 2, bundle.w_in.shape[1], dtype=dtype) for bundle in (wide, narrow)]
 
-    found = sums(cuda_backend.ntk_sums, dtype, device, block_size)
-    exact = sums(reference.ntk_sums, torch.float64, "cpu")
-    peer = sums(reference.ntk_sums, dtype, "cpu")
-    for own, of_torch, expected in zip(found, peer, exact, strict=True):
-        assert own.dtype == torch.float64
-        assert own.shape == expected.shape
-        error, bound = (own.cpu() - expected).norm(), 4e-7 if dtype == torch.float32 else 1e-13
-        assert error <= max(bound * expected.norm(), 2 * (of_torch - expected).norm())
+    def blocks_in(dtype: torch.dtype, device: str) -> list[Differentiated]:
+        blocks = []
+        for bundle, metric in zip((wide, narrow), metrics, strict=True):
+            prepared = prepare(moved(bundle, device, dtype), {"x": x1.to(device, dtype)}, params, None)
+            described = FFN(*prepared.described())  # type: ignore[arg-type]
+            blocks.append(Differentiated(described, prepared.parts, metric.to(device, dtype)))
+        return blocks
+
+    def rows_in(dtype: torch.dtype, device: str) -> list[Any]:
+        return [None if x is None else x.to(device, dtype) for x in (x1, x2)]
+
+    precision, names = "tf32x3" if dtype == torch.float32 else "highest", ("sums", "rows", "columns")
+    given, blocks, along = rows_in(dtype, device), blocks_in(dtype, device), direction.to(device)
+    found = cuda_backend.ntk_sums(*given, *blocks, kernel, along, block_size)
+    assert all(t.dtype == torch.float64 for t in found)
+    ka, kb = (
+        cuda_backend.ntk_gram(*given, b.ffn, b.params, kernel, "vector", along, b.metric, precision).double()
+        for b in blocks
+    )
+    inner = [ka.square().sum(), (ka * kb).sum(), kb.square().sum(), (ka - kb).square().sum()]
+    whole = torch.stack(inner), torch.stack([ka.sum(1), kb.sum(1)]), torch.stack([ka.sum(0), kb.sum(0)])
+    # Row sums of signed values cancel, up to what is lost of the largest.
+    for own, expected in zip(found, whole, strict=True):
+        largest = float(expected.abs().max()) if expected.numel() else 0.0
+        torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12 * largest)
+
+    by = Arithmetic(dtype, *PRECISIONS[precision][:2])
+    how = {"kernel": kernel, "params": params, "reduce": direction}
+    grams = [ntk_rounding.gram(by, b, x1, x2, metric=m, **how) for b, m in zip((wide, narrow), metrics, strict=True)]
+    exact = reference.ntk_sums(
+        *rows_in(torch.float64, "cpu"), *blocks_in(torch.float64, "cpu"), kernel, direction.double()
+    )
+    named = (dict(zip(names, values, strict=True)) for values in (found, exact, ntk_rounding.sums(*grams)))
+    assert_rounding(*named)
 
 
 def test_comparisons_by_strips(device: str) -> None:
@@ -272,7 +305,7 @@ def test_outputs_are_products_by_torch(device: str, reduce: Any) -> None:
     x = torch.randn(7, 5).double()
     exact = ntk_gram(bundle, x, reduce=reduce, backend="reference")
     found = ntk_gram(moved(bundle, device, torch.float64), x.to(device), reduce=reduce, backend="cuda")
-    assert max(errors(found, exact)) <= 1e-13
+    torch.testing.assert_close(found.cpu(), exact, rtol=1e-12, atol=1e-12)
 
 
 def test_precisions_are_checked(device: str) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import ntk_rounding
 import numpy as np
 import pytest
 import torch
 from ffn_blocks import KERNELS, Bundle, forward, full_gram, make_bundle
+from rounding import Arithmetic, assert_rounding
 from scipy.sparse.linalg import aslinearoperator, cg, eigsh
 from tensor_sizes import LargestTensor
 from torch import Tensor
@@ -438,21 +440,20 @@ def test_products_are_detached() -> None:
 @pytest.mark.parametrize("backend", PRODUCTS)
 def test_products_of_float32_err_as_torch_does(backend: str) -> None:
     """Beside torch.func in float32, both against float64."""
-    bundle = block(33, 123, 17, True)
-    x, v = torch.randn(40, 33).double(), torch.randn(40, 17).double()
-    single, low = bundle.to(torch.float32), x.float()
+    single = block(33, 123, 17, True).to(torch.float32)
+    x, v = torch.randn(40, 33), torch.randn(40, 17)
 
-    def by_torch(b: Bundle, x: Tensor, v: Tensor) -> list[Tensor]:
+    def by_torch(b: Bundle, x: Tensor, v: Tensor) -> dict[str, Tensor]:
         parts = b.parts()
         (pulled,) = torch.func.vjp(lambda theta: forward(b, theta, x), parts)[1](v)
         pushed = torch.func.jvp(lambda theta: forward(b, theta, x), (parts,), (pulled,))[1]
-        return [pulled["w_in"], pushed]
+        return {"J'v": pulled["w_in"], "Kv": pushed}
 
-    found = [vjp(single, low, v.float(), backend=backend)["w_in"][0], ntk_vp(single, low, v.float(), backend=backend)]
-    for own, peer, exact in zip(found, by_torch(single, low, v.float()), by_torch(bundle, x, v), strict=True):
-        assert own.dtype == torch.float32
-        assert (own - exact).norm() <= 2 * (peer - exact).norm()
-        assert (own - exact).abs().max() <= 4 * (peer - exact).abs().max()
+    found = {"J'v": vjp(single, x, v, backend=backend)["w_in"][0], "Kv": ntk_vp(single, x, v, backend=backend)}
+    assert {t.dtype for t in found.values()} == {torch.float32}
+    exact = by_torch(single.to(torch.float64), x.double(), v.double())
+    bounds = dict(zip(exact, ntk_rounding.products(Arithmetic(torch.float32), single, x, v), strict=True))
+    assert_rounding(found, exact, bounds, by_torch(single, x, v))
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import ntk_rounding
 import pytest
 import torch
 from ffn_blocks import ACTIVATIONS, KERNELS, full_gram, make_bundle
 from hypothesis import given
 from hypothesis import strategies as st
+from rounding import Arithmetic, assert_rounding
 
 from fusion_kernels import native, ntk_gram
 from fusion_kernels.ntk import Kernel, tuning
@@ -165,15 +167,12 @@ def test_tiles_are_the_reference(
     bundle = make_bundle(d, neurons, 5, gated=gated, scale=True, scale_exponent=0.5, activation=activation).to(dtype)
     x = torch.randn(rows, d).to(dtype)
     for x2 in (None, x[: rows // 2 + 1].flip(0)):
-        found = ntk_gram(bundle, x, x2, kernel=kernel, backend="cpu", block_size=37)
-        expected = ntk_gram(bundle, x, x2, kernel=kernel, backend="reference")
-        # In float32 a sign may differ where a slope or an input is within rounding of 0: not for these inputs.
-        assert (found - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
-    if dtype == torch.float32 and kernel == "gd" and rows > 1:
-        exact = ntk_gram(bundle.to(torch.float64), x.double(), backend="reference")
-        errors = [(ntk_gram(bundle, x, backend=name) - exact).norm() for name in ("cpu", "reference")]
-        assert errors[0] <= 2 * errors[1]
-        assert errors[0] <= 1e-6 * exact.norm()
+        found, torchs = (ntk_gram(bundle, x, x2, kernel=kernel, backend=name, block_size=37) for name in BACKENDS[::-1])
+        wide = None if x2 is None else x2.double()
+        exact = ntk_gram(bundle.to(torch.float64), x.double(), wide, kernel=kernel, backend="reference")
+        bound = ntk_rounding.gram(Arithmetic(dtype), bundle, x, x2, kernel=kernel)
+        many = dtype == torch.float32 and ntk_rounding.enough(bundle, x, x2)
+        assert_rounding({"K": found}, {"K": exact}, {"K": bound}, *([{"K": torchs}] if many else []))
 
 
 @compiled
@@ -184,9 +183,11 @@ def test_many_tiles(rows: int) -> None:
     found = ntk_gram(bundle, x, backend="cpu")
     assert torch.equal(found, found.T)
     expected = ntk_gram(bundle.to(torch.float64), x.double(), backend="reference")
-    assert (found - expected).norm() <= 1e-6 * expected.norm()
-    rectangle = ntk_gram(bundle, x, x[:401], backend="cpu")
-    assert (rectangle - expected[:, :401]).norm() <= 1e-6 * expected[:, :401].norm()
+    bound = ntk_rounding.gram(Arithmetic(torch.float32), bundle, x, None)
+    torchs = ntk_gram(bundle, x, backend="reference")
+    assert_rounding({"K": found}, {"K": expected}, {"K": bound}, {"K": torchs})
+    rectangle, rest = ntk_gram(bundle, x, x[:401], backend="cpu"), (slice(None), slice(401))
+    assert_rounding({"K": rectangle}, {"K": expected[rest]}, {"K": bound[rest]}, {"K": torchs[rest]})
 
 
 @compiled

@@ -99,7 +99,7 @@ def test_nothing_is_left_after_a_failure(
 
 def test_no_parent_is_left_after_a_failure(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compress_module, "_write_card", None)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         mlp_fusion.compress(source, tmp_path / "a" / "b" / "out", 16)
     assert tree(tmp_path) == []
 

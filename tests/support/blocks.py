@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 import torch
+from rounding import Arithmetic, Rounded
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -70,6 +71,60 @@ class MLPBlock:
             a = a * F.linear(self.x, self.w_in, self.b_in)
         return F.linear(a if behind is None else (a * behind).to(a.dtype), self.w_out, self.b_out)
 
+    def folded(self) -> Tensor:
+        """The same, the scale behind the activation in the weights of the last layer."""
+        if self.scale is None:
+            return self.eager()
+        behind = self.scale if self.scale.ndim == 1 else self.scale[0]
+        before = None if self.scale.ndim == 1 else torch.stack([torch.ones_like(behind), self.scale[1]])
+        return replace(self, w_out=(self.w_out * behind).to(self.w_out.dtype), scale=before).eager()
+
+    def bounds(self, dtype: torch.dtype, dy: Rounded | None = None) -> dict[str, Rounded]:
+        """How far y and every gradient may be from float64 when they are computed in `dtype`.
+
+        The gradients are for this block's dy, or for one that is itself rounded.
+        """
+        by = Arithmetic(dtype)
+        given = {name: by.exact(t) for name, t in self.tensors().items()}
+        w_in, w_out, scale = (given.get(name) for name in ("w_in", "w_out", "scale"))
+        before, behind = (None, scale) if scale is None or scale.value.ndim == 1 else (scale[1], scale[0])
+        x = by.exact(self.x.flatten(0, -2))
+        dy = by.exact(self.dy.flatten(0, -2)) if dy is None else dy
+
+        def linear(x: Rounded, weight: Rounded, bias: Rounded | None) -> Rounded:
+            z = x @ weight.T
+            return z.stored() if bias is None else (z.stored() + bias).stored()
+
+        def times(t: Rounded, factor: Rounded | None) -> Rounded:
+            return t if factor is None else (t * factor).stored()
+
+        z = linear(x, w_in, given.get("b_in"))
+        inside = linear(x, given["w_gate"], given.get("b_gate")) if "w_gate" in given else z
+        value, slope = times(inside, before).activated(self.activation)
+        value, slope = value.stored(), slope.stored()
+        a = (value * z).stored() if "w_gate" in given else value
+        found = {"y": linear(times(a, behind), w_out, given.get("b_out"))}
+
+        # Without a scale torch forms the gradient of W_out as K does, with one it may scale before or behind the sum.
+        k = (dy.T @ a).stored()
+        found["w_out"] = times(k, behind).or_by((dy.T @ times(a, behind)).stored())
+        dh = (dy @ w_out).stored()
+        da = times(dh, behind)
+        inner = ((da * z).stored() if "w_gate" in given else da) * slope
+        dz = (da * value).stored() if "w_gate" in given else times(inner.stored(), before)
+        dg = times(inner.stored(), before)
+        found |= {"w_in": (dz.T @ x).stored(), "b_in": dz.sum(0).stored(), "b_out": dy.sum(0).stored()}
+        found["x"] = (dz @ w_in).stored()
+        if "w_gate" in given:
+            found |= {"w_gate": (dg.T @ x).stored(), "b_gate": dg.sum(0).stored()}
+            found["x"] = (found["x"] + (dg @ given["w_gate"]).stored()).stored()
+        if scale is not None:
+            d_behind = (dh * a).stored().sum(0).stored().or_by((k * w_out).sum(0).stored())
+            d_before = (inner.stored() * inside).stored().sum(0).stored()
+            found["scale"] = d_behind if before is None else d_behind.stack(d_before)
+        found |= {"x": found["x"].view(*self.x.shape), "y": found["y"].view(*self.dy.shape)}
+        return found
+
     def gradients(self, y: Tensor) -> dict[str, Tensor]:
         """Gradients of y for dy, by name."""
         leaves = {name: t for name, t in self.leaves().items() if t.requires_grad}
@@ -112,49 +167,3 @@ def make_block(
         scale=scales[scale],
         activation=activation,
     )
-
-
-def reordered(block: MLPBlock) -> list[MLPBlock]:
-    """The block with its tokens in other orders: gradients of its parameters are the same sums, rounded otherwise."""
-    if block.x.ndim < 2:
-        return []
-    orders = _orders(block.x.shape[-2])
-    found = [replace(block, x=block.x[..., order, :], dy=block.dy[..., order, :]) for order in orders]
-    return [b.to(block.x.dtype) for b in found]
-
-
-def with_neurons_reordered(block: MLPBlock) -> list[MLPBlock]:
-    """The block with its neurons in other orders: gradients of x are the same sums, rounded otherwise."""
-
-    def pick(t: Tensor | None, order: Tensor) -> Tensor | None:
-        return None if t is None else t[order]
-
-    return [
-        replace(
-            block, w_in=block.w_in[order], b_in=pick(block.b_in, order), w_gate=pick(block.w_gate, order),
-            b_gate=pick(block.b_gate, order), w_out=block.w_out[:, order],
-            scale=None if block.scale is None else block.scale[..., order],
-        ).to(block.x.dtype)
-        for order in _orders(block.w_in.shape[0])
-    ]  # fmt: skip
-
-
-def _orders(n: int) -> list[Tensor]:
-    return [torch.arange(n).flip(0), torch.arange(n).roll(n // 2), torch.arange(n).roll(1)]
-
-
-def assert_as_good(found: Tensor, exact: Tensor, what: str, *peers: Tensor) -> None:
-    """At most twice the error of torch in the same dtype, in the maximum and in RMS, beside float64 `exact`.
-
-    The worst of `peers` counts, which may be the same sums in several orders: over few entries one alone may be lucky.
-    Added is a unit in the last place of the largest entry, half of one in RMS. float64 itself is compared to 64 units.
-    """
-    assert found.shape == exact.shape, what
-    if not exact.numel():
-        return
-    error, theirs = (found.double() - exact).abs(), [(peer.double() - exact).abs() for peer in peers]
-    ulp = torch.finfo(found.dtype).eps * float(exact.abs().max()) * (64 if found.dtype == torch.float64 else 1)
-    worst = max(float(e.max()) for e in theirs)
-    assert float(error.max()) <= 2 * worst + ulp, (what, float(error.max()), worst)
-    rms, allowed = float(error.square().mean().sqrt()), max(float(e.square().mean().sqrt()) for e in theirs)
-    assert rms <= 2 * allowed + 0.5 * ulp, (what, rms, allowed)
