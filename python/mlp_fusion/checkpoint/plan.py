@@ -15,7 +15,8 @@ from torch import nn
 
 from mlp_fusion.architectures import Architecture
 from mlp_fusion.checkpoint.metadata import check_config
-from mlp_fusion.checkpoint.source import Headers, TensorInfo, model_headers, read_headers
+from mlp_fusion.checkpoint.source import Headers, model_headers, read_headers
+from mlp_fusion.checkpoint.weights import TensorInfo
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure.report import format_bytes, render
 from mlp_fusion.selection import Layers, Width, is_automatic, resolve_layers, resolve_width

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from rich import box
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mlp_fusion.architectures import get_architecture
 from mlp_fusion.checkpoint.compress import model_class, model_outputs, reference_outputs
 from mlp_fusion.checkpoint.metadata import FUSION_KEY, REFERENCE_FILE, fusion_record
-from mlp_fusion.checkpoint.source import read_headers, weight_files
+from mlp_fusion.checkpoint.source import read_headers
+from mlp_fusion.checkpoint.weights import find_weights, opened
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure import relative_error
 from mlp_fusion.measure.report import render
@@ -130,8 +131,8 @@ def _check_shapes(config: Any, record: dict[str, Any], tensors: Any) -> Check:
 
 def _check_finite(folder: Path) -> Check:
     count = 0
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as handle:
+    for file in find_weights(folder).files:
+        with opened(file) as handle:
             for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
                 count += 1
                 tensor = handle.get_tensor(name)

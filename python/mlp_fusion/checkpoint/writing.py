@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mlp_fusion.architectures import Architecture
-from mlp_fusion.checkpoint.source import INDEX_FILE, companion_files, weight_files
+from mlp_fusion.checkpoint.source import companion_files
+from mlp_fusion.checkpoint.weights import find_weights, opened
 from mlp_fusion.errors import InputError
 
 
@@ -64,10 +64,12 @@ def write_weights(
         fused: (layer, path below the layer) -> tensor, in any floating dtype; written in the source's.
     """
     written: set[tuple[int, str]] = set()
+    weights = find_weights(source)
+    places: dict[str, str] = {}
     total = 0
-    for file in weight_files(source):
+    for file in weights.files:
         tensors: dict[str, Tensor] = {}
-        with safe_open(file, framework="pt") as handle:
+        with opened(file) as handle:
             metadata = handle.metadata()
             for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
                 tensor = handle.get_tensor(name)
@@ -76,15 +78,17 @@ def write_weights(
                     written.add(matched[1:])
                     tensor = fused[matched[1:]].to("cpu", tensor.dtype).contiguous()
                 tensors[name] = tensor
+                places[name] = file.name
                 total += tensor.nbytes
         save_file(tensors, target / file.name, metadata=metadata)
     assert written == set(fused), "a fused tensor has no place in the source"
-    index = source / INDEX_FILE
-    if index.is_file():
-        content = json.loads(index.read_text(encoding="utf-8"))
-        content["metadata"] = {**content.get("metadata", {}), "total_size": total}
+    if weights.index is not None:
+        content = json.loads(weights.index.read_text(encoding="utf-8"))
+        content["metadata"] = {**(content.get("metadata") or {}), "total_size": total}
         content["metadata"].pop("total_parameters", None)
-        (target / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        # Where each tensor is, rather than where the source's index says: transformers does not look, others do.
+        content["weight_map"] = places
+        (target / weights.index.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_companions(source: Path, target: Path) -> None:

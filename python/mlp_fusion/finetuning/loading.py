@@ -24,6 +24,7 @@ from mlp_fusion.checkpoint.folding import restore
 from mlp_fusion.checkpoint.metadata import adopt_fused_config, fusion_record
 from mlp_fusion.checkpoint.source import local_folder
 from mlp_fusion.checkpoint.text import load_tokenizer
+from mlp_fusion.checkpoint.weights import read_tensors
 from mlp_fusion.errors import InputError
 from mlp_fusion.modules.ffn import FusedFFN
 from mlp_fusion.selection import parameterization_for
@@ -110,6 +111,7 @@ def _config(folder: Path) -> Any:
 
 
 def _load(cls: Any, folder: Path, **options: Any) -> Any:
+    read_tensors(folder)  # whatever is wrong with the files is said in our words, and nothing ambiguous is loaded
     try:
         return cls.from_pretrained(folder, **_LOADING, **options)
     except (OSError, ValueError, SafetensorError) as error:
