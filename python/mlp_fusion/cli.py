@@ -99,11 +99,14 @@ def plan(model: str, width: str, budget: float | None, layers: str, as_json: boo
     type=click.IntRange(0, 2**63 - 1),
     help="The same seed gives the same checkpoint.",
 )
-@click.option("--text", type=click.Path(path_type=Path), help="Sentences, one a line, to measure the errors on.")
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="Sentences to measure the errors on: one a line, or a table."
+)
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help="Sentences, one a line, to learn from: better clusters and refitted outputs. A few hundred suffice.",
+    help="Sentences to learn from, one a line or in a .tsv, .csv or .jsonl: better clusters and refitted outputs. A few "
+    "hundred suffice.",
 )
 @click.option(
     "--calibration-sentences",
@@ -213,7 +216,7 @@ def verify(out: str, as_json: bool) -> None:
     "--train",
     required=True,
     type=click.Path(path_type=Path),
-    help=".tsv or .jsonl with a label column (or text<TAB>label a line); for lm also plain text.",
+    help=".tsv, .csv or .jsonl with a label column (or text<TAB>label a line); for lm also plain text.",
 )
 @click.option("--eval", "evaluation", type=click.Path(path_type=Path), help="The same, to measure on after each epoch.")
 @click.option("--text-column", "columns", multiple=True, help="Name of the text's column; twice for pairs of texts.")

@@ -69,9 +69,10 @@ def compress(
         path: a local folder or a hub name.
         out: folder to make; must not exist, or be empty.
         width, layers, method, optimizer, seed: as in :func:`mlp_fusion.fuse`.
-        text: file of sentences, one a line, that errors are measured on; None for the package's own.
-        calibration: file of sentences, one a line, that the method and its corrections learn from; None to fuse without
-            data. Measure on other text than this.
+        text: file of texts that errors are measured on (see :func:`mlp_fusion.checkpoint.rows.read_texts`); None for
+            the package's own sentences.
+        calibration: the same of texts that the method and its corrections learn from; None to fuse without data.
+            Measure on other text than this.
         refit, match, tune_steps, sequential, budget, calibration_sentences, calibration_rows: as in
             :func:`mlp_fusion.fuse`.
         device: `cpu`, `cuda`, `cuda:1`, or `auto` for CUDA when there is one.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from mlp_fusion.checkpoint.rows import read_texts
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure.activations import Batch
 from mlp_fusion.measure.report import EmbeddingSimilarity
@@ -25,25 +26,15 @@ _MAX_TOKENS = 128
 
 
 def read_sentences(file: Path | None, *, limit: int = 256) -> list[str]:
-    """The first `limit` non-empty lines of `file`; of the package's own sentences when it is None.
-
-    A line's first tab-separated field counts, so that labelled `.tsv` files can be given as they are.
+    """The first `limit` texts of `file` that are not blank; of the package's own sentences when it is None.
 
     Raises:
-        InputError: the file cannot be read or has no text.
+        InputError: the file cannot be read or has no text; see :func:`mlp_fusion.checkpoint.rows.read_texts`.
     """
-    if file is None:
-        text = (resources.files("mlp_fusion") / "data" / "sentences.txt").read_text(encoding="utf-8")
-    else:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{file}: cannot be read as UTF-8 text ({error})") from error
-    lines = [line.split("\t")[0].strip() for line in text.splitlines()]
-    sentences = [line for line in lines if line][:limit]
-    if not sentences:
-        raise InputError(f"{file}: no text in it")
-    return sentences
+    if file is not None:
+        return read_texts(file, limit=limit)
+    own = (resources.files("mlp_fusion") / "data" / "sentences.txt").read_text(encoding="utf-8")
+    return own.splitlines()[:limit]
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -58,28 +49,46 @@ def load_tokenizer(folder: Path) -> Any:
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})") from error
 
 
-def tokenize(folder: Path, sentences: Sequence[str], max_positions: int | None) -> list[Batch] | None:
-    """Padded batches of the sentences by the checkpoint's own tokenizer, or None when it has none.
+def tokenize(folder: Path, texts: Sequence[str], max_positions: int | None) -> list[Batch] | None:
+    """Batches of the texts by the checkpoint's own tokenizer, padded behind them, or None when it has none.
+
+    A text longer than 128 tokens, or than the model has positions for, becomes several sequences: all of it counts.
 
     Raises:
-        InputError: it has one that cannot be loaded.
+        InputError: it has one that cannot be loaded, or makes no token of the texts.
     """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     tokenizer = load_tokenizer(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    # Without any token to pad with, sentences run one by one.
-    padding = tokenizer.pad_token is not None
-    size = _BATCH if padding else 1
+    # Behind the text: positions are counted from the first column on.
+    tokenizer.padding_side = "right"
+    # Without any token to pad with, sequences run one by one.
+    size = _BATCH if tokenizer.pad_token is not None else 1
     # RoBERTa counts positions from its padding id on, so that a few of the table's rows are never reached.
     length = min(_MAX_TOKENS, max(1, (max_positions or _MAX_TOKENS + 2) - 2))
-    ordered = sorted(sentences, key=len)
-    chunks = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    return [
-        dict(tokenizer(chunk, padding=padding, truncation=True, max_length=length, return_tensors="pt"))
-        for chunk in chunks
-    ]
+    sequences = [s for s in _sequences(tokenizer, sorted(texts, key=len), length) if s["input_ids"]]
+    if not sequences:
+        raise InputError(f"{folder}: its tokenizer makes no token of the text: give other text")
+    chunks = [sequences[i : i + size] for i in range(0, len(sequences), size)]
+    return [dict(tokenizer.pad(chunk, padding=size > 1, return_tensors="pt", verbose=False)) for chunk in chunks]
+
+
+def _sequences(tokenizer: Any, texts: Sequence[str], length: int) -> list[dict[str, list[int]]]:
+    """The texts' tokens in pieces of at most `length`, each with the special tokens that a text has."""
+    if tokenizer.is_fast:
+        encoded = tokenizer(
+            list(texts), truncation=True, max_length=length, stride=0, return_overflowing_tokens=True, verbose=False
+        )
+        names = [name for name in encoded if name != "overflow_to_sample_mapping"]
+        return [{name: encoded[name][i] for name in names} for i in range(len(encoded["input_ids"]))]
+    room = max(1, length - tokenizer.num_special_tokens_to_add())
+    pieces = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        pieces += [ids[i : i + room] for i in range(0, len(ids), room)]
+    return [dict(tokenizer.prepare_for_model(piece, verbose=False)) for piece in pieces]
 
 
 @torch.no_grad()

@@ -131,7 +131,7 @@ def finetune(
             itself.
         out: folder to make. It holds the checkpoints of the unfinished run, and in the end the model, its tokenizer
             and `finetune.json`, the report.
-        train, evaluation: files, datasets or rows: see :func:`mlp_fusion.finetuning.data.read_rows`. Texts of `lm` are
+        train, evaluation: files, datasets or rows: see :func:`mlp_fusion.checkpoint.rows.read_rows`. Texts of `lm` are
             put end to end and cut into blocks of `max_length` tokens.
         task: `classification` of texts or pairs of texts, or `lm`, causal language modelling.
         teacher: a model trained on the task, for its logits.

@@ -56,7 +56,7 @@ class FFNRow:
 
 @dataclass(frozen=True)
 class EmbeddingSimilarity:
-    """Cosine of mean-pooled last hidden states, compressed model against original, over `sentences` texts."""
+    """Cosine of mean-pooled last hidden states, compressed against original, over `sentences` texts or parts of them."""
 
     mean: float
     minimum: float
