@@ -105,8 +105,8 @@ def plan(model: str, width: str, budget: float | None, layers: str, as_json: boo
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help="Sentences to learn from, one a line or in a .tsv, .csv or .jsonl: better clusters and refitted outputs. A few "
-    "hundred suffice.",
+    help="Sentences to learn from, one a line or in a .tsv, .csv or .jsonl: better clusters and refitted outputs. A "
+    "few hundred suffice.",
 )
 @click.option(
     "--calibration-sentences",

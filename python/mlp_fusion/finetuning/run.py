@@ -347,7 +347,10 @@ class _Run:
         )
         collator: Any = transformers.default_data_collator
         if labelled:
-            collator = transformers.DataCollatorWithPadding(self.student.tokenizer)
+            # Behind the texts, where no position shifts; the tokenizer itself is saved as it was.
+            padder = copy.deepcopy(self.student.tokenizer)
+            padder.padding_side = "right"
+            collator = transformers.DataCollatorWithPadding(padder)
         momentum = {"lr": rate, "momentum": 0.9, "weight_decay": s.weight_decay}
         return {
             "model": self.student.model,

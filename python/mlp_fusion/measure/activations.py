@@ -62,7 +62,7 @@ def random_batch(model: nn.Module, *, seed: int, batch: int = 8, length: int = 6
 
 
 def take_batches(sample: Batch | Iterable[Batch], tokens: int, name: str = "sample") -> list[dict[str, Tensor]]:
-    """Batches from one batch or an iterable of them, until they hold `tokens` tokens; masks are on the CPU.
+    """Batches from one batch or an iterable of them, until they hold `tokens` tokens, with their padding at the end.
 
     `name` is what the caller calls them.
 
@@ -80,7 +80,7 @@ def take_batches(sample: Batch | Iterable[Batch], tokens: int, name: str = "samp
             )
         # Labels are a head's business, and text columns nobody's; extra leading dimensions (choices) are flattened.
         tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim >= 2 and k != "labels"}
-        taken.append({k: v.reshape(-1, v.shape[-1]) for k, v in tensors.items()})
+        taken.append(padded_behind({k: v.reshape(-1, v.shape[-1]) for k, v in tensors.items()}))
         seen += int(token_mask(taken[-1]).sum())
         if seen >= tokens:
             break
@@ -89,6 +89,28 @@ def take_batches(sample: Batch | Iterable[Batch], tokens: int, name: str = "samp
     if seen == 0:
         raise InputError(f"{name} has no token: every attention mask is zero")
     return taken
+
+
+def padded_behind(batch: Batch) -> dict[str, Tensor]:
+    """`batch` with its sequences moved to the front of their rows, where padding stands before them.
+
+    Models with absolute positions count them from the first column on, padding included: behind padding, every token
+    would get the position, and with it the hidden states, of another one.
+    """
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if mask is None or mask.shape != ids.shape or bool(mask[:, :1].all()):
+        return dict(batch)
+    # Of a row without any token, all is padding: argmax is 0, and it stays.
+    start = mask.bool().int().argmax(dim=1, keepdim=True)
+    columns = (torch.arange(ids.shape[1], device=mask.device) + start) % ids.shape[1]
+
+    def moved(tensor: Tensor) -> Tensor:
+        # Positions may come once for all sequences.
+        if tensor.shape not in (ids.shape, (1, ids.shape[1])):
+            return tensor
+        return tensor.expand(ids.shape).gather(1, columns.to(tensor.device))
+
+    return {name: moved(tensor) for name, tensor in batch.items()}
 
 
 def token_mask(batch: Batch) -> Tensor:
