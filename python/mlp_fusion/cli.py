@@ -145,6 +145,12 @@ def plan(model: str, width: str, budget: float | None, layers: str, as_json: boo
 )
 @click.option("--sequential", is_flag=True, help="Calibrate each FFN on what the reduced ones before it produce.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    help="What the model runs in: auto (that of its tensors), or float32 or another that is wider.",
+)
 @_json
 def compress(
     model: str,
@@ -164,6 +170,7 @@ def compress(
     tune_steps: int,
     sequential: bool,
     device: str,
+    dtype: str,
     as_json: bool,
 ) -> None:
     """Fuse the FFNs of MODEL and write a plain checkpoint to OUT, which must not exist or be empty."""
@@ -190,6 +197,7 @@ def compress(
             sequential=sequential,
             budget=budget,
             device=device,
+            dtype=dtype,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     _emit(report, as_json)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,6 +17,7 @@ from mlp_fusion.architectures import Architecture, get_architecture
 from mlp_fusion.calibration.text import CALIBRATION_SENTENCES
 from mlp_fusion.checkpoint.folding import fold_state_dict
 from mlp_fusion.checkpoint.metadata import (
+    DTYPE_KEY,
     FUSION_KEY,
     REFERENCE_FILE,
     REPORT_FILE,
@@ -25,17 +26,16 @@ from mlp_fusion.checkpoint.metadata import (
     state_layer_count,
 )
 from mlp_fusion.checkpoint.plan import FusionPlan, plan
+from mlp_fusion.checkpoint.reference import compute_dtype, load_checkpoint, reference_outputs
 from mlp_fusion.checkpoint.source import local_folder, read_config
 from mlp_fusion.checkpoint.text import compare_embeddings, embed, read_sentences, tokenize
+from mlp_fusion.checkpoint.weights import read_tensors, safetensors_name
 from mlp_fusion.checkpoint.writing import appears_when_complete, check_output, copy_companions, write_weights
 from mlp_fusion.errors import InputError
-from mlp_fusion.fusing import check_options, fuse
-from mlp_fusion.measure import FusionReport, random_batch
+from mlp_fusion.fusing import check_finite, check_options, fuse
+from mlp_fusion.measure import FusionReport
 from mlp_fusion.methods.pipeline import Progress
 from mlp_fusion.selection import Layers, Width
-
-#: Tokens of the random sequence whose outputs travel with the checkpoint for `verify`.
-_REFERENCE_TOKENS = 16
 
 
 def compress(
@@ -57,6 +57,7 @@ def compress(
     calibration_sentences: int = CALIBRATION_SENTENCES,
     calibration_rows: int | None = None,
     device: str = "auto",
+    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> FusionReport:
     """Fuse a checkpoint's FFNs and write the result as a plain checkpoint.
@@ -76,6 +77,9 @@ def compress(
         refit, match, tune_steps, sequential, budget, calibration_sentences, calibration_rows: as in
             :func:`mlp_fusion.fuse`.
         device: `cpu`, `cuda`, `cuda:1`, or `auto` for CUDA when there is one.
+        dtype: what the model runs in: `float32`, say, where it overflows in its own. None (or `auto`): the dtype of
+            the checkpoint's tensors, whatever its config says, or the least that holds them all. Tensors are written in
+            the dtype of the source's in any case.
         progress: as in :func:`mlp_fusion.fuse`.
 
     Returns:
@@ -100,10 +104,15 @@ def compress(
     folder = local_folder(path)
     if folder.resolve() in out.parents:
         raise InputError(f"{out} lies inside {folder}: choose a folder elsewhere")
-    config = read_config(folder)
+    config, tensors = read_config(folder), read_tensors(folder)
+    architecture = get_architecture(config.model_type)
+    working = compute_dtype(architecture, tensors, dtype)
 
-    model, head = _load(folder, config)
+    model, head = _load(folder, config, working)
+    check_finite(model)
     model.to(torch_device)
+    # What the end needs is tried before the work.
+    reference_outputs(model, seed, head=head)
     positions = getattr(config, "max_position_embeddings", None)
     batches = tokenize(folder, sentences, positions)
     if batches is None and text is not None:
@@ -123,9 +132,11 @@ def compress(
     if batches is not None and originals is not None:
         changes["embeddings"] = compare_embeddings(embed(model, batches), originals)
         changes["sample"] = "the package's sentences" if text is None else Path(text).name
-    report = FusionReport(**{**report.__dict__, **changes})
+    if {tensor.dtype for tensor in tensors.values() if tensor.parameter} != {safetensors_name(working)}:
+        # The model ran in a wider dtype than its tensors are stored in.
+        changes.update(bytes_before=planned.bytes_before, bytes_after=planned.bytes_after)
+    report = dataclasses.replace(report, **changes)
 
-    architecture = get_architecture(config.model_type)
     plain, scales = fold_state_dict(model, architecture, model.state_dict())
     reference = reference_outputs(model, seed, head=head)
     with appears_when_complete(out) as staging:
@@ -135,7 +146,7 @@ def compress(
         copy_companions(folder, staging)
         if scales:
             save_file(scales, side_path(staging, SCALE_FILE))
-        save_file(reference, side_path(staging, REFERENCE_FILE))
+        save_file(reference, side_path(staging, REFERENCE_FILE), metadata={DTYPE_KEY: str(working)[6:]})
         side_path(staging, REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
         _write_card(staging, planned, report)
     return report
@@ -160,49 +171,20 @@ def resolve_device(device: str) -> torch.device:
     return found
 
 
-def model_class(config: Any) -> Any:
-    """The transformers class that the checkpoint was saved from, so that no head is lost."""
-    for name in getattr(config, "architectures", None) or []:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    return transformers.AutoModel
-
-
-def reference_outputs(model: Any, seed: int, *, head: bool) -> dict[str, Tensor]:
-    """Outputs of `model` on one random sequence, as :func:`model_outputs`, and the `input_ids`."""
-    ids = random_batch(model, seed=seed, batch=1, length=_REFERENCE_TOKENS)["input_ids"]
-    return {"input_ids": ids, **model_outputs(model, ids, head=head)}
-
-
-@torch.no_grad()
-def model_outputs(model: Any, input_ids: Tensor, *, head: bool) -> dict[str, Tensor]:
-    """`logits` of `model`, or `last_hidden_state` where it has no head or `head` is False; float32 on the CPU.
-
-    A head that the checkpoint has no weights for is drawn anew on every load: there is nothing to compare.
-    """
-    training = model.training
-    model.eval()
-    ids = input_ids.to(next(model.parameters()).device)
-    outputs = model(input_ids=ids) if head else model.base_model(input_ids=ids)
-    model.train(training)
-    name = "logits" if "logits" in outputs else "last_hidden_state"
-    return {name: outputs[name].float().cpu().contiguous()}
-
-
-def _load(folder: Path, config: Any) -> tuple[Any, bool]:
-    """The model in its own dtype, and whether every one of its weights is in the checkpoint."""
-    model, info = model_class(config).from_pretrained(
-        folder, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )  # fmt: skip
+def _load(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, bool]:
+    """The model in `dtype`, and whether every one of its weights is in the checkpoint."""
+    model, info = load_checkpoint(folder, config, dtype)
     if info["mismatched_keys"]:
         name, stored, stated = min(info["mismatched_keys"])
         raise InputError(f"{folder}: {name} is {tuple(stored)}, but config.json makes it {tuple(stated)}")
-    architecture = get_architecture(config.model_type)
-    lost = sorted(name for name in info["missing_keys"] if architecture.match(name) is not None)
+    # Heads and poolers may be drawn anew; what runs in front of FFNs must not be.
+    base = model.base_model
+    prefix = "" if base is model else f"{model.base_model_prefix}."
+    needed = {f"{prefix}{name}" for name, _ in base.named_parameters() if not name.startswith("pooler.")}
+    lost = sorted(needed & set(info["missing_keys"]))
     if lost:
         raise InputError(f"{folder}: {lost[0]} is missing: the checkpoint is incomplete")
-    return model.eval(), not info["missing_keys"]
+    return model, not info["missing_keys"]
 
 
 def _fused_tensors(

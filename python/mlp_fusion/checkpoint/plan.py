@@ -137,7 +137,7 @@ def plan(
     saved_parameters = sum(f.parameters_before - f.parameters_after for f in ffns)
     saved_bytes = sum(f.bytes_before - f.bytes_after for f in ffns)
     # Integer tensors are buffers (position ids): they take bytes, but are no parameters.
-    parameters = sum(t.numel for t in headers.tensors.values() if t.floating)
+    parameters = sum(t.numel for t in headers.tensors.values() if t.parameter)
     size = sum(t.nbytes for t in headers.tensors.values())
     uniform = len({f.neurons_after for f in ffns}) == 1 and not automatic
     return FusionPlan(

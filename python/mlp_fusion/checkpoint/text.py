@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from mlp_fusion.checkpoint.rows import read_texts
 from mlp_fusion.errors import InputError
-from mlp_fusion.measure.activations import Batch
+from mlp_fusion.measure.activations import Batch, evaluating, not_finite, run_base
 from mlp_fusion.measure.report import EmbeddingSimilarity
 
 #: One of these is there when a checkpoint has a tokenizer.
@@ -93,17 +93,19 @@ def _sequences(tokenizer: Any, texts: Sequence[str], length: int) -> list[dict[s
 
 @torch.no_grad()
 def embed(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    """Mean of the last hidden states over each sentence's tokens: `(sentences, hidden)`, float32, on the CPU."""
-    base: Any = getattr(model, "base_model", model)
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
+    """Mean of the last hidden states over each sentence's tokens: `(sentences, hidden)`, float32, on the CPU.
+
+    Raises:
+        InputError: the model cannot run on a batch, or its hidden states are not finite.
+    """
     pooled = []
-    for batch in batches:
-        hidden = base(**{k: v.to(device) for k, v in batch.items()}).last_hidden_state.float()
-        mask = batch["attention_mask"].to(device).unsqueeze(-1).float()
-        pooled.append(((hidden * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu())
-    model.train(training)
+    with evaluating(model):
+        for batch in batches:
+            states = run_base(model, batch, "the text").last_hidden_state
+            mask = batch["attention_mask"].to(states.device).unsqueeze(-1).float()
+            pooled.append(((states.float() * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu())
+            if not bool(pooled[-1].isfinite().all()):
+                raise not_finite("on the text, the model's hidden states", states.dtype)
     return torch.cat(pooled)
 
 

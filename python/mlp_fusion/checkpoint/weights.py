@@ -59,7 +59,13 @@ class TensorInfo:
 
     @property
     def floating(self) -> bool:
+        """Whether models compute in its dtype; FP8 is stored only."""
         return self.dtype in COMPUTING
+
+    @property
+    def parameter(self) -> bool:
+        """Whether it is no buffer: those that are saved hold integers."""
+        return self.dtype.startswith(("F", "BF"))
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,11 @@ def widest_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
         dtype = COMPUTING[name]
         widest = dtype if widest is None else torch.promote_types(widest, dtype)
     return torch.float32 if widest is None else widest
+
+
+def safetensors_name(dtype: torch.dtype) -> str:
+    """What safetensors calls a dtype that models compute in."""
+    return next(name for name, known in COMPUTING.items() if known == dtype)
 
 
 @contextmanager

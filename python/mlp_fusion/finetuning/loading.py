@@ -26,6 +26,7 @@ from mlp_fusion.checkpoint.source import local_folder
 from mlp_fusion.checkpoint.text import load_tokenizer
 from mlp_fusion.checkpoint.weights import read_tensors
 from mlp_fusion.errors import InputError
+from mlp_fusion.measure.activations import naming_outputs
 from mlp_fusion.modules.ffn import FusedFFN
 from mlp_fusion.selection import parameterization_for
 
@@ -170,7 +171,8 @@ def positions(model: Any) -> int | None:
 def _check_causal(model: Any, name: str) -> None:
     training = model.training
     ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
-    one, other = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0].float()
+    with naming_outputs(model):
+        one, other = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0].float()
     model.train(training)
     if float((one - other).abs().max()) > 1e-3 * float(one.abs().max()):
         raise InputError(f"{name} is no causal language model: what it predicts for a token depends on later ones")

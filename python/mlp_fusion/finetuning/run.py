@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -35,6 +36,7 @@ from mlp_fusion.finetuning.loading import (
     positions,
 )
 from mlp_fusion.finetuning.result import RESULT_FILE, FinetuneReport, Progress
+from mlp_fusion.measure.activations import naming_outputs
 
 TASKS = ("classification", "lm")
 _OPTIMIZERS = ("adamw", "sgd")
@@ -204,7 +206,11 @@ def finetune(
     run = _Run(settings, student, known, wanted, out / _WORK, cpu, progress)
     data = {"training data": _digest(rows), "evaluation data": _digest(held_out), "processes": _processes()}
     run.open({**dataclasses.asdict(settings), **names, "examples": len(known), **data}, resume)
-    run.train(taught, fitted)
+    with contextlib.ExitStack() as stack:
+        for loaded in models:
+            if loaded is not None:
+                stack.enter_context(naming_outputs(loaded))
+        run.train(taught, fitted)
 
     record = fusion_record(student.model.config)
     report = FinetuneReport(
