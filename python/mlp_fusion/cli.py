@@ -349,8 +349,10 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    # A job that is ended by its scheduler cleans up like one that is interrupted by hand.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A job that is ended by its scheduler, or whose terminal is closed, cleans up like one that is interrupted by hand.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _interrupt)
     try:
         cli(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -370,6 +372,13 @@ def main() -> None:
         if isinstance(error, InputError):
             _fail(message, 2)
         _fail(f"{type(error).__name__}: {message} (--debug shows where)", 1)
+
+
+def _interrupt(_number: int, _frame: Any) -> NoReturn:
+    # They often come in twos, and the second must not interrupt the cleaning up.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,17 @@ from mlp_fusion.checkpoint.metadata import (
     side_path,
     state_layer_count,
 )
+from mlp_fusion.checkpoint.output import appears_when_complete, check_output, taken
 from mlp_fusion.checkpoint.plan import FusionPlan, plan
 from mlp_fusion.checkpoint.reference import compute_dtype, load_checkpoint, reference_outputs
-from mlp_fusion.checkpoint.source import local_folder, read_config
+from mlp_fusion.checkpoint.source import companion_files, local_folder, read_config
 from mlp_fusion.checkpoint.text import compare_embeddings, embed, read_sentences, tokenize
 from mlp_fusion.checkpoint.weights import read_tensors, safetensors_name
-from mlp_fusion.checkpoint.writing import appears_when_complete, check_output, copy_companions, write_weights
+from mlp_fusion.checkpoint.writing import copy_companions, write_weights
 from mlp_fusion.errors import InputError
 from mlp_fusion.fusing import check_finite, check_options, fuse
 from mlp_fusion.measure import FusionReport
+from mlp_fusion.measure.activations import Batch
 from mlp_fusion.methods.pipeline import Progress
 from mlp_fusion.selection import Layers, Width
 
@@ -86,8 +89,8 @@ def compress(
         The report of `fuse`, with the cosines of sentence embeddings where the model has a tokenizer.
 
     Raises:
-        InputError: as `plan`, or the output folder is not empty, the text cannot be read, or there is no such device.
-            Nothing is written.
+        InputError: as `plan`, or the output folder is not empty or another run's, the text cannot be read, there is no
+            such device, or the model cannot run or is not finite. Nothing is written.
     """
     out = Path(out).expanduser().resolve()
     check_output(out)
@@ -104,52 +107,96 @@ def compress(
     folder = local_folder(path)
     if folder.resolve() in out.parents:
         raise InputError(f"{out} lies inside {folder}: choose a folder elsewhere")
+    companion_files(folder)  # what it refuses, it refuses before the work
+    with taken(out):
+        check_output(out)
+        source = _open(folder, dtype, torch_device)
+        # What the end needs is tried before the work.
+        reference_outputs(source.model, seed, head=source.head)
+        batches = _tokenized(source, sentences, text)
+        learning = None if learnt is None else _tokenized(source, learnt, calibration)
+        originals = None if batches is None else embed(source.model, batches)
+        chosen = [ffn.layer for ffn in planned.ffns if ffn.chosen]
+        report = fuse(
+            source.model, width, chosen, method, optimizer=optimizer, seed=seed, sample=batches, calibration=learning,
+            progress=progress, **corrections,
+        )  # fmt: skip
+        if budget is not None:
+            planned = plan(path, {row.layer: row.neurons_after for row in report.rows}, layers)
+        changes: dict[str, Any] = {}
+        if batches is not None and originals is not None:
+            changes["embeddings"] = compare_embeddings(embed(source.model, batches), originals)
+            changes["sample"] = "the package's sentences" if text is None else Path(text).name
+        if source.widened:
+            changes.update(bytes_before=planned.bytes_before, bytes_after=planned.bytes_after)
+        report = dataclasses.replace(report, **changes)
+        reference = reference_outputs(source.model, seed, head=source.head)
+        _write(out, source, chosen, planned, report, reference)
+    return report
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint and its model.
+
+    Attributes:
+        folder: where it lies.
+        config: as it is on disk.
+        architecture: its family's.
+        model: loaded, on its device.
+        head: whether every weight of the model is in the checkpoint.
+        dtype: what the model runs in.
+        widened: tensors are stored in others as well.
+    """
+
+    folder: Path
+    config: Any
+    architecture: Architecture
+    model: Any
+    head: bool
+    dtype: torch.dtype
+    widened: bool
+
+
+def _open(folder: Path, dtype: str | None, device: torch.device) -> _Source:
     config, tensors = read_config(folder), read_tensors(folder)
     architecture = get_architecture(config.model_type)
     working = compute_dtype(architecture, tensors, dtype)
-
     model, head = _load(folder, config, working)
     check_finite(model)
-    model.to(torch_device)
-    # What the end needs is tried before the work.
-    reference_outputs(model, seed, head=head)
-    positions = getattr(config, "max_position_embeddings", None)
-    batches = tokenize(folder, sentences, positions)
-    if batches is None and text is not None:
-        raise InputError(f"{folder} has no tokenizer to read {text} with: add its files, or leave out the text")
-    calibration_batches = None if learnt is None else tokenize(folder, learnt, positions)
-    if learnt is not None and calibration_batches is None:
-        raise InputError(f"{folder} has no tokenizer to read {calibration} with: add its files")
-    originals = None if batches is None else embed(model, batches)
-    chosen = [ffn.layer for ffn in planned.ffns if ffn.chosen]
-    report = fuse(
-        model, width, chosen, method, optimizer=optimizer, seed=seed, sample=batches, calibration=calibration_batches,
-        progress=progress, **corrections,
-    )  # fmt: skip
-    if budget is not None:
-        planned = plan(path, {row.layer: row.neurons_after for row in report.rows}, layers)
-    changes: dict[str, Any] = {}
-    if batches is not None and originals is not None:
-        changes["embeddings"] = compare_embeddings(embed(model, batches), originals)
-        changes["sample"] = "the package's sentences" if text is None else Path(text).name
-    if {tensor.dtype for tensor in tensors.values() if tensor.parameter} != {safetensors_name(working)}:
-        # The model ran in a wider dtype than its tensors are stored in.
-        changes.update(bytes_before=planned.bytes_before, bytes_after=planned.bytes_after)
-    report = dataclasses.replace(report, **changes)
+    widened = {tensor.dtype for tensor in tensors.values() if tensor.parameter} != {safetensors_name(working)}
+    return _Source(folder, config, architecture, model.to(device), head, working, widened)
 
-    plain, scales = fold_state_dict(model, architecture, model.state_dict())
-    reference = reference_outputs(model, seed, head=head)
+
+def _tokenized(source: _Source, texts: list[str], file: str | Path | None) -> list[Batch] | None:
+    """Batches of the texts in `file`; None where the package's own are meant and there is no tokenizer."""
+    batches = tokenize(source.folder, texts, getattr(source.config, "max_position_embeddings", None))
+    if batches is None and file is not None:
+        raise InputError(f"{source.folder} has no tokenizer to read {file} with: add its files, or leave out the text")
+    return batches
+
+
+def _write(
+    out: Path,
+    source: _Source,
+    chosen: list[int],
+    planned: FusionPlan,
+    report: FusionReport,
+    reference: dict[str, Tensor],
+) -> None:
+    plain, scales = fold_state_dict(source.model, source.architecture, source.model.state_dict())
+    fused = _fused_tensors(source.architecture, plain, chosen)
     with appears_when_complete(out) as staging:
-        write_weights(folder, staging, architecture, _fused_tensors(architecture, plain, chosen))
-        _write_config(folder, staging, architecture, model.config)
-        state_layer_count(staging, model.config)
-        copy_companions(folder, staging)
+        write_weights(source.folder, staging, source.architecture, fused)
+        _write_config(source.folder, staging, source.architecture, source.model.config)
+        state_layer_count(staging, source.model.config)
+        copy_companions(source.folder, staging)
         if scales:
             save_file(scales, side_path(staging, SCALE_FILE))
-        save_file(reference, side_path(staging, REFERENCE_FILE), metadata={DTYPE_KEY: str(working)[6:]})
+        metadata = {DTYPE_KEY: str(source.dtype).removeprefix("torch.")}
+        save_file(reference, side_path(staging, REFERENCE_FILE), metadata=metadata)
         side_path(staging, REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
         _write_card(staging, planned, report)
-    return report
 
 
 def resolve_device(device: str) -> torch.device:

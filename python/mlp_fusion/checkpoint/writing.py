@@ -1,13 +1,10 @@
-"""Writing a compressed checkpoint: the source's own files with the fused FFNs' tensors exchanged, all or nothing."""
+"""What is in a compressed checkpoint: the source's own files with the fused FFNs' tensors exchanged."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -16,39 +13,6 @@ from torch import Tensor
 from mlp_fusion.architectures import Architecture
 from mlp_fusion.checkpoint.source import companion_files
 from mlp_fusion.checkpoint.weights import find_weights, opened
-from mlp_fusion.errors import InputError
-
-
-def check_output(out: Path) -> None:
-    """Raise InputError unless `out` can be made, or is an empty folder."""
-    if out == Path.cwd():
-        raise InputError(f"{out} is the working folder, which cannot be exchanged: name a new one")
-    if out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out} exists and is not empty: choose another folder or empty it")
-    for path in (out, *out.parents):
-        if path.exists() and not path.is_dir():
-            raise InputError(f"{path} is a file: choose another folder")
-    parent = next(path for path in out.parents if path.is_dir())
-    if not os.access(parent, os.W_OK):
-        raise InputError(f"{parent} cannot be written to: choose another folder")
-
-
-@contextmanager
-def appears_when_complete(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into; it becomes `out` at the end, or vanishes on any error or interrupt."""
-    made = [parent for parent in out.parents if not parent.exists()]
-    staging = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-        # A rename replaces an empty folder in one step, and fails if the folder has been filled in the meantime.
-        staging.rename(out)
-    except BaseException:
-        shutil.rmtree(staging)
-        for parent in made:
-            if not any(parent.iterdir()):
-                parent.rmdir()
-        raise
 
 
 def write_weights(
