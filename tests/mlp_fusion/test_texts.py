@@ -169,7 +169,7 @@ def test_texts_without_tokens_are_left_out(tmp_path: Path) -> None:
     batches = tokenize(folder, ["a cat", " "], 40)
     assert batches is not None
     assert [len(batch["input_ids"]) for batch in batches] == [1]
-    with pytest.raises(InputError, match="makes no token of the text"):
+    with pytest.raises(InputError, match=f"{folder}: the tokenizer makes no token of the text"):
         tokenize(folder, [" "], 40)
 
 

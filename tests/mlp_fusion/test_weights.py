@@ -123,7 +123,7 @@ def test_shards_elsewhere_are_refused(name: str, shards: Path, tmp_path: Path) -
     edit_index(shards, lambda index: {k: name if v == moved else v for k, v in index.items()})
     message = refused(shards, tmp_path)
     assert message.startswith(f"{shards / INDEX}: shard ")
-    assert f"put all shards into {shards} and name them so" in message
+    assert "put all shards there and name them so" in message
 
 
 def test_a_tensor_in_two_shards_is_refused(shards: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mlp_fusion.checkpoint.rows import TEXT_COLUMNS, read_texts
-from mlp_fusion.checkpoint.text import tokenize
+from mlp_fusion.checkpoint.text import encode, tokenizer_of
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure.activations import Batch
 
@@ -65,14 +65,12 @@ def calibration_batches(
 
 
 def _tokenized(sentences: list[str], model: Any, source: str) -> list[Batch]:
-    folder = Path(getattr(model, "name_or_path", "") or "")
-    positions = getattr(model.config, "max_position_embeddings", None)
-    batches = tokenize(folder, sentences, positions) if folder.is_dir() and str(folder) != "." else None
-    if batches is None:
+    tokenizer = tokenizer_of(model)
+    if tokenizer is None:
         raise InputError(
             f"{source}: the model was not loaded from a folder with a tokenizer: pass tokenised batches as calibration"
         )
-    return batches
+    return encode(tokenizer, sentences, getattr(model.config, "max_position_embeddings", None))
 
 
 def _single(row: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -259,7 +259,7 @@ def _write_config(source: Path, target: Path, architecture: Architecture, fused:
 
 def _write_card(folder: Path, planned: FusionPlan, report: FusionReport) -> None:
     data = ModelCardData(
-        base_model=planned.name if "/" in planned.name and not Path(planned.name).exists() else None,
+        base_model=None if Path(planned.name).expanduser().is_dir() else planned.name,
         library_name="transformers",
         tags=["mlp-fusion"],
     )

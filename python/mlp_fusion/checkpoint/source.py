@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_safetensors_metadata, snapshot_download
+from huggingface_hub import get_safetensors_metadata, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -18,14 +18,18 @@ from huggingface_hub.errors import (
 from torch import nn
 from transformers import AutoConfig
 
-from mlp_fusion.checkpoint.weights import PICKLES, TensorInfo, check_naming, read_tensors
+from mlp_fusion.checkpoint.weights import PICKLES, TensorInfo, check_naming, check_shard_name, read_tensors
 from mlp_fusion.errors import InputError
 
 #: What goes along with the weights into a compressed checkpoint (tokenizer, pooling, generation settings).
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe")
 
-#: What a name that is no folder runs into on the hub: no such repository, no network, no valid name.
-_UNREACHABLE = (HfHubHTTPError, HFValidationError, OSError)
+_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
+#: What a name that is no folder runs into on the hub: no such repository, no valid name, no network (errors of whatever
+#: library huggingface_hub talks through, which its own derive from).
+_UNREACHABLE: tuple[type[Exception], ...] = (
+    HFValidationError, OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,10 @@ def read_headers(name: str | Path) -> Headers:
     except NotASafetensorsRepoError as error:
         raise InputError(f"{name}: no safetensors on the hub; convert the weights, pickles are refused") from error
     except _UNREACHABLE as error:
-        raise InputError(f"{name}: neither a folder here nor reachable on the hub ({_first_line(error)})") from error
+        # Without a network, or the model gone from the hub: what was downloaded before serves as well.
+        return Headers(str(name), config, read_tensors(_cached_folder(name, error)))
+    for file in metadata.files_metadata:
+        check_shard_name(f"{name}: its index", file)
     tensors = {
         tensor: TensorInfo(tuple(info.shape), info.dtype, file)
         for file, content in metadata.files_metadata.items()
@@ -91,9 +98,25 @@ def local_folder(name: str | Path) -> Path:
         return folder
     _check_hub_name(name)
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", *(f"*{s}" for s in _COMPANIONS)]))
+        return Path(snapshot_download(str(name), allow_patterns=_PATTERNS))
     except _UNREACHABLE as error:
-        raise InputError(f"{name}: neither a folder here nor reachable on the hub ({_first_line(error)})") from error
+        return _cached_folder(name, error)
+
+
+def _cached_folder(name: str | Path, unreachable: Exception) -> Path:
+    """Where a model of the hub lies that was downloaded before.
+
+    Raises:
+        InputError: it was not; the hub is `unreachable`.
+    """
+    try:
+        found = try_to_load_from_cache(str(name), "config.json")
+    except HFValidationError:
+        found = None
+    if not isinstance(found, str):
+        message = f"{name}: neither a folder here nor reachable on the hub ({one_line(unreachable)})"
+        raise InputError(message) from unreachable
+    return Path(found).parent
 
 
 def companion_files(folder: Path) -> list[Path]:
@@ -123,7 +146,7 @@ def _module_folders(folder: Path) -> list[Path]:
     try:
         paths = [str(module["path"]) for module in json.loads(file.read_text(encoding="utf-8"))]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: not a list of modules ({_first_line(error)})") from error
+        raise InputError(f"{file}: not a list of modules ({one_line(error)})") from error
     inside = [(folder / path).resolve() for path in paths if path]
     return [folder / path.relative_to(folder.resolve()) for path in inside if folder.resolve() in path.parents]
 
@@ -141,16 +164,22 @@ def read_config(name: str | Path) -> Any:
         return AutoConfig.from_pretrained(str(name), trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
         if not Path(name).is_dir():
-            raise InputError(f"{name}: no folder here, and not reachable on the hub ({_first_line(error)})") from error
-        raise InputError(f"{name}: config.json cannot be used ({_first_line(error)})") from error
+            raise InputError(f"{name}: no folder here, and not reachable on the hub ({one_line(error)})") from error
+        raise InputError(f"{name}: config.json cannot be used ({one_line(error)})") from error
+
+
+def is_hub_name(name: str | Path) -> bool:
+    """Whether `name`, which is no folder, may be that of a model on the hub."""
+    text = str(name)
+    outside = text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1
+    return bool(text) and not outside and not Path(name).is_file()
 
 
 def _check_hub_name(name: str | Path) -> None:
-    text = str(name)
-    if text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1 or Path(name).is_file():
+    if not is_hub_name(name):
         raise InputError(f"{name}: no such folder")
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def one_line(error: Exception) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split())[:500] or type(error).__name__

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from mlp_fusion.checkpoint.rows import read_texts
+from mlp_fusion.checkpoint.source import is_hub_name
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure.activations import Batch, evaluating, not_finite, run_base
 from mlp_fusion.measure.report import EmbeddingSimilarity
@@ -37,29 +38,53 @@ def read_sentences(file: Path | None, *, limit: int = 256) -> list[str]:
     return own.splitlines()[:limit]
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in `folder`.
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer in a folder or of a model on the hub, from the cache where there is no network.
 
     Raises:
         InputError: it cannot be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise InputError(f"{folder}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+        raise InputError(f"{name}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+
+
+def tokenizer_of(model: Any) -> Any | None:
+    """The tokenizer of a model in memory, by the folder or hub name that it was loaded from; None without one.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    name = str(getattr(model, "name_or_path", "") or "")
+    if not name:
+        return None
+    if Path(name).is_dir():
+        return load_tokenizer(name) if _has_tokenizer(Path(name)) else None
+    return load_tokenizer(name) if is_hub_name(name) else None
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def tokenize(folder: Path, texts: Sequence[str], max_positions: int | None) -> list[Batch] | None:
-    """Batches of the texts by the checkpoint's own tokenizer, padded behind them, or None when it has none.
+    """Batches of the texts by the tokenizer in `folder`, as :func:`encode`, or None when there is none.
+
+    Raises:
+        InputError: there is one that cannot be loaded, or makes no token of the texts.
+    """
+    return encode(load_tokenizer(folder), texts, max_positions) if _has_tokenizer(folder) else None
+
+
+def encode(tokenizer: Any, texts: Sequence[str], max_positions: int | None) -> list[Batch]:
+    """Batches of the texts, padded behind them; the tokenizer's own padding is changed.
 
     A text longer than 128 tokens, or than the model has positions for, becomes several sequences: all of it counts.
 
     Raises:
-        InputError: it has one that cannot be loaded, or makes no token of the texts.
+        InputError: it makes no token of the texts.
     """
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    tokenizer = load_tokenizer(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # Behind the text: positions are counted from the first column on.
@@ -70,7 +95,7 @@ def tokenize(folder: Path, texts: Sequence[str], max_positions: int | None) -> l
     length = min(_MAX_TOKENS, max(1, (max_positions or _MAX_TOKENS + 2) - 2))
     sequences = [s for s in _sequences(tokenizer, sorted(texts, key=len), length) if s["input_ids"]]
     if not sequences:
-        raise InputError(f"{folder}: its tokenizer makes no token of the text: give other text")
+        raise InputError(f"{tokenizer.name_or_path}: the tokenizer makes no token of the text: give other text")
     chunks = [sequences[i : i + size] for i in range(0, len(sequences), size)]
     return [dict(tokenizer.pad(chunk, padding=size > 1, return_tensors="pt", verbose=False)) for chunk in chunks]
 

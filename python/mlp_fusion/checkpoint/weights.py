@@ -136,6 +136,17 @@ def check_naming(name: object, config: Mapping[str, Any]) -> None:
         )
 
 
+def check_shard_name(index: object, name: str) -> None:
+    """Raise InputError unless the shard `name`, in what is called `index`, is a safetensors file beside the index."""
+    # Folders in names would be lost in a copy, or lead out of it; another suffix has transformers load a pickle.
+    plain = Path(name).name == name and not set(name) & set("/\\\0") and len(name.encode()) <= _NAME_BYTES
+    if not plain or not name.endswith(".safetensors"):
+        raise InputError(
+            f"{index}: shard {name[:100]!r} is no safetensors file beside the index: put all shards there and name "
+            "them so"
+        )
+
+
 def widest_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
     """The least dtype that holds every floating-point tensor as it is; float32 where there is none."""
     present = {info.dtype for info in tensors.values() if info.floating}
@@ -202,13 +213,7 @@ def _shards(index: Path) -> list[Path]:
     if not names:
         raise InputError(f"{index}: names no tensor: fetch it again")
     for name in names:
-        # Folders in names would be lost in a copy, or lead out of it; another suffix has transformers load a pickle.
-        plain = Path(name).name == name and not set(name) & set("/\\\0") and len(name.encode()) <= _NAME_BYTES
-        if not plain or not name.endswith(".safetensors"):
-            raise InputError(
-                f"{index}: shard {name[:100]!r} is no safetensors file beside the index: put all shards into "
-                f"{index.parent} and name them so"
-            )
+        check_shard_name(index, name)
         if not (index.parent / name).is_file():
             raise InputError(f"{index.parent / name} is missing, though {index.name} names it: fetch it again")
     return [index.parent / name for name in names]

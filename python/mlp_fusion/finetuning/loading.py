@@ -23,7 +23,7 @@ from mlp_fusion.architectures import get_architecture
 from mlp_fusion.checkpoint.folding import restore
 from mlp_fusion.checkpoint.metadata import adopt_fused_config, fusion_record
 from mlp_fusion.checkpoint.source import local_folder
-from mlp_fusion.checkpoint.text import load_tokenizer
+from mlp_fusion.checkpoint.text import load_tokenizer, tokenizer_of
 from mlp_fusion.checkpoint.weights import read_tensors
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure.activations import naming_outputs
@@ -88,11 +88,12 @@ def load_student(model: Model, task: str, names: Sequence[str], optimizer: str, 
     else:
         loaded, name = model, type(model).__name__
         _check_in_memory(loaded, name, optimizer)
-        folder = Path(model.name_or_path or "nowhere")
-    if tokenizer is None and not folder.is_dir():
-        raise InputError("the model was not loaded from a folder with a tokenizer: pass tokenizer")
-    # A copy of the caller's own: the token to pad with is set on it.
-    tokenizer = load_tokenizer(folder) if tokenizer is None else copy.deepcopy(tokenizer)
+    if tokenizer is None:
+        tokenizer = tokenizer_of(loaded) if loaded is model else load_tokenizer(folder)
+        if tokenizer is None:
+            raise InputError("the model was not loaded from a folder with a tokenizer: pass tokenizer")
+    else:
+        tokenizer = copy.deepcopy(tokenizer)  # the token to pad with is set on it
     if tokenizer.pad_token is None:
         _choose_padding(tokenizer, getattr(loaded.config, "pad_token_id", None), name)
     _pad_alike(loaded, tokenizer)
