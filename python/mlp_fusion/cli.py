@@ -93,11 +93,14 @@ def plan(model: str, width: str, budget: float | None, layers: str, as_json: boo
     type=click.IntRange(0, 2**63 - 1),
     help="The same seed gives the same checkpoint.",
 )
-@click.option("--text", type=click.Path(path_type=Path), help="Sentences, one a line, to measure the errors on.")
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="Sentences to measure the errors on: one a line, or a table."
+)
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help="Sentences, one a line, to learn from: better clusters and refitted outputs. A few hundred suffice.",
+    help="Sentences to learn from, one a line or in a .tsv, .csv or .jsonl: better clusters and refitted outputs. A "
+    "few hundred suffice.",
 )
 @click.option(
     "--calibration-sentences",
@@ -136,6 +139,12 @@ def plan(model: str, width: str, budget: float | None, layers: str, as_json: boo
 )
 @click.option("--sequential", is_flag=True, help="Calibrate each FFN on what the reduced ones before it produce.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    help="What the model runs in: auto (that of its tensors), or float32 or another that is wider.",
+)
 @_json
 def compress(
     model: str,
@@ -155,6 +164,7 @@ def compress(
     tune_steps: int,
     sequential: bool,
     device: str,
+    dtype: str,
     as_json: bool,
 ) -> None:
     """Fuse the FFNs of MODEL and write a plain checkpoint to OUT, which must not exist or be empty."""
@@ -182,6 +192,7 @@ def compress(
             text=text,
             calibration=calibration,
             device=device,
+            dtype=dtype,
             **options,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
@@ -209,7 +220,7 @@ def verify(out: str, as_json: bool) -> None:
     "--train",
     required=True,
     type=click.Path(path_type=Path),
-    help=".tsv or .jsonl with a label column (or text<TAB>label a line); for lm also plain text.",
+    help=".tsv, .csv or .jsonl with a label column (or text<TAB>label a line); for lm also plain text.",
 )
 @click.option("--eval", "evaluation", type=click.Path(path_type=Path), help="The same, to measure on after each epoch.")
 @click.option("--text-column", "columns", multiple=True, help="Name of the text's column; twice for pairs of texts.")
@@ -365,8 +376,10 @@ def _emit(result: Any, as_json: bool) -> None:
 def main() -> None:
     """Run the command line; the entry point of `mlp-fusion`."""
     _hush()
-    # A job that is ended by its scheduler cleans up like one that is interrupted by hand.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A job that is ended by its scheduler, or whose terminal is closed, cleans up like one that is interrupted by hand.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _interrupt)
     try:
         cli(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -386,6 +399,13 @@ def main() -> None:
         if isinstance(error, InputError):
             _fail(message, 2)
         _fail(f"{type(error).__name__}: {message} (--debug shows where)", 1)
+
+
+def _interrupt(_number: int, _frame: Any) -> NoReturn:
+    # They often come in twos, and the second must not interrupt the cleaning up.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -163,7 +163,7 @@ def fuse(
     chosen = [site for site in sites if site.index in indices]
     originals = [architecture.read(site, config) for site in chosen]
     widths = [] if isinstance(width, str) else [resolve_width(width, bundle.width) for bundle in originals]
-    _check_finite(model)
+    check_finite(model)
     before = count_parameters(model)
 
     known = (
@@ -302,7 +302,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
 
 
-def _check_finite(model: nn.Module) -> None:
+def check_finite(model: nn.Module) -> None:
+    """Raise InputError where a weight of `model` is NaN or infinite."""
     for name, parameter in model.named_parameters():
         if not parameter.is_meta and parameter.is_floating_point() and not bool(parameter.isfinite().all()):
             raise InputError(f"{name} holds NaN or Inf: the checkpoint is damaged")

@@ -357,8 +357,9 @@ def test_sentences_of_the_caller(family: str, tmp_path: Path) -> None:
     report = mlp_fusion.compress(folder, tmp_path / "out", 16, text=text)
     assert report.sample == "pets.tsv"
     assert report.embeddings is not None
-    assert report.embeddings.sentences == 3
-    assert 3 + 2 < report.sample_rows <= 3 + 2 + 40
+    # The long one does not fit into the model's positions, and counts in pieces.
+    assert report.embeddings.sentences == 2 + 4
+    assert report.sample_rows == 3 + 2 + 120
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
     # The cosines are those of the mean of the last hidden states, before against after.
@@ -371,7 +372,7 @@ def test_sentences_of_the_caller(family: str, tmp_path: Path) -> None:
             one, other = (model.eval()(**batch).last_hidden_state[0].mean(0) for model in models)
         cosines.append(float(torch.nn.functional.cosine_similarity(one, other, dim=0)))
     assert min(cosines) >= report.embeddings.minimum - 1e-5
-    assert report.embeddings.minimum - 1e-5 <= (3 * report.embeddings.mean - sum(cosines)) <= 1 + 1e-5
+    assert 4 * report.embeddings.minimum - 1e-5 <= (6 * report.embeddings.mean - sum(cosines)) <= 4 + 1e-5
 
 
 def test_sentences_of_the_package(source: Path, tmp_path: Path) -> None:

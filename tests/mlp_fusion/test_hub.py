@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
+import transformers
 
 import checkpoints as ck
 import mlp_fusion
+from families import tiny_model
 from mlp_fusion import InputError
 from mlp_fusion.checkpoint import source as source_module
 
@@ -73,3 +77,93 @@ def test_names_that_fail(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(source_module, "snapshot_download", unreachable)
     with pytest.raises(InputError, match="neither a folder here nor reachable"):
         source_module.local_folder(NAME)
+
+
+# --- the cache, without a network ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache, and nothing reachable behind it."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache"
+
+
+def cached(cache: Path, name: str, **options: Any) -> Path:
+    """Put a model into the cache as the hub's library lays it out; its snapshot."""
+    commit = hashlib.sha1(name.encode()).hexdigest()
+    repository = cache / f"models--{name.replace('/', '--')}"
+    original = ck.add_tokenizer(
+        ck.save_tiny(repository / "original", **options), pad_token="<pad>", eos_token="</s>"
+    )  # fmt: skip
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for file in original.iterdir():
+        file.rename(repository / "blobs" / file.name)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    return snapshot
+
+
+@pytest.mark.parametrize("name", ["tiny", "someone/tiny"])
+@pytest.mark.parametrize("offline", [True, False])
+def test_what_is_in_the_cache_needs_no_network(
+    name: str, offline: bool, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = cached(cache, name)
+    if not offline:
+
+        def no_route(*_: Any, **__: Any) -> Any:
+            raise source_module.HfHubHTTPError.__bases__[0]("no route")
+
+        for function in ("get_safetensors_metadata", "snapshot_download"):
+            monkeypatch.setattr(source_module, function, no_route)
+    expected = mlp_fusion.plan(snapshot, 16)
+    assert mlp_fusion.plan(name, 16).to_dict() == {**expected.to_dict(), "name": name}
+    mlp_fusion.compress(name, tmp_path / "out", 16)
+    assert mlp_fusion.verify(tmp_path / "out").passed
+    assert f"base_model: {name}" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_model_loaded_by_its_name_finds_its_tokenizer(cache: Path, tmp_path: Path) -> None:
+    cached(cache, "tiny")
+    (tmp_path / "sentences.txt").write_text("the cat sat\na cat\n" * 8)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained("tiny")
+    report = mlp_fusion.fuse(model, 16, calibration="sentences.txt")
+    assert report.calibration is not None
+    assert report.calibration.tokens == 8 * 5
+    data = [{"text": "the cat", "label": 0}, {"text": "a cat sat", "label": 1}]
+    options: dict[str, Any] = {"task": "classification", "epochs": 1.0, "device": "cpu"}
+    mlp_fusion.finetune(model, tmp_path / "tuned", data, **options)
+    mlp_fusion.finetune("tiny", tmp_path / "named", data, teacher=tmp_path / "tuned", original=None, **options)
+    assert (tmp_path / "tuned" / "tokenizer.json").is_file()
+
+
+def test_names_that_are_nowhere(cache: Path, tmp_path: Path) -> None:
+    for command in (lambda: mlp_fusion.plan("someone/absent", 16), lambda: source_module.local_folder("absent")):
+        with pytest.raises(InputError, match="reachable on the hub") as caught:
+            command()
+        assert "\n" not in str(caught.value)
+    model = tiny_model("bert")
+    for name, words in (("absent", "absent: its tokenizer cannot be loaded"), ("/gone", "not loaded from a folder")):
+        model.name_or_path = name
+        with pytest.raises(InputError, match=words):
+            mlp_fusion.fuse(model, 16, calibration=["the cat"])
+
+
+def test_half_a_model_in_the_cache_is_none(cache: Path) -> None:
+    snapshot = cached(cache, "tiny")
+    (snapshot / ck.WEIGHTS).unlink()
+    with pytest.raises(InputError, match=r"no model\.safetensors and no"):
+        mlp_fusion.plan("tiny", 16)
+
+
+def test_shards_elsewhere_on_the_hub_are_refused(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = SimpleNamespace(files_metadata={"part1/model.safetensors": SimpleNamespace(tensors={})})
+    monkeypatch.setattr(source_module, "get_safetensors_metadata", lambda name: content)
+    with pytest.raises(InputError, match=r"shard 'part1/model\.safetensors' is no safetensors file beside the index"):
+        mlp_fusion.plan(NAME, 16)

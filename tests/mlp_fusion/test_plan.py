@@ -18,6 +18,7 @@ import mlp_fusion
 from families import FAMILIES, WIDTH, tiny_model
 from mlp_fusion import InputError
 from mlp_fusion.checkpoint import source as source_module
+from mlp_fusion.checkpoint import weights as weights_module
 from mlp_fusion.checkpoint.plan import looks_like_ffn
 
 #: family -> parameters of one FFN with 64 and with 16 neurons, counted by hand from hidden size and biases.
@@ -199,7 +200,7 @@ class _HeadersOnly:
     """A safetensors handle that gives names, shapes and dtypes, and nothing else."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._open = source_module_open(*args, **kwargs)
+        self._open = safe_open(*args, **kwargs)
 
     def __enter__(self) -> _HeadersOnly:
         self._handle = self._open.__enter__()
@@ -222,13 +223,13 @@ class _Header:
         self.get_dtype = lambda: dtype
 
 
-source_module_open = source_module.safe_open
+safe_open = weights_module.safe_open
 
 
 def test_no_weight_is_read(saved: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = mlp_fusion.plan(saved / "bert", 16).to_dict()
     ck.edit_tensors(bert, lambda state: {k: torch.full_like(v, float("nan")) for k, v in state.items()})
-    monkeypatch.setattr(source_module, "safe_open", _HeadersOnly)
+    monkeypatch.setattr(weights_module, "safe_open", _HeadersOnly)
     monkeypatch.setattr(torch, "load", None)
     monkeypatch.setattr(transformers.AutoModel, "from_pretrained", None)
     assert mlp_fusion.plan(bert, 16).to_dict() == {**expected, "name": str(bert)}
@@ -240,14 +241,6 @@ def test_shards(family: str, saved: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     whole, shards = mlp_fusion.plan(saved / family, 0.5), mlp_fusion.plan(tmp_path / "shards", 0.5)
     assert shards.to_dict() == {**whole.to_dict(), "name": str(tmp_path / "shards")}
-
-
-def test_an_index_goes_before_a_stray_single_file(bert: Path) -> None:
-    ck.rename_tensors(bert, lambda name: f"left.over.{name}")
-    tiny_model("bert").save_pretrained(bert, max_shard_size="15KB")
-    ck.save_tiny(bert.parent / "other", "llama")
-    (bert.parent / "other" / ck.WEIGHTS).rename(bert / ck.WEIGHTS)
-    assert len(mlp_fusion.plan(bert, 16).ffns) == 3
 
 
 def test_plan_prints_and_warns_nothing(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mlp_fusion.architectures import Architecture, FFNSite
 from mlp_fusion.calibration.statistics import take_calibration
 from mlp_fusion.errors import InputError
-from mlp_fusion.measure.activations import Batch, evaluating, token_mask
+from mlp_fusion.measure.activations import Batch, evaluating, run_base, token_mask
 
 #: Tokens that gradients are taken at, positions of one run at most, and of one sequence.
 _TOKENS, _RUN, _SEQUENCE = 4096, 1024, 512
@@ -66,15 +66,12 @@ def output_sensitivities(
     outputs: list[list[Tensor]] = [[] for _ in sites]
     sums: list[Tensor | None] = [None] * len(sites)
     generator = torch.Generator().manual_seed(seed)
-    base: Any = getattr(model, "base_model", model)
-    device = next(model.parameters()).device
     # Attention's fused backward passes add up in no fixed order on a GPU.
     exact = sdpa_kernel(SDPBackend.MATH)
     with evaluating(model), _frozen(model), _caught(architecture, sites, outputs), torch.enable_grad(), exact:
         for batch in _probes(batches, chunk=getattr(model.config, "chunk_size_feed_forward", 0) or 1):
             try:
-                inputs = {k: v.to(device) for k, v in batch.items()}
-                hidden = base(**inputs, return_dict=True).last_hidden_state
+                hidden = run_base(model, batch, "the calibration text").last_hidden_state
                 if not all(outputs):
                     raise InputError("an FFN did not run on the calibration text: the model skips it")
                 mask = token_mask(batch)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mlp_fusion.architectures import Architecture, FFNSite
-from mlp_fusion.measure.activations import Batch, Taps, stream_activations, take_batches, token_mask
+from mlp_fusion.measure.activations import Batch, Taps, not_finite, stream_activations, take_batches, token_mask
 from mlp_fusion.neurons import NeuronBundle
 
 #: Most input rows kept per FFN, and the most bytes that they may take, unless the caller asks for a number of rows.
@@ -118,9 +118,15 @@ class Collector:
         self.tokens = total
 
     def finish(self, sequence: Tensor) -> FFNStatistics:
-        """The statistics; `sequence` says what each row that was kept comes from."""
+        """The statistics; `sequence` says what each row that was kept comes from.
+
+        Raises:
+            InputError: something that passed through the FFN is not finite.
+        """
         assert self._rows is not None
         x, y = self._rows
+        if not all(bool(t.isfinite().all()) for t in (self._moment, self._squares, y)):
+            raise not_finite("on the calibration text, an FFN's inputs or outputs", y.dtype)
         return FFNStatistics(
             tokens=self.tokens,
             input_moment=self._moment / self.tokens,

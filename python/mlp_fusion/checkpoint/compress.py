@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from mlp_fusion.architectures import Architecture, get_architecture
 from mlp_fusion.checkpoint.folding import fold_state_dict
 from mlp_fusion.checkpoint.metadata import (
+    DTYPE_KEY,
     FUSION_KEY,
     REFERENCE_FILE,
     REPORT_FILE,
@@ -23,20 +25,20 @@ from mlp_fusion.checkpoint.metadata import (
     side_path,
     state_layer_count,
 )
+from mlp_fusion.checkpoint.output import appears_when_complete, check_output, taken
 from mlp_fusion.checkpoint.plan import FusionPlan, plan
-from mlp_fusion.checkpoint.source import local_folder, read_config
+from mlp_fusion.checkpoint.reference import compute_dtype, load_checkpoint, reference_outputs
+from mlp_fusion.checkpoint.source import companion_files, local_folder, read_config
 from mlp_fusion.checkpoint.text import compare_embeddings, embed, read_sentences, tokenize
-from mlp_fusion.checkpoint.writing import appears_when_complete, check_output, copy_companions, write_weights
+from mlp_fusion.checkpoint.weights import read_tensors, safetensors_name
+from mlp_fusion.checkpoint.writing import copy_companions, write_weights
 from mlp_fusion.choices import CALIBRATION_SENTENCES
 from mlp_fusion.errors import InputError
-from mlp_fusion.fusing import fuse
-from mlp_fusion.measure import FusionReport, random_batch
-from mlp_fusion.measure.activations import evaluating
+from mlp_fusion.fusing import check_finite, fuse
+from mlp_fusion.measure import FusionReport
+from mlp_fusion.measure.activations import Batch
 from mlp_fusion.methods.pipeline import Progress
 from mlp_fusion.selection import Layers, Width, check_options
-
-#: Tokens of the random sequence whose outputs travel with the checkpoint for `verify`.
-_REFERENCE_TOKENS = 16
 
 
 def compress(
@@ -58,6 +60,7 @@ def compress(
     calibration_sentences: int = CALIBRATION_SENTENCES,
     calibration_rows: int | None = None,
     device: str = "auto",
+    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> FusionReport:
     """Fuse a checkpoint's FFNs and write the result as a plain checkpoint.
@@ -70,20 +73,24 @@ def compress(
         path: a local folder or a hub name.
         out: folder to make; must not exist, or be empty.
         width, layers, method, optimizer, seed: as in :func:`mlp_fusion.fuse`.
-        text: file of sentences, one a line, that errors are measured on; None for the package's own.
-        calibration: file of sentences, one a line, that the method and its corrections learn from; None to fuse without
-            data. Measure on other text than this.
+        text: file of texts that errors are measured on (see :func:`mlp_fusion.checkpoint.rows.read_texts`); None for
+            the package's own sentences.
+        calibration: the same of texts that the method and its corrections learn from; None to fuse without data.
+            Measure on other text than this.
         refit, match, tune_steps, sequential, budget, calibration_sentences, calibration_rows: as in
             :func:`mlp_fusion.fuse`.
         device: `cpu`, `cuda`, `cuda:1`, or `auto` for CUDA when there is one.
+        dtype: what the model runs in: `float32`, say, where it overflows in its own. None (or `auto`): the dtype of
+            the checkpoint's tensors, whatever its config says, or the least that holds them all. Tensors are written in
+            the dtype of the source's in any case.
         progress: as in :func:`mlp_fusion.fuse`.
 
     Returns:
         The report of `fuse`, with the cosines of sentence embeddings where the model has a tokenizer.
 
     Raises:
-        InputError: as `plan`, or the output folder is not empty, the text cannot be read, or there is no such device.
-            Nothing is written.
+        InputError: as `plan`, or the output folder is not empty or another run's, the text cannot be read, there is no
+            such device, or the model cannot run or is not finite. Nothing is written.
     """
     out = Path(out).expanduser().resolve()
     check_output(out)
@@ -100,45 +107,96 @@ def compress(
     folder = local_folder(path)
     if folder.resolve() in out.parents:
         raise InputError(f"{out} lies inside {folder}: choose a folder elsewhere")
-    config = read_config(folder)
+    companion_files(folder)  # what it refuses, it refuses before the work
+    with taken(out):
+        check_output(out)
+        source = _open(folder, dtype, torch_device)
+        # What the end needs is tried before the work.
+        reference_outputs(source.model, seed, head=source.head)
+        batches = _tokenized(source, sentences, text)
+        learning = None if learnt is None else _tokenized(source, learnt, calibration)
+        originals = None if batches is None else embed(source.model, batches)
+        chosen = [ffn.layer for ffn in planned.ffns if ffn.chosen]
+        report = fuse(
+            source.model, width, chosen, method, optimizer=optimizer, seed=seed, sample=batches, calibration=learning,
+            progress=progress, **corrections,
+        )  # fmt: skip
+        if budget is not None:
+            planned = plan(path, {row.layer: row.neurons_after for row in report.rows}, layers)
+        changes: dict[str, Any] = {}
+        if batches is not None and originals is not None:
+            changes["embeddings"] = compare_embeddings(embed(source.model, batches), originals)
+            changes["sample"] = "the package's sentences" if text is None else Path(text).name
+        if source.widened:
+            changes.update(bytes_before=planned.bytes_before, bytes_after=planned.bytes_after)
+        report = dataclasses.replace(report, **changes)
+        reference = reference_outputs(source.model, seed, head=source.head)
+        _write(out, source, chosen, planned, report, reference)
+    return report
 
-    model, head = _load(folder, config)
-    model.to(torch_device)
-    positions = getattr(config, "max_position_embeddings", None)
-    batches = tokenize(folder, sentences, positions)
-    if batches is None and text is not None:
-        raise InputError(f"{folder} has no tokenizer to read {text} with: add its files, or leave out the text")
-    calibration_batches = None if learnt is None else tokenize(folder, learnt, positions)
-    if learnt is not None and calibration_batches is None:
-        raise InputError(f"{folder} has no tokenizer to read {calibration} with: add its files")
-    originals = None if batches is None else embed(model, batches)
-    chosen = [ffn.layer for ffn in planned.ffns if ffn.chosen]
-    report = fuse(
-        model, width, chosen, method, optimizer=optimizer, seed=seed, sample=batches, calibration=calibration_batches,
-        progress=progress, **corrections,
-    )  # fmt: skip
-    if budget is not None:
-        planned = plan(path, {row.layer: row.neurons_after for row in report.rows}, layers)
-    changes: dict[str, Any] = {}
-    if batches is not None and originals is not None:
-        changes["embeddings"] = compare_embeddings(embed(model, batches), originals)
-        changes["sample"] = "the package's sentences" if text is None else Path(text).name
-    report = FusionReport(**{**report.__dict__, **changes})
 
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint and its model.
+
+    Attributes:
+        folder: where it lies.
+        config: as it is on disk.
+        architecture: its family's.
+        model: loaded, on its device.
+        head: whether every weight of the model is in the checkpoint.
+        dtype: what the model runs in.
+        widened: tensors are stored in others as well.
+    """
+
+    folder: Path
+    config: Any
+    architecture: Architecture
+    model: Any
+    head: bool
+    dtype: torch.dtype
+    widened: bool
+
+
+def _open(folder: Path, dtype: str | None, device: torch.device) -> _Source:
+    config, tensors = read_config(folder), read_tensors(folder)
     architecture = get_architecture(config.model_type)
-    plain, scales = fold_state_dict(model, architecture, model.state_dict())
-    reference = reference_outputs(model, seed, head=head)
+    working = compute_dtype(architecture, tensors, dtype)
+    model, head = _load(folder, config, working)
+    check_finite(model)
+    widened = {tensor.dtype for tensor in tensors.values() if tensor.parameter} != {safetensors_name(working)}
+    return _Source(folder, config, architecture, model.to(device), head, working, widened)
+
+
+def _tokenized(source: _Source, texts: list[str], file: str | Path | None) -> list[Batch] | None:
+    """Batches of the texts in `file`; None where the package's own are meant and there is no tokenizer."""
+    batches = tokenize(source.folder, texts, getattr(source.config, "max_position_embeddings", None))
+    if batches is None and file is not None:
+        raise InputError(f"{source.folder} has no tokenizer to read {file} with: add its files, or leave out the text")
+    return batches
+
+
+def _write(
+    out: Path,
+    source: _Source,
+    chosen: list[int],
+    planned: FusionPlan,
+    report: FusionReport,
+    reference: dict[str, Tensor],
+) -> None:
+    plain, scales = fold_state_dict(source.model, source.architecture, source.model.state_dict())
+    fused = _fused_tensors(source.architecture, plain, chosen)
     with appears_when_complete(out) as staging:
-        write_weights(folder, staging, architecture, _fused_tensors(architecture, plain, chosen))
-        _write_config(folder, staging, architecture, model.config)
-        state_layer_count(staging, model.config)
-        copy_companions(folder, staging)
+        write_weights(source.folder, staging, source.architecture, fused)
+        _write_config(source.folder, staging, source.architecture, source.model.config)
+        state_layer_count(staging, source.model.config)
+        copy_companions(source.folder, staging)
         if scales:
             save_file(scales, side_path(staging, SCALE_FILE))
-        save_file(reference, side_path(staging, REFERENCE_FILE))
+        metadata = {DTYPE_KEY: str(source.dtype).removeprefix("torch.")}
+        save_file(reference, side_path(staging, REFERENCE_FILE), metadata=metadata)
         side_path(staging, REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
         _write_card(staging, planned, report)
-    return report
 
 
 def resolve_device(device: str) -> torch.device:
@@ -160,47 +218,20 @@ def resolve_device(device: str) -> torch.device:
     return found
 
 
-def model_class(config: Any) -> Any:
-    """The transformers class that the checkpoint was saved from, so that no head is lost."""
-    for name in getattr(config, "architectures", None) or []:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    return transformers.AutoModel
-
-
-def reference_outputs(model: Any, seed: int, *, head: bool) -> dict[str, Tensor]:
-    """Outputs of `model` on one random sequence, as :func:`model_outputs`, and the `input_ids`."""
-    ids = random_batch(model, seed=seed, batch=1, length=_REFERENCE_TOKENS)["input_ids"]
-    return {"input_ids": ids, **model_outputs(model, ids, head=head)}
-
-
-@torch.no_grad()
-def model_outputs(model: Any, input_ids: Tensor, *, head: bool) -> dict[str, Tensor]:
-    """`logits` of `model`, or `last_hidden_state` where it has no head or `head` is False; float32 on the CPU.
-
-    A head that the checkpoint has no weights for is drawn anew on every load: there is nothing to compare.
-    """
-    ids = input_ids.to(next(model.parameters()).device)
-    with evaluating(model):
-        outputs = model(input_ids=ids) if head else model.base_model(input_ids=ids)
-    name = "logits" if "logits" in outputs else "last_hidden_state"
-    return {name: outputs[name].float().cpu().contiguous()}
-
-
-def _load(folder: Path, config: Any) -> tuple[Any, bool]:
-    """The model in its own dtype, and whether every one of its weights is in the checkpoint."""
-    model, info = model_class(config).from_pretrained(
-        folder, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )  # fmt: skip
+def _load(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, bool]:
+    """The model in `dtype`, and whether every one of its weights is in the checkpoint."""
+    model, info = load_checkpoint(folder, config, dtype)
     if info["mismatched_keys"]:
         name, stored, stated = min(info["mismatched_keys"])
         raise InputError(f"{folder}: {name} is {tuple(stored)}, but config.json makes it {tuple(stated)}")
-    architecture = get_architecture(config.model_type)
-    lost = sorted(name for name in info["missing_keys"] if architecture.match(name) is not None)
+    # Heads and poolers may be drawn anew; what runs in front of FFNs must not be.
+    base = model.base_model
+    prefix = "" if base is model else f"{model.base_model_prefix}."
+    needed = {f"{prefix}{name}" for name, _ in base.named_parameters() if not name.startswith("pooler.")}
+    lost = sorted(needed & set(info["missing_keys"]))
     if lost:
         raise InputError(f"{folder}: {lost[0]} is missing: the checkpoint is incomplete")
-    return model.eval(), not info["missing_keys"]
+    return model, not info["missing_keys"]
 
 
 def _fused_tensors(
@@ -228,7 +259,7 @@ def _write_config(source: Path, target: Path, architecture: Architecture, fused:
 
 def _write_card(folder: Path, planned: FusionPlan, report: FusionReport) -> None:
     data = ModelCardData(
-        base_model=planned.name if "/" in planned.name and not Path(planned.name).exists() else None,
+        base_model=None if Path(planned.name).expanduser().is_dir() else planned.name,
         library_name="transformers",
         tags=["mlp-fusion"],
     )

@@ -25,6 +25,8 @@ SIDE_FOLDER = "mlp_fusion"
 SCALE_FILE = f"{SIDE_FOLDER}/scale.safetensors"
 REFERENCE_FILE = f"{SIDE_FOLDER}/reference.safetensors"
 REPORT_FILE = f"{SIDE_FOLDER}/report.json"
+#: In the reference file's metadata: the dtype that the model ran in.
+DTYPE_KEY = "dtype"
 
 
 def check_config(config: Any) -> Architecture:

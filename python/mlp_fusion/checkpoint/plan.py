@@ -15,7 +15,8 @@ from torch import nn
 
 from mlp_fusion.architectures import Architecture
 from mlp_fusion.checkpoint.metadata import check_config
-from mlp_fusion.checkpoint.source import Headers, TensorInfo, model_headers, read_headers
+from mlp_fusion.checkpoint.source import Headers, model_headers, read_headers
+from mlp_fusion.checkpoint.weights import TensorInfo
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure.report import format_bytes, render
 from mlp_fusion.selection import Layers, Width, is_automatic, resolve_layers, resolve_width
@@ -136,7 +137,7 @@ def plan(
     saved_parameters = sum(f.parameters_before - f.parameters_after for f in ffns)
     saved_bytes = sum(f.bytes_before - f.bytes_after for f in ffns)
     # Integer tensors are buffers (position ids): they take bytes, but are no parameters.
-    parameters = sum(t.numel for t in headers.tensors.values() if t.floating)
+    parameters = sum(t.numel for t in headers.tensors.values() if t.parameter)
     size = sum(t.nbytes for t in headers.tensors.values())
     uniform = len({f.neurons_after for f in ffns}) == 1 and not automatic
     return FusionPlan(

@@ -3,60 +3,33 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_safetensors_metadata, snapshot_download
+from huggingface_hub import get_safetensors_metadata, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     NotASafetensorsRepoError,
     StrictDataclassError,
 )
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig
 
+from mlp_fusion.checkpoint.weights import PICKLES, TensorInfo, check_naming, check_shard_name, read_tensors
 from mlp_fusion.errors import InputError
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-#: Weight files that hold Python pickles: loading one runs whatever code it contains.
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 #: What goes along with the weights into a compressed checkpoint (tokenizer, pooling, generation settings).
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe")
 
-_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-#: What a name that is no folder runs into on the hub: no such repository, no network, no valid name.
-_UNREACHABLE = (HfHubHTTPError, HFValidationError, OSError)
-_FLOATING = {"F64", "F32", "F16", "BF16"}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor's header: shape, safetensors dtype name, and the file that holds it ("" in memory)."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    file: str = ""
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * _BYTES.get(self.dtype, 1)
-
-    @property
-    def floating(self) -> bool:
-        return self.dtype in _FLOATING
+_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
+#: What a name that is no folder runs into on the hub: no such repository, no valid name, no network (errors of whatever
+#: library huggingface_hub talks through, which its own derive from).
+_UNREACHABLE: tuple[type[Exception], ...] = (
+    HFValidationError, OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,15 +50,19 @@ def read_headers(name: str | Path) -> Headers:
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return Headers(str(folder), read_config(folder), _local_tensors(folder))
+        return Headers(str(folder), read_config(folder), read_tensors(folder))
     _check_hub_name(name)
     config = read_config(name)
+    check_naming(name, config.to_dict())
     try:
         metadata = get_safetensors_metadata(str(name))
     except NotASafetensorsRepoError as error:
         raise InputError(f"{name}: no safetensors on the hub; convert the weights, pickles are refused") from error
     except _UNREACHABLE as error:
-        raise InputError(f"{name}: neither a folder here nor reachable on the hub ({_first_line(error)})") from error
+        # Without a network, or the model gone from the hub: what was downloaded before serves as well.
+        return Headers(str(name), config, read_tensors(_cached_folder(name, error)))
+    for file in metadata.files_metadata:
+        check_shard_name(f"{name}: its index", file)
     tensors = {
         tensor: TensorInfo(tuple(info.shape), info.dtype, file)
         for file, content in metadata.files_metadata.items()
@@ -121,9 +98,25 @@ def local_folder(name: str | Path) -> Path:
         return folder
     _check_hub_name(name)
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", *(f"*{s}" for s in _COMPANIONS)]))
+        return Path(snapshot_download(str(name), allow_patterns=_PATTERNS))
     except _UNREACHABLE as error:
-        raise InputError(f"{name}: neither a folder here nor reachable on the hub ({_first_line(error)})") from error
+        return _cached_folder(name, error)
+
+
+def _cached_folder(name: str | Path, unreachable: Exception) -> Path:
+    """Where a model of the hub lies that was downloaded before.
+
+    Raises:
+        InputError: it was not; the hub is `unreachable`.
+    """
+    try:
+        found = try_to_load_from_cache(str(name), "config.json")
+    except HFValidationError:
+        found = None
+    if not isinstance(found, str):
+        message = f"{name}: neither a folder here nor reachable on the hub ({one_line(unreachable)})"
+        raise InputError(message) from unreachable
+    return Path(found).parent
 
 
 def companion_files(folder: Path) -> list[Path]:
@@ -142,7 +135,7 @@ def companion_files(folder: Path) -> list[Path]:
         and not path.name.startswith(".")
     ]
     for module in _module_folders(folder):
-        found += [path for path in module.rglob("*") if path.is_file() and path.suffix not in _PICKLES]
+        found += [path for path in module.rglob("*") if path.is_file() and path.suffix not in PICKLES]
     return sorted(path.relative_to(folder) for path in found)
 
 
@@ -153,7 +146,7 @@ def _module_folders(folder: Path) -> list[Path]:
     try:
         paths = [str(module["path"]) for module in json.loads(file.read_text(encoding="utf-8"))]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: not a list of modules ({_first_line(error)})") from error
+        raise InputError(f"{file}: not a list of modules ({one_line(error)})") from error
     inside = [(folder / path).resolve() for path in paths if path]
     return [folder / path.relative_to(folder.resolve()) for path in inside if folder.resolve() in path.parents]
 
@@ -171,66 +164,22 @@ def read_config(name: str | Path) -> Any:
         return AutoConfig.from_pretrained(str(name), trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
         if not Path(name).is_dir():
-            raise InputError(f"{name}: no folder here, and not reachable on the hub ({_first_line(error)})") from error
-        raise InputError(f"{name}: config.json cannot be used ({_first_line(error)})") from error
+            raise InputError(f"{name}: no folder here, and not reachable on the hub ({one_line(error)})") from error
+        raise InputError(f"{name}: config.json cannot be used ({one_line(error)})") from error
 
 
-def _local_tensors(folder: Path) -> dict[str, TensorInfo]:
-    tensors: dict[str, TensorInfo] = {}
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
-                    piece = handle.get_slice(name)
-                    tensors[name] = TensorInfo(tuple(piece.get_shape()), piece.get_dtype(), file.name)
-        except SafetensorError as error:
-            raise InputError(f"{file}: damaged or cut short ({_first_line(error)}): fetch it again") from error
-    index = folder / INDEX_FILE
-    if index.is_file():
-        absent = sorted(set(_weight_map(index)) - set(tensors))
-        if absent:
-            raise InputError(f"{index}: tensor {absent[0]} is in no shard ({len(absent)} such): fetch it again")
-    return tensors
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a local checkpoint, shards in order.
-
-    Raises:
-        InputError: a shard is missing, or there are no safetensors at all.
-    """
-    index, single = folder / INDEX_FILE, folder / WEIGHTS_FILE
-    if index.is_file():
-        files = [folder / name for name in sorted(set(_weight_map(index).values()))]
-    elif single.is_file():
-        files = [single]
-    else:
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-        if pickles:
-            raise InputError(
-                f"{folder / pickles[0]}: a pickle can run any code when it is loaded, so it is refused: "
-                "convert the checkpoint to safetensors"
-            )
-        raise InputError(f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE}")
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"{file} is missing, though {INDEX_FILE} names it: fetch it again")
-    return files
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return {str(k): str(v) for k, v in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: not a safetensors index ({_first_line(error)})") from error
+def is_hub_name(name: str | Path) -> bool:
+    """Whether `name`, which is no folder, may be that of a model on the hub."""
+    text = str(name)
+    outside = text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1
+    return bool(text) and not outside and not Path(name).is_file()
 
 
 def _check_hub_name(name: str | Path) -> None:
-    text = str(name)
-    if text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1 or Path(name).is_file():
+    if not is_hub_name(name):
         raise InputError(f"{name}: no such folder")
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def one_line(error: Exception) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split())[:500] or type(error).__name__

@@ -11,14 +11,14 @@ import torch
 from rich import box
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mlp_fusion.architectures import get_architecture
-from mlp_fusion.checkpoint.compress import model_class, model_outputs, reference_outputs
-from mlp_fusion.checkpoint.metadata import FUSION_KEY, REFERENCE_FILE, fusion_record
+from mlp_fusion.checkpoint.metadata import DTYPE_KEY, FUSION_KEY, REFERENCE_FILE, fusion_record
+from mlp_fusion.checkpoint.reference import compute_dtype, load_checkpoint, model_outputs, reference_outputs
 from mlp_fusion.checkpoint.restoring import read_scales
-from mlp_fusion.checkpoint.source import read_headers, weight_files
+from mlp_fusion.checkpoint.source import Headers, read_headers
+from mlp_fusion.checkpoint.weights import COMPUTING, find_weights, opened
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure import relative_error
 from mlp_fusion.measure.report import render
@@ -80,31 +80,32 @@ def verify(out: str | Path, against: nn.Module | None = None) -> Verification:
     record = fusion_record(headers.config)
     if record is None:
         raise InputError(f"{folder}: not a fused checkpoint: config.json has no {FUSION_KEY!r} entry")
-    recorded = _read_reference(folder) if against is None else None
-    model, info = model_class(headers.config).from_pretrained(
-        folder, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )  # fmt: skip
+    recorded, dtype = _read_reference(folder) if against is None else (None, None)
+    working = compute_dtype(get_architecture(headers.config.model_type), headers.tensors, dtype)
+    model, info = load_checkpoint(folder, headers.config, working)
     expected = recorded or reference_outputs(against, seed=0, head=not info["missing_keys"])
     checks = [
         _check_shapes(headers.config, record, headers.tensors),
         _check_finite(folder),
         _check_loading(headers.config, info),
-        _check_outputs(expected, model.eval()),
+        _check_outputs(expected, model, headers),
         _check_scale(folder, record, model),
     ]
     return Verification(str(folder), checks)
 
 
-def _read_reference(folder: Path) -> dict[str, Tensor]:
+def _read_reference(folder: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The outputs that `compress` recorded, and the dtype that the model ran in where it was not the weights' own."""
     file = folder / REFERENCE_FILE
     if not file.is_file():
         raise InputError(f"{file} is missing, only compress writes it: use mlp_fusion.verify(folder, against=model)")
     try:
-        reference: dict[str, Tensor] = load_file(file)
+        with safe_open(file, framework="pt") as handle:
+            dtype = (handle.metadata() or {}).get(DTYPE_KEY)
+            reference = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (no mapping)
     except SafetensorError as error:
         raise InputError(f"{file}: damaged or cut short: compress again") from error
-    return reference
+    return reference, dtype
 
 
 def _check_shapes(config: Any, record: dict[str, Any], tensors: Any) -> Check:
@@ -127,11 +128,13 @@ def _check_shapes(config: Any, record: dict[str, Any], tensors: Any) -> Check:
 
 def _check_finite(folder: Path) -> Check:
     count = 0
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as handle:
+    for file in find_weights(folder).files:
+        with opened(file) as handle:
             for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
                 count += 1
                 tensor = handle.get_tensor(name)
+                if tensor.is_floating_point() and tensor.itemsize == 1:
+                    tensor = tensor.float()  # of FP8, torch cannot say
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     return Check("finite", False, f"{name} holds NaN or Inf")
     return Check("finite", True, f"{count} tensors")
@@ -151,12 +154,21 @@ def _check_loading(config: Any, info: dict[str, Any]) -> Check:
     return Check("loads", True, f"not in the checkpoint: {missing[0]}" if missing else "every weight found its place")
 
 
-def _check_outputs(expected: dict[str, Tensor], model: Any) -> Check:
-    found = model_outputs(model, expected["input_ids"], head="logits" in expected)
-    kind = next(iter(found))
-    error = relative_error(found[kind], expected[kind])
-    limit = 0.3 * torch.finfo(model.dtype).eps ** 0.5
-    seen = f"relative difference of {kind.replace('_', ' ')} {error:.1e} to the model in memory (limit {limit:.1e})"
+def _check_outputs(expected: dict[str, Tensor], model: Any, headers: Headers) -> Check:
+    found = model_outputs(model, expected["input_ids"], head="last_hidden_state" not in expected)
+    # The model in memory has not seen the rounding of the FFNs to the dtypes that they are stored in.
+    architecture = get_architecture(headers.config.model_type)
+    stored = [COMPUTING[t.dtype] for name, t in headers.tensors.items() if t.floating and architecture.match(name)]
+    limit = 0.3 * max(torch.finfo(dtype).eps for dtype in (model.dtype, *stored)) ** 0.5
+    details = []
+    for kind in sorted(set(expected) - {"input_ids"}):
+        if kind not in found or found[kind].shape != expected[kind].shape:
+            shape = tuple(found[kind].shape) if kind in found else "missing"
+            return Check("outputs", False, f"{kind} is {shape}, in memory it was {tuple(expected[kind].shape)}")
+        details.append((relative_error(found[kind], expected[kind]), kind.replace("_", " ")))
+    # NaN, which compares with nothing, is the worst.
+    error, kind = max(details, key=lambda pair: (pair[0] != pair[0], pair[0]))
+    seen = f"relative difference of {kind} {error:.1e} to the model in memory (limit {limit:.1e})"
     return Check("outputs", error <= limit, seen)
 
 

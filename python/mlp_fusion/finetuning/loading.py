@@ -23,9 +23,10 @@ from mlp_fusion.architectures import get_architecture
 from mlp_fusion.checkpoint.metadata import adopt_fused_config, fusion_record
 from mlp_fusion.checkpoint.restoring import restore
 from mlp_fusion.checkpoint.source import local_folder
-from mlp_fusion.checkpoint.text import load_tokenizer
+from mlp_fusion.checkpoint.text import load_tokenizer, tokenizer_of
+from mlp_fusion.checkpoint.weights import read_tensors
 from mlp_fusion.errors import InputError
-from mlp_fusion.measure.activations import evaluating
+from mlp_fusion.measure.activations import evaluating, naming_outputs
 from mlp_fusion.modules.ffn import FusedFFN
 from mlp_fusion.selection import parameterization_for
 
@@ -87,11 +88,12 @@ def load_student(model: Model, task: str, names: Sequence[str], optimizer: str, 
     else:
         loaded, name = model, type(model).__name__
         _check_in_memory(loaded, name, optimizer)
-        folder = Path(model.name_or_path or "nowhere")
-    if tokenizer is None and not folder.is_dir():
-        raise InputError("the model was not loaded from a folder with a tokenizer: pass tokenizer")
-    # A copy of the caller's own: the token to pad with is set on it.
-    tokenizer = load_tokenizer(folder) if tokenizer is None else copy.deepcopy(tokenizer)
+    if tokenizer is None:
+        tokenizer = tokenizer_of(loaded) if loaded is model else load_tokenizer(folder)
+        if tokenizer is None:
+            raise InputError("the model was not loaded from a folder with a tokenizer: pass tokenizer")
+    else:
+        tokenizer = copy.deepcopy(tokenizer)  # the token to pad with is set on it
     if tokenizer.pad_token is None:
         _choose_padding(tokenizer, getattr(loaded.config, "pad_token_id", None), name)
     _pad_alike(loaded, tokenizer)
@@ -111,6 +113,7 @@ def _config(folder: Path) -> Any:
 
 
 def _load(cls: Any, folder: Path, **options: Any) -> Any:
+    read_tensors(folder)  # whatever is wrong with the files is said in our words, and nothing ambiguous is loaded
     try:
         return cls.from_pretrained(folder, **_LOADING, **options)
     except (OSError, ValueError, SafetensorError) as error:
@@ -168,7 +171,7 @@ def positions(model: Any) -> int | None:
 @torch.no_grad()
 def _check_causal(model: Any, name: str) -> None:
     ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
-    with evaluating(model):
+    with evaluating(model), naming_outputs(model):
         one, other = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0].float()
     if float((one - other).abs().max()) > 1e-3 * float(one.abs().max()):
         raise InputError(f"{name} is no causal language model: what it predicts for a token depends on later ones")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -21,7 +22,7 @@ from torch import nn
 
 from mlp_fusion.checkpoint.compress import resolve_device
 from mlp_fusion.checkpoint.metadata import fusion_record
-from mlp_fusion.checkpoint.writing import check_output
+from mlp_fusion.checkpoint.output import check_output, taken
 from mlp_fusion.errors import InputError
 from mlp_fusion.finetuning.data import Data, Rows, class_names, labelled_examples, language_examples, read_rows
 from mlp_fusion.finetuning.loading import (
@@ -35,6 +36,7 @@ from mlp_fusion.finetuning.loading import (
 )
 from mlp_fusion.finetuning.result import RESULT_FILE, FinetuneReport, Progress
 from mlp_fusion.finetuning.settings import Settings
+from mlp_fusion.measure.activations import naming_outputs
 
 _METRICS = {"classification": "accuracy", "lm": "perplexity"}
 #: Points of a learning curve.
@@ -85,7 +87,7 @@ def finetune(
             itself.
         out: folder to make. It holds the checkpoints of the unfinished run, and in the end the model, its tokenizer
             and `finetune.json`, the report.
-        train, evaluation: files, datasets or rows: see :func:`mlp_fusion.finetuning.data.read_rows`. Texts of `lm` are
+        train, evaluation: files, datasets or rows: see :func:`mlp_fusion.checkpoint.rows.read_rows`. Texts of `lm` are
             put end to end and cut into blocks of `max_length` tokens.
         task: `classification` of texts or pairs of texts, or `lm`, causal language modelling.
         teacher: a model trained on the task, for its logits.
@@ -128,58 +130,68 @@ def finetune(
     labelled = task == "classification"
     rows = read_rows(train, labelled=labelled, columns=columns)
     held_out = None if evaluation is None else read_rows(evaluation, labelled=labelled, columns=columns)
-    transformers.set_seed(seed)  # before a head is drawn
-    student = load_student(model, task, class_names(rows) if labelled else [], optimizer, tokenizer)
-    taught = None if teacher is None else load_teacher(teacher, task, student)
-    fitted = None if original is None else load_original(original, student)
-    models = [student.model, taught, None if fitted is None else fitted[0]]
-    length = min(max_length, *(positions(m) or max_length for m in models if m is not None))
-    # A copy: the length that it cuts texts to would be saved with the tokenizer.
-    reader = copy.deepcopy(student.tokenizer)
+    # Under torchrun, the first of several processes holds the folder for all.
+    with taken(out) if _is_main() else contextlib.nullcontext():
+        _check_folder(out, resume)
+        transformers.set_seed(seed)  # before a head is drawn
+        student = load_student(model, task, class_names(rows) if labelled else [], optimizer, tokenizer)
+        taught = None if teacher is None else load_teacher(teacher, task, student)
+        fitted = None if original is None else load_original(original, student)
+        models = [student.model, taught, None if fitted is None else fitted[0]]
+        length = min(max_length, *(positions(m) or max_length for m in models if m is not None))
+        # A copy: the length that it cuts texts to would be saved with the tokenizer.
+        reader = copy.deepcopy(student.tokenizer)
 
-    def examples(found: Any) -> Any:
-        if labelled:
-            made: Any = labelled_examples(found, reader, student.classes, length)
-        else:
-            made = language_examples(found, reader, length)
-        largest, size = max(int(max(row["input_ids"])) for row in made), student.model.config.vocab_size
-        if largest >= size:
-            raise InputError(f"{found.source}: the tokenizer makes token {largest}, the model knows {size}: another's?")
-        return made
+        known = _examples(rows, reader, student, length)
+        wanted = None if held_out is None else _examples(held_out, reader, student, length)
+        teacher_name, original_name = _name(teacher), _name(original)
+        names = {"model": student.name, "teacher": teacher_name, "original": original_name}
+        if _processes() > 1:
+            # The first process is about to fill the folder that the others have yet to find empty.
+            import accelerate
 
-    known, wanted = examples(rows), None if held_out is None else examples(held_out)
-    teacher_name, original_name = _name(teacher), _name(original)
-    names = {"model": student.name, "teacher": teacher_name, "original": original_name}
-    if _processes() > 1:
-        # The first process is about to fill the folder that the others have yet to find empty.
-        import accelerate
+            accelerate.PartialState(cpu=cpu).wait_for_everyone()
+        run = _Run(settings, student, known, wanted, out / _WORK, cpu, progress)
+        data = {"training data": _digest(rows), "evaluation data": _digest(held_out), "processes": _processes()}
+        run.open({**dataclasses.asdict(settings), **names, "examples": len(known), **data}, resume)
+        with contextlib.ExitStack() as stack:
+            for loaded in models:
+                if loaded is not None:
+                    stack.enter_context(naming_outputs(loaded))
+            run.train(taught, fitted)
 
-        accelerate.PartialState(cpu=cpu).wait_for_everyone()
-    run = _Run(settings, student, known, wanted, out / _WORK, cpu, progress)
-    data = {"training data": _digest(rows), "evaluation data": _digest(held_out), "processes": _processes()}
-    run.open({**dataclasses.asdict(settings), **names, "examples": len(known), **data}, resume)
-    run.train(taught, fitted)
+        record = fusion_record(student.model.config)
+        report = FinetuneReport(
+            task=task, model=student.name, teacher=teacher_name, original=original_name,
+            method=None if record is None else record["method"],
+            parameterization=None if record is None else record["parameterization"],
+            optimizer=optimizer, learning_rate=learning_rate, batch_size=batch_size, epochs=epochs, seed=seed,
+            examples=len(known), metric=_METRICS[task], initial=run.state["initial"],
+            final=run.evaluations[-1] if run.evaluations else None, train=run.curve, evaluations=run.evaluations,
+            distillation={
+                "layerwise": run.state["layerwise"],
+                "logits": None if taught is None else {"weight": distill_weight, "temperature": temperature},
+            },
+            seconds=time.perf_counter() - started,
+        )  # fmt: skip
+        if run.is_main:
+            student.model.save_pretrained(out)
+            student.tokenizer.save_pretrained(out)
+            _write(out / RESULT_FILE, report.to_dict())
+            shutil.rmtree(out / _WORK)
+        return report
 
-    record = fusion_record(student.model.config)
-    report = FinetuneReport(
-        task=task, model=student.name, teacher=teacher_name, original=original_name,
-        method=None if record is None else record["method"],
-        parameterization=None if record is None else record["parameterization"],
-        optimizer=optimizer, learning_rate=learning_rate, batch_size=batch_size, epochs=epochs, seed=seed,
-        examples=len(known), metric=_METRICS[task], initial=run.state["initial"],
-        final=run.evaluations[-1] if run.evaluations else None, train=run.curve, evaluations=run.evaluations,
-        distillation={
-            "layerwise": run.state["layerwise"],
-            "logits": None if taught is None else {"weight": distill_weight, "temperature": temperature},
-        },
-        seconds=time.perf_counter() - started,
-    )  # fmt: skip
-    if run.is_main:
-        student.model.save_pretrained(out)
-        student.tokenizer.save_pretrained(out)
-        _write(out / RESULT_FILE, report.to_dict())
-        shutil.rmtree(out / _WORK)
-    return report
+
+def _examples(rows: Rows, tokenizer: Any, student: Student, length: int) -> list[Any]:
+    """Tokenised rows, for classification where the student has classes."""
+    if student.classes:
+        made: list[Any] = labelled_examples(rows, tokenizer, student.classes, length)
+    else:
+        made = language_examples(rows, tokenizer, length)
+    largest, size = max(int(max(row["input_ids"])) for row in made), student.model.config.vocab_size
+    if largest >= size:
+        raise InputError(f"{rows.source}: the tokenizer makes token {largest}, the model knows {size}: another's?")
+    return made
 
 
 class _Run:
@@ -194,7 +206,7 @@ class _Run:
         self.state: dict[str, Any] = {"settings": {}, "initial": None, "layerwise": None, "start": None}
         self.curve: list[dict[str, float]] = []
         self.evaluations: list[dict[str, float]] = []
-        self.is_main = int(os.environ.get("RANK", "0")) == 0
+        self.is_main = _is_main()
 
     def open(self, description: dict[str, Any], resume: bool) -> None:
         """Note what is run, or compare it with what an unfinished run was started with."""
@@ -301,7 +313,10 @@ class _Run:
         )
         collator: Any = transformers.default_data_collator
         if labelled:
-            collator = transformers.DataCollatorWithPadding(self.student.tokenizer)
+            # Behind the texts, where no position shifts; the tokenizer itself is saved as it was.
+            padder = copy.deepcopy(self.student.tokenizer)
+            padder.padding_side = "right"
+            collator = transformers.DataCollatorWithPadding(padder)
         momentum = {"lr": rate, "momentum": 0.9, "weight_decay": s.weight_decay}
         return {
             "model": self.student.model,
@@ -356,6 +371,10 @@ def _check_folder(out: Path, resume: bool) -> None:
         raise InputError(f"{out} holds an unfinished run: go on with resume, or choose another folder")
     else:
         check_output(out)
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _processes() -> int:

@@ -62,7 +62,7 @@ def random_batch(model: nn.Module, *, seed: int, batch: int = 8, length: int = 6
 
 
 def take_batches(sample: Batch | Iterable[Batch], tokens: int, name: str = "sample") -> list[dict[str, Tensor]]:
-    """Batches from one batch or an iterable of them, until they hold `tokens` tokens; masks are on the CPU.
+    """Batches from one batch or an iterable of them, until they hold `tokens` tokens, with their padding at the end.
 
     `name` is what the caller calls them.
 
@@ -80,7 +80,7 @@ def take_batches(sample: Batch | Iterable[Batch], tokens: int, name: str = "samp
             )
         # Labels are a head's business, and text columns nobody's; extra leading dimensions (choices) are flattened.
         tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim >= 2 and k != "labels"}
-        taken.append({k: v.reshape(-1, v.shape[-1]) for k, v in tensors.items()})
+        taken.append(padded_behind({k: v.reshape(-1, v.shape[-1]) for k, v in tensors.items()}))
         seen += int(token_mask(taken[-1]).sum())
         if seen >= tokens:
             break
@@ -89,6 +89,28 @@ def take_batches(sample: Batch | Iterable[Batch], tokens: int, name: str = "samp
     if seen == 0:
         raise InputError(f"{name} has no token: every attention mask is zero")
     return taken
+
+
+def padded_behind(batch: Batch) -> dict[str, Tensor]:
+    """`batch` with its sequences moved to the front of their rows, where padding stands before them.
+
+    Models with absolute positions count them from the first column on, padding included: behind padding, every token
+    would get the position, and with it the hidden states, of another one.
+    """
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if mask is None or mask.shape != ids.shape or bool(mask[:, :1].all()):
+        return dict(batch)
+    # Of a row without any token, all is padding: argmax is 0, and it stays.
+    start = mask.bool().int().argmax(dim=1, keepdim=True)
+    columns = (torch.arange(ids.shape[1], device=mask.device) + start) % ids.shape[1]
+
+    def moved(tensor: Tensor) -> Tensor:
+        # Positions may come once for all sequences.
+        if tensor.shape not in (ids.shape, (1, ids.shape[1])):
+            return tensor
+        return tensor.expand(ids.shape).gather(1, columns.to(tensor.device))
+
+    return {name: moved(tensor) for name, tensor in batch.items()}
 
 
 def token_mask(batch: Batch) -> Tensor:
@@ -113,20 +135,66 @@ def stream_activations(
     Raises:
         InputError: the model cannot run on a batch, or an FFN did not run.
     """
-    device = next(model.parameters()).device
-    # The head has no FFN of ours, may ask for more than token ids, and makes the largest tensors of all.
-    base: Any = getattr(model, "base_model", model)
     with evaluating(model), tapped(architecture, sites, visit) as taps:
         for batch in batches:
             taps.start(token_mask(batch))
-            try:
-                base(**{k: v.to(device) for k, v in batch.items()})
-            except InputError:
-                raise
-            except (ValueError, IndexError, TypeError, RuntimeError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise InputError(f"the model cannot run on the sample ({type(error).__name__}: {reason})") from error
+            run_base(model, batch)
             taps.finish()
+
+
+def run_base(model: nn.Module, batch: Batch, name: str = "the sample") -> Any:
+    """Outputs of `model` without its head on `batch`, by their names; `name` is what the caller calls the text.
+
+    The head has no FFN of ours, may ask for more than token ids, and makes the largest tensors of all.
+
+    Raises:
+        InputError: it cannot run on the batch.
+    """
+    base: Any = getattr(model, "base_model", model)
+    device = next(model.parameters()).device
+    embeddings = getattr(base.get_input_embeddings(), "num_embeddings", None) if hasattr(base, "config") else None
+    largest, least = int(batch["input_ids"].max()), int(batch["input_ids"].min())
+    if embeddings is not None and not 0 <= least <= largest < embeddings:
+        raise InputError(
+            f"{name} holds token {largest if least >= 0 else least}, the model knows 0 to {embeddings - 1}: "
+            "tokenise it with the model's own tokenizer"
+        )
+    try:
+        with naming_outputs(model):
+            return base(**{k: v.to(device) for k, v in batch.items()})
+    except InputError:
+        raise
+    except (ValueError, IndexError, TypeError, RuntimeError) as error:
+        raise cannot_run(name, error) from error
+
+
+@contextmanager
+def naming_outputs(model: nn.Module) -> Iterator[None]:
+    """Outputs by their names inside, where the model's config asks for tuples.
+
+    An argument to that effect would not do: some models run their inner ones as the config says.
+    """
+    configs = {id(c): c for m in model.modules() if (c := m.__dict__.get("config")) is not None}
+    changed = [config for config in configs.values() if getattr(config, "return_dict", True) is False]
+    for config in changed:
+        config.return_dict = True
+    try:
+        yield
+    finally:
+        for config in changed:
+            config.return_dict = False
+
+
+def cannot_run(name: str, error: Exception) -> InputError:
+    """The error of a model that `error` keeps from running on what is called `name`."""
+    reason = " ".join(str(error).split())[:200]
+    return InputError(f"the model cannot run on {name} ({type(error).__name__}: {reason})")
+
+
+def not_finite(what: str, dtype: torch.dtype) -> InputError:
+    """The error of a model whose `what` overflow, or hold NaN, in `dtype`."""
+    remedy = "run it in float32 (load it so; compress: --dtype float32)" if dtype.itemsize < 4 else "mend its weights"
+    return InputError(f"{what} hold NaN or Inf in {str(dtype).removeprefix('torch.')}: {remedy}")
 
 
 @contextmanager
@@ -251,7 +319,7 @@ def capture_activations(
         One `Activations` per site, in their order.
 
     Raises:
-        InputError: the sample has no token, or an FFN did not run.
+        InputError: the sample has no token, or an FFN did not run, or overflows.
     """
     batches = take_batches(sample, POOL * rows)
     total = sum(int(token_mask(b).sum()) for b in batches)
@@ -269,4 +337,8 @@ def capture_activations(
             store.append(rows_of[positions.to(rows_of.device)].clone())
 
     stream_activations(model, architecture, sites, batches, keep)
-    return [Activations(torch.cat(xs), torch.cat(ys)) for xs, ys in kept]
+    found = [Activations(torch.cat(xs), torch.cat(ys)) for xs, ys in kept]
+    for site, rows_of in zip(sites, found, strict=True):
+        if not bool(rows_of.x.isfinite().all() and rows_of.y.isfinite().all()):
+            raise not_finite(f"{site.path}: this FFN's inputs or outputs", rows_of.y.dtype)
+    return found

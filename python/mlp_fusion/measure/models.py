@@ -15,7 +15,7 @@ from fusion_kernels import ntk_compare
 from fusion_kernels.ntk import Kernel
 from mlp_fusion.architectures import Architecture, FFNSite, get_architecture
 from mlp_fusion.errors import InputError
-from mlp_fusion.measure.activations import POOL, Batch, capture_activations, evaluating, take_batches
+from mlp_fusion.measure.activations import POOL, Batch, capture_activations, evaluating, run_base, take_batches
 from mlp_fusion.measure.errors import ffn_parts, relative_error
 from mlp_fusion.modules.layouts import read_projection
 
@@ -174,8 +174,7 @@ def _matching_sites(original: nn.Module, other: nn.Module) -> tuple[Architecture
 
 def pooled(model: nn.Module, batch: Batch) -> Tensor:
     """(samples, hidden): means of the last hidden states over each sequence's tokens."""
-    base: Any = getattr(model, "base_model", model)
-    hidden: Tensor = base(**batch).last_hidden_state
+    hidden: Tensor = run_base(model, batch).last_hidden_state
     mask = batch.get("attention_mask")
     if mask is None:
         return hidden.mean(1)

@@ -56,7 +56,7 @@ class FFNRow:
 
 @dataclass(frozen=True)
 class EmbeddingSimilarity:
-    """Cosine of mean-pooled last hidden states, compressed model against original, over `sentences` texts."""
+    """Cosine of mean-pooled last hidden states, compressed model to original, over `sentences` (parts of) texts."""
 
     mean: float
     minimum: float

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from mlp_fusion.architectures import Architecture, FFNSite
 from mlp_fusion.calibration.statistics import FFNStatistics
 from mlp_fusion.errors import InputError
-from mlp_fusion.measure.activations import Batch, evaluating, replaced, token_mask
+from mlp_fusion.measure.activations import Batch, evaluating, replaced, run_base, token_mask
 from mlp_fusion.measure.errors import relative_error
 from mlp_fusion.methods.pipeline import Progress, Recipe, ReducedFFN, reduce_ffns
 from mlp_fusion.neurons import NeuronBundle
@@ -96,11 +95,9 @@ def hidden_state_changes(
     """
     probes = batches[:: max(1, len(batches) // _PROBES)][:_PROBES]
     masks = [token_mask(batch) for batch in probes]
-    base: Any = getattr(model, "base_model", model)
-    device = next(model.parameters()).device
 
     def states() -> Tensor:
-        runs = [base(**{k: v.to(device) for k, v in batch.items()}).last_hidden_state for batch in probes]
+        runs = [run_base(model, batch, "the calibration text").last_hidden_state for batch in probes]
         return torch.cat([run[mask.to(run.device)] for run, mask in zip(runs, masks, strict=True)])
 
     changes = []

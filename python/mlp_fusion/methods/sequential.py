@@ -35,7 +35,7 @@ from mlp_fusion.calibration.statistics import (
     take_calibration,
 )
 from mlp_fusion.errors import InputError
-from mlp_fusion.measure.activations import Batch, Taps, evaluating, replaced, tapped, token_mask
+from mlp_fusion.measure.activations import Batch, Taps, evaluating, replaced, run_base, tapped, token_mask
 from mlp_fusion.methods.pipeline import ReducedFFN
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -106,14 +106,9 @@ def _record(model: nn.Module, layers: Sequence[FFNSite], batches: Sequence[Batch
     handles = [
         site.layer.register_forward_pre_hook(recorder(number), with_kwargs=True) for number, site in enumerate(layers)
     ]
-    device = next(model.parameters()).device
-    base: Any = getattr(model, "base_model", model)
     try:
         for batch in batches:
-            base(**{k: v.to(device) for k, v in batch.items()})
-    except (ValueError, IndexError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the model cannot run on the calibration text ({type(error).__name__}: {reason})") from error
+            run_base(model, batch, "the calibration text")
     finally:
         for handle in handles:
             handle.remove()

@@ -1,0 +1,129 @@
+"""The folder that is written: taken by one run at a time, filled all or nothing, and cleared of what a killed run left.
+
+While a run works, `.NAME.lock` stands beside the folder NAME and is locked by its process, so that a lock file which a
+killed process has left means nothing. What is written stands in `.NAME.partial` beside it, and gets its name at the
+end. A folder that exists (it may be a mount point, which cannot be exchanged, or lie where nothing can be made) is
+filled from a hidden folder inside it instead.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlp_fusion.errors import InputError
+
+#: Where they lie inside the folder itself.
+_LOCK, _PARTIAL = ".mlp_fusion.lock", ".mlp_fusion.partial"
+#: No content of a folder: ours, and what every new file system has at its top.
+_NOTHING = {_LOCK, _PARTIAL, "lost+found"}
+
+
+def check_output(out: Path) -> None:
+    """Raise InputError unless `out` can be made, or is an empty folder that can be filled."""
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path} is a file: choose another folder")
+    if out.is_dir() and any(path.name not in _NOTHING for path in out.iterdir()):
+        raise InputError(f"{out} exists and is not empty: choose another folder or empty it")
+    place = next(path for path in (out, *out.parents) if path.is_dir())
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{place} cannot be written to: choose another folder")
+
+
+@contextmanager
+def taken(out: Path) -> Iterator[None]:
+    """Keep other runs out of `out`, which need not exist, and remove what a run that was killed left unfinished.
+
+    Raises:
+        InputError: another run is writing to it, or no lock can be made there.
+    """
+    inside = out.is_dir() and (os.path.ismount(out) or not os.access(out.parent, os.W_OK))
+    lock = out / _LOCK if inside else out.parent / f".{out.name}.lock"
+    made = [parent for parent in lock.parents if not parent.exists()]
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = _locked(lock, out)
+        try:
+            _remove_leftovers(out)
+            yield
+        finally:
+            # While it is held: whoever opens it from now on makes a new one.
+            lock.unlink(missing_ok=True)
+            os.close(handle)
+    finally:
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def _locked(lock: Path, out: Path) -> int:
+    """An open, locked file at `lock`."""
+    while True:
+        try:
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise InputError(f"{lock} cannot be made ({error.strerror}): choose another folder") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise InputError(f"another run is writing to {out}: wait for it, or choose another folder") from error
+        except OSError as error:
+            os.close(handle)
+            raise InputError(f"{lock} cannot be locked ({error.strerror}): choose a folder on a local disk") from error
+        if _is_at(handle, lock):
+            return handle
+        os.close(handle)  # of a run that has just ended and removed it
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_leftovers(out: Path) -> None:
+    # Earlier versions put eight random digits into the name.
+    left = re.compile(rf"\.{re.escape(out.name)}\.([0-9a-f]{{8}}\.)?partial")
+    beside = [path for path in out.parent.iterdir() if left.fullmatch(path.name)] if out.parent.is_dir() else []
+    for path in (*beside, out / _PARTIAL):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+
+
+@contextmanager
+def appears_when_complete(out: Path) -> Iterator[Path]:
+    """A folder to write into, whose content is that of `out` at the end, or vanishes on any error or interrupt.
+
+    To be called with `out` taken.
+    """
+    exists = out.is_dir()
+    staging = out / _PARTIAL if exists else out.parent / f".{out.name}.partial"
+    moved: list[Path] = []
+    try:
+        staging.mkdir()
+        yield staging
+        if exists:
+            check_output(out)
+            # The config last: without it, nobody takes the folder for a checkpoint.
+            for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+                moved.append(out / path.name)
+                path.rename(moved[-1])
+            staging.rmdir()
+        else:
+            # Replaces an empty folder in one step, and fails if one has been filled in the meantime.
+            staging.rename(out)
+    except BaseException:
+        for path in (*moved, staging):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        raise
