@@ -293,7 +293,7 @@ def env(as_json: bool) -> None:
     """Versions, devices, and which backend each operator uses here and why."""
     report = environment()
     if as_json:
-        click.echo(json.dumps(report))
+        click.echo(json.dumps(report, allow_nan=False))
         return
     rows = [*report["versions"].items(), *(("device", device) for device in report["devices"])]
     rows += [(name, ", ".join(f"{k}: {v}" for k, v in row.items())) for name, row in report["backends"].items()]
@@ -370,7 +370,7 @@ def _hush() -> None:
 
 
 def _emit(result: Any, as_json: bool) -> None:
-    click.echo(json.dumps(result.to_dict()) if as_json else result.table())
+    click.echo(json.dumps(result.to_dict(), allow_nan=False) if as_json else result.table())
 
 
 def main() -> None:

@@ -26,6 +26,10 @@ OPTIMIZERS: dict[str, Parameterization] = {
 }
 
 
+#: Layers that a message names.
+_SHOWN = 8
+
+
 def parameterization_for(optimizer: str | None) -> Parameterization:
     """`scaled` for Adam-like optimisers, `split` for SGD-like ones, `folded` for None (inference and export).
 
@@ -68,28 +72,29 @@ def resolve_layers(layers: Layers, available: list[int]) -> list[int]:
             if isinstance(index, bool) or not isinstance(index, Integral):
                 raise InputError(f"layers holds {index!r}: give layer numbers")
             chosen.add(int(index))
+            if len(chosen) > len(available):
+                break  # there is one among them that the model lacks, and who knows how many are to come
     missing = sorted(chosen - set(available))
     if missing:
-        raise InputError(
-            f"layers {', '.join(map(str, missing))} out of range: the model has FFNs in layers "
-            f"{min(available)}-{max(available)}"
-        )
+        shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
+        raise InputError(f"layers {shown} out of range: the model has FFNs in layers {min(available)}-{max(available)}")
     if not chosen:
         raise InputError("no layer chosen: layers is empty")
     return sorted(chosen)
 
 
 def _parse_part(part: str, available: list[int]) -> list[int]:
-    if found := re.fullmatch(r"(first|last):(\d+)", part):
+    if found := re.fullmatch(r"(first|last):(\d{1,18})", part):
         count = int(found[2])
         if not 1 <= count <= len(available):
             raise InputError(f"layers {part!r}: the model has {len(available)} FFNs")
         return available[:count] if found[1] == "first" else available[-count:]
-    if found := re.fullmatch(r"(\d+)(?:-(\d+))?", part):
+    if found := re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part):
         first, last = int(found[1]), int(found[2] or found[1])
         if last < first:
             raise InputError(f"layers {part!r}: the range runs backwards")
-        return list(range(first, last + 1))
+        # One that is out of range is enough to say so.
+        return list(range(first, min(last, max(first, *available) + _SHOWN + 1) + 1))
     raise InputError(f"layers {part!r} cannot be read: use all, 4, 4-11, first:4, last:8, or several with commas")
 
 

@@ -179,6 +179,15 @@ def test_compress_passes_the_text_on(run: Run, source: Path, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_compress_runs_in_another_dtype(run: Run, source: Path, tmp_path: Path) -> None:
+    done = run("compress", source, tmp_path / "out", "--width", "16", "--dtype", "float64")
+    assert done.code == 0, done.err
+    assert {tensor.dtype for tensor in ck.tensors(tmp_path / "out").values()} == {torch.float32}
+    assert run("verify", tmp_path / "out").code == 0
+    done = run("compress", source, tmp_path / "other", "--width", "16", "--dtype", "float16")
+    assert (done.code, "would round the checkpoint's weights" in done.error) == (2, True)
+
+
 def test_verify_prints_a_table(run: Run, fused: Path) -> None:
     done = run("verify", fused)
     assert (done.code, done.err) == (0, "")

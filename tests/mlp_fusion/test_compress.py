@@ -238,6 +238,40 @@ def test_files_beside_the_weights(source: Path, fused: Path) -> None:
         assert (fused / name).read_bytes() == (source / name).read_bytes()
 
 
+def test_licence_templates_and_tokenizers_of_every_kind_go_along(source: Path, tmp_path: Path) -> None:
+    folder = ck.copy(source, tmp_path / "source")
+    kept = ["LICENSE", "LICENSE.md", "NOTICE", "USE_POLICY.md", "tokenizer.model.v3", "tokenizer_old.json",
+            "source.spm", "additional_chat_templates/tools.jinja", "2_Dense/model.safetensors"]  # fmt: skip
+    left = ["model.onnx", "tf_model.h5", "vocab.pkl", "figure.png", ".gitattributes", "2_Dense/pytorch_model.bin"]
+    for name in (*kept, *left):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+    (folder / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]')
+    mlp_fusion.compress(folder, tmp_path / "out", 16, "0")
+    assert [name for name in kept if (tmp_path / "out" / name).read_bytes() != name.encode()] == []
+    assert [name for name in left if (tmp_path / "out" / name).exists()] == []
+
+
+@pytest.mark.parametrize(
+    "name", ["merges.txt", "tokenizer.json", "LICENSE", "1_Pooling/config.json", "additional_chat_templates/x.jinja"]
+)
+def test_links_to_nothing_are_refused(name: str, source: Path, tmp_path: Path) -> None:
+    folder = ck.copy(source, tmp_path / "source")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=f"{folder / name} is a link to nothing"):
+        mlp_fusion.compress(folder, tmp_path / "out", 16, "0")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickled_weights_of_a_module_are_refused(source: Path, tmp_path: Path) -> None:
+    folder = ck.copy(source, tmp_path / "source")
+    (folder / "1_Pooling" / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(InputError, match=r"pytorch_model\.bin: a pickle can run any code .* convert it"):
+        mlp_fusion.compress(folder, tmp_path / "out", 16, "0")
+
+
 def test_report_and_card(source: Path, tmp_path: Path) -> None:
     report = mlp_fusion.compress(source, tmp_path / "out", 16, "0", seed=3)
     stored = json.loads((tmp_path / "out" / "mlp_fusion" / "report.json").read_text())

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -100,6 +101,30 @@ def test_a_head_in_memory_learns_the_names_of_its_classes(tokenizer: Any, tmp_pa
 def test_data_may_lack_some_of_the_heads_classes(tokenizer: Any) -> None:
     model = tiny_model("bert", label2id={"c": 0, "a": 1, "b": 2}, id2label={0: "c", 1: "a", 2: "b"})
     assert load_student(model, "classification", ["a", "c"], "adamw", tokenizer).classes == {"c": 0, "a": 1, "b": 2}
+
+
+def test_a_datasets_classes_keep_their_names_and_order(source: Path, tmp_path: Path) -> None:
+    feature = SimpleNamespace(names=["positive", "negative"])
+    labelled: Any = type("Labelled", (list,), {"column_names": ["text", "label"], "features": {"label": feature}})
+    data = labelled([{"text": "the cat", "label": 1}, {"text": "a cat sat", "label": 0}])
+    mlp_fusion.finetune(source, tmp_path / "out", data, task="classification", epochs=1.0, device="cpu")
+    config = ck.read_config(tmp_path / "out")
+    assert config["id2label"] == {"0": "positive", "1": "negative"}
+    assert config["label2id"] == {"positive": 0, "negative": 1}
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (("yes", "no", "maybe"), r"a head for 2 classes, the data has 3 .*: start from the model without this head"),
+        (("yes", "no"), r"a head for the classes bad, good, the data has no, yes: name the labels in the data as"),
+    ],
+)
+def test_labels_that_the_head_does_not_know(labels: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", task="SequenceClassification", id2label={0: "bad", 1: "good"})
+    data = [{"text": "the cat", "label": label} for label in labels]
+    with pytest.raises(InputError, match=words):
+        mlp_fusion.finetune(folder, tmp_path / "out", data, task="classification", device="cpu")
 
 
 def test_a_model_whose_encoder_was_fused_is_fused(tokenizer: Any, tmp_path: Path) -> None:

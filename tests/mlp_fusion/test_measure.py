@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -156,6 +157,22 @@ def test_report_table_says_everything() -> None:
 def test_report_survives_json() -> None:
     for report in (_report(), _report(embeddings=None, optimizer=None)):
         assert FusionReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_numbers_that_are_not_finite_are_null_in_json() -> None:
+    row = _report().rows[0]
+    worst = {"gd": {"total": math.inf, "w_in": 0.5}, "sign": {"total": math.nan}}
+    rows = [FFNRow(**{**row.__dict__, "output_error": math.inf, "ntk_error": worst})]
+    report = _report(rows=rows, embeddings=EmbeddingSimilarity(math.nan, -1.0, 3))
+    written = json.dumps(report.to_dict(), allow_nan=False)
+    read = FusionReport.from_dict(json.loads(written))
+    assert math.isnan(read.rows[0].output_error)
+    assert math.isnan(read.rows[0].ntk_error["gd"]["total"])
+    assert read.rows[0].ntk_error["gd"]["w_in"] == 0.5
+    assert read.embeddings is not None
+    assert math.isnan(read.embeddings.mean)
+    assert "nan" in read.table()
+    assert json.dumps(read.to_dict(), allow_nan=False) == written
 
 
 def test_format_bytes() -> None:

@@ -253,6 +253,22 @@ def test_plan_prints_and_warns_nothing(saved: Path, capfd: pytest.CaptureFixture
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("prefix", ["module", "_orig_mod", "module._orig_mod", "_fsdp_wrapped_module", "left.over"])
+@pytest.mark.parametrize("inner", [True, False])
+def test_names_of_a_wrapped_model(prefix: str, inner: bool, bert: Path) -> None:
+    ck.rename_tensors(bert, lambda name: f"{prefix}.{name if inner else name.removeprefix('bert.')}")
+    message = refused(bert)
+    assert f"tensors are named {prefix}.{'bert.' if inner else ''}encoder.layer..., as a wrapped model" in message
+    assert message.endswith("save the one inside")
+
+
+def test_all_of_a_config_error_is_shown(bert: Path) -> None:
+    ck.edit_config(bert, hidden_size="wide")
+    message = refused(bert)
+    assert "hidden_size" in message
+    assert "wide" in message
+
+
 def refused(model: Any, width: Any = 16, layers: Any = None) -> str:
     """The message of the refusal, which must be one line."""
     with pytest.raises(InputError) as caught:
@@ -422,6 +438,10 @@ def test_widths_refused(width: Any, words: str, saved: Path) -> None:
         ("3", "layers 3 out of range: the model has FFNs in layers 0-2"),
         ("1-7", "layers 3, 4, 5, 6, 7 out of range"),
         ([0, 5], "layers 5 out of range"),
+        ("0-99999999999", "layers 3, 4, 5, 6, 7, 8, 9, 10, ... out of range"),
+        ("0,50-99999999999", "layers 50, 51, 52, 53, 54, 55, 56, 57, ... out of range"),
+        (range(10**12), "layers 3 out of range"),
+        ("9" * 5000, "cannot be read"),
         ([-1], "layers -1 out of range"),
         ("", "layers '' cannot be read"),
         ("some", "layers 'some' cannot be read"),

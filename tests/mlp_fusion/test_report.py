@@ -16,11 +16,11 @@ import pytest
 
 from mlp_fusion import FusionReport, InputError, cli
 from mlp_fusion.measure import FFNRow
-from mlp_fusion.measure.report import CalibrationRecord, EmbeddingSimilarity
+from mlp_fusion.measure.report import CalibrationRecord, EmbeddingSimilarity, finite
 from mlp_fusion.report import figures, write_report
 from mlp_fusion.report.gather import find_results, read_run
 from mlp_fusion.report.page import format_number, format_score, format_seconds, format_short
-from mlp_fusion.report.summary import CURVE_POINTS, cluster_bins, finite, summarize
+from mlp_fusion.report.summary import CURVE_POINTS, cluster_bins, summarize
 
 EVIL = '<b>&"$x_1$'
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -407,6 +407,17 @@ def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
     assert "infinite" in html
     assert "not a number" in html
     assert "NaN" not in written.data.read_text()
+    assert written.content["checkpoints"][0]["layers"][0]["output_error"] is None
+
+
+def test_null_stands_for_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    report = finite(fusion_report(2))
+    report["rows"][0].update(output_error=None, ntk_error={"gd": {"total": None}, "sign": {"total": 0.0}})
+    diverged = finetune(final={"loss": None, "accuracy": 0.5})
+    diverged["train"][-1]["loss"] = None
+    put(tmp_path / "one", report=report, run=diverged)
+    written = write_report(tmp_path)
+    assert "not a number" in written.page.read_text(encoding="utf-8")
     assert written.content["checkpoints"][0]["layers"][0]["output_error"] is None
 
 

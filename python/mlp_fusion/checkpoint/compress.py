@@ -195,7 +195,8 @@ def _write(
             save_file(scales, side_path(staging, SCALE_FILE))
         metadata = {DTYPE_KEY: str(source.dtype).removeprefix("torch.")}
         save_file(reference, side_path(staging, REFERENCE_FILE), metadata=metadata)
-        side_path(staging, REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+        described = json.dumps(report.to_dict(), indent=2, allow_nan=False)
+        side_path(staging, REPORT_FILE).write_text(described + "\n", encoding="utf-8")
         _write_card(staging, planned, report)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 
 from mlp_fusion.architectures import Architecture
 from mlp_fusion.checkpoint.metadata import check_config
+from mlp_fusion.checkpoint.reference import base_prefix
 from mlp_fusion.checkpoint.source import Headers, model_headers, read_headers
 from mlp_fusion.checkpoint.weights import TensorInfo
 from mlp_fusion.errors import InputError
@@ -127,6 +128,8 @@ def plan(
     found, claimed = _find_ffns(headers, architecture)
     _refuse_strays(headers, architecture, claimed)
     architecture.activation(headers.config)
+    if not isinstance(model_or_path, nn.Module):
+        _check_prefixes(headers, [path for _, path in found], architecture)
     chosen = set(resolve_layers(layers, [index for index, _ in found]))
     automatic = is_automatic(width, budget)
     ffns = []
@@ -217,6 +220,18 @@ def _refuse_strays(headers: Headers, architecture: Architecture, claimed: set[st
             f"{headers.name}: {strays[0]} looks like part of an FFN, but the {architecture.model_types[0]!r} "
             f"architecture has no place for it ({len(strays)} such tensors): this model is not supported"
         )
+
+
+def _check_prefixes(headers: Headers, paths: Iterable[str], architecture: Architecture) -> None:
+    """Raise InputError where transformers would not find a layer for what stands in front of its name."""
+    known = {"", base_prefix(headers.config)}
+    for path in paths:
+        prefix = path[: path.rindex(f"{architecture.layers}.")].rstrip(".")
+        if prefix not in known:
+            raise InputError(
+                f"{headers.name}: tensors are named {prefix}.{architecture.layers}..., as a wrapped model "
+                "(DataParallel, torch.compile) saves them, and transformers would not find them: save the one inside"
+            )
 
 
 def looks_like_ffn(tensor_name: str) -> bool:

@@ -21,10 +21,17 @@ from transformers import AutoConfig
 from mlp_fusion.checkpoint.weights import PICKLES, TensorInfo, check_naming, check_shard_name, read_tensors
 from mlp_fusion.errors import InputError
 
-#: What goes along with the weights into a compressed checkpoint (tokenizer, pooling, generation settings).
-_COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe")
-
-_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
+#: What goes along with the weights into a compressed checkpoint (tokenizer, pooling, generation settings, licence).
+_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".spm", ".vocab", ".codes")
+_PREFIXES = ("tokenizer", "vocab", "merges", "sentencepiece", "spiece", "LICENSE", "LICENCE", "NOTICE", "COPYING",
+             "USE_POLICY")  # fmt: skip
+_TEMPLATES = "additional_chat_templates"
+_PATTERNS = [
+    "*.safetensors", f"{_TEMPLATES}/*", *(f"*{suffix}" for suffix in _SUFFIXES),
+    *(f"{prefix}*" for prefix in _PREFIXES),
+]  # fmt: skip
+#: Weights, of which `compress` writes its own, in the formats that lie beside one another on the hub.
+_WEIGHTS = (*PICKLES, ".safetensors", ".index.json", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
 #: What a name that is no folder runs into on the hub: no such repository, no valid name, no network (errors of whatever
 #: library huggingface_hub talks through, which its own derive from).
 _UNREACHABLE: tuple[type[Exception], ...] = (
@@ -122,21 +129,32 @@ def _cached_folder(name: str | Path, unreachable: Exception) -> Path:
 def companion_files(folder: Path) -> list[Path]:
     """Files beside the weights that belong to the model whatever its width, relative to `folder`.
 
-    Small files of the top folder, and whole module folders of sentence-transformers (pooling and projections, weights
-    included), which `modules.json` names. Other subfolders (training checkpoints, other formats) are left out.
+    Small files of the top folder, chat templates, and whole module folders of sentence-transformers (pooling and
+    projections, weights included), which `modules.json` names. Other subfolders (training checkpoints, other formats)
+    are left out.
+
+    Raises:
+        InputError: one of them is a link to nothing, or a module's weights are pickled.
     """
-    found = [
-        path
-        for path in folder.iterdir()
-        if path.is_file()
-        and path.suffix in _COMPANIONS
-        and not path.name.endswith(".index.json")
-        and path.name != "config.json"
-        and not path.name.startswith(".")
-    ]
+    found = [path for path in folder.iterdir() if _is_companion(path.name)]
+    if (folder / _TEMPLATES).is_dir():
+        found += (folder / _TEMPLATES).rglob("*")
     for module in _module_folders(folder):
-        found += [path for path in module.rglob("*") if path.is_file() and path.suffix not in PICKLES]
-    return sorted(path.relative_to(folder) for path in found)
+        inside = list(module.rglob("*"))
+        pickles = [path for path in inside if path.suffix in PICKLES]
+        if pickles and not any(path.suffix == ".safetensors" for path in inside):
+            raise InputError(f"{pickles[0]}: a pickle can run any code when it is loaded: convert it to safetensors")
+        found += [path for path in inside if path not in pickles]
+    for path in found:
+        if not path.exists():
+            raise InputError(f"{path} is a link to nothing: fetch the checkpoint again, or remove it")
+    return sorted({path.relative_to(folder) for path in found if path.is_file()})
+
+
+def _is_companion(name: str) -> bool:
+    if name.startswith(".") or name == "config.json" or name.endswith(_WEIGHTS):
+        return False
+    return name.endswith(_SUFFIXES) or name.startswith(_PREFIXES)
 
 
 def _module_folders(folder: Path) -> list[Path]:

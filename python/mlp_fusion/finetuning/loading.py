@@ -190,15 +190,22 @@ def _classes(model: Any, task: str, names: Sequence[str], name: str) -> dict[str
     if config.problem_type not in (None, "single_label_classification"):
         raise InputError(f"{name} has a head for {config.problem_type}, the data has one class per row")
     known = {str(label): index for label, index in (config.label2id or {}).items()}
+    if all(label.startswith("LABEL_") for label in known):
+        # Some configs name their classes in one direction only.
+        known = {str(label): int(index) for index, label in (config.id2label or {}).items()}
     if set(names) <= set(known):
         return known
     if config.num_labels != len(names):
         raise InputError(
-            f"{name} has a head for {config.num_labels} classes, the data has {len(names)} ({', '.join(names)})"
+            f"{name} has a head for {config.num_labels} classes, the data has {len(names)} ({', '.join(names)}): "
+            "start from the model without this head, or leave out what it does not know"
         )
     if all(label.startswith("LABEL_") for label in known):
         return {label: index for index, label in enumerate(names)}
-    raise InputError(f"{name} has a head for the classes {', '.join(known)}, the data has {', '.join(names)}")
+    raise InputError(
+        f"{name} has a head for the classes {', '.join(known)}, the data has {', '.join(names)}: name the labels in "
+        "the data as the model does, or set its label2id"
+    )
 
 
 def load_teacher(teacher: Model, task: str, student: Student) -> nn.Module:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlp_fusion.measure.report import finite
+
 #: Called as `progress(stage, done, total, loss)` with optimiser steps; `loss` is None until there is one.
 Progress = Callable[[str, int, int, float | None], None]
 
@@ -59,8 +61,9 @@ class FinetuneReport:
     format: int = FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return dataclasses.asdict(self)
+        """Plain JSON types, null for numbers that are not finite."""
+        result: dict[str, Any] = finite(dataclasses.asdict(self))
+        return result
 
     def __str__(self) -> str:
         return self.table()

@@ -37,6 +37,7 @@ from mlp_fusion.finetuning.loading import (
 from mlp_fusion.finetuning.result import RESULT_FILE, FinetuneReport, Progress
 from mlp_fusion.finetuning.settings import Settings
 from mlp_fusion.measure.activations import naming_outputs
+from mlp_fusion.measure.report import finite
 
 _METRICS = {"classification": "accuracy", "lm": "perplexity"}
 #: Points of a learning curve.
@@ -396,7 +397,7 @@ def _name(model: Model | None) -> str | None:
 
 def _write(file: Path, content: dict[str, Any]) -> None:
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, file)
 
 

@@ -152,7 +152,8 @@ def run_base(model: nn.Module, batch: Batch, name: str = "the sample") -> Any:
     """
     base: Any = getattr(model, "base_model", model)
     device = next(model.parameters()).device
-    embeddings = getattr(base.get_input_embeddings(), "num_embeddings", None) if hasattr(base, "config") else None
+    found = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    embeddings = getattr(found, "num_embeddings", None)
     largest, least = int(batch["input_ids"].max()), int(batch["input_ids"].min())
     if embeddings is not None and not 0 <= least <= largest < embeddings:
         raise InputError(

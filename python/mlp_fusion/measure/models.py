@@ -17,6 +17,7 @@ from mlp_fusion.architectures import Architecture, FFNSite, get_architecture
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure.activations import POOL, Batch, capture_activations, evaluating, run_base, take_batches
 from mlp_fusion.measure.errors import ffn_parts, relative_error
+from mlp_fusion.measure.report import finite
 from mlp_fusion.modules.layouts import read_projection
 
 #: `(model, batch) -> (samples, outputs)`: which outputs of the network count in its kernel.
@@ -80,8 +81,9 @@ class ModelComparison:
     network: NetworkKernel | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return dataclasses.asdict(self)
+        """Plain JSON types, null for numbers that are not finite."""
+        result: dict[str, Any] = finite(dataclasses.asdict(self))
+        return result
 
 
 def compare_models(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,14 +129,19 @@ class FusionReport:
     calibration: CalibrationRecord | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; the inverse of :meth:`from_dict`."""
-        return dataclasses.asdict(self)
+        """Plain JSON types, null for numbers that are not finite; the inverse of :meth:`from_dict`."""
+        result: dict[str, Any] = finite(dataclasses.asdict(self))
+        return result
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> FusionReport:
         """Rebuild a report that `to_dict` made."""
-        rows = [FFNRow(**row) for row in data["rows"]]
-        embeddings = None if data["embeddings"] is None else EmbeddingSimilarity(**data["embeddings"])
+        rows = []
+        for row in data["rows"]:
+            errors = {kernel: _measured(parts, *parts) for kernel, parts in row["ntk_error"].items()}
+            rows.append(FFNRow(**{**_measured(row, "output_error"), "ntk_error": errors}))
+        known = data["embeddings"]
+        embeddings = None if known is None else EmbeddingSimilarity(**_measured(known, "mean", "minimum"))
         # Reports of earlier versions know nothing of calibration.
         known = data.get("calibration")
         calibration = None if known is None else CalibrationRecord(**known)
@@ -187,6 +193,20 @@ class FusionReport:
 
     def _share(self, of: str = "parameters") -> float:
         return float(getattr(self, f"{of}_after") / max(1, getattr(self, f"{of}_before")))
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for every number that JSON cannot hold (infinite, not a number)."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _measured(record: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """`record` with NaN where one of `keys` is null, for what JSON cannot hold."""
+    return {**record, **{key: math.nan for key in keys if record[key] is None}}
 
 
 def _change(name: str, before: str, after: str, share: float) -> str:

@@ -17,9 +17,9 @@ from rich.table import Table
 
 import mlp_fusion
 from mlp_fusion.errors import InputError
-from mlp_fusion.measure.report import render
+from mlp_fusion.measure.report import finite, render
 from mlp_fusion.report.gather import find_results
-from mlp_fusion.report.summary import finite, summarize
+from mlp_fusion.report.summary import summarize
 
 __all__ = ["WrittenReport", "write_report"]
 

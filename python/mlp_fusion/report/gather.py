@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -193,7 +194,7 @@ def read_fusion_report(file: Path) -> FusionReport:
     data.optional_text("optimizer")
     if report.embeddings is not None:
         for name in ("mean", "minimum"):
-            data.record("embeddings").number(name)
+            data.record("embeddings").measured(name)
     if report.calibration is not None:
         data.record("calibration").integer("tokens")
         data.record("calibration").optional_text("match")
@@ -210,8 +211,8 @@ def _check_row(row: _Record) -> None:
     """Raise InputError unless the entries that are drawn have their types."""
     for name in ("layer", "neurons_before", "neurons_after"):
         row.integer(name)
-    for name in ("output_error", "seconds"):
-        row.number(name)
+    row.measured("output_error")
+    row.number("seconds")
     if "correction_seconds" in row.content:
         row.number("correction_seconds")
     row.text("path")
@@ -221,7 +222,7 @@ def _check_row(row: _Record) -> None:
             row.integer(name)
     errors = row.record("ntk_error")
     for name in KERNELS:
-        errors.record(name).number("total")
+        errors.record(name).measured("total")
     for pair in row.content.get("cluster_sizes") or []:
         if not isinstance(pair, list) or len(pair) != 2 or not all(type(n) is int and n >= 0 for n in pair):
             raise row.damage(f"'cluster_sizes' holds {pair!r}")
@@ -246,7 +247,7 @@ def read_run(file: Path, name: str) -> Run:
     metric = data.text("metric")
 
     def score(record: _Record) -> Score:
-        return Score(record.number("loss"), record.number(metric))
+        return Score(record.measured("loss"), record.measured(metric))
 
     return Run(
         name=name,
@@ -267,7 +268,7 @@ def read_run(file: Path, name: str) -> Run:
         initial=score(data.record("initial")) if data.has("initial") else None,
         final=score(data.record("final")) if data.has("final") else None,
         train=tuple(
-            TrainPoint(p.integer("step"), p.number("epoch"), p.number("loss"), p.number("learning_rate"))
+            TrainPoint(p.integer("step"), p.number("epoch"), p.measured("loss"), p.number("learning_rate"))
             for p in data.records("train")
         ),
         evaluations=tuple(
@@ -327,6 +328,10 @@ class _Record:
         if not _is_number(value):
             raise self.damage(f"{key!r} is {value!r}, not a number")
         return float(value)  # type: ignore[arg-type]
+
+    def measured(self, key: str) -> float:
+        """A number, or NaN for null, which stands for what JSON cannot hold."""
+        return math.nan if key in self.content and self.content[key] is None else self.number(key)
 
     def integer(self, key: str) -> int:
         value = self.content.get(key)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -28,15 +27,6 @@ def summarize(results: Results) -> Values:
         rows += [_summary_row(checkpoint, group) for group in trained] or [_summary_row(checkpoint, None)]
     rows += [_summary_row(None, group) for group in groups if group["checkpoint"] is None]
     return {"summary": rows, "checkpoints": checkpoints, "runs": groups}
-
-
-def finite(value: Any) -> Any:
-    """`value` with null for every number that JSON cannot hold (infinite, not a number)."""
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _checkpoint(checkpoint: Checkpoint) -> Values:
