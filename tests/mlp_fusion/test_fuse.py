@@ -277,3 +277,8 @@ def test_refusals_leave_the_model_as_it_was(make: Any, options: dict[str, Any], 
     for key, tensor in before.items():
         if tensor.device.type != "meta":
             torch.testing.assert_close(after[key], tensor, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_entries_know_what_stands_before_their_names(family: str) -> None:
+    assert get_architecture(family).base == tiny_model(family).base_model_prefix

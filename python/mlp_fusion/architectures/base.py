@@ -42,6 +42,7 @@ class Architecture:
 
     Attributes:
         model_types: `config.model_type` values it answers for.
+        base: what stands before the names of the base model's tensors in a model with a head.
         layers: path of the list of layers, without the model's prefix (`encoder.layer`).
         module: the FFN module, which `install` replaces.
         projections: role (`w_in`, `w_out`, `w_gate`) -> path of that projection.
@@ -54,6 +55,7 @@ class Architecture:
     """
 
     model_types: tuple[str, ...]
+    base: str
     layers: str
     module: str
     projections: Mapping[str, str]

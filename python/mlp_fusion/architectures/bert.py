@@ -58,9 +58,10 @@ class SplitArchitecture(Architecture):
         return fused
 
 
-def _entry(model_types: tuple[str, ...], layer_class: str) -> SplitArchitecture:
+def _entry(model_types: tuple[str, ...], base: str, layer_class: str) -> SplitArchitecture:
     return SplitArchitecture(
         model_types=model_types,
+        base=base,
         layers="encoder.layer",
         module="intermediate",
         projections={"w_in": "intermediate.dense", "w_out": "output.dense"},
@@ -69,7 +70,7 @@ def _entry(model_types: tuple[str, ...], layer_class: str) -> SplitArchitecture:
 
 
 ENTRIES = (
-    _entry(("bert",), "transformers.models.bert.modeling_bert:BertLayer"),
-    _entry(("roberta",), "transformers.models.roberta.modeling_roberta:RobertaLayer"),
-    _entry(("xlm-roberta",), "transformers.models.xlm_roberta.modeling_xlm_roberta:XLMRobertaLayer"),
+    _entry(("bert",), "bert", "transformers.models.bert.modeling_bert:BertLayer"),
+    _entry(("roberta",), "roberta", "transformers.models.roberta.modeling_roberta:RobertaLayer"),
+    _entry(("xlm-roberta",), "roberta", "transformers.models.xlm_roberta.modeling_xlm_roberta:XLMRobertaLayer"),
 )

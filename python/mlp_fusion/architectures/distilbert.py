@@ -5,6 +5,7 @@ from mlp_fusion.architectures.base import Architecture
 ENTRIES = (
     Architecture(
         model_types=("distilbert",),
+        base="distilbert",
         layers="transformer.layer",
         module="ffn",
         projections={"w_in": "ffn.lin1", "w_out": "ffn.lin2"},

@@ -20,6 +20,7 @@ class GPT2Architecture(Architecture):
 ENTRIES = (
     GPT2Architecture(
         model_types=("gpt2",),
+        base="transformer",
         layers="h",
         module="mlp",
         projections={"w_in": "mlp.c_fc", "w_out": "mlp.c_proj"},

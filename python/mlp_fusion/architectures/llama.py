@@ -6,6 +6,7 @@ from mlp_fusion.architectures.base import Architecture
 def _entry(model_type: str, layer_class: str, activation_key: str = "hidden_act") -> Architecture:
     return Architecture(
         model_types=(model_type,),
+        base="model",
         layers="layers",
         module="mlp",
         projections={"w_gate": "mlp.gate_proj", "w_in": "mlp.up_proj", "w_out": "mlp.down_proj"},

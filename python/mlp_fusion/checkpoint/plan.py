@@ -15,7 +15,6 @@ from torch import nn
 
 from mlp_fusion.architectures import Architecture
 from mlp_fusion.checkpoint.metadata import check_config
-from mlp_fusion.checkpoint.reference import base_prefix
 from mlp_fusion.checkpoint.source import Headers, model_headers, read_headers
 from mlp_fusion.checkpoint.weights import TensorInfo
 from mlp_fusion.errors import InputError
@@ -224,7 +223,7 @@ def _refuse_strays(headers: Headers, architecture: Architecture, claimed: set[st
 
 def _check_prefixes(headers: Headers, paths: Iterable[str], architecture: Architecture) -> None:
     """Raise InputError where transformers would not find a layer for what stands in front of its name."""
-    known = {"", base_prefix(headers.config)}
+    known = {"", architecture.base}
     for path in paths:
         prefix = path[: path.rindex(f"{architecture.layers}.")].rstrip(".")
         if prefix not in known:

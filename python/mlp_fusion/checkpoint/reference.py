@@ -52,11 +52,6 @@ def model_class(config: Any) -> Any:
     return transformers.AutoModel
 
 
-def base_prefix(config: Any) -> str:
-    """What stands before the names of the base model's tensors in a checkpoint with a head."""
-    return str(transformers.MODEL_MAPPING[type(config)].base_model_prefix)
-
-
 def load_checkpoint(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """The model in `folder`, in evaluation mode, and what transformers says of its tensors.
 
