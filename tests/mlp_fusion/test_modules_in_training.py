@@ -367,19 +367,17 @@ def test_transforms_of_torch_func() -> None:
         torch.testing.assert_close(per_row[name][2, 1], one, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_replicas_and_shards(kind: str, tmp_path: Path) -> None:
+def test_replicas_and_shards(tmp_path: Path) -> None:
     script = Path(parallel.__file__)
     environment = {**os.environ, "FUSION_KERNELS_MLP_BACKEND": BACKEND}
-    processes = [
-        subprocess.Popen([sys.executable, script, str(rank), kind, tmp_path], env=environment) for rank in range(2)
-    ]
+    processes = [subprocess.Popen([sys.executable, script, str(rank), tmp_path], env=environment) for rank in range(2)]
     assert [process.wait(timeout=600) for process in processes] == [0, 0]
     module, x = parallel.module_and_batch()
     parallel.loss_of(module, x).backward()
-    found = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    for name, p in module.named_parameters():
-        torch.testing.assert_close(found[name], p.grad, rtol=1e-5, atol=1e-6)
+    for kind in parallel.KINDS:
+        found = torch.load(tmp_path / f"{kind}.pt", weights_only=True)
+        for name, p in module.named_parameters():
+            torch.testing.assert_close(found[name], p.grad, rtol=1e-5, atol=1e-6, msg=f"{kind}, {name}")
 
 
 def test_reading_past_a_child_is_only_for_plain_ones() -> None:

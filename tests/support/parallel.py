@@ -1,6 +1,7 @@
-"""One of two processes that train a fused module together: `python parallel.py RANK ddp|fsdp2 FOLDER`.
+"""One of two processes that train a fused module together: `python parallel.py RANK FOLDER`.
 
-Each takes half of the batch; rank 0 writes the gradients that DDP or FSDP2 reduced to `FOLDER/gradients.pt`.
+Each takes half of the batch; rank 0 writes the gradients that DDP and FSDP2 reduced to `FOLDER/KIND.pt`. Both kinds in
+the same two processes, which take seconds to start.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from torch.distributed.fsdp import fully_shard
 from bundles import random_bundle
 from mlp_fusion import FusedMLP
 
+KINDS = ("ddp", "fsdp2")
+_kept: list[nn.Module] = []
+
 
 def module_and_batch() -> tuple[FusedMLP, Tensor]:
     """The module, and a batch (16, 5), of which each process takes 8 rows."""
@@ -33,9 +37,18 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def main() -> None:
-    rank, kind, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    rank, folder = int(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for kind in KINDS:
+        train(kind, rank, folder)
+    dist.barrier()
+    # DDP's destructor may wait for ever on a process group that is gone: neither is destroyed.
+    os._exit(0)
+
+
+def train(kind: str, rank: int, folder: str) -> None:
+    """One backward pass over this process's half."""
     module, x = module_and_batch()
     model: Any = module
     if kind == "ddp":
@@ -47,10 +60,8 @@ def main() -> None:
         loss_of(model, x[rank * 8 : rank * 8 + 8]).backward()
     gradients = {n: p.grad.full_tensor() if kind == "fsdp2" else p.grad for n, p in module.named_parameters()}
     if rank == 0:
-        torch.save(gradients, f"{folder}/gradients.pt")
-    dist.barrier()
-    # DDP's destructor may wait for ever on a process group that is gone: neither is destroyed.
-    os._exit(0)
+        torch.save(gradients, f"{folder}/{kind}.pt")
+    _kept.append(model)
 
 
 if __name__ == "__main__":
