@@ -216,7 +216,7 @@ def test_long_sums_round(device: str, precision: Any) -> None:
 @pytest.mark.parametrize(
     ("rows", "others", "params", "block_size"),
     [
-        (300, None, None, None), (300, None, None, 100), (257, 140, None, 128), (1, 17, None, 7), (123, None, None, 1),
+        (300, None, None, None), (300, None, None, 100), (257, 140, None, 128), (1, 17, None, 7), (40, None, None, 1),
         (140, None, ("w_in", "b_gate", "w_out"), 64), (0, 4, None, None), (4, 0, None, None), (0, None, None, 3),
     ],
 )  # fmt: skip

@@ -110,6 +110,8 @@ class MLPBlock:
         found["w_out"] = times(k, behind).or_by((dy.T @ times(a, behind)).stored())
         dh = (dy @ w_out).stored()
         da = times(dh, behind)
+        if behind is not None:  # which may be in the weights instead
+            da = da.or_by((dy @ (w_out * behind).stored()).stored())
         inner = ((da * z).stored() if "w_gate" in given else da) * slope
         dz = (da * value).stored() if "w_gate" in given else times(inner.stored(), before)
         dg = times(inner.stored(), before)

@@ -5,8 +5,9 @@ order of its sums. `+`, `*` and `@` propagate the bound from the sums of absolut
 of Numerical Algorithms, section 3.1): n products sum up to within gamma_n = n u / (1 - n u) of their absolute values,
 with u the unit roundoff. `assert_rounding` holds a result to two rules:
 
-- every entry lies within its bound. The bound is a theorem, so no processor breaks it, and it is the worst case, so it
-  catches what is wrong, not what is imprecise: a term left out, a wrong factor, a sum in a lower precision.
+- every entry lies within its bound. No processor that rounds to nearest and evaluates activations to within
+  `EVALUATION` units goes beyond it. It is the worst case, and so it catches what is wrong, not what is imprecise: a
+  term left out, a wrong factor, a sum in a lower precision.
 - over `MANY` entries and more, the RMS of the errors, each relative to its bound, is at most `RATIO` times that of
   torch in the same dtype. This catches what is imprecise: 10 units in the last place of every entry, or 20 of a tenth
   of them, where sums are as long as in the tests. Among fewer entries torch's own error would be luck: results of
@@ -27,8 +28,9 @@ from torch import Tensor
 
 from fusion_kernels.activations import get_activation
 
-MANY = 200
-SOME = 32
+#: Entries of which an RMS error says something, alone and beside others.
+MANY, SOME = 200, 32
+#: How many times torch's RMS error one may be.
 RATIO = 2.0
 #: Units within which an activation is evaluated, relative to its argument, and its derivative, absolute.
 EVALUATION = 8
