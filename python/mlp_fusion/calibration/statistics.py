@@ -68,12 +68,12 @@ class FFNStatistics:
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
     def importance(self, bundle: NeuronBundle) -> Tensor:
-        """`(N,)` float32: variance of each neuron's activation times the squared norm of its output weights.
+        """`(N,)` float64: variance of each neuron's activation times the squared norm of its output weights.
 
         That is the mean squared change of the outputs when a neuron's activation is replaced by its mean.
         """
         size = bundle.parameterized("folded").w_out[0].double().square().sum(dim=1)
-        return (self.hidden_variance * size).float()
+        return self.hidden_variance * size
 
     @property
     def nbytes(self) -> int:
