@@ -151,7 +151,7 @@ def kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options
 
 
 def in_dtype(results: Results, dtype: torch.dtype) -> Results:
-    """The results with their inertia, float64, in `dtype`, and the status of the problems for which that is too narrow."""
+    """The results with their inertia, float64, in `dtype`, and the status of problems for which that is too narrow."""
     labels, centroids, inertia, counts, n_iter, status = results
     narrow = inertia.to(dtype)
     status = torch.where(narrow.isinf(), int(Status.LARGE_INERTIA), status)
