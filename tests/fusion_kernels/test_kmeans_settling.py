@@ -175,6 +175,10 @@ def test_no_cluster_is_empty_while_there_are_enough_distinct_points(
     stopped = run(form, x, 8, init=far, algorithm="lloyd", max_iter=1)
     assert int(stopped.counts.min()) > 0
     assert int(stopped.status) == Status.MAX_ITER
+    # Both points of a cluster are nearer to others once their means have moved.
+    line = torch.tensor([3.0, 4.001, 9.002, 9.003, 1.004, 10.005, 4.006, 3.007], dtype=dtype)[:, None]
+    start = torch.tensor([3.0, 4.401, 1e6], dtype=dtype)[:, None]
+    assert int(run(form, line, 3, init=start, algorithm="lloyd", max_iter=1).counts.min()) > 0
     close = (1 + 2.0**-22 * torch.arange(8)).repeat(5)[:, None].to(dtype)
     for algorithm in ("lloyd", "hartigan"):
         found = run(form, close, 8, algorithm=algorithm)

@@ -147,7 +147,7 @@ def neuron_weights(bundle: NeuronBundle, statistics: Sequence[FFNStatistics] | N
 
 def importance(bundle: NeuronBundle, statistics: Sequence[FFNStatistics]) -> Tensor:
     """`(B, N)` :meth:`FFNStatistics.importance` of every problem, in the dtype of the weights if that has the range."""
-    each = [s.importance(bundle.select(n)) for n, s in enumerate(statistics)]
+    each = [s.importance(bundle.select(n)).double() for n, s in enumerate(statistics)]
     stacked = torch.stack(each)
     return stacked.to(bundle.w_in.dtype) if squares_fit(stacked) else stacked
 
