@@ -267,9 +267,9 @@ def test_a_cluster_that_lloyd_left_empty_is_refilled_even_if_it_was_stopped() ->
     init = torch.tensor([3.0, 4.401, 1e6], dtype=torch.float64).view(1, 3, 1)
     stopped = run(x, 3, None, init, algorithm="lloyd", max_iter=1)
     assert int(stopped["status"]) == Status.MAX_ITER
-    assert int(stopped["counts"].min()) == 1
+    assert int(stopped["counts"].min()) > 0
     moved = run(x, 3, None, init, max_iter=1)
-    assert int(moved["counts"].min()) == 1
+    assert int(moved["counts"].min()) > 0
     for found, algorithm in ((stopped, "lloyd"), (moved, "hartigan")):
         assert_same(found, run(x, 3, None, init, algorithm=algorithm, max_iter=1, function=reference), 1e-15)
 
