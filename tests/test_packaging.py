@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -174,3 +176,26 @@ def test_a_library_that_does_not_load_is_seen(tmp_path: Path) -> None:
     assert reason is not None
     assert reason.startswith(f"the compiled library {tmp_path}/_C.abi3.so does not load with torch")
     assert "\n" not in reason
+
+
+def test_sources_compile_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--quiet", "--version"])
+    monkeypatch.setenv("MLP_FUSION_BUILD", "0")
+    monkeypatch.chdir(ROOT)
+    side_by_side = runpy.run_path(str(ROOT / "setup.py"))["side_by_side"]
+    meeting = threading.Barrier(2)
+
+    def compile_all(sources: list[str], **options: object) -> list[str]:
+        """One source after the other, each only while another one is compiled."""
+        assert options == {"debug": False}
+        for _ in sources:
+            meeting.wait(timeout=60)
+        return [f"{source}.o" for source in sources]
+
+    assert side_by_side(compile_all, 2)(list("abcd"), debug=False) == ["a.o", "b.o", "c.o", "d.o"]
+
+    def failing(sources: list[str]) -> list[str]:
+        raise OSError("no such compiler")
+
+    with pytest.raises(OSError, match="no such compiler"):
+        side_by_side(failing, 2)(["a"])

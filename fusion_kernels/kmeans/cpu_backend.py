@@ -109,8 +109,7 @@ def kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options
             _solve_plain(x, w, init, chunk, options, workspace, results)
         for b in (~plain).nonzero().squeeze(1).tolist():
             _solve_special(x, w, init, b, options, workspace, results)
-    labels, centroids, inertia, counts, n_iter, status = results
-    return labels, centroids, *reference.in_dtype(inertia, status, x.dtype, counts, n_iter)
+    return reference.in_dtype(results, x.dtype)
 
 
 def assign(x: Tensor, centroids: Tensor) -> Tensor:

@@ -56,8 +56,7 @@ def kmeans(
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
     with device_guard(x):
-        labels, centroids, inertia, counts, n_iter, status = _found(x, sample_weight, init, options, precision)
-        return labels, centroids, *in_dtype(inertia, status, x.dtype, counts, n_iter)
+        return in_dtype(_found(x, sample_weight, init, options, precision), x.dtype)
 
 
 def _found(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options: Options, precision: str) -> Results:
@@ -69,9 +68,10 @@ def _found(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options
     if x.dtype == torch.float32 and exact and options.max_iter > 0:
         again = ~resolved_problems(x, sample_weight, results)
         if bool(again.any()):
-            weight, start = (None if t is None else t[again] for t in (sample_weight, init))
-            wide = [t.double() if t is not None and t.is_floating_point() else t for t in (x[again], weight, start)]
-            for mine, theirs in zip(results, _clustered(*wide, options, exact), strict=True):
+            weight = None if sample_weight is None else sample_weight[again].double()
+            start = None if init is None else init[again]
+            start = start.double() if start is not None and start.is_floating_point() else start
+            for mine, theirs in zip(results, _clustered(x[again].double(), weight, start, options, exact), strict=True):
                 mine[again] = theirs.to(mine.dtype)
     for b in range(len(x)):
         own = [field[b] for field in results]

@@ -87,8 +87,9 @@ def same_storage(a: Tensor, b: Tensor) -> bool:
 def _span(t: Tensor) -> tuple[int, int]:
     """The first byte of the storage that a tensor uses, and the one behind the last."""
     size = t.element_size()
-    last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-    return t.storage_offset() * size, (t.storage_offset() + last + 1) * size
+    first = int(t.storage_offset())
+    last = first + sum((n - 1) * int(stride) for n, stride in zip(t.shape, t.stride(), strict=True))
+    return first * size, (last + 1) * size
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:

@@ -147,17 +147,15 @@ def kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options
         counts[b] = torch.bincount(settled.labels, minlength=n_clusters)
         n_iter[b] = settled.n_iter
         status[b] = int(problem_status)
-    return labels, centroids, *in_dtype(inertia, status, x.dtype, counts, n_iter)
+    return in_dtype((labels, centroids, inertia, counts, n_iter, status), x.dtype)
 
 
-def in_dtype(inertia: Tensor, status: Tensor, dtype: torch.dtype, *between: Tensor) -> tuple[Tensor, ...]:
-    """The inertia (B,) float64 in the dtype of results, and the status of the problems for which that is too narrow.
-
-    Returns:
-        inertia, `between`, status.
-    """
+def in_dtype(results: Results, dtype: torch.dtype) -> Results:
+    """The results with their inertia, float64, in `dtype`, and the status of problems for which that is too narrow."""
+    labels, centroids, inertia, counts, n_iter, status = results
     narrow = inertia.to(dtype)
-    return narrow, *between, torch.where(narrow.isinf(), int(Status.LARGE_INERTIA), status)
+    status = torch.where(narrow.isinf(), int(Status.LARGE_INERTIA), status)
+    return labels, centroids, narrow, counts, n_iter, status
 
 
 def _cluster(rows: Tensor, w: Tensor, start: Tensor | None, options: Options) -> tuple[Partition, Status]:

@@ -251,7 +251,7 @@ class NeuronBundle:
 
         Returns:
             A bundle of K neurons with `scale` = cluster sizes (sums of this bundle's scale where it has one). A
-            cluster without members becomes a zero neuron of scale 0.
+            cluster without members becomes a zero neuron of scale 0; no method leaves one.
 
         Raises:
             ValueError: a shape is wrong or a label lies outside `[0, K)`.

@@ -265,13 +265,14 @@ def test_relocation_takes_the_dearest_point_of_a_cluster_with_others(dtype: torc
     assert found["labels"].tolist() == [[0, 0, 2, 1], [2, 2, 0, 1]]
 
 
-def test_moves_refill_a_cluster_that_lloyd_left_empty() -> None:
+def test_a_cluster_that_lloyd_left_empty_is_refilled_even_if_it_was_stopped() -> None:
     x = torch.tensor([3.0, 4.001, 9.002, 9.003, 1.004, 10.005, 4.006, 3.007], dtype=torch.float64).view(1, 8, 1)
     init = torch.tensor([3.0, 4.401, 1e6], dtype=torch.float64).view(1, 3, 1)
     stopped = run(x, 3, None, init, algorithm="lloyd", max_iter=1)
-    assert int(stopped["status"]) == Status.EMPTY_CLUSTERS
+    assert int(stopped["status"]) == Status.MAX_ITER
+    assert int(stopped["counts"].min()) > 0
     moved = run(x, 3, None, init, max_iter=1)
-    assert int(moved["counts"].min()) == 1
+    assert int(moved["counts"].min()) > 0
     for found, algorithm in ((stopped, "lloyd"), (moved, "hartigan")):
         assert_same(found, run(x, 3, None, init, algorithm=algorithm, max_iter=1, function=reference), 1e-15)
 
@@ -295,6 +296,27 @@ def test_float32_labels_are_nearest_and_means_are_means(init: str) -> None:
     torch.testing.assert_close(found["inertia"], expected["inertia"], rtol=1e-5, atol=0.0)
 
 
+def test_labels_are_the_nearest_of_the_rounded_centroids() -> None:
+    # Every second point lies halfway between two centroids, but for what products of float32 cannot tell.
+    g = torch.Generator().manual_seed(3)
+    centres = 3 * torch.randn(6, 5, generator=g, dtype=torch.float64)
+    pairs, share = torch.randint(6, (2, 40), generator=g), 0.5 + 1e-7 * torch.randn(40, 1, generator=g).double()
+    share[::2] = 0.0
+    x = (share * centres[pairs[0]] + (1 - share) * centres[pairs[1]]).float()[None]
+    found = run(x, 6, None, centres.float()[None], algorithm="lloyd", max_iter=20)
+    distances = (x[0, :, None].double() - found["centroids"][0].double()).square().sum(2)
+    for labels in (found["labels"], triton_assign.assign(x, found["centroids"])):
+        own = distances.gather(1, labels[0, :, None])[:, 0]
+        assert float(((own - distances.amin(1)) / own.clamp(min=1e-300)).max()) <= 1e-13
+
+
+def test_groups_far_apart_keep_their_clusters() -> None:
+    x = torch.tensor([0.0, 0.1, 1.0, 1.1, 4096.0, 4096.1, 4097.0, 4097.1])[None, :, None]
+    found = run(x, 4, None, x[:, ::2].clone(), algorithm="lloyd", max_iter=5)
+    assert found["counts"].tolist() == [[2] * 4]
+    assert found["status"].tolist() == [Status.OK]
+
+
 def test_fast_clusters_nearly_as_well() -> None:
     x = blobs(1, 65, 17)
     found, expected = run(x, 16, precision="fast"), run(x, 16, function=reference)
@@ -304,7 +326,7 @@ def test_fast_clusters_nearly_as_well() -> None:
 
 
 def test_a_problem_has_the_same_bits_alone_in_a_batch_and_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, w = blobs(5, 17, 17), weights(5, 17)
+    x, w = blobs(4, 17, 17), weights(4, 17)
     # The neighbours: not finite, without weight, with fewer points of weight than clusters.
     x[1, 7, 3] = math.nan
     x[1, 8, 3] = -math.inf
@@ -384,9 +406,9 @@ def test_assign_finds_the_nearest(n: int, d: int, k: int) -> None:
 
 
 def test_assign_does_not_depend_on_how_many_points_are_split_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, centroids = blobs(2, 70, 17), blobs(2, 20, 17, seed=1)
+    x, centroids = blobs(1, 40, 17), blobs(1, 9, 17, seed=1)
     whole = triton_assign.assign(x, centroids)
-    monkeypatch.setattr(triton_assign, "POINTS_BYTES", 2 * 64 * 4 * 30)
+    monkeypatch.setattr(triton_assign, "POINTS_BYTES", 64 * 4 * 15)
     assert torch.equal(triton_assign.assign(x, centroids), whole)
 
 

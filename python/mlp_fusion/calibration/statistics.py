@@ -68,12 +68,16 @@ class FFNStatistics:
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
     def importance(self, bundle: NeuronBundle) -> Tensor:
-        """`(N,)` float32: variance of each neuron's activation times the squared norm of its output weights.
+        """`(N,)`: variance of each neuron's activation times the squared norm of its output weights.
 
-        That is the mean squared change of the outputs when a neuron's activation is replaced by its mean.
+        That is the mean squared change of the outputs when a neuron's activation is replaced by its mean. float32, or
+        float64 where that is too narrow.
         """
         size = bundle.parameterized("folded").w_out[0].double().square().sum(dim=1)
-        return (self.hidden_variance * size).float()
+        wide = self.hidden_variance * size
+        narrow = wide.float()
+        fits = narrow.isfinite() & ((narrow > 0) == (wide > 0))
+        return narrow if bool(fits.all()) else wide
 
     @property
     def nbytes(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,8 @@ from mlp_fusion.neurons import NeuronBundle
 KERNELS: tuple[Kernel, ...] = ("gd", "sign")
 #: Leading eigenvalues of each kernel that are kept.
 SPECTRUM_SIZE = 32
+#: Multiply-adds of a kernel below which an FFN is measured by one thread: waking others takes longer than it does.
+_WORTH_THREADS = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,12 @@ def ffn_errors(original: NeuronBundle, fused: NeuronBundle, x: Tensor) -> FFNErr
     Source: section 4.2 of arXiv 2307.08941 for the kernel; the sign kernel is `J sign(J)^T`, what a step of sign
     descent, to which Adam is close, changes the outputs by.
     """
+    inputs, neurons = original.w_in.shape[2], original.width
+    with _one_thread(len(x) ** 2 * (inputs + 2 * neurons) < _WORTH_THREADS):
+        return _ffn_errors(original, fused, x)
+
+
+def _ffn_errors(original: NeuronBundle, fused: NeuronBundle, x: Tensor) -> FFNErrors:
     output = relative_error(fused.forward(x)[0], original.forward(x)[0])
     ntk: dict[str, dict[str, float]] = {}
     spectrum: dict[str, dict[str, list[float]]] = {}
@@ -85,7 +95,23 @@ def ffn_errors(original: NeuronBundle, fused: NeuronBundle, x: Tensor) -> FFNErr
 
 
 def leading_eigenvalues(kernel: Tensor) -> list[float]:
-    """The largest eigenvalues of the symmetric part of a `(T, T)` matrix, descending, at most `SPECTRUM_SIZE`."""
+    """The largest eigenvalues of the symmetric part of a `(T, T)` matrix, descending, at most `SPECTRUM_SIZE`.
+
+    On one thread: LAPACK shares the thousands of small steps of a few hundred rows among all, which then wait for each
+    other several times as long as one of them works.
+    """
     symmetric = (kernel + kernel.mT) / 2
-    values: list[float] = torch.linalg.eigvalsh(symmetric).flip(0)[:SPECTRUM_SIZE].tolist()
+    with _one_thread(True):
+        values: list[float] = torch.linalg.eigvalsh(symmetric).flip(0)[:SPECTRUM_SIZE].tolist()
     return values
+
+
+@contextmanager
+def _one_thread(alone: bool) -> Iterator[None]:
+    """What runs inside has one thread if it is to be `alone`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if alone else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -24,7 +24,7 @@ class FFNRow:
         output_error: relative Frobenius error of the FFN's outputs.
         ntk_error: kernel (`gd`, `sign`) -> part (`total`, `w_in`, `b_in`, `w_out`) -> relative Frobenius error.
         largest_cluster, singletons, empty_clusters: how the neurons were grouped; None for methods without clusters.
-        status: `ok`, or what went less than well (`max_iter`, `empty_clusters`).
+        status: `ok`, or what went less than well (`max_iter`; `few_distinct`, fewer different neurons than clusters).
         seconds: wall-clock time of the method; FFNs worked on side by side share theirs equally.
         correction_seconds: of refit, local tuning and kernel matching; FFNs tuned side by side share that equally.
         ridge: regularisation that the refit chose on held-out calibration rows; None without a refit.

@@ -78,21 +78,57 @@ def cluster(
 def _cluster(
     bundle: NeuronBundle, rows: Tensor, weights: Tensor | None, width: int, *, algorithm: str, seed: int
 ) -> Reduction:
-    rows = rows if rows.dtype == torch.float64 else rows.float()
+    rows = in_range(rows)
     limit = _MOST_ROUNDS if algorithm == "hartigan" else 100
     found = kmeans(rows, width, sample_weight=weights, init="k-means++", algorithm=algorithm, max_iter=limit, seed=seed)
     statuses = tuple(Status(int(s)) for s in found.status)
     if Status.NON_FINITE in statuses:
         raise ValueError("a weight is NaN or Inf: nothing can be clustered")
+    labels = torch.stack([_shared_out(own, x, width) for own, x in zip(found.labels, bundle.vectors(), strict=True)])
     # The one definition of a fused neuron: means of raw rows, whatever the metric that grouped them.
-    reduced = bundle.reduce(found.labels, weights, n_clusters=width)
+    reduced = bundle.reduce(labels, weights, n_clusters=width)
     return Reduction(
         bundle=reduced,
-        counts=found.counts,
+        counts=torch.nn.functional.one_hot(labels, width).sum(dim=1),
         inertia=found.inertia,
         iterations=found.n_iter,
-        status=tuple(s.name.lower() for s in statuses),
+        status=tuple("few_distinct" if s == Status.EMPTY_CLUSTERS else s.name.lower() for s in statuses),
     )
+
+
+def squares_fit(t: Tensor) -> bool:
+    """Whether squares of the largest numbers, and sums of such, are normal numbers of float32."""
+    largest = float(t.abs().max()) if t.numel() else 0.0
+    return largest == 0.0 or 1e-14 < largest < 1e14
+
+
+def in_range(t: Tensor) -> Tensor:
+    """float32, or float64 where squares want it or it is float64 already."""
+    return t.float() if t.dtype != torch.float64 and squares_fit(t) else t.double()
+
+
+def _shared_out(labels: Tensor, rows: Tensor, width: int) -> Tensor:
+    """Labels (N,) in which every cluster has members: the largest share theirs with those that have none.
+
+    With fewer distinct neurons than clusters, identical neurons are fused into several equal ones, which share what
+    they stand for: the outputs are the same, and no fused neuron is all zeros, by whose norm something may divide
+    (DoRA). Silent neurons, `rows` of zeros, are shared out last.
+    """
+    counts = torch.bincount(labels, minlength=width)
+    labels = labels.clone()
+    silent = torch.zeros_like(counts, dtype=torch.bool).index_fill(0, labels[~rows.any(dim=1)], True)
+    for cluster in (counts == 0).nonzero().squeeze(1).tolist():
+        fits = torch.where(silent & bool(((counts > 1) & ~silent).any()), 0, counts)
+        largest = int(fits.argmax())
+        if int(fits[largest]) < 2:
+            break
+        members = (labels == largest).nonzero().squeeze(1)
+        moved = members[1::2]
+        labels[moved] = cluster
+        counts[largest] -= len(moved)
+        counts[cluster] = len(moved)
+        silent[cluster] = silent[largest]
+    return labels
 
 
 def neuron_weights(bundle: NeuronBundle, statistics: Sequence[FFNStatistics] | None) -> Tensor:
@@ -101,18 +137,19 @@ def neuron_weights(bundle: NeuronBundle, statistics: Sequence[FFNStatistics] | N
     A floor of a millionth keeps neurons that never fire in some cluster's mean.
     """
     if statistics is None:
-        weights = torch.linalg.vector_norm(bundle.parameterized("folded").w_out, dim=-1)
+        weights = torch.linalg.vector_norm(in_range(bundle.parameterized("folded").w_out), dim=-1)
     else:
         weights = importance(bundle, statistics)
     mean = weights.mean(dim=1, keepdim=True)
     weights = torch.where(mean > 0, weights / mean.where(mean > 0, torch.ones_like(mean)), torch.ones_like(weights))
-    return weights.clamp(min=1e-6)
+    return weights.clamp(min=1e-6).to(bundle.w_in.dtype)
 
 
 def importance(bundle: NeuronBundle, statistics: Sequence[FFNStatistics]) -> Tensor:
-    """`(B, N)` :meth:`FFNStatistics.importance` of every problem, in the dtype of the weights."""
-    each = [s.importance(bundle.select(n)) for n, s in enumerate(statistics)]
-    return torch.stack(each).to(bundle.w_in.dtype)
+    """`(B, N)` :meth:`FFNStatistics.importance` of every problem, in the dtype of the weights if that has the range."""
+    each = [s.importance(bundle.select(n)).double() for n, s in enumerate(statistics)]
+    stacked = torch.stack(each)
+    return stacked.to(bundle.w_in.dtype) if squares_fit(stacked) else stacked
 
 
 def balanced_rows(bundle: NeuronBundle, statistics: Sequence[FFNStatistics] | None) -> Tensor:
@@ -141,5 +178,6 @@ def _factor(moment: Tensor) -> Tensor:
 
 
 def _unit_variance(block: Tensor) -> Tensor:
-    spread = (block - block.mean(dim=1, keepdim=True)).square().sum(dim=(1, 2), keepdim=True).sqrt()
+    wide = in_range(block)
+    spread = (wide - wide.mean(dim=1, keepdim=True)).square().sum(dim=(1, 2), keepdim=True).sqrt().to(block.dtype)
     return torch.where(spread > 0, block / spread.where(spread > 0, torch.ones_like(spread)), block)

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from mlp_fusion.calibration.statistics import FFNStatistics
+from mlp_fusion.errors import InputError
 from mlp_fusion.methods import Reduction, method
+from mlp_fusion.methods.fusion import squares_fit
 from mlp_fusion.neurons import NeuronBundle
 
 STEPS = 100
@@ -30,8 +32,13 @@ def mmd(bundle: NeuronBundle, width: int, *, seed: int, statistics: Sequence[FFN
     """`width` neurons after 100 steps of AdamW on the squared MMD, each with scale N / width.
 
     Reduction.inertia is the squared MMD that is left, up to the term of the original rows alone.
+
+    Raises:
+        InputError: the distances of the rows leave the range of float32.
     """
     rows = bundle.parameterized("folded").vectors()
+    if not squares_fit(rows):
+        raise InputError(f"weights of up to {float(rows.abs().max()):.0e} are not for method 'mmd': use another method")
     generator = torch.Generator().manual_seed(seed)
     start = torch.randperm(bundle.width, generator=generator)[:width].to(rows.device)
     found = [_herd(problem, problem[start]) for problem in rows]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mlp_fusion.calibration.statistics import FFNStatistics
 from mlp_fusion.methods import Reduction, method
-from mlp_fusion.methods.fusion import importance
+from mlp_fusion.methods.fusion import importance, in_range
 from mlp_fusion.neurons import NeuronBundle
 
 
@@ -38,7 +38,8 @@ def prune(
 def _magnitude(bundle: NeuronBundle) -> Tensor:
     inputs = bundle.w_in if bundle.w_gate is None else torch.cat([bundle.w_gate, bundle.w_in], dim=-1)
     outputs = bundle.parameterized("folded").w_out
-    return torch.linalg.vector_norm(inputs, dim=-1) * torch.linalg.vector_norm(outputs, dim=-1)
+    size = torch.linalg.vector_norm(in_range(inputs), dim=-1), torch.linalg.vector_norm(in_range(outputs), dim=-1)
+    return size[0].double() * size[1] if any(s.dtype == torch.float64 for s in size) else size[0] * size[1]
 
 
 def keep_neurons(bundle: NeuronBundle, kept: Tensor) -> NeuronBundle:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mlp_fusion.calibration.refit import refit
 from mlp_fusion.calibration.statistics import FFNStatistics
+from mlp_fusion.errors import InputError
 from mlp_fusion.methods import Reduction, method
 from mlp_fusion.methods.prune import keep_neurons
 from mlp_fusion.neurons import NeuronBundle
@@ -54,6 +55,8 @@ def greedy(bundle: NeuronBundle, x: Tensor, width: int) -> Tensor:
     hidden = hidden - hidden.mean(dim=0)
     gram = hidden.T @ hidden
     cross = gram @ bundle.canonical().w_out[0]
+    if not bool(gram.diagonal().isfinite().all() & cross.isfinite().all()):
+        raise InputError("activations are too large to be compared by method 'select': use another method")
     variance = gram.diagonal().clone()
     least = _SPENT * variance.clamp(min=torch.finfo(variance.dtype).tiny)
     factor = gram.new_zeros(width, len(gram))
