@@ -88,6 +88,7 @@ def test_every_form_calibrates_and_measures_alike(model: Path, tmp_path: Path) -
         ("chat.jsonl", '{"text": ["a", "b"]}', "row 1: 'text' is a list, no text"),
         ("half.jsonl", '{"text": "a"}\n{"sentence": "b"}', "row 2: no 'text'"),
         ("broken.jsonl", '{"text": "a"}\n{"text', "line 2: not JSON"),
+        ("deep.jsonl", "[" * 100_000, "line 1: not JSON"),
         ("broken.json", '[{"text": "a"}', "not JSON"),
         ("strings.json", '["a"]', "not a list of JSON objects"),
         ("open.csv", 'text,label\n"a cat,1\n', "not CSV"),

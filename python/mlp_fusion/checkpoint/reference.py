@@ -46,15 +46,20 @@ def compute_dtype(
 def model_class(config: Any) -> Any:
     """The transformers class that the checkpoint was saved from, so that no head is lost."""
     for name in getattr(config, "architectures", None) or []:
-        found = getattr(transformers, str(name), None)
+        found: Any = getattr(transformers, str(name), None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
+            expected = getattr(found, "config_class", None)
+            if expected is not None and isinstance(config, expected):
+                return found
     return transformers.AutoModel
 
 
 def base_prefix(config: Any) -> str:
     """What stands before the names of the base model's tensors in a checkpoint with a head."""
-    return str(transformers.MODEL_MAPPING[type(config)].base_model_prefix)
+    found = model_class(config)
+    if found is transformers.AutoModel:
+        found = transformers.MODEL_MAPPING[type(config)]
+    return str(found.base_model_prefix)
 
 
 def load_checkpoint(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:

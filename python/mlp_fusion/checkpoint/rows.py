@@ -118,7 +118,7 @@ def _json_records(file: Path, content: str, limit: int | None) -> list[Mapping[s
     if file.suffix.lower() == ".json" and content.lstrip().startswith("["):
         try:
             records = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{file}: not JSON ({error})") from error
         if not all(isinstance(record, dict) for record in records):
             raise InputError(f"{file}: not a list of JSON objects")
@@ -131,7 +131,7 @@ def _json_records(file: Path, content: str, limit: int | None) -> list[Mapping[s
 def _parse(file: Path, number: int, line: str) -> Mapping[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}, line {number}: not JSON ({error})") from error
     if not isinstance(record, dict):
         raise InputError(f"{file}, line {number}: not a JSON object")
