@@ -402,9 +402,10 @@ def main() -> None:
 
 
 def _interrupt(_number: int, _frame: Any) -> NoReturn:
-    # They often come in twos, and the second must not interrupt the cleaning up.
+    # They often come in twos, and the second must not interrupt the cleaning up. (Of one that is on its way already,
+    # Python would print an error if it were to be ignored.)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda *_: None)
     raise KeyboardInterrupt
 
 

@@ -113,6 +113,14 @@ def test_a_folder_that_cannot_be_written_to_is_met_at_the_start(tmp_path: Path, 
     assert tree(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "x" * 250])
+def test_names_that_no_folder_can_have(name: str, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="choose another") as caught:
+        mlp_fusion.compress(source, tmp_path / name, 16)
+    assert "\n" not in str(caught.value)
+    assert tree(tmp_path) == []
+
+
 # --- two runs --------------------------------------------------------------------------------------------------------
 
 

@@ -267,6 +267,8 @@ def test_all_of_a_config_error_is_shown(bert: Path) -> None:
     message = refused(bert)
     assert "hidden_size" in message
     assert "wide" in message
+    ck.edit_config(bert, hidden_size=24, dtype="float99")
+    assert "float99" in refused(bert)
 
 
 def refused(model: Any, width: Any = 16, layers: Any = None) -> str:

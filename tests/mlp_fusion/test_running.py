@@ -88,6 +88,14 @@ def test_what_transformers_cannot_load_is_bad_input(tmp_path: Path, monkeypatch:
         mlp_fusion.compress(folder, tmp_path / "out", 16)
 
 
+@pytest.mark.parametrize("name", ["BertTokenizer", "PreTrainedModel", "LlamaForCausalLM", "Nobody", 3, None])
+def test_architectures_that_are_no_class_of_the_family(name: Any, tmp_path: Path) -> None:
+    folder = ck.edit_config(ck.save_tiny(tmp_path / "source"), architectures=[name])
+    mlp_fusion.compress(folder, tmp_path / "out", 16)
+    assert set(load_file(tmp_path / "out" / ck.REFERENCE)) == {"input_ids", "last_hidden_state"}
+    assert mlp_fusion.verify(tmp_path / "out").passed
+
+
 # --- return_dict, token ids ------------------------------------------------------------------------------------------
 
 

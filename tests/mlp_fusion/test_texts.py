@@ -79,12 +79,16 @@ def test_every_form_calibrates_and_measures_alike(model: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("numbers.tsv", "1\ta cat\n0\tthe cat sat\n", "first column holds numbers"),
-        ("numbers.csv", "1,a cat\n", "first column holds numbers"),
+        ("numbers.tsv", "1\ta cat\n0\tthe cat sat\n", "first column holds labels"),
+        ("numbers.tsv", "1\tcat\n0\tsat\n", "first column holds labels"),
+        ("numbers.csv", "1,a cat\n", "first column holds labels"),
+        ("words.tsv", "good\ta cat\nbad\tsat\n", "first column holds labels"),
+        ("words.csv", "good,x,a cat\n", "first column holds labels"),
         ("chat.jsonl", '{"messages": [{"role": "user"}]}', "its columns are messages: it needs one of text"),
         ("chat.jsonl", '{"text": ["a", "b"]}', "row 1: 'text' is a list, no text"),
         ("half.jsonl", '{"text": "a"}\n{"sentence": "b"}', "row 2: no 'text'"),
         ("broken.jsonl", '{"text": "a"}\n{"text', "line 2: not JSON"),
+        ("deep.jsonl", "[" * 100_000, "line 1: not JSON"),
         ("broken.json", '[{"text": "a"}', "not JSON"),
         ("strings.json", '["a"]', "not a list of JSON objects"),
         ("open.csv", 'text,label\n"a cat,1\n', "not CSV"),
@@ -99,8 +103,10 @@ def test_what_holds_no_texts_is_refused(name: str, content: str, words: str, tmp
     assert "\n" not in str(caught.value)
 
 
-def test_numbers_may_be_texts() -> None:
+def test_numbers_and_single_words_may_be_texts(tmp_path: Path) -> None:
     assert read_texts([{"text": 7}], limit=9) == ["7"]
+    assert read_texts(write(tmp_path, "sums.tsv", "12\t1\n7\t0\n"), limit=9) == ["12", "7"]
+    assert read_texts(write(tmp_path, "words.tsv", "cat\tgood\nsat\tbad\n"), limit=9) == ["cat", "sat"]
 
 
 def test_long_fields_and_quoted_line_ends(tmp_path: Path) -> None:

@@ -151,6 +151,12 @@ def test_an_index_that_names_nothing_is_refused(weight_map: dict[str, str], shar
         read_tensors(shards)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '"x"', '{"weight_map": {"a": "model-00001-of-00003.safetensors"}}'])
+def test_an_index_that_transformers_could_not_use_is_refused(content: str, shards: Path, tmp_path: Path) -> None:
+    (shards / INDEX).write_text(content)
+    assert refused(shards, tmp_path).startswith(f"{shards / INDEX}: not a safetensors index (")
+
+
 @pytest.mark.parametrize("name", ["model.fp16.safetensors", "consolidated.safetensors"])
 def test_variants_beside_are_left_alone_and_do_not_stand_in(name: str, tmp_path: Path) -> None:
     folder = ck.save_tiny(tmp_path / "bert")

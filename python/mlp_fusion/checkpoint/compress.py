@@ -25,7 +25,7 @@ from mlp_fusion.checkpoint.metadata import (
     side_path,
     state_layer_count,
 )
-from mlp_fusion.checkpoint.output import appears_when_complete, check_output, taken
+from mlp_fusion.checkpoint.output import appears_when_complete, check_output, output_path, taken
 from mlp_fusion.checkpoint.plan import FusionPlan, plan
 from mlp_fusion.checkpoint.reference import compute_dtype, load_checkpoint, reference_outputs
 from mlp_fusion.checkpoint.source import companion_files, local_folder, read_config
@@ -92,7 +92,7 @@ def compress(
         InputError: as `plan`, or the output folder is not empty or another run's, the text cannot be read, there is no
             such device, or the model cannot run or is not finite. Nothing is written.
     """
-    out = Path(out).expanduser().resolve()
+    out = output_path(out)
     check_output(out)
     torch_device = resolve_device(device)
     sentences = read_sentences(None if text is None else Path(text).expanduser())

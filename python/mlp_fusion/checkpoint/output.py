@@ -24,6 +24,22 @@ _LOCK, _PARTIAL = ".mlp_fusion.lock", ".mlp_fusion.partial"
 _NOTHING = {_LOCK, _PARTIAL, "lost+found"}
 
 
+def output_path(out: str | Path) -> Path:
+    """The absolute path of the folder to write.
+
+    Raises:
+        InputError: no folder can have that name.
+    """
+    try:
+        path = Path(out).expanduser().resolve()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{str(out)[:100]!r} can be no folder's name ({error}): choose another".replace("\n", " ")
+        ) from error
+    return path
+
+
 def check_output(out: Path) -> None:
     """Raise InputError unless `out` can be made, or is an empty folder that can be filled."""
     for path in (out, *out.parents):

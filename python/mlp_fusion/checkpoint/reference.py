@@ -46,9 +46,11 @@ def compute_dtype(
 def model_class(config: Any) -> Any:
     """The transformers class that the checkpoint was saved from, so that no head is lost."""
     for name in getattr(config, "architectures", None) or []:
-        found = getattr(transformers, str(name), None)
+        found: Any = getattr(transformers, str(name), None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
+            expected = getattr(found, "config_class", None)
+            if expected is not None and isinstance(config, expected):
+                return found
     return transformers.AutoModel
 
 

@@ -118,7 +118,7 @@ def _json_records(file: Path, content: str, limit: int | None) -> list[Mapping[s
     if file.suffix.lower() == ".json" and content.lstrip().startswith("["):
         try:
             records = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{file}: not JSON ({error})") from error
         if not all(isinstance(record, dict) for record in records):
             raise InputError(f"{file}: not a list of JSON objects")
@@ -131,7 +131,7 @@ def _json_records(file: Path, content: str, limit: int | None) -> list[Mapping[s
 def _parse(file: Path, number: int, line: str) -> Mapping[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}, line {number}: not JSON ({error})") from error
     if not isinstance(record, dict):
         raise InputError(f"{file}, line {number}: not a JSON object")
@@ -184,9 +184,9 @@ def _long_fields() -> Iterator[None]:
 
 def _from_fields(file: Path, numbers: list[int], fields: list[list[str]], labelled: bool) -> Rows:
     width = len(fields[0])
-    if width > 1 and _numbers(row[0] for row in fields) and not _numbers(row[-1] for row in fields):
+    if width > 1 and _labels_first([row[0] for row in fields], [row[-1] for row in fields]):
         raise InputError(
-            f"{file}: its first column holds numbers, and texts come first where there is no header: "
+            f"{file}: its first column holds labels, it seems, and texts come first where there is no header: "
             f"give a header with the names {TEXT_COLUMNS[0]} and {LABEL_COLUMNS[0]}"
         )
     if not labelled:
@@ -198,6 +198,12 @@ def _from_fields(file: Path, numbers: list[int], fields: list[list[str]], labell
             raise InputError(f"{file}, line {number}: {len(row)} fields, where the first line has {width}")
     pairs = [row[1] for row in fields] if width == 3 else None
     return Rows(str(file), [row[0] for row in fields], pairs, [row[-1].strip() for row in fields])
+
+
+def _labels_first(first: Sequence[str], last: Sequence[str]) -> bool:
+    """Whether the first of a table's columns holds numbers or single words, and the last one what is neither."""
+    words = all(len(field.split()) == 1 for field in first) and any(len(field.split()) > 1 for field in last)
+    return words or (_numbers(first) and not _numbers(last))
 
 
 def _numbers(values: Iterable[str]) -> bool:

@@ -100,6 +100,8 @@ def find_weights(folder: Path) -> WeightFiles:
     if single.is_file():
         _check_equal(single, index, shards)
         return WeightFiles([single], None)
+    if not isinstance(_read_index(index).get("metadata"), dict):
+        raise InputError(f"{index}: not a safetensors index (it has no metadata, which transformers wants): add {{}}")
     return WeightFiles(shards, index)
 
 
@@ -219,14 +221,21 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _read_index(index: Path) -> dict[str, Any]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(name, str) for name in weight_map.values()):
-            raise TypeError("weight_map must name files")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise InputError(f"{index}: not a safetensors index ({error})") from error
-    return dict(weight_map)
+    if not isinstance(content, dict):
+        raise InputError(f"{index}: not a safetensors index (no JSON object)")
+    return content
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = _read_index(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{index}: not a safetensors index (weight_map does not name a file for each tensor)")
+    return weight_map
 
 
 def _check_equal(single: Path, index: Path, shards: list[Path]) -> None:

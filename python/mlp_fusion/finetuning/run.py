@@ -22,7 +22,7 @@ from torch import nn
 
 from mlp_fusion.checkpoint.compress import resolve_device
 from mlp_fusion.checkpoint.metadata import fusion_record
-from mlp_fusion.checkpoint.output import check_output, taken
+from mlp_fusion.checkpoint.output import check_output, output_path, taken
 from mlp_fusion.errors import InputError
 from mlp_fusion.finetuning.data import Data, Rows, class_names, labelled_examples, language_examples, read_rows
 from mlp_fusion.finetuning.loading import (
@@ -123,7 +123,7 @@ def finetune(
     settings.check()
     if importlib.util.find_spec("accelerate") is None:
         raise InputError("fine-tuning needs accelerate: pip install 'mlp-fusion[train]'")
-    out = Path(out).expanduser().resolve()
+    out = output_path(out)
     _check_folder(out, resume)
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device {device!r}: use auto, cpu or cuda, and CUDA_VISIBLE_DEVICES to choose among GPUs")

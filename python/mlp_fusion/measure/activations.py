@@ -71,6 +71,8 @@ def take_batches(sample: Batch | Iterable[Batch], tokens: int, name: str = "samp
     """
     # A tokenizer's BatchEncoding is a UserDict: a mapping by behaviour, not by type.
     batches: Iterable[Any] = [sample] if hasattr(sample, "keys") else sample
+    if not hasattr(batches, "__iter__"):
+        raise InputError(f"{name} is {batches!r}: give a batch, or an iterable of batches, as a tokenizer returns them")
     taken: list[dict[str, Tensor]] = []
     seen = 0
     for batch in batches:
