@@ -154,7 +154,7 @@ def run_base(model: nn.Module, batch: Batch, name: str = "the sample") -> Any:
     """
     base: Any = getattr(model, "base_model", model)
     device = next(model.parameters()).device
-    embeddings = getattr(base.get_input_embeddings(), "num_embeddings", None) if hasattr(base, "config") else None
+    embeddings = _vocabulary(base)
     largest, least = int(batch["input_ids"].max()), int(batch["input_ids"].min())
     if embeddings is not None and not 0 <= least <= largest < embeddings:
         raise InputError(
@@ -168,6 +168,14 @@ def run_base(model: nn.Module, batch: Batch, name: str = "the sample") -> Any:
         raise
     except (ValueError, IndexError, TypeError, RuntimeError) as error:
         raise cannot_run(name, error) from error
+
+
+def _vocabulary(base: Any) -> int | None:
+    """How many tokens the model has embeddings of; None where it cannot say (a module around a model)."""
+    try:
+        return getattr(base.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 @contextmanager
