@@ -80,6 +80,8 @@ def take_batches(sample: Batch | Iterable[Batch], tokens: int, name: str = "samp
             raise InputError(
                 f'a batch of {name} must map input_ids to a tensor, as a tokenizer with return_tensors="pt"'
             )
+        if batch["input_ids"].numel() == 0:
+            continue  # a text without tokens
         # Labels are a head's business, and text columns nobody's; extra leading dimensions (choices) are flattened.
         tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim >= 2 and k != "labels"}
         taken.append(padded_behind({k: v.reshape(-1, v.shape[-1]) for k, v in tensors.items()}))
