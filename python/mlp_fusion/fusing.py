@@ -206,10 +206,15 @@ def fuse(
     ]
     after_widths = {site.index: architecture.neurons(site) for site in sites}
     after_widths.update({site.index: k for site, k in zip(chosen, widths, strict=True)})
-    changed = fused_config(config, architecture, after_widths, sorted(indices), method=method, form=form)
+    # An FFN that a budget leaves whole stays the model's own, and has no scale to be restored.
+    narrowed = [
+        n for n, (ffn, was) in enumerate(zip(reduced, originals, strict=True)) if ffn.reduction.bundle.width < was.width
+    ]
+    fused = [chosen[n].index for n in narrowed]
+    changed = fused_config(config, architecture, after_widths, fused, method=method, form=form)
     # Everything that can go wrong has gone right: only now is the model touched.
-    for site, ffn in zip(chosen, reduced, strict=True):
-        architecture.install(site, ffn.reduction.bundle, form)
+    for n in narrowed:
+        architecture.install(chosen[n], reduced[n].reduction.bundle, form)
     replace_config(model, changed)
     know_forms(model, architecture)
     after = count_parameters(model)

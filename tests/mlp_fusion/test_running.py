@@ -256,6 +256,14 @@ def test_a_reference_that_is_no_number_fails(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "mlp_fusion" / "report.json").read_text())["method"] == "fusion"
 
 
+def test_a_batch_without_tokens_is_passed_over() -> None:
+    empty = {"input_ids": torch.zeros(1, 0, dtype=torch.long)}
+    report = mlp_fusion.fuse(tiny_model("bert"), 16, sample=[token_batch(), empty])
+    assert report.sample_rows == int(token_batch()["attention_mask"].sum())
+    with pytest.raises(InputError, match="sample needs at least one batch"):
+        mlp_fusion.fuse(tiny_model("bert"), 16, sample=empty)
+
+
 def test_tuning_meets_token_ids_as_well() -> None:
     from mlp_fusion.architectures import get_architecture
 

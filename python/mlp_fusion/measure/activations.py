@@ -80,6 +80,8 @@ def take_batches(sample: Batch | Iterable[Batch], tokens: int, name: str = "samp
             raise InputError(
                 f'a batch of {name} must map input_ids to a tensor, as a tokenizer with return_tensors="pt"'
             )
+        if batch["input_ids"].numel() == 0:
+            continue  # a text without tokens
         # Labels are a head's business, and text columns nobody's; extra leading dimensions (choices) are flattened.
         tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim >= 2 and k != "labels"}
         taken.append(padded_behind({k: v.reshape(-1, v.shape[-1]) for k, v in tensors.items()}))
@@ -154,8 +156,7 @@ def run_base(model: nn.Module, batch: Batch, name: str = "the sample") -> Any:
     """
     base: Any = getattr(model, "base_model", model)
     device = next(model.parameters()).device
-    found = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
-    embeddings = getattr(found, "num_embeddings", None)
+    embeddings = _vocabulary(base)
     largest, least = int(batch["input_ids"].max()), int(batch["input_ids"].min())
     if embeddings is not None and not 0 <= least <= largest < embeddings:
         raise InputError(
@@ -169,6 +170,14 @@ def run_base(model: nn.Module, batch: Batch, name: str = "the sample") -> Any:
         raise
     except (ValueError, IndexError, TypeError, RuntimeError) as error:
         raise cannot_run(name, error) from error
+
+
+def _vocabulary(base: Any) -> int | None:
+    """How many tokens the model has embeddings of; None where it cannot say (a module around a model)."""
+    try:
+        return getattr(base.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 @contextmanager
