@@ -207,11 +207,12 @@ def fuse(
     after_widths = {site.index: architecture.neurons(site) for site in sites}
     after_widths.update({site.index: k for site, k in zip(chosen, widths, strict=True)})
     # An FFN that a budget leaves whole stays the model's own, and has no scale to be restored.
-    narrowed = [
-        n for n, (ffn, was) in enumerate(zip(reduced, originals, strict=True)) if ffn.reduction.bundle.width < was.width
-    ]
+    narrowed = [n for n, bundle in enumerate(originals) if reduced[n].reduction.bundle.width < bundle.width]
     fused = [chosen[n].index for n in narrowed]
-    changed = fused_config(config, architecture, after_widths, fused, method=method, form=form)
+    # Methods that choose neurons give them no scale: there is no form to go on training in, and none to restore.
+    scaled = any(reduced[n].reduction.bundle.scale is not None for n in narrowed)
+    kept = form if scaled else "folded"
+    changed = fused_config(config, architecture, after_widths, fused, method=method, form=kept)
     # Everything that can go wrong has gone right: only now is the model touched.
     for n in narrowed:
         architecture.install(chosen[n], reduced[n].reduction.bundle, form)

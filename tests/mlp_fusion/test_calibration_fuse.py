@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
 
 import checkpoints as ck
 from families import FAMILIES, WIDTH, tiny_model, token_batch
-from mlp_fusion import FusionReport, InputError, fuse
+from mlp_fusion import FusedMLP, FusionReport, InputError, fuse, restore
 from mlp_fusion.architectures import get_architecture
 from mlp_fusion.calibration import FFNStatistics, collect
 from mlp_fusion.calibration.text import calibration_batches
@@ -200,6 +201,21 @@ def test_automatic_widths_keep_the_budget_and_favour_what_is_hard() -> None:
     assert report.rows[1].output_error < 1e-3
     even = fuse(tiny_model("bert"), "auto", budget=0.5, calibration=TEXT, sample=HELD_OUT, layers=[0])
     assert even.rows[0].neurons_after == 32
+
+
+def test_an_ffn_that_a_budget_leaves_whole_is_not_fused(tmp_path: Path) -> None:
+    model = tiny_model("bert")
+    report = fuse(model, "auto", budget=0.85, calibration=TEXT, sample=HELD_OUT, seed=0)
+    whole = [row.layer for row in report.rows if row.neurons_after == WIDTH]
+    assert whole
+    assert model.config.mlp_fusion["fused_layers"] == sorted({0, 1, 2} - set(whole))
+    assert [isinstance(layer.intermediate, FusedMLP) for layer in model.bert.encoder.layer] == [
+        n not in whole for n in range(3)
+    ]
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    restore(loaded, tmp_path)
+    torch.testing.assert_close(_hidden(loaded), _hidden(model), rtol=1e-5, atol=1e-5)
 
 
 def test_effects_are_those_of_a_model_with_one_ffn_replaced() -> None:

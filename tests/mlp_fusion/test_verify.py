@@ -202,6 +202,17 @@ def test_a_checkpoint_folded_for_good_has_no_scale(source: Path, tmp_path: Path)
     assert "nothing to restore" in detail(verified, "scale")
 
 
+def test_a_method_that_gives_no_scale_leaves_none_to_restore(source: Path, tmp_path: Path) -> None:
+    mlp_fusion.compress(source, tmp_path / "out", 16, method="prune", device="cpu")
+    assert not (tmp_path / "out" / ck.SCALE).exists()
+    assert failed(mlp_fusion.verify(tmp_path / "out")) == set()
+    with pytest.raises(InputError, match="nothing to restore"):
+        mlp_fusion.restore(load(tmp_path / "out"), tmp_path / "out")
+    model = load(source)
+    mlp_fusion.fuse(model, 16, method="prune")
+    assert model.config.mlp_fusion["parameterization"] == "folded"
+
+
 def test_a_format_of_the_future_is_refused(broken: Path) -> None:
     ck.edit_config(broken, mlp_fusion={**ck.read_config(broken)["mlp_fusion"], "format": 99})
     assert "format 99, this version knows 1: update mlp-fusion" in verify_refused(broken)
