@@ -175,6 +175,14 @@ def kmeans_launches(N: int, K: int, D: int, shared_memory: int) -> Iterator[Laun
         for module in (triton_assign, triton_points):
             patches.enter_context(mock.patch.object(module, "shared_memory", return_value=shared_memory))
         patches.enter_context(mock.patch.object(triton_run._Poll, "all_done", return_value=False))
+        # What follows the kernels is computed by torch, at full size and of nothing that a kernel has written.
+        patches.enter_context(mock.patch.object(triton_backend, "settle_problem"))
+        patches.enter_context(
+            mock.patch.object(triton_backend, "resolved_problems", side_effect=lambda x, *_: x.new_ones(len(x)).bool())
+        )
+        patches.enter_context(
+            mock.patch.object(triton_assign, "nearest", side_effect=lambda x, _: x.new_zeros(len(x)).long())
+        )
         for dtype in (torch.float32, torch.float64):
             x = torch.zeros(1, N, D, dtype=dtype)
             weight = torch.ones(1, N, dtype=dtype)
