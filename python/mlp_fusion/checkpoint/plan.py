@@ -15,6 +15,7 @@ from torch import nn
 
 from mlp_fusion.architectures import Architecture
 from mlp_fusion.checkpoint.metadata import check_config
+from mlp_fusion.checkpoint.reference import base_prefix
 from mlp_fusion.checkpoint.source import Headers, model_headers, read_headers
 from mlp_fusion.checkpoint.weights import TensorInfo
 from mlp_fusion.errors import InputError
@@ -226,7 +227,7 @@ def _check_prefixes(headers: Headers, paths: Iterable[str], architecture: Archit
     known = {"", architecture.base}
     for path in paths:
         prefix = path[: path.rindex(f"{architecture.layers}.")].rstrip(".")
-        if prefix not in known:
+        if prefix not in known and prefix != base_prefix(headers.config):
             raise InputError(
                 f"{headers.name}: tensors are named {prefix}.{architecture.layers}..., as a wrapped model "
                 "(DataParallel, torch.compile) saves them, and transformers would not find them: save the one inside"

@@ -54,6 +54,14 @@ def model_class(config: Any) -> Any:
     return transformers.AutoModel
 
 
+def base_prefix(config: Any) -> str:
+    """What stands before the names of the base model's tensors in a checkpoint with a head; imports modelling code."""
+    found = model_class(config)
+    if found is transformers.AutoModel:
+        found = transformers.MODEL_MAPPING[type(config)]
+    return str(found.base_model_prefix)
+
+
 def load_checkpoint(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """The model in `folder`, in evaluation mode, and what transformers says of its tensors.
 
