@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -15,6 +16,12 @@ settings.register_profile("mlp_fusion", deadline=None, max_examples=40, derandom
 settings.load_profile("mlp_fusion")
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no garbage collection need walk through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

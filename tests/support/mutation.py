@@ -4,6 +4,7 @@
 
     python mutation.py serve SOCKET            import what is slow, and wait for orders
     python -S mutation.py run SOCKET TEST ...  run pytest on the tests in a fork; exit 0 if they pass
+    python mutation.py sample SESSION NUMBER   leave so many mutants of a session, drawn from a fixed seed
     python mutation.py report SESSION          what survived, and the share of mutants that were killed
 """
 
@@ -45,7 +46,7 @@ def serve(path: str) -> None:
                     sink = os.open(os.devnull, os.O_RDWR)
                     for descriptor in (0, 1, 2):
                         os.dup2(sink, descriptor)
-                    os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments])))
+                    os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments])))
                 _, status = os.waitpid(child, 0)
                 connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
 
@@ -56,6 +57,20 @@ def run(path: str, arguments: list[str]) -> int:
         client.connect(path)
         client.sendall("\n".join(arguments).encode())
         return int(client.recv(64) or b"1")
+
+
+def sample(session: str, number: int) -> None:
+    """Skip all but `number` of the mutants that are to be run."""
+    import random
+    import sqlite3
+
+    with sqlite3.connect(session) as database:
+        query = "select job_id from mutation_specs where job_id not in (select job_id from work_results) order by "
+        rows = database.execute(query + "start_pos_row, start_pos_col, operator_name, occurrence").fetchall()
+        random.Random(0).shuffle(rows)
+        database.executemany(
+            "insert into work_results values ('SKIPPED', 'not drawn', null, null, ?)", sorted(rows[number:])
+        )
 
 
 def report(session: str) -> None:
@@ -80,5 +95,7 @@ if __name__ == "__main__":
         serve(target)
     elif command == "run":
         sys.exit(run(target, rest))
+    elif command == "sample":
+        sample(target, int(rest[0]))
     else:
         report(target)
