@@ -7,9 +7,11 @@ DEMO_OUT := build/demo
 INSTALL := $(BIN)/pip install --quiet --no-build-isolation -c constraints.txt
 # CUDA builds of torch bring their own Triton. For others, the release that the resource gate of the kernels was set with.
 TRITON := 'triton==3.6.0; platform_system == "Linux"'
+# Which tests; as in pyproject.toml, where it is what pytest does by itself.
+MARKED = not benchmark
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: demo test quick mutants resources lint types bench clean
+.PHONY: demo test quick coverage suite checks mutants resources lint types bench clean
 
 $(VENV)/.base: constraints.txt pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
@@ -31,8 +33,22 @@ demo: $(VENV)/.demo
 	rm -rf $(DEMO_OUT) $(DEMO_OUT)-calibrated $(DEMO_OUT)-text
 	$(BIN)/python examples/demo.py $(DEMO_OUT)
 
-test: $(VENV)/.test lint types
+# Linters and tests side by side: neither keeps two processors busy all the time.
+test: $(VENV)/.test
+	$(MAKE) --no-print-directory -j 2 checks suite
+
+# What to run many times a day: all but the tests that interpret or compile kernels, train, or start processes.
+quick: $(VENV)/.test
+	$(MAKE) --no-print-directory -j 2 checks suite MARKED='not slow and not benchmark'
+
+# Twice as long as the tests alone, and so by itself.
+coverage: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --cov --cov-report=term:skip-covered --cov-fail-under=95
+
+suite: $(VENV)/.test
+	$(BIN)/python -m pytest -n auto -m '$(MARKED)'
+
+checks: lint types
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -45,7 +61,7 @@ types: $(VENV)/.test
 resources: $(VENV)/.test
 	rm -f tests/data/triton_resources.json
 	for capability in 80 90; do \
-	  TRITON_AOT=record PYTHONPATH=. $(BIN)/python tests/support/triton_aot.py $$capability 3072,768,1537 64,16,64 >/dev/null && \
+	  TRITON_AOT=record PYTHONPATH=. $(BIN)/python tests/support/triton_aot.py $$capability 3072,768,129 64,16,64 >/dev/null && \
 	  TRITON_AOT=record PYTHONPATH=. $(BIN)/python tests/support/triton_aot_mlp.py $$capability >/dev/null || exit 1; done
 
 mutants: $(VENV)/.test

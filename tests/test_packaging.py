@@ -16,6 +16,8 @@ import torch
 
 from fusion_kernels import native
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SOURCES = ("csrc", "fusion_kernels", "python", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
 #: A module that stands in front of the real torch and cannot be imported.

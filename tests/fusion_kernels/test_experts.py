@@ -293,6 +293,7 @@ def test_gradients_of_gradients_and_transforms() -> None:
     torch.testing.assert_close((found * u).sum(), (back * tangent).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_same_bits_every_time_and_compiled(backend: str) -> None:
     p = layer(4, 16, 16, 16, True, False, True, torch.float32)

@@ -17,6 +17,8 @@ from fusion_kernels.experts import loop_backend, triton_backend
 from fusion_kernels.mlp.operators import Gradients
 from fusion_kernels.reference.mlp import Block
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("x", "w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out", "scale")
 
 

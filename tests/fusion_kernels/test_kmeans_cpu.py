@@ -55,6 +55,7 @@ def largest_gap(x: Tensor, labels: Tensor, centroids: Tensor) -> float:
 # --- the reference ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("algorithm", ["lloyd", "hartigan"])
 @pytest.mark.parametrize(("n", "d", "k"), SHAPES)

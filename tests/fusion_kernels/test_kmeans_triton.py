@@ -34,6 +34,8 @@ from fusion_kernels.reference.kmeans import assign as assign_reference
 from fusion_kernels.reference.kmeans import kmeans as reference
 from points import nearest_gap
 
+pytestmark = pytest.mark.slow
+
 FIELDS = ("labels", "centroids", "inertia", "counts", "n_iter", "status")
 
 

@@ -14,6 +14,8 @@ from fusion_kernels import BackendUnavailableError, backends, native
 from fusion_kernels.activations import ACTIVATIONS, get_activation
 from fusion_kernels.library import Backend, Operator
 
+pytestmark = pytest.mark.slow
+
 
 def _operator() -> Operator:
     op = Operator("double", "(Tensor x) -> Tensor")

@@ -125,6 +125,7 @@ def test_a_token_has_the_same_bits_alone_and_among_few() -> None:
             torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_more_tokens_than_a_chunk(gated: bool, dtype: torch.dtype) -> None:

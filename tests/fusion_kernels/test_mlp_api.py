@@ -46,6 +46,7 @@ def test_opcheck(level: int, gated: bool) -> None:
     torch.library.opcheck(MLP.overload, (*order(bare), "silu", level, "torch"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("level", "gated"), [(0, True), (1, False), (2, True)])
 def test_opcheck_backward(level: int, gated: bool) -> None:
     block = make_block(5, gated=gated, scale="both" if level == 1 else "float").training()
@@ -58,6 +59,7 @@ def test_opcheck_backward(level: int, gated: bool) -> None:
     torch.library.opcheck(MLP_BACKWARD.overload, (dy, *order(block), z, g, a, "gelu", level, "auto", frozen))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("level", "gated"), [(0, False), (1, True), (2, False)])
 def test_compiles_once_for_every_number_of_tokens(level: int, gated: bool) -> None:
     block = make_block(2, 3, gated=gated, dtype=torch.float32).training()
@@ -266,6 +268,7 @@ def test_dispatch_modes_see_the_operator() -> None:
         torch.testing.assert_close(block.fused(), block.eager())
 
 
+@pytest.mark.slow
 def test_pinning_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     block = make_block(40)
     ran: list[str] = []

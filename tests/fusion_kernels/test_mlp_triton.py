@@ -23,6 +23,8 @@ from fusion_kernels import gpu
 from fusion_kernels.mlp import triton_launch, triton_linear, triton_pointwise, triton_resident, triton_tuning
 from fusion_kernels.mlp.triton_tuning import HALF, IEEE, TF32, Gpu, ResidentConfig, TileConfig
 
+pytestmark = pytest.mark.slow
+
 DTYPES = [torch.float32, torch.float16]
 #: Tokens, inputs, neurons; one dimension at a time is long.
 SHAPES = [(1, 1, 1), (17, 123, 17), (123, 17, 123), (65, 128, 64), (3, 1537, 17)]

@@ -17,6 +17,8 @@ from torch import Tensor
 from fusion_kernels.mlp import triton_linear, triton_pointwise
 from fusion_kernels.mlp.triton_tuning import TileConfig
 
+pytestmark = pytest.mark.slow
+
 DTYPES = [torch.float32, torch.float16]
 #: Rows of every expert: none at either end and in between, one, less than a tile, a tile, more.
 COUNTS = [(0, 1, 0, 16, 33, 7, 0), (40,), (0, 0, 0), (5, 64)]

@@ -36,6 +36,8 @@ from fusion_kernels.ntk.block import prepare
 from fusion_kernels.reference import ntk as reference
 from fusion_kernels.reference.ntk import FFN, Differentiated
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024}
 NO_COMPILER = shutil.which(os.environ.get("CXX", "c++").split()[0]) is None

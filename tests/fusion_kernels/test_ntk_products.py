@@ -374,6 +374,7 @@ def product_calls(gated: bool, **changes: Any) -> dict[str, tuple[Operator, tupl
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_opcheck(gated: bool) -> None:
     calls = product_calls(gated)

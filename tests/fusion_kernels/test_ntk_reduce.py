@@ -323,6 +323,7 @@ def test_any_shape(
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduce", ["trace", "full", "diagonal", "vector"])
 @pytest.mark.parametrize("with_out", [False, True])
 def test_opcheck(reduce: str, with_out: bool) -> None:

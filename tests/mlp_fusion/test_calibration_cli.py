@@ -15,6 +15,8 @@ from families import WIDTH
 from mlp_fusion import InputError
 from mlp_fusion.cli import cli
 
+pytestmark = pytest.mark.slow
+
 WORDS = ("the", "a", "cat", "sat")
 SENTENCES = [f"{a} {b} {c} cat" for a in WORDS for b in WORDS for c in WORDS]
 

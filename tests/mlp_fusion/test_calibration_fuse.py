@@ -25,6 +25,8 @@ from mlp_fusion.methods.pipeline import Recipe, reduce_ffns
 from mlp_fusion.methods.sequential import reduce_sequentially
 from mlp_fusion.neurons import NeuronBundle
 
+pytestmark = pytest.mark.slow
+
 TEXT = [token_batch(seed=n, batch=6, length=12) for n in range(8)]
 HELD_OUT = [token_batch(seed=100 + n, batch=6, length=12) for n in range(4)]
 

@@ -480,6 +480,7 @@ assert not slow, slow
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_plan_imports_no_modelling_code(source: Path) -> None:
     script = f"""
 import sys
@@ -498,6 +499,7 @@ assert models <= {{"auto"}}, models  # a table of names
 # --- the installed program -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_program_compresses(source: Path, fused: Path, tmp_path: Path) -> None:
     done = run_for_real("compress", source, tmp_path / "out", "--width", "0.25", "--json")
     assert done.code == 0, done.err
@@ -507,6 +509,7 @@ def test_program_compresses(source: Path, fused: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / ck.WEIGHTS).read_bytes() == (fused / ck.WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_program_meets_a_name_that_is_no_folder() -> None:
     done = run_for_real("plan", "no-such-organisation/no-such-model", "--width", "0.25")
     assert done.code == 2
@@ -518,6 +521,7 @@ def debugged(source: Path) -> Outcome:
     return run_for_real("--debug", "plan", source, "--width", "7")
 
 
+@pytest.mark.slow
 def test_program_shows_a_traceback_when_asked(debugged: Outcome) -> None:
     assert debugged.code != 0
     assert "Traceback (most recent call last)" in debugged.err
@@ -525,5 +529,6 @@ def test_program_shows_a_traceback_when_asked(debugged: Outcome) -> None:
     assert debugged.out == ""
 
 
+@pytest.mark.slow
 def test_program_keeps_its_exit_code_when_debugging(debugged: Outcome) -> None:
     assert debugged.code == 2

@@ -16,6 +16,8 @@ from mlp_fusion import InputError
 from mlp_fusion.measure import compare_models, models
 from mlp_fusion.measure.models import Outputs, pooled
 
+pytestmark = pytest.mark.slow
+
 
 def fused(family: str, **options: Any) -> tuple[nn.Module, nn.Module]:
     original = tiny_model(family, task="Model", dtype=torch.float64)

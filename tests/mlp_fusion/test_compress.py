@@ -23,6 +23,8 @@ from checkpoints import B_IN, REFERENCE, SCALE, W_IN, W_OUT
 from families import FAMILIES, WIDTH, tiny_model, token_batch
 from mlp_fusion import InputError
 
+pytestmark = pytest.mark.slow
+
 CONFIG_WIDTH = {"distilbert": "hidden_dim", "gpt2": "n_inner"}
 
 

@@ -75,6 +75,7 @@ def test_output_is_relative_to_the_working_directory(
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "exists"),
     [(RuntimeError, False), (KeyboardInterrupt, False), (KeyboardInterrupt, True), (SystemExit, False)],

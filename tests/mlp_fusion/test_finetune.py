@@ -20,6 +20,8 @@ from mlp_fusion.checkpoint.restoring import restore
 from mlp_fusion.finetuning.loading import fused_parameters
 from mlp_fusion.finetuning.trainers import SimilarLengths, hidden_state_error, logit_divergence
 
+pytestmark = pytest.mark.slow
+
 WORDS = ("the", "a", "cat", "sat")
 SMALL: dict[str, Any] = {"epochs": 2.0, "batch_size": 8, "max_length": 8, "learning_rate": 2e-3, "seed": 3}
 

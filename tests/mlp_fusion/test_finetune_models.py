@@ -22,6 +22,8 @@ from families import tiny_model
 from mlp_fusion import InputError
 from mlp_fusion.finetuning.loading import load_student, load_teacher, positions
 
+pytestmark = pytest.mark.slow
+
 LABELS = {"0": 0, "1": 1}
 ROWS = [{"text": ("the cat sat a cat", "a the")[n % 2], "label": n % 2} for n in range(16)]
 OPTIONS: dict[str, Any] = {"task": "classification", "epochs": 1.0, "batch_size": 8}

@@ -41,6 +41,7 @@ def train(model: Any, optimizer: str, steps: int = 3) -> None:
         step.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("layers", ["all", "1-2"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", None])
@@ -212,6 +213,7 @@ class _Examples(Dataset):
         return {"input_ids": torch.randint(3, 97, (9,), generator=g), "labels": torch.tensor(index % 2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "layers"), [("roberta", "all"), ("gpt2", "0"), ("distilbert", "0"), ("llama", "1-2")]
 )

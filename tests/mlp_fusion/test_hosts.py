@@ -206,6 +206,7 @@ def test_models_whose_head_wants_more_than_tokens() -> None:
     assert report.sample_rows == 2 * int(BATCH["attention_mask"].sum())
 
 
+@pytest.mark.slow
 def test_endless_samples_end() -> None:
     def endless() -> Any:
         while True:

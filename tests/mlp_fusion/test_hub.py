@@ -17,6 +17,8 @@ from families import tiny_model
 from mlp_fusion import InputError
 from mlp_fusion.checkpoint import source as source_module
 
+pytestmark = pytest.mark.slow
+
 NAME = "someone/model"
 
 

@@ -41,6 +41,7 @@ def test_the_registry_says_what_methods_need() -> None:
         get_method("x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", method_names())
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("bias", [False, True])

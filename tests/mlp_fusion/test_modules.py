@@ -174,6 +174,7 @@ def test_hooks_on_children_run() -> None:
     assert sorted(seen) == ["down", "gate", "up"]
 
 
+@pytest.mark.slow
 def test_torch_compile_matches_eager() -> None:
     for gated in (False, True):
         for form in FORMS:

@@ -28,6 +28,8 @@ from fusion_kernels import mlp_backend, native
 from mlp_fusion import FusedGLU, FusedMLP
 from mlp_fusion.modules import FusedFFN, ffn, layouts
 
+pytestmark = pytest.mark.slow
+
 FORMS = ("folded", "scaled", "split")
 BACKEND = "torch" if native.UNAVAILABLE else "cpu"
 

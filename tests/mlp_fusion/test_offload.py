@@ -19,6 +19,8 @@ from mlp_fusion import InputError, fuse, restore
 from mlp_fusion.checkpoint.metadata import SCALE_FILE
 from mlp_fusion.modules import FusedFFN
 
+pytestmark = pytest.mark.slow
+
 BATCH = token_batch()
 
 

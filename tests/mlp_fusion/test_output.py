@@ -20,6 +20,8 @@ from mlp_fusion.checkpoint import compress as compress_module
 from mlp_fusion.checkpoint import output as output_module
 from mlp_fusion.checkpoint.output import appears_when_complete, check_output, taken
 
+pytestmark = pytest.mark.slow
+
 TWO = [{"text": "the cat", "label": 0}, {"text": "a cat sat", "label": 1}]
 
 

@@ -22,6 +22,8 @@ from mlp_fusion.report.gather import find_results, read_run
 from mlp_fusion.report.page import format_number, format_score, format_seconds, format_short
 from mlp_fusion.report.summary import CURVE_POINTS, cluster_bins, summarize
 
+pytestmark = pytest.mark.slow
+
 EVIL = '<b>&"$x_1$'
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 

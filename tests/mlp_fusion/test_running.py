@@ -21,6 +21,8 @@ from mlp_fusion.checkpoint import compress as compress_module
 from mlp_fusion.checkpoint.verify import _check_finite
 from mlp_fusion.measure import compare_models
 
+pytestmark = pytest.mark.slow
+
 TWO = [{"text": "the cat", "label": 0}, {"text": "a cat sat", "label": 1}]
 QUICK: dict[str, Any] = {"epochs": 1.0, "batch_size": 2, "max_length": 4, "device": "cpu"}
 

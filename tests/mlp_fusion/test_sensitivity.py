@@ -20,6 +20,8 @@ from mlp_fusion.measure.activations import token_mask
 from mlp_fusion.methods import pipeline
 from mlp_fusion.neurons import NeuronBundle
 
+pytestmark = pytest.mark.slow
+
 TEXT = [token_batch(seed=n, batch=6, length=8) for n in range(3)]
 WHOLE = {name: torch.cat([batch[name] for batch in TEXT]) for name in TEXT[0]}
 

@@ -22,6 +22,8 @@ from transformers.trainer_utils import load_sharded_checkpoint
 from families import tiny_model, token_batch
 from mlp_fusion import FusedMLP, InputError, fuse, restore, state_form
 
+pytestmark = pytest.mark.slow
+
 BATCH = token_batch()
 #: Optimisers of the two forms with an explicit scale.
 FORMS = ["adamw", "sgd"]

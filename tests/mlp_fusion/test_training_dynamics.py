@@ -13,6 +13,8 @@ from bundles import random_bundle, tie
 from mlp_fusion.modules import FusedFFN, FusedGLU, FusedMLP
 from mlp_fusion.neurons import NeuronBundle
 
+pytestmark = pytest.mark.slow
+
 Optimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
 # Epsilon tiny, because it is the one thing in Adam that is not invariant to the scale of the gradient.

@@ -22,6 +22,8 @@ from mlp_fusion.methods import get_method, pipeline
 from mlp_fusion.methods.pipeline import Recipe, reduce_ffns
 from mlp_fusion.neurons import NeuronBundle
 
+pytestmark = pytest.mark.slow
+
 TEXT = [token_batch(seed=n, batch=6, length=12) for n in range(8)]
 
 
