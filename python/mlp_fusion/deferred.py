@@ -24,6 +24,10 @@ class _Loader(importlib.abc.Loader):
     def __init__(self, loader: importlib.abc.Loader, action: Action) -> None:
         self.loader, self.action = loader, action
 
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else loaders are asked for: sources, resources, file names."""
+        return getattr(self.loader, name)
+
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
@@ -47,7 +51,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         if not self.wanted(name):
             return None
         behind = sys.meta_path[sys.meta_path.index(self) + 1 :]
-        specs = (finder.find_spec(name, path, target) for finder in behind)
+        specs = (finder.find_spec(name, path, target) for finder in behind if hasattr(finder, "find_spec"))
         spec = next((found for found in specs if found is not None), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader, self.action)  # type: ignore[arg-type]

@@ -169,8 +169,9 @@ def test_stack_and_select() -> None:
         NeuronBundle.stack([parts[0], random_bundle(scale=False)])
     with pytest.raises(ValueError, match="no bundles"):
         NeuronBundle.stack([])
-    with pytest.raises(IndexError, match="problem 3 of a bundle of 3"):
-        stacked.select(3)
+    for beyond in (3, 7, -1):
+        with pytest.raises(IndexError, match=f"problem {beyond} of a bundle of 3"):
+            stacked.select(beyond)
 
 
 def test_the_scale_stays_float32_in_a_half_precision_bundle() -> None:
@@ -212,6 +213,12 @@ def test_bad_calls_are_named() -> None:
         bundle.unfolded(torch.ones(1, 6))
     with pytest.raises(ValueError, match=r"labels have shape \(1, 5\)"):
         bundle.reduce(torch.zeros(1, 5, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"labels have shape \(1, 7\)"):
+        bundle.reduce(torch.zeros(1, 7, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"labels lie in \[0, 9\], expected \[0, 3\)"):
+        bundle.reduce(torch.tensor([[0, 1, 2, 9, 0, 0]]), n_clusters=3)
+    negative = dataclasses.replace(random_bundle(), scale=torch.full((1, 6), -2.0))
+    torch.testing.assert_close(negative.parameterized("scaled").w_out, negative.w_out, rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"labels lie in \[0, 3\], expected \[0, 3\)"):
         bundle.reduce(torch.tensor([[0, 1, 2, 3, 0, 0]]), n_clusters=3)
     with pytest.raises(ValueError, match=r"labels lie in \[-1"):
