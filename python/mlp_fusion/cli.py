@@ -1,7 +1,7 @@
 """The command line: `mlp-fusion plan | compress | verify | finetune | report | env`.
 
-Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. Errors are one line on standard error; with `--json`, standard output
-holds one JSON object and nothing else.
+Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. Errors are one line on standard error; with `--json`,
+standard output holds one JSON object and nothing else.
 
 Torch, transformers and all that stands on them are imported by the commands that need them, after their options have
 been read: help and mistakes in the options are answered at once.
