@@ -24,6 +24,10 @@ socket=$(mktemp -u)
 "$root/.venv/bin/python" tests/support/mutation.py serve "$socket" >"$out/server.log" 2>&1 &
 trap 'kill %1; rm -f "$socket"' EXIT
 until [ -S "$socket" ]; do kill -0 %1 && sleep 1; done
+# Without a mutant the tests must pass, before and after, or every mutant would seem to be killed.
+passes() {
+  "$root/.venv/bin/python" -S tests/support/mutation.py run "$socket" "${@:2}" || { echo "$1: its tests fail"; exit 1; }
+}
 for name in "${@:-${!tests[@]}}"; do
   session=$out/${name//\//-}
   files=$(printf 'tests/mlp_fusion/%s ' ${tests[$name]})
@@ -41,10 +45,12 @@ exclude-operators = [
   "core/ReplaceBinaryOperator_(BitOr|BitAnd|BitXor|LShift|RShift)_.*",
 ]
 EOF2
+  passes "$name" $files
   rm -f "$session.sqlite"
   cosmic-ray init "$session.toml" "$session.sqlite"
   cr-filter-operators "$session.sqlite" "$session.toml"
   [ -z "${SAMPLE:-}" ] || "$root/.venv/bin/python" tests/support/mutation.py sample "$session.sqlite" "$SAMPLE"
   cosmic-ray exec "$session.toml" "$session.sqlite"
+  passes "$name" $files
   "$root/.venv/bin/python" tests/support/mutation.py report "$session.sqlite" | tee "$session.txt"
 done

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -53,7 +54,8 @@ def serve(path: str) -> None:
                     runs = (int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", file])) for file in arguments)
                     os._exit(next((code for code in runs if code != 0), 0))
                 _, status = os.waitpid(child, 0)
-                connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+                with contextlib.suppress(BrokenPipeError):  # whoever asked has given up waiting
+                    connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
 
 
 def run(path: str, arguments: list[str]) -> int:
