@@ -39,6 +39,11 @@ def scale_power(scale: Tensor, exponent: float) -> Tensor:
     return torch.where(scale > 0, scale.clamp(min=torch.finfo(scale.dtype).tiny) ** exponent, torch.zeros_like(scale))
 
 
+def reciprocal(scale: Tensor) -> Tensor:
+    """`1 / scale`, of any sign, since a scale may be trained; and 0 where `scale` is 0."""
+    return torch.where(scale != 0, scale, torch.ones_like(scale)).reciprocal() * (scale != 0)
+
+
 @dataclass(frozen=True, eq=False)
 class NeuronBundle:
     """B feed-forward layers of one shape, neuron by neuron.
@@ -204,8 +209,7 @@ class NeuronBundle:
         """
         if self.scale is not None:
             raise ValueError("the bundle has a scale already")
-        inverse = torch.where(scale != 0, scale, 1.0).reciprocal() * (scale != 0)  # of any sign: it may be trained
-        w_out = (self.w_out * inverse.unsqueeze(-1)).to(self.w_out.dtype)
+        w_out = (self.w_out * reciprocal(scale).unsqueeze(-1)).to(self.w_out.dtype)
         return dataclasses.replace(self, w_out=w_out, scale=scale, scale_exponent=0.0)
 
     # --- clustering --------------------------------------------------------------------------------------------------

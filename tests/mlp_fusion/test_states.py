@@ -288,3 +288,86 @@ def test_a_record_that_cannot_be_read_is_refused(change: dict[str, Any], message
     model.config.mlp_fusion = {k: v for k, v in model.config.mlp_fusion.items() if k not in change}
     with pytest.raises(InputError, match="is damaged"):
         restore(model, tmp_path)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_trained_scale_comes_back_with_its_checkpoint(sign: float, tmp_path: Path) -> None:
+    """In the model that was saved, and in one that starts from the scale of the fusion."""
+    source = fused("bert", "adamw", shift=0.05)
+    with torch.no_grad():
+        for module in source.modules():
+            if isinstance(module, FusedMLP) and module.scale is not None:
+                module.scale[::3] *= 1.3 * sign
+    own = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    source.save_pretrained(tmp_path, max_shard_size="24KB")
+    for target in (copy.deepcopy(source), fused("bert", "adamw")):
+        load_sharded_checkpoint(target, tmp_path, strict=False)
+        for name, tensor in target.state_dict().items():
+            torch.testing.assert_close(tensor, own[name], rtol=1e-6, atol=1e-7, msg=name)
+    with state_form("plain"):
+        for shard in tmp_path.glob("model-*.safetensors"):
+            source.load_state_dict(load_file(shard), strict=False)
+    for name, tensor in source.state_dict().items():
+        torch.testing.assert_close(tensor, own[name], rtol=1e-6, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("optimizer", FORMS)
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "distilbert"])
+def test_parts_of_a_layer_loaded_by_themselves(family: str, optimizer: str, tmp_path: Path) -> None:
+    source = fused(family, optimizer, shift=0.05)
+    source.save_pretrained(tmp_path)
+    plain, expected = load_file(tmp_path / "model.safetensors"), logits(source)
+    hooked = [name for name, m in source.named_modules() if m._load_state_dict_pre_hooks and ".1" in name]
+    assert len(hooked) >= 4
+    for path in hooked:
+        part = {name[len(path) + 1 :]: tensor for name, tensor in plain.items() if name.startswith(f"{path}.")}
+        target = copy.deepcopy(source)
+        module = target.get_submodule(path)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(0.9)
+        with state_form("plain"):
+            module.load_state_dict(part, strict=False)
+        torch.testing.assert_close(logits(target), expected, rtol=1e-5, atol=1e-5, msg=path)
+    leaf = source.get_submodule(next(p for p in hooked if p.endswith(("output.dense", "c_proj", "down_proj", "lin2"))))
+    with pytest.raises(InputError, match="comes without"):
+        leaf.load_state_dict({"weight": leaf.weight.detach().clone()}, strict=False)
+
+
+@pytest.mark.parametrize("damage", ["float8", "int8", "meta", "narrow"])
+def test_nothing_is_loaded_where_one_tensor_does_not_fit(damage: str, tmp_path: Path) -> None:
+    model = fused("bert", "adamw")
+    model.save_pretrained(tmp_path)
+    state = {name: tensor * 2.0 for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    name = "bert.encoder.layer.2.output.dense.weight"
+    whole = state[name]
+    broken = {"float8": whole.to(torch.float8_e4m3fn), "int8": whole.to(torch.int8), "meta": whole.to("meta")}
+    state[name] = broken.get(damage, whole[:, 1:])
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with state_form("plain"), pytest.raises(InputError, match=r"layer\.2\.output\.dense\.weight"):
+        model.load_state_dict(state, strict=False)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("change", ["1e60", "1e-60", "1e-44", "float8"])
+def test_scales_that_float32_cannot_hold_are_refused(change: str, tmp_path: Path) -> None:
+    fused("bert", "adamw").save_pretrained(tmp_path)
+    file = tmp_path / "mlp_fusion" / "scale.safetensors"
+    good = load_file(file)
+    kind = {"1e-44": torch.float32, "float8": torch.float8_e4m3fn}.get(change, torch.float64)
+    factor = 1.0 if change == "float8" else float(change)
+    save_file({name: (scale.double() * factor).to(kind) for name, scale in good.items()}, file)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="holds NaN or Inf, or numbers that float32 cannot"):
+        restore(model, tmp_path)
+
+
+def test_a_plain_model_takes_no_state_that_is_said_to_be_a_fused_ones(tmp_path: Path) -> None:
+    source = fused("bert", "adamw")
+    source.save_pretrained(tmp_path)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    with state_form("own"), pytest.raises(InputError, match="this model is a plain one: restore it first"):
+        plain.load_state_dict(dict(source.named_parameters()))
+    with state_form("plain"):
+        plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    same(plain, logits(source))

@@ -28,7 +28,7 @@ from mlp_fusion.checkpoint.metadata import (
 )
 from mlp_fusion.errors import InputError
 from mlp_fusion.modules.layouts import FLOATING
-from mlp_fusion.neurons import SCALE_EXPONENTS, scale_power
+from mlp_fusion.neurons import SCALE_EXPONENTS, reciprocal, scale_power
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,10 @@ class Rescaling:
                 found[self.key(role, "bias")] = exponent, 0
         return found
 
-    def apply(self, state: dict[str, Tensor], scale: Tensor) -> None:
-        """Rescale what there is in `state`; its tensors are exchanged, not written to.
-
-        Raises:
-            InputError: a tensor is sharded, quantised, not in memory, or of another number of neurons than the scale.
-        """
-        for key, (exponent, axis) in self.rescaled().items():
+    def check(self, state: Mapping[str, Tensor], scale: Tensor) -> None:
+        """Raise what :meth:`apply` would, of all of the tensors, before one is exchanged."""
+        check_whole("the scale", scale)
+        for key, (_, axis) in self.rescaled().items():
             if key in state:
                 tensor = state[key]
                 check_whole(key, tensor)
@@ -91,9 +88,22 @@ class Rescaling:
                         f"{key} has shape {tuple(tensor.shape)}, the model's FFN has {len(scale)} neurons: it belongs "
                         "to another model"
                     )
+
+    def apply(self, state: dict[str, Tensor], scale: Tensor) -> None:
+        """Rescale what there is in `state`; its tensors are exchanged, not written to.
+
+        Raises:
+            InputError: a tensor is sharded, quantised, not in memory, or of another number of neurons than the scale.
+        """
+        self.check(state, scale)
+        for key, (exponent, axis) in self.rescaled().items():
+            if key in state:
+                tensor = state[key]
                 wide = scale.to(tensor.device, torch.promote_types(scale.dtype, torch.float32))
-                # The scale itself may be of any sign, where it is trained: only other powers take its size.
-                factor = wide if exponent == 1.0 else scale_power(wide, exponent)
+                # A scale that is trained may be of any sign: only the powers of the split form, which cannot have such
+                # a one, take its size.
+                factor = {1.0: wide, -1.0: reciprocal(wide)}.get(exponent)
+                factor = scale_power(wide, exponent) if factor is None else factor
                 shape = [-1 if i == axis else 1 for i in range(tensor.ndim)]
                 state[key] = (tensor * factor.reshape(shape)).to(tensor.dtype)
 

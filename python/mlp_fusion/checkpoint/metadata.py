@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from torch import nn
 
 from mlp_fusion.architectures import Architecture, get_architecture
@@ -42,6 +43,9 @@ def check_config(config: Any) -> Architecture:
         raise InputError(
             f"the weights are quantised ({getattr(kind, 'value', kind)}): start from the unquantised checkpoint"
         )
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+        raise InputError(f"config.json says dtype {str(dtype)[6:]}, in which no model can be loaded: mend it")
     if fusion_record(config) is not None:
         raise InputError("the model is fused already: start again from the original, fusing twice compounds the loss")
     if config.is_heterogeneous:

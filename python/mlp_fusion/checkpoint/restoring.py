@@ -6,15 +6,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from mlp_fusion.architectures import FFNSite, get_architecture
 from mlp_fusion.checkpoint.metadata import FUSION_KEY, SCALE_FILE, fusion_record, update_record
-from mlp_fusion.checkpoint.states import know_forms
+from mlp_fusion.checkpoint.states import is_sound, know_forms, read_scale_file
 from mlp_fusion.errors import InputError
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.selection import parameterization_for
@@ -89,8 +86,11 @@ def _check_scales(
             raise InputError(
                 f"{SCALE_FILE}: layer {layer} has {scale.numel()} entries, the layer {bundle.width} neurons"
             )
-        if not scale.is_floating_point() or not bool(torch.isfinite(scale).all()):
-            raise InputError(f"{SCALE_FILE}: the scale of layer {layer} holds NaN or Inf: the file is damaged")
+        if not is_sound(scale):
+            raise InputError(
+                f"{SCALE_FILE}: the scale of layer {layer} holds NaN or Inf, or numbers that float32 cannot: the file "
+                "is damaged"
+            )
         if parameterization == "split" and bool((scale < 0).any()):
             raise InputError(
                 f"{SCALE_FILE}: the scale of layer {layer} is negative in places, which the form for SGD cannot hold: "
@@ -114,11 +114,7 @@ def _side_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         else:
             what = f"neither a folder here nor a fused checkpoint on the hub ({str(error).splitlines()[0]})"
         raise InputError(f"{path}: {what}: the model cannot train on as it was saved") from error
-    try:
-        scales: dict[str, Tensor] = load_file(file)
-    except SafetensorError as error:
-        raise InputError(f"{file}: damaged or cut short: fetch it again") from error
-    return scales
+    return read_scale_file(file)
 
 
 def _matched(scales: Mapping[str, Tensor], sites: Mapping[str, FFNSite]) -> dict[str, Tensor]:

@@ -23,17 +23,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mlp_fusion.architectures import ARCHITECTURES, Architecture, FFNSite
 from mlp_fusion.checkpoint.folding import Rescaling
-from mlp_fusion.checkpoint.metadata import FUSION_KEY
+from mlp_fusion.checkpoint.metadata import FUSION_KEY, SCALE_FILE
 from mlp_fusion.errors import InputError
 from mlp_fusion.modules import FusedFFN
+from mlp_fusion.modules.layouts import FLOATING
+from mlp_fusion.neurons import reciprocal
 
 Form = Literal["own", "plain"]
 
 _announced: ContextVar[Form | None] = ContextVar("mlp_fusion_state_form", default=None)
+#: The scales that a folder's plain weights were folded with, by the names of its model.
+_scales: ContextVar[Mapping[str, Tensor]] = ContextVar("mlp_fusion_scales", default={})  # noqa: B039 - never written to
 
 
 @contextmanager
@@ -62,12 +69,61 @@ def state_form(form: Form) -> Iterator[None]:
 
 
 def form_of_folder(folder: str | os.PathLike[str]) -> AbstractContextManager[None]:
-    """The context in which the weights of `folder` are loaded: plain ones, where its config has a fusion's record."""
+    """The context in which the weights of `folder` are loaded: plain ones, where its config has a fusion's record.
+
+    A scale that was trained, and lies beside them, comes back with them.
+
+    Raises:
+        InputError: the scales beside the weights cannot be read.
+    """
+    place = Path(folder)
+    place = place.parent if place.is_file() else place
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return nullcontext()
-    return state_form("plain") if isinstance(config, dict) and config.get(FUSION_KEY) else nullcontext()
+    known = isinstance(config, dict) and config.get(FUSION_KEY)
+    return _plain_folder(place / SCALE_FILE) if known else nullcontext()
+
+
+@contextmanager
+def _plain_folder(file: Path) -> Iterator[None]:
+    token = _scales.set(read_scale_file(file) if file.is_file() else {})
+    try:
+        with state_form("plain"):
+            yield
+    finally:
+        _scales.reset(token)
+
+
+def read_scale_file(file: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The scales in a side file, by the names of the model that was saved.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        scales: dict[str, Tensor] = load_file(file)
+    except SafetensorError as error:
+        raise InputError(f"{file}: damaged or cut short: fetch it again") from error
+    return scales
+
+
+def _scale_for(key: str, fused: FusedFFN) -> Tensor:
+    """The scale that plain weights are taken apart with: the one they were folded with, if it is known and fits."""
+    assert fused.scale is not None
+    saved = _scales.get().get(key)
+    fits = saved is not None and saved.shape == fused.scale.shape and is_sound(saved)
+    return saved.to(fused.scale) if fits and saved is not None else fused.scale.detach()
+
+
+def is_sound(scale: Tensor) -> bool:
+    """Whether weights can be multiplied with `scale` and divided by it again, in float32."""
+    if scale.dtype not in FLOATING:
+        return False
+    narrow = scale.float()
+    whole = torch.isfinite(narrow) & torch.isfinite(reciprocal(narrow)) & ((narrow != 0) == (scale != 0))
+    return bool(whole.all())
 
 
 @dataclass(eq=False)
@@ -84,8 +140,10 @@ class StateForm:
         form = check_form(self.architecture, layer, state, prefix)
         fused = self.architecture.fused(FFNSite(-1, "", layer))
         if form == "plain" and fused is not None and fused.scale is not None:
-            Rescaling.to_own(self.architecture, prefix, fused.parameterization).apply(state, fused.scale.detach())
-            state[f"{prefix}{self.architecture.module}.scale"] = fused.scale
+            key = f"{prefix}{self.architecture.module}.scale"
+            scale = _scale_for(key, fused)
+            Rescaling.to_own(self.architecture, prefix, fused.parameterization).apply(state, scale)
+            state[key] = scale
 
 
 def check_form(architecture: Architecture, layer: nn.Module, state: Mapping[str, Tensor], prefix: str) -> Form:
@@ -108,7 +166,11 @@ def check_form(architecture: Architecture, layer: nn.Module, state: Mapping[str,
     rescaling = Rescaling.to_own(architecture, prefix, fused.parameterization)
     if announced is not None:
         kinds = ((role, kind) for role in architecture.projections for kind in ("weight", "bias"))
-        return announced if any(rescaling.key(*kind) in state for kind in kinds) else "own"
+        if not any(rescaling.key(*kind) in state for kind in kinds):
+            return "own"
+        if announced == "plain":
+            rescaling.check(state, fused.scale.detach())
+        return announced
     undecided = [name for name in rescaling.rescaled() if name in state]
     if undecided:
         raise InputError(
@@ -120,10 +182,18 @@ def check_form(architecture: Architecture, layer: nn.Module, state: Mapping[str,
 
 def check_forms(model: Any, state: Mapping[str, Tensor], prefix: str) -> None:
     """Raise what loading `state` into `model` would raise of its FFNs, before anything is loaded."""
-    architecture = ARCHITECTURES.get(getattr(getattr(model, "config", None), "model_type", None) or "")
+    config = getattr(model, "config", None)
+    architecture = ARCHITECTURES.get(getattr(config, "model_type", None) or "")
     if architecture is not None and any(architecture.match(key) for key in state):
-        for site in architecture.sites(model):
+        sites = architecture.sites(model)
+        for site in sites:
             check_form(architecture, site.layer, state, f"{prefix}{site.path}.")
+        record = getattr(config, FUSION_KEY, None)
+        folded = not isinstance(record, Mapping) or record.get("parameterization") == "folded"
+        if _announced.get() == "own" and not folded and not any(architecture.fused(site) for site in sites):
+            raise InputError(
+                "the state is said to be a fused model's own, and this model is a plain one: restore it first"
+            )
 
 
 def check_unexpected(config: Any, unexpected: Iterable[str]) -> None:
@@ -171,9 +241,43 @@ def as_own(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
     return changed if has_forms(model) else state
 
 
+@dataclass(eq=False)
+class PartForm:
+    """The same for a module below the layer, when it is loaded by itself.
+
+    Attributes:
+        form: the layer's hook.
+        layer: the layer.
+        path: from the layer to the module.
+    """
+
+    form: StateForm
+    layer: nn.Module
+    path: str
+
+    def __call__(self, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        inside, own = f"{self.path}.", prefix
+        if own and (own.endswith(inside) or inside.endswith(own)):
+            return  # the load began at the layer, above it, or at a module in between, which has seen to it
+        found = {f"{inside}{key[len(prefix) :]}": key for key in list(state) if key.startswith(prefix)}
+        view = {name: state[key] for name, key in found.items()}
+        self.form(self.layer, view, "")
+        state.update({found[name]: tensor for name, tensor in view.items() if name in found})
+        scale = f"{self.form.architecture.module}.scale"
+        if scale in view and scale not in found and scale.startswith(inside):
+            state[f"{prefix}{scale[len(inside) :]}"] = view[scale]
+
+
 def know_forms(model: nn.Module, architecture: Architecture) -> None:
     """Make `load_state_dict` know the form of what it is given, for the FFNs of `model` that are fused."""
     hook = StateForm(architecture)
     for site in architecture.sites(model):
-        if architecture.fused(site) is not None:
-            site.layer.register_load_state_dict_pre_hook(hook)
+        if architecture.fused(site) is None:
+            continue
+        site.layer.register_load_state_dict_pre_hook(hook)
+        paths = {architecture.module}
+        for path in architecture.projections.values():
+            parts = path.split(".")
+            paths.update(".".join(parts[: i + 1]) for i in range(len(parts)))
+        for path in sorted(paths):
+            site.layer.get_submodule(path).register_load_state_dict_pre_hook(PartForm(hook, site.layer, path))
