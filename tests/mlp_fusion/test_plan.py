@@ -583,3 +583,9 @@ def _flat(folder: Path) -> None:
 def test_tensors_that_disagree_with_the_config(damage: Damage, bert: Path) -> None:
     damage(bert)
     refused(bert)
+
+
+def test_a_dtype_that_no_model_can_have(tmp_path: Path) -> None:
+    folder = ck.edit_config(ck.save_tiny(tmp_path / "bert"), dtype="int8")
+    with pytest.raises(InputError, match=r"config\.json says dtype int8, in which no model can be loaded"):
+        mlp_fusion.plan(folder, 16)
