@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -249,6 +250,20 @@ def test_refit_in_low_precision_is_near_that_of_float64() -> None:
     found = refit(reduced.to(dtype=torch.float32), dataclasses.replace(s, **low)).bundle
     errors = [relative_error(b.to(dtype=torch.float64).forward(s.x), s.y) for b in (found, exact)]
     assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+
+
+def test_an_original_that_is_silent_has_no_scale_to_measure_errors_on() -> None:
+    """The relative error of outputs that are 0 is 0 where they are met, and infinite where they are not."""
+    reduced = random_bundle(width=6, scale=True)
+    s = statistics_of(random_bundle(width=9, seed=2), rows(80))
+    silent = dataclasses.replace(s, y=torch.zeros_like(s.y))
+    assert refit(reduced, silent).held_out_error == math.inf
+    mute = dataclasses.replace(
+        reduced, w_out=torch.zeros_like(reduced.w_out), b_out=torch.zeros(1, reduced.w_out.shape[2]).to(reduced.w_out)
+    )
+    found = refit(mute, silent)
+    assert found.held_out_error == 0.0
+    assert not bool(found.bundle.w_out.any())
 
 
 def test_too_few_rows_to_choose_a_ridge_on() -> None:
