@@ -18,6 +18,7 @@ from fusion_kernels import ntk_gram
 from mlp_fusion import InputError
 from mlp_fusion.architectures import get_architecture
 from mlp_fusion.calibration import collect, match_ntk, nnls, refit
+from mlp_fusion.calibration.refit import _moments
 from mlp_fusion.calibration.statistics import StreamPlan
 from mlp_fusion.measure import capture_activations, ffn_errors, relative_error
 from mlp_fusion.neurons import NeuronBundle
@@ -264,6 +265,35 @@ def test_an_original_that_is_silent_has_no_scale_to_measure_errors_on() -> None:
     found = refit(mute, silent)
     assert found.held_out_error == 0.0
     assert not bool(found.bundle.w_out.any())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_sums_over_some_rows_and_the_others_are_those_over_all(bias: bool) -> None:
+    reduced = random_bundle(width=6, scale=True)
+    reduced = reduced if bias else dataclasses.replace(reduced, b_out=None)
+    s = statistics_of(random_bundle(width=9, seed=2), rows(5000))
+    shift = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    first, second, whole = (
+        _moments(reduced, s.x[part], s.y[part], shift) for part in (slice(0, 1900), slice(1900, None), slice(None))
+    )
+    for name, total in vars(first + second).items():
+        torch.testing.assert_close(torch.as_tensor(total), torch.as_tensor(vars(whole)[name]), msg=name)
+    hidden = reduced.hidden(s.x)[0]
+    design = torch.cat([hidden - shift, torch.ones(5000, 1, dtype=torch.float64)], dim=1)
+    left = s.y - reduced.forward(s.x)[0]
+    torch.testing.assert_close(whole.gram, design.T @ design)
+    torch.testing.assert_close(whole.cross, design.T @ left)
+    torch.testing.assert_close(whole.residual, left.square().sum())
+    torch.testing.assert_close(whole.target, s.y.square().sum())
+
+
+def test_one_row_is_met_by_the_bias() -> None:
+    """It has no variance to fit weights to."""
+    reduced = random_bundle(width=6)
+    s = statistics_of(random_bundle(width=9, seed=2), rows(1), sequences=1)
+    found = refit(reduced, s).bundle
+    torch.testing.assert_close(found.w_out, reduced.w_out)
+    torch.testing.assert_close(found.forward(s.x)[0], s.y)
 
 
 def test_too_few_rows_to_choose_a_ridge_on() -> None:
