@@ -371,3 +371,31 @@ def test_a_plain_model_takes_no_state_that_is_said_to_be_a_fused_ones(tmp_path: 
     with state_form("plain"):
         plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
     same(plain, logits(source))
+
+
+def test_scales_of_more_layers_or_neurons_and_silent_ones(tmp_path: Path) -> None:
+    source = fused("bert", "sgd")
+    layer = source.base_model.encoder.layer[1]
+    with torch.no_grad():
+        layer.intermediate.scale[2] = 0.0
+    source.save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    again = copy.deepcopy(model)
+    restore(again, tmp_path, optimizer="adamw")  # to another form than it was saved in, with a neuron that is silent
+    assert {m.parameterization for m in again.modules() if isinstance(m, FusedMLP)} == {"scaled"}
+    same(again, logits(source))
+    file = tmp_path / "mlp_fusion" / "scale.safetensors"
+    good = load_file(file)
+    name = "bert.encoder.layer.1.intermediate.scale"
+    save_file({**good, name: torch.cat([good[name], good[name][:1]])}, file)
+    with pytest.raises(InputError, match="layer 1 has 17 entries, the layer 16 neurons"):
+        restore(model, tmp_path)
+    save_file(good, file)
+    model.config.mlp_fusion = {**model.config.mlp_fusion, "fused_layers": [0, 1]}
+    with pytest.raises(InputError, match="has a scale for layer 2, which is not fused"):
+        restore(model, tmp_path)
+    model.config.mlp_fusion = {**model.config.mlp_fusion, "fused_layers": [0, 1, 2]}
+    with torch.no_grad():
+        model.base_model.encoder.layer[1].output.dense.weight[:, 2] = -0.5
+    with pytest.raises(InputError, match="is 0 for neurons that have an output"):
+        restore(model, tmp_path)
