@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from ffn_blocks import Bundle as Plain
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
@@ -27,24 +28,6 @@ from fusion_kernels.ntk.operators import NTK_GRADIENT_GRAM, NTK_GRADIENT_NORMS, 
 from fusion_kernels.ntk.sharing import overlap, repeats_itself
 from mlp_fusion.errors import InputError
 from mlp_fusion.modules import FusedGLU, FusedMLP
-
-
-@dataclass
-class Plain:
-    """A block as anybody may write one."""
-
-    w_in: Tensor
-    w_out: Tensor
-    w_gate: Tensor | None = None
-    b_in: Tensor | None = None
-    b_gate: Tensor | None = None
-    b_out: Tensor | None = None
-    scale: Tensor | None = None
-    scale_exponent: float = 0.0
-    activation: str = "gelu"
-
-    def as_bundle(self) -> Plain:
-        return self
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
