@@ -33,12 +33,12 @@ from fusion_kernels import backends
 from fusion_kernels.ntk import Kernel
 from mlp_fusion.calibration import FFNStatistics, collect, match_ntk, refit
 from mlp_fusion.calibration.matching import MATCHING_ROWS
-from mlp_fusion.checkpoint.text import compare_embeddings, embed, read_sentences, tokenize
-from mlp_fusion.fusing import find_ffns
 from mlp_fusion.measure import Activations, capture_activations, ffn_errors, relative_error
-from mlp_fusion.measure.activations import Batch, token_mask
 from mlp_fusion.methods import get_method, method_names
 from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.running.activations import Batch, token_mask
+from mlp_fusion.running.text import compare_embeddings, embed, read_sentences, tokenize
+from mlp_fusion.verbs.fuse import find_ffns
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from demo import model_folder

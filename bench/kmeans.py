@@ -32,9 +32,9 @@ from torch import Tensor
 from transformers import AutoModel
 
 from fusion_kernels import backends, kmeans, kmeans_assign
-from fusion_kernels.reference.kmeans import random_seeds
-from mlp_fusion.fusing import find_ffns
+from fusion_kernels.kmeans.reference import random_seeds
 from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.verbs.fuse import find_ffns
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))

@@ -258,7 +258,7 @@ def finetune(model: str, out: Path, columns: tuple[str, ...], as_json: bool, **o
         try:
             report = mlp_fusion.finetune(model, out, columns=columns or None, progress=show, **options)
         except KeyboardInterrupt as error:
-            from mlp_fusion.finetuning.run import is_unfinished
+            from mlp_fusion.verbs.finetune import is_unfinished
 
             if is_unfinished(out):
                 raise _InterruptedRunError(

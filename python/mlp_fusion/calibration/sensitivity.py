@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mlp_fusion.architectures import Architecture, FFNSite
 from mlp_fusion.calibration.statistics import take_calibration
 from mlp_fusion.errors import InputError
-from mlp_fusion.measure.activations import Batch, evaluating, run_base, token_mask
+from mlp_fusion.families import Architecture, FFNSite
+from mlp_fusion.running.activations import Batch, evaluating, run_base, token_mask
 
 #: Tokens that gradients are taken at, positions of one run at most, and of one sequence.
 _TOKENS, _RUN, _SEQUENCE = 4096, 1024, 512

@@ -17,16 +17,16 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mlp_fusion.architectures import get_architecture
-from mlp_fusion.checkpoint.metadata import adopt_fused_config, fusion_record
-from mlp_fusion.checkpoint.restoring import restore
-from mlp_fusion.checkpoint.source import local_folder, read_config
-from mlp_fusion.checkpoint.text import load_tokenizer, tokenizer_of
-from mlp_fusion.checkpoint.weights import read_tensors
 from mlp_fusion.errors import InputError
-from mlp_fusion.measure.activations import evaluating, naming_outputs
+from mlp_fusion.families import get_architecture
 from mlp_fusion.modules.ffn import FusedFFN
+from mlp_fusion.running.activations import evaluating, naming_outputs
+from mlp_fusion.running.text import load_tokenizer, tokenizer_of
 from mlp_fusion.selection import parameterization_for
+from mlp_fusion.store.record import adopt_fused_config, fusion_record
+from mlp_fusion.store.restoring import restore
+from mlp_fusion.store.source import local_folder, read_config
+from mlp_fusion.store.weights import read_tensors
 
 Model: TypeAlias = str | Path | PreTrainedModel
 

@@ -1,9 +1,9 @@
 """What a compression cost: errors of outputs and of the tangent kernel, sentence embeddings, the report."""
 
-from mlp_fusion.measure.activations import Activations, capture_activations, random_batch
 from mlp_fusion.measure.errors import FFNErrors, ffn_errors, relative_error
 from mlp_fusion.measure.models import KernelRow, ModelComparison, NetworkKernel, compare_models
 from mlp_fusion.measure.report import FFNRow, FusionReport
+from mlp_fusion.running.activations import Activations, capture_activations, random_batch
 
 __all__ = [
     "Activations",

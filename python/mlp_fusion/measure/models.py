@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from fusion_kernels import ntk_compare
 from fusion_kernels.ntk import Kernel
-from mlp_fusion.architectures import Architecture, FFNSite, get_architecture
 from mlp_fusion.errors import InputError
-from mlp_fusion.measure.activations import POOL, Batch, capture_activations, evaluating, run_base, take_batches
+from mlp_fusion.families import Architecture, FFNSite, get_architecture
 from mlp_fusion.measure.errors import ffn_parts, relative_error
 from mlp_fusion.measure.report import finite
 from mlp_fusion.modules.layouts import read_projection
+from mlp_fusion.running.activations import POOL, Batch, capture_activations, evaluating, run_base, take_batches
 
 #: `(model, batch) -> (samples, outputs)`: which outputs of the network count in its kernel.
 Outputs = Callable[[nn.Module, Batch], Tensor]
