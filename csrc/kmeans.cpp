@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -157,10 +158,11 @@ Clusters pack(const std::vector<Outcome>& outcomes, int64_t n, int64_t K) {
 
 Clusters cluster(const Tensor g, const Tensor w, const std::optional<Tensor> levels, const std::optional<Tensor> seeds,
                  const std::optional<Tensor> labels, const std::optional<Tensor> products,
-                 const std::optional<Tensor> norms, int64_t n_clusters, int64_t n_init, bool hartigan, int64_t max_iter,
-                 double tol, int64_t column_count, const std::optional<Tensor> offset, double rounding) {
+                 const std::optional<Tensor> norms, int64_t n_clusters, int64_t n_init, const std::string algorithm,
+                 int64_t max_iter, double tol, int64_t column_count, const std::optional<Tensor> offset, double rounding) {
   STD_TORCH_CHECK(g.dim() == 3, "cluster: g must be (B, n, stride)");
   const int64_t batch = g.size(0), n = g.size(1), stride = g.size(2), K = n_clusters;
+  STD_TORCH_CHECK(algorithm == "hartigan" || algorithm == "lloyd", "cluster: unknown algorithm ", algorithm);
   STD_TORCH_CHECK(stride >= padded(n) && n > K && K >= 1 && n_init >= 1, "cluster: wrong sizes");
   check(g, "g", g.scalar_type(), {batch, n, stride});
   check(w, "w", ScalarType::Double, {batch, n});
@@ -173,7 +175,7 @@ Clusters cluster(const Tensor g, const Tensor w, const std::optional<Tensor> lev
   STD_TORCH_CHECK(levels.has_value() + seeds.has_value() + labels.has_value() + products.has_value() == 1 &&
                       products.has_value() == norms.has_value(),
                   "cluster: pass one start");
-  const Options options{K, n_init, hartigan, max_iter, tol, rounding};
+  const Options options{K, n_init, algorithm == "hartigan", max_iter, tol, rounding};
   return with_dtype(g, [&](auto zero) {
     using T = decltype(zero);
     const Batch<T> problems(g, w, data<double>(offset), options, static_cast<double>(column_count));
@@ -244,7 +246,7 @@ STABLE_TORCH_LIBRARY(fusion_kernels_native, m) {
   m.def("cross(Tensor centroids, Tensor points) -> Tensor");
   m.def(
       "cluster(Tensor g, Tensor w, Tensor? levels, Tensor? seeds, Tensor? labels, Tensor? products, Tensor? norms, "
-      "int n_clusters, int n_init, bool hartigan, int max_iter, float tol, int column_count, Tensor? offset=None, "
+      "int n_clusters, int n_init, str algorithm, int max_iter, float tol, int column_count, Tensor? offset=None, "
       "float rounding=0.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "finish(Tensor x, Tensor w, Tensor labels, Tensor offsets, Tensor members, Tensor? fallback) "

@@ -1,18 +1,24 @@
 """The operator registry: each operator's schema once, its backends, and which of them answers here.
 
 An operator is declared with :func:`operator` (its `torch.library` schema and fake kernel) and gets one implementation
-per backend with :meth:`Operator.register`. A public function asks :meth:`Operator.select` for the backend to run.
+per backend with :meth:`Operator.register`. A public function asks :meth:`Operator.function` for what to run.
+
+A backend that is not there says so with `why_not`, one that does not do all that an operator's options ask for with
+`takes`. Either way `"auto"` goes on to the next, and asking for it by name raises with the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
+from enum import Enum
+from typing import Any, TypeVar
 
 import torch
 
 NAMESPACE = "fusion_kernels"
+
+_Member = TypeVar("_Member", bound=Enum)
 
 
 def check_name(what: str, name: str, known: Collection[str]) -> None:
@@ -21,8 +27,20 @@ def check_name(what: str, name: str, known: Collection[str]) -> None:
         raise ValueError(f"unknown {what} {name!r}: use one of {', '.join(known)}")
 
 
+def member(what: str, name: _Member | str, kind: type[_Member]) -> _Member:
+    """The member of `kind` that is, or whose value is, `name`.
+
+    Raises:
+        ValueError: it has none of that value.
+    """
+    if isinstance(name, kind):
+        return name
+    check_name(what, str(name), [str(known.value) for known in kind])
+    return kind(name)
+
+
 class BackendUnavailableError(RuntimeError):
-    """A backend was asked for by name and cannot run here; the message says why."""
+    """A backend cannot run here or does not do what the options ask for, or none does; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +53,49 @@ class Backend:
         device_types: `torch.device.type` values it runs on.
         why_not: returns None when it can run on this machine, else the reason in one line. Called when it is needed:
             asking for GPUs while the package is imported would keep a program from forking afterwards.
+        takes: of the operator's options, returns None when it does what they ask for, else what it lacks in one line.
     """
 
     name: str
     function: Callable[..., Any]
     device_types: tuple[str, ...]
     why_not: Callable[[], str | None] = lambda: None
+    takes: Callable[[Any], str | None] = lambda _: None
+
+    def refuses(self, device_type: str, options: Any) -> str | None:
+        """In one line why it does not run on tensors there with these options (None for any), or None."""
+        reason = self.why_not()
+        if reason is not None:
+            return reason
+        if device_type not in self.device_types:
+            return f"runs on {', '.join(self.device_types)}, the tensor is on {device_type}"
+        return None if options is None else self.takes(options)
+
+
+def _auto(*_: Any, **__: Any) -> str:
+    return "auto"
+
+
+def _no_options(*_: Any, **__: Any) -> None:
+    return None
 
 
 @dataclass
 class Operator:
-    """A `torch.library` operator with a preference-ordered list of backends; `choose` names one from its arguments."""
+    """A `torch.library` operator with a preference-ordered list of backends.
+
+    Attributes:
+        choose: names a backend from the operator's arguments.
+        options: the record that `Backend.takes` is asked about, from the operator's arguments; None where every backend
+            does all that can be asked for. It raises ValueError where the arguments ask for what there is not.
+        variants: options that a caller may give, for which :func:`backends` says who declines.
+    """
 
     name: str
     schema: str
-    choose: Callable[..., str] = lambda *_, **__: "auto"
+    choose: Callable[..., str] = _auto
+    options: Callable[..., Any] = _no_options
+    variants: Collection[Any] = ()
     backends: list[Backend] = field(default_factory=list)
 
     @property
@@ -59,62 +105,88 @@ class Operator:
 
     def direct(self, *args: Any) -> Any:
         """What the dispatched operator does, without the dispatcher: for calls from inside another implementation."""
-        device = next(a.device for a in args if isinstance(a, torch.Tensor))
-        return self.select(self.choose(*args), device).function(*args)
+        return self.chosen(*args).function(*args)
+
+    def chosen(self, *args: Any, **kwargs: Any) -> Backend:
+        """The backend that the dispatched operator runs on these arguments."""
+        return self._select_for(self.choose(*args, **kwargs), args, kwargs)
+
+    def function(self, backend: str, *args: Any) -> Callable[..., Any]:
+        """What a public function calls on `args`: the operator for `"auto"`, which a compiler sees as one call, or
+        the backend of that name.
+
+        Raises:
+            ValueError, BackendUnavailableError: as :meth:`select` does.
+        """
+        return self.overload if backend == "auto" else self._select_for(backend, args, {}).function
+
+    def _select_for(self, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Backend:
+        device = next(a.device for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+        return self.select(backend, device, self.options(*args, **kwargs))
 
     def register(self, backend: Backend) -> None:
         """Add `backend` behind those already there: earlier ones are preferred by `backend="auto"`."""
         self.backends.append(backend)
 
-    def select(self, backend: str, device: torch.device) -> Backend:
+    def select(self, backend: str, device: torch.device, options: Any = None) -> Backend:
         """Return the backend for tensors on `device`.
 
         Args:
-            backend: a backend's name, or `"auto"` for the first that is available on `device`.
+            backend: a backend's name, or `"auto"` for the first that is available on `device` and takes the options.
+            options: what `Backend.takes` is asked about; None if no backend is to be asked.
 
         Raises:
             ValueError: no backend has that name.
-            BackendUnavailableError: the backend exists but cannot run here or on `device`.
+            BackendUnavailableError: the backend exists but cannot run here or on `device`, or does not take the
+                options; for `"auto"`, this holds for all.
         """
         if backend == "auto":
-            for candidate in self.backends:
-                if device.type in candidate.device_types and candidate.why_not() is None:
-                    return candidate
-            raise BackendUnavailableError(f"{self.name}: no backend runs on device type {device.type!r}")
+            return self._first(device.type, options)
         for candidate in self.backends:
             if candidate.name == backend:
-                reason = candidate.why_not()
-                if reason is not None:
-                    raise BackendUnavailableError(f"{self.name}: backend {backend!r}: {reason}")
-                if device.type not in candidate.device_types:
-                    raise BackendUnavailableError(
-                        f"{self.name}: backend {backend!r} runs on {', '.join(candidate.device_types)}, "
-                        f"the tensor is on {device.type}"
-                    )
-                return candidate
+                reason = candidate.refuses(device.type, options)
+                if reason is None:
+                    return candidate
+                raise BackendUnavailableError(f"{self.name}: backend {backend!r}: {reason}")
         names = ", ".join(["auto", *(b.name for b in self.backends)])
         raise ValueError(f"{self.name}: unknown backend {backend!r}: use one of {names}")
+
+    def _first(self, device_type: str, options: Any) -> Backend:
+        refusals: list[str] = []
+        for candidate in self.backends:
+            reason = candidate.refuses(device_type, options)
+            if reason is None:
+                return candidate
+            if device_type in candidate.device_types:
+                refusals.append(f"{candidate.name}: {reason}")
+        why = f" here with these options: {'; '.join(refusals)}" if refusals else ""
+        raise BackendUnavailableError(f"{self.name}: no backend runs on device type {device_type!r}{why}")
 
 
 _OPERATORS: dict[str, Operator] = {}
 
 
 def operator(
-    name: str, schema: str, fake: Callable[..., Any], choose: Callable[..., str] = lambda *_, **__: "auto"
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    choose: Callable[..., str] = _auto,
+    *,
+    options: Callable[..., Any] = _no_options,
+    variants: Collection[Any] = (),
 ) -> Operator:
     """Declare `fusion_kernels::<name>` with `schema` (argument list and returns) and its fake kernel.
 
     The dispatched operator runs the backend that `choose` names from the operator's arguments: by default the first
-    that is available on its first tensor's device. Tensors in the result are new: no operator aliases its inputs, or
-    mutates any but those that its schema marks.
+    that is available on its first tensor's device and takes `options` of the arguments; see :class:`Operator`. Tensors
+    in the result are new: no operator aliases its inputs, or mutates any but those that its schema marks.
     """
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema)
-    op = Operator(name, schema, choose)
+    op = Operator(name, schema, choose, options, variants)
 
     def dispatch(*args: Any, **kwargs: Any) -> Any:
-        device = next(a.device for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
-        return op.select(choose(*args, **kwargs), device).function(*args, **kwargs)
+        return op.chosen(*args, **kwargs).function(*args, **kwargs)
 
     torch.library.impl(qualified, "CompositeExplicitAutograd", dispatch)
     torch.library.register_fake(qualified, fake)
@@ -126,14 +198,20 @@ def backends() -> dict[str, dict[str, str]]:
     """Which backend answers for each operator here, by device type, and why the others do not.
 
     Returns:
-        `{operator: {"cpu": backend, "cuda": backend, "<backend> unavailable": reason, ...}}`; `"cuda"` is present only
-        when CUDA is.
+        `{operator: {"cpu": backend, "cuda": backend, "<backend> unavailable": reason, "<backend> declines": reasons}}`;
+        `"cuda"` is present only when CUDA is. A backend that declines answers, if it is there, for all options but
+        those that the reasons name; for these, the next one does.
     """
     report: dict[str, dict[str, str]] = {}
     device_types = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for name, op in sorted(_OPERATORS.items()):
         row = {device: op.select("auto", torch.device(device)).name for device in device_types}
-        reasons = {backend.name: backend.why_not() for backend in op.backends}
-        row.update({f"{backend} unavailable": reason for backend, reason in reasons.items() if reason is not None})
+        for backend in op.backends:
+            reason = backend.why_not()
+            if reason is not None:
+                row[f"{backend.name} unavailable"] = reason
+            declined = dict.fromkeys(filter(None, map(backend.takes, op.variants)))
+            if declined:
+                row[f"{backend.name} declines"] = "; ".join(declined)
         report[name] = row
     return report

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,34 +17,14 @@ from torch import Tensor
 from fusion_kernels import gpu, native
 from fusion_kernels.kmeans import cpu_backend, gpu_backend
 from fusion_kernels.kmeans import reference as reference
-from fusion_kernels.kmeans.reference import ALGORITHMS, SEEDINGS, Options, Results, Status
-from fusion_kernels.library import Backend, Operator, check_name, operator
+from fusion_kernels.kmeans.types import Algorithm, KMeansResult, Options, Results, Seeding, Status
+from fusion_kernels.library import Backend, Operator, member, operator
 
 __all__ = ["ASSIGN", "OPERATOR", "KMeansResult", "Status", "kmeans", "kmeans_assign", "register"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SEEDINGS = tuple(seeding.value for seeding in Seeding)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-class KMeansResult(NamedTuple):
-    """What :func:`kmeans` returns. Shapes are for x (B, N, D); for x (N, D) every one lacks the leading B.
-
-    Attributes:
-        labels: (B, N) int64, the cluster of every point.
-        centroids: (B, K, D), float64 for float64 x, else float32.
-        inertia: (B,), dtype of centroids: weighted sum of squared distances of the points to their centroids.
-        counts: (B, K) int64, points per cluster.
-        n_iter: (B,) int64, passes over the points: Lloyd iterations plus rounds of Hartigan moves, each with the
-            last one that finds nothing to change.
-        status: (B,) int64, a :class:`Status` for every problem.
-    """
-
-    labels: Tensor
-    centroids: Tensor
-    inertia: Tensor
-    counts: Tensor
-    n_iter: Tensor
-    status: Tensor
 
 
 def _fake(
@@ -72,6 +52,7 @@ OPERATOR: Operator = operator(
     "int max_iter, float tol, int seed, int? workspace_bytes=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
+    options=lambda x, sample_weight, init, *rest: Options(*rest),
 )
 
 
@@ -87,10 +68,12 @@ def register(
     function: Callable[[Tensor, Tensor | None, Tensor | None, Options], Results],
     device_types: tuple[str, ...],
     why_not: Callable[[], str | None] = lambda: None,
+    takes: Callable[[Options], str | None] = lambda _: None,
 ) -> None:
     """Add a backend of `fusion_kernels::kmeans`; its inputs' values are checked before `function` sees them.
 
-    The checks that read values live here rather than in :func:`kmeans`, where `torch.compile` could not trace them.
+    `takes` says in one line why it does not do what the options ask for, or None. The checks that read values live here
+    rather than in :func:`kmeans`, where `torch.compile` could not trace them.
     """
 
     def checked(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, *rest: Any) -> Results:
@@ -98,7 +81,7 @@ def register(
         _check_values(sample_weight, init, options.n_clusters)
         return function(x, sample_weight, init, options)
 
-    OPERATOR.register(Backend(name, checked, device_types, why_not))
+    OPERATOR.register(Backend(name, checked, device_types, why_not, takes))
 
 
 register("cpu", cpu_backend.kmeans, ("cpu",), lambda: native.UNAVAILABLE)
@@ -195,10 +178,8 @@ def kmeans(
         points = points.unsqueeze(0)
         weights = None if weights is None else weights.unsqueeze(0)
         start = None if start is None else start.unsqueeze(0)
-    function = OPERATOR.overload if backend == "auto" else OPERATOR.select(backend, x.device).function
-    results: Results = function(
-        points, weights, start, n_clusters, seeding, n_init, algorithm, max_iter, float(tol), seed, workspace_bytes
-    )
+    options = (n_clusters, seeding, n_init, algorithm, max_iter, float(tol), seed, workspace_bytes)
+    results: Results = OPERATOR.function(backend, points, weights, start, *options)(points, weights, start, *options)
     if batched:
         return KMeansResult(*results)
     return KMeansResult(*(result.squeeze(0) for result in results))
@@ -237,8 +218,7 @@ def kmeans_assign(x: Tensor, centroids: Tensor, *, backend: str = "auto") -> Ten
     points, centres = x.detach().to(dtype), centroids.detach().to(dtype)
     if x.ndim == 2:
         points, centres = points.unsqueeze(0), centres.unsqueeze(0)
-    function = ASSIGN.overload if backend == "auto" else ASSIGN.select(backend, x.device).function
-    labels: Tensor = function(points, centres)
+    labels: Tensor = ASSIGN.function(backend, points, centres)(points, centres)
     return labels.squeeze(0) if x.ndim == 2 else labels
 
 
@@ -273,7 +253,7 @@ def _check_options(
         raise TypeError(f"tol is {type(tol).__name__}: pass a float")
     if not 0.0 <= tol < math.inf:
         raise ValueError(f"tol is {tol}: pass 0 or a positive finite number")
-    check_name("algorithm", algorithm, ALGORITHMS)
+    member("algorithm", algorithm, Algorithm)
 
 
 def _check_weights(x: Tensor, sample_weight: Tensor) -> None:
@@ -290,13 +270,13 @@ def _check_weights(x: Tensor, sample_weight: Tensor) -> None:
 def _check_init(x: Tensor, init: str | Tensor, n_clusters: int, n_init: int) -> tuple[Tensor | None, str]:
     """The initial centroids or labels, if given, and the name of the seeding."""
     if isinstance(init, str):
-        if init not in SEEDINGS:
+        if init not in _SEEDINGS:
             raise ValueError(
-                f"unknown init {init!r}: use one of {', '.join(SEEDINGS)}, a tensor of centroids or one of labels"
+                f"unknown init {init!r}: use one of {', '.join(_SEEDINGS)}, a tensor of centroids or one of labels"
             )
         return None, init
     if not isinstance(init, Tensor):
-        raise TypeError(f"init is {type(init).__name__}: pass {' or '.join(map(repr, SEEDINGS))} or a torch.Tensor")
+        raise TypeError(f"init is {type(init).__name__}: pass {' or '.join(map(repr, _SEEDINGS))} or a torch.Tensor")
     if init.dtype not in _FLOATS + _INTEGERS:
         raise TypeError(f"init is {init.dtype}: pass floating point centroids or integer labels")
     if init.is_floating_point():
@@ -309,7 +289,7 @@ def _check_init(x: Tensor, init: str | Tensor, n_clusters: int, n_init: int) -> 
         raise ValueError(f"init is on {init.device}: move it to {x.device}, where x is")
     if n_init != 1:
         raise ValueError(f"n_init is {n_init}: pass 1 when init is a tensor, as every run would be the same")
-    return init, SEEDINGS[0]
+    return init, _SEEDINGS[0]
 
 
 def _check_values(sample_weight: Tensor | None, init: Tensor | None, n_clusters: int) -> None:

@@ -27,13 +27,11 @@ from torch import Tensor
 from fusion_kernels import native
 from fusion_kernels.kmeans import heuristics
 from fusion_kernels.kmeans import reference as reference
-from fusion_kernels.kmeans.reference import Options, Results, Status
 from fusion_kernels.kmeans.settling import RESOLVED, Partition, distances_of, label_idle, settle
+from fusion_kernels.kmeans.types import FAR, Options, Results, Seeding, Status
 
 #: Bytes of Gram matrices and what is computed from them at a time, unless the caller says otherwise.
 WORKSPACE_BYTES = 2 << 30
-# Centroids this far away, in units of the largest coordinate of the points, are equally far for every point.
-_FAR = {torch.float32: 2.0**40, torch.float64: 2.0**400}
 # Weights this small, beside the largest, weigh nothing in the direct form: one of 0 would leave a mean undefined.
 _LEAST_WEIGHT = 2.0**-100
 
@@ -77,7 +75,7 @@ class _Prepared:
 
     def bring(self, centroids: Tensor) -> Tensor:
         """Given centroids (b, K, D) in the coordinates of the points, float64."""
-        far = _FAR[self.points.dtype]
+        far = FAR[self.points.dtype]
         return ((centroids.to(torch.float64) - self.offset[:, None]) * self.scale[:, None, None]).clamp_(-far, far)
 
 
@@ -239,7 +237,7 @@ def _solve(
         finite &= init.to(torch.float64).square().sum((1, 2)).isfinite()
     if not bool(finite.all()):
         return _without_spoilt(x, w, init, finite, options, workspace, dtype)
-    seeding = options.seeding if init is None else "centroids" if init.is_floating_point() else "labels"
+    seeding = options.seeding.value if init is None else "centroids" if init.is_floating_point() else "labels"
     shape = heuristics.Shape(n, D, options.n_clusters, options.n_init, seeding, options.hartigan, options.max_iter)
     runs = _runs_at_a_time(b, options.n_init)
     fits = heuristics.gram_bytes(n, options.n_clusters, products.element_size(), runs) <= workspace
@@ -296,7 +294,7 @@ def _solve_gram(
     K = options.n_clusters
     if init is None:
         generator = torch.Generator().manual_seed(options.seed)
-        if options.seeding == "k-means++":
+        if options.seeding is Seeding.PLUS_PLUS:
             draws = [reference.seeding_levels(K, generator) for _ in range(options.n_init)]
             levels = torch.stack([torch.cat([first, rest.flatten()]) for first, rest in draws])
         else:
@@ -311,7 +309,7 @@ def _solve_gram(
     gram = ops.gram(prepared.points)
     del prepared
     labels, offsets, members, n_iter, converged, doubts, resolved = ops.cluster(
-        gram, w.contiguous(), levels, seeds, labels, products, norms, K, options.n_init, options.hartigan,
+        gram, w.contiguous(), levels, seeds, labels, products, norms, K, options.n_init, options.algorithm.value,
         options.max_iter, options.tol, x.shape[2], offset.norm(dim=1) * scale, torch.finfo(x.dtype).eps / 2,
     )  # fmt: skip
     # Centroids that never had members: those given, or, where labels were, the mean of all points.

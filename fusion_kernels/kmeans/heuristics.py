@@ -5,8 +5,9 @@ Pure functions of shapes and options, so that the choice can be tested anywhere.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+from fusion_kernels.kmeans.types import trials
 
 #: Lloyd iterations, and assignments' worth of clusters that change in them: most clusters settle after the first few.
 LLOYD_ITERATIONS = 15
@@ -80,11 +81,6 @@ def direct_cost(shape: Shape) -> float:
         # A handful of candidates at a time: the points are read from memory for them.
         run += k * (n * d * MEMORY_COST + CALLS_PER_SEED * CALL_COST)
     return shape.n_init * (run + iterations * CALLS_PER_ITERATION * CALL_COST)
-
-
-def trials(k: int) -> int:
-    """Candidates of one step of greedy k-means++."""
-    return 2 + int(math.log(k))
 
 
 def prefers_gram(shape: Shape) -> bool:

@@ -13,84 +13,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from fusion_kernels.kmeans.settling import Partition, label_idle, nearest, settle
-from fusion_kernels.library import check_name
+from fusion_kernels.kmeans.types import Options, Results, Seeding, Status, trials
 
 # A squared distance of a point x is known up to a few rounding errors of |x|²: differences below this multiple of
 # eps |x|² are ties. It covers the largest error seen for sums of tens of thousands of terms.
 _SLACK = 16
 # Entries of one block of point-to-centroid distances (64 MiB of float64).
 _BLOCK_ENTRIES = 1 << 23
-
-Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-class Status(IntEnum):
-    """How one k-means problem ended. Where several hold, the largest value is reported.
-
-    Attributes:
-        OK: converged; every cluster has points.
-        MAX_ITER: stopped by `max_iter` before it converged. The result is valid.
-        EMPTY_CLUSTERS: some clusters have no points, because there are fewer points (or fewer distinct points of
-            positive weight) than clusters, or because `max_iter` is 0. The result is valid; the centroids of empty
-            clusters are finite.
-        ZERO_WEIGHT: every weight is zero. Labels, centroids and inertia are 0.
-        NON_FINITE: `x` or the given centroids hold NaN or infinity, or values too large to square. Labels are 0,
-            centroids and inertia NaN.
-        LARGE_INERTIA: the inertia is larger than the dtype of the result can hold, and infinite. All else is right.
-            Scale the points or the weights down, or pass float64.
-    """
-
-    OK = 0
-    MAX_ITER = 1
-    EMPTY_CLUSTERS = 2
-    ZERO_WEIGHT = 3
-    NON_FINITE = 4
-    LARGE_INERTIA = 5
-
-
-ALGORITHMS = ("hartigan", "lloyd")
-SEEDINGS = ("k-means++", "random")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How problems are to be solved: what every backend is told, in the order of the operator's schema.
-
-    Attributes:
-        n_clusters: K.
-        seeding: `"k-means++"` or `"random"`; meaningless where centroids or labels are given.
-        n_init: seedings to try.
-        algorithm: `"hartigan"` or `"lloyd"`.
-        max_iter: most Lloyd iterations, and most rounds of Hartigan moves after them.
-        tol: squared shift of all centroids at which Lloyd stops, relative to the mean variance of a column.
-        seed: of the random stream, which every problem starts anew.
-        workspace_bytes: bound on a backend's own memory, or None for its default; the reference has none to bound.
-    """
-
-    n_clusters: int
-    seeding: str = "k-means++"
-    n_init: int = 1
-    algorithm: str = "hartigan"
-    max_iter: int = 100
-    tol: float = 0.0
-    seed: int = 0
-    workspace_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        """Raise ValueError unless algorithm and seeding are known: no backend can take one for another."""
-        check_name("algorithm", self.algorithm, ALGORITHMS)
-        check_name("init", self.seeding, SEEDINGS)
-
-    @property
-    def hartigan(self) -> bool:
-        """Whether Hartigan's moves follow Lloyd's iteration."""
-        return self.algorithm == "hartigan"
 
 
 @dataclass(frozen=True)
@@ -273,7 +207,7 @@ def _run(points: _Points, start: Tensor | None, options: Options, generator: tor
     """Seed, iterate, and return the partition with centroids in the original coordinates."""
     labels = None
     if start is None:
-        draw = _seed_random if options.seeding == "random" else _seed_plus_plus
+        draw = _seed_random if options.seeding is Seeding.RANDOM else _seed_plus_plus
         centroids = points.x[draw(points, options.n_clusters, generator)]
     elif start.is_floating_point():
         centroids = start
@@ -323,9 +257,8 @@ def seeding_levels(n_clusters: int, generator: torch.Generator) -> tuple[Tensor,
 
     A seeding that ends early has then left the stream where any other does, for the next one to go on from.
     """
-    trials = 2 + int(math.log(n_clusters))
     first = torch.rand(1, dtype=torch.float64, generator=generator)
-    return first, torch.rand(n_clusters - 1, trials, dtype=torch.float64, generator=generator)
+    return first, torch.rand(n_clusters - 1, trials(n_clusters), dtype=torch.float64, generator=generator)
 
 
 def _draw(mass: Tensor, levels: Tensor) -> Tensor:

@@ -29,10 +29,11 @@ from fusion_kernels.kmeans import _triton_results as result_kernels
 from fusion_kernels.kmeans import _triton_seed as seed_kernels
 from fusion_kernels.kmeans import _triton_sweep as sweep_kernels
 from fusion_kernels.kmeans import triton_heuristics
-from fusion_kernels.kmeans.reference import Options, Results, Status, in_dtype
+from fusion_kernels.kmeans.reference import in_dtype
 from fusion_kernels.kmeans.triton_points import SLACK, Points, is_finite, prepare
 from fusion_kernels.kmeans.triton_run import Run, State
 from fusion_kernels.kmeans.triton_settling import resolved_problems, settle_problem
+from fusion_kernels.kmeans.types import Options, Results, Seeding, Status, trials
 
 PRECISIONS = ("exact", "fast")
 
@@ -198,8 +199,8 @@ class _Seeding:
         self.state, self.options = state, options
         N = points.x.shape[1]
         generator = torch.Generator().manual_seed(options.seed)
-        self.trials = 2 + int(math.log(options.n_clusters))
-        random = options.seeding == "random"
+        self.trials = trials(options.n_clusters)
+        random = options.seeding is Seeding.RANDOM
         n = self.per_run = N if random else 1 + (options.n_clusters - 1) * self.trials
         numbers = torch.rand(options.n_init * n, dtype=torch.float64, generator=generator)
         # A point's clock rings after an exponential time with its weight as the rate.
@@ -209,7 +210,7 @@ class _Seeding:
         """(B, K) int32 indices of the seeds of a run; runs are drawn in order."""
         points, K = self.points, self.options.n_clusters
         B, N, _ = points.x.shape
-        if self.options.seeding == "random":
+        if self.options.seeding is Seeding.RANDOM:
             clock = self.numbers[(run * self.n_active[:, None] + self.rank).clamp(min=0)]
             rings = torch.where(self.active, clock / points.weight, math.inf)
             return rings.argsort(dim=1, stable=True)[:, :K].to(torch.int32)

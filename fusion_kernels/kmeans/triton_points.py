@@ -11,11 +11,7 @@ from torch import Tensor
 from fusion_kernels.gpu import launch, shared_memory
 from fusion_kernels.kmeans import _triton_gram as gram_kernels
 from fusion_kernels.kmeans import triton_heuristics
-
-# Given centroids this far away, in units of the largest entry of the points, are brought nearer: they are equally far
-# for every point, and their squares must not overflow.
-_FAR = {torch.float32: 2.0**40, torch.float64: 2.0**400}
-
+from fusion_kernels.kmeans.types import FAR
 
 # A squared distance is known up to this multiple of the squared norms that it comes from: what float32 accumulation
 # leaves, and what the reference grants float64. The fast mode needs no more: its Gram matrix is that of rounded points.
@@ -85,7 +81,7 @@ def _gram_float64(
         lower = torch.tril(centred @ centred.T)
         gram[b, :, :N] = lower + torch.tril(lower, -1).T
         if start is not None:
-            origin = torch.ldexp(start[b] - mean[b], -exponent).clamp(-_FAR[x.dtype], _FAR[x.dtype])
+            origin = torch.ldexp(start[b] - mean[b], -exponent).clamp(-FAR[x.dtype], FAR[x.dtype])
             products[b, :, :N] = origin @ centred.T
             norms[b] = origin.square().sum(1)
     return finite
@@ -141,7 +137,7 @@ def _gram_float32(
 
 def to_one_exponent(rows: Split, largest: Tensor) -> Tensor:
     """(B, n) float32 powers of two that bring the split rows to one exponent per problem, points to entries below 1."""
-    far = int(math.log2(_FAR[torch.float32]))
+    far = int(math.log2(FAR[torch.float32]))
     exponent = ((rows.exponent - largest[:, None]).clamp(max=far) - 15).clamp(min=-126)
     return ((exponent + 127) << 23).view(torch.float32)
 

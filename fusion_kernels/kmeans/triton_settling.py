@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusion_kernels.kmeans.reference import Options, Results, Status, moment, rounded_means, status_of
+from fusion_kernels.kmeans.reference import moment, rounded_means, status_of
 from fusion_kernels.kmeans.settling import RESOLVED, Partition, label_idle, nearest, settle
+from fusion_kernels.kmeans.types import Options, Results, Status
 
 
 def resolved_problems(x: Tensor, sample_weight: Tensor | None, results: Results) -> Tensor:

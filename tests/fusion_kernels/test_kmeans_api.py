@@ -13,7 +13,8 @@ from torch import Tensor
 from fusion_kernels import kmeans as public_kmeans
 from fusion_kernels import native
 from fusion_kernels.kmeans import OPERATOR, KMeansResult, Status
-from fusion_kernels.library import BackendUnavailableError
+from fusion_kernels.kmeans.types import Algorithm, Options, Seeding
+from fusion_kernels.library import Backend, BackendUnavailableError
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 BACKENDS = ("reference",) if native.UNAVAILABLE else ("reference", "cpu")
@@ -280,6 +281,49 @@ def test_errors(kind: type[Exception], message: str, x: Tensor, options: dict[st
 
 
 def test_a_backend_that_cannot_run_here_says_so() -> None:
-    with pytest.raises(BackendUnavailableError, match="'reference' runs on cpu, cuda, the tensor is on meta"):
+    with pytest.raises(BackendUnavailableError, match="'reference': runs on cpu, cuda, the tensor is on meta"):
         kmeans(X.to("meta"), 2, backend="reference")
     assert OPERATOR.select("reference", torch.device("cpu")).why_not() is None
+
+
+@pytest.mark.parametrize("what", ["algorithm", "seeding"])
+def test_an_unknown_name_is_an_error_everywhere(what: str) -> None:
+    """Each of the places where a name could become a flag: no backend may take one name for another."""
+    place = {"seeding": 4, "algorithm": 6}[what]
+    arguments: list[Any] = [X[None], None, None, 2, "k-means++", 1, "lloyd", 5, 0.0, 0, None]
+    arguments[place] = "nonsense"
+    message = "unknown .* 'nonsense': use one of"
+    with pytest.raises(ValueError, match=message):
+        Options(2, **{what: "nonsense"})
+    with pytest.raises(ValueError, match=message):
+        torch.ops.fusion_kernels.kmeans(*arguments)
+    for backend in OPERATOR.backends:
+        with pytest.raises(ValueError, match=message):
+            backend.function(*arguments)
+
+
+def test_names_and_members_are_the_same_option() -> None:
+    options = Options(2, seeding="random", algorithm="lloyd")  # type: ignore[arg-type]
+    assert options == Options(2, seeding=Seeding.RANDOM, algorithm=Algorithm.LLOYD)
+    assert options.algorithm is Algorithm.LLOYD
+
+
+def test_a_backend_that_declines_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`"auto"` goes on to the next, before anything runs; by name the reason is given."""
+
+    def takes(options: Options) -> str | None:
+        return None if options.algorithm is Algorithm.LLOYD else "it has no Hartigan moves: use algorithm='lloyd'"
+
+    def function(*_: object) -> Any:
+        raise AssertionError("it declined")
+
+    picky = Backend("picky", function, ("cpu",), takes=takes)
+    expected = kmeans(X + torch.arange(6)[:, None], 2)
+    monkeypatch.setattr(OPERATOR, "backends", [picky, *OPERATOR.backends])
+    assert_same(kmeans(X + torch.arange(6)[:, None], 2), expected)
+    with pytest.raises(BackendUnavailableError, match="kmeans: backend 'picky': it has no Hartigan moves: use"):
+        kmeans(X, 2, backend="picky")
+    with pytest.raises(AssertionError, match="it declined"):
+        kmeans(X, 2, algorithm="lloyd", backend="picky")
+    with pytest.raises(AssertionError, match="it declined"):
+        kmeans(X, 2, algorithm="lloyd")

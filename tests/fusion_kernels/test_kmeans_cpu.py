@@ -17,6 +17,7 @@ from torch import Tensor
 from fusion_kernels import native
 from fusion_kernels.kmeans import KMeansResult, Status, cpu_backend, heuristics, kmeans, kmeans_assign
 from fusion_kernels.kmeans import reference as reference
+from fusion_kernels.kmeans.types import trials
 
 pytestmark = pytest.mark.skipif(native.UNAVAILABLE is not None, reason=str(native.UNAVAILABLE))
 
@@ -317,8 +318,8 @@ def test_the_form_is_chosen_by_cost() -> None:
     assert not heuristics.prefers_gram(shape(100_000, 128, 1000, seeding="centroids"))
     assert heuristics.gram_cost(shape(3072, 1537, 768, n_init=10)) < 10 * heuristics.gram_cost(shape(3072, 1537, 768))
     assert heuristics.gram_cost(shape(900, 70, 90)) < heuristics.gram_cost(shape(900, 70, 90, hartigan=True))
-    assert heuristics.trials(1) == 2
-    assert heuristics.trials(768) == 8
+    assert trials(1) == 2
+    assert trials(768) == 8
 
 
 # --- nearest centroids -----------------------------------------------------------------------------------------------
@@ -405,17 +406,34 @@ def test_steps_check_what_they_read() -> None:
         ops.gram(x.half())
     gram = ops.gram(x)
     with pytest.raises(RuntimeError, match="pass one start"):
-        ops.cluster(gram, w, None, None, None, None, None, 2, 1, False, 5, 0.0, 3)
+        ops.cluster(gram, w, None, None, None, None, None, 2, 1, "lloyd", 5, 0.0, 3)
+    with pytest.raises(RuntimeError, match="cluster: unknown algorithm nonsense"):
+        ops.cluster(gram, w, None, None, None, None, None, 2, 1, "nonsense", 5, 0.0, 3)
     with pytest.raises(RuntimeError, match="labels: wrong device"):
-        ops.cluster(gram, w, None, None, torch.zeros(1, 7, dtype=torch.int64), None, None, 2, 1, False, 5, 0.0, 3)
+        ops.cluster(gram, w, None, None, torch.zeros(1, 7, dtype=torch.int64), None, None, 2, 1, "lloyd", 5, 0.0, 3)
 
 
 def test_levels_are_the_stream_of_one_draw_after_the_other() -> None:
     first, rest = reference.seeding_levels(20, torch.Generator().manual_seed(4))
     g = torch.Generator().manual_seed(4)
     draws = [torch.rand(1, dtype=torch.float64, generator=g)]
-    draws += [torch.rand(heuristics.trials(20), dtype=torch.float64, generator=g) for _ in range(19)]
+    draws += [torch.rand(trials(20), dtype=torch.float64, generator=g) for _ in range(19)]
     assert torch.equal(torch.cat([first, rest.flatten()]), torch.cat(draws))
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 20, 768])
+def test_the_compiled_engine_draws_as_many_trials(clusters: int) -> None:
+    """Its own `2 + floor(ln K)` is the one of `types.trials`: it takes that many draws and no others."""
+    n = clusters + 1
+    gram = native.operators().gram(torch.eye(n)[None])
+    for draws, fits in ((1 + (clusters - 1) * trials(clusters), True), (2 + (clusters - 1) * trials(clusters), False)):
+        levels, w = torch.zeros(1, draws, dtype=torch.float64), torch.ones(1, n, dtype=torch.float64)
+        arguments = (gram, w, levels, None, None, None, None, clusters, 1, "lloyd", 0, 0.0, n)
+        if fits:
+            native.operators().cluster(*arguments)
+        else:
+            with pytest.raises(RuntimeError, match="levels: wrong"):
+                native.operators().cluster(*arguments)
 
 
 def test_default_workspace_is_documented() -> None:

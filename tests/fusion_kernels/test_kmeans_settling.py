@@ -14,7 +14,7 @@ from torch import Tensor
 from fusion_kernels import kmeans, kmeans_assign, native
 from fusion_kernels.kmeans import OPERATOR, KMeansResult, Status, cpu_backend, settling
 from fusion_kernels.kmeans import reference as reference
-from fusion_kernels.kmeans.reference import Options
+from fusion_kernels.kmeans.types import Options
 
 COMPILED = native.UNAVAILABLE is None
 BACKENDS = ("reference", "cpu") if COMPILED else ("reference",)

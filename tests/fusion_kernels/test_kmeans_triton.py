@@ -29,7 +29,7 @@ from fusion_kernels.kmeans import (
     triton_heuristics,
 )
 from fusion_kernels.kmeans._triton_moves import _select_moves_kernel
-from fusion_kernels.kmeans.reference import Options
+from fusion_kernels.kmeans.types import Options
 from fusion_kernels.kmeans.reference import assign as assign_reference
 from fusion_kernels.kmeans.reference import kmeans as reference
 from points import nearest_gap

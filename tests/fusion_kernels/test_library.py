@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
+from enum import Enum
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from fusion_kernels import BackendUnavailableError, backends, native
+from fusion_kernels import BackendUnavailableError, backends, library, native
 from fusion_kernels.activations import ACTIVATIONS, get_activation
 from fusion_kernels.library import Backend, Operator
 
@@ -40,6 +43,77 @@ def test_asking_by_name() -> None:
         _operator().select("quick", torch.device("cpu"))
     with pytest.raises(BackendUnavailableError, match="no backend runs on device type 'xpu'"):
         _operator().select("auto", torch.device("xpu"))
+
+
+class _Picky(NamedTuple):
+    """Options of an operator, of which one backend does not know `weighted`."""
+
+    weighted: bool
+
+
+def _picky() -> Operator:
+    op = Operator("sum", "(Tensor x, bool weighted) -> Tensor", options=lambda x, weighted: _Picky(weighted))
+    lacks = "it has no weights: use backend='reference'"
+    op.register(Backend("fast", lambda *_: "fast", ("cpu",), takes=lambda options: lacks if options.weighted else None))
+    op.register(Backend("reference", lambda *_: "reference", ("cpu", "cuda")))
+    return op
+
+
+def test_a_backend_may_decline_options() -> None:
+    op, cpu, x = _picky(), torch.device("cpu"), torch.zeros(1)
+    assert op.select("auto", cpu).name == op.select("auto", cpu, _Picky(False)).name == "fast"
+    assert op.select("auto", cpu, _Picky(True)).name == "reference"
+    assert op.select("fast", cpu, _Picky(False)).name == "fast"
+    reason = "sum: backend 'fast': it has no weights: use backend='reference'"
+    with pytest.raises(BackendUnavailableError, match=reason):
+        op.select("fast", cpu, _Picky(True))
+    assert op.chosen(x, False).name == op.direct(x, False) == op.function("fast", x, False)() == "fast"
+    assert op.chosen(x, True).name == op.direct(x, True) == "reference"
+    with pytest.raises(BackendUnavailableError, match=reason):
+        op.function("fast", x, True)
+
+
+def test_where_all_decline_each_says_why() -> None:
+    op = _picky()
+    op.backends.pop()
+    op.register(Backend("absent", lambda *_: "absent", ("cpu",), why_not=lambda: "it is not built"))
+    op.register(Backend("elsewhere", lambda *_: "elsewhere", ("cuda",)))
+    message = (
+        r"sum: no backend runs on device type 'cpu' here with these options: "
+        r"fast: it has no weights: use backend='reference'; absent: it is not built$"
+    )
+    with pytest.raises(BackendUnavailableError, match=message):
+        op.select("auto", torch.device("cpu"), _Picky(True))
+
+
+def test_what_is_missing_comes_before_what_is_declined() -> None:
+    backend = Backend("b", lambda: None, ("cuda",), lambda: "it is not built", lambda _: "it has no weights")
+    assert backend.refuses("cpu", _Picky(True)) == "it is not built"
+    there = replace(backend, why_not=lambda: None)
+    assert there.refuses("cpu", _Picky(True)) == "runs on cuda, the tensor is on cpu"
+    assert there.refuses("cuda", _Picky(True)) == "it has no weights"
+    assert there.refuses("cuda", None) is None
+
+
+def test_backends_says_what_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = _picky()
+    op.variants = (_Picky(False), _Picky(True), _Picky(True))
+    monkeypatch.setattr(library, "_OPERATORS", {"sum": op})
+    row = backends()["sum"]
+    assert row["cpu"] == "fast"
+    assert row["fast declines"] == "it has no weights: use backend='reference'"
+    assert "reference declines" not in row
+
+
+def test_a_name_becomes_a_member() -> None:
+    class Colour(Enum):
+        RED = "red"
+        BLUE = "blue"
+
+    assert library.member("colour", "red", Colour) is library.member("colour", Colour.RED, Colour) is Colour.RED
+    for unknown in ("green", "RED", None, 1):
+        with pytest.raises(ValueError, match=f"unknown colour '{unknown}': use one of red, blue"):
+            library.member("colour", unknown, Colour)  # type: ignore[arg-type]
 
 
 def test_backends_lists_every_operator() -> None:

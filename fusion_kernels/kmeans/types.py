@@ -1,0 +1,132 @@
+"""What k-means is asked and what it answers: names, options, results, and the numbers that all backends share.
+
+Imported by the reference, every backend and the public functions; imports none of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusion_kernels.library import member
+
+
+class Algorithm(Enum):
+    """What follows the seeding; the values are what callers and the operator's schema say.
+
+    Attributes:
+        HARTIGAN: Lloyd's iteration, then moves of single points.
+        LLOYD: Lloyd's iteration.
+    """
+
+    HARTIGAN = "hartigan"
+    LLOYD = "lloyd"
+
+
+class Seeding(Enum):
+    """How initial centroids are drawn; the values are what callers and the operator's schema say."""
+
+    PLUS_PLUS = "k-means++"
+    RANDOM = "random"
+
+
+class Status(IntEnum):
+    """How one k-means problem ended. Where several hold, the largest value is reported.
+
+    Attributes:
+        OK: converged; every cluster has points.
+        MAX_ITER: stopped by `max_iter` before it converged. The result is valid.
+        EMPTY_CLUSTERS: some clusters have no points, because there are fewer points (or fewer distinct points of
+            positive weight) than clusters, or because `max_iter` is 0. The result is valid; the centroids of empty
+            clusters are finite.
+        ZERO_WEIGHT: every weight is zero. Labels, centroids and inertia are 0.
+        NON_FINITE: `x` or the given centroids hold NaN or infinity, or values too large to square. Labels are 0,
+            centroids and inertia NaN.
+        LARGE_INERTIA: the inertia is larger than the dtype of the result can hold, and infinite. All else is right.
+            Scale the points or the weights down, or pass float64.
+    """
+
+    OK = 0
+    MAX_ITER = 1
+    EMPTY_CLUSTERS = 2
+    ZERO_WEIGHT = 3
+    NON_FINITE = 4
+    LARGE_INERTIA = 5
+
+
+@dataclass(frozen=True)
+class Options:
+    """How problems are to be solved: what every backend is told, in the order of the operator's schema.
+
+    Names become members of their enumerations, so that no backend can take one for another.
+
+    Attributes:
+        n_clusters: K.
+        seeding: meaningless where centroids or labels are given.
+        n_init: seedings to try.
+        algorithm: what follows the seeding.
+        max_iter: most Lloyd iterations, and most rounds of Hartigan moves after them.
+        tol: squared shift of all centroids at which Lloyd stops, relative to the mean variance of a column.
+        seed: of the random stream, which every problem starts anew.
+        workspace_bytes: bound on a backend's own memory, or None for its default; the reference has none to bound.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+
+    n_clusters: int
+    seeding: Seeding = Seeding.PLUS_PLUS
+    n_init: int = 1
+    algorithm: Algorithm = Algorithm.HARTIGAN
+    max_iter: int = 100
+    tol: float = 0.0
+    seed: int = 0
+    workspace_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seeding", member("init", self.seeding, Seeding))
+        object.__setattr__(self, "algorithm", member("algorithm", self.algorithm, Algorithm))
+
+    @property
+    def hartigan(self) -> bool:
+        """Whether Hartigan's moves follow Lloyd's iteration."""
+        return self.algorithm is Algorithm.HARTIGAN
+
+
+class KMeansResult(NamedTuple):
+    """What `kmeans` returns. Shapes are for x (B, N, D); for x (N, D) every one lacks the leading B.
+
+    Attributes:
+        labels: (B, N) int64, the cluster of every point.
+        centroids: (B, K, D), float64 for float64 x, else float32.
+        inertia: (B,), dtype of centroids: weighted sum of squared distances of the points to their centroids.
+        counts: (B, K) int64, points per cluster.
+        n_iter: (B,) int64, passes over the points: Lloyd iterations plus rounds of Hartigan moves, each with the
+            last one that finds nothing to change.
+        status: (B,) int64, a :class:`Status` for every problem.
+    """
+
+    labels: Tensor
+    centroids: Tensor
+    inertia: Tensor
+    counts: Tensor
+    n_iter: Tensor
+    status: Tensor
+
+
+#: The fields of :class:`KMeansResult` with their batch dimension, as backends return them.
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+#: Given centroids this far away, in units of the largest coordinate of the points, are brought nearer: they are equally
+#: far for every point, and their squares must not overflow.
+FAR = {torch.float32: 2.0**40, torch.float64: 2.0**400}
+
+
+def trials(n_clusters: int) -> int:
+    """Candidates of one step of greedy k-means++."""
+    return 2 + int(math.log(n_clusters))
