@@ -38,6 +38,8 @@ class _Points:
         w: (n,), the weights.
         sq: (n,), squared norms of x.
         slack: (n,), how far two squared distances of a point may differ and still be a tie.
+
+    The methods say what a centroid is, and what a move of a point costs.
     """
 
     rows: Tensor
@@ -46,6 +48,43 @@ class _Points:
     w: Tensor
     sq: Tensor
     slack: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, w: Tensor) -> _Points:
+        """The points `rows` (n, D) of weights w (n,), with what their arithmetic needs."""
+        return cls._about((w / w.sum()) @ rows, rows, w)
+
+    @classmethod
+    def _about(cls, offset: Tensor, rows: Tensor, w: Tensor) -> _Points:
+        x = rows - offset
+        sq = x.square().sum(1)
+        return cls(rows, offset, x, w, sq, _SLACK * torch.finfo(x.dtype).eps * sq)
+
+    def centroids(self, labels: Tensor, before: Tensor) -> Tensor:
+        """(K, D) centroids of the points by label, where x is; those of `before` (K, D) for clusters without points."""
+        return self.placed(_means(self.x, self.w, labels, before), before)
+
+    def placed(self, means: Tensor, before: Tensor) -> Tensor:
+        """The centroids (K, D) of clusters with these means that had the centroids `before`."""
+        return means
+
+    def compared(self, means: Tensor) -> Tensor:
+        """(n, K): what is to be known of the points and the means for the next two."""
+        return _distances(self.x, self.sq, means)
+
+    def entering(self, compared: Tensor, W: Tensor, means: Tensor) -> Tensor:
+        """(n, K): by how much the inertia rises where a point enters a cluster of weight W (K,), per weight of it."""
+        return compared * (W / (W + self.w[:, None]))
+
+    def leaving(self, own: Tensor, labels: Tensor, W: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+        """(n,): by how much it falls where a point leaves its own cluster, and how far gains may be off, per weight.
+
+        Args:
+            own: (n,), of `compared`, the entries of the points' own clusters.
+        """
+        rest = W[labels] - self.w
+        leave = W[labels] / torch.where(rest > 0, rest, 1.0)
+        return leave * own, (leave + 1) * self.slack
 
 
 def kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options: Options) -> Results:
@@ -177,7 +216,7 @@ def rounded_means(rows: Tensor, w: Tensor, labels: Tensor, empty: Tensor) -> Ten
 
 def best_run(rows: Tensor, w: Tensor, start: Tensor | None, options: Options) -> Partition:
     """The best of `n_init` runs on n > K points of positive weight, in the dtype of `rows`; the first of equals."""
-    points = _centre(rows, w)
+    points = _Points.of(rows, w)
     if start is not None and start.is_floating_point():
         start = start - points.offset
     generator = torch.Generator().manual_seed(options.seed)
@@ -196,13 +235,6 @@ def one_point_each(rows: Tensor, n_clusters: int) -> Partition:
     return Partition(labels, torch.cat([rows, last.expand(n_clusters - n, D)]), 0.0, 0, True)
 
 
-def _centre(rows: Tensor, w: Tensor) -> _Points:
-    offset = (w / w.sum()) @ rows
-    x = rows - offset
-    sq = x.square().sum(1)
-    return _Points(rows, offset, x, w, sq, _SLACK * torch.finfo(x.dtype).eps * sq)
-
-
 def _run(points: _Points, start: Tensor | None, options: Options, generator: torch.Generator) -> Partition:
     """Seed, iterate, and return the partition with centroids in the original coordinates."""
     labels = None
@@ -212,9 +244,9 @@ def _run(points: _Points, start: Tensor | None, options: Options, generator: tor
     elif start.is_floating_point():
         centroids = start
     else:
-        centroids = _means(points.x, points.w, start, points.x.new_zeros(options.n_clusters, points.x.shape[1]))
+        centroids = points.centroids(start, points.x.new_zeros(options.n_clusters, points.x.shape[1]))
         labels = _relocate(points, start, centroids)
-        centroids = _means(points.x, points.w, labels, centroids)
+        centroids = points.centroids(labels, centroids)
 
     labels, centroids, n_iter, converged = _lloyd(points, labels, centroids, options.max_iter, options.tol)
     # Lloyd that was stopped returns the centroids that its labels are nearest to, not the labels' means.
@@ -226,7 +258,7 @@ def _run(points: _Points, start: Tensor | None, options: Options, generator: tor
     inertia = float(points.w @ (points.x - centroids[labels]).square().sum(1))
     centroids = centroids + points.offset
     if at_means:
-        centroids = _means(points.rows, points.w, labels, centroids)
+        centroids = points.placed(_means(points.rows, points.w, labels, centroids), centroids)
     return Partition(labels, centroids, inertia, n_iter, converged, at_means and converged)
 
 
@@ -301,7 +333,7 @@ def _lloyd(
         if labels is not None and torch.equal(assigned, labels):
             return labels, centroids, n_iter, True
         labels = assigned
-        moved = _means(points.x, points.w, labels, centroids)
+        moved = points.centroids(labels, centroids)
         converged = tol > 0.0 and float((moved - centroids).square().sum()) <= smallest_shift
         centroids = moved
     # The labels are those of the previous centroids; the caller gets the ones of these.
@@ -383,7 +415,7 @@ def _relocate(points: _Points, labels: Tensor, centroids: Tensor) -> Tensor:
 
 
 def _hartigan(points: _Points, labels: Tensor, centroids: Tensor, max_iter: int) -> tuple[Tensor, Tensor, int, bool]:
-    """Move single points while that lowers the inertia: labels, their means, rounds made, whether it converged.
+    """Move single points while that lowers the inertia: labels, their centroids, rounds made, whether it converged.
 
     Moving x of weight w from cluster a to b changes both means, and lowers the inertia by exactly
     `w (W_a / (W_a - w) |x - a|² - W_b / (W_b + w) |x - b|²)`. Moves between disjoint pairs of clusters do not affect
@@ -392,21 +424,19 @@ def _hartigan(points: _Points, labels: Tensor, centroids: Tensor, max_iter: int)
     x, w, K = points.x, points.w, len(centroids)
     point = torch.arange(len(x), device=x.device)
     labels = labels.clone()
-    centroids = _means(x, w, labels, centroids)
-    distances = _distances(x, points.sq, centroids)
+    means = _means(x, w, labels, centroids)
+    compared = points.compared(means)
     for n_iter in range(1, max_iter + 1):
         W = _weights(w, labels, K)
-        rest = W[labels] - w
-        # Nothing is left beside a single point, nor, in float64, beside one that outweighs the others completely.
-        movable = rest > 0
-        leave = W[labels] / torch.where(movable, rest, 1.0)
-        cost = distances * (W / (W + w[:, None]))
+        cost = points.entering(compared, W, means)
         cost[point, labels] = math.inf
         enter, target = cost.min(1)
-        gain = w * (leave * distances[point, labels] - enter)
-        movable &= gain > w * (leave + 1) * points.slack
+        leave, slack = points.leaving(compared[point, labels], labels, W, means)
+        gain = w * (leave - enter)
+        # Nothing is left beside a single point, nor, in float64, beside one that outweighs the others completely.
+        movable = (W[labels] > w) & (gain > w * slack)
         if not bool(movable.any()):
-            return labels, centroids, n_iter, True
+            return labels, points.placed(means, centroids), n_iter, True
         moves = _disjoint_moves(movable.nonzero().squeeze(1), gain, labels, target)
         touched = torch.zeros(K, dtype=torch.bool, device=x.device)
         touched[labels[moves]] = True
@@ -414,9 +444,9 @@ def _hartigan(points: _Points, labels: Tensor, centroids: Tensor, max_iter: int)
         labels[moves] = target[moves]
         # The other clusters keep their members, and so their means and distances.
         members = touched[labels]
-        centroids = _means(x[members], w[members], labels[members], centroids)
-        distances[:, touched] = _distances(x, points.sq, centroids[touched])
-    return labels, centroids, max_iter, False
+        means = _means(x[members], w[members], labels[members], means)
+        compared[:, touched] = points.compared(means[touched])
+    return labels, points.placed(means, centroids), max_iter, False
 
 
 def _disjoint_moves(movable: Tensor, gain: Tensor, labels: Tensor, target: Tensor) -> Tensor:
