@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from fusion_kernels import backends, kmeans, kmeans_assign
-from fusion_kernels.kmeans.reference import random_seeds
+from fusion_kernels.kmeans.seeding import random_seeds
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.verbs.fuse import find_ffns
 

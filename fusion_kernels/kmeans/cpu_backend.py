@@ -27,6 +27,7 @@ from torch import Tensor
 from fusion_kernels import native
 from fusion_kernels.kmeans import heuristics
 from fusion_kernels.kmeans import reference as reference
+from fusion_kernels.kmeans.seeding import random_seeds, seeding_levels
 from fusion_kernels.kmeans.settling import RESOLVED, Partition, distances_of, label_idle, settle
 from fusion_kernels.kmeans.types import FAR, Options, Results, Seeding, Status
 
@@ -295,7 +296,7 @@ def _solve_gram(
     if init is None:
         generator = torch.Generator().manual_seed(options.seed)
         if options.seeding is Seeding.PLUS_PLUS:
-            draws = [reference.seeding_levels(K, generator) for _ in range(options.n_init)]
+            draws = [seeding_levels(K, generator) for _ in range(options.n_init)]
             levels = torch.stack([torch.cat([first, rest.flatten()]) for first, rest in draws])
         else:
             seeds = torch.stack([_random_seeds(problem, K, options) for problem in w])
@@ -337,7 +338,7 @@ def _settle(x: Tensor, w: Tensor, solved: _Solved, b: int, options: Options, dec
 def _random_seeds(w: Tensor, n_clusters: int, options: Options) -> Tensor:
     """(n_init, K) distinct points of one problem, every problem by the same random stream."""
     generator = torch.Generator().manual_seed(options.seed)
-    return torch.stack([reference.random_seeds(w, n_clusters, generator) for _ in range(options.n_init)])
+    return torch.stack([random_seeds(w, n_clusters, generator) for _ in range(options.n_init)])
 
 
 def _solve_direct(

@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fusion_kernels.kmeans.seeding import plus_plus, random_seeds
 from fusion_kernels.kmeans.settling import Partition, label_idle, nearest, settle
-from fusion_kernels.kmeans.types import Options, Results, Seeding, Status, trials
+from fusion_kernels.kmeans.types import Options, Results, Seeding, Status
 
 # A squared distance of a point x is known up to a few rounding errors of |x|²: differences below this multiple of
 # eps |x|² are ties. It covers the largest error seen for sums of tens of thousands of terms.
@@ -180,12 +181,6 @@ def special_case(rows: Tensor, w: Tensor, start: Tensor | None, n_clusters: int)
     return None
 
 
-def moment(rows: Tensor, w: Tensor) -> float:
-    """Weighted sum of the squared distances of the points (n, D) to their weighted mean, in float64."""
-    offset = (w / w.sum()) @ rows.to(torch.float64)
-    return float(w @ (rows.to(torch.float64) - offset).square().sum(1))
-
-
 def is_finite(rows: Tensor) -> bool:
     """Whether the sum of squares is finite in float64."""
     return math.isfinite(float(rows.to(torch.float64).square().sum()))
@@ -239,8 +234,7 @@ def _run(points: _Points, start: Tensor | None, options: Options, generator: tor
     """Seed, iterate, and return the partition with centroids in the original coordinates."""
     labels = None
     if start is None:
-        draw = _seed_random if options.seeding is Seeding.RANDOM else _seed_plus_plus
-        centroids = points.x[draw(points, options.n_clusters, generator)]
+        centroids = points.x[_seeds(points, options, generator)]
     elif start.is_floating_point():
         centroids = start
     else:
@@ -262,62 +256,10 @@ def _run(points: _Points, start: Tensor | None, options: Options, generator: tor
     return Partition(labels, centroids, inertia, n_iter, converged, at_means and converged)
 
 
-def _seed_plus_plus(points: _Points, n_clusters: int, generator: torch.Generator) -> Tensor:
-    """k-means++: draw by weight times squared distance, keep the best of 2 + floor(ln K) trials of every step.
-
-    Draws are made on the CPU, so that every device sees the same ones. When every point coincides with a seed, the
-    first seed fills the remaining places.
-    """
-    first, levels = seeding_levels(n_clusters, generator)
-    device = points.x.device
-    seeds = _draw(points.w, first).to(device)
-    closest = _seed_distances(points, seeds)[0]
-    for step in range(n_clusters - 1):
-        mass = points.w * closest
-        if not bool((mass > 0).any()):
-            return torch.cat([seeds, seeds[:1].expand(n_clusters - len(seeds))])
-        candidates = _draw(mass, levels[step]).to(device)
-        distances = torch.minimum(closest, _seed_distances(points, candidates))
-        best = int((distances @ points.w).argmin())
-        seeds = torch.cat([seeds, candidates[best : best + 1]])
-        closest = distances[best]
-    return seeds
-
-
-def seeding_levels(n_clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The uniform draws of one k-means++ seeding, all at its start: (1,), then (K - 1, trials), float64 on the CPU.
-
-    A seeding that ends early has then left the stream where any other does, for the next one to go on from.
-    """
-    first = torch.rand(1, dtype=torch.float64, generator=generator)
-    return first, torch.rand(n_clusters - 1, trials(n_clusters), dtype=torch.float64, generator=generator)
-
-
-def _draw(mass: Tensor, levels: Tensor) -> Tensor:
-    """Indices on the CPU, one per level in [0, 1), with probability proportional to `mass`."""
-    cumulative = (mass / mass.max()).cpu().to(torch.float64).cumsum(0)
-    # The first index whose cumulative mass exceeds the level has mass of its own: mass 0 is never drawn.
-    return torch.searchsorted(cumulative, levels * cumulative[-1], right=True)
-
-
-def _seed_distances(points: _Points, seeds: Tensor) -> Tensor:
-    """(L, n) squared distances of all points to the points `seeds`, exactly 0 where they coincide up to rounding."""
-    distances = points.sq[seeds, None] + points.sq - 2 * (points.x[seeds] @ points.x.T)
-    return torch.where(distances > points.slack, distances, 0.0)
-
-
-def _seed_random(points: _Points, n_clusters: int, generator: torch.Generator) -> Tensor:
-    return random_seeds(points.w, n_clusters, generator).to(points.x.device)
-
-
-def random_seeds(w: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
-    """(K,) distinct points on the CPU, drawn one after the other with probability proportional to the weights w (n,).
-
-    Exponential clocks with the weights as rates: the order in which they ring is that of such draws.
-    """
-    uniform = torch.rand(len(w), dtype=torch.float64, generator=generator)
-    rings = -torch.log1p(-uniform) / w.cpu()
-    return rings.argsort(stable=True)[:n_clusters]
+def _seeds(points: _Points, options: Options, generator: torch.Generator) -> Tensor:
+    if options.seeding is Seeding.RANDOM:
+        return random_seeds(points.w, options.n_clusters, generator).to(points.x.device)
+    return plus_plus(points.x, points.w, points.sq, points.slack, options.n_clusters, generator)
 
 
 def _lloyd(

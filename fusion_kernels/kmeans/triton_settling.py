@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusion_kernels.kmeans.reference import moment, rounded_means, status_of
+from fusion_kernels.kmeans.reference import rounded_means, status_of
 from fusion_kernels.kmeans.settling import RESOLVED, Partition, label_idle, nearest, settle
 from fusion_kernels.kmeans.types import Options, Results, Status
 
@@ -17,7 +17,7 @@ def resolved_problems(x: Tensor, sample_weight: Tensor | None, results: Results)
     _, _, inertia, counts, _, status = results
     w = x.new_ones(x.shape[:2], dtype=torch.float64) if sample_weight is None else sample_weight.double()
     special = (status == Status.ZERO_WEIGHT) | (status == Status.NON_FINITE) | ((w > 0).sum(1) <= counts.shape[1])
-    moments = [0.0 if skip else moment(rows, own) for rows, own, skip in zip(x, w, special.tolist(), strict=True)]
+    moments = [0.0 if skip else _moment(rows, own) for rows, own, skip in zip(x, w, special.tolist(), strict=True)]
     wide = inertia > RESOLVED * torch.tensor(moments, dtype=torch.float64, device=x.device)
     return special | (wide & (counts.amin(1) > 0))
 
@@ -45,3 +45,9 @@ def settle_problem(
     labels[~active], moved = label_idle(x[~active], centroids, filled, refills and int(active.sum()) > K, nearest)
     centroids.copy_(moved)
     counts.copy_(torch.bincount(labels, minlength=K))
+
+
+def _moment(rows: Tensor, w: Tensor) -> float:
+    """Weighted sum of the squared distances of the points (n, D) to their weighted mean, in float64."""
+    offset = (w / w.sum()) @ rows.to(torch.float64)
+    return float(w @ (rows.to(torch.float64) - offset).square().sum(1))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusion_kernels import native
 from fusion_kernels.kmeans import KMeansResult, Status, cpu_backend, heuristics, kmeans, kmeans_assign
-from fusion_kernels.kmeans import reference as reference
+from fusion_kernels.kmeans.seeding import seeding_levels
 from fusion_kernels.kmeans.types import trials
 
 pytestmark = pytest.mark.skipif(native.UNAVAILABLE is not None, reason=str(native.UNAVAILABLE))
@@ -414,7 +414,7 @@ def test_steps_check_what_they_read() -> None:
 
 
 def test_levels_are_the_stream_of_one_draw_after_the_other() -> None:
-    first, rest = reference.seeding_levels(20, torch.Generator().manual_seed(4))
+    first, rest = seeding_levels(20, torch.Generator().manual_seed(4))
     g = torch.Generator().manual_seed(4)
     draws = [torch.rand(1, dtype=torch.float64, generator=g)]
     draws += [torch.rand(trials(20), dtype=torch.float64, generator=g) for _ in range(19)]
