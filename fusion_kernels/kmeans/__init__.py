@@ -17,7 +17,7 @@ from torch import Tensor
 from fusion_kernels import gpu, native
 from fusion_kernels.kmeans import cpu_backend, gpu_backend
 from fusion_kernels.kmeans import reference as reference
-from fusion_kernels.kmeans.types import Algorithm, KMeansResult, Options, Results, Seeding, Status
+from fusion_kernels.kmeans.types import Algorithm, KMeansResult, Metric, Options, Results, Seeding, Status
 from fusion_kernels.library import Backend, Operator, member, operator
 
 __all__ = ["ASSIGN", "OPERATOR", "KMeansResult", "Status", "kmeans", "kmeans_assign", "register"]
@@ -49,10 +49,11 @@ def _fake(
 OPERATOR: Operator = operator(
     "kmeans",
     "(Tensor x, Tensor? sample_weight, Tensor? init, int n_clusters, str seeding, int n_init, str algorithm, "
-    "int max_iter, float tol, int seed, int? workspace_bytes=None) "
+    "int max_iter, float tol, int seed, int? workspace_bytes=None, str metric='euclidean') "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     options=lambda x, sample_weight, init, *rest: Options(*rest),
+    variants=[Options(1, metric=metric) for metric in Metric],
 )
 
 
@@ -78,17 +79,23 @@ def register(
 
     def checked(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, *rest: Any) -> Results:
         options = Options(*rest)
-        _check_values(sample_weight, init, options.n_clusters)
+        _check_values(sample_weight, init, options)
         return function(x, sample_weight, init, options)
 
     OPERATOR.register(Backend(name, checked, device_types, why_not, takes))
 
 
+def _only_euclidean(options: Options) -> str | None:
+    if options.metric is not Metric.EUCLIDEAN:
+        return f"it has no metric={options.metric.value!r}: use backend='reference'"
+    return None
+
+
 register("cpu", cpu_backend.kmeans, ("cpu",), lambda: native.UNAVAILABLE)
 register("reference", reference.kmeans, ("cpu", "cuda"))
 # Behind the reference, and so for those who ask by name, until bench/gpu.py has passed on a GPU.
-register("triton", gpu_backend.kmeans, ("cuda",), gpu.why_not)
-register("triton-fast", gpu_backend.kmeans_fast, ("cuda",), gpu.why_not)
+register("triton", gpu_backend.kmeans, ("cuda",), gpu.why_not, _only_euclidean)
+register("triton-fast", gpu_backend.kmeans_fast, ("cuda",), gpu.why_not, _only_euclidean)
 ASSIGN.register(Backend("cpu", cpu_backend.assign, ("cpu",), lambda: native.UNAVAILABLE))
 ASSIGN.register(Backend("reference", reference.assign, ("cpu", "cuda")))
 ASSIGN.register(Backend("triton", gpu_backend.assign, ("cuda",), gpu.why_not))
@@ -105,6 +112,7 @@ def kmeans(
     max_iter: int = 100,
     tol: float = 0.0,
     seed: int = 0,
+    metric: str = "euclidean",
     backend: str = "auto",
     workspace_bytes: int | None = None,
 ) -> KMeansResult:
@@ -129,6 +137,15 @@ def kmeans(
     of positive weight, no cluster is empty unless `max_iter` is 0. With `N <= n_clusters` every point is a cluster of
     its own, whatever `init` says, and the clusters left over repeat the last point (zeros if N is 0).
 
+    `metric="cosine"` is spherical k-means (Dhillon & Modha 2001; Hornik, Feinerer, Kober & Buchta 2012). Points, and
+    given centroids, are divided by their norms in the dtype of the computation, and that is what all the rest is about.
+    Centroids have norm 1: the weighted sum S of a cluster's points divided by its norm. Where that is less than 2**-20
+    of the cluster's weight, as of opposite points, S has no direction: the centroid stays where it was, or, of given
+    labels, is the first point. The distance is 1 - cos, half of the squared Euclidean one between unit vectors: seeds
+    are drawn, labels decided and clusters refilled by it. The inertia is the weighted sum of 1 - cos, and a move gains
+    what it adds to the sum of all |S| (Dhillon, Guan & Kogan 2002). A point of zeros has no direction: it counts as a
+    point of weight 0, is never a cluster of its own, and gets the label of the first cluster that has points.
+
     Values of x that are not finite, and weights that are all zero, spoil their own problem only: see
     :class:`Status`. The same seed gives the same result. All problems use the same random stream, so that a problem
     has the same result alone as in a batch. The result is not differentiable.
@@ -147,8 +164,9 @@ def kmeans(
         max_iter: most Lloyd iterations, and most rounds of Hartigan moves after them. 0 assigns the points to the
             initial centroids.
         tol: if positive, Lloyd also stops once the squared shift of all centroids together is no more than tol times
-            the mean weighted variance of the columns of x.
+            the mean weighted variance of the columns of x, with `metric="cosine"` their mean square, 1 / D.
         seed: in [0, 2**63).
+        metric: `"euclidean"` or `"cosine"`.
         backend: `"auto"` or the name of a backend; `"triton-fast"`, which `"auto"` never takes, clusters the points
             rounded to 11 significant bits. Only `"auto"` can be traced by `torch.compile`.
         workspace_bytes: bound on the memory that backends other than the reference use beside inputs and results; None
@@ -160,10 +178,10 @@ def kmeans(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has a wrong shape, device or value.
-        BackendUnavailableError: `backend` cannot run here.
+        BackendUnavailableError: `backend` cannot run here, or lacks what is asked for.
     """
     _check_points(x)
-    _check_options(n_clusters, n_init, algorithm, max_iter, tol, seed, workspace_bytes)
+    _check_options(n_clusters, n_init, algorithm, max_iter, tol, seed, workspace_bytes, metric)
     if sample_weight is not None:
         _check_weights(x, sample_weight)
     start, seeding = _check_init(x, init, n_clusters, n_init)
@@ -178,19 +196,20 @@ def kmeans(
         points = points.unsqueeze(0)
         weights = None if weights is None else weights.unsqueeze(0)
         start = None if start is None else start.unsqueeze(0)
-    options = (n_clusters, seeding, n_init, algorithm, max_iter, float(tol), seed, workspace_bytes)
+    options = (n_clusters, seeding, n_init, algorithm, max_iter, float(tol), seed, workspace_bytes, metric)
     results: Results = OPERATOR.function(backend, points, weights, start, *options)(points, weights, start, *options)
     if batched:
         return KMeansResult(*results)
     return KMeansResult(*(result.squeeze(0) for result in results))
 
 
-def kmeans_assign(x: Tensor, centroids: Tensor, *, backend: str = "auto") -> Tensor:
+def kmeans_assign(x: Tensor, centroids: Tensor, *, metric: str = "euclidean", backend: str = "auto") -> Tensor:
     """The nearest centroid of every point: what :func:`kmeans` calls its labels, for points that it has not seen.
 
     Args:
         x: (N, D) or (B, N, D) points, D >= 1. float32 or float64; float16 and bfloat16 are computed in float32.
         centroids: (K, D) or (B, K, D) floating point, K >= 1, on the device of x; computed in the dtype of x.
+        metric: `"euclidean"`, or `"cosine"`: by the angle, where points, and centroids, of zeros count as NaN does.
         backend: `"auto"` or the name of a backend. Only `"auto"` can be traced by `torch.compile`.
 
     Returns:
@@ -218,8 +237,15 @@ def kmeans_assign(x: Tensor, centroids: Tensor, *, backend: str = "auto") -> Ten
     points, centres = x.detach().to(dtype), centroids.detach().to(dtype)
     if x.ndim == 2:
         points, centres = points.unsqueeze(0), centres.unsqueeze(0)
+    if member("metric", metric, Metric) is Metric.COSINE:
+        points, centres = _directions_or_nan(points), _directions_or_nan(centres)
     labels: Tensor = ASSIGN.function(backend, points, centres)(points, centres)
     return labels.squeeze(0) if x.ndim == 2 else labels
+
+
+def _directions_or_nan(x: Tensor) -> Tensor:
+    unit = reference.unit_rows(x)
+    return torch.where(unit.any(-1, keepdim=True), unit, math.nan)
 
 
 def _check_points(x: Tensor) -> None:
@@ -234,7 +260,14 @@ def _check_points(x: Tensor) -> None:
 
 
 def _check_options(
-    n_clusters: int, n_init: int, algorithm: str, max_iter: int, tol: float, seed: int, workspace_bytes: int | None
+    n_clusters: int,
+    n_init: int,
+    algorithm: str,
+    max_iter: int,
+    tol: float,
+    seed: int,
+    workspace_bytes: int | None,
+    metric: str,
 ) -> None:
     for name, value, least in (
         ("n_clusters", n_clusters, 1),
@@ -254,6 +287,7 @@ def _check_options(
     if not 0.0 <= tol < math.inf:
         raise ValueError(f"tol is {tol}: pass 0 or a positive finite number")
     member("algorithm", algorithm, Algorithm)
+    member("metric", metric, Metric)
 
 
 def _check_weights(x: Tensor, sample_weight: Tensor) -> None:
@@ -292,8 +326,16 @@ def _check_init(x: Tensor, init: str | Tensor, n_clusters: int, n_init: int) -> 
     return init, _SEEDINGS[0]
 
 
-def _check_values(sample_weight: Tensor | None, init: Tensor | None, n_clusters: int) -> None:
+def _check_values(sample_weight: Tensor | None, init: Tensor | None, options: Options) -> None:
+    n_clusters = options.n_clusters
     if sample_weight is not None and not bool((sample_weight.isfinite() & (sample_weight >= 0)).all()):
         raise ValueError("sample_weight holds NaN, infinity or negative values: pass finite weights of at least 0")
     if init is not None and not init.is_floating_point() and not bool(((init >= 0) & (init < n_clusters)).all()):
         raise ValueError(f"init holds labels outside [0, {n_clusters}): relabel them or raise n_clusters")
+    if (
+        options.metric is Metric.COSINE
+        and init is not None
+        and init.is_floating_point()
+        and not bool(init.any(2).all())
+    ):
+        raise ValueError("init holds a centroid of zeros, which has no direction: pass another, or metric='euclidean'")

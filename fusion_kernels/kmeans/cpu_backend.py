@@ -11,7 +11,8 @@ problem has the same bits alone, in a batch, in chunks of any size, and on any n
 
 Where a Gram matrix costs more than it saves (many points per cluster: see `heuristics.py`) or exceeds the workspace, a
 problem is solved by the reference's own steps in the dtype of the points ("direct"): products by BLAS, whose rounding
-may depend on the number of threads; what they leave in doubt is decided in the same way.
+may depend on the number of threads; what they leave in doubt is decided in the same way. So is one with
+`metric="cosine"`, but for its seeds.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from fusion_kernels import native
 from fusion_kernels.kmeans import heuristics
 from fusion_kernels.kmeans import reference as reference
 from fusion_kernels.kmeans.seeding import random_seeds, seeding_levels
-from fusion_kernels.kmeans.settling import RESOLVED, Partition, distances_of, label_idle, settle
-from fusion_kernels.kmeans.types import FAR, Options, Results, Seeding, Status
+from fusion_kernels.kmeans.settling import RESOLVED, Means, Partition, distances_of, label_idle, settle
+from fusion_kernels.kmeans.types import FAR, Metric, Options, Results, Seeding, Status
 
 #: Bytes of Gram matrices and what is computed from them at a time, unless the caller says otherwise.
 WORKSPACE_BYTES = 2 << 30
@@ -90,6 +91,12 @@ def kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options
         ValueError: Hartigan moves on a problem for which neither a Gram matrix nor the (N, K) distances of the direct
             form fit into the workspace.
     """
+    if options.metric is Metric.COSINE:
+        return reference.on_sphere(_kmeans, x, sample_weight, init, options)
+    return _kmeans(x, sample_weight, init, options)
+
+
+def _kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options: Options) -> Results:
     (B, N, D), n_clusters = x.shape, options.n_clusters
     x = x.contiguous()
     workspace = WORKSPACE_BYTES if options.workspace_bytes is None else options.workspace_bytes
@@ -140,6 +147,15 @@ def _means(rows: Tensor, w: Tensor, labels: Tensor, empty: Tensor) -> Tensor:
     return means
 
 
+def _directions(rows: Tensor, w: Tensor, labels: Tensor, empty: Tensor) -> Tensor:
+    """Their directions; clusters whose mean has none take that of `empty`."""
+    return reference.directions(_means(rows, w, labels, empty), empty)
+
+
+def _means_by(options: Options) -> Means:
+    return _directions if options.metric is Metric.COSINE else _means
+
+
 def _runs_at_a_time(problems: int, n_init: int) -> int:
     """How many runs have their matrices in memory together: as many as threads, or one that has all threads."""
     threads = torch.get_num_threads()
@@ -184,7 +200,7 @@ def _solve_special(
 ) -> None:
     """A problem with points without weight, or with no more points than clusters."""
     start = None if init is None else init[b]
-    special = reference.special_case(x[b], w[b], start, options.n_clusters)
+    special = reference.special_case(x[b], w[b], start, options)
     if special is None:
         partition, status = _solve_weighted_points(x[b], w[b], start, options, workspace)
     else:
@@ -232,8 +248,8 @@ def _solve(
     """
     b, n, D = x.shape
     products = x if dtype is None else x.to(dtype)
-    points, offset, scale = native.operators().prepare(products, w.contiguous())
-    finite = scale.isfinite()
+    prepared = _prepare(products, w, options)
+    finite = prepared.scale.isfinite()
     if init is not None and init.is_floating_point():
         finite &= init.to(torch.float64).square().sum((1, 2)).isfinite()
     if not bool(finite.all()):
@@ -242,9 +258,8 @@ def _solve(
     shape = heuristics.Shape(n, D, options.n_clusters, options.n_init, seeding, options.hartigan, options.max_iter)
     runs = _runs_at_a_time(b, options.n_init)
     fits = heuristics.gram_bytes(n, options.n_clusters, products.element_size(), runs) <= workspace
-    prepared = _Prepared(points, offset, scale)
-    del points, products
-    if fits and heuristics.prefers_gram(shape):
+    del products
+    if fits and heuristics.prefers_gram(shape) and options.metric is Metric.EUCLIDEAN:
         solved, resolved = _solve_gram(x, w, init, options, prepared)
     elif shape.hartigan and n * options.n_clusters * prepared.points.element_size() > workspace:
         raise ValueError(
@@ -252,13 +267,23 @@ def _solve(
             f"{workspace}: raise it, or use algorithm='lloyd'"
         )
     else:
-        solved, resolved = _solve_direct(x, w, init, options, prepared)
+        solved, resolved = _solve_direct(x, w, init, options, prepared, fits)
     if not bool(resolved.all()):
         del prepared
         for problem in (~resolved).nonzero():
             start = None if init is None else init[problem]
             solved.put(problem, _solve(x[problem], w[problem], start, options, workspace, torch.float64))
     return solved
+
+
+def _prepare(x: Tensor, w: Tensor, options: Options) -> _Prepared:
+    """The points as their products are formed; of problems that are not finite the scale is NaN."""
+    if options.metric is Metric.EUCLIDEAN:
+        return _Prepared(*native.operators().prepare(x, w.contiguous()))
+    # Unit vectors are in range, and their cosines are taken at the origin.
+    finite = x.isfinite().all(2).all(1)
+    offset = torch.zeros(len(x), x.shape[2], dtype=torch.float64)
+    return _Prepared(x, offset, torch.where(finite, 1.0, math.nan).to(torch.float64))
 
 
 def _without_spoilt(
@@ -331,7 +356,7 @@ def _solve_gram(
 def _settle(x: Tensor, w: Tensor, solved: _Solved, b: int, options: Options, decided: Tensor | None = None) -> None:
     """Make problem b what its rounded centroids make it: `reference.settling.settle`, compiled."""
     refills = options.max_iter > 0
-    settled = settle(x[b], w[b], solved.partition(b, options), refills, _nearest, _means, decided)
+    settled = settle(x[b], w[b], solved.partition(b, options), refills, _nearest, _means_by(options), decided)
     solved.labels[b], solved.centroids[b], solved.inertia[b] = settled.labels, settled.centroids, settled.inertia
 
 
@@ -341,8 +366,33 @@ def _random_seeds(w: Tensor, n_clusters: int, options: Options) -> Tensor:
     return torch.stack([random_seeds(w, n_clusters, generator) for _ in range(options.n_init)])
 
 
+def _plus_plus(points: Tensor, w: Tensor, options: Options) -> Tensor:
+    """(n_init, K) seeds of one problem, drawn on the Gram matrix: where else that has no use."""
+    ops, K = native.operators(), options.n_clusters
+    centred, _, _ = ops.prepare(points[None], w[None].contiguous())
+    gram, generator = ops.gram(centred), torch.Generator().manual_seed(options.seed)
+    seeds = []
+    for _ in range(options.n_init):
+        levels = torch.cat([draws.flatten() for draws in seeding_levels(K, generator)])[None]
+        # Stopped before the first assignment, every list of members is a seed.
+        start = (gram, w[None].contiguous(), levels, None, None, None, None, K, 1, "lloyd", 0, 0.0, points.shape[1])
+        seeds.append(ops.cluster(*start)[2])
+    return torch.stack(seeds)
+
+
+def _best_run(points: Tensor, w: Tensor, start: Tensor | None, options: Options, fits: bool) -> Partition:
+    """`reference.best_run`, with seeds from the Gram matrix if it fits and costs less than reading points for each."""
+    K, n = options.n_clusters, len(points)
+    on_gram = options.metric is Metric.COSINE and fits and n <= 2 * heuristics.MEMORY_COST * K
+    if start is not None or options.seeding is not Seeding.PLUS_PLUS or not on_gram:
+        return reference.best_run(points, w, start, options)
+    once = dataclasses.replace(options, n_init=1)
+    runs = [reference.best_run(points, w, points[seeds], once) for seeds in _plus_plus(points, w.double(), options)]
+    return min(runs, key=lambda run: run.inertia)
+
+
 def _solve_direct(
-    x: Tensor, w: Tensor, init: Tensor | None, options: Options, prepared: _Prepared
+    x: Tensor, w: Tensor, init: Tensor | None, options: Options, prepared: _Prepared, fits: bool
 ) -> tuple[_Solved, Tensor]:
     """One problem after the other by the reference's steps on the prepared points; as `_solve_gram`."""
     (b, _, D), dtype = x.shape, prepared.points.dtype
@@ -358,10 +408,10 @@ def _solve_direct(
     for p in range(b):
         points = prepared.points[p, :, :D].contiguous()
         share = (w[p] / w[p].max()).clamp(min=_LEAST_WEIGHT)
-        found = reference.best_run(points, share.to(dtype), None if starts is None else starts[p], options)
+        found = _best_run(points, share.to(dtype), None if starts is None else starts[p], options, fits)
         centroids = (found.centroids.double() / prepared.scale[p] + prepared.offset[p]).to(x.dtype)
         if found.at_means or options.hartigan:
-            centroids = _means(x[p], w[p], found.labels, centroids)
+            centroids = _means_by(options)(x[p], w[p], found.labels, centroids)
         elif init is not None and options.max_iter == 0:
             centroids = init[p] if init.is_floating_point() else centroids
         solved.labels[p], solved.centroids[p], solved.n_iter[p] = found.labels, centroids, found.n_iter

@@ -6,12 +6,14 @@ weighted mean is subtracted) and the arithmetic is float64; only the results are
 keeps cancellation in `|x|² - 2 x·c + |c|²` out of the specification, and leaves near-ties to be decided by the data.
 
 Sources: Lloyd 1982 (the iteration); Arthur & Vassilvitskii 2007 (k-means++, here in the greedy variant with several
-trials per step); Hartigan 1975 and Telgarsky & Vattani 2010 (moves of single points that lower the inertia).
+trials per step); Hartigan 1975 and Telgarsky & Vattani 2010 (moves of single points that lower the inertia); Dhillon &
+Modha 2001 and Hornik et al. 2012 (spherical k-means, `metric="cosine"`); Dhillon, Guan & Kogan 2002 (its moves).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,11 +21,13 @@ from torch import Tensor
 
 from fusion_kernels.kmeans.seeding import plus_plus, random_seeds
 from fusion_kernels.kmeans.settling import Partition, label_idle, nearest, settle
-from fusion_kernels.kmeans.types import Options, Results, Seeding, Status
+from fusion_kernels.kmeans.types import Metric, Options, Results, Seeding, Status
 
 # A squared distance of a point x is known up to a few rounding errors of |x|²: differences below this multiple of
 # eps |x|² are ties. It covers the largest error seen for sums of tens of thousands of terms.
 _SLACK = 16
+# A sum of unit vectors this short, beside the sum of their weights, has no direction.
+_NO_DIRECTION = 2.0**-20
 # Entries of one block of point-to-centroid distances (64 MiB of float64).
 _BLOCK_ENTRIES = 1 << 23
 
@@ -69,6 +73,10 @@ class _Points:
         """The centroids (K, D) of clusters with these means that had the centroids `before`."""
         return means
 
+    def anywhere(self, n_clusters: int) -> Tensor:
+        """(K, D) centroids of clusters that never had points: the mean of all."""
+        return self.x.new_zeros(n_clusters, self.x.shape[1])
+
     def compared(self, means: Tensor) -> Tensor:
         """(n, K): what is to be known of the points and the means for the next two."""
         return _distances(self.x, self.sq, means)
@@ -88,6 +96,40 @@ class _Points:
         return leave * own, (leave + 1) * self.slack
 
 
+class _Directions(_Points):
+    """Points of norm 1, whose centroids have it too: the direction of the weighted sum S of a cluster's points.
+
+    With |x - c|² = 2 (1 - cos), twice the inertia is the weighted sum of squared distances to the centroids, and the
+    inertia of a cluster is W - |S|. Nothing is subtracted: cosines are taken at the origin.
+    """
+
+    @classmethod
+    def of(cls, rows: Tensor, w: Tensor) -> _Points:
+        return cls._about(torch.zeros_like(rows[0]), rows, w)
+
+    def placed(self, means: Tensor, before: Tensor) -> Tensor:
+        return directions(means, before)
+
+    def anywhere(self, n_clusters: int) -> Tensor:
+        """The first point: their mean may have no direction."""
+        return self.x[:1].expand(n_clusters, -1)
+
+    def compared(self, means: Tensor) -> Tensor:
+        return self.x @ means.T
+
+    def entering(self, compared: Tensor, W: Tensor, means: Tensor) -> Tensor:
+        w, norms = self.w[:, None], W * means.norm(dim=1)
+        twice = 2 * W * compared + w
+        longer = norms + (norms.square() + w * twice).clamp(min=0).sqrt()
+        return 1 - twice / longer
+
+    def leaving(self, own: Tensor, labels: Tensor, W: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+        norms = (W * means.norm(dim=1))[labels]
+        twice = 2 * W[labels] * own - self.w
+        shorter = norms + (norms.square() - self.w * twice).clamp(min=0).sqrt()
+        return 1 - twice / shorter, 4 * self.slack
+
+
 def kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options: Options) -> Results:
     """Cluster each problem of a batch; see :func:`fusion_kernels.kmeans.kmeans` for the meaning of the arguments.
 
@@ -101,6 +143,51 @@ def kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options
         labels (B, N) int64, centroids (B, K, D) and inertia (B,) in the dtype of x, counts (B, K), n_iter (B,) and
         status (B,) int64.
     """
+    if options.metric is Metric.COSINE:
+        return on_sphere(_kmeans, x, sample_weight, init, options)
+    return _kmeans(x, sample_weight, init, options)
+
+
+def on_sphere(
+    solve: Callable[..., Results], x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options: Options
+) -> Results:
+    """`metric="cosine"`: the results of `solve` for the points, and the given centroids, divided by their norms.
+
+    Points of zeros get weight 0 on the way; their labels are those of the first cluster that has points. `solve` finds
+    centroids of norm 1 and counts squared distances, which are halved here.
+    """
+    unit = unit_rows(x)
+    zeros = ~unit.any(2)
+    if bool(zeros.any()):
+        w = x.new_ones(x.shape[:2]) if sample_weight is None else sample_weight
+        sample_weight = torch.where(zeros, 0.0, w)
+    start = unit_rows(init) if init is not None and init.is_floating_point() else init
+    labels, centroids, inertia, counts, n_iter, status = solve(unit, sample_weight, start, options)
+    if bool(zeros.any()):
+        counts = torch.zeros_like(counts).scatter_add_(1, labels, (~zeros).long())
+        first = (counts > 0).to(torch.uint8).argmax(1, keepdim=True)
+        labels = torch.where(zeros, first, labels)
+        counts.scatter_add_(1, labels, zeros.long())
+    return labels, centroids, inertia / 2, counts, n_iter, status
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x (..., D) with rows divided by their norms, in its dtype; zeros stay zeros, what is not finite becomes NaN."""
+    wide = x.to(torch.float64)
+    # First by the largest entry: its square may be too large, or 0.
+    largest = wide.abs().amax(-1, keepdim=True)
+    wide = wide / torch.where(largest == 0, 1.0, largest)
+    norms = wide.norm(dim=-1, keepdim=True)
+    return (wide / torch.where(norms == 0, 1.0, norms)).to(x.dtype)
+
+
+def directions(means: Tensor, before: Tensor) -> Tensor:
+    """(K, D) means of unit vectors divided by their norms; where these vanish, the rows of `before` (K, D)."""
+    vanish = ~(means.norm(dim=1, keepdim=True) > _NO_DIRECTION)
+    return torch.where(vanish, before, unit_rows(means))
+
+
+def _kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options: Options) -> Results:
     (B, N, D), n_clusters = x.shape, options.n_clusters
     labels = torch.zeros(B, N, dtype=torch.int64, device=x.device)
     centroids = x.new_zeros(B, n_clusters, D)
@@ -135,7 +222,7 @@ def in_dtype(results: Results, dtype: torch.dtype) -> Results:
 def _cluster(rows: Tensor, w: Tensor, start: Tensor | None, options: Options) -> tuple[Partition, Status]:
     """One problem: the special cases, then the best of `n_init` runs on the points of positive weight."""
     n_clusters = options.n_clusters
-    special = special_case(rows, w, start, n_clusters)
+    special = special_case(rows, w, start, options)
     if special is not None:
         return special
 
@@ -149,7 +236,8 @@ def _cluster(rows: Tensor, w: Tensor, start: Tensor | None, options: Options) ->
     else:
         best = best_run(rows[active].to(torch.float64), w[active], start, options)
         best = replace(best, centroids=best.centroids.to(rows.dtype))
-        best = settle(rows[active], w[active], best, options.max_iter > 0, nearest, rounded_means)
+        means = rounded_directions if options.metric is Metric.COSINE else rounded_means
+        best = settle(rows[active], w[active], best, options.max_iter > 0, nearest, means)
 
     labels = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     labels[active] = best.labels
@@ -161,7 +249,7 @@ def _cluster(rows: Tensor, w: Tensor, start: Tensor | None, options: Options) ->
     return replace(best, labels=labels, centroids=centroids), status
 
 
-def special_case(rows: Tensor, w: Tensor, start: Tensor | None, n_clusters: int) -> tuple[Partition, Status] | None:
+def special_case(rows: Tensor, w: Tensor, start: Tensor | None, options: Options) -> tuple[Partition, Status] | None:
     """The result for one problem that needs no clustering: not finite, no weight, or no more points than clusters.
 
     Args:
@@ -169,14 +257,15 @@ def special_case(rows: Tensor, w: Tensor, start: Tensor | None, n_clusters: int)
         w: (N,) weights.
         start: None, (K, D) initial centroids or (N,) labels.
     """
-    N, D = rows.shape
+    (N, D), n_clusters = rows.shape, options.n_clusters
     zeros = torch.zeros(N, dtype=torch.int64, device=rows.device)
     given_centroids = start is not None and start.is_floating_point()
     if not is_finite(rows) or (start is not None and given_centroids and not is_finite(start)):
         return Partition(zeros, rows.new_full((n_clusters, D), math.nan), math.nan, 0, True), Status.NON_FINITE
     if N > 0 and not bool((w > 0).any()):
         return Partition(zeros, rows.new_zeros(n_clusters, D), 0.0, 0, True), Status.ZERO_WEIGHT
-    if n_clusters >= N:
+    without_direction = options.metric is Metric.COSINE and not bool(rows.any(1).all())
+    if n_clusters >= N and not without_direction:
         return one_point_each(rows, n_clusters), Status.EMPTY_CLUSTERS if n_clusters > N else Status.OK
     return None
 
@@ -209,9 +298,14 @@ def rounded_means(rows: Tensor, w: Tensor, labels: Tensor, empty: Tensor) -> Ten
     return _means(rows.to(torch.float64), w, labels, empty.to(torch.float64)).to(rows.dtype)
 
 
+def rounded_directions(rows: Tensor, w: Tensor, labels: Tensor, empty: Tensor) -> Tensor:
+    """The directions of these means."""
+    return directions(rounded_means(rows, w, labels, empty), empty)
+
+
 def best_run(rows: Tensor, w: Tensor, start: Tensor | None, options: Options) -> Partition:
     """The best of `n_init` runs on n > K points of positive weight, in the dtype of `rows`; the first of equals."""
-    points = _Points.of(rows, w)
+    points = (_Directions if options.metric is Metric.COSINE else _Points).of(rows, w)
     if start is not None and start.is_floating_point():
         start = start - points.offset
     generator = torch.Generator().manual_seed(options.seed)
@@ -238,7 +332,7 @@ def _run(points: _Points, start: Tensor | None, options: Options, generator: tor
     elif start.is_floating_point():
         centroids = start
     else:
-        centroids = points.centroids(start, points.x.new_zeros(options.n_clusters, points.x.shape[1]))
+        centroids = points.centroids(start, points.anywhere(options.n_clusters))
         labels = _relocate(points, start, centroids)
         centroids = points.centroids(labels, centroids)
 

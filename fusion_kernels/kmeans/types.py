@@ -28,6 +28,18 @@ class Algorithm(Enum):
     LLOYD = "lloyd"
 
 
+class Metric(Enum):
+    """What the distance of a point and a centroid is; the values are what callers and the operator's schema say.
+
+    Attributes:
+        EUCLIDEAN: the square of the Euclidean distance; centroids are means.
+        COSINE: 1 - cos; centroids are directions.
+    """
+
+    EUCLIDEAN = "euclidean"
+    COSINE = "cosine"
+
+
 class Seeding(Enum):
     """How initial centroids are drawn; the values are what callers and the operator's schema say."""
 
@@ -44,7 +56,8 @@ class Status(IntEnum):
         EMPTY_CLUSTERS: some clusters have no points, because there are fewer points (or fewer distinct points of
             positive weight) than clusters, or because `max_iter` is 0. The result is valid; the centroids of empty
             clusters are finite.
-        ZERO_WEIGHT: every weight is zero. Labels, centroids and inertia are 0.
+        ZERO_WEIGHT: every weight is zero, or with `metric="cosine"` every point that has one. Labels, centroids and
+            inertia are 0.
         NON_FINITE: `x` or the given centroids hold NaN or infinity, or values too large to square. Labels are 0,
             centroids and inertia NaN.
         LARGE_INERTIA: the inertia is larger than the dtype of the result can hold, and infinite. All else is right.
@@ -74,6 +87,7 @@ class Options:
         tol: squared shift of all centroids at which Lloyd stops, relative to the mean variance of a column.
         seed: of the random stream, which every problem starts anew.
         workspace_bytes: bound on a backend's own memory, or None for its default; the reference has none to bound.
+        metric: what the distance of a point and a centroid is.
 
     Raises:
         ValueError: a name is unknown.
@@ -87,10 +101,12 @@ class Options:
     tol: float = 0.0
     seed: int = 0
     workspace_bytes: int | None = None
+    metric: Metric = Metric.EUCLIDEAN
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seeding", member("init", self.seeding, Seeding))
         object.__setattr__(self, "algorithm", member("algorithm", self.algorithm, Algorithm))
+        object.__setattr__(self, "metric", member("metric", self.metric, Metric))
 
     @property
     def hartigan(self) -> bool:
@@ -104,7 +120,8 @@ class KMeansResult(NamedTuple):
     Attributes:
         labels: (B, N) int64, the cluster of every point.
         centroids: (B, K, D), float64 for float64 x, else float32.
-        inertia: (B,), dtype of centroids: weighted sum of squared distances of the points to their centroids.
+        inertia: (B,), dtype of centroids: weighted sum of the distances of the points to their centroids: squared ones,
+            or with `metric="cosine"` 1 - cos.
         counts: (B, K) int64, points per cluster.
         n_iter: (B,) int64, passes over the points: Lloyd iterations plus rounds of Hartigan moves, each with the
             last one that finds nothing to change.
