@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -53,6 +55,24 @@ def device_guard(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-    """Launch `programs` programs of a kernel; options are its constants, `num_warps` and `num_stages`."""
-    kernel[(programs,)](*arguments, **options)
+def pointers(*records: object) -> dict[str, Tensor]:
+    """The tensors among the attributes of `records` as kernels name them, `<attribute>_ptr`; of equals the last."""
+    return {f"{name}_ptr": x for record in records for name, x in vars(record).items() if isinstance(x, Tensor)}
+
+
+def named(kernel: Any, shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a launch: `own`, and of what is `shared` by many kernels what this one has a parameter for."""
+    return {name: shared[name] for name in kernel.arg_names if name in shared} | dict(own)
+
+
+def launch(kernel: Any, programs: int, shared: Mapping[str, Any] = MappingProxyType({}), **own: Any) -> None:
+    """Launch `programs` programs of a kernel; every argument goes to the parameter of its name.
+
+    Args:
+        shared: what many kernels are told; each takes what it has parameters for.
+        own: what this one is told beside or instead, its constants, `num_warps` and `num_stages`.
+
+    Raises:
+        TypeError: a parameter is left without an argument, or an argument of `own` without a parameter.
+    """
+    kernel[(programs,)](**named(kernel, shared, own))

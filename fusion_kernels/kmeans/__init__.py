@@ -53,7 +53,7 @@ OPERATOR: Operator = operator(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     options=lambda x, sample_weight, init, *rest: Options(*rest),
-    variants=[Options(1, metric=metric) for metric in Metric],
+    variants=[Options(1, algorithm=algorithm, metric=metric) for algorithm in Algorithm for metric in Metric],
 )
 
 

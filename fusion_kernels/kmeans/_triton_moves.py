@@ -73,6 +73,56 @@ def _best_move_kernel(
 
 
 @triton.jit
+def _move(b, i, n, candidate_ptr, labels_ptr, target_ptr, changed_ptr, N, K):
+    """Of the candidates i (BLOCK,) the points, their clusters, their targets, and whether neither of these is taken."""
+    j = tl.load(candidate_ptr + b * N + i, mask=i < n, other=0)
+    source = tl.load(labels_ptr + b * N + j, mask=i < n, other=0)
+    target = tl.load(target_ptr + b * N + j, mask=i < n, other=0)
+    taken = tl.load(changed_ptr + b * K + source) | tl.load(changed_ptr + b * K + target)
+    return j, source, target, (i < n) & (taken == 0)
+
+
+@triton.jit
+def _move_the_best(
+    b, n, candidate_ptr, labels_ptr, gain_ptr, target_ptr, changed_ptr, counts_ptr, bid_ptr, bidder_ptr, N, K,
+    BLOCK: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One turn of `_select_moves_kernel`: make every move that is the best of the free ones at both of its clusters."""
+    for first in range(0, K, BK):
+        c = first + tl.arange(0, BK)
+        tl.store(bid_ptr + b * K + c, tl.zeros((BK,), tl.int64), mask=c < K)
+        tl.store(bidder_ptr + b * K + c, tl.zeros((BK,), tl.int32) + N, mask=c < K)
+    tl.debug_barrier()
+    for first in range(0, n, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        j, source, target, free = _move(b, i, n, candidate_ptr, labels_ptr, target_ptr, changed_ptr, N, K)
+        bid = tl.load(gain_ptr + b * N + j, mask=i < n, other=0.0).to(tl.int64, bitcast=True)
+        tl.atomic_max(bid_ptr + b * K + source, bid, mask=free)
+        tl.atomic_max(bid_ptr + b * K + target, bid, mask=free)
+    tl.debug_barrier()
+    for first in range(0, n, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        j, source, target, free = _move(b, i, n, candidate_ptr, labels_ptr, target_ptr, changed_ptr, N, K)
+        bid = tl.load(gain_ptr + b * N + j, mask=i < n, other=0.0).to(tl.int64, bitcast=True)
+        tl.atomic_min(bidder_ptr + b * K + source, j, mask=free & (tl.load(bid_ptr + b * K + source) == bid))
+        tl.atomic_min(bidder_ptr + b * K + target, j, mask=free & (tl.load(bid_ptr + b * K + target) == bid))
+    tl.debug_barrier()
+    for first in range(0, n, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        j, source, target, _ = _move(b, i, n, candidate_ptr, labels_ptr, target_ptr, changed_ptr, N, K)
+        # Bidders of this turn are free, so this cannot be a move of an earlier one.
+        best = tl.load(bidder_ptr + b * K + source) == j
+        best = best & (tl.load(bidder_ptr + b * K + target) == j) & (source != target) & (i < n)
+        one = tl.full((BLOCK,), 1, tl.int32)
+        tl.store(changed_ptr + b * K + source, one, mask=best)
+        tl.store(changed_ptr + b * K + target, one, mask=best)
+        tl.atomic_add(counts_ptr + b * K + source, -one, mask=best)
+        tl.atomic_add(counts_ptr + b * K + target, one, mask=best)
+        tl.store(labels_ptr + b * N + j, target, mask=best)
+    tl.debug_barrier()
+
+
+@triton.jit
 def _select_moves_kernel(
     state_ptr,
     n_iter_ptr,
@@ -115,56 +165,15 @@ def _select_moves_kernel(
             tl.store(state_ptr + b, FIXED)
         left = n
         while left > 0:
-            for first in range(0, K, BK):
-                c = first + tl.arange(0, BK)
-                tl.store(bid_ptr + b * K + c, tl.zeros((BK,), tl.int64), mask=c < K)
-                tl.store(bidder_ptr + b * K + c, tl.zeros((BK,), tl.int32) + N, mask=c < K)
-            tl.debug_barrier()
-            for first in range(0, n, BLOCK):
-                i = first + tl.arange(0, BLOCK)
-                j = tl.load(candidate_ptr + b * N + i, mask=i < n, other=0)
-                source = tl.load(labels_ptr + b * N + j, mask=i < n, other=0)
-                target = tl.load(target_ptr + b * N + j, mask=i < n, other=0)
-                taken = tl.load(changed_ptr + b * K + source) | tl.load(changed_ptr + b * K + target)
-                free = (i < n) & (taken == 0)
-                bid = tl.load(gain_ptr + b * N + j, mask=i < n, other=0.0).to(tl.int64, bitcast=True)
-                tl.atomic_max(bid_ptr + b * K + source, bid, mask=free)
-                tl.atomic_max(bid_ptr + b * K + target, bid, mask=free)
-            tl.debug_barrier()
-            for first in range(0, n, BLOCK):
-                i = first + tl.arange(0, BLOCK)
-                j = tl.load(candidate_ptr + b * N + i, mask=i < n, other=0)
-                source = tl.load(labels_ptr + b * N + j, mask=i < n, other=0)
-                target = tl.load(target_ptr + b * N + j, mask=i < n, other=0)
-                taken = tl.load(changed_ptr + b * K + source) | tl.load(changed_ptr + b * K + target)
-                free = (i < n) & (taken == 0)
-                bid = tl.load(gain_ptr + b * N + j, mask=i < n, other=0.0).to(tl.int64, bitcast=True)
-                tl.atomic_min(bidder_ptr + b * K + source, j, mask=free & (tl.load(bid_ptr + b * K + source) == bid))
-                tl.atomic_min(bidder_ptr + b * K + target, j, mask=free & (tl.load(bid_ptr + b * K + target) == bid))
-            tl.debug_barrier()
-            for first in range(0, n, BLOCK):
-                i = first + tl.arange(0, BLOCK)
-                j = tl.load(candidate_ptr + b * N + i, mask=i < n, other=0)
-                source = tl.load(labels_ptr + b * N + j, mask=i < n, other=0)
-                target = tl.load(target_ptr + b * N + j, mask=i < n, other=0)
-                # Bidders of this turn are free, so this cannot be a move of an earlier one.
-                best = tl.load(bidder_ptr + b * K + source) == j
-                best = best & (tl.load(bidder_ptr + b * K + target) == j) & (source != target) & (i < n)
-                one = tl.full((BLOCK,), 1, tl.int32)
-                tl.store(changed_ptr + b * K + source, one, mask=best)
-                tl.store(changed_ptr + b * K + target, one, mask=best)
-                tl.atomic_add(counts_ptr + b * K + source, -one, mask=best)
-                tl.atomic_add(counts_ptr + b * K + target, one, mask=best)
-                tl.store(labels_ptr + b * N + j, target, mask=best)
-            tl.debug_barrier()
+            _move_the_best(
+                b, n, candidate_ptr, labels_ptr, gain_ptr, target_ptr, changed_ptr, counts_ptr, bid_ptr, bidder_ptr,
+                N, K, BLOCK, BK,
+            )  # fmt: skip
             left = 0
             for first in range(0, n, BLOCK):
                 i = first + tl.arange(0, BLOCK)
-                j = tl.load(candidate_ptr + b * N + i, mask=i < n, other=0)
-                source = tl.load(labels_ptr + b * N + j, mask=i < n, other=0)
-                target = tl.load(target_ptr + b * N + j, mask=i < n, other=0)
-                taken = tl.load(changed_ptr + b * K + source) | tl.load(changed_ptr + b * K + target)
-                left += tl.sum(((i < n) & (taken == 0)).to(tl.int32), 0)
+                _, _, _, free = _move(b, i, n, candidate_ptr, labels_ptr, target_ptr, changed_ptr, N, K)
+                left += tl.sum(free.to(tl.int32), 0)
             tl.debug_barrier()
         if n > 0:
             n_changed = _list_changed(b, changed_ptr, counts_ptr, list_ptr, begin_ptr, length_ptr, K, BK)

@@ -6,19 +6,42 @@ the mean of its own row over its members. Only the clusters that changed since a
 the device keeps; the others keep their bits. Sums run over a cluster's members by rising index: no floating-point
 atomics, and the same bits on every run.
 
-Labels: -1 a point without weight, which takes no part; -2 a point without a cluster yet. States of a problem: see
-`State` in `triton_run`; a problem that is done is skipped by every kernel, so that the host may launch rounds
-without asking whether any problem is still running.
+Labels: -1 a point without weight, which takes no part; -2 a point without a cluster yet. A problem that is done is
+skipped by every kernel, so that the host may launch rounds without asking whether any problem is still running.
 """
+
+from enum import IntEnum
 
 import triton
 import triton.language as tl
 
-RUNNING: tl.constexpr = tl.constexpr(0)
-FIXED: tl.constexpr = tl.constexpr(1)
-SETTLED: tl.constexpr = tl.constexpr(2)
-STOPPED: tl.constexpr = tl.constexpr(4)
-SPOILED: tl.constexpr = tl.constexpr(5)
+
+class State(IntEnum):
+    """Of a problem, on the device.
+
+    Attributes:
+        RUNNING: takes part in the next round.
+        FIXED: at a fixed point.
+        SETTLED: Lloyd stopped by `tol`.
+        ALONE: no more points of positive weight than clusters, each a cluster of its own.
+        STOPPED: by `max_iter`.
+        SPOILED: not finite, or without weight; nothing is computed.
+    """
+
+    RUNNING = 0
+    FIXED = 1
+    SETTLED = 2
+    ALONE = 3
+    STOPPED = 4
+    SPOILED = 5
+
+
+# As kernels see them: the compiler takes no members of an enumeration.
+RUNNING: tl.constexpr = tl.constexpr(int(State.RUNNING))
+FIXED: tl.constexpr = tl.constexpr(int(State.FIXED))
+SETTLED: tl.constexpr = tl.constexpr(int(State.SETTLED))
+STOPPED: tl.constexpr = tl.constexpr(int(State.STOPPED))
+SPOILED: tl.constexpr = tl.constexpr(int(State.SPOILED))
 
 # What _assign_kernel and _commit_kernel are launched for.
 STEP: tl.constexpr = tl.constexpr(0)
@@ -185,6 +208,27 @@ def _norms_kernel(
 
 
 @triton.jit
+def _nearest(
+    b, j, slack, best, nearest, products_ptr, norms_ptr, filled_ptr, N, K, stride, BK: tl.constexpr
+):  # fmt: skip
+    """The least norm - 2 product of the points j (BN,), and the first cluster within slack of it; `best` is inf."""
+    for first in range(0, K, BK):
+        c = first + tl.arange(0, BK)
+        filled = tl.load(filled_ptr + b * K + c, mask=c < K, other=0) > 0
+        norm = tl.load(norms_ptr + b * K + c, mask=filled, other=float("inf"))
+        mask = filled[:, None] & (j < N)[None, :]
+        product = tl.load(products_ptr + (b * K + c)[:, None] * stride + j[None, :], mask=mask, other=0.0)
+        value = norm[:, None] - 2.0 * product  # (BK, BN)
+        low = tl.min(value, 0)
+        near = value <= (low + slack)[None, :]
+        lowest = tl.min(tl.where(near, c[:, None], K), 0)
+        better = low < best - slack
+        best = tl.where(better, low, best)
+        nearest = tl.where(better, lowest, nearest)
+    return best, nearest
+
+
+@triton.jit
 def _assign_kernel(
     state_ptr,
     products_ptr,
@@ -227,19 +271,9 @@ def _assign_kernel(
         best = tl.full((BN,), float("inf"), diagonal.dtype)
         nearest = tl.zeros((BN,), tl.int32)
         if MODE != GIVEN:
-            for first in range(0, K, BK):
-                c = first + tl.arange(0, BK)
-                filled = tl.load(filled_ptr + b * K + c, mask=c < K, other=0) > 0
-                norm = tl.load(norms_ptr + b * K + c, mask=filled, other=float("inf"))
-                mask = filled[:, None] & (j < N)[None, :]
-                product = tl.load(products_ptr + (b * K + c)[:, None] * stride + j[None, :], mask=mask, other=0.0)
-                value = norm[:, None] - 2.0 * product  # (BK, BN)
-                low = tl.min(value, 0)
-                near = value <= (low + slack)[None, :]
-                lowest = tl.min(tl.where(near, c[:, None], K), 0)
-                better = low < best - slack
-                best = tl.where(better, low, best)
-                nearest = tl.where(better, lowest, nearest)
+            best, nearest = _nearest(
+                b, j, slack, best, nearest, products_ptr, norms_ptr, filled_ptr, N, K, stride, BK
+            )  # fmt: skip
         if MODE == IDLE:
             tl.store(assigned_ptr + b * N + j, nearest, mask=current == -1)
         else:

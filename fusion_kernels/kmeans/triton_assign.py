@@ -7,11 +7,10 @@ from torch import Tensor
 
 from fusion_kernels.gpu import device_guard, launch, shared_memory
 from fusion_kernels.kmeans import _triton_assign as assign_kernels
-from fusion_kernels.kmeans import _triton_gram as gram_kernels
 from fusion_kernels.kmeans import reference as reference
 from fusion_kernels.kmeans import triton_heuristics
 from fusion_kernels.kmeans.settling import nearest
-from fusion_kernels.kmeans.triton_points import SLACK, Split, split, to_one_exponent
+from fusion_kernels.kmeans.triton_points import SLACK, Split, row_norms, split, to_one_exponent
 
 #: Bytes of split points at a time: what is kept beside points and labels.
 POINTS_BYTES = 1 << 30
@@ -51,7 +50,7 @@ def _nearest(points: Split, centres: Split, largest: Tensor, total: int) -> Tens
     for rows in (points, centres):
         scale = to_one_exponent(rows, largest)
         norm = torch.empty_like(scale)
-        launch(gram_kernels._row_norm_kernel, norm.numel(), rows.high, rows.low, scale, norm, depth, SPLIT=True, BD=256)
+        row_norms(rows, scale, norm, exact=True)
         scales.append(scale)
         norms.append(norm)
     labels = torch.empty(B, n, dtype=torch.int64, device=points.high.device)
@@ -59,8 +58,25 @@ def _nearest(points: Split, centres: Split, largest: Tensor, total: int) -> Tens
     BN, BK = config.tile
     launch(
         assign_kernels._nearest_kernel,
-        B * -(-n // BN), points.high, points.low, scales[0], norms[0], centres.high, centres.low, scales[1], norms[1],
-        labels, SLACK[torch.float32], n, K, depth, BN=BN, BK=BK, BD=config.depth, CHUNK=config.chunk,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        B * -(-n // BN),
+        x_high_ptr=points.high,
+        x_low_ptr=points.low,
+        x_scale_ptr=scales[0],
+        x_norm_ptr=norms[0],
+        c_high_ptr=centres.high,
+        c_low_ptr=centres.low,
+        c_scale_ptr=scales[1],
+        c_norm_ptr=norms[1],
+        labels_ptr=labels,
+        slack_factor=SLACK[torch.float32],
+        N=n,
+        K=K,
+        depth=depth,
+        BN=BN,
+        BK=BK,
+        BD=config.depth,
+        CHUNK=config.chunk,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
     return torch.where(points.finite > 0, labels, 0)

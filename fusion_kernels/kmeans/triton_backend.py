@@ -23,15 +23,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusion_kernels.gpu import device_guard, launch
+from fusion_kernels.gpu import device_guard, launch, pointers
 from fusion_kernels.kmeans import _triton_gram as gram_kernels
 from fusion_kernels.kmeans import _triton_results as result_kernels
 from fusion_kernels.kmeans import _triton_seed as seed_kernels
 from fusion_kernels.kmeans import _triton_sweep as sweep_kernels
 from fusion_kernels.kmeans import triton_heuristics
+from fusion_kernels.kmeans._triton_sweep import State
 from fusion_kernels.kmeans.reference import in_dtype
 from fusion_kernels.kmeans.triton_points import SLACK, Points, is_finite, prepare
-from fusion_kernels.kmeans.triton_run import Run, State
+from fusion_kernels.kmeans.triton_run import Run
 from fusion_kernels.kmeans.triton_settling import resolved_problems, settle_problem
 from fusion_kernels.kmeans.types import Options, Results, Seeding, Status, trials
 
@@ -219,11 +220,22 @@ class _Seeding:
         scan, block = triton_heuristics.seeding_block(N, self.trials)
         launch(
             seed_kernels._plus_plus_kernel,
-            B, self.state, points.gram, points.diagonal, points.weight, points.total,
-            self.numbers[run * self.per_run :], torch.empty_like(points.diagonal), seeds, SLACK[points.x.dtype],
-            N, K, points.gram.shape[2],
-            TRIALS=self.trials, T=T, BLOCK=scan, BT=block, num_warps=8,
-        )  # fmt: skip
+            B,
+            pointers(points),
+            state_ptr=self.state,
+            levels_ptr=self.numbers[run * self.per_run :],
+            closest_ptr=torch.empty_like(points.diagonal),
+            seeds_ptr=seeds,
+            slack_factor=SLACK[points.x.dtype],
+            N=N,
+            K=K,
+            stride=points.gram.shape[2],
+            TRIALS=self.trials,
+            T=T,
+            BLOCK=scan,
+            BT=block,
+            num_warps=8,
+        )
         return seeds
 
 
@@ -236,23 +248,18 @@ def _results(points: Points, best: _Outcome, centroids: Tensor, spoiled: Tensor,
     B, N, D = x.shape
     run = Run(points, best.state, best.means_of, _count(best.means_of, K), options.tol)
     run.list_all(~spoiled)
-    P = triton_heuristics.list_programs(B, K)
-    launch(
-        sweep_kernels._members_kernel,
-        B * P, run.n_changed, run.list, run.begin, run.labels, points.weight, points.products, run.members, run.share,
-        run.mass, run.cross, N, K, run.stride, P, TOL=False, BLOCK=run.config.scan, BM=128,
-    )  # fmt: skip
-    launch(
-        result_kernels._means_kernel,
-        B * K * -(-D // 256), x, points.weight, run.begin, run.length, run.members, run.mass, centroids, N, D, K,
-        U=4, BD=256,
-    )  # fmt: skip
-    cost, inertia = points.weight.new_empty(B, N), points.weight.new_empty(B)
-    launch(
+    run.find_members(tol=False)
+    run.launch(result_kernels._means_kernel, B * K * -(-D // 256), centroid_ptr=centroids, D=D, U=4, BD=256)
+    inertia = points.weight.new_empty(B)
+    run.launch(
         result_kernels._point_cost_kernel,
-        B * N, x, points.weight, best.labels, centroids, cost, N, D, K, BD=64 if D <= 64 else 512,
-    )  # fmt: skip
-    launch(gram_kernels._total_kernel, B, cost, inertia, N, BLOCK=512)
+        B * N,
+        labels_ptr=best.labels,
+        centroid_ptr=centroids,
+        D=D,
+        BD=64 if D <= 64 else 512,
+    )
+    launch(gram_kernels._total_kernel, B, value_ptr=run.cost, total_ptr=inertia, N=N, BLOCK=512)
 
     labels = torch.where(spoiled[:, None], 0, best.labels).long()
     counts = _count(labels, K).long()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusion_kernels.gpu import launch, shared_memory
+from fusion_kernels.gpu import launch, pointers, shared_memory
 from fusion_kernels.kmeans import _triton_gram as gram_kernels
 from fusion_kernels.kmeans import triton_heuristics
 from fusion_kernels.kmeans.types import FAR
@@ -51,8 +51,19 @@ def prepare(x: Tensor, sample_weight: Tensor | None, start: Tensor | None, n_clu
     K = n_clusters
     weight = x.new_ones((B, N), dtype=torch.float64) if sample_weight is None else sample_weight.double().contiguous()
     total, mean = weight.new_empty(B), x.new_empty(B, D)
-    launch(gram_kernels._total_kernel, B, weight, total, N, BLOCK=512)
-    launch(gram_kernels._column_mean_kernel, B * -(-D // 128), x, weight, total, mean, N, D, BN=32, BD=128)
+    launch(gram_kernels._total_kernel, B, value_ptr=weight, total_ptr=total, N=N, BLOCK=512)
+    launch(
+        gram_kernels._column_mean_kernel,
+        B * -(-D // 128),
+        x_ptr=x,
+        weight_ptr=weight,
+        total_ptr=total,
+        mean_ptr=mean,
+        N=N,
+        D=D,
+        BN=32,
+        BD=128,
+    )
 
     stride = triton_heuristics.round_up(N, triton_heuristics.STRIDE_MULTIPLE)
     gram, products = x.new_empty(B, N, stride), x.new_empty(B, K, stride)
@@ -102,15 +113,21 @@ def split(x: Tensor, mean: Tensor, exact: bool) -> Split:
     B, n, D = x.shape
     depth = triton_heuristics.round_up(D, triton_heuristics.DEPTH_MULTIPLE)
     high = torch.empty(B, n, depth, dtype=torch.float16, device=x.device)
-    low = torch.empty_like(high) if exact else high
     exponent = torch.empty(B, n, dtype=torch.int32, device=x.device)
-    finite = torch.empty_like(exponent)
+    rows = Split(high, torch.empty_like(high) if exact else high, exponent, torch.empty_like(exponent))
     launch(
         gram_kernels._split_kernel,
-        B * n, x, mean, high, low, exponent, finite, n, D, depth,
-        SPLIT=exact, BD=64 if D <= 64 else 1024,
-    )  # fmt: skip
-    return Split(high, low, exponent, finite)
+        B * n,
+        pointers(rows),
+        x_ptr=x,
+        mean_ptr=mean,
+        N=n,
+        D=D,
+        depth=depth,
+        SPLIT=exact,
+        BD=64 if D <= 64 else 1024,
+    )
+    return rows
 
 
 def _gram_float32(
@@ -127,12 +144,22 @@ def _gram_float32(
         finite &= origin.finite.amin(1) > 0
         origin_scale = to_one_exponent(origin, largest)
         _gram(origin, origin_scale, points, scale, products, exact)
-        B, K, depth = origin.high.shape
-        launch(
-            gram_kernels._row_norm_kernel, B * K, origin.high, origin.low, origin_scale, norms, depth,
-            SPLIT=exact, BD=256,
-        )  # fmt: skip
+        row_norms(origin, origin_scale, norms, exact)
     return finite
+
+
+def row_norms(rows: Split, scale: Tensor, norms: Tensor, exact: bool) -> None:
+    """Fill norms (B, n) with the squared norms of the rows times their scales (B, n)."""
+    launch(
+        gram_kernels._row_norm_kernel,
+        norms.numel(),
+        pointers(rows),
+        scale_ptr=scale,
+        norm_ptr=norms,
+        depth=rows.high.shape[2],
+        SPLIT=exact,
+        BD=256,
+    )
 
 
 def to_one_exponent(rows: Split, largest: Tensor) -> Tensor:
@@ -152,10 +179,27 @@ def _gram(a: Split, a_scale: Tensor, b: Split, b_scale: Tensor, out: Tensor, exa
     tiles = side * (side + 1) // 2 if symmetric else -(-M // BM) * side
     launch(
         gram_kernels._gram_kernel,
-        B * tiles, a.high, a.low, a_scale, b.high, b.low, b_scale, out, M, N, depth, out.shape[2],
-        SYMMETRIC=symmetric, SPLIT=exact, BM=BM, BN=BN, BD=config.depth, CHUNK=config.chunk,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        B * tiles,
+        a_high_ptr=a.high,
+        a_low_ptr=a.low,
+        a_scale_ptr=a_scale,
+        b_high_ptr=b.high,
+        b_low_ptr=b.low,
+        b_scale_ptr=b_scale,
+        out_ptr=out,
+        M=M,
+        N=N,
+        depth=depth,
+        stride=out.shape[2],
+        SYMMETRIC=symmetric,
+        SPLIT=exact,
+        BM=BM,
+        BN=BN,
+        BD=config.depth,
+        CHUNK=config.chunk,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
 
 
 def is_finite(x: Tensor) -> Tensor:

@@ -3,50 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusion_kernels.gpu import launch
+from fusion_kernels.gpu import launch, pointers
 from fusion_kernels.kmeans import _triton_moves as move_kernels
 from fusion_kernels.kmeans import _triton_results as result_kernels
 from fusion_kernels.kmeans import _triton_sweep as sweep_kernels
 from fusion_kernels.kmeans import triton_heuristics
+from fusion_kernels.kmeans._triton_sweep import State
 from fusion_kernels.kmeans.triton_points import SLACK, Points
 
 # Rounds between two questions whether all problems are done.
 _POLL_EVERY = 8
 
 
-class State(IntEnum):
-    """Of a problem, on the device.
-
-    Attributes:
-        RUNNING: takes part in the next round.
-        FIXED: at a fixed point.
-        SETTLED: Lloyd stopped by `tol`.
-        ALONE: no more points of positive weight than clusters, each a cluster of its own.
-        STOPPED: by `max_iter`.
-        SPOILED: not finite, or without weight; nothing is computed.
-    """
-
-    RUNNING = 0
-    FIXED = 1
-    SETTLED = 2
-    ALONE = 3
-    STOPPED = 4
-    SPOILED = 5
-
-
 class Run:
     """State of one run over B problems, and the launches that change it.
 
+    Every tensor here and among the points is the argument of the kernels' parameter `<name>_ptr`. Clusters whose
+    centroids are to be summed again are on a list of work that the device keeps.
+
     Attributes:
         labels: (B, N) int32; -1 without weight, -2 not assigned yet.
+        assigned: (B, N) int32, the labels to come; scratch for moves.
         counts: (B, K) int32, points by label.
         state, n_iter: (B,) int32.
+        changed: (B, K) int32, flags of clusters that are not on the list yet.
+        n_changed, list: (B,) and (B, K) int32, the list.
+        begin, length: (B, K) int32, where the members of a listed cluster begin, and how many there are.
+        members, share: (B, N), the members of the listed clusters, and their shares of its weight.
+        mass: (B, K) float64, the weight of every cluster.
+        cross, shift: (B, K) float64, products of new centroids with old ones, and how far they went.
+        cost: (B, N) float64, weighted squared distances, or what a move gains.
+        target, bid, bidder: (B, N), (B, K) and (B, K), of moves.
+        smallest_shift: (B,) float64, at which Lloyd's iteration has settled.
     """
 
     def __init__(self, points: Points, state: Tensor, labels: Tensor, counts: Tensor, tol: float) -> None:
@@ -71,6 +64,16 @@ class Run:
         self.bid = torch.empty(B, K, dtype=torch.int64, device=labels.device)
         variance = (points.weight * points.diagonal).sum(1) / (points.total * points.x.shape[2])
         self.smallest_shift = self.tol * variance
+
+    def launch(self, kernel: Any, programs: int, **own: Any) -> None:
+        """Launch a kernel on this run: what it has parameters for, and does not get from `own`, is here."""
+        sizes = {"N": self.N, "K": self.K, "stride": self.stride, "slack_factor": self.slack}
+        launch(kernel, programs, pointers(self.points, self) | sizes, **own)
+
+    def launch_on_list(self, kernel: Any, tiles: int = 1, **own: Any) -> None:
+        """Launch a kernel whose programs take turns with the list, each for one of `tiles` tiles."""
+        P = triton_heuristics.list_programs(self.B, self.K, tiles)
+        self.launch(kernel, self.B * P * tiles, P=P, **own)
 
     def list_all(self, where: Tensor) -> None:
         """Put all clusters of the problems `where` (B,) on the list of changed ones, with as many members as counts."""
@@ -99,50 +102,36 @@ class Run:
 
     def rebuild(self, tol: bool) -> None:
         """Sum the centroids on the list again."""
-        p, P = self.points, triton_heuristics.list_programs(self.B, self.K)
-        launch(
-            sweep_kernels._members_kernel,
-            self.B * P, self.n_changed, self.list, self.begin, self.labels, p.weight, p.products, self.members,
-            self.share, self.mass, self.cross, self.N, self.K, self.stride, P, TOL=tol, BLOCK=self.config.scan, BM=128,
-        )  # fmt: skip
+        self.find_members(tol)
         self._sum_products(tol)
 
+    def find_members(self, tol: bool) -> None:
+        """The members of the clusters on the list, their shares and the clusters' weights."""
+        self.launch_on_list(sweep_kernels._members_kernel, TOL=tol, BLOCK=self.config.scan, BM=128)
+
     def _sum_products(self, tol: bool) -> None:
-        p, config = self.points, self.config
+        config = self.config
         tiles = -(-self.N // config.columns)
-        P = triton_heuristics.list_programs(self.B, self.K, tiles)
-        launch(
-            sweep_kernels._products_kernel,
-            self.B * P * tiles, self.n_changed, self.list, self.begin, self.length, self.members, self.share, p.gram,
-            p.products, self.N, self.K, self.stride, P, U=config.members, BN=config.columns,
-        )  # fmt: skip
-        P = triton_heuristics.list_programs(self.B, self.K)
-        launch(
-            sweep_kernels._norms_kernel,
-            self.B * P, self.n_changed, self.list, self.begin, self.length, self.members, self.share, p.products,
-            self.cross, p.norms, self.shift, self.N, self.K, self.stride, P, TOL=tol, BLOCK=128,
-        )  # fmt: skip
+        self.launch_on_list(sweep_kernels._products_kernel, tiles, U=config.members, BN=config.columns)
+        self.launch_on_list(sweep_kernels._norms_kernel, TOL=tol, BLOCK=128)
 
     def assign(self, mode: Any) -> None:
         """Nearest centroids into `assigned`; mode IDLE labels the points without weight."""
-        p, config = self.points, self.config
-        idle = mode is sweep_kernels.IDLE
-        launch(
+        config, idle = self.config, mode is sweep_kernels.IDLE
+        self.launch(
             sweep_kernels._assign_kernel,
-            self.B * -(-self.N // config.points), self.state, p.products, p.norms,
-            self.counts if idle else self.length, p.diagonal, p.weight, self.labels,
-            self.labels if idle else self.assigned, self.cost, self.counts, self.slack, self.N, self.K, self.stride,
-            MODE=mode, BN=config.points, BK=config.clusters,
-        )  # fmt: skip
+            self.B * -(-self.N // config.points),
+            filled_ptr=self.counts if idle else self.length,
+            assigned_ptr=self.labels if idle else self.assigned,
+            MODE=mode,
+            BN=config.points,
+            BK=config.clusters,
+        )
 
     def commit(self, mode: Any) -> None:
         """Make `assigned` the labels, with the consequences of the mode."""
-        launch(
-            sweep_kernels._commit_kernel,
-            self.B, self.state, self.n_iter, self.n_changed, self.list, self.begin, self.length, self.changed,
-            self.labels, self.assigned, self.cost, self.counts, self.N, self.K,
-            MODE=mode, BLOCK=self.config.scan, BK=self.config.scan,
-        )  # fmt: skip
+        scan = self.config.scan
+        self.launch(sweep_kernels._commit_kernel, self.B, MODE=mode, BLOCK=scan, BK=scan)
 
     def lloyd(self, max_iter: int) -> Tensor:
         """Iterate; return the labels (B, N) that the centroids are the means of."""
@@ -154,10 +143,7 @@ class Run:
             self.commit(sweep_kernels.STEP)
             self.rebuild(self.tol > 0)
             if self.tol > 0:
-                launch(
-                    sweep_kernels._settle_kernel, self.B, self.state, self.n_changed, self.list, self.shift,
-                    self.smallest_shift, self.K, BLOCK=256,
-                )  # fmt: skip
+                self.launch(sweep_kernels._settle_kernel, self.B, smallest_ptr=self.smallest_shift, BLOCK=256)
         means_of = self.labels.clone()
         self.assign(sweep_kernels.LAST)
         self.commit(sweep_kernels.LAST)
@@ -168,34 +154,32 @@ class Run:
         self.rebuild(tol=False)
         over = (self.state == State.ALONE) | (self.state == State.SPOILED)
         self.state = torch.where(over, self.state, int(State.RUNNING))
-        p, config = self.points, self.config
-        poll = _Poll(self.state)
+        config, poll = self.config, _Poll(self.state)
         for i in range(max_iter):
             if poll.all_done(i):
                 break
-            launch(
+            self.launch(
                 move_kernels._best_move_kernel,
-                self.B * -(-self.N // config.points), self.state, p.products, p.norms, self.counts, self.mass,
-                p.diagonal, p.weight, self.labels, self.cost, self.target, self.slack, self.N, self.K, self.stride,
-                BN=config.points, BK=config.clusters,
-            )  # fmt: skip
-            launch(
+                self.B * -(-self.N // config.points),
+                gain_ptr=self.cost,
+                BN=config.points,
+                BK=config.clusters,
+            )
+            self.launch(
                 move_kernels._select_moves_kernel,
-                self.B, self.state, self.n_iter, self.n_changed, self.list, self.begin, self.length, self.changed,
-                self.labels, self.cost, self.target, self.counts, self.assigned, self.bid, self.bidder, self.N, self.K,
-                BLOCK=config.scan, BK=config.scan,
-            )  # fmt: skip
+                self.B,
+                gain_ptr=self.cost,
+                candidate_ptr=self.assigned,
+                BLOCK=config.scan,
+                BK=config.scan,
+            )
             self.rebuild(tol=False)
         return self.labels.clone()
 
     def inertia(self) -> Tensor:
         """(B,) float64, in units that are a problem's own."""
-        p, cost = self.points, self.points.weight.new_empty(self.B)
-        launch(
-            result_kernels._partition_cost_kernel,
-            self.B, p.products, p.norms, p.diagonal, p.weight, self.labels, cost, self.N, self.K, self.stride,
-            BLOCK=self.config.scan,
-        )  # fmt: skip
+        cost = self.points.weight.new_empty(self.B)
+        self.launch(result_kernels._partition_cost_kernel, self.B, cost_ptr=cost, BLOCK=self.config.scan)
         return cost
 
 

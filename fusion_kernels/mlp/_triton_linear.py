@@ -20,122 +20,108 @@ def _place(acc, first, end, first_n, N, EVEN_N: tl.constexpr):
 
 
 @triton.jit
-def _store_act(
-    acc, bias_ptr, z_ptr, a_ptr, expert, first, end, first_n, N,
-    ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    if PARTS > 1:
-        HALF: tl.constexpr = acc.shape[1] // 2
-        left, right = halves(acc)
-        _store_act(left, bias_ptr, z_ptr, a_ptr, expert, first, end, first_n, N, ACTIVATION, EVEN_N, PARTS // 2)
-        _store_act(right, bias_ptr, z_ptr, a_ptr, expert, first, end, first_n + HALF, N, ACTIVATION, EVEN_N, PARTS // 2)
+def _halves(tiles):
+    """The left halves of one or two tiles, and the right ones."""
+    left, right = halves(tiles[0])
+    if len(tiles) == 1:
+        lefts = (left,)
+        rights = (right,)
     else:
-        rows, n, mask = _place(acc, first, end, first_n, N, EVEN_N)
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        z = stored(acc, a_ptr)
-        a, _ = activation(z, ACTIVATION)
-        at = rows * N + n[None, :]
-        if z_ptr is not None:
-            tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=mask)
+        other_left, other_right = halves(tiles[1])
+        lefts = (left, other_left)
+        rights = (right, other_right)
+    return lefts, rights
+
+
+@triton.jit
+def _store(
+    tiles, pointers, strides, owner, first, end, first_n, N,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Hand the sums of a tile to an epilogue in PARTS parts of its columns, which take fewer registers.
+
+    tiles: a tuple of one or two (BM, BN), which belong to the rows `first` to `end` and the columns from `first_n`.
+    pointers, strides, owner: what the epilogue says they are.
+    """
+    if PARTS > 1:
+        HALF: tl.constexpr = tiles[0].shape[1] // 2
+        left, right = _halves(tiles)
+        _store(left, pointers, strides, owner, first, end, first_n, N, EPILOGUE, ACTIVATION, EVEN_N, PARTS // 2)
+        _store(right, pointers, strides, owner, first, end, first_n + HALF, N, EPILOGUE, ACTIVATION, EVEN_N, PARTS // 2)
+    else:
+        rows, n, mask = _place(tiles[0], first, end, first_n, N, EVEN_N)
+        EPILOGUE(tiles, pointers, strides, owner, rows, n, mask, end, N, ACTIVATION)
+
+
+@triton.jit
+def _act(tiles, pointers, strides, expert, rows, n, mask, end, N, ACTIVATION: tl.constexpr):
+    """z = acc + bias, and a = activation(z). pointers: bias, z, a; strides: none."""
+    bias_ptr, z_ptr, a_ptr = pointers
+    acc = tiles[0]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    z = stored(acc, a_ptr)
+    a, _ = activation(z, ACTIVATION)
+    at = rows * N + n[None, :]
+    if z_ptr is not None:
+        tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=mask)
+    tl.store(a_ptr + at, a.to(a_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _act_backward(tiles, pointers, strides, tile_m, rows, n, mask, end, N, ACTIVATION: tl.constexpr):
+    """dz = acc * activation'(z), a = activation(z), and sums of dz. pointers: z, dz, a, partial; strides: of z."""
+    z_ptr, dz_ptr, a_ptr, partial_ptr = pointers
+    z = tl.load(z_ptr + rows * strides[0] + n[None, :], mask=mask, other=0.0).to(tl.float32)
+    a, slope = activation(z, ACTIVATION)
+    dz = tiles[0] * slope
+    at = rows * N + n[None, :]
+    tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+    if a_ptr is not None:
         tl.store(a_ptr + at, a.to(a_ptr.dtype.element_ty), mask=mask)
+    if partial_ptr is not None:
+        total = tl.sum(tl.where(rows < end, dz, 0.0), 0)
+        tl.store(partial_ptr + tile_m.to(tl.int64) * N + n, total, mask=n < N)
 
 
 @triton.jit
-def _store_act_backward(
-    acc, z_ptr, dz_ptr, a_ptr, partial_ptr, tile_m, first, end, first_n, N, z_stride,
-    ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    if PARTS > 1:
-        HALF: tl.constexpr = acc.shape[1] // 2
-        left, right = halves(acc)
-        _store_act_backward(
-            left, z_ptr, dz_ptr, a_ptr, partial_ptr, tile_m, first, end, first_n, N, z_stride,
-            ACTIVATION, EVEN_N, PARTS // 2,
-        )  # fmt: skip
-        _store_act_backward(
-            right, z_ptr, dz_ptr, a_ptr, partial_ptr, tile_m, first, end, first_n + HALF, N, z_stride,
-            ACTIVATION, EVEN_N, PARTS // 2,
-        )  # fmt: skip
-    else:
-        rows, n, mask = _place(acc, first, end, first_n, N, EVEN_N)
-        z = tl.load(z_ptr + rows * z_stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
-        a, slope = activation(z, ACTIVATION)
-        dz = acc * slope
-        at = rows * N + n[None, :]
-        tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=mask)
-        if a_ptr is not None:
-            tl.store(a_ptr + at, a.to(a_ptr.dtype.element_ty), mask=mask)
-        if partial_ptr is not None:
-            total = tl.sum(tl.where(rows < end, dz, 0.0), 0)
-            tl.store(partial_ptr + tile_m.to(tl.int64) * N + n, total, mask=n < N)
+def _glu(tiles, pointers, strides, expert, rows, n, mask, end, N, ACTIVATION: tl.constexpr):
+    """zg, zu = the tiles + biases, a = activation(zg) * zu. pointers: both biases, zg, zu, a; strides: none."""
+    gate_bias_ptr, up_bias_ptr, zg_ptr, zu_ptr, a_ptr = pointers
+    zg, zu = tiles
+    if gate_bias_ptr is not None:
+        zg += tl.load(gate_bias_ptr + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if up_bias_ptr is not None:
+        zu += tl.load(up_bias_ptr + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    zg = stored(zg, a_ptr)
+    zu = stored(zu, a_ptr)
+    value, _ = activation(zg, ACTIVATION)
+    at = rows * N + n[None, :]
+    if zg_ptr is not None:
+        tl.store(zg_ptr + at, zg.to(zg_ptr.dtype.element_ty), mask=mask)
+        tl.store(zu_ptr + at, zu.to(zu_ptr.dtype.element_ty), mask=mask)
+    tl.store(a_ptr + at, (value * zu).to(a_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _store_glu(
-    zg, zu, gate_bias_ptr, up_bias_ptr, zg_ptr, zu_ptr, a_ptr, expert, first, end, first_n, N,
-    ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    if PARTS > 1:
-        HALF: tl.constexpr = zg.shape[1] // 2
-        gate_left, gate_right = halves(zg)
-        up_left, up_right = halves(zu)
-        _store_glu(
-            gate_left, up_left, gate_bias_ptr, up_bias_ptr, zg_ptr, zu_ptr, a_ptr, expert, first, end, first_n, N,
-            ACTIVATION, EVEN_N, PARTS // 2,
-        )  # fmt: skip
-        _store_glu(
-            gate_right, up_right, gate_bias_ptr, up_bias_ptr, zg_ptr, zu_ptr, a_ptr, expert, first, end,
-            first_n + HALF, N, ACTIVATION, EVEN_N, PARTS // 2,
-        )  # fmt: skip
-    else:
-        rows, n, mask = _place(zg, first, end, first_n, N, EVEN_N)
-        if gate_bias_ptr is not None:
-            zg += tl.load(gate_bias_ptr + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        if up_bias_ptr is not None:
-            zu += tl.load(up_bias_ptr + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        zg = stored(zg, a_ptr)
-        zu = stored(zu, a_ptr)
-        value, _ = activation(zg, ACTIVATION)
-        at = rows * N + n[None, :]
-        if zg_ptr is not None:
-            tl.store(zg_ptr + at, zg.to(zg_ptr.dtype.element_ty), mask=mask)
-            tl.store(zu_ptr + at, zu.to(zu_ptr.dtype.element_ty), mask=mask)
+def _glu_backward(tiles, pointers, strides, tile_m, rows, n, mask, end, N, ACTIVATION: tl.constexpr):
+    """dzg, dzu and a of da, the tile, and sums. pointers: zg, zu, dzg, dzu, a, both partials; strides: of zg and zu."""
+    zg_ptr, zu_ptr, dzg_ptr, dzu_ptr, a_ptr, gate_partial_ptr, up_partial_ptr = pointers
+    da = tiles[0]
+    zg = tl.load(zg_ptr + rows * strides[0] + n[None, :], mask=mask, other=0.0).to(tl.float32)
+    zu = tl.load(zu_ptr + rows * strides[1] + n[None, :], mask=mask, other=0.0).to(tl.float32)
+    value, slope = activation(zg, ACTIVATION)
+    dzg = da * zu * slope
+    dzu = da * value
+    at = rows * N + n[None, :]
+    tl.store(dzg_ptr + at, dzg.to(dzg_ptr.dtype.element_ty), mask=mask)
+    tl.store(dzu_ptr + at, dzu.to(dzu_ptr.dtype.element_ty), mask=mask)
+    if a_ptr is not None:
         tl.store(a_ptr + at, (value * zu).to(a_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _store_glu_backward(
-    da, zg_ptr, zu_ptr, dzg_ptr, dzu_ptr, a_ptr, gate_partial_ptr, up_partial_ptr, tile_m, first, end, first_n, N,
-    zg_stride, zu_stride, ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    if PARTS > 1:
-        HALF: tl.constexpr = da.shape[1] // 2
-        left, right = halves(da)
-        _store_glu_backward(
-            left, zg_ptr, zu_ptr, dzg_ptr, dzu_ptr, a_ptr, gate_partial_ptr, up_partial_ptr, tile_m, first, end,
-            first_n, N, zg_stride, zu_stride, ACTIVATION, EVEN_N, PARTS // 2,
-        )  # fmt: skip
-        _store_glu_backward(
-            right, zg_ptr, zu_ptr, dzg_ptr, dzu_ptr, a_ptr, gate_partial_ptr, up_partial_ptr, tile_m, first, end,
-            first_n + HALF, N, zg_stride, zu_stride, ACTIVATION, EVEN_N, PARTS // 2,
-        )  # fmt: skip
-    else:
-        rows, n, mask = _place(da, first, end, first_n, N, EVEN_N)
-        zg = tl.load(zg_ptr + rows * zg_stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
-        zu = tl.load(zu_ptr + rows * zu_stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
-        value, slope = activation(zg, ACTIVATION)
-        dzg = da * zu * slope
-        dzu = da * value
-        at = rows * N + n[None, :]
-        tl.store(dzg_ptr + at, dzg.to(dzg_ptr.dtype.element_ty), mask=mask)
-        tl.store(dzu_ptr + at, dzu.to(dzu_ptr.dtype.element_ty), mask=mask)
-        if a_ptr is not None:
-            tl.store(a_ptr + at, (value * zu).to(a_ptr.dtype.element_ty), mask=mask)
-        if gate_partial_ptr is not None:
-            at_partial = tile_m.to(tl.int64) * N + n
-            tl.store(gate_partial_ptr + at_partial, tl.sum(tl.where(rows < end, dzg, 0.0), 0), mask=n < N)
-            tl.store(up_partial_ptr + at_partial, tl.sum(tl.where(rows < end, dzu, 0.0), 0), mask=n < N)
+    if gate_partial_ptr is not None:
+        at_partial = tile_m.to(tl.int64) * N + n
+        tl.store(gate_partial_ptr + at_partial, tl.sum(tl.where(rows < end, dzg, 0.0), 0), mask=n < N)
+        tl.store(up_partial_ptr + at_partial, tl.sum(tl.where(rows < end, dzu, 0.0), 0), mask=n < N)
 
 
 @triton.jit
@@ -183,7 +169,9 @@ def _linear_act_kernel(
                 acc, x2_ptr, w2_ptr + expert * w_stride_e, first, end, n, N, K,
                 x_stride, w_stride_n, w_stride_k, PRECISION, EVEN_N, EVEN_K, BM, BK,
             )  # fmt: skip
-        _store_act(acc, bias_ptr, z_ptr, a_ptr, expert, first, end, tile_n * BN, N, ACTIVATION, EVEN_N, PARTS)
+        _store(
+            (acc,), (bias_ptr, z_ptr, a_ptr), (), expert, first, end, tile_n * BN, N, _act, ACTIVATION, EVEN_N, PARTS
+        )  # fmt: skip
 
 
 @triton.jit
@@ -226,9 +214,9 @@ def _linear_act_backward_kernel(
             acc, dy_ptr, w_ptr + expert * w_stride_e, first, end, n, N, K,
             dy_stride, w_stride_n, w_stride_k, PRECISION, EVEN_N, EVEN_K, BM, BK,
         )  # fmt: skip
-        _store_act_backward(
-            acc, z_ptr, dz_ptr, a_ptr, partial_ptr, tile_m, first, end, tile_n * BN, N, z_stride, ACTIVATION, EVEN_N,
-            PARTS,
+        _store(
+            (acc,), (z_ptr, dz_ptr, a_ptr, partial_ptr), (z_stride,), tile_m, first, end, tile_n * BN, N,
+            _act_backward, ACTIVATION, EVEN_N, PARTS,
         )  # fmt: skip
 
 
@@ -286,9 +274,9 @@ def _linear_glu_kernel(
             x += BK
             gate += BK * w_stride_k
             up += BK * w_stride_k
-        _store_glu(
-            zg, zu, gate_bias_ptr, up_bias_ptr, zg_ptr, zu_ptr, a_ptr, expert, first, end, tile_n * BN, N, ACTIVATION,
-            EVEN_N, PARTS,
+        _store(
+            (zg, zu), (gate_bias_ptr, up_bias_ptr, zg_ptr, zu_ptr, a_ptr), (), expert, first, end, tile_n * BN, N,
+            _glu, ACTIVATION, EVEN_N, PARTS,
         )  # fmt: skip
 
 
@@ -336,7 +324,7 @@ def _linear_glu_backward_kernel(
             da, dy_ptr, w_ptr + expert * w_stride_e, first, end, n, N, K,
             dy_stride, w_stride_n, w_stride_k, PRECISION, EVEN_N, EVEN_K, BM, BK,
         )  # fmt: skip
-        _store_glu_backward(
-            da, zg_ptr, zu_ptr, dzg_ptr, dzu_ptr, a_ptr, gate_partial_ptr, up_partial_ptr, tile_m, first, end,
-            tile_n * BN, N, zg_stride, zu_stride, ACTIVATION, EVEN_N, PARTS,
+        _store(
+            (da,), (zg_ptr, zu_ptr, dzg_ptr, dzu_ptr, a_ptr, gate_partial_ptr, up_partial_ptr), (zg_stride, zu_stride),
+            tile_m, first, end, tile_n * BN, N, _glu_backward, ACTIVATION, EVEN_N, PARTS,
         )  # fmt: skip

@@ -20,6 +20,13 @@ def _hidden(z, up, bias_ptr, up_bias_ptr, j, h, like, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _add(z, tile, w, inside, j, h, PRECISION: tl.constexpr, EVEN_D: tl.constexpr, EVEN_H: tl.constexpr):
+    """z (BM, H) + tile (BM, BK) · the weights at w (BK, H) of the neurons j (H,)."""
+    weights = load(w, inside[:, None], (j < h)[None, :], EVEN_D, EVEN_H)
+    return tl.dot(tile, weights, z, input_precision=PRECISION)
+
+
+@triton.jit
 def _resident_kernel(
     x_ptr,
     w_ptr,
@@ -60,6 +67,7 @@ def _resident_kernel(
     x = x_ptr + tl.minimum(m, T - 1).to(tl.int64)[:, None] * x_stride + k[None, :]
     z0 = tl.zeros((BM, H0), tl.float32)
     w0 = w_ptr + j0[None, :] * w_stride + k[:, None]
+    u0, u1 = None, None
     if up_ptr is not None:
         u0 = tl.zeros((BM, H0), tl.float32)
         up0 = up_ptr + j0[None, :] * up_stride + k[:, None]
@@ -74,34 +82,22 @@ def _resident_kernel(
     for start in range(0, d, BK):
         inside = k < d - start
         tile = load(x, None, inside[None, :], True, EVEN_D)
-        z0 = tl.dot(tile, load(w0, inside[:, None], (j0 < h)[None, :], EVEN_D, EVEN_H), z0, input_precision=PRECISION)
+        z0 = _add(z0, tile, w0, inside, j0, h, PRECISION, EVEN_D, EVEN_H)
         w0 += BK
         if up_ptr is not None:
-            u0 = tl.dot(
-                tile, load(up0, inside[:, None], (j0 < h)[None, :], EVEN_D, EVEN_H), u0, input_precision=PRECISION
-            )
+            u0 = _add(u0, tile, up0, inside, j0, h, PRECISION, EVEN_D, EVEN_H)
             up0 += BK
         if H1 > 0:
-            z1 = tl.dot(
-                tile, load(w1, inside[:, None], (j1 < h)[None, :], EVEN_D, EVEN_H), z1, input_precision=PRECISION
-            )
+            z1 = _add(z1, tile, w1, inside, j1, h, PRECISION, EVEN_D, EVEN_H)
             w1 += BK
             if up_ptr is not None:
-                u1 = tl.dot(
-                    tile, load(up1, inside[:, None], (j1 < h)[None, :], EVEN_D, EVEN_H), u1, input_precision=PRECISION
-                )
+                u1 = _add(u1, tile, up1, inside, j1, h, PRECISION, EVEN_D, EVEN_H)
                 up1 += BK
         x += BK
 
-    if up_ptr is not None:
-        a0 = _hidden(z0, u0, bias_ptr, up_bias_ptr, j0, h, y_ptr, ACTIVATION)
-    else:
-        a0 = _hidden(z0, None, bias_ptr, None, j0, h, y_ptr, ACTIVATION)
+    a0 = _hidden(z0, u0, bias_ptr, up_bias_ptr, j0, h, y_ptr, ACTIVATION)
     if H1 > 0:
-        if up_ptr is not None:
-            a1 = _hidden(z1, u1, bias_ptr, up_bias_ptr, j1, h, y_ptr, ACTIVATION)
-        else:
-            a1 = _hidden(z1, None, bias_ptr, None, j1, h, y_ptr, ACTIVATION)
+        a1 = _hidden(z1, u1, bias_ptr, up_bias_ptr, j1, h, y_ptr, ACTIVATION)
 
     rows = m.to(tl.int64)[:, None] * O
     for start in range(0, O, BN):

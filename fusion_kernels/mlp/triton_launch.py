@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,14 +45,24 @@ def row_stride(x: Tensor) -> int:
     return x.stride(0)
 
 
-def start(kernel: Any, programs: int, x: Tensor, *arguments: Any, **options: Any) -> None:
-    """Launch a kernel whose first argument is x, on x's device; no programs, no launch."""
+def start(kernel: Any, programs: int, x: Tensor, shared: Mapping[str, Any] = MappingProxyType({}), **own: Any) -> None:
+    """Launch a kernel on the device of x, by keyword as `gpu.launch` does; no programs, no launch."""
     if programs == 0:
         return
     with device_guard(x):
-        launch(kernel, programs, x, *arguments, **options)
+        launch(kernel, programs, shared, **own)
+
+
+def input_precision(precision: str) -> str:
+    """What `tl.dot` is to be told of products of this kind."""
+    return "tf32" if precision == TF32 else "ieee"
 
 
 def ceil_div(value: int, divisor: int) -> int:
     """value / divisor, rounded up."""
     return -(-value // divisor)
+
+
+def contiguous(bias: Tensor | None) -> Tensor | None:
+    """The bias, if there is one, with its entries side by side."""
+    return None if bias is None else bias.contiguous()

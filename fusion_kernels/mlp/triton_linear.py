@@ -22,7 +22,7 @@ from fusion_kernels.mlp import _triton_linear as kernels
 from fusion_kernels.mlp import _triton_pointwise as pointwise_kernels
 from fusion_kernels.mlp import triton_heuristics
 from fusion_kernels.mlp.triton_heuristics import TileConfig
-from fusion_kernels.mlp.triton_launch import ceil_div, gpu, kind, row_stride, start
+from fusion_kernels.mlp.triton_launch import ceil_div, contiguous, gpu, input_precision, kind, row_stride, start
 from fusion_kernels.mlp.triton_pointwise import column_sums
 
 
@@ -40,10 +40,18 @@ def linear_act(
     run = _Product.of(x, w1.mT, offsets, config)
     z = run.empty() if save_z else None
     a = run.empty()
-    start(
-        kernels._linear_act_kernel, run.programs, x, w1, None, None, _contiguous(b1), z, a, *run.arguments,
-        ACTIVATION=activation, **run.options,
-    )  # fmt: skip
+    run.start(
+        kernels._linear_act_kernel,
+        x_ptr=x,
+        x_stride=row_stride(x),
+        w_ptr=w1,
+        x2_ptr=None,
+        w2_ptr=None,
+        bias_ptr=contiguous(b1),
+        z_ptr=z,
+        a_ptr=a,
+        ACTIVATION=activation,
+    )
     return z, a
 
 
@@ -66,10 +74,18 @@ def grouped_linear(
     x2, w2 = second if second is not None else (None, None)
     if second is not None and (second[0].stride() != x.stride() or second[1].stride() != w.stride()):
         raise ValueError("both pairs must have the same strides: call .contiguous() on x and w of both")
-    start(
-        kernels._linear_act_kernel, run.programs, x, w, x2, w2, _contiguous(bias), None, y, *run.arguments,
-        ACTIVATION="none", **run.options,
-    )  # fmt: skip
+    run.start(
+        kernels._linear_act_kernel,
+        x_ptr=x,
+        x_stride=row_stride(x),
+        w_ptr=w,
+        x2_ptr=x2,
+        w2_ptr=w2,
+        bias_ptr=contiguous(bias),
+        z_ptr=None,
+        a_ptr=y,
+        ACTIVATION="none",
+    )
     return y
 
 
@@ -90,10 +106,18 @@ def linear_act_backward(
     """
     run = _Product.of(dy, w2s, offsets, config)
     dz, a, partial = run.empty(), run.empty() if need_a else None, run.partial() if need_db1 else None
-    start(
-        kernels._linear_act_backward_kernel, run.programs, dy, w2s, z, dz, a, partial, *run.arguments, row_stride(z),
-        ACTIVATION=activation, **run.options,
-    )  # fmt: skip
+    run.start(
+        kernels._linear_act_backward_kernel,
+        dy_ptr=dy,
+        dy_stride=row_stride(dy),
+        w_ptr=w2s,
+        z_ptr=z,
+        z_stride=row_stride(z),
+        dz_ptr=dz,
+        a_ptr=a,
+        partial_ptr=partial,
+        ACTIVATION=activation,
+    )
     return dz, a, run.total(partial)
 
 
@@ -118,10 +142,19 @@ def linear_glu(
     run = _Product.of(x, w_gate.mT, offsets, config, wide=True)
     zg, zu = (run.empty(), run.empty()) if save_z else (None, None)
     a = run.empty()
-    start(
-        kernels._linear_glu_kernel, run.programs, x, w_gate, w_up, _contiguous(b_gate), _contiguous(b_up), zg, zu, a,
-        *run.arguments, ACTIVATION=activation, **run.options,
-    )  # fmt: skip
+    run.start(
+        kernels._linear_glu_kernel,
+        x_ptr=x,
+        x_stride=row_stride(x),
+        gate_ptr=w_gate,
+        up_ptr=w_up,
+        gate_bias_ptr=contiguous(b_gate),
+        up_bias_ptr=contiguous(b_up),
+        zg_ptr=zg,
+        zu_ptr=zu,
+        a_ptr=a,
+        ACTIVATION=activation,
+    )
     return zg, zu, a
 
 
@@ -145,10 +178,22 @@ def linear_glu_backward(
     run = _Product.of(dy, wd_s, offsets, config, wide=True)
     dzg, dzu, a = run.empty(), run.empty(), run.empty() if need_a else None
     gate, up = (run.partial(), run.partial()) if need_db else (None, None)
-    start(
-        kernels._linear_glu_backward_kernel, run.programs, dy, wd_s, zg, zu, dzg, dzu, a, gate, up,
-        *run.arguments, row_stride(zg), row_stride(zu), ACTIVATION=activation, **run.options,
-    )  # fmt: skip
+    run.start(
+        kernels._linear_glu_backward_kernel,
+        dy_ptr=dy,
+        dy_stride=row_stride(dy),
+        w_ptr=wd_s,
+        zg_ptr=zg,
+        zu_ptr=zu,
+        dzg_ptr=dzg,
+        dzu_ptr=dzu,
+        a_ptr=a,
+        gate_partial_ptr=gate,
+        up_partial_ptr=up,
+        zg_stride=row_stride(zg),
+        zu_stride=row_stride(zu),
+        ACTIVATION=activation,
+    )
     return dzg, dzu, a, run.total(gate), run.total(up)
 
 
@@ -165,11 +210,26 @@ def grouped_weight_gradient(
         config = triton_heuristics.tile_config(m, n, precision, gpu(a.device), problems=E)
     out = torch.empty(E, m, n, dtype=dtype or a.dtype, device=a.device)
     start(
-        pointwise_kernels._expert_gradient_kernel, E * ceil_div(m, config.BM) * ceil_div(n, config.BN), a, b, out,
-        offsets, m, n, row_stride(a), row_stride(b), PRECISION=_input_precision(precision),
-        EVEN_M=m % config.BM == 0, EVEN_N=n % config.BN == 0, BM=config.BM, BN=config.BN, BK=config.BK,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        pointwise_kernels._expert_gradient_kernel,
+        E * ceil_div(m, config.BM) * ceil_div(n, config.BN),
+        a,
+        a_ptr=a,
+        b_ptr=b,
+        out_ptr=out,
+        offsets_ptr=offsets,
+        M=m,
+        N=n,
+        a_stride=row_stride(a),
+        b_stride=row_stride(b),
+        PRECISION=input_precision(precision),
+        EVEN_M=m % config.BM == 0,
+        EVEN_N=n % config.BN == 0,
+        BM=config.BM,
+        BN=config.BN,
+        BK=config.BK,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
     return out
 
 
@@ -182,8 +242,7 @@ class _Product:
     N: int
     tiles_m: int
     programs: int
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
+    arguments: dict[str, Any]
 
     @classmethod
     def of(
@@ -199,14 +258,31 @@ class _Product:
                 ceil_div(T, E), N, precision, gpu(x.device), wide=wide, aligned=aligned, problems=E
             )
         tiles_m = ceil_div(T, config.BM) if offsets is None else T // config.BM + min(E, T)
-        options = {
-            "PRECISION": _input_precision(precision), "EVEN_N": N % config.BN == 0, "EVEN_K": K % config.BK == 0,
-            "BM": config.BM, "BN": config.BN, "BK": config.BK, "GROUP": config.GROUP, "BE": 1 << (E - 1).bit_length(),
+        arguments = {
+            "offsets_ptr": offsets,
+            "T": T,
+            "N": N,
+            "K": K,
+            "E": E,
+            "tiles_m": tiles_m,
+            **dict(zip(("w_stride_e", "w_stride_n", "w_stride_k"), strides, strict=True)),
+            "PRECISION": input_precision(precision),
+            "EVEN_N": N % config.BN == 0,
+            "EVEN_K": K % config.BK == 0,
+            "BM": config.BM,
+            "BN": config.BN,
+            "BK": config.BK,
+            "GROUP": config.GROUP,
+            "BE": 1 << (E - 1).bit_length(),
             "PARTS": config.parts,
-            "num_warps": config.num_warps, "num_stages": config.num_stages,
-        }  # fmt: skip
-        arguments = (offsets, T, N, K, E, tiles_m, row_stride(x), *strides)
-        return cls(x, offsets, N, tiles_m, tiles_m * ceil_div(N, config.BN), arguments, options)
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        }
+        return cls(x, offsets, N, tiles_m, tiles_m * ceil_div(N, config.BN), arguments)
+
+    def start(self, kernel: Any, **own: Any) -> None:
+        """Launch a kernel on the tiles of this product; `own` is what it is told beside `arguments`."""
+        start(kernel, self.programs, self.x, **self.arguments, **own)
 
     def empty(self) -> Tensor:
         """(T, N) of x's dtype."""
@@ -218,16 +294,8 @@ class _Product:
 
     def total(self, partial: Tensor | None) -> Tensor | None:
         """Sums of what the kernel left in `partial`."""
-        return None if partial is None else column_sums(partial, self.offsets, self.options["BM"])
-
-
-def _input_precision(precision: str) -> str:
-    return "tf32" if precision == triton_heuristics.TF32 else "ieee"
+        return None if partial is None else column_sums(partial, self.offsets, self.arguments["BM"])
 
 
 def _aligned(*sizes: int) -> bool:
     return all(size % 16 == 0 for size in sizes)
-
-
-def _contiguous(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()

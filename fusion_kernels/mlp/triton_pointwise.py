@@ -6,6 +6,8 @@ All tensors are (T, h) with contiguous rows, of one dtype; results are new and c
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -54,21 +56,30 @@ def column_sums(x: Tensor, offsets: Tensor | None = None, tile: int = 1) -> Tens
     E = 1 if offsets is None else offsets.shape[0] - 1
     out = torch.empty((n,) if offsets is None else (E, n), dtype=torch.float32, device=x.device)
     start(
-        kernels._column_sums_kernel, E * ceil_div(n, _SUM_BLOCK), x, out, offsets, R, n, E, row_stride(x),
-        TILE=tile, BR=_SUM_BLOCK, BC=_SUM_BLOCK, BE=1 << (E - 1).bit_length(), num_warps=4, num_stages=2,
-    )  # fmt: skip
+        kernels._column_sums_kernel,
+        E * ceil_div(n, _SUM_BLOCK),
+        x,
+        x_ptr=x,
+        out_ptr=out,
+        offsets_ptr=offsets,
+        R=R,
+        C=n,
+        E=E,
+        stride=row_stride(x),
+        TILE=tile,
+        BR=_SUM_BLOCK,
+        BC=_SUM_BLOCK,
+        BE=1 << (E - 1).bit_length(),
+        num_warps=4,
+        num_stages=2,
+    )
     return out
 
 
 def _forward(z: Tensor, up: Tensor | None, activation: str) -> Tensor:
     kind(z.dtype)
     a = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    R, C, strides = _extent(z, up)
-    BR, BC = triton_heuristics.pointwise_block(R, C)
-    start(
-        kernels._act_kernel, ceil_div(R, BR) * ceil_div(C, BC), z, up, a, R, C, *strides,
-        ACTIVATION=activation, BR=BR, BC=BC, num_warps=4, num_stages=1,
-    )  # fmt: skip
+    _start(kernels._act_kernel, {"z": z, "up": up}, activation, a_ptr=a)
     return a
 
 
@@ -79,19 +90,33 @@ def _backward(
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     dup = None if up is None else torch.empty_like(dz)
     a = torch.empty_like(dz) if need_a else None
-    R, C, strides = _extent(da, z, up)
-    BR, BC = triton_heuristics.pointwise_block(R, C)
-    start(
-        kernels._act_backward_kernel, ceil_div(R, BR) * ceil_div(C, BC), da, z, up, dz, dup, a, R, C, *strides,
-        ACTIVATION=activation, BR=BR, BC=BC, num_warps=4, num_stages=1,
-    )  # fmt: skip
+    _start(kernels._act_backward_kernel, {"da": da, "z": z, "up": up}, activation, dz_ptr=dz, dup_ptr=dup, a_ptr=a)
     return dz, dup, a
 
 
-def _extent(*tensors: Tensor | None) -> tuple[int, int, list[int]]:
-    """Rows, columns and the strides of the rows (0 for None); contiguous tensors are one long row."""
-    given = [x for x in tensors if x is not None]
-    strides = [0 if x is None else row_stride(x) for x in tensors]
+def _start(kernel: Any, inputs: dict[str, Any], activation: str, **outputs: Any) -> None:
+    """Launch a kernel on inputs of one shape, which have strides of their own, and contiguous outputs.
+
+    Contiguous inputs are one long row.
+    """
+    given = [x for x in inputs.values() if x is not None]
+    strides: dict[str, Any] = {f"{name}_stride": 0 if x is None else row_stride(x) for name, x in inputs.items()}
+    R, C = given[0].shape
     if all(x.is_contiguous() for x in given):
-        return 1, given[0].numel(), [0] * len(tensors)
-    return given[0].shape[0], given[0].shape[1], strides
+        R, C, strides = 1, given[0].numel(), dict.fromkeys(strides, 0)
+    BR, BC = triton_heuristics.pointwise_block(R, C)
+    start(
+        kernel,
+        ceil_div(R, BR) * ceil_div(C, BC),
+        given[0],
+        **{f"{name}_ptr": x for name, x in inputs.items()},
+        **strides,
+        **outputs,
+        R=R,
+        C=C,
+        ACTIVATION=activation,
+        BR=BR,
+        BC=BC,
+        num_warps=4,
+        num_stages=1,
+    )

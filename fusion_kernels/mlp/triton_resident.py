@@ -8,7 +8,7 @@ from torch import Tensor
 from fusion_kernels.mlp import _triton_resident as kernels
 from fusion_kernels.mlp import triton_heuristics
 from fusion_kernels.mlp.triton_heuristics import ResidentConfig
-from fusion_kernels.mlp.triton_launch import ceil_div, gpu, kind, row_stride, start
+from fusion_kernels.mlp.triton_launch import ceil_div, contiguous, gpu, input_precision, kind, row_stride, start
 
 
 def resident_fits(h: int, d: int, dtype: torch.dtype, sm: int, *, gated: bool = False) -> bool:
@@ -74,13 +74,36 @@ def _resident(
         raise ValueError(f"{h} neurons of {x.dtype} do not fit on the GPU at once: use the epilogue kernels")
     y = torch.empty(T, O, dtype=x.dtype, device=x.device)
     start(
-        kernels._resident_kernel, ceil_div(T, config.BM), x, w, up,
-        *(None if b is None else b.contiguous() for b in (bias, up_bias)), out_w,
-        None if out_bias is None else out_bias.contiguous(), y, T, h, d, O,
-        row_stride(x), row_stride(w), 0 if up is None else row_stride(up), row_stride(out_w),
-        ACTIVATION=activation, PRECISION="tf32" if precision == triton_heuristics.TF32 else "ieee",
-        EVEN_H=h == config.H0 + config.H1, EVEN_D=d % config.BK == 0, EVEN_O=O % config.BN == 0,
-        BM=config.BM, H0=config.H0, H1=config.H1, BK=config.BK, BN=config.BN,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        kernels._resident_kernel,
+        ceil_div(T, config.BM),
+        x,
+        x_ptr=x,
+        w_ptr=w,
+        up_ptr=up,
+        bias_ptr=contiguous(bias),
+        up_bias_ptr=contiguous(up_bias),
+        out_w_ptr=out_w,
+        out_bias_ptr=contiguous(out_bias),
+        y_ptr=y,
+        T=T,
+        h=h,
+        d=d,
+        O=O,
+        x_stride=row_stride(x),
+        w_stride=row_stride(w),
+        up_stride=0 if up is None else row_stride(up),
+        out_w_stride=row_stride(out_w),
+        ACTIVATION=activation,
+        PRECISION=input_precision(precision),
+        EVEN_H=h == config.H0 + config.H1,
+        EVEN_D=d % config.BK == 0,
+        EVEN_O=O % config.BN == 0,
+        BM=config.BM,
+        H0=config.H0,
+        H1=config.H1,
+        BK=config.BK,
+        BN=config.BN,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
     return y

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -13,7 +16,8 @@ from torch import Tensor
 from fusion_kernels import kmeans as public_kmeans
 from fusion_kernels import native
 from fusion_kernels.kmeans import OPERATOR, KMeansResult, Status
-from fusion_kernels.kmeans.types import Algorithm, Options, Seeding
+from fusion_kernels.kmeans import reference as reference
+from fusion_kernels.kmeans.types import Algorithm, Metric, Options, Seeding
 from fusion_kernels.library import Backend, BackendUnavailableError
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -327,3 +331,23 @@ def test_a_backend_that_declines_is_passed_over(monkeypatch: pytest.MonkeyPatch)
         kmeans(X, 2, algorithm="lloyd", backend="picky")
     with pytest.raises(AssertionError, match="it declined"):
         kmeans(X, 2, algorithm="lloyd")
+
+
+@pytest.mark.parametrize("asked", OPERATOR.variants, ids=lambda asked: f"{asked.algorithm.value}, {asked.metric.value}")
+def test_a_backend_does_what_is_asked_or_declines(asked: Options) -> None:
+    """Whatever an option can be: a new one that a backend does not know, and does not decline, fails here."""
+    x = normal(60, 3, dtype=torch.float64)[None]
+    options = (7, "k-means++", 1, asked.algorithm.value, 100, 0.0, 3, None, asked.metric.value)
+    expected = reference.kmeans(x, None, None, Options(*options))  # type: ignore[arg-type]
+    for backend in OPERATOR.backends:
+        if backend.refuses("cpu", asked) is None:
+            for found, right in zip(backend.function(x, None, None, *options), expected, strict=True):
+                torch.testing.assert_close(found, right, msg=backend.name)
+
+
+def test_every_option_has_its_variants() -> None:
+    """What `backends()` asks about, and the test above: all members of all enumerations but the seeding's."""
+    named = {(asked.algorithm, asked.metric) for asked in OPERATOR.variants}
+    assert named == set(itertools.product(Algorithm, Metric))
+    enumerations = {f.name for f in dataclasses.fields(Options) if isinstance(getattr(Options(1), f.name), Enum)}
+    assert enumerations == {"seeding", "algorithm", "metric"}

@@ -25,10 +25,10 @@ from fusion_kernels.kmeans import (
     triton_assign,
     triton_backend,
     triton_points,
-    triton_run,
     triton_heuristics,
 )
 from fusion_kernels.kmeans._triton_moves import _select_moves_kernel
+from fusion_kernels.kmeans._triton_sweep import State
 from fusion_kernels.kmeans.types import Options
 from fusion_kernels.kmeans.reference import assign as assign_reference
 from fusion_kernels.kmeans.reference import kmeans as reference
@@ -196,7 +196,7 @@ def test_selected_moves_are_those_of_the_greedy_walk(kind: str) -> None:
     assert torch.equal(counts[0].long(), torch.bincount(labels[0], minlength=K))
     assert lists[2][0, touched].tolist() == counts[0, touched].tolist()
     assert not bool(changed.any())
-    assert int(state) == (triton_run.State.FIXED if kind == "none" else triton_run.State.RUNNING)
+    assert int(state) == (State.FIXED if kind == "none" else State.RUNNING)
 
 
 # --- the whole backend -----------------------------------------------------------------------------------------------

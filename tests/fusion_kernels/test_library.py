@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from fusion_kernels import BackendUnavailableError, backends, library, native
+from fusion_kernels import BackendUnavailableError, backends, gpu, library, native
 from fusion_kernels.activations import ACTIVATIONS, get_activation
 from fusion_kernels.library import Backend, Operator
 
@@ -128,6 +130,31 @@ def test_backends_lists_every_operator() -> None:
         **dict.fromkeys(("ntk_gram", "ntk_gram_out", "ntk_sums"), "cpu" if compiled else "reference"),
         **dict.fromkeys(("ntk_gradient_gram", "ntk_gradient_norms", "ntk_jvp", "ntk_vjp", "ntk_vp"), "torch"),
     }
+
+
+class _Kernel:
+    """What a launch sees of a Triton kernel."""
+
+    arg_names = ("x_ptr", "y_ptr", "N", "BLOCK")
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def run(x_ptr: object, y_ptr: object, N: int, BLOCK: int, num_warps: int = 4) -> None:
+            self.launched = (grid, x_ptr, y_ptr, N, BLOCK, num_warps)
+
+        return run
+
+
+def test_a_launch_is_by_the_names_of_the_parameters() -> None:
+    x, y = torch.zeros(1), torch.ones(1)
+    shared = gpu.pointers(SimpleNamespace(x=y, y=y, z=y, size=3), SimpleNamespace(x=x)) | {"N": 5, "K": 6}
+    assert sorted(shared) == ["K", "N", "x_ptr", "y_ptr", "z_ptr"]
+    kernel = _Kernel()
+    gpu.launch(kernel, 7, shared, N=9, BLOCK=16, num_warps=8)
+    assert kernel.launched == ((7,), x, y, 9, 16, 8)
+    with pytest.raises(TypeError, match="BLOCK"):
+        gpu.launch(kernel, 7, shared)
+    with pytest.raises(TypeError, match="block"):
+        gpu.launch(kernel, 7, shared, BLOCK=16, block=16)
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))

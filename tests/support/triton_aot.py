@@ -20,10 +20,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -31,6 +32,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from fusion_kernels import gpu
 
 _INSTRUCTIONS = {
     "wgmma": r"wgmma\.mma_async",
@@ -145,8 +148,8 @@ def _usage(cubin: bytes) -> dict[str, int]:
 def recorder(launches: dict[str, Launch]) -> Callable[..., None]:
     """A stand-in for `fusion_kernels.gpu.launch` that enters every distinct launch into `launches` and runs nothing."""
 
-    def record(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-        named = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+    def record(kernel: Any, programs: int, shared: Mapping[str, Any] = MappingProxyType({}), **own: Any) -> None:
+        named = gpu.named(kernel, shared, own)
         launch = Launch(
             kernel, named, {"num_warps": named.pop("num_warps", 4), "num_stages": named.pop("num_stages", 3)}
         )
