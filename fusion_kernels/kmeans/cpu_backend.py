@@ -406,7 +406,8 @@ def _solve_direct(
     resolved = torch.ones(b, dtype=torch.bool)
     starts = prepared.bring(init).to(dtype) if init is not None and init.is_floating_point() else init
     for p in range(b):
-        points = prepared.points[p, :, :D].contiguous()
+        # A copy: the bits of a product can depend on where in memory, and so where in the batch, a problem lies.
+        points = prepared.points[p, :, :D].clone(memory_format=torch.contiguous_format)
         share = (w[p] / w[p].max()).clamp(min=_LEAST_WEIGHT)
         found = _best_run(points, share.to(dtype), None if starts is None else starts[p], options, fits)
         centroids = (found.centroids.double() / prepared.scale[p] + prepared.offset[p]).to(x.dtype)
