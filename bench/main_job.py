@@ -23,10 +23,11 @@ from transformers import AutoModel, AutoTokenizer
 
 import mlp_fusion
 from fusion_kernels import backends
-from mlp_fusion.measure import capture_activations, ffn_errors
+from mlp_fusion.measure import ffn_errors
 from mlp_fusion.methods import get_method
 from mlp_fusion.neurons import NeuronBundle
-from mlp_fusion.running.text import read_sentences
+from mlp_fusion.running.sentences import read_sentences
+from mlp_fusion.running.taps import capture_activations
 from mlp_fusion.verbs.fuse import find_ffns
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

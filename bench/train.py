@@ -39,7 +39,7 @@ from transformers import AutoModel, AutoTokenizer
 import mlp_fusion
 from fusion_kernels import backends, mlp_backend
 from mlp_fusion.modules import FusedFFN
-from mlp_fusion.running.text import read_sentences
+from mlp_fusion.running.sentences import read_sentences
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from demo import model_folder

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlp_fusion.running.text import read_sentences
+from mlp_fusion.running.sentences import read_sentences
 
 
 def model_folder() -> Path:

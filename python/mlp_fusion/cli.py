@@ -282,7 +282,7 @@ def report(folder: Path, out: Path | None, title: str | None, as_json: bool) -> 
 
     FOLDER holds fused checkpoints and fine-tuning runs, up to two levels down, or is one itself.
     """
-    from mlp_fusion.report import write_report
+    from mlp_fusion.verbs.report import write_report
 
     _emit(write_report(folder, out, title=title), as_json)
 

@@ -20,8 +20,9 @@ from mlp_fusion.calibration import collect, match_ntk, nnls, refit
 from mlp_fusion.calibration.refit import _moments
 from mlp_fusion.calibration.statistics import StreamPlan
 from mlp_fusion.families import get_architecture
-from mlp_fusion.measure import capture_activations, ffn_errors, relative_error
+from mlp_fusion.measure import ffn_errors, relative_error
 from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.running.taps import capture_activations
 
 
 def rows(count: int, d: int = 5, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -18,7 +18,7 @@ from mlp_fusion.calibration import output_sensitivities, refit, sensitivity, tun
 from mlp_fusion.families import get_architecture
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing import pipeline
-from mlp_fusion.running.activations import token_mask
+from mlp_fusion.running.batches import token_mask
 
 pytestmark = pytest.mark.slow
 

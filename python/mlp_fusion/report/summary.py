@@ -8,8 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from mlp_fusion.measure import FFNRow
+from mlp_fusion.measure.errors import OPTIMIZER_KERNELS
 from mlp_fusion.report.gather import Checkpoint, Results, Run, RunGroup, Score
-from mlp_fusion.verbs.fuse import OPTIMIZER_KERNELS
 
 #: Points of a training curve; longer ones are averaged in blocks of equal length.
 CURVE_POINTS = 200

@@ -18,9 +18,11 @@ from mlp_fusion.choices import CALIBRATION_SENTENCES
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, get_architecture
 from mlp_fusion.measure import FusionReport
+from mlp_fusion.measure.embeddings import compare_embeddings, embed
 from mlp_fusion.reducing.pipeline import Progress
-from mlp_fusion.running.activations import Batch
-from mlp_fusion.running.text import compare_embeddings, embed, read_sentences, tokenize
+from mlp_fusion.running.batches import Batch
+from mlp_fusion.running.runner import resolve_device
+from mlp_fusion.running.sentences import read_sentences
 from mlp_fusion.selection import Layers, Width, check_options
 from mlp_fusion.store.folding import fold_state_dict
 from mlp_fusion.store.output import appears_when_complete, check_output, output_path, taken
@@ -35,6 +37,7 @@ from mlp_fusion.store.record import (
 )
 from mlp_fusion.store.reference import compute_dtype, load_checkpoint, reference_outputs
 from mlp_fusion.store.source import companion_files, local_folder, read_config
+from mlp_fusion.store.tokenizers import tokenize
 from mlp_fusion.store.weights import read_tensors, safetensors_name
 from mlp_fusion.store.writing import copy_companions, write_weights
 from mlp_fusion.verbs.fuse import check_finite, fuse
@@ -198,25 +201,6 @@ def _write(
         described = json.dumps(report.to_dict(), indent=2, allow_nan=False)
         side_path(staging, REPORT_FILE).write_text(described + "\n", encoding="utf-8")
         _write_card(staging, planned, report)
-
-
-def resolve_device(device: str) -> torch.device:
-    """`auto` becomes CUDA where there is one.
-
-    Raises:
-        InputError: not a device, or not there.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device {device!r}: use auto, cpu, cuda or cuda:N") from error
-    if found.type not in ("cpu", "cuda"):
-        raise InputError(f"device {device!r}: use auto, cpu, cuda or cuda:N")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return found
 
 
 def _load(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, bool]:

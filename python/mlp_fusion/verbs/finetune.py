@@ -34,10 +34,9 @@ from mlp_fusion.finetuning.loading import (
 from mlp_fusion.finetuning.result import RESULT_FILE, FinetuneReport, Progress
 from mlp_fusion.finetuning.settings import Settings
 from mlp_fusion.measure.report import finite
-from mlp_fusion.running.activations import naming_outputs
+from mlp_fusion.running.runner import naming_outputs, resolve_device
 from mlp_fusion.store.output import check_output, output_path, taken
 from mlp_fusion.store.record import fusion_record
-from mlp_fusion.verbs.compress import resolve_device
 
 _METRICS = {"classification": "accuracy", "lm": "perplexity"}
 #: Points of a learning curve.

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusion_kernels.ntk import Kernel
 from mlp_fusion.calibration import FFNStatistics, collect, output_sensitivities
 from mlp_fusion.calibration.statistics import take_calibration
 from mlp_fusion.calibration.text import Calibration, calibration_batches
 from mlp_fusion.choices import CALIBRATION_SENTENCES
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
-from mlp_fusion.measure import FFNRow, FusionReport, capture_activations, ffn_errors, random_batch, relative_error
+from mlp_fusion.measure import FFNRow, FusionReport, ffn_errors, relative_error
+from mlp_fusion.measure.errors import OPTIMIZER_KERNELS
 from mlp_fusion.measure.report import CalibrationRecord
 from mlp_fusion.methods import get_method
-from mlp_fusion.neurons import NeuronBundle, Parameterization
+from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing.pipeline import (
     Progress,
     Recipe,
@@ -33,7 +33,8 @@ from mlp_fusion.reducing.pipeline import (
 )
 from mlp_fusion.reducing.sequential import reduce_sequentially
 from mlp_fusion.reducing.widths import allocate_widths, hidden_state_changes
-from mlp_fusion.running.activations import Activations, Batch, token_mask
+from mlp_fusion.running.batches import Batch, random_batch, token_mask
+from mlp_fusion.running.taps import Activations, capture_activations
 from mlp_fusion.selection import (
     Layers,
     Width,
@@ -49,8 +50,6 @@ from mlp_fusion.store.states import know_forms
 SAMPLE_ROWS = 512
 #: An entry's forward pass must agree with the model's own to this many units of rounding, and to this share at most.
 _SELF_TEST_ULPS, _SELF_TEST_SHARE = 64, 0.05
-#: Optimiser -> the kernel that its steps see, by the parameterization that suits it.
-OPTIMIZER_KERNELS: dict[Parameterization, Kernel] = {"scaled": "sign", "split": "gd"}
 
 
 @dataclass(frozen=True)
