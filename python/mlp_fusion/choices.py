@@ -13,3 +13,5 @@ TASKS = ("classification", "lm")
 TRAINERS = ("adamw", "sgd")
 #: Sentences of a file or a list that are calibrated on, by default.
 CALIBRATION_SENTENCES = 512
+#: Parameterization -> the tangent kernel that the steps of the optimiser it suits see.
+OPTIMIZER_KERNELS = {"scaled": "sign", "split": "gd"}

@@ -159,7 +159,11 @@ def test_compress_prints_json(run: Run, source: Path, tmp_path: Path) -> None:
     report = done.json
     assert report == json.loads((out / "mlp_fusion" / "report.json").read_text())
     assert [(row["layer"], row["neurons_after"]) for row in report["rows"]] == [(2, 24)]
-    assert (report["optimizer"], report["parameterization"], report["seed"]) == ("sgd", "split", 7)
+    assert (report["settings"]["optimizer"], report["parameterization"], report["settings"]["seed"]) == (
+        "sgd",
+        "split",
+        7,
+    )
     mlp_fusion.compress(source, tmp_path / "same", 24, [2], optimizer="sgd", seed=7)
     assert (out / ck.WEIGHTS).read_bytes() == (tmp_path / "same" / ck.WEIGHTS).read_bytes()
 
@@ -167,7 +171,7 @@ def test_compress_prints_json(run: Run, source: Path, tmp_path: Path) -> None:
 def test_compress_for_inference(run: Run, source: Path, tmp_path: Path) -> None:
     done = run("compress", source, tmp_path / "out", "--width", "8", "--optimizer", "none", "--json")
     assert done.code == 0
-    assert done.json["optimizer"] is None
+    assert done.json["settings"]["optimizer"] is None
     assert done.json["parameterization"] == "folded"
     assert not (tmp_path / "out" / "mlp_fusion" / "scale.safetensors").exists()
 
@@ -238,7 +242,7 @@ def test_finetune_trains_and_says_so(run: Run, sentences: tuple[Path, Path], tmp
     assert f"written: {tmp_path / 'one'}" in done.out
     report = run("finetune", model, tmp_path / "two", *options, "--json").json
     assert report == json.loads((tmp_path / "two/finetune.json").read_text(encoding="utf-8"))
-    assert (report["epochs"], report["batch_size"], report["examples"]) == (1.0, 4, 12)
+    assert (report["settings"]["epochs"], report["settings"]["batch_size"], report["examples"]) == (1.0, 4, 12)
 
 
 def test_an_interrupted_finetune_says_how_to_go_on(

@@ -279,7 +279,12 @@ def test_report_and_card(source: Path, tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "out" / "mlp_fusion" / "report.json").read_text())
     assert stored == json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert mlp_fusion.FusionReport.from_dict(stored) == report
-    assert (report.seed, report.method, report.sample, report.embeddings) == (3, "fusion", "random token ids", None)
+    assert (report.settings.seed, report.method, report.sample, report.embeddings) == (
+        3,
+        "fusion",
+        "random token ids",
+        None,
+    )
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n")
     assert "library_name: transformers" in card

@@ -21,6 +21,7 @@ from mlp_fusion.report import figures
 from mlp_fusion.report.gather import find_results, read_run
 from mlp_fusion.report.page import format_number, format_score, format_seconds, format_short
 from mlp_fusion.report.summary import CURVE_POINTS, cluster_bins, summarize
+from mlp_fusion.settings import FinetuneSettings, FuseSettings, fields
 from mlp_fusion.verbs.report import write_report
 
 pytestmark = pytest.mark.slow
@@ -41,16 +42,17 @@ def fusion_report(layers: int = 3, *, old: bool = False, **changes: Any) -> dict
         extra = {} if old else {"cluster_sizes": [[1, 300], [3, 5], [40, 1]], "ntk_spectrum": spectrum}
         row = FFNRow(layer, f"layer.{layer}", 1536, 384, 0.125 + layer / 9, ntk, 40, 300, 0, "ok", 1.5, **extra)  # type: ignore[arg-type]
         rows.append(row)
+    asked = {field.name: changes.pop(field.name) for field in fields(FuseSettings) if field.name in changes}
+    settings = FuseSettings(**{"width": 0.25, "refit": True, **asked})
     values: dict[str, Any] = {
-        "model_type": "bert", "method": "fusion", "optimizer": "adamw", "parameterization": "scaled", "seed": 0,
+        "model_type": "bert", "settings": settings, "parameterization": "scaled",
         "sample": "text.txt", "sample_rows": 512, "parameters_before": 22_713_216, "parameters_after": 17_400_000,
         "bytes_before": 4096, "bytes_after": 1024, "seconds": 12.0, "rows": rows,
         "embeddings": EmbeddingSimilarity(0.861, 0.7, 64),
-        "calibration": CalibrationRecord(11_743, True, "sign", False, None, 1.0),
+        "calibration": CalibrationRecord(11_743, 1.0),
     }  # fmt: skip
     data = FusionReport(**{**values, **changes}).to_dict()
     if old:
-        del data["calibration"]
         for row in data["rows"]:
             del row["cluster_sizes"], row["ntk_spectrum"]
     return data
@@ -59,10 +61,11 @@ def fusion_report(layers: int = 3, *, old: bool = False, **changes: Any) -> dict
 def finetune(seed: int = 0, **changes: Any) -> dict[str, Any]:
     """The JSON of a fine-tuning run."""
     metric = changes.get("metric", "accuracy")
+    asked = {field.name: changes.pop(field.name) for field in fields(FinetuneSettings) if field.name in changes}
+    known = {"task": "classification", "seed": seed, "epochs": 2.0, "learning_rate": 1e-4, "batch_size": 8, **asked}
     return {
-        "format": 1, "task": "classification", "model": "big", "teacher": None, "parameterization": None,
-        "optimizer": "adamw", "seed": seed, "epochs": 2.0, "metric": metric, "method": None, "seconds": 60.0,
-        "original": None, "learning_rate": 1e-4, "batch_size": 8, "examples": 512,
+        "format": 2, "settings": FinetuneSettings(**known).recorded(), "model": "big", "teacher": None,
+        "parameterization": None, "metric": metric, "method": None, "seconds": 60.0, "original": None, "examples": 512,
         "initial": {"loss": 0.7, metric: 0.5},
         "final": {"loss": 0.25, metric: 0.8125 + seed / 16},
         "train": [
@@ -117,7 +120,7 @@ def page(results: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, 
 def test_results_are_found_to_two_levels_and_no_further(results: Path, tmp_path: Path) -> None:
     found = find_results(results)
     assert [c.name for c in found.checkpoints] == [EVIL, "deep/old", "folded"]
-    assert [(g.name, [r.seed for r in g.runs]) for g in found.groups] == [
+    assert [(g.name, [r.settings.seed for r in g.runs]) for g in found.groups] == [
         ("runs/big", [0]), ("runs/lm", [0]), ("runs/small", [0, 1]),
     ]  # fmt: skip
     put(tmp_path / "a" / "b" / "c", report=fusion_report())
@@ -150,7 +153,7 @@ def test_seeds_are_one_group_and_nothing_else_is(tmp_path: Path) -> None:
     groups = find_results(tmp_path).groups
     assert [g.name for g in groups] == sorted([*others, "run-seed"])
     (seeds,) = [g for g in groups if len(g.runs) > 1]
-    assert [r.seed for r in seeds.runs] == [2, 11]
+    assert [r.settings.seed for r in seeds.runs] == [2, 11]
 
 
 def test_a_run_is_read_whole(tmp_path: Path) -> None:
@@ -158,7 +161,12 @@ def test_a_run_is_read_whole(tmp_path: Path) -> None:
     both = {"layerwise": layerwise, "logits": {"weight": 0.5, "temperature": 2}}
     folder = put(tmp_path / "run", run=finetune(3, teacher="t", distillation=both, of_a_later_version=1))
     run = read_run(folder / "finetune.json", "run")
-    assert (run.seed, run.teacher, run.final and run.final.metric, run.evaluations[1].epoch) == (3, "t", 1.0, 2.0)
+    assert (run.settings.seed, run.teacher, run.final and run.final.metric, run.evaluations[1].epoch) == (
+        3,
+        "t",
+        1.0,
+        2.0,
+    )
     assert (run.initial and run.initial.loss, len(run.train), run.train[1].learning_rate) == (0.7, 10, 5e-5)
     assert run.distillation.layerwise_loss == ((3, 0.5),)
     assert run.distillation.logits == (0.5, 2.0)
@@ -174,14 +182,17 @@ def damage(change: Callable[[dict[str, Any]], Any], data: dict[str, Any]) -> dic
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda d: d.update(format=2), "format 2 is not known"),
-        (lambda d: d.pop("seed"), "'seed' is None, not an integer"),
-        (lambda d: d.update(seed=True), "'seed' is True, not an integer"),
+        (lambda d: d.update(format=3), "format 3 is not known, only 2: update mlp-fusion"),
+        (lambda d: d.update(format=1), "it is of an earlier version, make it again"),
+        (lambda d: d["settings"].pop("task"), "'settings': "),
+        (lambda d: d["settings"].update(seed=True), "'settings': seed True: give an integer"),
         (lambda d: d["final"].pop("accuracy"), "'accuracy' is None, not a number"),
         (lambda d: d.update(final=[1]), "an object is expected, not [1]"),
         (lambda d: d.update(train={}), "'train' is {}, not a list"),
         (lambda d: d["train"][3].update(loss="low"), "'loss' is 'low', not a number"),
-        (lambda d: d.update(task=5), "'task' is 5, not a text"),
+        (lambda d: d["settings"].update(task=5), "'settings': task 5: use classification or lm"),
+        (lambda d: d["settings"].update(patience=5), "'patience'"),
+        (lambda d: d.pop("settings"), "an object is expected"),
         (lambda d: d["distillation"].update(layerwise={"steps": 3, "loss": [[1]]}), r"'loss' holds [1]"),
     ],
 )
@@ -199,7 +210,11 @@ def test_damaged_runs(change: Callable[[dict[str, Any]], Any], words: str, tmp_p
         (lambda d: d.pop("rows"), "'rows'"),
         (lambda d: d.update(rows=[]), "no FFN"),
         (lambda d: d.update(rows=[3]), "damaged"),
-        (lambda d: d.update(of_a_later_version=1), "of a later version"),
+        (lambda d: d.update(of_a_later_version=1), "of_a_later_version"),
+        (lambda d: d.update(format=3), "format 3 is not known, only 2: update mlp-fusion"),
+        (lambda d: d.pop("format"), "format 1 is not known, only 2: it is of an earlier version, make it again"),
+        (lambda d: d["settings"].update(method="magic"), "'settings': unknown method 'magic'"),
+        (lambda d: d["settings"].update(seed=-1), "'settings': seed -1: give an integer"),
         (lambda d: d.update(sample=None), "'sample' is None"),
         (lambda d: d["rows"][0].pop("path"), "path"),
         (lambda d: d["rows"][1].update(output_error="x"), "'output_error' is 'x'"),

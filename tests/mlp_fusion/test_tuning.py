@@ -191,9 +191,7 @@ def test_fuse_tunes_every_family(family: str, sequential: bool) -> None:
     pairs = list(zip(*errors, strict=True))[: 1 if sequential else None]
     assert all(tuned <= plain for plain, tuned in pairs)
     assert any(tuned < plain for plain, tuned in pairs)
-    record = reports[80].calibration
-    assert record is not None
-    assert record.tune_steps == 80
+    assert reports[80].settings.tune_steps == 80
     assert "tuned for 80 steps" in reports[80].table()
     assert "tuned" not in reports[0].table()
     assert FusionReport.from_dict(reports[80].to_dict()) == reports[80]
@@ -202,9 +200,9 @@ def test_fuse_tunes_every_family(family: str, sequential: bool) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tune_steps": -1, "calibration": TEXT}, "tune_steps -1: give a number of steps"),
-        ({"tune_steps": 1.5, "calibration": TEXT}, "tune_steps 1.5: give a number of steps"),
-        ({"tune_steps": True, "calibration": TEXT}, "tune_steps True: give a number of steps"),
+        ({"tune_steps": -1, "calibration": TEXT}, "tune_steps -1: give an integer from 0 on"),
+        ({"tune_steps": 1.5, "calibration": TEXT}, "tune_steps 1.5: give an integer from 0 on"),
+        ({"tune_steps": True, "calibration": TEXT}, "tune_steps True: give an integer from 0 on"),
         ({"tune_steps": 9}, "tune_steps needs calibration text"),
         ({"tune_steps": 9, "calibration": TEXT, "refit": False}, "leave refit to itself"),
     ],

@@ -7,6 +7,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,8 +17,9 @@ from mlp_fusion.calibration.local_training import held_out_errors, tune
 from mlp_fusion.calibration.matching import MATCHING_ROWS, match_ntk
 from mlp_fusion.calibration.refit import Refit, refit
 from mlp_fusion.calibration.statistics import FFNStatistics
-from mlp_fusion.methods import Method, Reduction
+from mlp_fusion.methods import Method, Reduction, get_method
 from mlp_fusion.neurons import NeuronBundle, Parameterization
+from mlp_fusion.settings import FuseSettings
 
 #: Called as `progress(done, total)`, in units of FFNs reduced and, where FFNs are tuned, of steps of each.
 Progress = Callable[[int, int], None]
@@ -46,6 +48,12 @@ class Recipe:
     tune_steps: int = 0
     match: Kernel | None = None
 
+    @staticmethod
+    def of(settings: FuseSettings) -> Recipe:
+        """What of `settings`, resolved, a single FFN is reduced by."""
+        s, kernel = settings, cast("Kernel | None", settings.match)
+        return Recipe(get_method(s.method), s.seed, s.form, refit=bool(s.refit), tune_steps=s.tune_steps, match=kernel)
+
 
 @dataclass(frozen=True, eq=False)
 class ReducedFFN:
@@ -63,6 +71,11 @@ class ReducedFFN:
     correction_seconds: float = 0.0
     ridge: float | None = None
     held_out_error: float | None = None
+
+    @property
+    def bundle(self) -> NeuronBundle:
+        """What it computes now."""
+        return self.reduction.bundle
 
 
 def working_precision(bundle: NeuronBundle) -> NeuronBundle:
