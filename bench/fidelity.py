@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import transformers
+from support import model_folder
 from transformers import AutoModel
 
 import mlp_fusion
@@ -39,9 +40,6 @@ from mlp_fusion.measure import Activations, capture_activations, ffn_errors, rel
 from mlp_fusion.measure.activations import Batch, token_mask
 from mlp_fusion.methods import get_method, method_names
 from mlp_fusion.neurons import NeuronBundle
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from demo import model_folder
 
 #: Held-out rows for the outputs' error, and for the kernels (whose cost grows with the square).
 ROWS, NTK_ROWS = 8192, 512

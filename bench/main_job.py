@@ -12,13 +12,13 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 import transformers
+from support import model_folder
 from transformers import AutoModel, AutoTokenizer
 
 import mlp_fusion
@@ -28,9 +28,6 @@ from mlp_fusion.fusing import find_ffns
 from mlp_fusion.measure import capture_activations, ffn_errors
 from mlp_fusion.methods import get_method
 from mlp_fusion.neurons import NeuronBundle
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from demo import model_folder
 
 WIDTH = 384
 #: Inputs for the outputs' error, and for the kernels (whose cost grows with the square).
