@@ -33,7 +33,7 @@ def _options(command: click.Command, context: click.Context) -> str:
     records = [record for option in options if (record := option.get_help_record(context)) is not None]
     if not records:
         return ""
-    rows = "\n".join(f"| `{_cell(option)}` | {_cell(meaning)} |" for option, meaning in records)
+    rows = "\n".join(f"| `{_cell(option)}` | {_plain(meaning)} |" for option, meaning in records)
     return f"| option | meaning |\n|---|---|\n{rows}"
 
 
@@ -43,3 +43,8 @@ def _cell(text: str, *, lines: bool = False) -> str:
     if lines:
         return "\n\n".join(" ".join(part.split()) for part in escaped.split("\n\n"))
     return " ".join(escaped.replace("|", r"\|").split())
+
+
+def _plain(text: str) -> str:
+    """Text in which brackets are no link."""
+    return _cell(text).replace("[", r"\[").replace("]", r"\]")

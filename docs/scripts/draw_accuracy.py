@@ -57,7 +57,8 @@ def draw(theme: str) -> str:
             _points(axes, name, [0.25 + beside / 2], [accuracies(mode)], colours[place - 1], marker="D")
         for n, (name, (modes, *colours)) in enumerate(METHODS.items()):
             beside = 0.009 * (n - 1)
-            _points(axes, name, [w + beside for w in modes], [accuracies(m) for m in modes.values()], colours[place - 1])
+            found = [accuracies(mode) for mode in modes.values()]
+            _points(axes, name, [width + beside for width in modes], found, colours[place - 1])
         axes.set_xlim(0.17, 1.0)
         axes.set_xticks([0.25, 0.5, 1.0], ["a quarter", "a half", "whole"])
         axes.set_xlabel("width of every FFN")

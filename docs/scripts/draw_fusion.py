@@ -47,7 +47,7 @@ def draw(theme: str) -> str:
     def dots(column: int) -> None:
         parts.extend(f'<circle cx="{column}" cy="{y:.1f}" r="5" fill="{dot}"/>' for y in spread(4, 26))
 
-    def text(x: float, y: float, words: str, *, size: int = 14, colour: str = ink, weight: str = "normal") -> None:
+    def text(x: float, y: float, words: str, *, size: int = 17, colour: str = ink, weight: str = "normal") -> None:
         parts.append(
             f'<text x="{x}" y="{y:.1f}" font-size="{size}" fill="{colour}" font-weight="{weight}" '
             f'text-anchor="middle">{words}</text>'
@@ -65,15 +65,15 @@ def draw(theme: str) -> str:
         # The area of the dot is the size of the cluster.
         radius = 7 * size**0.5
         parts.append(f'<circle cx="{NARROW[1]}" cy="{y:.1f}" r="{radius:.1f}" fill="{colour}"/>')
-        text(NARROW[1] + radius + 17, y + 5, f"×{size}", size=13, weight="bold")
-    text(WIDE[1], 28, "wide FFN", size=16, weight="bold")
-    text(NARROW[1], 28, "narrow FFN", size=16, weight="bold")
+        text(NARROW[1] + radius + 20, y + 6, f"×{size}", size=17, weight="bold")
+    text(WIDE[1], 28, "wide FFN", size=20, weight="bold")
+    text(NARROW[1], 28, "narrow FFN", size=20, weight="bold")
     text(WIDE[1], 288, f"{len(CLUSTERS)} neurons, {len(colours)} clusters", colour=quiet)
     text(NARROW[1], 288, "one neuron a cluster, times its size", colour=quiet)
     parts.append(f'<path d="M320 160H430" stroke="{ink}" stroke-width="2"/>')
     parts.append(f'<path d="M440 160L426 153V167Z" fill="{ink}"/>')
     text(378, 142, "cluster and fuse", colour=ink)
-    text(378, 186, "then correct on a little text", size=13, colour=quiet)
+    text(378, 190, "and correct on a little text", size=15, colour=quiet)
     title = (
         "An FFN of twelve neurons becomes one of four: neurons with similar weights are replaced by one neuron, which "
         "is scaled by their number."

@@ -31,8 +31,8 @@ MODES = {
     "fusion, folded": "`fusion`, calibrated, scale folded (`optimizer=None`)",
     "fusion, matched": '`fusion`, calibrated, kernel matched (`match="auto"`)',
     "fusion, layerwise, logits": "`fusion`, fitted to the original layer by layer, then trained on labels and logits",
-    "fusion, late, layerwise, logits": "that, reduced from the full model after its training on the task, and fitted to it",
-    "prune, late, layerwise, logits": "`prune`, reduced from the full model after its training, layer by layer, then labels and logits",
+    "fusion, late, layerwise, logits": "that, reduced from the full model after its training",
+    "prune, late, layerwise, logits": "the same with `prune`",
     "published, half": "`published`, without data",
     "fusion, half": "`fusion`, calibrated and refitted",
     "prune, half": "`prune`, calibrated and refitted",
@@ -67,25 +67,26 @@ def _percent(values: Sequence[float]) -> str:
 def sst2() -> str:
     """Accuracy after fine-tuning on SST-2."""
     rows = []
-    for width, named in ((1.0, ""), (0.25, "a quarter"), (0.5, "a half")):
-        for mode, runs in fine_tunes("sst2").items():
-            if runs[0]["width"] != width:
-                continue
+    found = fine_tunes("sst2")
+    for width, named in ((1.0, "whole"), (0.25, "a quarter"), (0.5, "a half")):
+        for mode in (mode for mode in MODES if mode in found and found[mode][0]["width"] == width):
+            runs = found[mode]
             after = [run["final"]["accuracy"] for run in runs]
             mean = f"**{_percent([statistics.mean(after)])} %**" if len(after) > 1 else ""
-            rows.append((MODES[mode], named or "whole", mean, _percent(after)))
+            rows.append((MODES[mode], named, mean, _percent(after)))
     return table(("reduced by", "width", "mean of three seeds", "by seed"), rows)
 
 
 def language_models() -> str:
     """Perplexity before and after half an epoch, for the two small language models."""
     shapes = {"GPT-2 shape": fine_tunes("gpt2"), "Llama shape": fine_tunes("llama")}
-    modes = list(dict.fromkeys(mode for runs in shapes.values() for mode in runs))
+    modes = [mode for mode in MODES if any(mode in runs for runs in shapes.values())]
 
     def both(run: dict[str, Any] | None) -> str:
         return "" if run is None else f"{_digits(_perplexity(run, 'initial'))} → {_digits(_perplexity(run, 'final'))}"
 
-    rows = [(MODES[mode], *(both(runs[mode][0] if mode in runs else None) for runs in shapes.values())) for mode in modes]
+    firsts = {shape: {mode: found[0] for mode, found in runs.items()} for shape, runs in shapes.items()}
+    rows = [(MODES[mode], *(both(first.get(mode)) for first in firsts.values())) for mode in modes]
     return table(("reduced by", *shapes), rows)
 
 
@@ -131,8 +132,8 @@ def whole_models() -> str:
         words += [f"{options['tune_steps']:,} steps"] if options.get("tune_steps") else []
         words += ["a width for each FFN"] if options["width"] == "auto" else []
         cosine, seconds = row["cosine"], row["seconds"]
-        tokens = f"{row['calibration_tokens']:,}"
-        rows.append((", ".join(words), tokens, f"{cosine['mean']:.3f}", f"{cosine['smallest']:.3f}", f"{seconds:.0f} s"))
+        figures = f"{cosine['mean']:.3f}", f"{cosine['smallest']:.3f}", f"{seconds:,.0f} s"
+        rows.append((", ".join(words), f"{row['calibration_tokens']:,}", *figures))
     return table(("method and corrections", "tokens", "cosine, mean", "smallest", "one core"), rows)
 
 
@@ -236,7 +237,8 @@ def ntk() -> str:
                     f"{row['peak bytes beyond out'] / 2**20:.1f} MiB",
                 )
             )
-    return table(("two cores", "`ntk_gram`", "one torch expression", "in place by hand", "memory beyond the result"), rows)
+    titles = ("two cores", "`ntk_gram`", "one torch expression", "in place by hand", "memory beyond the result")
+    return table(titles, rows)
 
 
 def training() -> str:
