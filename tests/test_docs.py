@@ -148,8 +148,8 @@ def test_the_readme_is_short_and_begins_with_what_it_is() -> None:
 def test_every_public_name_stands_in_the_reference() -> None:
     for package in (mlp_fusion, fusion_kernels):
         text = (DOCS / "reference" / f"{package.__name__}.md").read_text(encoding="utf-8")
-        named = re.findall(rf"^::: {package.__name__}\.(\w+)$", text, flags=re.MULTILINE)
-        assert sorted(named) == sorted(package.__all__)
+        named = re.findall(rf"^::: {package.__name__}\.(?:\w+\.)*(\w+)$", text, flags=re.MULTILINE)
+        assert set(package.__all__) <= set(named)
 
 
 def test_every_page_stands_in_the_navigation() -> None:

@@ -42,12 +42,12 @@ def draw(theme: str) -> str:
     ink, grid = INK[theme]
     place = 1 if theme == "light" else 2
     settings = {
-        "svg.hashsalt": "mlp-fusion", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11,
+        "svg.hashsalt": "mlp-fusion", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 12.5,
         "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
         "text.color": ink, "axes.edgecolor": grid, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink,
     }  # fmt: skip
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(7.2, 3.9), layout="constrained")
+        figure = Figure(figsize=(6.2, 3.9), layout="constrained")
         axes = figure.add_subplot()
         full = accuracies("full")
         axes.axhspan(min(full), max(full), color=ink, alpha=0.12, linewidth=0)
@@ -65,7 +65,7 @@ def draw(theme: str) -> str:
         axes.set_ylabel("accuracy on SST-2, %")
         axes.grid(axis="y", color=grid, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="lower right", fontsize=10)
+        axes.legend(frameon=False, loc="lower right", fontsize=11.5)
         target = io.StringIO()
         figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
     # matplotlib leaves blanks at the ends of lines.
