@@ -152,6 +152,28 @@ def test_every_public_name_stands_in_the_reference() -> None:
         assert set(package.__all__) <= set(named)
 
 
+@pytest.mark.parametrize("package", [mlp_fusion, fusion_kernels], ids=lambda p: p.__name__)
+def test_docstrings_explain_arguments_that_exist(package: Any) -> None:
+    # mkdocs cannot look after this: arguments that go together share an entry, whose name is none of theirs.
+    functions = [getattr(package, name) for name in package.__all__]
+    for cls in [function for function in functions if inspect.isclass(function)]:
+        functions += [member for key, member in inspect.getmembers(cls) if not key.startswith("_") and callable(member)]
+    checked = 0
+    for function in functions:
+        if inspect.isclass(function) or not str(function.__module__).startswith(package.__name__):
+            continue
+        section = re.search(r"^Args:\n((?:    .*\n|\n)*)", f"{inspect.getdoc(function)}\n", flags=re.MULTILINE)
+        if section is None:
+            continue
+        named = re.findall(r"^    (\w+(?:, \w+)*):", section[1], flags=re.MULTILINE)
+        known = list(inspect.signature(function).parameters)
+        assert named, function
+        for argument in ", ".join(named).split(", "):
+            assert argument in known, (function.__qualname__, argument)
+        checked += 1
+    assert checked >= 8
+
+
 def test_every_page_stands_in_the_navigation() -> None:
     def files(entry: Any) -> list[str]:
         if isinstance(entry, str):

@@ -211,16 +211,17 @@ def fused_mlp() -> str:
         shapes = results(name)["shapes"]
         for kind, what in (("forward", "forward pass"), ("both", "training step")):
             ratios = [shape[kind]["ratios to layers"]["ours"] for shape in shapes]
-            least = sum(ratio <= 1 for ratio in ratios)
+            first, nearly = (sum(ratio <= bar for ratio in ratios) for bar in (1, 1.05))
             rows.append(
                 (
                     f"{machine}, {what}",
                     f"{statistics.median(ratios):.2f}",
                     f"{min(ratios):.2f}–{max(ratios):.2f}",
-                    f"{least} of {len(ratios)}",
+                    f"{first} of {len(ratios)}",
+                    f"{nearly} of {len(ratios)}",
                 )
             )
-    return table(("one core", "median ratio of time", "range", "not slower"), rows)
+    return table(("one core", "median ratio of time", "range", "at most 1", "at most 1.05"), rows)
 
 
 def ntk() -> str:
