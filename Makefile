@@ -50,11 +50,11 @@ suite: $(VENV)/.test
 
 checks: lint types
 
-# The documentation is built too: a link or a reference that leads nowhere is an error.
+# The documentation is built too: a link or a reference that leads nowhere is an error (but not with --quiet).
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 types: $(VENV)/.test
 	$(BIN)/mypy
