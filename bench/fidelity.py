@@ -34,12 +34,15 @@ from fusion_kernels import backends
 from fusion_kernels.ntk import Kernel
 from mlp_fusion.calibration import FFNStatistics, collect, match_ntk, refit
 from mlp_fusion.calibration.matching import MATCHING_ROWS
-from mlp_fusion.checkpoint.text import compare_embeddings, embed, read_sentences, tokenize
-from mlp_fusion.fusing import find_ffns
-from mlp_fusion.measure import Activations, capture_activations, ffn_errors, relative_error
-from mlp_fusion.measure.activations import Batch, token_mask
+from mlp_fusion.measure import ffn_errors, relative_error
+from mlp_fusion.measure.embeddings import compare_embeddings, embed
 from mlp_fusion.methods import get_method, method_names
 from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.running.batches import Batch, token_mask
+from mlp_fusion.running.sentences import read_sentences
+from mlp_fusion.running.taps import Activations, capture_activations
+from mlp_fusion.store.tokenizers import tokenize
+from mlp_fusion.verbs.fuse import find_ffns
 
 #: Held-out rows for the outputs' error, and for the kernels (whose cost grows with the square).
 ROWS, NTK_ROWS = 8192, 512

@@ -44,11 +44,11 @@ from transformers import (
 )
 
 import mlp_fusion
-from mlp_fusion.architectures import get_architecture
+from mlp_fusion.families import get_architecture
 from mlp_fusion.finetuning.data import language_examples, read_rows
 from mlp_fusion.finetuning.result import RESULT_FILE
-from mlp_fusion.finetuning.run import is_unfinished
 from mlp_fusion.methods import get_method
+from mlp_fusion.verbs.finetune import is_unfinished
 
 CALIBRATION = 512
 #: One recipe for all modes of a task; METHOD's for SST-2.

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusion_kernels import backends, fused_glu_mlp, fused_mlp
-from fusion_kernels.mlp.tuning import Shape, path
+from fusion_kernels.mlp.heuristics import Shape, path
 from mlp_fusion import FusedGLU, FusedMLP
 
 #: d and h; outputs are as wide as inputs.

@@ -20,7 +20,7 @@ from gpu_timing import DEVICE, milliseconds, require
 from torch import Tensor
 
 from fusion_kernels.activations import ACTIVATIONS
-from fusion_kernels.mlp import triton_launch, triton_linear, triton_pointwise, triton_resident, triton_tuning
+from fusion_kernels.mlp import triton_heuristics, triton_launch, triton_linear, triton_pointwise, triton_resident
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: Tokens, inputs, neurons.
@@ -45,7 +45,7 @@ def check_mlp() -> dict[str, float]:
                 _check_block(shape, dtype, activation, None, worst)
         kind = triton_launch.kind(dtype)
         gpu = triton_launch.gpu(torch.device(DEVICE, torch.cuda.current_device()))
-        for config in triton_tuning.tile_candidates(kind, gpu, True):
+        for config in triton_heuristics.tile_candidates(kind, gpu, True):
             _check_block((config.BM + 1, 2 * config.BK, config.BN), dtype, "gelu", config, worst)
         _check_experts(dtype)
     for h in (16, 64, 128, 192, 256, 384, 512):
@@ -84,7 +84,7 @@ def _check_block(
     shape: tuple[int, int, int],
     dtype: torch.dtype,
     activation: str,
-    config: triton_tuning.TileConfig | None,
+    config: triton_heuristics.TileConfig | None,
     worst: dict[str, float],
 ) -> None:
     i, phi = _inputs(shape, dtype), ACTIVATIONS[activation]
@@ -149,13 +149,13 @@ def _check_resident(h: int, dtype: torch.dtype, worst: dict[str, float]) -> None
             if gated:
                 exact, torchs = exact * (e["x"] @ e["up"].T + e["bu"]), torchs * (i["x"] @ i["up"].T + i["bu"])
             exact, torchs = exact @ e["out"].T + e["bo"], torchs @ i["out"].T + i["bo"]
-            for config in triton_tuning.resident_candidates(h, triton_tuning.HALF, gpu, gated):
+            for config in triton_heuristics.resident_candidates(h, triton_heuristics.HALF, gpu, gated):
                 y = _resident(i, gated, config)
                 _compare(f"{str(dtype).removeprefix('torch.')} resident", y, exact, torchs, worst)
                 require(torch.equal(y, _resident(i, gated, config)), "two runs of the resident kernel differ")
 
 
-def _resident(i: dict[str, Tensor], gated: bool, config: triton_tuning.ResidentConfig | None) -> Tensor:
+def _resident(i: dict[str, Tensor], gated: bool, config: triton_heuristics.ResidentConfig | None) -> Tensor:
     if gated:
         return triton_resident.glu_resident(
             i["x"], i["w"], i["up"], i["b"], i["bu"], i["out"], i["bo"], "gelu", config=config
@@ -171,7 +171,7 @@ def _check_experts(dtype: torch.dtype) -> None:
         w, up, out = (torch.stack([i[name].roll(e, 0) for e in range(E)]) for name in ("w", "up", "out"))
         offsets = torch.tensor([0, *COUNTS], device=DEVICE).cumsum(0).to(torch.int32)
         kind, gpu = triton_launch.kind(dtype), triton_launch.gpu(i["x"].device)
-        tile = triton_tuning.tile_candidates(kind, gpu, True, d % 16 == 0 and h % 16 == 0)[0]
+        tile = triton_heuristics.tile_candidates(kind, gpu, True, d % 16 == 0 and h % 16 == 0)[0]
         options: dict[str, Any] = {"config": tile}
         z, a = triton_linear.linear_act(i["x"], w, None, "silu", save_z=True, offsets=offsets, **options)
         assert z is not None
@@ -230,10 +230,10 @@ def sweep(budget: float) -> list[dict[str, Any]]:
     return rows
 
 
-def _timed(gpu: triton_tuning.Gpu, T: int, d: int, h: int) -> list[dict[str, Any]]:
+def _timed(gpu: triton_heuristics.Gpu, T: int, d: int, h: int) -> list[dict[str, Any]]:
     """Rows of one shape: the products by tile, the resident kernels where they fit, and what cuBLAS takes."""
     i = _timed_inputs(T, d, h)
-    half = triton_tuning.HALF
+    half = triton_heuristics.HALF
 
     def forward(c: Any) -> object:
         return triton_linear.linear_act(i["x"], i["w"], i["b"], "gelu", save_z=True, config=c)
@@ -267,12 +267,12 @@ def _timed(gpu: triton_tuning.Gpu, T: int, d: int, h: int) -> list[dict[str, Any
     rows = []
     works = ((forward, False), (backward, False), (glu, True), (glu_backward, True))
     for work, wide in works:
-        tiles = triton_tuning.tile_candidates(half, gpu, wide)
-        rows.append(_row(work, (T, d, h), tiles, triton_tuning.tile_config(T, h, half, gpu, wide=wide)))
+        tiles = triton_heuristics.tile_candidates(half, gpu, wide)
+        rows.append(_row(work, (T, d, h), tiles, triton_heuristics.tile_config(T, h, half, gpu, wide=wide)))
     for work, gated in ((resident, False), (glu_resident, True)):
-        chosen = triton_tuning.resident_config(T, h, half, gpu, gated)
+        chosen = triton_heuristics.resident_config(T, h, half, gpu, gated)
         if chosen is not None:
-            rows.append(_row(work, (T, d, h), triton_tuning.resident_candidates(h, half, gpu, gated), chosen))
+            rows.append(_row(work, (T, d, h), triton_heuristics.resident_candidates(h, half, gpu, gated), chosen))
     cublas = {
         "product": median(product),
         "product and pass": median(lambda: triton_pointwise.act_forward(product(), "gelu")),

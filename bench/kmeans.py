@@ -34,9 +34,9 @@ from torch import Tensor
 from transformers import AutoModel
 
 from fusion_kernels import backends, kmeans, kmeans_assign
-from fusion_kernels.reference.kmeans import random_seeds
-from mlp_fusion.fusing import find_ffns
+from fusion_kernels.kmeans.reference import random_seeds
 from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.verbs.fuse import find_ffns
 
 #: Shapes N, K, D, and how often scikit-learn runs with ten seedings: once where that takes a minute or less.
 SHAPES: dict[str, tuple[int, int, int, bool]] = {

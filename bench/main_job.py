@@ -23,11 +23,12 @@ from transformers import AutoModel, AutoTokenizer
 
 import mlp_fusion
 from fusion_kernels import backends
-from mlp_fusion.checkpoint.text import read_sentences
-from mlp_fusion.fusing import find_ffns
-from mlp_fusion.measure import capture_activations, ffn_errors
+from mlp_fusion.measure import ffn_errors
 from mlp_fusion.methods import get_method
 from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.running.sentences import read_sentences
+from mlp_fusion.running.taps import capture_activations
+from mlp_fusion.verbs.fuse import find_ffns
 
 WIDTH = 384
 #: Inputs for the outputs' error, and for the kernels (whose cost grows with the square).

@@ -39,8 +39,8 @@ from transformers import AutoModel, AutoTokenizer
 
 import mlp_fusion
 from fusion_kernels import backends, mlp_backend
-from mlp_fusion.checkpoint.text import read_sentences
 from mlp_fusion.modules import FusedFFN
+from mlp_fusion.running.sentences import read_sentences
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Batch = dict[str, Tensor]

@@ -10,9 +10,9 @@ mkdir -p "$out"
 declare -A tests=(
   [neurons]="test_neurons.py test_modules.py test_methods.py"
   [selection]="test_selection.py test_plan.py test_calibration_fuse.py"
-  [checkpoint/folding]="test_states.py test_folding.py test_offload.py test_hosts.py"
-  [checkpoint/states]="test_states.py test_folding.py test_hosts.py"
-  [checkpoint/restoring]="test_states.py test_folding.py test_verify.py test_hosts.py"
+  [store/folding]="test_states.py test_folding.py test_offload.py test_hosts.py"
+  [store/states]="test_states.py test_folding.py test_hosts.py"
+  [store/restoring]="test_states.py test_folding.py test_verify.py test_hosts.py"
   [calibration/refit]="test_calibration.py test_calibration_fuse.py"
 )
 rm -rf "$out/tree"

@@ -117,7 +117,7 @@ def test_a_source_distribution_holds_the_sources(checkout: Path) -> None:
     (archive,) = (checkout / "dist").iterdir()
     shutil.unpack_archive(archive, checkout / "unpacked")
     (unpacked,) = (checkout / "unpacked").iterdir()
-    for name in ("csrc/library.cpp", "csrc/cpu/kmeans.h", "csrc/cpu/lloyd.cpp", "csrc/cuda/ntk_plain.cu", "setup.py"):
+    for name in ("csrc/kmeans.cpp", "csrc/cpu/kmeans.h", "csrc/cpu/lloyd.cpp", "csrc/cuda/ntk_plain.cu", "setup.py"):
         assert (unpacked / name).is_file(), name
 
 

@@ -11,7 +11,7 @@
 //
 //   w_j (W_a / (W_a - w_j) |x_j - m_a|^2 - W_b / (W_b + w_j) |x_j - m_b|^2).                                (2)
 //
-// What is computed is specified by fusion_kernels/reference/kmeans.py; distances closer than `slack` G_jj are ties,
+// What is computed is specified by fusion_kernels/kmeans/reference.py; distances closer than `slack` G_jj are ties,
 // which covers the rounding of G and V. Sums are taken in double and in an order that the data alone decides, tiles of
 // columns are independent, and so the bits do not depend on the number of threads.
 #pragma once

@@ -1,4 +1,4 @@
-// The neural tangent kernel of a feed-forward block, tile by tile; fusion_kernels/reference/ntk.py has the derivation.
+// The neural tangent kernel of a feed-forward block, tile by tile; fusion_kernels/ntk/reference.py has the derivation.
 //
 // A block turns rows x (N, d) into hidden values (N, h) and slopes: (N, h), or (N, 2h) with the gate's behind the
 // others' in a gated block. With the weights of outputs and neurons folded into those, the kernel of two sets of rows is

@@ -15,10 +15,10 @@ from torch import Tensor
 from fusion_kernels import gpu, transforms
 from fusion_kernels.activations import get_activation
 from fusion_kernels.experts import grouped_mm_backend, loop_backend, triton_backend
+from fusion_kernels.experts import reference as reference
 from fusion_kernels.experts.operators import EXPERTS, register, run
+from fusion_kernels.mlp.reference import Block
 from fusion_kernels.pinning import Pin
-from fusion_kernels.reference import experts as reference
-from fusion_kernels.reference.mlp import Block
 
 __all__ = ["experts_backend", "fused_experts"]
 

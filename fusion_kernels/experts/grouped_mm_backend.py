@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from fusion_kernels.activations import get_activation
 from fusion_kernels.experts.operators import folded, owned, rows_of_experts, sum_of_rows
 from fusion_kernels.mlp.operators import Gradients, Outputs, Saved, packed, saved
+from fusion_kernels.mlp.reference import Block
 from fusion_kernels.mlp.torch_backend import act_backward
-from fusion_kernels.reference.mlp import Block
 
 
 def forward(x: Tensor, ends: Tensor, block: Block, checkpoint_level: int) -> Outputs:

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fusion_kernels.experts.reference import spans
 from fusion_kernels.mlp import mlp_backend
 from fusion_kernels.mlp import operators as mlp
 from fusion_kernels.mlp.operators import Gradients, Outputs, Saved, packed
-from fusion_kernels.reference.experts import spans
-from fusion_kernels.reference.mlp import Block
+from fusion_kernels.mlp.reference import Block
 
 
 def forward(x: Tensor, ends: Tensor, block: Block, checkpoint_level: int) -> Outputs:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fusion_kernels.experts import reference as reference
 from fusion_kernels.library import NAMESPACE, Backend, Operator, operator
 from fusion_kernels.mlp.operators import (
     Gradients,
@@ -23,8 +24,7 @@ from fusion_kernels.mlp.operators import (
     parse_backward,
     parse_forward,
 )
-from fusion_kernels.reference import experts as reference
-from fusion_kernels.reference.mlp import Block, fold_scale
+from fusion_kernels.mlp.reference import Block, fold_scale
 
 #: x (S, d), the ends of the experts' rows (E,), and the seven tensors of the blocks.
 N_INPUTS = 9

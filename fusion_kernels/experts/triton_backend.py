@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusion_kernels.experts.operators import folded, owned, rows_of_experts
 from fusion_kernels.mlp.operators import Gradients, Outputs, Saved, packed, saved
-from fusion_kernels.reference.mlp import Block
+from fusion_kernels.mlp.reference import Block
 
 
 def forward(x: Tensor, ends: Tensor, block: Block, checkpoint_level: int) -> Outputs:

@@ -1,7 +1,7 @@
 """Batched weighted k-means: many independent problems side by side, as one operator.
 
 `kmeans` is the public function; `fusion_kernels::kmeans` is the operator behind it, which stays one node under
-`torch.compile`. The reference in `fusion_kernels.reference.kmeans` specifies what every backend computes.
+`torch.compile`. The reference in `fusion_kernels.kmeans.reference` specifies what every backend computes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fusion_kernels import gpu, native
 from fusion_kernels.kmeans import cpu_backend, gpu_backend
+from fusion_kernels.kmeans import reference as reference
+from fusion_kernels.kmeans.reference import ALGORITHMS, SEEDINGS, Options, Results, Status
 from fusion_kernels.library import Backend, Operator, check_name, operator
-from fusion_kernels.reference import kmeans as reference
-from fusion_kernels.reference.kmeans import ALGORITHMS, SEEDINGS, Options, Results, Status
 
 __all__ = ["ASSIGN", "OPERATOR", "KMeansResult", "Status", "kmeans", "kmeans_assign", "register"]
 

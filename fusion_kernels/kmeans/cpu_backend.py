@@ -9,7 +9,7 @@ in doubt, and those are decided from the points themselves. Where too many are, 
 rounding, a float32 problem is solved in float64. Problems are independent and every sum has one order, so that a
 problem has the same bits alone, in a batch, in chunks of any size, and on any number of threads.
 
-Where a Gram matrix costs more than it saves (many points per cluster: see `tuning.py`) or exceeds the workspace, a
+Where a Gram matrix costs more than it saves (many points per cluster: see `heuristics.py`) or exceeds the workspace, a
 problem is solved by the reference's own steps in the dtype of the points ("direct"): products by BLAS, whose rounding
 may depend on the number of threads; what they leave in doubt is decided in the same way.
 """
@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from fusion_kernels import native
-from fusion_kernels.kmeans import tuning
-from fusion_kernels.reference import kmeans as reference
-from fusion_kernels.reference.kmeans import Options, Results, Status
-from fusion_kernels.reference.settling import RESOLVED, Partition, distances_of, label_idle, settle
+from fusion_kernels.kmeans import heuristics
+from fusion_kernels.kmeans import reference as reference
+from fusion_kernels.kmeans.reference import Options, Results, Status
+from fusion_kernels.kmeans.settling import RESOLVED, Partition, distances_of, label_idle, settle
 
 #: Bytes of Gram matrices and what is computed from them at a time, unless the caller says otherwise.
 WORKSPACE_BYTES = 2 << 30
@@ -82,7 +82,7 @@ class _Prepared:
 
 
 def kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options: Options) -> Results:
-    """Cluster each problem of a batch; arguments and results as in `fusion_kernels.reference.kmeans.kmeans`.
+    """Cluster each problem of a batch; arguments and results as in `fusion_kernels.kmeans.reference.kmeans`.
 
     `options.workspace_bytes` bounds the memory for Gram matrices and what is computed from them, 2 GiB by default. It
     changes how many problems are solved at a time, and whether one that does not fit is solved directly.
@@ -151,7 +151,7 @@ def _chunks(problems: Tensor, n: int, D: int, element_size: int, workspace: int,
     """Problems to solve together: as many as the workspace holds, at least one."""
     if not len(problems):
         return
-    each = tuning.gram_bytes(n, 0, element_size, 0) + n * (D + 16) * element_size
+    each = heuristics.gram_bytes(n, 0, element_size, 0) + n * (D + 16) * element_size
     shared = _runs_at_a_time(len(problems), options.n_init) * (n + 32) * options.n_clusters * element_size
     yield from problems.split(max(1, (workspace - shared) // each))
 
@@ -240,12 +240,12 @@ def _solve(
     if not bool(finite.all()):
         return _without_spoilt(x, w, init, finite, options, workspace, dtype)
     seeding = options.seeding if init is None else "centroids" if init.is_floating_point() else "labels"
-    shape = tuning.Shape(n, D, options.n_clusters, options.n_init, seeding, options.hartigan, options.max_iter)
+    shape = heuristics.Shape(n, D, options.n_clusters, options.n_init, seeding, options.hartigan, options.max_iter)
     runs = _runs_at_a_time(b, options.n_init)
-    fits = tuning.gram_bytes(n, options.n_clusters, products.element_size(), runs) <= workspace
+    fits = heuristics.gram_bytes(n, options.n_clusters, products.element_size(), runs) <= workspace
     prepared = _Prepared(points, offset, scale)
     del points, products
-    if fits and tuning.prefers_gram(shape):
+    if fits and heuristics.prefers_gram(shape):
         solved, resolved = _solve_gram(x, w, init, options, prepared)
     elif shape.hartigan and n * options.n_clusters * prepared.points.element_size() > workspace:
         raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fusion_kernels.reference.kmeans import Results
+from fusion_kernels.kmeans.reference import Results
 
 
 def kmeans(*arguments: Any) -> Results:

@@ -8,10 +8,10 @@ from torch import Tensor
 from fusion_kernels.gpu import device_guard, launch, shared_memory
 from fusion_kernels.kmeans import _triton_assign as assign_kernels
 from fusion_kernels.kmeans import _triton_gram as gram_kernels
-from fusion_kernels.kmeans import triton_tuning as tuning
+from fusion_kernels.kmeans import reference as reference
+from fusion_kernels.kmeans import triton_heuristics
+from fusion_kernels.kmeans.settling import nearest
 from fusion_kernels.kmeans.triton_points import SLACK, Split, split, to_one_exponent
-from fusion_kernels.reference import kmeans as reference
-from fusion_kernels.reference.settling import nearest
 
 #: Bytes of split points at a time: what is kept beside points and labels.
 POINTS_BYTES = 1 << 30
@@ -34,7 +34,7 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
         origin = centroids.double().mean(1).float()
         centres = split(centroids.contiguous(), origin, exact=True)
         largest = centres.exponent.amax(1)
-        at_once = max(1, POINTS_BYTES // (B * tuning.round_up(D, tuning.DEPTH_MULTIPLE) * 4))
+        at_once = max(1, POINTS_BYTES // (B * triton_heuristics.round_up(D, triton_heuristics.DEPTH_MULTIPLE) * 4))
         for begin in range(0, N, at_once):
             points = split(x[:, begin : begin + at_once].contiguous(), origin, exact=True)
             labels[:, begin : begin + at_once] = _nearest(points, centres, largest, N)
@@ -55,7 +55,7 @@ def _nearest(points: Split, centres: Split, largest: Tensor, total: int) -> Tens
         scales.append(scale)
         norms.append(norm)
     labels = torch.empty(B, n, dtype=torch.int64, device=points.high.device)
-    config = tuning.nearest_config(total, shared_memory(labels.device))
+    config = triton_heuristics.nearest_config(total, shared_memory(labels.device))
     BN, BK = config.tile
     launch(
         assign_kernels._nearest_kernel,

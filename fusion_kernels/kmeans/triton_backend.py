@@ -28,11 +28,11 @@ from fusion_kernels.kmeans import _triton_gram as gram_kernels
 from fusion_kernels.kmeans import _triton_results as result_kernels
 from fusion_kernels.kmeans import _triton_seed as seed_kernels
 from fusion_kernels.kmeans import _triton_sweep as sweep_kernels
-from fusion_kernels.kmeans import triton_tuning as tuning
+from fusion_kernels.kmeans import triton_heuristics
+from fusion_kernels.kmeans.reference import Options, Results, Status, in_dtype
 from fusion_kernels.kmeans.triton_points import SLACK, Points, is_finite, prepare
 from fusion_kernels.kmeans.triton_run import Run, State
 from fusion_kernels.kmeans.triton_settling import resolved_problems, settle_problem
-from fusion_kernels.reference.kmeans import Options, Results, Status, in_dtype
 
 PRECISIONS = ("exact", "fast")
 
@@ -40,7 +40,7 @@ PRECISIONS = ("exact", "fast")
 def kmeans(
     x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options: Options, *, precision: str = "exact"
 ) -> Results:
-    """Cluster each problem of a batch; arguments and results as in `fusion_kernels.reference.kmeans.kmeans`.
+    """Cluster each problem of a batch; arguments and results as in `fusion_kernels.kmeans.reference.kmeans`.
 
     `options.workspace_bytes` bounds what the problems worked on at the same time take, though one always is; 8 GiB by
     default. It changes no result.
@@ -82,10 +82,10 @@ def _found(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options
 def _clustered(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options: Options, exact: bool) -> Results:
     """The problems of the batch in parts that fit the workspace, N > K."""
     (B, N, D), n_clusters = x.shape, options.n_clusters
-    size = tuning.problem_bytes(N, n_clusters, D, x.element_size(), exact)
+    size = triton_heuristics.problem_bytes(N, n_clusters, D, x.element_size(), exact)
     if x.is_cuda:
         _check_memory(size, N, torch.cuda.get_device_properties(x.device).total_memory)
-    bound = tuning.WORKSPACE_BYTES if options.workspace_bytes is None else options.workspace_bytes
+    bound = triton_heuristics.WORKSPACE_BYTES if options.workspace_bytes is None else options.workspace_bytes
     at_once = max(1, bound // size)
     parts = [
         _cluster(
@@ -215,7 +215,7 @@ class _Seeding:
             return rings.argsort(dim=1, stable=True)[:, :K].to(torch.int32)
         seeds = torch.zeros(B, K, dtype=torch.int32, device=points.x.device)
         T = 1 << (self.trials - 1).bit_length()
-        scan, block = tuning.seeding_block(N, self.trials)
+        scan, block = triton_heuristics.seeding_block(N, self.trials)
         launch(
             seed_kernels._plus_plus_kernel,
             B, self.state, points.gram, points.diagonal, points.weight, points.total,
@@ -235,7 +235,7 @@ def _results(points: Points, best: _Outcome, centroids: Tensor, spoiled: Tensor,
     B, N, D = x.shape
     run = Run(points, best.state, best.means_of, _count(best.means_of, K), options.tol)
     run.list_all(~spoiled)
-    P = tuning.list_programs(B, K)
+    P = triton_heuristics.list_programs(B, K)
     launch(
         sweep_kernels._members_kernel,
         B * P, run.n_changed, run.list, run.begin, run.labels, points.weight, points.products, run.members, run.share,

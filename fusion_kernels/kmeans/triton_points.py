@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusion_kernels.gpu import launch, shared_memory
 from fusion_kernels.kmeans import _triton_gram as gram_kernels
-from fusion_kernels.kmeans import triton_tuning as tuning
+from fusion_kernels.kmeans import triton_heuristics
 
 # Given centroids this far away, in units of the largest entry of the points, are brought nearer: they are equally far
 # for every point, and their squares must not overflow.
@@ -58,7 +58,7 @@ def prepare(x: Tensor, sample_weight: Tensor | None, start: Tensor | None, n_clu
     launch(gram_kernels._total_kernel, B, weight, total, N, BLOCK=512)
     launch(gram_kernels._column_mean_kernel, B * -(-D // 128), x, weight, total, mean, N, D, BN=32, BD=128)
 
-    stride = tuning.round_up(N, tuning.STRIDE_MULTIPLE)
+    stride = triton_heuristics.round_up(N, triton_heuristics.STRIDE_MULTIPLE)
     gram, products = x.new_empty(B, N, stride), x.new_empty(B, K, stride)
     norms = x.new_empty(B, K)
     if x.dtype == torch.float64:
@@ -104,7 +104,7 @@ class Split:
 def split(x: Tensor, mean: Tensor, exact: bool) -> Split:
     """Split the rows of x (B, n, D) float32, contiguous, less mean (B, D); without `exact` there is no low part."""
     B, n, D = x.shape
-    depth = tuning.round_up(D, tuning.DEPTH_MULTIPLE)
+    depth = triton_heuristics.round_up(D, triton_heuristics.DEPTH_MULTIPLE)
     high = torch.empty(B, n, depth, dtype=torch.float16, device=x.device)
     low = torch.empty_like(high) if exact else high
     exponent = torch.empty(B, n, dtype=torch.int32, device=x.device)
@@ -150,7 +150,7 @@ def _gram(a: Split, a_scale: Tensor, b: Split, b_scale: Tensor, out: Tensor, exa
     B, M, depth = a.high.shape
     N = b.high.shape[1]
     symmetric = a is b
-    config = tuning.gram_config(N, exact, shared_memory(out.device))
+    config = triton_heuristics.gram_config(N, exact, shared_memory(out.device))
     BM, BN = config.tile
     side = -(-N // BN)
     tiles = side * (side + 1) // 2 if symmetric else -(-M // BM) * side

@@ -13,7 +13,7 @@ from fusion_kernels.gpu import launch
 from fusion_kernels.kmeans import _triton_moves as move_kernels
 from fusion_kernels.kmeans import _triton_results as result_kernels
 from fusion_kernels.kmeans import _triton_sweep as sweep_kernels
-from fusion_kernels.kmeans import triton_tuning as tuning
+from fusion_kernels.kmeans import triton_heuristics
 from fusion_kernels.kmeans.triton_points import SLACK, Points
 
 # Rounds between two questions whether all problems are done.
@@ -56,7 +56,7 @@ class Run:
         self.stride = points.gram.shape[2]
         dtype = points.x.dtype
         self.slack = SLACK[dtype]
-        self.config = tuning.sweep_config(self.N, self.K, dtype == torch.float64)
+        self.config = triton_heuristics.sweep_config(self.N, self.K, dtype == torch.float64)
         B, N, K = self.B, self.N, self.K
         integers: Callable[..., Tensor] = labels.new_empty
         self.n_iter = labels.new_zeros(B)
@@ -99,7 +99,7 @@ class Run:
 
     def rebuild(self, tol: bool) -> None:
         """Sum the centroids on the list again."""
-        p, P = self.points, tuning.list_programs(self.B, self.K)
+        p, P = self.points, triton_heuristics.list_programs(self.B, self.K)
         launch(
             sweep_kernels._members_kernel,
             self.B * P, self.n_changed, self.list, self.begin, self.labels, p.weight, p.products, self.members,
@@ -110,13 +110,13 @@ class Run:
     def _sum_products(self, tol: bool) -> None:
         p, config = self.points, self.config
         tiles = -(-self.N // config.columns)
-        P = tuning.list_programs(self.B, self.K, tiles)
+        P = triton_heuristics.list_programs(self.B, self.K, tiles)
         launch(
             sweep_kernels._products_kernel,
             self.B * P * tiles, self.n_changed, self.list, self.begin, self.length, self.members, self.share, p.gram,
             p.products, self.N, self.K, self.stride, P, U=config.members, BN=config.columns,
         )  # fmt: skip
-        P = tuning.list_programs(self.B, self.K)
+        P = triton_heuristics.list_programs(self.B, self.K)
         launch(
             sweep_kernels._norms_kernel,
             self.B * P, self.n_changed, self.list, self.begin, self.length, self.members, self.share, p.products,

@@ -1,4 +1,4 @@
-"""What the Triton kernels have found, brought into the form that results are promised in: `reference/settling.py`."""
+"""What the Triton kernels have found, brought into the form that results are promised in: `kmeans/settling.py`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusion_kernels.reference.kmeans import Options, Results, Status, moment, rounded_means, status_of
-from fusion_kernels.reference.settling import RESOLVED, Partition, label_idle, nearest, settle
+from fusion_kernels.kmeans.reference import Options, Results, Status, moment, rounded_means, status_of
+from fusion_kernels.kmeans.settling import RESOLVED, Partition, label_idle, nearest, settle
 
 
 def resolved_problems(x: Tensor, sample_weight: Tensor | None, results: Results) -> Tensor:

@@ -2,7 +2,7 @@
 
 After fusion the hidden layer is narrow, and what decides is how often its activations cross the memory. Both functions
 are one operator each way (`fusion_kernels::mlp`, `fusion_kernels::mlp_backward`), one node under `torch.compile`. The
-reference in `fusion_kernels.reference.mlp` specifies what every backend computes and holds the formulas.
+reference in `fusion_kernels.mlp.reference` specifies what every backend computes and holds the formulas.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 from fusion_kernels import gpu, native, transforms
 from fusion_kernels.activations import ACTIVATIONS, get_activation
 from fusion_kernels.mlp import cpu_backend, gpu_backend, reference_backend, torch_backend
+from fusion_kernels.mlp import reference as reference
 from fusion_kernels.mlp.operators import MLP, register, run, without_autocast
+from fusion_kernels.mlp.reference import Block
 from fusion_kernels.pinning import Pin
-from fusion_kernels.reference import mlp as reference
-from fusion_kernels.reference.mlp import Block
 
 __all__ = ["fused_glu_mlp", "fused_mlp", "mlp_backend", "split_gate_up"]
 
@@ -64,7 +64,7 @@ def fused_mlp(
 
     First derivatives run through the operator. Second and higher ones (`create_graph=True`) are right too, in plain
     torch. Under `torch.func` transforms and forward-mode AD the block runs as the composition of torch's operations
-    that specifies it (`fusion_kernels.reference.mlp`): every transform works, without what the backends save.
+    that specifies it (`fusion_kernels.mlp.reference`): every transform works, without what the backends save.
 
     Args:
         x: (..., d) float16, bfloat16, float32 or float64, any number of tokens, contiguous or not.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fusion_kernels import native
 from fusion_kernels.mlp.operators import Gradients, Outputs, Saved
-from fusion_kernels.reference.mlp import Block
+from fusion_kernels.mlp.reference import Block
 
 
 def forward(x: Tensor, block: Block, checkpoint_level: int) -> Outputs:

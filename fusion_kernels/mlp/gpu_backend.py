@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from fusion_kernels.mlp.operators import Gradients, Outputs, Saved, saved
+from fusion_kernels.mlp.reference import Block, fold_scale, project
 from fusion_kernels.mlp.torch_backend import gradients
-from fusion_kernels.reference.mlp import Block, fold_scale, project
 
 
 def cublas_forward(x: Tensor, block: Block, checkpoint_level: int) -> Outputs:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.library import NAMESPACE, Backend, Operator, operator
-from fusion_kernels.mlp import tuning
-from fusion_kernels.reference import mlp as reference
-from fusion_kernels.reference.mlp import Block
+from fusion_kernels.mlp import heuristics
+from fusion_kernels.mlp import reference as reference
+from fusion_kernels.mlp.reference import Block
 
 #: y (T, d_out); z, g, a (T, h), each empty (0,) where the level does not save it or the block has none.
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -104,8 +104,8 @@ def _choose(x: Tensor, block: Block, checkpoint_level: int, backend: str) -> str
     if backend != "auto" or x.device.type != "cuda":
         return backend
     h, d_out, is_gated = block.w_in.shape[0], block.w_out.shape[0], block.w_gate is not None
-    shape = tuning.Shape(x.shape[0], x.shape[1], h, d_out, is_gated, checkpoint_level)
-    return tuning.path(torch.cuda.get_device_name(x.device), x.dtype, shape)
+    shape = heuristics.Shape(x.shape[0], x.shape[1], h, d_out, is_gated, checkpoint_level)
+    return heuristics.path(torch.cuda.get_device_name(x.device), x.dtype, shape)
 
 
 def _choose_forward(x: Tensor, *rest: Any) -> str:

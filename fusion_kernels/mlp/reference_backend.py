@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fusion_kernels.mlp import reference as reference
 from fusion_kernels.mlp.operators import Gradients, Outputs, Saved, saved
-from fusion_kernels.reference import mlp as reference
-from fusion_kernels.reference.mlp import Block
+from fusion_kernels.mlp.reference import Block
 
 
 def forward(x: Tensor, block: Block, checkpoint_level: int) -> Outputs:

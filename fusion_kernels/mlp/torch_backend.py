@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.activations import get_activation
+from fusion_kernels.mlp import reference as reference
 from fusion_kernels.mlp.operators import Gradients, Saved
-from fusion_kernels.reference import mlp as reference
-from fusion_kernels.reference.mlp import Block
+from fusion_kernels.mlp.reference import Block
 
 _aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.gpu import device_guard, launch, shared_memory
-from fusion_kernels.mlp.triton_tuning import HALF, IEEE, TF32, Gpu
+from fusion_kernels.mlp.triton_heuristics import HALF, IEEE, TF32, Gpu
 
 
 @functools.cache

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from fusion_kernels.mlp import _triton_linear as kernels
 from fusion_kernels.mlp import _triton_pointwise as pointwise_kernels
-from fusion_kernels.mlp import triton_tuning as tuning
+from fusion_kernels.mlp import triton_heuristics
+from fusion_kernels.mlp.triton_heuristics import TileConfig
 from fusion_kernels.mlp.triton_launch import ceil_div, gpu, kind, row_stride, start
 from fusion_kernels.mlp.triton_pointwise import column_sums
-from fusion_kernels.mlp.triton_tuning import TileConfig
 
 
 def linear_act(
@@ -162,7 +162,7 @@ def grouped_weight_gradient(
     E, m, n = offsets.shape[0] - 1, a.shape[1], b.shape[1]
     precision = kind(a.dtype)
     if config is None:
-        config = tuning.tile_config(m, n, precision, gpu(a.device), problems=E)
+        config = triton_heuristics.tile_config(m, n, precision, gpu(a.device), problems=E)
     out = torch.empty(E, m, n, dtype=dtype or a.dtype, device=a.device)
     start(
         pointwise_kernels._expert_gradient_kernel, E * ceil_div(m, config.BM) * ceil_div(n, config.BN), a, b, out,
@@ -195,7 +195,7 @@ class _Product:
         strides = (0 if offsets is None else w.stride(0), w.stride(-1), w.stride(-2))
         if config is None:
             aligned = _aligned(K, N, row_stride(x), *(s for s in strides if s != 1))
-            config = tuning.tile_config(
+            config = triton_heuristics.tile_config(
                 ceil_div(T, E), N, precision, gpu(x.device), wide=wide, aligned=aligned, problems=E
             )
         tiles_m = ceil_div(T, config.BM) if offsets is None else T // config.BM + min(E, T)
@@ -222,7 +222,7 @@ class _Product:
 
 
 def _input_precision(precision: str) -> str:
-    return "tf32" if precision == tuning.TF32 else "ieee"
+    return "tf32" if precision == triton_heuristics.TF32 else "ieee"
 
 
 def _aligned(*sizes: int) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.mlp import _triton_pointwise as kernels
-from fusion_kernels.mlp import triton_tuning as tuning
+from fusion_kernels.mlp import triton_heuristics
 from fusion_kernels.mlp.triton_launch import ceil_div, kind, row_stride, start
 
 _SUM_BLOCK = 64
@@ -64,7 +64,7 @@ def _forward(z: Tensor, up: Tensor | None, activation: str) -> Tensor:
     kind(z.dtype)
     a = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     R, C, strides = _extent(z, up)
-    BR, BC = tuning.pointwise_block(R, C)
+    BR, BC = triton_heuristics.pointwise_block(R, C)
     start(
         kernels._act_kernel, ceil_div(R, BR) * ceil_div(C, BC), z, up, a, R, C, *strides,
         ACTIVATION=activation, BR=BR, BC=BC, num_warps=4, num_stages=1,
@@ -80,7 +80,7 @@ def _backward(
     dup = None if up is None else torch.empty_like(dz)
     a = torch.empty_like(dz) if need_a else None
     R, C, strides = _extent(da, z, up)
-    BR, BC = tuning.pointwise_block(R, C)
+    BR, BC = triton_heuristics.pointwise_block(R, C)
     start(
         kernels._act_backward_kernel, ceil_div(R, BR) * ceil_div(C, BC), da, z, up, dz, dup, a, R, C, *strides,
         ACTIVATION=activation, BR=BR, BC=BC, num_warps=4, num_stages=1,

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.mlp import _triton_resident as kernels
-from fusion_kernels.mlp import triton_tuning as tuning
+from fusion_kernels.mlp import triton_heuristics
+from fusion_kernels.mlp.triton_heuristics import ResidentConfig
 from fusion_kernels.mlp.triton_launch import ceil_div, gpu, kind, row_stride, start
-from fusion_kernels.mlp.triton_tuning import ResidentConfig
 
 
 def resident_fits(h: int, d: int, dtype: torch.dtype, sm: int, *, gated: bool = False) -> bool:
@@ -17,7 +17,7 @@ def resident_fits(h: int, d: int, dtype: torch.dtype, sm: int, *, gated: bool = 
     It does not say that the kernel is faster there. Inputs are streamed, so that d matters only by d % 16: rows that
     begin anywhere take registers for addresses. float32 never fits.
     """
-    return bool(tuning.resident_candidates(h, kind(dtype), tuning.gpu_of(sm), gated, d % 16 == 0))
+    return bool(triton_heuristics.resident_candidates(h, kind(dtype), triton_heuristics.gpu_of(sm), gated, d % 16 == 0))
 
 
 def mlp_resident(
@@ -69,7 +69,7 @@ def _resident(
     precision = kind(x.dtype)
     if config is None:
         aligned = all(row_stride(rows) % 16 == 0 for rows in (x, w, up) if rows is not None)
-        config = tuning.resident_config(T, h, precision, gpu(x.device), up is not None, aligned)
+        config = triton_heuristics.resident_config(T, h, precision, gpu(x.device), up is not None, aligned)
     if config is None:
         raise ValueError(f"{h} neurons of {x.dtype} do not fit on the GPU at once: use the epilogue kernels")
     y = torch.empty(T, O, dtype=x.dtype, device=x.device)
@@ -78,7 +78,7 @@ def _resident(
         *(None if b is None else b.contiguous() for b in (bias, up_bias)), out_w,
         None if out_bias is None else out_bias.contiguous(), y, T, h, d, O,
         row_stride(x), row_stride(w), 0 if up is None else row_stride(up), row_stride(out_w),
-        ACTIVATION=activation, PRECISION="tf32" if precision == tuning.TF32 else "ieee",
+        ACTIVATION=activation, PRECISION="tf32" if precision == triton_heuristics.TF32 else "ieee",
         EVEN_H=h == config.H0 + config.H1, EVEN_D=d % config.BK == 0, EVEN_O=O % config.BN == 0,
         BM=config.BM, H0=config.H0, H1=config.H1, BK=config.BK, BN=config.BN,
         num_warps=config.num_warps, num_stages=config.num_stages,

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusion_kernels.ntk import tuning
-from fusion_kernels.reference.ntk import FFN, symmetric, transposed
+from fusion_kernels.ntk import heuristics
+from fusion_kernels.ntk.reference import FFN, symmetric, transposed
 
 
 def outputs_gram(
@@ -30,7 +30,7 @@ def outputs_gram(
     block_size: int | None,
     out: Tensor | None,
 ) -> Tensor:
-    """Return `"full"` or `"diagonal"`; arguments and result as in `fusion_kernels.reference.ntk.ntk_gram`."""
+    """Return `"full"` or `"diagonal"`; arguments and result as in `fusion_kernels.ntk.reference.ntk_gram`."""
     a1, slopes1 = ffn.factors(x1)
     is_symmetric = x2 is None and kernel == "gd"
     w_out = v2 = ffn.w_out
@@ -50,7 +50,7 @@ def outputs_gram(
     if out is None:
         out = x1.new_empty(rows, columns, *axes)
     widest = columns * (outputs**2 if reduce == "full" else neurons)
-    step = tuning.row_block(2 * widest * x1.element_size()) if block_size is None else block_size
+    step = heuristics.row_block(2 * widest * x1.element_size()) if block_size is None else block_size
     terms = [name for name in slopes1 if f"w_{name}" in params or f"b_{name}" in params]
     for begin in range(0, rows, step):
         end = min(begin + step, rows)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from fusion_kernels.library import Backend, operator
 from fusion_kernels.ntk import cpu_backend, cuda_backend
+from fusion_kernels.ntk import reference as reference
 from fusion_kernels.ntk.block import Block, Kernel, check_kernel, prepare
 from fusion_kernels.ntk.gram import Reduce, check_block_size, contraction_named, no_native
 from fusion_kernels.ntk.jacobian import NTKOperator
 from fusion_kernels.ntk.operators import exactly, function_named
-from fusion_kernels.reference import ntk as reference
-from fusion_kernels.reference.ntk import FFN, Differentiated
+from fusion_kernels.ntk.reference import FFN, Differentiated
 
 #: Rows up to which the sign kernel, which has no symmetry to save by, is compared exactly unless the caller says.
 EXACT_SIGN_ROWS = 8192

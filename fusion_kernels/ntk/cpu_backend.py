@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fusion_kernels import native
 from fusion_kernels.library import check_name
-from fusion_kernels.ntk import tuning
+from fusion_kernels.ntk import heuristics
 from fusion_kernels.ntk.blocks import outputs_gram
-from fusion_kernels.ntk.folding import Weights, fold
-from fusion_kernels.reference.ntk import FFN, KERNELS, Differentiated, check_names
+from fusion_kernels.ntk.reference import FFN, KERNELS, Differentiated, check_names
+from fusion_kernels.ntk.weighting import Weights, fold
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def ntk_gram(
     block_size: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return the kernel; arguments and result as in `fusion_kernels.reference.ntk.ntk_gram`.
+    """Return the kernel; arguments and result as in `fusion_kernels.ntk.reference.ntk_gram`.
 
     Args:
         block_size: edge of the tiles; rows at a time where there is an axis of outputs.
@@ -103,7 +103,7 @@ def ntk_gram(
     sides = _sides(x1, x2, ffn, params, metric, kernel, direction)
     if out is None:
         out = x1.new_empty(len(x1), len(right))
-    edge = tuning.tile_edge(max(out.shape)) if block_size is None else block_size
+    edge = heuristics.tile_edge(max(out.shape)) if block_size is None else block_size
     is_symmetric = x2 is None and kernel == "gd"
     native.operators().ntk_gram(x1, right, *sides.arguments(), is_symmetric, edge, out)
     return out
@@ -118,10 +118,10 @@ def ntk_sums(
     direction: Tensor | None = None,
     block_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sums over two kernels; arguments and result as in `fusion_kernels.reference.ntk.ntk_sums`."""
+    """Return the sums over two kernels; arguments and result as in `fusion_kernels.ntk.reference.ntk_sums`."""
     check_name("kernel", kernel, KERNELS)
     x1, x2, right = _rows(x1, x2, kernel)
     of_a, of_b = (_sides(x1, x2, *block, kernel, direction).arguments() for block in (a, b))
-    edge = tuning.tile_edge(max(len(x1), len(right))) if block_size is None else block_size
+    edge = heuristics.tile_edge(max(len(x1), len(right))) if block_size is None else block_size
     is_symmetric = x2 is None and kernel == "gd"
     return native.operators().ntk_sums(x1, right, *of_a, *of_b, is_symmetric, edge)

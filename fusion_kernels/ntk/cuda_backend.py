@@ -27,10 +27,10 @@ from torch.nn import functional as F
 
 from fusion_kernels import native
 from fusion_kernels.library import check_name
-from fusion_kernels.ntk import tuning
+from fusion_kernels.ntk import heuristics
 from fusion_kernels.ntk.blocks import outputs_gram
-from fusion_kernels.ntk.folding import Weights, fold
-from fusion_kernels.reference.ntk import FFN, KERNELS, Differentiated, check_names
+from fusion_kernels.ntk.reference import FFN, KERNELS, Differentiated, check_names
+from fusion_kernels.ntk.weighting import Weights, fold
 
 
 def why_not() -> str | None:
@@ -106,7 +106,7 @@ def ntk_gram(
     block_size: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return the kernel; arguments and result as in `fusion_kernels.reference.ntk.ntk_gram`.
+    """Return the kernel; arguments and result as in `fusion_kernels.ntk.reference.ntk_gram`.
 
     Args:
         precision: `"highest"`; for the trace or a vector in float32 also `"tf32x3"`, `"bf16x3"` or `"bf16"`.
@@ -132,7 +132,7 @@ def ntk_sums(
     direction: Tensor | None = None,
     block_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sums over two kernels; arguments and result as in `fusion_kernels.reference.ntk.ntk_sums`.
+    """Return the sums over two kernels; arguments and result as in `fusion_kernels.ntk.reference.ntk_sums`.
 
     Strips of both kernels, of `ROW_BLOCK_BYTES` unless `block_size` says how many rows, are computed by the tiles, side
     by side in memory that the next strips use again, and added up in one order: one block of threads with the
@@ -144,7 +144,7 @@ def ntk_sums(
     passes = [list(_left_and_right(x1, x2, *block, kernel, direction, precision)) for block in (a, b)]
     n1, n2 = len(x1), len(x1 if x2 is None else x2)
     symmetric = x2 is None and kernel == "gd"
-    step = tuning.row_block(2 * n2 * x1.element_size()) if block_size is None else block_size
+    step = heuristics.row_block(2 * n2 * x1.element_size()) if block_size is None else block_size
     strips = x1.new_empty(2, min(step, n1) * n2)
     sums = x1.new_zeros((n2 + 127) // 128, 4, dtype=torch.float64)
     rows, columns = (x1.new_zeros(2, n, dtype=torch.float64) for n in (n1, n2))

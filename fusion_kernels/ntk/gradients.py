@@ -15,7 +15,7 @@ from fusion_kernels.library import Operator, check_name
 from fusion_kernels.ntk.block import Block, prepare
 from fusion_kernels.ntk.jacobian import check_columns, check_tangents, moved_parts, tangent_arguments
 from fusion_kernels.ntk.operators import NTK_GRADIENT_GRAM, NTK_GRADIENT_NORMS, NTK_JVP, function_named
-from fusion_kernels.reference.ntk import FORMS
+from fusion_kernels.ntk.reference import FORMS
 
 Form = Literal["auto", "ghost", "direct"]
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from fusion_kernels import native
 from fusion_kernels.library import Backend, operator
 from fusion_kernels.ntk import cpu_backend, cuda_backend
+from fusion_kernels.ntk import reference as reference
 from fusion_kernels.ntk.block import Block, Kernel, all_finite, check_kernel, prepare
 from fusion_kernels.ntk.operators import FFN_ARGUMENTS, exactly, of_ffn
-from fusion_kernels.reference import ntk as reference
-from fusion_kernels.reference.ntk import FFN
+from fusion_kernels.ntk.reference import FFN
 
 #: How the outputs of a block enter its kernel; a vector is a direction r, for the kernel of the function r.F.
 Reduce = Literal["trace", "full", "diagonal", "pseudo"] | Sequence[float] | Tensor

@@ -15,8 +15,8 @@ from torch import Tensor
 from fusion_kernels.ntk.block import PARTS, Block, Kernel, Prepared, bundle_of, check_kernel, prepare
 from fusion_kernels.ntk.gram import Reduce, contraction_named
 from fusion_kernels.ntk.operators import NTK_JVP, NTK_VJP, NTK_VP, exactly, function_named
+from fusion_kernels.ntk.reference import FFN
 from fusion_kernels.ntk.torch_backend import FactoredKernel
-from fusion_kernels.reference.ntk import FFN
 
 #: How many products an operator expects to serve when it decides what to keep: a solve takes about as many.
 _USES = 32

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fusion_kernels import native
 from fusion_kernels.library import Backend, Operator, operator
+from fusion_kernels.ntk import reference as reference
 from fusion_kernels.ntk import torch_backend
-from fusion_kernels.reference import ntk as reference
-from fusion_kernels.reference.ntk import FFN
+from fusion_kernels.ntk.reference import FFN
 
 #: The members of `FFN` in an operator's schema.
 FFN_ARGUMENTS = (

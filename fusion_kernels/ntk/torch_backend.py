@@ -1,6 +1,6 @@
 """Products with the Jacobian of a feed-forward block, and with the kernels made of it, composed from torch's.
 
-With the factors A, S (and T) of `fusion_kernels.reference.ntk`, for tangents of the parameters and cotangents c (N, O)
+With the factors A, S (and T) of `fusion_kernels.ntk.reference`, for tangents of the parameters and cotangents c (N, O)
 of the outputs,
 
     J dtheta = (S o (x du' + db)) v + A dv + dc
@@ -17,7 +17,7 @@ outer products a_t b_t of each linear layer, are
     <g_n, g_m> = sum_{t, s} (a_nt . a_ms) (b_nt . b_ms)          ghost: from (S, S) products, no gradient
                = <A_n' B_n, A_m' B_m>                            direct: from gradients, a few columns at a time
 
-and which of them costs less depends on S: see `tuning.py`. A bias is a layer with a = 1. The rounding of torch's
+and which of them costs less depends on S: see `heuristics.py`. A bias is a layer with a = 1. The rounding of torch's
 products may depend on the number of threads.
 """
 
@@ -30,19 +30,19 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.library import check_name
-from fusion_kernels.ntk import tuning
-from fusion_kernels.reference.ntk import FFN, FORMS, check_names, contraction
+from fusion_kernels.ntk import heuristics
+from fusion_kernels.ntk.reference import FFN, FORMS, check_names, contraction
 
 # A layer of the gradient: activations (N, S, di), backpropagated (N, S, do), and whether weight and bias count.
 _Layer = tuple[Tensor, Tensor, bool, bool]
 
 
 def block_factors(x: Tensor, ffn: FFN) -> tuple[Tensor, dict[str, Tensor]]:
-    """Hidden values A and slopes of the rows x (N, d): see `fusion_kernels.reference.ntk.factors`.
+    """Hidden values A and slopes of the rows x (N, d): see `fusion_kernels.ntk.reference.factors`.
 
     In blocks of rows, so that what the activation and its derivative need on the way stays small.
     """
-    step = tuning.row_block(8 * len(ffn.w_in) * x.element_size())
+    step = heuristics.row_block(8 * len(ffn.w_in) * x.element_size())
     if len(x) <= step:
         return ffn.factors(x)
     hidden = x.new_empty(len(x), len(ffn.w_in))
@@ -60,7 +60,7 @@ def jvp(
     ffn: FFN,
     tangents: Sequence[Tensor | None],
 ) -> Tensor:
-    """J times the tangents: arguments and result as in `fusion_kernels.reference.ntk.jvp`."""
+    """J times the tangents: arguments and result as in `fusion_kernels.ntk.reference.jvp`."""
     hidden, slopes = block_factors(x, ffn)
     weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out = tangents
     moved = torch.zeros_like(hidden)
@@ -83,7 +83,7 @@ def vjp(
     cotangent: Tensor,
     params: Sequence[str],
 ) -> list[Tensor]:
-    """J' times the cotangent: arguments and result as in `fusion_kernels.reference.ntk.vjp`."""
+    """J' times the cotangent: arguments and result as in `fusion_kernels.ntk.reference.vjp`."""
     hidden, slopes = block_factors(x, ffn)
     gradients: dict[str, Tensor] = {}
     back = cotangent @ ffn.w_out.T
@@ -109,7 +109,7 @@ class _Products:
 
     def apply(self, name: str, left: Tensor, right: Tensor, v: Tensor) -> Tensor:
         """`left right' v`: (N, K), (N, K) and (N, M)."""
-        if not tuning.gram_is_cheaper(len(left), left.shape[1], v.shape[1], self.uses):
+        if not heuristics.gram_is_cheaper(len(left), left.shape[1], v.shape[1], self.uses):
             return left @ (right.T @ v)
         if name not in self.grams:
             self.grams[name] = left @ right.T
@@ -130,7 +130,7 @@ class FactoredKernel:
         metric: Tensor | None,
         uses: int,
     ) -> None:
-        """Arguments as in `fusion_kernels.reference.ntk.ntk_vp`; `uses` is how many products are expected."""
+        """Arguments as in `fusion_kernels.ntk.reference.ntk_vp`; `uses` is how many products are expected."""
         check_names(kernel, reduce, direction)
         hidden, slopes = block_factors(x, ffn)
         w_out = ffn.w_out
@@ -209,7 +209,7 @@ def ntk_vp(
     direction: Tensor | None,
     metric: Tensor | None,
 ) -> Tensor:
-    """K v: arguments and result as in `fusion_kernels.reference.ntk.ntk_vp`."""
+    """K v: arguments and result as in `fusion_kernels.ntk.reference.ntk_vp`."""
     return FactoredKernel(x, ffn, params, kernel, reduce, direction, metric, 1).times(v, 0)
 
 
@@ -242,12 +242,14 @@ def gradient_gram(
     metric: Tensor | None,
     form: str,
 ) -> Tensor:
-    """All inner products of gradients: arguments and result as in `fusion_kernels.reference.ntk.gradient_gram`."""
+    """All inner products of gradients: arguments and result as in `fusion_kernels.ntk.reference.gradient_gram`."""
     check_name("form", form, FORMS)
     n, s = cotangents.shape[:2]
     gram = x.new_zeros(n, n)
     for a, b, weight, bias in _layers(x, ffn, cotangents, params, metric):
-        ghost = tuning.ghost_gram_is_cheaper(n, s, a.shape[2] + bias, b.shape[2]) if form == "auto" else form == "ghost"
+        ghost = (
+            heuristics.ghost_gram_is_cheaper(n, s, a.shape[2] + bias, b.shape[2]) if form == "auto" else form == "ghost"
+        )
         (_add_ghost_gram if ghost else _add_direct_gram)(gram, a, b, weight, bias)
     return gram.tril() + gram.tril(-1).T
 
@@ -255,8 +257,8 @@ def gradient_gram(
 def _add_ghost_gram(gram: Tensor, a: Tensor, b: Tensor, weight: bool, bias: bool) -> None:
     """Add the lower triangle of a layer's Gram, in blocks of samples, or of a sample's tokens where one is too many."""
     n, s = a.shape[:2]
-    step = tuning.row_block(2 * n * s * s * a.element_size())
-    tokens = tuning.row_block(2 * n * s * a.element_size())
+    step = heuristics.row_block(2 * n * s * s * a.element_size())
+    tokens = heuristics.row_block(2 * n * s * a.element_size())
     for begin in range(0, n, step):
         here, there = slice(begin, min(begin + step, n)), slice(0, min(begin + step, n))
         for first in range(0, s, tokens):
@@ -269,7 +271,7 @@ def _add_ghost_gram(gram: Tensor, a: Tensor, b: Tensor, weight: bool, bias: bool
 
 def _add_direct_gram(gram: Tensor, a: Tensor, b: Tensor, weight: bool, bias: bool) -> None:
     """Add a layer's Gram from its gradients, a few columns of them at a time."""
-    step = tuning.row_block(len(a) * max(1, a.shape[2]) * a.element_size())
+    step = heuristics.row_block(len(a) * max(1, a.shape[2]) * a.element_size())
     for columns in b.split(step, dim=2) if weight else ():
         gradients = torch.bmm(a.mT, columns).flatten(1)
         gram += gradients @ gradients.T
@@ -286,15 +288,15 @@ def gradient_norms(
     metric: Tensor | None,
     form: str,
 ) -> Tensor:
-    """The norms of gradients: arguments and result as in `fusion_kernels.reference.ntk.gradient_norms`."""
+    """The norms of gradients: arguments and result as in `fusion_kernels.ntk.reference.gradient_norms`."""
     check_name("form", form, FORMS)
     n, s = cotangents.shape[:2]
     squares = x.new_zeros(n)
     for a, b, weight, bias in _layers(x, ffn, cotangents, params, metric):
         inputs, outputs = a.shape[2], b.shape[2]
-        ghost = tuning.ghost_norm_is_cheaper(s, inputs, outputs) if form == "auto" else form == "ghost"
-        step = tuning.row_block(2 * (s * s if ghost else inputs * outputs) * a.element_size())
-        tokens = tuning.row_block(2 * s * a.element_size())
+        ghost = heuristics.ghost_norm_is_cheaper(s, inputs, outputs) if form == "auto" else form == "ghost"
+        step = heuristics.row_block(2 * (s * s if ghost else inputs * outputs) * a.element_size())
+        tokens = heuristics.row_block(2 * s * a.element_size())
         for begin in range(0, n, step):
             here = slice(begin, begin + step)
             if weight and ghost:

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING
 from mlp_fusion.deferred import on_demand, when_imported
 
 if TYPE_CHECKING:
-    from mlp_fusion.checkpoint.compress import compress
-    from mlp_fusion.checkpoint.plan import FusionPlan, plan
-    from mlp_fusion.checkpoint.restoring import restore
-    from mlp_fusion.checkpoint.states import state_form
-    from mlp_fusion.checkpoint.verify import Verification, verify
     from mlp_fusion.errors import InputError
     from mlp_fusion.finetuning.result import FinetuneReport
-    from mlp_fusion.finetuning.run import finetune
-    from mlp_fusion.fusing import fuse
     from mlp_fusion.measure.report import FFNRow, FusionReport
     from mlp_fusion.modules import FusedExperts, FusedGLU, FusedMLP
     from mlp_fusion.neurons import NeuronBundle
+    from mlp_fusion.store.restoring import restore
+    from mlp_fusion.store.states import state_form
+    from mlp_fusion.verbs.compress import compress
+    from mlp_fusion.verbs.finetune import finetune
+    from mlp_fusion.verbs.fuse import fuse
+    from mlp_fusion.verbs.plan import FusionPlan, plan
+    from mlp_fusion.verbs.verify import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -35,18 +35,18 @@ _PLACES = {
     "FusedExperts": "modules",
     "FusedGLU": "modules",
     "FusedMLP": "modules",
-    "FusionPlan": "checkpoint.plan",
+    "FusionPlan": "verbs.plan",
     "FusionReport": "measure.report",
     "InputError": "errors",
     "NeuronBundle": "neurons",
-    "Verification": "checkpoint.verify",
-    "compress": "checkpoint.compress",
-    "finetune": "finetuning.run",
-    "fuse": "fusing",
-    "plan": "checkpoint.plan",
-    "restore": "checkpoint.restoring",
-    "state_form": "checkpoint.states",
-    "verify": "checkpoint.verify",
+    "Verification": "verbs.verify",
+    "compress": "verbs.compress",
+    "finetune": "verbs.finetune",
+    "fuse": "verbs.fuse",
+    "plan": "verbs.plan",
+    "restore": "store.restoring",
+    "state_form": "store.states",
+    "verify": "verbs.verify",
 }
 
 __all__ = [
@@ -87,12 +87,12 @@ _HOSTS = {
 
 
 def _is_host(name: str) -> bool:
-    """Whether a module has functions that `checkpoint.hosts` wraps."""
+    """Whether a module has functions that `store.hosts` wraps."""
     return name in _HOSTS or (name.startswith("transformers.models.") and ".modeling_" in name)
 
 
 def _adapt(module: ModuleType) -> None:
-    from mlp_fusion.checkpoint.hosts import adapt
+    from mlp_fusion.store.hosts import adapt
 
     adapt(module)
 

@@ -258,7 +258,7 @@ def finetune(model: str, out: Path, columns: tuple[str, ...], as_json: bool, **o
         try:
             report = mlp_fusion.finetune(model, out, columns=columns or None, progress=show, **options)
         except KeyboardInterrupt as error:
-            from mlp_fusion.finetuning.run import is_unfinished
+            from mlp_fusion.verbs.finetune import is_unfinished
 
             if is_unfinished(out):
                 raise _InterruptedRunError(
@@ -282,7 +282,7 @@ def report(folder: Path, out: Path | None, title: str | None, as_json: bool) -> 
 
     FOLDER holds fused checkpoints and fine-tuning runs, up to two levels down, or is one itself.
     """
-    from mlp_fusion.report import write_report
+    from mlp_fusion.verbs.report import write_report
 
     _emit(write_report(folder, out, title=title), as_json)
 

@@ -1,6 +1,6 @@
 """Work that waits for an import: importing `mlp_fusion` costs next to nothing, and torch and transformers no more.
 
-`import mlp_fusion` has to change a few methods of transformers (see `checkpoint.hosts`), whose modules take seconds to
+`import mlp_fusion` has to change a few methods of transformers (see `store.hosts`), whose modules take seconds to
 import. A finder in front of Python's own waits for them to be imported by whoever needs them.
 """
 

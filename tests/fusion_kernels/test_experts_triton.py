@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusion_kernels.experts import loop_backend, triton_backend
 from fusion_kernels.mlp.operators import Gradients
-from fusion_kernels.reference.mlp import Block
+from fusion_kernels.mlp.reference import Block
 
 pytestmark = pytest.mark.slow
 

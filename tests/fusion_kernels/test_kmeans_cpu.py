@@ -15,8 +15,8 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from fusion_kernels import native
-from fusion_kernels.kmeans import KMeansResult, Status, cpu_backend, kmeans, kmeans_assign, tuning
-from fusion_kernels.reference import kmeans as reference
+from fusion_kernels.kmeans import KMeansResult, Status, cpu_backend, heuristics, kmeans, kmeans_assign
+from fusion_kernels.kmeans import reference as reference
 
 pytestmark = pytest.mark.skipif(native.UNAVAILABLE is not None, reason=str(native.UNAVAILABLE))
 
@@ -235,7 +235,7 @@ def test_the_workspace_does_not_change_a_bit(algorithm: str) -> None:
     x = torch.stack([neuron_like(200, 33, seed=s) for s in range(5)])
     x[3, 7] = math.nan
     whole = kmeans(x, 40, algorithm=algorithm, backend="cpu")
-    one = tuning.gram_bytes(200, 40, 4, 4)
+    one = heuristics.gram_bytes(200, 40, 4, 4)
     assert_same(kmeans(x, 40, algorithm=algorithm, backend="cpu", workspace_bytes=one), whole)
     assert_same(kmeans(x, 40, algorithm=algorithm, backend="cpu", workspace_bytes=3 * one), whole)
     for b in range(5):
@@ -306,19 +306,19 @@ def test_hartigan_moves_that_do_not_fit_are_refused() -> None:
 
 
 def test_the_form_is_chosen_by_cost() -> None:
-    def shape(n: int, d: int, k: int, **options: Any) -> tuning.Shape:
+    def shape(n: int, d: int, k: int, **options: Any) -> heuristics.Shape:
         defaults: dict[str, Any] = {"n_init": 1, "seeding": "k-means++", "hartigan": False, "max_iter": 100}
-        return tuning.Shape(n, d, k, **{**defaults, **options})
+        return heuristics.Shape(n, d, k, **{**defaults, **options})
 
     for n, d, k in ((3072, 1537, 768), (4096, 2049, 1024), (2048, 21504, 512), (14336, 12288, 3584)):
         for options in ({}, {"n_init": 10}, {"hartigan": True}, {"seeding": "random"}, {"seeding": "centroids"}):
-            assert tuning.prefers_gram(shape(n, d, k, **options)), (n, d, k, options)
-    assert not tuning.prefers_gram(shape(100_000, 64, 50, seeding="random"))
-    assert not tuning.prefers_gram(shape(100_000, 128, 1000, seeding="centroids"))
-    assert tuning.gram_cost(shape(3072, 1537, 768, n_init=10)) < 10 * tuning.gram_cost(shape(3072, 1537, 768))
-    assert tuning.gram_cost(shape(900, 70, 90)) < tuning.gram_cost(shape(900, 70, 90, hartigan=True))
-    assert tuning.trials(1) == 2
-    assert tuning.trials(768) == 8
+            assert heuristics.prefers_gram(shape(n, d, k, **options)), (n, d, k, options)
+    assert not heuristics.prefers_gram(shape(100_000, 64, 50, seeding="random"))
+    assert not heuristics.prefers_gram(shape(100_000, 128, 1000, seeding="centroids"))
+    assert heuristics.gram_cost(shape(3072, 1537, 768, n_init=10)) < 10 * heuristics.gram_cost(shape(3072, 1537, 768))
+    assert heuristics.gram_cost(shape(900, 70, 90)) < heuristics.gram_cost(shape(900, 70, 90, hartigan=True))
+    assert heuristics.trials(1) == 2
+    assert heuristics.trials(768) == 8
 
 
 # --- nearest centroids -----------------------------------------------------------------------------------------------
@@ -414,7 +414,7 @@ def test_levels_are_the_stream_of_one_draw_after_the_other() -> None:
     first, rest = reference.seeding_levels(20, torch.Generator().manual_seed(4))
     g = torch.Generator().manual_seed(4)
     draws = [torch.rand(1, dtype=torch.float64, generator=g)]
-    draws += [torch.rand(tuning.trials(20), dtype=torch.float64, generator=g) for _ in range(19)]
+    draws += [torch.rand(heuristics.trials(20), dtype=torch.float64, generator=g) for _ in range(19)]
     assert torch.equal(torch.cat([first, rest.flatten()]), torch.cat(draws))
 
 

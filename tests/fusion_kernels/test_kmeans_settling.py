@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from fusion_kernels import kmeans, kmeans_assign, native
-from fusion_kernels.kmeans import OPERATOR, KMeansResult, Status, cpu_backend
-from fusion_kernels.reference import kmeans as reference
-from fusion_kernels.reference import settling
-from fusion_kernels.reference.kmeans import Options
+from fusion_kernels.kmeans import OPERATOR, KMeansResult, Status, cpu_backend, settling
+from fusion_kernels.kmeans import reference as reference
+from fusion_kernels.kmeans.reference import Options
 
 COMPILED = native.UNAVAILABLE is None
 BACKENDS = ("reference", "cpu") if COMPILED else ("reference",)

@@ -26,12 +26,12 @@ from fusion_kernels.kmeans import (
     triton_backend,
     triton_points,
     triton_run,
-    triton_tuning,
+    triton_heuristics,
 )
 from fusion_kernels.kmeans._triton_moves import _select_moves_kernel
-from fusion_kernels.reference.kmeans import Options
-from fusion_kernels.reference.kmeans import assign as assign_reference
-from fusion_kernels.reference.kmeans import kmeans as reference
+from fusion_kernels.kmeans.reference import Options
+from fusion_kernels.kmeans.reference import assign as assign_reference
+from fusion_kernels.kmeans.reference import kmeans as reference
 from points import nearest_gap
 
 pytestmark = pytest.mark.slow
@@ -42,7 +42,7 @@ FIELDS = ("labels", "centroids", "inertia", "counts", "n_iter", "status")
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that share a work list only cost time here; one test below has many."""
-    monkeypatch.setattr(triton_tuning, "_PROGRAMS", 1)
+    monkeypatch.setattr(triton_heuristics, "_PROGRAMS", 1)
 
 
 def blobs(B: int, n: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -337,13 +337,13 @@ def test_a_problem_has_the_same_bits_alone_in_a_batch_and_in_parts(monkeypatch: 
     w[3, [2, 5, 16]] = 1
     options: dict[str, Any] = {"n_init": 2, "max_iter": 2}
     together = run(x, 4, w, **options)
-    monkeypatch.setattr(triton_tuning, "_PROGRAMS", 3)
+    monkeypatch.setattr(triton_heuristics, "_PROGRAMS", 3)
     for b in (0, 1, 3):
         alone = run(x[b : b + 1], 4, w[b : b + 1], **options)
         for name in FIELDS:
             torch.testing.assert_close(alone[name][0], together[name][b], rtol=0.0, atol=0.0, equal_nan=True)
     assert together["status"].tolist()[1:4] == [Status.NON_FINITE, Status.ZERO_WEIGHT, Status.EMPTY_CLUSTERS]
-    in_parts = run(x, 4, w, workspace_bytes=2 * triton_tuning.problem_bytes(17, 4, 17, 4, True), **options)
+    in_parts = run(x, 4, w, workspace_bytes=2 * triton_heuristics.problem_bytes(17, 4, 17, 4, True), **options)
     for name in FIELDS:
         torch.testing.assert_close(in_parts[name], together[name], rtol=0.0, atol=0.0, equal_nan=True)
     assert_same(together, run(x, 4, w, function=reference, **options), torch.finfo(torch.float32).eps)
@@ -431,7 +431,7 @@ def test_assign_at_the_edges() -> None:
 
 
 def test_large_problems_are_refused_with_a_remedy() -> None:
-    size = triton_tuning.problem_bytes(100_000, 10, 3, 4, True)
+    size = triton_heuristics.problem_bytes(100_000, 10, 3, 4, True)
     with pytest.raises(ValueError, match=r"100000 points need 37 GiB .* use backend='reference', or cluster a sample"):
         triton_backend._check_memory(size, 100_000, size - 1)
     triton_backend._check_memory(size, 100_000, size)
@@ -439,12 +439,12 @@ def test_large_problems_are_refused_with_a_remedy() -> None:
 
 def test_configurations_depend_on_the_problem_alone() -> None:
     small, large = gpu.SMALL_SHARED_MEMORY, gpu.LARGE_SHARED_MEMORY
-    assert triton_tuning.gram_config(3072, True, small) != triton_tuning.gram_config(3072, True, large)
+    assert triton_heuristics.gram_config(3072, True, small) != triton_heuristics.gram_config(3072, True, large)
     for n, k in [(2, 1), (17, 5), (65, 64), (3072, 768), (14336, 3584)]:
-        config = triton_tuning.sweep_config(n, k, False)
+        config = triton_heuristics.sweep_config(n, k, False)
         assert all(v & (v - 1) == 0 and v > 0 for v in vars(config).values())
         for B in (1, 3, 200, 10**6):
-            assert 1 <= triton_tuning.list_programs(B, k) <= k
+            assert 1 <= triton_heuristics.list_programs(B, k) <= k
 
 
 @pytest.mark.skipif(gpu.why_not() is None, reason="there is a GPU that it runs on")

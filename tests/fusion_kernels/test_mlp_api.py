@@ -19,10 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusion_kernels import BackendUnavailableError, fused_mlp, mlp_backend, native
-from fusion_kernels.mlp import operators, reference_backend, torch_backend, tuning
+from fusion_kernels.mlp import heuristics, operators, reference_backend, torch_backend
+from fusion_kernels.mlp.heuristics import Shape
 from fusion_kernels.mlp.operators import MLP, MLP_BACKWARD
-from fusion_kernels.mlp.tuning import Shape
-from fusion_kernels.reference.mlp import Block
+from fusion_kernels.mlp.reference import Block
 
 DEFAULT = "torch" if native.UNAVAILABLE else "cpu"
 GATED = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
@@ -366,7 +366,7 @@ def test_mixed_dtypes_of_weights_are_fine() -> None:
 
 
 def test_the_path_on_a_gpu_is_what_was_measured() -> None:
-    table: tuning.Table = {
+    table: heuristics.Table = {
         ("a GPU", torch.bfloat16, 768, 192, False, True): [(1024, "cublas"), (65536, "epilogue")],
         ("a GPU", torch.bfloat16, 768, 192, False, False): [(1, "resident")],
     }
@@ -375,13 +375,13 @@ def test_the_path_on_a_gpu_is_what_was_measured() -> None:
         (1, 1, "torch"), (1023, 0, "torch"), (1024, 1, "cublas"), (65535, 0, "cublas"), (65536, 1, "epilogue"),
         (1, 2, "resident"), (0, 2, "torch"),
     ]:  # fmt: skip
-        assert tuning.path("a GPU", torch.bfloat16, replace(shape, tokens=tokens, checkpoint_level=level), table) == (
-            expected
-        )
-    assert tuning.path("another", torch.bfloat16, shape, table) == "torch"
-    assert tuning.path("a GPU", torch.float16, shape, table) == "torch"
+        assert heuristics.path(
+            "a GPU", torch.bfloat16, replace(shape, tokens=tokens, checkpoint_level=level), table
+        ) == (expected)
+    assert heuristics.path("another", torch.bfloat16, shape, table) == "torch"
+    assert heuristics.path("a GPU", torch.float16, shape, table) == "torch"
     for other in ({"d": 769}, {"h": 193}, {"gated": True}):
-        assert tuning.path("a GPU", torch.bfloat16, replace(shape, **other), table) == "torch"
+        assert heuristics.path("a GPU", torch.bfloat16, replace(shape, **other), table) == "torch"
 
 
 class OnGpu:
@@ -396,7 +396,7 @@ class OnGpu:
 def test_the_dispatcher_asks_for_the_path_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
-    monkeypatch.setattr(tuning, "path", lambda *call: asked.append(call) or "epilogue")
+    monkeypatch.setattr(heuristics, "path", lambda *call: asked.append(call) or "epilogue")
     x, w_in, w_out = OnGpu(5, 6), OnGpu(7, 6), OnGpu(8, 7)
     block = (x, w_in, None, None, None, w_out, None, None)
     for level in (0, 2):
@@ -413,14 +413,14 @@ def test_the_dispatcher_asks_for_the_path_on_a_gpu(monkeypatch: pytest.MonkeyPat
 def test_what_nothing_was_measured_for_runs_as_torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpus = {backend.name for backend in MLP.backends if "cuda" in backend.device_types}
     assert on_gpus == {"cublas", "epilogue", "resident", "torch", "reference"}
-    assert tuning.UNMEASURED in on_gpus
+    assert heuristics.UNMEASURED in on_gpus
     shape = Shape(1024, 768, 192, 768, False, 1)
     for name in on_gpus:
         measured = {("a GPU", torch.bfloat16, 768, 192, False, True): [(1024, name)]}
-        monkeypatch.setattr(tuning, "MEASURED", measured)
-        assert tuning.path("a GPU", torch.bfloat16, shape) == name
-        assert tuning.path("a GPU", torch.bfloat16, replace(shape, tokens=1023)) == tuning.UNMEASURED
-        assert tuning.path("another", torch.bfloat16, shape) == tuning.UNMEASURED
+        monkeypatch.setattr(heuristics, "MEASURED", measured)
+        assert heuristics.path("a GPU", torch.bfloat16, shape) == name
+        assert heuristics.path("a GPU", torch.bfloat16, replace(shape, tokens=1023)) == heuristics.UNMEASURED
+        assert heuristics.path("another", torch.bfloat16, shape) == heuristics.UNMEASURED
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 32, 33])

@@ -15,7 +15,7 @@ from blocks import make_block
 from rounding import assert_rounding
 
 from fusion_kernels.mlp import gpu_backend, reference_backend
-from fusion_kernels.reference.mlp import Block
+from fusion_kernels.mlp.reference import Block
 
 NAMES = ("x", "w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out", "scale")
 PATHS = {

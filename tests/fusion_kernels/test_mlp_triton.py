@@ -20,8 +20,14 @@ from torch import Tensor
 
 from fusion_kernels.activations import ACTIVATIONS
 from fusion_kernels import gpu
-from fusion_kernels.mlp import triton_launch, triton_linear, triton_pointwise, triton_resident, triton_tuning
-from fusion_kernels.mlp.triton_tuning import HALF, IEEE, TF32, Gpu, ResidentConfig, TileConfig
+from fusion_kernels.mlp import (
+    triton_launch,
+    triton_linear,
+    triton_pointwise,
+    triton_resident,
+    triton_heuristics,
+)
+from fusion_kernels.mlp.triton_heuristics import HALF, IEEE, TF32, Gpu, ResidentConfig, TileConfig
 
 pytestmark = pytest.mark.slow
 
@@ -110,7 +116,7 @@ def test_shapes(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 def tiles() -> Iterator[tuple[torch.dtype, TileConfig]]:
     for kind in (HALF, TF32, IEEE):
         for memory in (gpu.SMALL_SHARED_MEMORY, gpu.LARGE_SHARED_MEMORY):
-            for config in triton_tuning.tile_candidates(kind, Gpu(memory, 1), False):
+            for config in triton_heuristics.tile_candidates(kind, Gpu(memory, 1), False):
                 yield torch.float16 if kind == HALF else torch.float32, config
 
 
@@ -235,12 +241,12 @@ def test_resident(T: int, d: int, h: int, activation: str) -> None:
     p = Problem((T, d, h), torch.float16, activation, bias=T != 17)
     check_resident(p, None)
     p = Problem((T, d, h), torch.float32, activation, bias=T != 17)
-    check_resident(p, ResidentConfig(16, *triton_tuning.hidden_parts(h), 32, 16, 4, 2))
+    check_resident(p, ResidentConfig(16, *triton_heuristics.hidden_parts(h), 32, 16, 4, 2))
 
 
 @pytest.mark.parametrize("h", [16, 40, 96, 170, 192, 256, 320, 384, 512])
 def test_resident_in_two_parts(h: int) -> None:
-    H0, H1 = triton_tuning.hidden_parts(h)
+    H0, H1 = triton_heuristics.hidden_parts(h)
     assert h <= H0 + H1 <= 1.5 * h
     check_resident(Problem((33, 32, h), torch.float16, "gelu"), ResidentConfig(32, H0, H1, 16, 32, 4, 2))
 
@@ -321,9 +327,9 @@ def test_float32_precision_follows_torch() -> None:
 
 
 def test_tiles_fill_the_gpu() -> None:
-    gpu = triton_tuning.gpu_of(90)
-    large = triton_tuning.tile_config(65536, 768, HALF, gpu)
+    gpu = triton_heuristics.gpu_of(90)
+    large = triton_heuristics.tile_config(65536, 768, HALF, gpu)
     assert large.BM * large.BN >= 128 * 128
-    few = triton_tuning.tile_config(1024, 192, HALF, gpu)
+    few = triton_heuristics.tile_config(1024, 192, HALF, gpu)
     assert -(-1024 // few.BM) * -(-192 // few.BN) >= 64
-    assert triton_tuning.tile_config(1, 768, HALF, gpu).BM == 16
+    assert triton_heuristics.tile_config(1, 768, HALF, gpu).BM == 16

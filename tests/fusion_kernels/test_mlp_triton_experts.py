@@ -15,7 +15,7 @@ from rounding import Arithmetic, assert_rounding
 from torch import Tensor
 
 from fusion_kernels.mlp import triton_linear, triton_pointwise
-from fusion_kernels.mlp.triton_tuning import TileConfig
+from fusion_kernels.mlp.triton_heuristics import TileConfig
 
 pytestmark = pytest.mark.slow
 

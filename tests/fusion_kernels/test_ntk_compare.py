@@ -17,7 +17,7 @@ from torch import Tensor
 from fusion_kernels import native, ntk_compare, ntk_gram, ntk_operator
 from fusion_kernels.ntk import Kernel
 from fusion_kernels.ntk import compare as module
-from fusion_kernels.reference import ntk as reference
+from fusion_kernels.ntk import reference as reference
 
 BACKENDS = ["reference", *([] if native.UNAVAILABLE else ["cpu"])]
 

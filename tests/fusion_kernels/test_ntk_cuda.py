@@ -32,9 +32,9 @@ from fusion_kernels.library import Backend
 from fusion_kernels.ntk import Kernel, cuda_backend
 from fusion_kernels.ntk import compare as comparison
 from fusion_kernels.ntk import gram as module
+from fusion_kernels.ntk import reference as reference
 from fusion_kernels.ntk.block import prepare
-from fusion_kernels.reference import ntk as reference
-from fusion_kernels.reference.ntk import FFN, Differentiated
+from fusion_kernels.ntk.reference import FFN, Differentiated
 
 pytestmark = pytest.mark.slow
 

@@ -31,9 +31,9 @@ from fusion_kernels import (
     vjp,
 )
 from fusion_kernels.library import Operator
-from fusion_kernels.ntk import Kernel, operators, tuning
+from fusion_kernels.ntk import Kernel, heuristics, operators
+from fusion_kernels.ntk import reference as reference
 from fusion_kernels.ntk.block import PARTS, prepare
-from fusion_kernels.reference import ntk as reference
 
 BACKENDS = ["reference", *([] if native.UNAVAILABLE else ["cpu"])]
 #: Of the products.
@@ -215,13 +215,13 @@ def test_ntk_vp_is_the_jacobian_product_of_torch_func(kernel: Kernel) -> None:
 def test_the_cheaper_form_has_fewer_operations(uses: int, rows: int, width: int, columns: int) -> None:
     factored = 4 * rows * width * columns * uses
     through_gram = 2 * rows**2 * columns * uses + 2 * rows**2 * width
-    assert tuning.gram_is_cheaper(rows, width, columns, uses) == (through_gram < factored)
+    assert heuristics.gram_is_cheaper(rows, width, columns, uses) == (through_gram < factored)
 
 
 def test_both_forms_are_taken_and_agree() -> None:
     bundle = block(60, 50, 40, False)
-    assert tuning.gram_is_cheaper(10, 60, 50)
-    assert not tuning.gram_is_cheaper(100, 60, 50)
+    assert heuristics.gram_is_cheaper(10, 60, 50)
+    assert not heuristics.gram_is_cheaper(100, 60, 50)
     for rows in (10, 100):
         x, v = torch.randn(rows, 60).double(), torch.randn(rows, 40).double()
         torch.testing.assert_close(ntk_vp(bundle, x, v), jvp(bundle, x, vjp(bundle, x, v)), rtol=1e-9, atol=1e-9)
@@ -307,7 +307,7 @@ def test_gradients_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [gradient_gram(bundle, x, c, form=form) for form in ("ghost", "direct")]
     norms = [gradient_norms(bundle, x, c, form=form) for form in ("ghost", "direct")]
     pulled = vjp(bundle, x[0], c[0])
-    monkeypatch.setattr(tuning, "ROW_BLOCK_BYTES", 1500)
+    monkeypatch.setattr(heuristics, "ROW_BLOCK_BYTES", 1500)
     for part, gradient in vjp(bundle, x[0], c[0]).items():
         torch.testing.assert_close(gradient, pulled[part])
     for form, gram, norm in zip(("ghost", "direct"), whole, norms, strict=True):
@@ -320,7 +320,7 @@ def test_long_sequences_go_by_tokens(monkeypatch: pytest.MonkeyPatch, gated: boo
     bundle = block(9, 11, 4, gated)
     x, c = torch.randn(2, 150, 9).double(), torch.randn(2, 150, 4).double()
     gram, norms = (of(bundle, x, c, form="direct") for of in (gradient_gram, gradient_norms))
-    monkeypatch.setattr(tuning, "ROW_BLOCK_BYTES", 2**15)
+    monkeypatch.setattr(heuristics, "ROW_BLOCK_BYTES", 2**15)
     # By name: what an operator does on the inside is not visible to the observer.
     with LargestTensor() as largest:
         torch.testing.assert_close(gradient_gram(bundle, x, c, form="ghost", backend="torch"), gram)
@@ -331,12 +331,12 @@ def test_long_sequences_go_by_tokens(monkeypatch: pytest.MonkeyPatch, gated: boo
 
 def test_the_form_changes_where_the_operations_do() -> None:
     # di do / (di + do) of 768 x 192 is 153.6.
-    assert tuning.ghost_norm_is_cheaper(153, 768, 192)
-    assert not tuning.ghost_norm_is_cheaper(154, 768, 192)
+    assert heuristics.ghost_norm_is_cheaper(153, 768, 192)
+    assert not heuristics.ghost_norm_is_cheaper(154, 768, 192)
     for samples, tokens in ((8, 4), (8, 64), (1000, 12), (1000, 13), (1, 500)):
         ghost = 2 * samples**2 * tokens**2 * (768 + 192)
         direct = 2 * samples * tokens * 768 * 192 + 2 * samples**2 * 768 * 192
-        assert tuning.ghost_gram_is_cheaper(samples, tokens, 768, 192) == (ghost < direct)
+        assert heuristics.ghost_gram_is_cheaper(samples, tokens, 768, 192) == (ghost < direct)
 
 
 @pytest.mark.parametrize("backend", PRODUCTS)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rounding import Arithmetic, assert_rounding
 
 from fusion_kernels import native, ntk_gram
-from fusion_kernels.ntk import Kernel, tuning
+from fusion_kernels.ntk import Kernel, heuristics
 from fusion_kernels.ntk import gram as module
 
 BACKENDS = ["reference", *([] if native.UNAVAILABLE else ["cpu"])]
@@ -345,7 +345,7 @@ def test_opcheck(reduce: str, with_out: bool) -> None:
 
 @pytest.mark.parametrize("rows", [1, 100, 1000, 10_000])
 def test_tiles_are_a_few_megabytes(rows: int) -> None:
-    edge = tuning.tile_edge(rows)
+    edge = heuristics.tile_edge(rows)
     assert edge >= 128
     assert 3 * edge**2 * torch.float64.itemsize <= 8 << 20
     assert edge <= max(128, rows // 2)

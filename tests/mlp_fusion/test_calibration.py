@@ -16,12 +16,13 @@ from bundles import random_bundle, statistics_of, tie
 from families import FAMILIES, tiny_model, token_batch
 from fusion_kernels import ntk_gram
 from mlp_fusion import InputError
-from mlp_fusion.architectures import get_architecture
 from mlp_fusion.calibration import collect, match_ntk, nnls, refit
 from mlp_fusion.calibration.refit import _moments
 from mlp_fusion.calibration.statistics import StreamPlan
-from mlp_fusion.measure import capture_activations, ffn_errors, relative_error
+from mlp_fusion.families import get_architecture
+from mlp_fusion.measure import ffn_errors, relative_error
 from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.running.taps import capture_activations
 
 
 def rows(count: int, d: int = 5, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -15,15 +15,17 @@ from transformers import AutoModelForSequenceClassification
 import checkpoints as ck
 from families import FAMILIES, WIDTH, tiny_model, token_batch
 from mlp_fusion import FusedMLP, FusionReport, InputError, fuse, restore
-from mlp_fusion.architectures import get_architecture
 from mlp_fusion.calibration import FFNStatistics, collect
 from mlp_fusion.calibration.text import calibration_batches
-from mlp_fusion.measure import capture_activations, relative_error
-from mlp_fusion.methods import get_method, pipeline
-from mlp_fusion.methods.allocation import hidden_state_changes
-from mlp_fusion.methods.pipeline import Recipe, reduce_ffns
-from mlp_fusion.methods.sequential import reduce_sequentially
+from mlp_fusion.families import get_architecture
+from mlp_fusion.measure import relative_error
+from mlp_fusion.methods import get_method
 from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.reducing import pipeline
+from mlp_fusion.reducing.pipeline import Recipe, reduce_ffns
+from mlp_fusion.reducing.sequential import reduce_sequentially
+from mlp_fusion.reducing.widths import hidden_state_changes
+from mlp_fusion.running.taps import capture_activations
 
 pytestmark = pytest.mark.slow
 

@@ -23,7 +23,7 @@ import mlp_fusion
 from families import WIDTH
 from mlp_fusion import InputError
 from mlp_fusion import cli as cli_module
-from mlp_fusion.checkpoint import compress as compress_module
+from mlp_fusion.verbs import compress as compress_module
 
 
 @dataclass(frozen=True)

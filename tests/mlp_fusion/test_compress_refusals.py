@@ -14,7 +14,7 @@ import checkpoints as ck
 import mlp_fusion
 from checkpoints import B_IN, W_IN, W_OUT
 from mlp_fusion import InputError
-from mlp_fusion.checkpoint import compress as compress_module
+from mlp_fusion.verbs import compress as compress_module
 
 # --- where it is written ---------------------------------------------------------------------------------------------
 

@@ -16,9 +16,9 @@ import checkpoints as ck
 import mlp_fusion
 from families import tiny_model
 from mlp_fusion import InputError
-from mlp_fusion.checkpoint.restoring import restore
 from mlp_fusion.finetuning.loading import fused_parameters
 from mlp_fusion.finetuning.trainers import SimilarLengths, hidden_state_error, logit_divergence
+from mlp_fusion.store.restoring import restore
 
 pytestmark = pytest.mark.slow
 

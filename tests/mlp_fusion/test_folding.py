@@ -17,8 +17,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification, Trainer,
 
 from families import FAMILIES, tiny_model, token_batch
 from mlp_fusion import InputError, fuse, restore, state_form
-from mlp_fusion.checkpoint.metadata import SCALE_FILE
 from mlp_fusion.modules import FusedFFN
+from mlp_fusion.store.record import SCALE_FILE
 
 BATCH = token_batch()
 LABELS = torch.tensor([0, 1, 0, 1])

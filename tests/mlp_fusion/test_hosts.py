@@ -22,8 +22,8 @@ from transformers import (
 
 from families import FAMILIES, tiny_model, token_batch
 from mlp_fusion import FusedMLP, InputError, fuse, restore
-from mlp_fusion.checkpoint.metadata import REFERENCE_FILE, REPORT_FILE, SCALE_FILE
 from mlp_fusion.modules import FusedFFN
+from mlp_fusion.store.record import REFERENCE_FILE, REPORT_FILE, SCALE_FILE
 
 BATCH = token_batch()
 

@@ -15,7 +15,7 @@ import checkpoints as ck
 import mlp_fusion
 from families import tiny_model
 from mlp_fusion import InputError
-from mlp_fusion.checkpoint import source as source_module
+from mlp_fusion.store import source as source_module
 
 pytestmark = pytest.mark.slow
 

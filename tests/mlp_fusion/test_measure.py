@@ -12,10 +12,12 @@ from bundles import random_bundle, tie
 from families import FAMILIES, tiny_model, token_batch
 from fusion_kernels import ntk_gram
 from mlp_fusion import FusionReport, InputError
-from mlp_fusion.architectures import get_architecture
-from mlp_fusion.measure import FFNRow, capture_activations, ffn_errors, random_batch, relative_error
+from mlp_fusion.families import get_architecture
+from mlp_fusion.measure import FFNRow, ffn_errors, relative_error
 from mlp_fusion.measure.report import EmbeddingSimilarity, format_bytes
 from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.running.batches import random_batch
+from mlp_fusion.running.taps import capture_activations
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -15,11 +15,11 @@ from mlp_fusion import InputError
 from mlp_fusion.calibration import FFNStatistics, refit
 from mlp_fusion.measure import relative_error
 from mlp_fusion.methods import get_method, method_names
-from mlp_fusion.methods.allocation import Choice, choose
 from mlp_fusion.methods.fusion import balanced_rows, neuron_weights
 from mlp_fusion.methods.select import greedy
 from mlp_fusion.methods.svd import rank_for
 from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.reducing.widths import Choice, choose
 
 
 def rows(count: int, d: int = 5, seed: int = 0) -> Tensor:

@@ -16,8 +16,8 @@ from transformers import AutoModelForSequenceClassification
 
 from families import FAMILIES, tiny_model, token_batch
 from mlp_fusion import InputError, fuse, restore
-from mlp_fusion.checkpoint.metadata import SCALE_FILE
 from mlp_fusion.modules import FusedFFN
+from mlp_fusion.store.record import SCALE_FILE
 
 pytestmark = pytest.mark.slow
 

@@ -16,9 +16,9 @@ import pytest
 import checkpoints as ck
 import mlp_fusion
 from mlp_fusion import InputError, cli
-from mlp_fusion.checkpoint import compress as compress_module
-from mlp_fusion.checkpoint import output as output_module
-from mlp_fusion.checkpoint.output import appears_when_complete, check_output, taken
+from mlp_fusion.store import output as output_module
+from mlp_fusion.store.output import appears_when_complete, check_output, taken
+from mlp_fusion.verbs import compress as compress_module
 
 pytestmark = pytest.mark.slow
 
@@ -148,7 +148,7 @@ def test_a_second_run_fails_at_once(
             with monkeypatch.context() as patch:
                 # It must not even load the model.
                 patch.setattr(compress_module, "_load", None)
-                patch.setattr("mlp_fusion.finetuning.run.load_student", None)
+                patch.setattr("mlp_fusion.verbs.finetune.load_student", None)
                 with pytest.raises(InputError) as caught:
                     second(source, out)
             messages.append(str(caught.value))

@@ -17,9 +17,9 @@ import checkpoints as ck
 import mlp_fusion
 from families import FAMILIES, WIDTH, tiny_model
 from mlp_fusion import InputError
-from mlp_fusion.checkpoint import source as source_module
-from mlp_fusion.checkpoint import weights as weights_module
-from mlp_fusion.checkpoint.plan import looks_like_ffn
+from mlp_fusion.store import source as source_module
+from mlp_fusion.store import weights as weights_module
+from mlp_fusion.verbs.plan import looks_like_ffn
 
 #: family -> parameters of one FFN with 64 and with 16 neurons, counted by hand from hidden size and biases.
 FFN_PARAMETERS = {

@@ -17,10 +17,11 @@ import pytest
 from mlp_fusion import FusionReport, InputError, cli
 from mlp_fusion.measure import FFNRow
 from mlp_fusion.measure.report import CalibrationRecord, EmbeddingSimilarity, finite
-from mlp_fusion.report import figures, write_report
+from mlp_fusion.report import figures
 from mlp_fusion.report.gather import find_results, read_run
 from mlp_fusion.report.page import format_number, format_score, format_seconds, format_short
 from mlp_fusion.report.summary import CURVE_POINTS, cluster_bins, summarize
+from mlp_fusion.verbs.report import write_report
 
 pytestmark = pytest.mark.slow
 

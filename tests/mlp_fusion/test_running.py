@@ -17,9 +17,9 @@ import mlp_fusion
 from families import FAMILIES, tiny_model, token_batch
 from mlp_fusion import InputError
 from mlp_fusion.calibration.sensitivity import output_sensitivities
-from mlp_fusion.checkpoint import compress as compress_module
-from mlp_fusion.checkpoint.verify import _check_finite
 from mlp_fusion.measure import compare_models
+from mlp_fusion.verbs import compress as compress_module
+from mlp_fusion.verbs.verify import _check_finite
 
 pytestmark = pytest.mark.slow
 
@@ -267,7 +267,7 @@ def test_a_batch_without_tokens_is_passed_over() -> None:
 
 
 def test_tuning_meets_token_ids_as_well() -> None:
-    from mlp_fusion.architectures import get_architecture
+    from mlp_fusion.families import get_architecture
 
     model = tiny_model("bert")
     architecture = get_architecture("bert")

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from bundles import random_bundle, statistics_of
 from families import FAMILIES, tiny_model, token_batch
 from mlp_fusion import InputError, fuse
-from mlp_fusion.architectures import get_architecture
 from mlp_fusion.calibration import output_sensitivities, refit, sensitivity, tune
-from mlp_fusion.measure.activations import token_mask
-from mlp_fusion.methods import pipeline
+from mlp_fusion.families import get_architecture
 from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.reducing import pipeline
+from mlp_fusion.running.batches import token_mask
 
 pytestmark = pytest.mark.slow
 

@@ -18,9 +18,10 @@ from mlp_fusion import FusionReport, InputError, compress, fuse
 from mlp_fusion.calibration import FFNStatistics, Refit, refit, tune
 from mlp_fusion.cli import cli
 from mlp_fusion.measure import relative_error
-from mlp_fusion.methods import get_method, pipeline
-from mlp_fusion.methods.pipeline import Recipe, reduce_ffns
+from mlp_fusion.methods import get_method
 from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.reducing import pipeline
+from mlp_fusion.reducing.pipeline import Recipe, reduce_ffns
 
 pytestmark = pytest.mark.slow
 
@@ -227,7 +228,7 @@ def test_interrupted_tuning_leaves_the_model_alone(monkeypatch: pytest.MonkeyPat
             raise KeyboardInterrupt
         return 1.0
 
-    monkeypatch.setattr("mlp_fusion.calibration.tuning._schedule", interrupted)
+    monkeypatch.setattr("mlp_fusion.calibration.local_training._schedule", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fuse(model, 16, calibration=TEXT, tune_steps=20)
     assert steps == list(range(6))

@@ -16,7 +16,7 @@ import checkpoints as ck
 import mlp_fusion
 from families import tiny_model
 from mlp_fusion import InputError
-from mlp_fusion.checkpoint.weights import TensorInfo, find_weights, read_tensors, widest_dtype
+from mlp_fusion.store.weights import TensorInfo, find_weights, read_tensors, widest_dtype
 
 INDEX = "model.safetensors.index.json"
 

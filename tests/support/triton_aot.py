@@ -164,7 +164,7 @@ def recorder(launches: dict[str, Launch]) -> Callable[..., None]:
 def kmeans_launches(N: int, K: int, D: int, shared_memory: int) -> Iterator[Launch]:
     """Every distinct launch of the backend for problems of N points, in all modes; nothing is run."""
     from fusion_kernels.kmeans import triton_assign, triton_backend, triton_points, triton_run
-    from fusion_kernels.reference.kmeans import Options
+    from fusion_kernels.kmeans.reference import Options
 
     launches: dict[str, Launch] = {}
 

@@ -22,10 +22,10 @@ SHAPES = [(1024, 768, 192), (65536, 768, 192), (65536, 2048, 512), (8192, 123, 5
 
 def mlp_launches(capability: int) -> Iterator[Launch]:
     """Every distinct launch for SHAPES in bfloat16, some in float32 with and without TF32; nothing is run."""
-    from fusion_kernels.mlp import triton_launch, triton_linear, triton_resident, triton_tuning
+    from fusion_kernels.mlp import triton_heuristics, triton_launch, triton_linear, triton_resident
 
     launches: dict[str, Launch] = {}
-    gpu = triton_tuning.gpu_of(capability)
+    gpu = triton_heuristics.gpu_of(capability)
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(triton_launch, "launch", recorder(launches)))
         for module in (triton_linear, triton_resident):
@@ -33,14 +33,14 @@ def mlp_launches(capability: int) -> Iterator[Launch]:
         for shape in SHAPES:
             _block(*shape, torch.bfloat16)
         _experts(8192, 768, 192, 8, torch.bfloat16)
-        for kind in (triton_tuning.TF32, triton_tuning.IEEE):
+        for kind in (triton_heuristics.TF32, triton_heuristics.IEEE):
             patches.enter_context(mock.patch.object(triton_linear, "kind", return_value=kind))
             _block(8192, 768, 192, torch.float32)
     yield from launches.values()
 
 
 def _block(T: int, d: int, h: int, dtype: torch.dtype) -> None:
-    from fusion_kernels.mlp import triton_linear, triton_pointwise, triton_resident, triton_tuning
+    from fusion_kernels.mlp import triton_heuristics, triton_linear, triton_pointwise, triton_resident
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -57,9 +57,9 @@ def _block(T: int, d: int, h: int, dtype: torch.dtype) -> None:
     if dtype != torch.float32:
         aligned = d % 16 == 0
         gpu = triton_resident.gpu(x.device)
-        if triton_tuning.resident_config(T, h, triton_tuning.HALF, gpu, False, aligned):
+        if triton_heuristics.resident_config(T, h, triton_heuristics.HALF, gpu, False, aligned):
             triton_resident.mlp_resident(x, w, b, out, new(d), "gelu")
-        if triton_tuning.resident_config(T, h, triton_tuning.HALF, gpu, True, aligned):
+        if triton_heuristics.resident_config(T, h, triton_heuristics.HALF, gpu, True, aligned):
             triton_resident.glu_resident(x, w, w, b, b, out, new(d), "gelu")
 
 

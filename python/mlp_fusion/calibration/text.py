@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlp_fusion.checkpoint.rows import TEXT_COLUMNS, read_texts
-from mlp_fusion.checkpoint.text import encode, tokenizer_of
 from mlp_fusion.choices import CALIBRATION_SENTENCES
 from mlp_fusion.errors import InputError
-from mlp_fusion.measure.activations import Batch
+from mlp_fusion.running.batches import Batch
+from mlp_fusion.running.rows import TEXT_COLUMNS, read_texts
+from mlp_fusion.running.sentences import encode
+from mlp_fusion.store.tokenizers import tokenizer_of
 
 Calibration = Batch | Iterable[Batch] | Sequence[str] | str | Path
 
@@ -26,7 +27,7 @@ def calibration_batches(
 
     Args:
         calibration: a batch or an iterable of batches, as a tokenizer returns them; the path of a text file or table
-            (see :func:`mlp_fusion.checkpoint.rows.read_texts`); a list of sentences; or rows, a list of mappings or a
+            (see :func:`mlp_fusion.running.rows.read_texts`); a list of sentences; or rows, a list of mappings or a
             dataset of the `datasets` library, with a column `input_ids`, or `text`, `sentence` or `content`.
         model: whose tokenizer reads text: it is looked up under the name that the model was loaded from.
         sentences: how many are read of files, lists and datasets.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlp_fusion.checkpoint.rows import Data, Rows, read_rows
 from mlp_fusion.errors import InputError
+from mlp_fusion.running.rows import Data, Rows, read_rows
 
 __all__ = ["Data", "Rows", "class_names", "labelled_examples", "language_examples", "read_rows"]
 

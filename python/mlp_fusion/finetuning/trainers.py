@@ -14,8 +14,8 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from mlp_fusion.checkpoint.weights import WEIGHTS_FILE
 from mlp_fusion.finetuning.result import Progress
+from mlp_fusion.store.weights import WEIGHTS_FILE
 
 
 class _Reporting(TrainerCallback):

@@ -1,21 +1,17 @@
 """What a compression cost: errors of outputs and of the tangent kernel, sentence embeddings, the report."""
 
-from mlp_fusion.measure.activations import Activations, capture_activations, random_batch
 from mlp_fusion.measure.errors import FFNErrors, ffn_errors, relative_error
 from mlp_fusion.measure.models import KernelRow, ModelComparison, NetworkKernel, compare_models
 from mlp_fusion.measure.report import FFNRow, FusionReport
 
 __all__ = [
-    "Activations",
     "FFNErrors",
     "FFNRow",
     "FusionReport",
     "KernelRow",
     "ModelComparison",
     "NetworkKernel",
-    "capture_activations",
     "compare_models",
     "ffn_errors",
-    "random_batch",
     "relative_error",
 ]

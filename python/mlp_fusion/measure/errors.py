@@ -11,10 +11,12 @@ from torch import Tensor
 
 from fusion_kernels import ntk_gram
 from fusion_kernels.ntk import Kernel
-from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.neurons import NeuronBundle, Parameterization
 
 #: The kernels: what a gradient-descent step sees, and what a sign (Adam-like) step sees.
 KERNELS: tuple[Kernel, ...] = ("gd", "sign")
+#: Parameterization -> the kernel that the steps of the optimiser it suits see.
+OPTIMIZER_KERNELS: dict[Parameterization, Kernel] = {"scaled": "sign", "split": "gd"}
 #: Leading eigenvalues of each kernel that are kept.
 SPECTRUM_SIZE = 32
 #: Multiply-adds of a kernel below which an FFN is measured by one thread: waking others takes longer than it does.

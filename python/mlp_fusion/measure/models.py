@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from fusion_kernels import ntk_compare
 from fusion_kernels.ntk import Kernel
-from mlp_fusion.architectures import Architecture, FFNSite, get_architecture
 from mlp_fusion.errors import InputError
-from mlp_fusion.measure.activations import POOL, Batch, capture_activations, evaluating, run_base, take_batches
+from mlp_fusion.families import Architecture, FFNSite, get_architecture
 from mlp_fusion.measure.errors import ffn_parts, relative_error
 from mlp_fusion.measure.report import finite
 from mlp_fusion.modules.layouts import read_projection
+from mlp_fusion.running.batches import POOL, Batch, take_batches
+from mlp_fusion.running.runner import Runner
+from mlp_fusion.running.taps import capture_activations
 
 #: `(model, batch) -> (samples, outputs)`: which outputs of the network count in its kernel.
 Outputs = Callable[[nn.Module, Batch], Tensor]
@@ -176,7 +178,8 @@ def _matching_sites(original: nn.Module, other: nn.Module) -> tuple[Architecture
 
 def pooled(model: nn.Module, batch: Batch) -> Tensor:
     """(samples, hidden): means of the last hidden states over each sequence's tokens."""
-    hidden: Tensor = run_base(model, batch).last_hidden_state
+    with Runner(model) as runner:
+        hidden = runner.hidden_states(batch)
     mask = batch.get("attention_mask")
     if mask is None:
         return hidden.mean(1)
@@ -263,7 +266,7 @@ def _network_kernel(
     try:
         for p in parameters:
             p.requires_grad_(True)
-        with evaluating(model):
+        with Runner(model):
             for group in _groups(parameters, len(samples) * drawn):
                 rows: list[list[Tensor]] = []
                 for sample in samples:

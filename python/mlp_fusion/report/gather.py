@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlp_fusion.checkpoint.metadata import REPORT_FILE
 from mlp_fusion.errors import InputError
 from mlp_fusion.finetuning.result import FORMAT_VERSION, RESULT_FILE
 from mlp_fusion.measure import FusionReport
 from mlp_fusion.measure.errors import KERNELS
+from mlp_fusion.store.record import REPORT_FILE
 
 #: Levels of folders below the given one that are searched.
 DEPTH = 2

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mlp_fusion.fusing import OPTIMIZER_KERNELS
 from mlp_fusion.measure import FFNRow
+from mlp_fusion.measure.errors import OPTIMIZER_KERNELS
 from mlp_fusion.report.gather import Checkpoint, Results, Run, RunGroup, Score
 
 #: Points of a training curve; longer ones are averaged in blocks of equal length.

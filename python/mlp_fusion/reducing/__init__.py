@@ -1,0 +1,1 @@
+"""Methods and corrections over all FFNs of a model."""

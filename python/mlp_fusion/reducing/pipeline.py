@@ -1,0 +1,190 @@
+"""From FFNs to reduced FFNs: the method on FFNs of one shape side by side, then the corrections."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusion_kernels.ntk import Kernel
+from mlp_fusion.calibration.local_training import held_out_errors, tune
+from mlp_fusion.calibration.matching import MATCHING_ROWS, match_ntk
+from mlp_fusion.calibration.refit import Refit, refit
+from mlp_fusion.calibration.statistics import FFNStatistics
+from mlp_fusion.methods import Method, Reduction
+from mlp_fusion.neurons import NeuronBundle, Parameterization
+
+#: Called as `progress(done, total)`, in units of FFNs reduced and, where FFNs are tuned, of steps of each.
+Progress = Callable[[int, int], None]
+
+#: Bytes of neuron vectors that a method works on side by side.
+BATCH_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How FFNs are reduced.
+
+    Attributes:
+        method: the compression method.
+        seed: of the method and of the rows whose kernel is matched.
+        form: the parameterization that the reduced FFNs will have.
+        refit: fit output weights and bias to the calibration rows afterwards.
+        tune_steps: steps of local tuning after that, followed by another refit; 0 for none, or where `refit` is False.
+        match: the kernel to match the scale to after that, or None.
+    """
+
+    method: Method
+    seed: int
+    form: Parameterization
+    refit: bool = False
+    tune_steps: int = 0
+    match: Kernel | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ReducedFFN:
+    """One FFN after method and corrections.
+
+    Attributes:
+        reduction: of the method, its bundle corrected; B = 1.
+        seconds: wall-clock time of the method; FFNs worked on side by side share theirs equally.
+        correction_seconds: of refit, tuning and matching; FFNs tuned side by side share that equally.
+        ridge, held_out_error: of the last refit; None without.
+    """
+
+    reduction: Reduction
+    seconds: float
+    correction_seconds: float = 0.0
+    ridge: float | None = None
+    held_out_error: float | None = None
+
+
+def working_precision(bundle: NeuronBundle) -> NeuronBundle:
+    """float64 stays; anything lower is worked on in float32."""
+    return bundle.to(dtype=torch.promote_types(bundle.w_in.dtype, torch.float32))
+
+
+def progress_units(recipe: Recipe) -> int:
+    """What one FFN counts in :data:`Progress`."""
+    return 1 + (recipe.tune_steps if recipe.refit else 0)
+
+
+def reduce_ffns(
+    recipe: Recipe,
+    bundles: Sequence[NeuronBundle],
+    widths: Sequence[int],
+    statistics: Sequence[FFNStatistics] | None,
+    progress: Progress | None = None,
+) -> list[ReducedFFN]:
+    """Reduce FFNs (each with B = 1) to their widths; FFNs of one shape and width go through the method side by side.
+
+    An FFN whose width is what it has already keeps its neurons. `statistics` holds one entry per FFN.
+    """
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for number, (bundle, width) in enumerate(zip(bundles, widths, strict=True)):
+        groups.setdefault((bundle.layout, bundle.w_in.device, width), []).append(number)
+    results: dict[int, ReducedFFN] = {}
+    done, units = 0, progress_units(recipe)
+
+    def report(now: int) -> None:
+        if progress is not None:
+            progress(now, units * len(bundles))
+
+    def stepped(before: int, ffns: int, step: int) -> None:
+        report(before + step * ffns)
+
+    for members in groups.values():
+        first = bundles[members[0]]
+        problem_bytes = 4 * first.width * first.vectors().shape[-1]
+        size = max(1, BATCH_BYTES // problem_bytes)
+        for chunk in (members[i : i + size] for i in range(0, len(members), size)):
+            started = time.perf_counter()
+            stacked = working_precision(NeuronBundle.stack([bundles[n] for n in chunk]))
+            known = None if statistics is None else [statistics[n] for n in chunk]
+            if widths[chunk[0]] == first.width:
+                reduction = Reduction.plain(stacked)
+            else:
+                reduction = recipe.method(stacked, widths[chunk[0]], seed=recipe.seed, statistics=known)
+            seconds = (time.perf_counter() - started) / len(chunk)
+            each = [ReducedFFN(_select(reduction, position), seconds) for position in range(len(chunk))]
+            if known is not None and reduction.bundle.width < first.width:
+                each = _fit(recipe, each, known, functools.partial(stepped, done, len(chunk)))
+            for position, n in enumerate(chunk):
+                ffn = each[position]
+                if known is not None and reduction.bundle.width < first.width:
+                    ffn = _match(recipe, stacked.select(position), ffn, known[position])
+                results[n] = ffn
+                report(done + (units - 1) * len(chunk) + position + 1)
+            done += units * len(chunk)
+    return [results[n] for n in range(len(bundles))]
+
+
+def _fit(
+    recipe: Recipe,
+    ffns: Sequence[ReducedFFN],
+    statistics: Sequence[FFNStatistics],
+    progress: Callable[[int], None],
+) -> list[ReducedFFN]:
+    """Refit, one by one; then tuning, all side by side, and another refit of those that it has done good."""
+    if not recipe.refit:
+        return list(ffns)
+    fitted: list[Refit] = []
+    seconds: list[float] = []
+    for ffn, known in zip(ffns, statistics, strict=True):
+        started = time.perf_counter()
+        fitted.append(refit(ffn.reduction.bundle, known))
+        seconds.append(time.perf_counter() - started)
+    if recipe.tune_steps > 0:
+        started = time.perf_counter()
+        # From the fits that have not seen the held-out rows: those are what tuning is judged on.
+        start = NeuronBundle.stack([fit.unseen for fit in fitted])
+        tuned = tune(start, statistics, steps=recipe.tune_steps, seed=recipe.seed, progress=progress)
+        for n in (tuned.after < tuned.before).nonzero().squeeze(1).tolist():
+            again = refit(tuned.bundle.select(n), statistics[n])
+            # The refit weighs all directions alike, and its ridge may undo what tuning has won.
+            if held_out_errors(again.unseen, statistics[n : n + 1])[0] < tuned.before[n]:
+                fitted[n] = again
+        shared = (time.perf_counter() - started) / len(ffns)
+        seconds = [own + shared for own in seconds]
+    return [
+        dataclasses.replace(
+            ffn,
+            reduction=dataclasses.replace(ffn.reduction, bundle=fit.bundle),
+            correction_seconds=own,
+            ridge=fit.ridge,
+            held_out_error=fit.held_out_error,
+        )
+        for ffn, fit, own in zip(ffns, fitted, seconds, strict=True)
+    ]
+
+
+def _match(recipe: Recipe, original: NeuronBundle, ffn: ReducedFFN, statistics: FFNStatistics) -> ReducedFFN:
+    if recipe.match is None:
+        return ffn
+    started = time.perf_counter()
+    x = statistics.rows(MATCHING_ROWS, seed=recipe.seed)
+    bundle = match_ntk(original, ffn.reduction.bundle, x, kernel=recipe.match, form=recipe.form)
+    return dataclasses.replace(
+        ffn,
+        reduction=dataclasses.replace(ffn.reduction, bundle=bundle),
+        correction_seconds=ffn.correction_seconds + time.perf_counter() - started,
+    )
+
+
+def _select(reduction: Reduction, index: int) -> Reduction:
+    def pick(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[index : index + 1]
+
+    return Reduction(
+        bundle=reduction.bundle.select(index),
+        counts=pick(reduction.counts),
+        inertia=pick(reduction.inertia),
+        iterations=pick(reduction.iterations),
+        status=(reduction.status[index],),
+    )

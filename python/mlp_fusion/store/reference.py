@@ -1,0 +1,117 @@
+"""A checkpoint as a model, and the outputs by which `verify` knows it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from mlp_fusion.errors import InputError
+from mlp_fusion.families import Architecture
+from mlp_fusion.running.batches import random_batch
+from mlp_fusion.running.runner import Runner, not_finite
+from mlp_fusion.store.weights import COMPUTING, TensorInfo, widest_dtype
+
+#: Tokens of the random sequence whose outputs travel with the checkpoint for `verify`.
+_REFERENCE_TOKENS = 16
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in COMPUTING.values()}
+
+
+def compute_dtype(
+    architecture: Architecture, tensors: Mapping[str, TensorInfo], asked: str | None = None
+) -> torch.dtype:
+    """The dtype that a checkpoint's model runs in: that of its tensors, whatever its config says, or a wider one.
+
+    Of tensors in several dtypes the least that holds all matrices, and all of FFNs, which are written anew. Single
+    vectors in a wider one (layer norms, old buffers of rotary frequencies) are not worth twice the memory.
+
+    Raises:
+        InputError: `asked` is no dtype that models run in, or cannot hold the tensors as they are.
+    """
+    ffns = tuple(f".{path}.{kind}" for path in architecture.projections.values() for kind in ("weight", "bias"))
+    least = widest_dtype({n: t for n, t in tensors.items() if len(t.shape) > 1 or n.endswith(ffns)})
+    if asked is None or asked == "auto":
+        return least
+    if asked not in _DTYPES:
+        raise InputError(f"dtype {asked!r}: use auto, {', '.join(sorted(_DTYPES))}")
+    if torch.promote_types(_DTYPES[asked], least) != _DTYPES[asked]:
+        raise InputError(f"dtype {asked} would round the checkpoint's weights: use {str(least)[6:]} or a wider one")
+    return _DTYPES[asked]
+
+
+def model_class(config: Any) -> Any:
+    """The transformers class that the checkpoint was saved from, so that no head is lost."""
+    for name in getattr(config, "architectures", None) or []:
+        found: Any = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            expected = getattr(found, "config_class", None)
+            if expected is not None and isinstance(config, expected):
+                return found
+    return transformers.AutoModel
+
+
+def base_prefix(config: Any) -> str:
+    """What stands before the names of the base model's tensors in a checkpoint with a head; imports modelling code."""
+    found = model_class(config)
+    if found is transformers.AutoModel:
+        found = transformers.MODEL_MAPPING[type(config)]
+    return str(found.base_model_prefix)
+
+
+def load_checkpoint(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The model in `folder`, in evaluation mode, and what transformers says of its tensors.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    try:
+        model, info = model_class(config).from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except Exception as error:  # whatever a config of somebody else's makes of transformers' code
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder}: transformers cannot load it ({type(error).__name__}: {reason})") from error
+    return model.eval(), info
+
+
+def reference_outputs(model: Any, seed: int, *, head: bool) -> dict[str, Tensor]:
+    """Outputs of `model` on one random sequence, as :func:`model_outputs`, and the `input_ids`.
+
+    Raises:
+        InputError: it cannot run on token ids alone, or its outputs are not finite.
+    """
+    ids = random_batch(model, seed=seed, batch=1, length=_REFERENCE_TOKENS)["input_ids"]
+    outputs = model_outputs(model, ids, head=head)
+    for name, tensor in outputs.items():
+        if not bool(tensor.isfinite().all()):
+            raise not_finite(f"the model's {name.replace('_', ' ')}", model.dtype)
+    return {"input_ids": ids, **outputs}
+
+
+@torch.no_grad()
+def model_outputs(model: Any, input_ids: Tensor, *, head: bool) -> dict[str, Tensor]:
+    """What `model` puts out; float32 on the CPU.
+
+    Logits of any kind (`logits`, `start_logits`), `last_hidden_state` where there are none or `head` is False, or
+    whatever tensors there are. A head that the checkpoint has no weights for is drawn anew on every load: there is
+    nothing to compare.
+
+    Raises:
+        InputError: it cannot run on token ids alone.
+    """
+    ids = input_ids
+    if head and type(model).__name__.endswith("ForMultipleChoice"):
+        ids = ids.unsqueeze(1)  # a single choice
+    with Runner(model, "token ids alone") as runner:
+        outputs = (runner.whole if head else runner.base)({"input_ids": ids})
+    tensors = {name: value for name, value in outputs.items() if isinstance(value, Tensor) and value.ndim > 0}
+    logits = [name for name in tensors if name.endswith("logits")]
+    names = logits or [name for name in tensors if name == "last_hidden_state"] or list(tensors)
+    if not names:
+        raise InputError(f"{type(model).__name__} puts out no tensor to compare: load and fuse its base model")
+    return {name: tensors[name].float().cpu().contiguous() for name in names}

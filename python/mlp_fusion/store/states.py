@@ -1,0 +1,283 @@
+"""State dicts going into a fused model: which form they are in is known, or they are refused.
+
+The weights of a fused FFN exist in two forms of one name and shape: the model's *own*, beside its scale, and *plain*
+ones with the scale inside, as every saved checkpoint has them. Which one a state dict holds cannot be read off its
+keys: a plain checkpoint, `dict(model.named_parameters())`, an average of weights and one shard of a checkpoint look
+alike. So:
+
+- a state with an FFN's `scale` is the model's own, for that FFN;
+- what `Trainer` and `load_sharded_checkpoint` read from a folder that `save_pretrained` wrote is plain, because the
+  folder's config says so;
+- :func:`state_form` says it in all other cases;
+- anything else is an error before a weight is loaded, unless the form makes no difference.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mlp_fusion.errors import InputError
+from mlp_fusion.families import ARCHITECTURES, Architecture, FFNSite
+from mlp_fusion.modules import FusedFFN
+from mlp_fusion.modules.layouts import FLOATING
+from mlp_fusion.neurons import reciprocal
+from mlp_fusion.store.folding import Rescaling
+from mlp_fusion.store.record import FUSION_KEY, SCALE_FILE
+
+Form = Literal["own", "plain"]
+
+_announced: ContextVar[Form | None] = ContextVar("mlp_fusion_state_form", default=None)
+#: The scales that a folder's plain weights were folded with, by the names of its model.
+_scales: ContextVar[Mapping[str, Tensor]] = ContextVar("mlp_fusion_scales", default={})  # noqa: B039 - never written to
+
+
+@contextmanager
+def state_form(form: Form) -> Iterator[None]:
+    """Inside, `load_state_dict` takes a state without the `scale` of a fused FFN for what `form` says it is.
+
+    Example:
+        with mlp_fusion.state_form("plain"):
+            model.load_state_dict(safetensors.torch.load_file("checkpoint/model.safetensors"))
+
+    Args:
+        form: `"plain"` for tensors of a checkpoint that `save_pretrained` or `compress` wrote: each one is rescaled to
+            the model's parameterization, whichever others come with it. `"own"` for tensors of the model itself, such
+            as `dict(model.named_parameters())` or an average of them: they are loaded as they are.
+
+    Raises:
+        InputError: another form.
+    """
+    if form not in get_args(Form):
+        raise InputError(f"state_form {form!r}: use plain (a saved checkpoint's tensors) or own (the model's)")
+    token = _announced.set(form)
+    try:
+        yield
+    finally:
+        _announced.reset(token)
+
+
+def form_of_folder(folder: str | os.PathLike[str]) -> AbstractContextManager[None]:
+    """The context in which the weights of `folder` are loaded: plain ones, where its config has a fusion's record.
+
+    A scale that was trained, and lies beside them, comes back with them.
+
+    Raises:
+        InputError: the scales beside the weights cannot be read.
+    """
+    place = Path(folder)
+    place = place.parent if place.is_file() else place
+    try:
+        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return nullcontext()
+    known = isinstance(config, dict) and config.get(FUSION_KEY)
+    return _plain_folder(place / SCALE_FILE) if known else nullcontext()
+
+
+@contextmanager
+def _plain_folder(file: Path) -> Iterator[None]:
+    token = _scales.set(read_scale_file(file) if file.is_file() else {})
+    try:
+        with state_form("plain"):
+            yield
+    finally:
+        _scales.reset(token)
+
+
+def read_scale_file(file: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The scales in a side file, by the names of the model that was saved.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        scales: dict[str, Tensor] = load_file(file)
+    except SafetensorError as error:
+        raise InputError(f"{file}: damaged or cut short: fetch it again") from error
+    return scales
+
+
+def _scale_for(key: str, fused: FusedFFN) -> Tensor:
+    """The scale that plain weights are taken apart with: the one they were folded with, if it is known and fits."""
+    assert fused.scale is not None
+    saved = _scales.get().get(key)
+    fits = saved is not None and saved.shape == fused.scale.shape and is_sound(saved)
+    return saved.to(fused.scale) if fits and saved is not None else fused.scale.detach()
+
+
+def is_sound(scale: Tensor) -> bool:
+    """Whether weights can be multiplied with `scale` and divided by it again, in float32."""
+    if scale.dtype not in FLOATING:
+        return False
+    narrow = scale.float()
+    whole = torch.isfinite(narrow) & torch.isfinite(reciprocal(narrow)) & ((narrow != 0) == (scale != 0))
+    return bool(whole.all())
+
+
+@dataclass(eq=False)
+class StateForm:
+    """A `load_state_dict` pre-hook of a layer with a fused FFN: plain weights become weights of its parameterization.
+
+    Raises (when called):
+        InputError: the form is not known, or a tensor does not fit the layer.
+    """
+
+    architecture: Architecture
+
+    def __call__(self, layer: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        form = check_form(self.architecture, layer, state, prefix)
+        fused = self.architecture.fused(FFNSite(-1, "", layer))
+        if form == "plain" and fused is not None and fused.scale is not None:
+            key = f"{prefix}{self.architecture.module}.scale"
+            scale = _scale_for(key, fused)
+            Rescaling.to_own(self.architecture, prefix, fused.parameterization).apply(state, scale)
+            state[key] = scale
+
+
+def check_form(architecture: Architecture, layer: nn.Module, state: Mapping[str, Tensor], prefix: str) -> Form:
+    """The form in which `state` holds the FFN of `layer`, whose keys begin with `prefix`.
+
+    Raises:
+        InputError: it is not known, or `state` has a scale for which the layer has no place.
+    """
+    key = f"{prefix}{architecture.module}.scale"
+    fused = architecture.fused(FFNSite(-1, "", layer))
+    if fused is None or fused.scale is None:
+        if key in state:
+            raise dropped_scale([key])
+        return "own"
+    announced = _announced.get()
+    if key in state:
+        if announced == "plain":
+            raise InputError(f"the state is said to be plain, but holds {key}: it is a fused model's own")
+        return "own"
+    rescaling = Rescaling.to_own(architecture, prefix, fused.parameterization)
+    if announced is not None:
+        kinds = ((role, kind) for role in architecture.projections for kind in ("weight", "bias"))
+        if not any(rescaling.key(*kind) in state for kind in kinds):
+            return "own"
+        if announced == "plain":
+            rescaling.check(state, fused.scale.detach())
+        return announced
+    undecided = [name for name in rescaling.rescaled() if name in state]
+    if undecided:
+        raise InputError(
+            f"{undecided[0]} comes without {key}, so that it may be a plain checkpoint's or the fused model's own: "
+            "load it inside \"with mlp_fusion.state_form('plain')\" or \"with mlp_fusion.state_form('own')\""
+        )
+    return "own"
+
+
+def check_forms(model: Any, state: Mapping[str, Tensor], prefix: str) -> None:
+    """Raise what loading `state` into `model` would raise of its FFNs, before anything is loaded."""
+    config = getattr(model, "config", None)
+    architecture = ARCHITECTURES.get(getattr(config, "model_type", None) or "")
+    if architecture is not None and any(architecture.match(key) for key in state):
+        sites = architecture.sites(model)
+        for site in sites:
+            check_form(architecture, site.layer, state, f"{prefix}{site.path}.")
+        record = getattr(config, FUSION_KEY, None)
+        folded = not isinstance(record, Mapping) or record.get("parameterization") == "folded"
+        if _announced.get() == "own" and not folded and not any(architecture.fused(site) for site in sites):
+            raise InputError(
+                "the state is said to be a fused model's own, and this model is a plain one: restore it first"
+            )
+
+
+def check_unexpected(config: Any, unexpected: Iterable[str]) -> None:
+    """Raise InputError if a fused FFN's scale is among the keys that `from_pretrained` had no place for."""
+    architecture = ARCHITECTURES.get(getattr(config, "model_type", None) or "")
+    if architecture is None:
+        return
+    ending = f"{architecture.module}.scale"
+    keys = sorted(key for key in unexpected if (m := architecture.match(key)) and m[2] == ending)
+    if keys:
+        raise dropped_scale(keys)
+
+
+def check_given_state(config: Any) -> None:
+    """Raise InputError if `from_pretrained(..., state_dict=...)` cannot know the form of what it was given."""
+    record = getattr(config, FUSION_KEY, None)
+    if isinstance(record, Mapping) and record.get("parameterization") != "folded" and _announced.get() != "plain":
+        raise InputError(
+            "state_dict= of a fused model may be plain or the model's own, of which the latter wants its scale: save "
+            "with save_pretrained and load that, or say \"with mlp_fusion.state_form('plain')\""
+        )
+
+
+def dropped_scale(keys: list[str]) -> InputError:
+    """The error for a scale that would be lost."""
+    return InputError(
+        f"{keys[0]} is the scale of a fused FFN, and the model has no place for it: its outputs would be wrong; save "
+        "with model.save_pretrained, or fuse (or restore) the model before loading this state"
+    )
+
+
+def has_forms(model: nn.Module) -> bool:
+    """Whether `model` holds fused FFNs whose own weights are not the plain ones."""
+    return any(isinstance(module, FusedFFN) and module.scale is not None for module in model.modules())
+
+
+def as_own(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`state` as `load_state_dict` of `model` would load it, for what does not go through it; a copy if it changes."""
+    changed = dict(state)
+    for name, module in model.named_modules():
+        for hook in module._load_state_dict_pre_hooks.values():
+            form = getattr(hook, "hook", None)
+            if isinstance(form, StateForm):
+                form(module, changed, f"{name}.")
+    return changed if has_forms(model) else state
+
+
+@dataclass(eq=False)
+class PartForm:
+    """The same for a module below the layer, when it is loaded by itself.
+
+    Attributes:
+        form: the layer's hook.
+        layer: the layer.
+        path: from the layer to the module.
+    """
+
+    form: StateForm
+    layer: nn.Module
+    path: str
+
+    def __call__(self, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        inside, own = f"{self.path}.", prefix
+        if own and (own.endswith(inside) or inside.endswith(own)):
+            return  # the load began at the layer, above it, or at a module in between, which has seen to it
+        found = {f"{inside}{key[len(prefix) :]}": key for key in list(state) if key.startswith(prefix)}
+        view = {name: state[key] for name, key in found.items()}
+        self.form(self.layer, view, "")
+        state.update({found[name]: tensor for name, tensor in view.items() if name in found})
+        scale = f"{self.form.architecture.module}.scale"
+        if scale in view and scale not in found and scale.startswith(inside):
+            state[f"{prefix}{scale[len(inside) :]}"] = view[scale]
+
+
+def know_forms(model: nn.Module, architecture: Architecture) -> None:
+    """Make `load_state_dict` know the form of what it is given, for the FFNs of `model` that are fused."""
+    hook = StateForm(architecture)
+    for site in architecture.sites(model):
+        if architecture.fused(site) is None:
+            continue
+        site.layer.register_load_state_dict_pre_hook(hook)
+        paths = {architecture.module}
+        for path in architecture.projections.values():
+            parts = path.split(".")
+            paths.update(".".join(parts[: i + 1]) for i in range(len(parts)))
+        for path in sorted(paths):
+            site.layer.get_submodule(path).register_load_state_dict_pre_hook(PartForm(hook, site.layer, path))

@@ -1,0 +1,1 @@
+"""What the package does, one verb a file."""

@@ -1,0 +1,259 @@
+"""`compress`: a checkpoint in, a fused checkpoint out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mlp_fusion.choices import CALIBRATION_SENTENCES
+from mlp_fusion.errors import InputError
+from mlp_fusion.families import Architecture, get_architecture
+from mlp_fusion.measure import FusionReport
+from mlp_fusion.measure.embeddings import compare_embeddings, embed
+from mlp_fusion.reducing.pipeline import Progress
+from mlp_fusion.running.batches import Batch
+from mlp_fusion.running.runner import resolve_device
+from mlp_fusion.running.sentences import read_sentences
+from mlp_fusion.selection import Layers, Width, check_options
+from mlp_fusion.store.folding import fold_state_dict
+from mlp_fusion.store.output import appears_when_complete, check_output, output_path, taken
+from mlp_fusion.store.record import (
+    DTYPE_KEY,
+    FUSION_KEY,
+    REFERENCE_FILE,
+    REPORT_FILE,
+    SCALE_FILE,
+    side_path,
+    state_layer_count,
+)
+from mlp_fusion.store.reference import compute_dtype, load_checkpoint, reference_outputs
+from mlp_fusion.store.source import companion_files, local_folder, read_config
+from mlp_fusion.store.tokenizers import tokenize
+from mlp_fusion.store.weights import read_tensors, safetensors_name
+from mlp_fusion.store.writing import copy_companions, write_weights
+from mlp_fusion.verbs.fuse import check_finite, fuse
+from mlp_fusion.verbs.plan import FusionPlan, plan
+
+
+def compress(
+    path: str | Path,
+    out: str | Path,
+    width: Width | str,
+    layers: Layers = None,
+    method: str = "fusion",
+    *,
+    optimizer: str | None = "adamw",
+    seed: int = 0,
+    text: str | Path | None = None,
+    calibration: str | Path | None = None,
+    refit: bool | None = None,
+    match: str | None = None,
+    tune_steps: int = 0,
+    sequential: bool = False,
+    budget: float | None = None,
+    calibration_sentences: int = CALIBRATION_SENTENCES,
+    calibration_rows: int | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> FusionReport:
+    """Fuse a checkpoint's FFNs and write the result as a plain checkpoint.
+
+    The output holds the same tensors as the input, narrower; the input's own config with its widths changed; the
+    tokenizer and other small files; a model card; and, in the subfolder `mlp_fusion`, the scale that `restore` needs,
+    the report, and the outputs that `verify` compares with. It appears under its name only when it is complete.
+
+    Args:
+        path: a local folder or a hub name.
+        out: folder to make; must not exist, or be empty.
+        width, layers, method, optimizer, seed: as in :func:`mlp_fusion.fuse`.
+        text: file of texts that errors are measured on (see :func:`mlp_fusion.running.rows.read_texts`); None for
+            the package's own sentences.
+        calibration: the same of texts that the method and its corrections learn from; None to fuse without data.
+            Measure on other text than this.
+        refit, match, tune_steps, sequential, budget, calibration_sentences, calibration_rows: as in
+            :func:`mlp_fusion.fuse`.
+        device: `cpu`, `cuda`, `cuda:1`, or `auto` for CUDA when there is one.
+        dtype: what the model runs in: `float32`, say, where it overflows in its own. None (or `auto`): the dtype of
+            the checkpoint's tensors, whatever its config says, or the least that holds them all. Tensors are written in
+            the dtype of the source's in any case.
+        progress: as in :func:`mlp_fusion.fuse`.
+
+    Returns:
+        The report of `fuse`, with the cosines of sentence embeddings where the model has a tokenizer.
+
+    Raises:
+        InputError: as `plan`, or the output folder is not empty or another run's, the text cannot be read, there is no
+            such device, or the model cannot run or is not finite. Nothing is written.
+    """
+    out = output_path(out)
+    check_output(out)
+    torch_device = resolve_device(device)
+    sentences = read_sentences(None if text is None else Path(text).expanduser())
+    corrections: dict[str, Any] = {
+        "refit": refit, "match": match, "tune_steps": tune_steps, "sequential": sequential, "budget": budget,
+        "calibration_sentences": calibration_sentences, "calibration_rows": calibration_rows,
+    }  # fmt: skip
+    check_options(width, method, optimizer=optimizer, seed=seed, calibrated=calibration is not None, **corrections)
+    calibration_file = None if calibration is None else Path(calibration).expanduser()
+    learnt = None if calibration_file is None else read_sentences(calibration_file, limit=calibration_sentences)
+    planned = plan(path, width, layers, budget=budget)
+    folder = local_folder(path)
+    if folder.resolve() in out.parents:
+        raise InputError(f"{out} lies inside {folder}: choose a folder elsewhere")
+    companion_files(folder)  # what it refuses, it refuses before the work
+    with taken(out):
+        check_output(out)
+        source = _open(folder, dtype, torch_device)
+        # What the end needs is tried before the work.
+        reference_outputs(source.model, seed, head=source.head)
+        batches = _tokenized(source, sentences, text)
+        learning = None if learnt is None else _tokenized(source, learnt, calibration)
+        originals = None if batches is None else embed(source.model, batches)
+        chosen = [ffn.layer for ffn in planned.ffns if ffn.chosen]
+        report = fuse(
+            source.model, width, chosen, method, optimizer=optimizer, seed=seed, sample=batches, calibration=learning,
+            progress=progress, **corrections,
+        )  # fmt: skip
+        if budget is not None:
+            planned = plan(path, {row.layer: row.neurons_after for row in report.rows}, layers)
+        changes: dict[str, Any] = {}
+        if batches is not None and originals is not None:
+            changes["embeddings"] = compare_embeddings(embed(source.model, batches), originals)
+            changes["sample"] = "the package's sentences" if text is None else Path(text).name
+        if source.widened:
+            changes.update(bytes_before=planned.bytes_before, bytes_after=planned.bytes_after)
+        report = dataclasses.replace(report, **changes)
+        reference = reference_outputs(source.model, seed, head=source.head)
+        _write(out, source, chosen, planned, report, reference)
+    return report
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint and its model.
+
+    Attributes:
+        folder: where it lies.
+        config: as it is on disk.
+        architecture: its family's.
+        model: loaded, on its device.
+        head: whether every weight of the model is in the checkpoint.
+        dtype: what the model runs in.
+        widened: tensors are stored in others as well.
+    """
+
+    folder: Path
+    config: Any
+    architecture: Architecture
+    model: Any
+    head: bool
+    dtype: torch.dtype
+    widened: bool
+
+
+def _open(folder: Path, dtype: str | None, device: torch.device) -> _Source:
+    config, tensors = read_config(folder), read_tensors(folder)
+    architecture = get_architecture(config.model_type)
+    working = compute_dtype(architecture, tensors, dtype)
+    model, head = _load(folder, config, working)
+    check_finite(model)
+    widened = {tensor.dtype for tensor in tensors.values() if tensor.parameter} != {safetensors_name(working)}
+    return _Source(folder, config, architecture, model.to(device), head, working, widened)
+
+
+def _tokenized(source: _Source, texts: list[str], file: str | Path | None) -> list[Batch] | None:
+    """Batches of the texts in `file`; None where the package's own are meant and there is no tokenizer."""
+    batches = tokenize(source.folder, texts, getattr(source.config, "max_position_embeddings", None))
+    if batches is None and file is not None:
+        raise InputError(f"{source.folder} has no tokenizer to read {file} with: add its files, or leave out the text")
+    return batches
+
+
+def _write(
+    out: Path,
+    source: _Source,
+    chosen: list[int],
+    planned: FusionPlan,
+    report: FusionReport,
+    reference: dict[str, Tensor],
+) -> None:
+    plain, scales = fold_state_dict(source.model, source.architecture, source.model.state_dict())
+    fused = _fused_tensors(source.architecture, plain, chosen)
+    with appears_when_complete(out) as staging:
+        write_weights(source.folder, staging, source.architecture, fused)
+        _write_config(source.folder, staging, source.architecture, source.model.config)
+        state_layer_count(staging, source.model.config)
+        copy_companions(source.folder, staging)
+        if scales:
+            save_file(scales, side_path(staging, SCALE_FILE))
+        metadata = {DTYPE_KEY: str(source.dtype).removeprefix("torch.")}
+        save_file(reference, side_path(staging, REFERENCE_FILE), metadata=metadata)
+        described = json.dumps(report.to_dict(), indent=2, allow_nan=False)
+        side_path(staging, REPORT_FILE).write_text(described + "\n", encoding="utf-8")
+        _write_card(staging, planned, report)
+
+
+def _load(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, bool]:
+    """The model in `dtype`, and whether every one of its weights is in the checkpoint."""
+    model, info = load_checkpoint(folder, config, dtype)
+    if info["mismatched_keys"]:
+        name, stored, stated = min(info["mismatched_keys"])
+        raise InputError(f"{folder}: {name} is {tuple(stored)}, but config.json makes it {tuple(stated)}")
+    # Heads and poolers may be drawn anew; what runs in front of FFNs must not be.
+    base = model.base_model
+    prefix = "" if base is model else f"{model.base_model_prefix}."
+    needed = {f"{prefix}{name}" for name, _ in base.named_parameters() if not name.startswith("pooler.")}
+    lost = sorted(needed & set(info["missing_keys"]))
+    if lost:
+        raise InputError(f"{folder}: {lost[0]} is missing: the checkpoint is incomplete")
+    return model, not info["missing_keys"]
+
+
+def _fused_tensors(
+    architecture: Architecture, plain: Mapping[str, Tensor], layers: list[int]
+) -> dict[tuple[int, str], Tensor]:
+    """The folded tensors of the fused FFNs by (layer, path below it): checkpoints may prefix layers otherwise."""
+    paths = {f"{path}.{kind}" for path in architecture.projections.values() for kind in ("weight", "bias")}
+    found = {}
+    for name, tensor in plain.items():
+        matched = architecture.match(name)
+        if matched is not None and matched[1] in layers and matched[2] in paths:
+            found[matched[1], matched[2]] = tensor
+    return found
+
+
+def _write_config(source: Path, target: Path, architecture: Architecture, fused: Any) -> None:
+    """The source's own config.json with the widths changed: rewriting it would rename keys that old readers need."""
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    described = fused.to_dict()
+    for key in (architecture.width_key, "per_layer_config", FUSION_KEY):
+        if described.get(key) is not None:
+            config[key] = described[key]
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_card(folder: Path, planned: FusionPlan, report: FusionReport) -> None:
+    data = ModelCardData(
+        base_model=None if Path(planned.name).expanduser().is_dir() else planned.name,
+        library_name="transformers",
+        tags=["mlp-fusion"],
+    )
+    body = (
+        f"# Fused {planned.model_type}\n\nFeed-forward layers shrunk by `mlp-fusion` (method `{report.method}`, seed "
+        f"{report.seed}). Fine-tune before use. Loads in {planned.loads_in}.\n\n```\n{report.table()}\n```\n\n"
+        "To go on training with the parameterization that it was fused for: load it, then "
+        "`mlp_fusion.restore(model, folder)`.\n"
+    )
+    (folder / "README.md").write_text(
+        str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")), encoding="utf-8"
+    )  # fmt: skip

@@ -1,0 +1,183 @@
+"""`verify`: does a fused checkpoint reload to what was saved?"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from mlp_fusion.errors import InputError
+from mlp_fusion.families import get_architecture
+from mlp_fusion.measure import relative_error
+from mlp_fusion.measure.report import render
+from mlp_fusion.store.record import DTYPE_KEY, FUSION_KEY, REFERENCE_FILE, fusion_record
+from mlp_fusion.store.reference import compute_dtype, load_checkpoint, model_outputs, reference_outputs
+from mlp_fusion.store.restoring import read_scales
+from mlp_fusion.store.source import Headers, read_headers
+from mlp_fusion.store.weights import COMPUTING, find_weights, opened
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: its name, whether it passed, and what was seen."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome of :func:`verify`; `passed` when every check is."""
+
+    checkpoint: str
+    checks: list[Check]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {**dataclasses.asdict(self), "passed": self.passed}
+
+    def table(self) -> str:
+        """The checks as text."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for title in ("check", "result", "seen"):
+            table.add_column(title)
+        for check in self.checks:
+            table.add_row(check.name, "ok" if check.passed else "FAILED", check.detail)
+        return f"{self.checkpoint}\n{render(table)}"
+
+
+def verify(out: str | Path, against: nn.Module | None = None) -> Verification:
+    """Reload a fused checkpoint through transformers and compare it with what was in memory when it was written.
+
+    Args:
+        out: the checkpoint's folder.
+        against: the fused model in memory. None: the outputs that `compress` recorded.
+
+    Returns:
+        The checks: shapes as config and record state them, every tensor finite, a clean load, equal outputs (relative
+        Frobenius difference at most 0.3 sqrt(eps) of the dtype: folding rounds once more than the explicit scale), and
+        a side file from which `restore` can take the scale.
+
+    Raises:
+        InputError: not a fused checkpoint, or unreadable, or nothing to compare with.
+    """
+    folder = Path(out).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    headers = read_headers(folder)
+    record = fusion_record(headers.config)
+    if record is None:
+        raise InputError(f"{folder}: not a fused checkpoint: config.json has no {FUSION_KEY!r} entry")
+    recorded, dtype = _read_reference(folder) if against is None else (None, None)
+    working = compute_dtype(get_architecture(headers.config.model_type), headers.tensors, dtype)
+    model, info = load_checkpoint(folder, headers.config, working)
+    expected = recorded or reference_outputs(against, seed=0, head=not info["missing_keys"])
+    checks = [
+        _check_shapes(headers.config, record, headers.tensors),
+        _check_finite(folder),
+        _check_loading(headers.config, info),
+        _check_outputs(expected, model, headers),
+        _check_scale(folder, record, model),
+    ]
+    return Verification(str(folder), checks)
+
+
+def _read_reference(folder: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The outputs that `compress` recorded, and the dtype that the model ran in where it was not the weights' own."""
+    file = folder / REFERENCE_FILE
+    if not file.is_file():
+        raise InputError(f"{file} is missing, only compress writes it: use mlp_fusion.verify(folder, against=model)")
+    try:
+        with safe_open(file, framework="pt") as handle:
+            dtype = (handle.metadata() or {}).get(DTYPE_KEY)
+            reference = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (no mapping)
+    except SafetensorError as error:
+        raise InputError(f"{file}: damaged or cut short: compress again") from error
+    return reference, dtype
+
+
+def _check_shapes(config: Any, record: dict[str, Any], tensors: Any) -> Check:
+    architecture = get_architecture(config.model_type)
+    wrong, seen = [], 0
+    for name, info in tensors.items():
+        matched = architecture.match(name)
+        if matched is None or matched[2] != f"{architecture.projections['w_in']}.weight":
+            continue
+        seen += 1
+        layer = config.per_layer_config[matched[1]] if config.is_heterogeneous else config
+        expected = architecture.width(layer)
+        width = info.shape[1] if architecture.transposed else info.shape[0]
+        if width != expected:
+            wrong.append(f"{name} has {width} neurons, expected {expected}")
+    if wrong or not seen:
+        return Check("shapes", False, wrong[0] if wrong else "no FFN found")
+    return Check("shapes", True, f"{seen} FFNs, {len(record['fused_layers'])} of them fused")
+
+
+def _check_finite(folder: Path) -> Check:
+    count = 0
+    for file in find_weights(folder).files:
+        with opened(file) as handle:
+            for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+                count += 1
+                tensor = handle.get_tensor(name)
+                if tensor.is_floating_point() and tensor.itemsize == 1:
+                    tensor = tensor.float()  # of FP8, torch cannot say
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    return Check("finite", False, f"{name} holds NaN or Inf")
+    return Check("finite", True, f"{count} tensors")
+
+
+def _check_loading(config: Any, info: dict[str, Any]) -> Check:
+    architecture = get_architecture(config.model_type)
+    mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
+    missing = sorted(info["missing_keys"])
+    if mismatched:
+        return Check("loads", False, f"{mismatched[0]} has another shape than config.json says")
+    projections = tuple(f"{path}." for path in architecture.projections.values())
+    lost = [name for name in missing if (m := architecture.match(name)) and m[2].startswith(projections)]
+    if lost:
+        return Check("loads", False, f"{lost[0]} is missing")
+    # The original may lack weights of its own (a pooler that nobody trained); that is not this checkpoint's fault.
+    return Check("loads", True, f"not in the checkpoint: {missing[0]}" if missing else "every weight found its place")
+
+
+def _check_outputs(expected: dict[str, Tensor], model: Any, headers: Headers) -> Check:
+    found = model_outputs(model, expected["input_ids"], head="last_hidden_state" not in expected)
+    # The model in memory has not seen the rounding of the FFNs to the dtypes that they are stored in.
+    architecture = get_architecture(headers.config.model_type)
+    stored = [COMPUTING[t.dtype] for name, t in headers.tensors.items() if t.floating and architecture.match(name)]
+    limit = 0.3 * max(torch.finfo(dtype).eps for dtype in (model.dtype, *stored)) ** 0.5
+    details = []
+    for kind in sorted(set(expected) - {"input_ids"}):
+        if kind not in found or found[kind].shape != expected[kind].shape:
+            shape = tuple(found[kind].shape) if kind in found else "missing"
+            return Check("outputs", False, f"{kind} is {shape}, in memory it was {tuple(expected[kind].shape)}")
+        details.append((relative_error(found[kind], expected[kind]), kind.replace("_", " ")))
+    # NaN, which compares with nothing, is the worst.
+    error, kind = max(details, key=lambda pair: (pair[0] != pair[0], pair[0]))
+    seen = f"relative difference of {kind} {error:.1e} to the model in memory (limit {limit:.1e})"
+    return Check("outputs", error <= limit, seen)
+
+
+def _check_scale(folder: Path, record: dict[str, Any], model: Any) -> Check:
+    if record["parameterization"] == "folded":
+        return Check("scale", True, "folded for good: there is nothing to restore")
+    try:
+        found = read_scales(model, folder, record["parameterization"])
+    except InputError as error:
+        return Check("scale", False, str(error))
+    largest = max(float(scale.max()) for _, scale, _ in found)
+    return Check("scale", True, f"of {len(found)} FFNs, the largest {largest:g}")
