@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import runpy
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -172,6 +173,16 @@ def test_docstrings_explain_arguments_that_exist(package: Any) -> None:
             assert argument in known, (function.__qualname__, argument)
         checked += 1
     assert checked >= 8
+
+
+@pytest.mark.parametrize(("title", "floors"), [("fusion_kernels", "KERNELS"), ("python/mlp_fusion", "PRODUCT")])
+def test_the_layout_page_lists_every_floor_in_the_order_that_imports_keep(title: str, floors: str) -> None:
+    order = runpy.run_path(str(ROOT / "tests" / "test_layers.py"))[floors]
+    page = (DOCS / "develop" / "layout.md").read_text(encoding="utf-8")
+    section = page.split(f"### {title}: ")[1].split("\n##")[0]
+    rows = [line.split(" | ")[0] for line in section.splitlines() if line.startswith("| `")]
+    named = [name.rstrip("/").removesuffix(".py") for row in rows for name in re.findall(r"`([\w./]+)`", row)]
+    assert named == list(order)
 
 
 def test_lint_builds_the_site_so_that_warnings_count() -> None:
