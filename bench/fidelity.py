@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import transformers
+from support import model_folder
 from transformers import AutoModel
 
 import mlp_fusion
@@ -42,9 +43,6 @@ from mlp_fusion.running.sentences import read_sentences
 from mlp_fusion.running.taps import Activations, capture_activations
 from mlp_fusion.store.tokenizers import tokenize
 from mlp_fusion.verbs.fuse import find_ffns
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from demo import model_folder
 
 #: Held-out rows for the outputs' error, and for the kernels (whose cost grows with the square).
 ROWS, NTK_ROWS = 8192, 512
