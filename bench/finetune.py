@@ -47,8 +47,8 @@ import mlp_fusion
 from mlp_fusion.families import get_architecture
 from mlp_fusion.finetuning.data import language_examples, read_rows
 from mlp_fusion.finetuning.result import RESULT_FILE
+from mlp_fusion.finetuning.run import is_unfinished
 from mlp_fusion.methods import get_method
-from mlp_fusion.verbs.finetune import is_unfinished
 
 CALIBRATION = 512
 #: One recipe for all modes of a task; METHOD's for SST-2.
@@ -246,6 +246,7 @@ def summarised(described: dict[str, Any], report: dict[str, Any]) -> dict[str, A
         "method", "parameterization", "optimizer", "learning_rate", "batch_size", "epochs", "examples", "metric",
         "initial", "final", "evaluations", "seconds",
     )  # fmt: skip
+    report = {**report["settings"], **report}
     taught = report["distillation"] or {}
     learnt = {"layerwise": taught.get("layerwise") is not None, "logits": taught.get("logits") is not None}
     return {**described, **learnt, **{key: report[key] for key in kept}}

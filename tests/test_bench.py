@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from mlp_fusion.settings import FinetuneSettings
+
 BENCH = Path(__file__).parents[1] / "bench"
 SCRIPTS = sorted(BENCH.glob("*.py"))
 
@@ -30,8 +32,8 @@ def finetune() -> Iterator[ModuleType]:
 def report(final: float) -> dict[str, Any]:
     """What `finetune` reports of a run, in plain JSON types."""
     return {
-        "method": "fusion", "parameterization": "scaled", "optimizer": "adamw", "learning_rate": 5e-5, "batch_size": 32,
-        "epochs": 1.0, "examples": 9, "metric": "accuracy", "initial": {"accuracy": 0.5}, "final": {"accuracy": final},
+        "method": "fusion", "parameterization": "scaled", "settings": FinetuneSettings(task="lm").recorded(),
+        "examples": 9, "metric": "accuracy", "initial": {"accuracy": 0.5}, "final": {"accuracy": final},
         "evaluations": [{"epoch": 1.0, "accuracy": final}], "seconds": 1.0, "model": "/a/folder",
         "train": [{"step": n, "loss": 1.0} for n in range(50)],
         "distillation": {"layerwise": {"steps": 50, "loss": [[n, 1.0] for n in range(50)]}},
