@@ -34,9 +34,10 @@ from fusion_kernels import backends
 from fusion_kernels.ntk import Kernel
 from mlp_fusion.calibration import FFNStatistics, collect, match_ntk, refit
 from mlp_fusion.calibration.matching import MATCHING_ROWS
+from mlp_fusion.choices import METHODS
 from mlp_fusion.measure import ffn_errors, relative_error
 from mlp_fusion.measure.embeddings import compare_embeddings, embed
-from mlp_fusion.methods import get_method, method_names
+from mlp_fusion.methods import get_method
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.running.batches import Batch, token_mask
 from mlp_fusion.running.sentences import read_sentences
@@ -211,7 +212,7 @@ def main() -> None:
     assert held_out is not None
     bench = Bench(calibration, held_out, options.width)
     print(f"calibration run {bench.calibration_seconds:.2f} s, of which the model alone {bench.bare_seconds:.2f} s")
-    runs = [(name, c) for name in method_names() for c in (False, True) if c or not get_method(name).needs_statistics]
+    runs = [(name, c) for name in METHODS for c in (False, True) if c or not get_method(name).needs_statistics]
     methods = []
     for name, calibrated in runs:
         if calibrated and not get_method(name).uses_statistics:

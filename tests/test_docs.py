@@ -20,6 +20,7 @@ import command_page
 import draw_accuracy
 import draw_fusion
 import matplotlib
+import option_tables
 import pytest
 import results_tables
 import site_hooks
@@ -29,6 +30,7 @@ import checkpoints as ck
 import fusion_kernels
 import mlp_fusion
 from mlp_fusion import cli
+from mlp_fusion.settings import fields
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -260,6 +262,32 @@ def test_the_page_of_the_command_line_has_every_command_and_option() -> None:
         for option in command.params:
             if isinstance(option, click.Option):
                 assert max(option.opts, key=len) in section, (title, option.name)
+
+
+@pytest.mark.parametrize("verb", sorted(option_tables.VERBS))
+def test_the_reference_shows_every_option_below_its_verb(verb: str) -> None:
+    record, command = option_tables.VERBS[verb]
+    rows = {line.split(" | ")[0]: line for line in site_hooks.GENERATED[f"options-{verb}"]().splitlines()[2:]}
+    for field in fields(record):
+        row = rows.pop(f"| `{field.name}`")
+        assert field.option.help in row
+        flag = next(option for option in cli.cli.commands[command].params if option.name == field.name).opts[0]  # type: ignore[attr-defined]
+        assert row.split(" | ")[-1].startswith(f"`{flag}")
+    assert rows == {}
+    page = (DOCS / "reference" / "mlp_fusion.md").read_text(encoding="utf-8")
+    section = page.split(f"::: mlp_fusion.{verb}\n")[1].split("\n::: ")[0]
+    assert f"<!-- generated: options-{verb} -->" in section
+
+
+def test_tables_of_options_say_types_defaults_and_bounds() -> None:
+    table = site_hooks.GENERATED["options-finetune"]()
+    assert "| `warmup` | `float` | `0.06` | a number from 0 to 1 | " in table
+    assert "| `task` | `str` | must be given | classification or lm | " in table
+    assert "| `checkpoint_steps` | `int` or `None` | one after each epoch | an integer from 1 on | " in table
+    assert "| `layers` | `Iterable[int]` or `str` or `None` | `'all'` |  | " in site_hooks.GENERATED["options-plan"]()
+    assert "| `select` | keeps neurons by greedy choice of what they do on the text | yes | yes |" in (
+        site_hooks.GENERATED["methods"]()
+    )
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -360,12 +360,12 @@ class FinetuneSettings(Settings):
     layerwise_epochs: float = option(
         "Passes of the fit to the original's hidden states, in which only the fused layers train.", 1.0, above=0.0
     )
-    layerwise_learning_rate: float = option("Of that fit.", 5e-4, above=0.0)
-    distill_weight: float = option("Of the teacher's logits against the labels.", 0.5, least=0.0, most=1.0)
-    temperature: float = option("Of the teacher's logits.", 2.0, above=0.0)
+    layerwise_learning_rate: float = option("Learning rate of that fit.", 5e-4, above=0.0)
+    distill_weight: float = option("Weight of the teacher's logits against the labels.", 0.5, least=0.0, most=1.0)
+    temperature: float = option("Temperature of the teacher's logits.", 2.0, above=0.0)
     optimizer: str = option("adamw, or sgd with momentum 0.9.", "adamw", choices=TRAINERS)
-    learning_rate: float = option("At its peak.", 5e-5, above=0.0)
-    weight_decay: float = option("Of all weights that train.", 0.01, least=0.0)
+    learning_rate: float = option("Learning rate at its peak.", 5e-5, above=0.0)
+    weight_decay: float = option("Weight decay of all weights that train.", 0.01, least=0.0)
     warmup: float = option(
         "Share of the steps that the learning rate rises over, before it falls linearly to zero.", 0.06, least=0.0,
         most=1.0,
@@ -377,7 +377,7 @@ class FinetuneSettings(Settings):
     checkpoint_steps: int | None = option(
         "Steps between checkpoints.", None, least=1, default_help="one after each epoch"
     )
-    seed: int = option("Of a new head, the order of the data and dropout.", 0, least=0, most=2**32 - 1)
+    seed: int = option("Seed of a new head, the order of the data and dropout.", 0, least=0, most=2**32 - 1)
     device: str = option("auto, cpu or cuda.", "auto", choices=("auto", "cpu", "cuda"), recorded=False,
         hint=", and CUDA_VISIBLE_DEVICES to choose among GPUs",
     )  # fmt: skip

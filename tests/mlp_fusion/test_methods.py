@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +13,11 @@ from torch import Tensor
 
 from bundles import random_bundle, statistics_of, tie
 from fusion_kernels import kmeans
-from mlp_fusion import InputError
+from mlp_fusion import InputError, methods
 from mlp_fusion.calibration import FFNStatistics, refit
+from mlp_fusion.choices import KEEP_WIDTH, METHODS, NEED_TEXT
 from mlp_fusion.measure import relative_error
-from mlp_fusion.methods import get_method, method_names
+from mlp_fusion.methods import get_method
 from mlp_fusion.methods.fusion import balanced_rows, neuron_weights
 from mlp_fusion.methods.select import greedy
 from mlp_fusion.methods.svd import rank_for
@@ -30,19 +33,41 @@ def known_of(bundle: NeuronBundle, x: Tensor) -> list[FFNStatistics]:
     return [statistics_of(bundle.select(n), x) for n in range(bundle.batch)]
 
 
-def test_the_registry_says_what_methods_need() -> None:
-    assert method_names() == ["cluster", "fusion", "mmd", "prune", "published", "select", "sketch", "svd"]
-    assert [n for n in method_names() if get_method(n).needs_statistics] == ["select"]
-    assert [n for n in method_names() if get_method(n).uses_statistics] == ["fusion", "prune", "select"]
-    assert [n for n in method_names() if not get_method(n).narrows] == ["svd"]
+def test_the_table_says_what_methods_need() -> None:
+    assert list(METHODS) == sorted(METHODS)
+    assert [METHODS[n].text for n in ("published", "prune", "fusion", "select")] == [
+        "unused",
+        "helps",
+        "helps",
+        "needed",
+    ]
+    assert "select" in NEED_TEXT
+    assert "svd" in KEEP_WIDTH
     with pytest.raises(InputError, match="method 'select' needs calibration text"):
         get_method("select")(random_bundle(), 3, seed=0)
     with pytest.raises(InputError, match="unknown method 'x': use one of cluster, fusion"):
         get_method("x")
 
 
+def test_every_file_of_a_method_stands_in_the_table() -> None:
+    files = {file.stem for file in Path(methods.__file__).parent.glob("*.py")} - {"__init__"}
+    assert {entry.file for entry in METHODS.values()} == files
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_a_documented_function_of_its_name(name: str) -> None:
+    method = get_method(name)
+    assert method.name == name
+    assert method.entry.does
+    function: Any = method.reduce
+    assert inspect.isfunction(function)
+    assert function.__name__ == name
+    assert inspect.getdoc(function)
+    assert list(inspect.signature(function).parameters) == ["bundle", "width", "seed", "statistics"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -113,12 +113,17 @@ def plan(
 ) -> FusionPlan:
     """Say what compressing would do, without loading a weight.
 
+    The widths that a budget leads to depend on calibration text. The plan then shows the budget's share of every FFN,
+    which is what the widths come to in all, and says so.
+
     Args:
         model_or_path: a loaded model, a checkpoint's folder, or a hub name.
         width, layers: as in :func:`mlp_fusion.fuse`; the widths that `"auto"` has led to, by layer, can be given as
             well.
-        options: the other fields of :class:`mlp_fusion.settings.PlanSettings`. The widths that a budget leads to depend
-            on calibration text: the plan shows its share of every FFN, which is what they come to in all, and says so.
+        options: the other fields of :class:`mlp_fusion.settings.PlanSettings`.
+
+    Returns:
+        A `FusionPlan` with a row per FFN.
 
     Raises:
         InputError: whatever would keep `fuse` or `compress` from doing it, and a tensor that looks like part of an FFN
