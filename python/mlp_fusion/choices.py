@@ -31,6 +31,7 @@ METHODS = {
     "mmd": MethodEntry("mmd", "neurons whose distribution is like the original's"),
     "prune": MethodEntry("prune", "keeps neurons by joint importance", text="helps"),
     "published": MethodEntry("fusion", "the paper's clustering"),
+    "random": MethodEntry("subset", "keeps neurons drawn at random: what every other method should beat"),
     "select": MethodEntry("select", "keeps neurons by greedy choice of what they do on the text", text="needed"),
     "sketch": MethodEntry("sketch", "a random projection of the neurons"),
     "svd": MethodEntry("svd", "low-rank projections; to measure only, since it keeps the width", narrows=False),

@@ -231,6 +231,27 @@ def test_mmd_lowers_the_discrepancy_and_stands_for_all_neurons() -> None:
     assert float(found.inertia[0]) < discrepancy(start)
 
 
+def test_random_keeps_distinct_neurons_of_every_problem_whole() -> None:
+    bundle = random_bundle(batch=2, width=12, scale=True)
+    found = get_method("random")(bundle, 5, seed=4).bundle
+    drawn = sorted(torch.randperm(12, generator=torch.Generator().manual_seed(4))[:5].tolist())
+    assert len(set(drawn)) == 5
+    assert torch.equal(found.vectors(), bundle.vectors()[:, drawn])
+    assert bundle.scale is not None
+    assert torch.equal(found.scale, bundle.scale[:, drawn])  # type: ignore[arg-type]
+    assert get_method("random")(random_bundle(), 3, seed=0).bundle.scale is None
+    everything = get_method("random")(bundle, 12, seed=4).bundle
+    assert torch.equal(everything.forward(rows(7)), bundle.forward(rows(7)))
+
+
+def test_random_draws_every_neuron_as_often_as_any_other() -> None:
+    bundle = dataclasses.replace(random_bundle(width=8), w_in=torch.arange(8.0).double().expand(5, -1).T[None])
+    kept = [get_method("random")(bundle, 2, seed=seed).bundle.w_in[0, :, 0].long() for seed in range(800)]
+    counts = torch.bincount(torch.cat(kept), minlength=8)
+    # 200 each on average, with a deviation of 12; the seeds are fixed.
+    assert 150 < int(counts.min()) <= int(counts.max()) < 250
+
+
 def test_svd_has_the_rank_that_the_parameters_allow() -> None:
     bundle = random_bundle(width=40, d=12, d_out=9, gated=True)
     found = get_method("svd")(bundle, 20, seed=0).bundle
