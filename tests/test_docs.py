@@ -30,6 +30,7 @@ import checkpoints as ck
 import fusion_kernels
 import mlp_fusion
 from mlp_fusion import cli
+from mlp_fusion.choices import METHODS
 from mlp_fusion.settings import fields
 
 ROOT = Path(__file__).parents[1]
@@ -94,8 +95,8 @@ def test_blocks_run(page: Path, at: Path) -> None:
         if language == "python":
             if name(page) in NOT_RUN and NOT_RUN[name(page)][0] in text:
                 continue
-            # Padded, so that a traceback names the page's own line.
-            exec(compile("\n" * (line - 1) + text, page, "exec"), variables)
+            # Padded, so that a traceback names the page's own line; and with no `annotations` of this file's own.
+            exec(compile("\n" * (line - 1) + text, page, "exec", dont_inherit=True), variables)
             continue
         for command in text.splitlines():
             words = shlex.split(command, comments=True)
@@ -118,6 +119,14 @@ def test_blocks_are_seen_and_the_list_of_others_is_short() -> None:
     for page, (words, reason) in NOT_RUN.items():
         assert any(words in text for _, text, _ in blocks(ROOT / page)), page
         assert reason
+
+
+def test_the_recipe_of_a_method_shows_its_code_as_it_stands() -> None:
+    page = (DOCS / "develop" / "add-a-method.md").read_text(encoding="utf-8")
+    file = METHODS["random"].file
+    code = (ROOT / "python" / "mlp_fusion" / "methods" / f"{file}.py").read_text(encoding="utf-8")
+    assert f"```python\n{code}```\n" in page
+    assert f'    "random": MethodEntry("{file}", "{METHODS["random"].does}"),\n' in page
 
 
 def test_no_block_is_in_a_language_that_is_not_run() -> None:

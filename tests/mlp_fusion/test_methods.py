@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from bundles import random_bundle, statistics_of, tie
+from families import tiny_model, token_batch
 from fusion_kernels import kmeans
-from mlp_fusion import InputError, methods
+from mlp_fusion import InputError, fuse, methods
 from mlp_fusion.calibration import FFNStatistics, refit
 from mlp_fusion.choices import KEEP_WIDTH, METHODS, NEED_TEXT
 from mlp_fusion.measure import relative_error
@@ -97,6 +98,15 @@ def test_methods_reduce_every_problem_as_alone_and_to_the_same_bits(
         fitted = refit(found.bundle.select(n), known[n]).bundle
         errors = [relative_error(b.forward(x)[0], known[n].y) for b in (fitted, found.bundle.select(n))]
         assert errors[0] <= errors[1] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in KEEP_WIDTH])
+def test_fuse_takes_every_method_that_narrows(name: str) -> None:
+    model = tiny_model("bert", num_hidden_layers=1)
+    report = fuse(model, 16, method=name, calibration=[token_batch()])
+    assert report.method == name
+    assert [row.neurons_after for row in report.rows] == [16]
+    assert bool(model(**token_batch()).logits.isfinite().all())
 
 
 @pytest.mark.parametrize("name", ["fusion", "published", "cluster"])
