@@ -22,7 +22,17 @@ def check_name(what: str, name: str, known: Collection[str]) -> None:
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend was asked for by name and cannot run here; the message says why."""
+    """A backend was asked for by name and cannot run here; the message says why.
+
+    Examples:
+        >>> x = torch.randn(100, 3)
+        >>> try:
+        ...     found = fusion_kernels.kmeans(x, 4, backend="triton")
+        ... except fusion_kernels.BackendUnavailableError:
+        ...     found = fusion_kernels.kmeans(x, 4)
+        >>> found.centroids.shape
+        torch.Size([4, 3])
+    """
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,10 @@ def backends() -> dict[str, dict[str, str]]:
     Returns:
         `{operator: {"cpu": backend, "cuda": backend, "<backend> unavailable": reason, ...}}`; `"cuda"` is present only
         when CUDA is.
+
+    Examples:
+        >>> fusion_kernels.backends()["kmeans"]["cpu"] in ("cpu", "reference")
+        True
     """
     report: dict[str, dict[str, str]] = {}
     device_types = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

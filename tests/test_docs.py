@@ -6,6 +6,8 @@ names that pages use. Blocks of one page share their variables.
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import inspect
 import re
 import runpy
@@ -24,6 +26,7 @@ import option_tables
 import pytest
 import results_tables
 import site_hooks
+import torch
 import yaml
 
 import checkpoints as ck
@@ -162,6 +165,49 @@ def test_every_public_name_stands_in_the_reference() -> None:
         text = (DOCS / "reference" / f"{package.__name__}.md").read_text(encoding="utf-8")
         named = re.findall(rf"^::: {package.__name__}\.(?:\w+\.)*(\w+)$", text, flags=re.MULTILINE)
         assert set(package.__all__) <= set(named)
+
+
+def documented() -> dict[str, Any]:
+    """Every public name and everything else on the pages of the reference, and how modules are made and merged."""
+    found: dict[str, Any] = {}
+    for package in (mlp_fusion, fusion_kernels):
+        found |= {f"{package.__name__}.{key}": getattr(package, key) for key in package.__all__}
+        page = (DOCS / "reference" / f"{package.__name__}.md").read_text(encoding="utf-8")
+        for place in re.findall(r"^::: (\S+)$", page, flags=re.MULTILINE):
+            module, _, key = place.rpartition(".")
+            found[place] = getattr(importlib.import_module(module), key)
+    for cls in (mlp_fusion.FusedMLP, mlp_fusion.FusedGLU, mlp_fusion.FusedExperts):
+        for key in ("from_mlp", "from_bundle", "from_experts", "merge_scale"):
+            if hasattr(cls, key):
+                found[f"mlp_fusion.{cls.__name__}.{key}"] = getattr(cls, key)
+    return found
+
+
+DOCUMENTED = documented()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("place", sorted(DOCUMENTED))
+def test_every_public_docstring_has_an_example_that_runs(place: str, at: Path) -> None:
+    text = inspect.getdoc(DOCUMENTED[place]) or ""
+    section = re.search(r"^Examples:\n((?:    .*\n|\n)+)", f"{text}\n", flags=re.MULTILINE)
+    assert section is not None, "no example"
+    names = {"torch": torch, "mlp_fusion": mlp_fusion, "fusion_kernels": fusion_kernels}
+    test = doctest.DocTestParser().get_doctest(section[1], names, place, None, None)
+    assert any(example.want for example in test.examples)
+    said: list[str] = []
+    torch.manual_seed(0)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    runner.run(test, out=said.append)
+    assert runner.failures == 0, "".join(said)
+
+
+def test_examples_of_verbs_survive_the_options_that_are_put_into_their_docstrings() -> None:
+    for verb in option_tables.VERBS:
+        text = inspect.getdoc(getattr(mlp_fusion, verb)) or ""
+        assert "\n    options: " not in text
+        titles = re.findall(r"^(Args|Returns|Raises|Examples):$", text, flags=re.MULTILINE)
+        assert titles == ["Args", "Returns", "Raises", "Examples"], verb
 
 
 @pytest.mark.parametrize("package", [mlp_fusion, fusion_kernels], ids=lambda p: p.__name__)

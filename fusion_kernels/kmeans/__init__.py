@@ -37,6 +37,13 @@ class KMeansResult(NamedTuple):
         n_iter: (B,) int64, passes over the points: Lloyd iterations plus rounds of Hartigan moves, each with the
             last one that finds nothing to change.
         status: (B,) int64, a :class:`Status` for every problem.
+
+    Examples:
+        >>> found = fusion_kernels.kmeans(torch.randn(2, 100, 3), 4)
+        >>> found.labels.shape, found.centroids.shape, found.inertia.shape
+        (torch.Size([2, 100]), torch.Size([2, 4, 3]), torch.Size([2]))
+        >>> found.counts.sum(dim=1)
+        tensor([100, 100])
     """
 
     labels: Tensor
@@ -178,6 +185,16 @@ def kmeans(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has a wrong shape, device or value.
         BackendUnavailableError: `backend` cannot run here.
+
+    Examples:
+        >>> x = torch.tensor([[0.0], [1.0], [10.0], [11.0], [12.0]])
+        >>> found = fusion_kernels.kmeans(x, 2)
+        >>> found.centroids.sort(dim=0).values
+        tensor([[ 0.5000],
+                [11.0000]])
+        >>> weighted = fusion_kernels.kmeans(x, 2, sample_weight=torch.tensor([3, 1, 1, 1, 1]))
+        >>> weighted.centroids.min()
+        tensor(0.2500)
     """
     _check_points(x)
     _check_options(n_clusters, n_init, algorithm, max_iter, tol, seed, workspace_bytes)
@@ -220,6 +237,11 @@ def kmeans_assign(x: Tensor, centroids: Tensor, *, backend: str = "auto") -> Ten
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has a wrong shape or device.
         BackendUnavailableError: `backend` cannot run here.
+
+    Examples:
+        >>> centroids = torch.tensor([[0.0], [10.0]])
+        >>> fusion_kernels.kmeans_assign(torch.tensor([[1.0], [9.0], [5.0]]), centroids)
+        tensor([0, 1, 0])
     """
     _check_points(x)
     if not isinstance(centroids, Tensor):

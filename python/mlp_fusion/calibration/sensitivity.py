@@ -158,7 +158,7 @@ def _window(batch: Batch, rows: Tensor, start: Tensor, length: int) -> dict[str,
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for gradients inside: autograd then keeps only what those of the outputs need."""
-    # Of inference mode are never asked: autograd says so when it meets them.
+    # Parameters of inference mode are left alone: autograd raises its own error when it meets them.
     asking = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
     for parameter in asking:
         parameter.requires_grad_(False)

@@ -35,6 +35,14 @@ class FinetuneReport:
         distillation: `layerwise` (`steps`, `loss` as pairs of step and mean loss) and `logits` (`weight`,
             `temperature`), each None where it was not used.
         seconds: wall-clock time of the call that finished the run.
+
+    Examples:
+        >>> files = {"train": "train.tsv", "evaluation": "dev.tsv"}
+        >>> report = mlp_fusion.finetune("roberta-base", "trained", **files, task="classification", epochs=1)
+        >>> report.metric, report.settings["epochs"], 0 <= report.final["accuracy"] <= 1
+        ('accuracy', 1, True)
+        >>> print(report)
+        classification: ...
     """
 
     settings: dict[str, Any]

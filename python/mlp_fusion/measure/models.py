@@ -120,6 +120,15 @@ def compare_models(
     Raises:
         InputError: unknown architecture, models that do not match, or a sample that they cannot run on.
         ValueError: a count that is too small.
+
+    Examples:
+        >>> from transformers import AutoModel
+        >>> from mlp_fusion.measure import compare_models
+        >>> original, fused = (AutoModel.from_pretrained("all-MiniLM-L6-v2") for _ in range(2))
+        >>> _ = mlp_fusion.fuse(fused, width=0.5)
+        >>> found = compare_models(original, fused, {"input_ids": torch.arange(3, 9)[None]}, samples=0)
+        >>> [row.relative_error > 0 for row in found.ffns[:2]]
+        [True, True]
     """
     for name, value, least in (("rows", rows, 1), ("samples", samples, 0), ("drawn_outputs", drawn_outputs, 1)):
         if value < least:

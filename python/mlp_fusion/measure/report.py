@@ -39,6 +39,13 @@ class FFNRow:
             without clusters, and in reports of earlier versions.
         ntk_spectrum: kernel -> `before`, `after` -> leading eigenvalues, see `FFNErrors.spectrum`; None in reports of
             earlier versions.
+
+    Examples:
+        >>> from transformers import AutoModel
+        >>> report = mlp_fusion.fuse(AutoModel.from_pretrained("all-MiniLM-L6-v2"), width=0.25)
+        >>> row = report.rows[0]
+        >>> row.path, row.neurons_after / row.neurons_before, row.output_error > 0
+        ('encoder.layer.0', 0.25, True)
     """
 
     layer: int
@@ -99,6 +106,14 @@ class FusionReport:
         rows: one per fused FFN.
         embeddings: set by `compress` when it had sentences to compare.
         calibration: None without calibration text.
+
+    Examples:
+        >>> from transformers import AutoModel
+        >>> report = mlp_fusion.fuse(AutoModel.from_pretrained("all-MiniLM-L6-v2"), width=0.25)
+        >>> report.method, report.parameterization
+        ('fusion', 'scaled')
+        >>> mlp_fusion.FusionReport.from_dict(report.to_dict()) == report
+        True
     """
 
     model_type: str

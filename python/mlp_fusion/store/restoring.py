@@ -31,6 +31,16 @@ def restore(model: nn.Module, path: str | os.PathLike[str], optimizer: str | Non
     Raises:
         InputError: the model was not fused, is restored already, or the side file is missing, damaged, or of another
             checkpoint. The model is then as it was.
+
+    Examples:
+        >>> from transformers import AutoModel
+        >>> fused = AutoModel.from_pretrained("all-MiniLM-L6-v2")
+        >>> _ = mlp_fusion.fuse(fused, width=0.25)
+        >>> fused.save_pretrained("fused")
+        >>> model = AutoModel.from_pretrained("fused")  # narrower, and plain
+        >>> mlp_fusion.restore(model, "fused")  # fused again: train on
+        >>> model.state_dict().keys() == fused.state_dict().keys()
+        True
     """
     record = fusion_record(getattr(model, "config", None))
     if record is None:

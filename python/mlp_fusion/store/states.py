@@ -47,10 +47,6 @@ _scales: ContextVar[Mapping[str, Tensor]] = ContextVar("mlp_fusion_scales", defa
 def state_form(form: Form) -> Iterator[None]:
     """Inside, `load_state_dict` takes a state without the `scale` of a fused FFN for what `form` says it is.
 
-    Example:
-        with mlp_fusion.state_form("plain"):
-            model.load_state_dict(safetensors.torch.load_file("checkpoint/model.safetensors"))
-
     Args:
         form: `"plain"` for tensors of a checkpoint that `save_pretrained` or `compress` wrote: each one is rescaled to
             the model's parameterization, whichever others come with it. `"own"` for tensors of the model itself, such
@@ -58,6 +54,16 @@ def state_form(form: Form) -> Iterator[None]:
 
     Raises:
         InputError: another form.
+
+    Examples:
+        >>> import safetensors.torch
+        >>> from transformers import AutoModel
+        >>> model = AutoModel.from_pretrained("all-MiniLM-L6-v2")
+        >>> _ = mlp_fusion.fuse(model, width=0.25)
+        >>> model.save_pretrained("fused")
+        >>> with mlp_fusion.state_form("plain"):
+        ...     model.load_state_dict(safetensors.torch.load_file("fused/model.safetensors"), strict=False)
+        <All keys matched successfully>
     """
     if form not in get_args(Form):
         raise InputError(f"state_form {form!r}: use plain (a saved checkpoint's tensors) or own (the model's)")

@@ -62,6 +62,14 @@ def finetune(
     Raises:
         InputError: an option, the data, or a model cannot be used, or `out` is not empty; nothing has been written.
         FloatingPointError: the loss is NaN or infinite. Checkpoints stay.
+
+    Examples:
+        >>> files = {"train": "train.tsv", "evaluation": "dev.tsv"}
+        >>> report = mlp_fusion.finetune("roberta-base", "trained", **files, task="classification", epochs=1)
+        >>> report.metric, 0 <= report.final["accuracy"] <= 1
+        ('accuracy', True)
+        >>> from transformers import AutoModelForSequenceClassification
+        >>> model = AutoModelForSequenceClassification.from_pretrained("trained")
     """
     started = time.perf_counter()
     settings = make(FinetuneSettings, options, "finetune")

@@ -62,6 +62,16 @@ def fuse(
 
     Raises:
         InputError: the model or an option cannot be worked on; the model is then as it was.
+
+    Examples:
+        >>> from transformers import AutoModel
+        >>> model = AutoModel.from_pretrained("all-MiniLM-L6-v2")
+        >>> report = mlp_fusion.fuse(model, width=0.25, calibration="sentences.txt", optimizer="adamw")
+        >>> [row.neurons_after / row.neurons_before for row in report.rows[:2]]
+        [0.25, 0.25]
+        >>> model.save_pretrained("fused")  # a plain checkpoint
+        >>> AutoModel.from_pretrained("fused").num_parameters() == report.parameters_after
+        True
     """
     started = time.perf_counter()
     asked = make(FuseSettings, {"width": width, "layers": layers, "method": method, **options}, "fuse")

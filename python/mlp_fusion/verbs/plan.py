@@ -59,6 +59,13 @@ class FusionPlan:
         uniform: all FFNs end up with one width.
         loads_in: who can load the result.
         warnings: what to know beforehand.
+
+    Examples:
+        >>> plan = mlp_fusion.plan("roberta-base", width=0.25)
+        >>> plan.model_type, len(plan.ffns), plan.uniform
+        ('roberta', 12, True)
+        >>> plan.parameters_after < plan.parameters_before
+        True
     """
 
     name: str
@@ -128,6 +135,13 @@ def plan(
     Raises:
         InputError: whatever would keep `fuse` or `compress` from doing it, and a tensor that looks like part of an FFN
             but belongs to none that the architecture knows: it would be left behind silently.
+
+    Examples:
+        >>> plan = mlp_fusion.plan("roberta-base", width=0.25, layers="last:8")
+        >>> [ffn.neurons_after < ffn.neurons_before for ffn in plan.ffns].count(True)
+        8
+        >>> print(plan.table())
+        roberta-base...
     """
     settings = make(PlanSettings, {"width": width, "layers": layers, **options}, "plan")
     settings.check()

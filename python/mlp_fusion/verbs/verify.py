@@ -35,7 +35,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of :func:`verify`; `passed` when every check is."""
+    """The outcome of :func:`verify`; `passed` when every check is.
+
+    Examples:
+        >>> _ = mlp_fusion.compress("all-MiniLM-L6-v2", "small", width=0.25)
+        >>> found = mlp_fusion.verify("small")
+        >>> [check.name for check in found.checks]
+        ['shapes', 'finite', 'loads', 'outputs', 'scale']
+        >>> found.passed
+        True
+    """
 
     checkpoint: str
     checks: list[Check]
@@ -72,6 +81,14 @@ def verify(out: str | Path, against: nn.Module | None = None) -> Verification:
 
     Raises:
         InputError: not a fused checkpoint, or unreadable, or nothing to compare with.
+
+    Examples:
+        >>> from transformers import AutoModel
+        >>> model = AutoModel.from_pretrained("all-MiniLM-L6-v2")
+        >>> _ = mlp_fusion.fuse(model, width=0.25)
+        >>> model.save_pretrained("fused")
+        >>> mlp_fusion.verify("fused", against=model).passed
+        True
     """
     folder = Path(out).expanduser()
     if not folder.is_dir():
