@@ -173,7 +173,7 @@ def test_compress_for_inference(run: Run, source: Path, tmp_path: Path) -> None:
     assert done.code == 0
     assert done.json["settings"]["optimizer"] is None
     assert done.json["parameterization"] == "folded"
-    assert not (tmp_path / "out" / "mlp_fusion" / "scale.safetensors").exists()
+    assert not (tmp_path / "out" / ck.SCALE).exists()
 
 
 def test_compress_passes_the_text_on(run: Run, source: Path, tmp_path: Path) -> None:

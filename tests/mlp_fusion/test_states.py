@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 from transformers.trainer_utils import load_sharded_checkpoint
 
+import checkpoints as ck
 from families import tiny_model, token_batch
 from mlp_fusion import FusedMLP, InputError, fuse, restore, state_form
 
@@ -247,7 +248,7 @@ def test_a_trained_scale_of_any_sign_is_saved(optimizer: str, tmp_path: Path) ->
 
 def test_the_side_file_is_looked_at(tmp_path: Path) -> None:
     fused("bert", "adamw").save_pretrained(tmp_path)
-    file = tmp_path / "mlp_fusion" / "scale.safetensors"
+    file = tmp_path / ck.SCALE
     good = load_file(file)
     name = "bert.encoder.layer.1.intermediate.scale"
     damage = {
@@ -352,7 +353,7 @@ def test_nothing_is_loaded_where_one_tensor_does_not_fit(damage: str, tmp_path: 
 @pytest.mark.parametrize("change", ["1e60", "1e-60", "1e-44", "float8"])
 def test_scales_that_float32_cannot_hold_are_refused(change: str, tmp_path: Path) -> None:
     fused("bert", "adamw").save_pretrained(tmp_path)
-    file = tmp_path / "mlp_fusion" / "scale.safetensors"
+    file = tmp_path / ck.SCALE
     good = load_file(file)
     kind = {"1e-44": torch.float32, "float8": torch.float8_e4m3fn}.get(change, torch.float64)
     factor = 1.0 if change == "float8" else float(change)
@@ -384,7 +385,7 @@ def test_scales_of_more_layers_or_neurons_and_silent_ones(tmp_path: Path) -> Non
     restore(again, tmp_path, optimizer="adamw")  # to another form than it was saved in, with a neuron that is silent
     assert {m.parameterization for m in again.modules() if isinstance(m, FusedMLP)} == {"scaled"}
     same(again, logits(source))
-    file = tmp_path / "mlp_fusion" / "scale.safetensors"
+    file = tmp_path / ck.SCALE
     good = load_file(file)
     name = "bert.encoder.layer.1.intermediate.scale"
     save_file({**good, name: torch.cat([good[name], good[name][:1]])}, file)

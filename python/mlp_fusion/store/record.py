@@ -23,7 +23,6 @@ FORMAT_VERSION = 1
 #: Everything beyond the plain checkpoint is in this subfolder: engines that load every *.safetensors of the top
 #: folder must not meet it.
 SIDE_FOLDER = "mlp_fusion"
-SCALE_FILE = f"{SIDE_FOLDER}/scale.safetensors"
 REFERENCE_FILE = f"{SIDE_FOLDER}/reference.safetensors"
 REPORT_FILE = f"{SIDE_FOLDER}/report.json"
 #: In the reference file's metadata: the dtype that the model ran in.

@@ -19,7 +19,7 @@ from mlp_fusion.measure import relative_error
 from mlp_fusion.measure.report import render
 from mlp_fusion.store.record import DTYPE_KEY, FUSION_KEY, REFERENCE_FILE, fusion_record
 from mlp_fusion.store.reference import compute_dtype, load_checkpoint, model_outputs, reference_outputs
-from mlp_fusion.store.restoring import read_scales
+from mlp_fusion.store.restoring import scaled_sites
 from mlp_fusion.store.source import Headers, read_headers
 from mlp_fusion.store.weights import COMPUTING, find_weights, opened
 
@@ -176,7 +176,7 @@ def _check_scale(folder: Path, record: dict[str, Any], model: Any) -> Check:
     if record["parameterization"] == "folded":
         return Check("scale", True, "folded for good: there is nothing to restore")
     try:
-        found = read_scales(model, folder, record["parameterization"])
+        found = scaled_sites(model, folder, record["parameterization"])
     except InputError as error:
         return Check("scale", False, str(error))
     largest = max(float(scale.max()) for _, scale, _ in found)
