@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
@@ -122,11 +122,10 @@ def test_restore_refusals(tmp_path: Path) -> None:
         restore(loaded, tmp_path / "nowhere")
     scales = ck.scales(tmp_path / "fused")
     wrong = {k: v[:-1] for k, v in scales.items()}
-    (tmp_path / "wrong" / "mlp_fusion").mkdir(parents=True)
-    save_file(wrong, tmp_path / "wrong" / ck.SCALE)
+    ck.put_scales(tmp_path / "wrong", wrong)
     with pytest.raises(InputError, match="layer 0 has 15 entries, the layer 16 neurons"):
         restore(loaded, tmp_path / "wrong")
-    save_file({"encoder.layer.9.intermediate.scale": torch.ones(16)}, tmp_path / "wrong" / ck.SCALE)
+    ck.put_scales(tmp_path / "wrong", {"encoder.layer.9.intermediate.scale": torch.ones(16)})
     with pytest.raises(InputError, match=r"layer\.9.* fits no layer"):
         restore(loaded, tmp_path / "wrong")
     assert not any(isinstance(m, FusedFFN) for m in loaded.modules())
