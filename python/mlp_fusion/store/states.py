@@ -157,7 +157,7 @@ def check_forms(model: Any, state: Mapping[str, Tensor], prefix: str) -> None:
     """Raise what loading `state` into `model` would raise of its FFNs, before anything is loaded."""
     config = getattr(model, "config", None)
     architecture = ARCHITECTURES.get(getattr(config, "model_type", None) or "")
-    if architecture is not None and any(architecture.match(key) for key in state):
+    if architecture is not None and any(architecture.locate(key) for key in state):
         sites = architecture.sites(model)
         for site in sites:
             check_form(architecture, site.layer, state, f"{prefix}{site.path}.")
@@ -175,7 +175,7 @@ def check_unexpected(config: Any, unexpected: Iterable[str]) -> None:
     if architecture is None:
         return
     ending = f"{architecture.module}.scale"
-    keys = sorted(key for key in unexpected if (m := architecture.match(key)) and m[2] == ending)
+    keys = sorted(key for key in unexpected if (m := architecture.locate(key)) and m[2] == ending)
     if keys:
         raise dropped_scale(keys)
 

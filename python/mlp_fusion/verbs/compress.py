@@ -206,7 +206,7 @@ def _fused_tensors(
     paths = {f"{path}.{kind}" for path in architecture.projections.values() for kind in ("weight", "bias")}
     found = {}
     for name, tensor in plain.items():
-        matched = architecture.match(name)
+        matched = architecture.locate(name)
         if matched is not None and matched[1] in layers and matched[2] in paths:
             found[matched[1], matched[2]] = tensor
     return found
