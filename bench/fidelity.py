@@ -129,7 +129,7 @@ class Bench:
         rows = [s.rows(MATCHING_ROWS, seed=0) for s in self.statistics]
         triples = list(zip(self.originals, fitted, rows, strict=True))
         matched, seconds[f"match_{kernel}"] = _timed(
-            lambda: [match_ntk(o, f, x, kernel=kernel, form=form) for o, f, x in triples]
+            lambda: [match_ntk(o, f, x, kernel=kernel, parameterization=form) for o, f, x in triples]
         )
         return {
             "kernel": kernel,

@@ -269,7 +269,7 @@ class FuseSettings(PlanSettings):
     sequential: bool = option("Calibrate each FFN on what the reduced ones before it produce.", False)
 
     @property
-    def form(self) -> Any:
+    def parameterization(self) -> Any:
         """The parameterization that suits the optimizer.
 
         Raises:
@@ -285,7 +285,7 @@ class FuseSettings(PlanSettings):
         """
         self._check_method()
         super().check()
-        if self.match is not None and self.form == "folded":
+        if self.match is not None and self.parameterization == "folded":
             raise InputError("match needs an optimizer: a model for inference has no tangent kernel to match")
         if self.tune_steps > 0 and self.refit is False:
             raise InputError("tune_steps starts from a refit and ends in one: leave refit to itself")
@@ -294,7 +294,7 @@ class FuseSettings(PlanSettings):
 
     def resolved(self, layers: list[int], *, calibrated: bool) -> FuseSettings:
         """The same with nothing left to be decided: `layers`, and what `refit` and `match` come to."""
-        match = OPTIMIZER_KERNELS[self.form] if self.match == "auto" else self.match
+        match = OPTIMIZER_KERNELS[self.parameterization] if self.match == "auto" else self.match
         refit = calibrated if self.refit is None else self.refit
         return dataclasses.replace(self, layers=layers, refit=refit, match=match)
 

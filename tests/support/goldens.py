@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import mlp_fusion
 from checkpoints import add_tokenizer
@@ -68,10 +69,16 @@ def of_folder(folder: Path) -> str:
         content = file.read_bytes()
         if file.name in ("report.json", "README.md"):  # which tell the time
             content = b""
+        elif file.suffix == ".safetensors" and file.parent != folder:
+            content = digest(*(part for item in sorted(load_file(file).items()) for part in _bytes(*item))).encode()
         elif file.suffix == ".json":
             content = json.dumps(json.loads(content), sort_keys=True).encode()
         parts += [str(file.relative_to(folder)).encode(), content]
     return digest(*parts)
+
+
+def _bytes(name: str, tensor: torch.Tensor) -> tuple[bytes, bytes, bytes]:
+    return name.encode(), str(tensor.dtype).encode(), tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def fused(family: str, **options: Any) -> str:
@@ -80,8 +87,8 @@ def fused(family: str, **options: Any) -> str:
     report = mlp_fusion.fuse(model, options.pop("width", 24), **options)
     errors = [(row.path, row.neurons_after, row.output_error, row.ntk_error, row.status) for row in report.rows]
     parts = [json.dumps(known, sort_keys=True).encode() for known in (model.config.to_dict(), errors)]
-    for name, tensor in model.state_dict().items():
-        parts += [name.encode(), str(tensor.dtype).encode(), tensor.contiguous().view(torch.uint8).numpy().tobytes()]
+    for item in model.state_dict().items():
+        parts += _bytes(*item)
     return digest(*parts)
 
 

@@ -74,10 +74,10 @@ class ChosenFFNs:
         config: Any = self.model.config
         changed = fused_config(
             config, self.architecture, after, [self.sites[n].index for n in narrowed], method=settings.method,
-            form=settings.form if scaled else "folded",
+            parameterization=settings.parameterization if scaled else "folded",
         )  # fmt: skip
         for n in narrowed:
-            self.architecture.install(self.sites[n], reduced[n].bundle, settings.form)
+            self.architecture.install(self.sites[n], reduced[n].bundle, settings.parameterization)
         replace_config(self.model, changed)
         know_forms(self.model, self.architecture)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.ntk import Kernel
-from mlp_fusion.calibration.local_training import held_out_errors, tune
+from mlp_fusion.calibration.local_training import held_out_errors, train_locally
 from mlp_fusion.calibration.matching import MATCHING_ROWS, match_ntk
 from mlp_fusion.calibration.refit import Refit, refit
 from mlp_fusion.calibration.statistics import FFNStatistics
@@ -35,7 +35,7 @@ class Recipe:
     Attributes:
         method: the compression method.
         seed: of the method and of the rows whose kernel is matched.
-        form: the parameterization that the reduced FFNs will have.
+        parameterization: the parameterization that the reduced FFNs will have.
         refit: fit output weights and bias to the calibration rows afterwards.
         tune_steps: steps of local tuning after that, followed by another refit; 0 for none, or where `refit` is False.
         match: the kernel to match the scale to after that, or None.
@@ -43,7 +43,7 @@ class Recipe:
 
     method: Method
     seed: int
-    form: Parameterization
+    parameterization: Parameterization
     refit: bool = False
     tune_steps: int = 0
     match: Kernel | None = None
@@ -52,7 +52,9 @@ class Recipe:
     def of(settings: FuseSettings) -> Recipe:
         """What of `settings`, resolved, a single FFN is reduced by."""
         s, kernel = settings, cast("Kernel | None", settings.match)
-        return Recipe(get_method(s.method), s.seed, s.form, refit=bool(s.refit), tune_steps=s.tune_steps, match=kernel)
+        return Recipe(
+            get_method(s.method), s.seed, s.parameterization, refit=bool(s.refit), tune_steps=s.tune_steps, match=kernel
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +159,7 @@ def _fit(
         started = time.perf_counter()
         # From the fits that have not seen the held-out rows: those are what tuning is judged on.
         start = NeuronBundle.stack([fit.unseen for fit in fitted])
-        tuned = tune(start, statistics, steps=recipe.tune_steps, seed=recipe.seed, progress=progress)
+        tuned = train_locally(start, statistics, steps=recipe.tune_steps, seed=recipe.seed, progress=progress)
         for n in (tuned.after < tuned.before).nonzero().squeeze(1).tolist():
             again = refit(tuned.bundle.select(n), statistics[n])
             # The refit weighs all directions alike, and its ridge may undo what tuning has won.
@@ -182,7 +184,7 @@ def _match(recipe: Recipe, original: NeuronBundle, ffn: ReducedFFN, statistics: 
         return ffn
     started = time.perf_counter()
     x = statistics.rows(MATCHING_ROWS, seed=recipe.seed)
-    bundle = match_ntk(original, ffn.reduction.bundle, x, kernel=recipe.match, form=recipe.form)
+    bundle = match_ntk(original, ffn.reduction.bundle, x, kernel=recipe.match, parameterization=recipe.parameterization)
     return dataclasses.replace(
         ffn,
         reduction=dataclasses.replace(ffn.reduction, bundle=bundle),

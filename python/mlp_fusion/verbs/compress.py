@@ -32,11 +32,11 @@ from mlp_fusion.store.record import (
     FUSION_KEY,
     REFERENCE_FILE,
     REPORT_FILE,
-    SCALE_FILE,
     side_path,
     state_layer_count,
 )
 from mlp_fusion.store.reference import compute_dtype, load_checkpoint, reference_outputs
+from mlp_fusion.store.scale import write_scales
 from mlp_fusion.store.source import companion_files, local_folder, read_config
 from mlp_fusion.store.tokenizers import tokenize
 from mlp_fusion.store.weights import read_tensors, safetensors_name
@@ -182,8 +182,7 @@ def _write(
         _write_config(source.folder, staging, source.architecture, source.model.config)
         state_layer_count(staging, source.model.config)
         copy_companions(source.folder, staging)
-        if scales:
-            save_file(scales, side_path(staging, SCALE_FILE))
+        write_scales(staging, scales)
         metadata = {DTYPE_KEY: str(source.dtype).removeprefix("torch.")}
         save_file(reference, side_path(staging, REFERENCE_FILE), metadata=metadata)
         described = json.dumps(report.to_dict(), indent=2, allow_nan=False)
@@ -214,7 +213,7 @@ def _fused_tensors(
     paths = {f"{path}.{kind}" for path in architecture.projections.values() for kind in ("weight", "bias")}
     found = {}
     for name, tensor in plain.items():
-        matched = architecture.match(name)
+        matched = architecture.locate(name)
         if matched is not None and matched[1] in layers and matched[2] in paths:
             found[matched[1], matched[2]] = tensor
     return found

@@ -88,7 +88,7 @@ def fuse(
     ffns.self_test(learnt.activations)
     reduced = reduce_chosen(ffns, settings, widths, learnt, progress)
     measured = zip(ffns.sites, ffns.originals, reduced, learnt.activations, strict=True)
-    rows = [_row(site, original, ffn, settings.form, rows) for site, original, ffn, rows in measured]
+    rows = [_row(site, original, ffn, settings.parameterization, rows) for site, original, ffn, rows in measured]
     # Everything that can go wrong has gone right: only now is the model touched.
     ffns.install(reduced, settings)
     after = count_parameters(model)
@@ -96,7 +96,7 @@ def fuse(
     return FusionReport(
         model_type=config.model_type,
         settings=settings,
-        parameterization=settings.form,
+        parameterization=settings.parameterization,
         sample=learnt.sample,
         sample_rows=len(learnt.activations[0].x),
         parameters_before=before[0],

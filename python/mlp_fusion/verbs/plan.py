@@ -197,7 +197,7 @@ def _find_ffns(
     found: dict[tuple[int, str], dict[str, TensorInfo]] = {}
     claimed: set[str] = set()
     for name, info in headers.tensors.items():
-        matched = architecture.match(name)
+        matched = architecture.locate(name)
         if matched is None or matched[2] not in roles:
             continue
         path, index, rest = matched

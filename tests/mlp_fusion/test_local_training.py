@@ -15,7 +15,7 @@ from torch import Tensor
 from bundles import random_bundle, statistics_of
 from families import FAMILIES, tiny_model, token_batch
 from mlp_fusion import FusionReport, InputError, compress, fuse
-from mlp_fusion.calibration import FFNStatistics, Refit, refit, tune
+from mlp_fusion.calibration import FFNStatistics, Refit, refit, train_locally
 from mlp_fusion.cli import cli
 from mlp_fusion.measure import relative_error
 from mlp_fusion.methods import get_method
@@ -50,7 +50,7 @@ def _error(bundle: NeuronBundle, known: FFNStatistics) -> float:
 @pytest.mark.parametrize("form", ["scaled", "split"])
 def test_tuning_lowers_the_held_out_error_and_keeps_the_scale(gated: bool, bias: bool, form: str) -> None:
     _, reduced, known = _problem(gated=gated, bias=bias)
-    found = tune(reduced.parameterized(form), [known], steps=150, seed=0)
+    found = train_locally(reduced.parameterized(form), [known], steps=150, seed=0)
     assert float(found.before[0]) == pytest.approx(_error(reduced, known), rel=1e-9)
     assert float(found.after[0]) == pytest.approx(_error(found.bundle, known), rel=1e-9)
     assert found.after[0] < 0.9 * found.before[0]
@@ -68,18 +68,18 @@ def test_held_out_rows_are_never_worse_and_never_trained_on() -> None:
     noise = torch.randn(known.y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     held_out = known.held_out.unsqueeze(1)
     exact = dataclasses.replace(known, y=torch.where(held_out, reduced.forward(known.x)[0], 5.0 * noise))
-    found = tune(reduced, [exact], steps=60, seed=0)
+    found = train_locally(reduced, [exact], steps=60, seed=0)
     assert torch.equal(found.after, found.before)
     for name in ("w_in", "b_in", "w_out", "b_out", "scale"):
         assert torch.equal(getattr(found.bundle, name), getattr(reduced, name))
     other = dataclasses.replace(known, y=torch.where(held_out, known.y * (1.0 + 1e-9), known.y))
-    pair = [tune(reduced, [s], steps=30, seed=0).bundle.w_in for s in (known, other)]
+    pair = [train_locally(reduced, [s], steps=30, seed=0).bundle.w_in for s in (known, other)]
     assert torch.equal(*pair)
 
 
 def test_same_seed_same_bits() -> None:
     _, reduced, known = _problem(rows=1500)
-    runs = [tune(reduced, [known], steps=20, seed=seed).bundle for seed in (3, 3, 4)]
+    runs = [train_locally(reduced, [known], steps=20, seed=seed).bundle for seed in (3, 3, 4)]
     assert torch.equal(runs[0].w_in, runs[1].w_in)
     assert torch.equal(runs[0].w_out, runs[1].w_out)
     assert not torch.equal(runs[0].w_in, runs[2].w_in)
@@ -93,9 +93,9 @@ def test_side_by_side_is_one_by_one(gated: bool) -> None:
     known = [p[2] for p in problems]
     reduced[1] = dataclasses.replace(reduced[1], w_out=reduced[1].w_out * 1e3, b_out=reduced[1].b_out * 1e3)
     known[1] = dataclasses.replace(known[1], y=known[1].y * 1e3)
-    together = tune(NeuronBundle.stack(reduced), known, steps=40, seed=0)
+    together = train_locally(NeuronBundle.stack(reduced), known, steps=40, seed=0)
     for n in range(3):
-        alone = tune(reduced[n], [known[n]], steps=40, seed=0)
+        alone = train_locally(reduced[n], [known[n]], steps=40, seed=0)
         torch.testing.assert_close(together.bundle.select(n).w_in, alone.bundle.w_in)
         torch.testing.assert_close(together.bundle.select(n).w_out, alone.bundle.w_out)
         torch.testing.assert_close(together.after[n : n + 1], alone.after)
@@ -107,7 +107,7 @@ def test_silent_neurons_stay_silent() -> None:
     scale = reduced.scale.clone()
     scale[0, 3] = 0.0
     silent = dataclasses.replace(reduced, scale=scale)
-    found = tune(silent, [known], steps=40, seed=0)
+    found = train_locally(silent, [known], steps=40, seed=0)
     assert found.after[0] < found.before[0]
     assert float(found.bundle.scale[0, 3]) == 0.0  # type: ignore[index]
     torch.testing.assert_close(found.bundle.w_in[0, 3], silent.w_in[0, 3])
@@ -118,21 +118,21 @@ def test_silent_neurons_stay_silent() -> None:
 def test_degenerate_problems_come_back_as_they_are() -> None:
     _, reduced, known = _problem()
     few = statistics_of(random_bundle(width=40), _rows(3), sequences=1)
-    for found in (tune(reduced, [known], steps=0, seed=0), tune(reduced, [few], steps=9, seed=0)):
+    for found in (train_locally(reduced, [known], steps=0, seed=0), train_locally(reduced, [few], steps=9, seed=0)):
         assert torch.equal(found.bundle.w_in, reduced.w_in)
         assert math.isnan(float(found.before[0]))
     zero = dataclasses.replace(
         reduced, **{n: torch.zeros_like(getattr(reduced, n)) for n in ("w_in", "b_in", "w_out", "b_out")}
     )
-    dead = tune(zero, [dataclasses.replace(known, y=torch.zeros_like(known.y))], steps=9, seed=0)
+    dead = train_locally(zero, [dataclasses.replace(known, y=torch.zeros_like(known.y))], steps=9, seed=0)
     assert float(dead.bundle.w_out.abs().max()) == 0.0
     with pytest.raises(ValueError, match="give 0 or more"):
-        tune(reduced, [known], steps=-1, seed=0)
+        train_locally(reduced, [known], steps=-1, seed=0)
     for wrong in ([], [known, known]):
         with pytest.raises(ValueError, match="as many statistics"):
-            tune(reduced, wrong, steps=1, seed=0)
+            train_locally(reduced, wrong, steps=1, seed=0)
     with pytest.raises(ValueError, match="as many statistics"):
-        tune(NeuronBundle.stack([reduced, reduced]), [known, few], steps=1, seed=0)
+        train_locally(NeuronBundle.stack([reduced, reduced]), [known, few], steps=1, seed=0)
 
 
 def test_the_pipeline_keeps_what_is_better_and_matches_the_kernel_afterwards() -> None:
