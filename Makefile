@@ -30,8 +30,8 @@ $(VENV)/.test: $(VENV)/.base $(SOURCES)
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
-	rm -rf $(DEMO_OUT) $(DEMO_OUT)-calibrated $(DEMO_OUT)-text
-	$(BIN)/python examples/demo.py $(DEMO_OUT)
+	rm -rf $(DEMO_OUT)
+	$(BIN)/python examples/demo.py "$$($(BIN)/python tests/support/real_model.py)" $(DEMO_OUT)
 
 # Linters and tests side by side: neither keeps two processors busy all the time.
 test: $(VENV)/.test
@@ -50,9 +50,11 @@ suite: $(VENV)/.test
 
 checks: lint types
 
+# The documentation is built too: a link or a reference that leads nowhere is an error (but not with --quiet).
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 types: $(VENV)/.test
 	$(BIN)/mypy

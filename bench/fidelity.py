@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import transformers
+from support import model_folder
 from transformers import AutoModel
 
 import mlp_fusion
@@ -33,15 +34,16 @@ from fusion_kernels import backends
 from fusion_kernels.ntk import Kernel
 from mlp_fusion.calibration import FFNStatistics, collect, match_ntk, refit
 from mlp_fusion.calibration.matching import MATCHING_ROWS
-from mlp_fusion.measure import Activations, capture_activations, ffn_errors, relative_error
-from mlp_fusion.methods import get_method, method_names
+from mlp_fusion.choices import METHODS
+from mlp_fusion.measure import ffn_errors, relative_error
+from mlp_fusion.measure.embeddings import compare_embeddings, embed
+from mlp_fusion.methods import get_method
 from mlp_fusion.neurons import NeuronBundle
-from mlp_fusion.running.activations import Batch, token_mask
-from mlp_fusion.running.text import compare_embeddings, embed, read_sentences, tokenize
+from mlp_fusion.running.batches import Batch, token_mask
+from mlp_fusion.running.sentences import read_sentences
+from mlp_fusion.running.taps import Activations, capture_activations
+from mlp_fusion.store.tokenizers import tokenize
 from mlp_fusion.verbs.fuse import find_ffns
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from demo import model_folder
 
 #: Held-out rows for the outputs' error, and for the kernels (whose cost grows with the square).
 ROWS, NTK_ROWS = 8192, 512
@@ -127,7 +129,7 @@ class Bench:
         rows = [s.rows(MATCHING_ROWS, seed=0) for s in self.statistics]
         triples = list(zip(self.originals, fitted, rows, strict=True))
         matched, seconds[f"match_{kernel}"] = _timed(
-            lambda: [match_ntk(o, f, x, kernel=kernel, form=form) for o, f, x in triples]
+            lambda: [match_ntk(o, f, x, kernel=kernel, parameterization=form) for o, f, x in triples]
         )
         return {
             "kernel": kernel,
@@ -210,7 +212,7 @@ def main() -> None:
     assert held_out is not None
     bench = Bench(calibration, held_out, options.width)
     print(f"calibration run {bench.calibration_seconds:.2f} s, of which the model alone {bench.bare_seconds:.2f} s")
-    runs = [(name, c) for name in method_names() for c in (False, True) if c or not get_method(name).needs_statistics]
+    runs = [(name, c) for name in METHODS for c in (False, True) if c or not get_method(name).needs_statistics]
     methods = []
     for name, calibrated in runs:
         if calibrated and not get_method(name).uses_statistics:

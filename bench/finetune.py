@@ -7,10 +7,11 @@ Tasks: `sst2`, classification with all-MiniLM-L6-v2 (`FOLDER/sst2_train.tsv`, me
 six FFNs reduced; `gpt2` and `llama`, language models of those shapes that the script first trains itself on nine tenths
 of `FOLDER/tiny_shakespeare.txt`, then compresses, fine-tunes for a short while, and measures on the last tenth.
 
-Calibrated modes learn from the first 512 training sentences (128 blocks, for language models). Every run leaves a file
-under `--results`; what is there already is not run again, and what was interrupted goes on from its last epoch, so that
-the script can be stopped at any time, and run several times side by side. Teachers are the full models of the same
-seed, which stay under `--work`. `--summary` prints all results, means over seeds.
+Calibrated modes learn from the first 512 training sentences (128 blocks, for language models). Every run adds its
+results to `--out`, which is all that tables and plots read; its learning curves stay under `--work`. What is in `--out`
+already is not run again, and what was interrupted goes on from its last epoch, so that the script can be stopped at any
+time, and run several times side by side. Teachers are the full models of the same seed, which stay under `--work`.
+`--summary` prints all results, means over seeds.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock, Timeout
+from support import model_folder
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from transformers import (
@@ -45,11 +47,8 @@ import mlp_fusion
 from mlp_fusion.families import get_architecture
 from mlp_fusion.finetuning.data import language_examples, read_rows
 from mlp_fusion.finetuning.result import RESULT_FILE
+from mlp_fusion.finetuning.run import is_unfinished
 from mlp_fusion.methods import get_method
-from mlp_fusion.verbs.finetune import is_unfinished
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from demo import model_folder
 
 CALIBRATION = 512
 #: One recipe for all modes of a task; METHOD's for SST-2.
@@ -123,8 +122,8 @@ MODES: dict[str, Mode] = {
 class Task:
     """Data and model of a task."""
 
-    def __init__(self, name: str, data: Path, work: Path, results: Path) -> None:
-        self.name, self.work, self.results, self.recipe = name, work / name, results / name, RECIPES[name]
+    def __init__(self, name: str, data: Path, work: Path, out: Path) -> None:
+        self.name, self.work, self.out, self.recipe = name, work / name, out, RECIPES[name]
         self.labelled = name == "sst2"
         if self.labelled:
             self.folder = model_folder()
@@ -179,19 +178,18 @@ class Task:
         return AutoModelForCausalLM.from_pretrained(folder)
 
     def run(self, name: str, seed: int) -> None:
-        """Reduce, fine-tune, and leave the result; nothing if that has been done or is being done."""
-        mode, slug = MODES[name], f"{name.replace(', ', '+').replace(' ', '_')}-{seed}"
-        file, out = self.results / f"{slug}.json", self.work / slug
+        """Reduce, fine-tune, and record the result; nothing if that has been done or is being done."""
+        out = self.work / f"{name.replace(', ', '+').replace(' ', '_')}-{seed}"
         out.mkdir(parents=True, exist_ok=True)
         try:
             # Of the process: a run that was killed holds none, and is gone on with.
             with FileLock(out / ".lock", blocking=False):
                 # The full models are teachers of others, so that one without its weights is trained again.
-                if file.is_file() and (name != "full" or not self.labelled or (out / "run" / RESULT_FILE).is_file()):
+                known = {(run["task"], run["mode"], run["seed"]) for run in recorded(self.out)}
+                teaches = name == "full" and self.labelled
+                if (self.name, name, seed) in known and (not teaches or (out / "run" / RESULT_FILE).is_file()):
                     return
-                result = self._run(name, mode, seed, out)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                record(self.out, self._run(name, MODES[name], seed, out))
         except Timeout:
             print(f"{self.name:6} {name:30} seed {seed}: another process is at it", flush=True)
 
@@ -228,15 +226,53 @@ class Task:
         if name != "full":
             for file in (out / "run").glob("*.safetensors"):
                 file.unlink()  # gigabytes, over all runs
-        result = {"task": self.name, "mode": name, "seed": seed, "width": mode.share if mode.method else 1.0}
-        result |= {"parameters": parameters, "reduction": reduced, "report": report.to_dict()}
-        # Folders of one machine, which say nothing.
-        result["report"] |= dict.fromkeys(("model", "teacher", "original"))
+        described = {"task": self.name, "mode": name, "seed": seed, "width": mode.share if mode.method else 1.0}
+        described |= {"parameters": parameters, "reduction": reduced}
         assert report.initial is not None
         assert report.final is not None
         before, after = report.initial[report.metric], report.final[report.metric]
         print(f"{self.name:6} {name:30} seed {seed}: {before:.4f} -> {after:.4f} in {report.seconds:.0f} s", flush=True)
-        return result
+        return summarised(described, report.to_dict())
+
+
+def summarised(described: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """One run as `--out` keeps it: what tables and plots need, an evaluation per epoch, and no step of a curve.
+
+    Args:
+        described: task, mode, seed, width, parameters and reduction.
+        report: of `finetune`, in plain JSON types.
+    """
+    kept = (
+        "method", "parameterization", "optimizer", "learning_rate", "batch_size", "epochs", "examples", "metric",
+        "initial", "final", "evaluations", "seconds",
+    )  # fmt: skip
+    report = {**report["settings"], **report}
+    taught = report["distillation"] or {}
+    learnt = {"layerwise": taught.get("layerwise") is not None, "logits": taught.get("logits") is not None}
+    return {**described, **learnt, **{key: report[key] for key in kept}}
+
+
+def record(file: Path, run: dict[str, Any]) -> None:
+    """Add a run to `file`, in the place of an earlier one of its task, mode and seed; other processes may do the same.
+
+    A run is a line of the file, so that its history says which ones a commit has changed.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):
+        runs = {(r["task"], r["mode"], r["seed"]): r for r in [*recorded(file), run]}
+        order = list(MODES)
+        lines = [json.dumps(runs[key]) for key in sorted(runs, key=lambda key: (key[0], order.index(key[1]), key[2]))]
+        partial = file.with_suffix(".partial")
+        partial.write_text('{"runs": [\n' + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
+        partial.replace(file)
+
+
+def recorded(file: Path) -> list[dict[str, Any]]:
+    """The runs in `file`; none if there is no such file yet."""
+    if not file.is_file():
+        return []
+    runs: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["runs"]
+    return runs
 
 
 def low_rank(model: Any, share: float) -> None:
@@ -265,16 +301,14 @@ def low_rank(model: Any, share: float) -> None:
             site.layer.set_submodule(path, nn.Sequential(first, second))
 
 
-def summary(results: Path) -> None:
+def summary(file: Path) -> None:
     """Print, per task and mode, the metric before and after: means over seeds, and their range."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for file in sorted(results.glob("*/*.json")):
-        result = json.loads(file.read_text(encoding="utf-8"))
-        rows.setdefault((result["task"], result["mode"]), []).append(result["report"])
-    order = {name: i for i, name in enumerate(MODES)}
-    for (task, mode), reports in sorted(rows.items(), key=lambda item: (item[0][0], order[item[0][1]])):
-        metric = reports[0]["metric"]
-        before, after = ([report[when][metric] for report in reports] for when in ("initial", "final"))
+    for run in recorded(file):
+        rows.setdefault((run["task"], run["mode"]), []).append(run)
+    for (task, mode), runs in rows.items():
+        metric = runs[0]["metric"]
+        before, after = ([run[when][metric] for run in runs] for when in ("initial", "final"))
         spread = f"{min(after):.4f} to {max(after):.4f}, {len(after)} seeds"
         print(f"{task:6} {mode:30} {statistics.mean(before):.4f} -> {statistics.mean(after):.4f} ({spread})")
 
@@ -288,18 +322,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("build/finetune"))
-    parser.add_argument("--results", type=Path, default=Path("bench/results/finetune-cpu"))
+    parser.add_argument("--out", type=Path, default=Path("bench/results/finetune-cpu.json"))
     parser.add_argument("--summary", action="store_true", help="print the results there are, and run nothing")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
     if options.summary:
-        summary(options.results)
+        summary(options.out)
         return
     if options.data is None:
         parser.error("--data FOLDER is needed")
-    task = Task(options.task, options.data, options.work, options.results)
+    task = Task(options.task, options.data, options.work, options.out)
     for seed in range(options.seeds):
         for name in options.modes:
             if not (name == "svd" and options.task == "gpt2") and not (MODES[name].late and options.task != "sst2"):

@@ -13,20 +13,16 @@ from __future__ import annotations
 import importlib.util
 import math
 import statistics
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_timing import DEVICE, milliseconds, require
+from support import nearest_gap, neuron_like
 from torch import Tensor
 
 from fusion_kernels import kmeans, kmeans_assign
 from fusion_kernels.native import exact_products
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
-from gpu_timing import DEVICE, milliseconds, require
-from points import nearest_gap, neuron_like
 
 #: N, K, D and how many problems make a full batch.
 SHAPES = {

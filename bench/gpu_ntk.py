@@ -10,21 +10,17 @@ over the rates of `gpu_timing.ceilings`, TF32 at half that of bfloat16.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_timing import DEVICE, milliseconds, require
+from ntk import torch_in_place
+from support import ACTIVATIONS, Bundle, make_bundle
 from torch import Tensor
 
 from fusion_kernels import native, ntk_compare, ntk_gram
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
-from ffn_blocks import ACTIVATIONS, Bundle, make_bundle
-from gpu_timing import DEVICE, milliseconds, require
-from ntk import torch_in_place
 
 PRECISIONS = ("highest", "tf32x3", "bf16x3", "bf16")
 #: The largest error of a value over the largest value: four rounded factors.

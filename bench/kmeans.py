@@ -24,9 +24,11 @@ from typing import Any
 import faiss
 import sklearn
 import torch
+from measuring import peak_bytes
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from sklearn.cluster import KMeans
+from support import model_folder, neuron_like
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 from transformers import AutoModel
@@ -35,12 +37,6 @@ from fusion_kernels import backends, kmeans, kmeans_assign
 from fusion_kernels.kmeans.seeding import random_seeds
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.verbs.fuse import find_ffns
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
-from demo import model_folder
-from measuring import peak_bytes
-from points import neuron_like
 
 #: Shapes N, K, D, and how often scikit-learn runs with ten seedings: once where that takes a minute or less.
 SHAPES: dict[str, tuple[int, int, int, bool]] = {

@@ -12,25 +12,23 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 import transformers
+from support import model_folder
 from transformers import AutoModel, AutoTokenizer
 
 import mlp_fusion
 from fusion_kernels import backends
-from mlp_fusion.measure import capture_activations, ffn_errors
+from mlp_fusion.measure import ffn_errors
 from mlp_fusion.methods import get_method
 from mlp_fusion.neurons import NeuronBundle
-from mlp_fusion.running.text import read_sentences
+from mlp_fusion.running.sentences import read_sentences
+from mlp_fusion.running.taps import capture_activations
 from mlp_fusion.verbs.fuse import find_ffns
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from demo import model_folder
 
 WIDTH = 384
 #: Inputs for the outputs' error, and for the kernels (whose cost grows with the square).

@@ -30,13 +30,11 @@ from typing import Any
 import numpy as np
 import torch
 from measuring import peak_bytes
+from support import Bundle, forward, make_bundle
 from torch import Tensor
 from torch.nn import functional as F
 
 from fusion_kernels import backends, gradient_gram, ntk_compare, ntk_gram, ntk_vp, trace_ntk_vp
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
-from ffn_blocks import Bundle, forward, make_bundle
 
 #: d, h and outputs: a fused FFN of all-MiniLM-L6-v2's kind, at a quarter of 768.
 D, H, O = 768, 192, 768  # noqa: E741

@@ -33,16 +33,14 @@ from typing import Any
 
 import torch
 import transformers
+from support import model_folder
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 import mlp_fusion
 from fusion_kernels import backends, mlp_backend
 from mlp_fusion.modules import FusedFFN
-from mlp_fusion.running.text import read_sentences
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from demo import model_folder
+from mlp_fusion.running.sentences import read_sentences
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Batch = dict[str, Tensor]

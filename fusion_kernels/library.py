@@ -40,7 +40,17 @@ def member(what: str, name: _Member | str, kind: type[_Member]) -> _Member:
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend cannot run here or does not do what the options ask for, or none does; the message says why."""
+    """A backend cannot run here or does not do what the options ask for, or none does; the message says why.
+
+    Examples:
+        >>> x = torch.randn(100, 3)
+        >>> try:
+        ...     found = fusion_kernels.kmeans(x, 4, backend="triton")
+        ... except fusion_kernels.BackendUnavailableError:
+        ...     found = fusion_kernels.kmeans(x, 4)
+        >>> found.centroids.shape
+        torch.Size([4, 3])
+    """
 
 
 @dataclass(frozen=True)
@@ -201,6 +211,10 @@ def backends() -> dict[str, dict[str, str]]:
         `{operator: {"cpu": backend, "cuda": backend, "<backend> unavailable": reason, "<backend> declines": reasons}}`;
         `"cuda"` is present only when CUDA is. A backend that declines answers, if it is there, for all options but
         those that the reasons name; for these, the next one does.
+
+    Examples:
+        >>> fusion_kernels.backends()["kmeans"]["cpu"] in ("cpu", "reference")
+        True
     """
     report: dict[str, dict[str, str]] = {}
     device_types = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -14,6 +14,13 @@ class Pin:
 
     The pin holds for all threads, and for the backward of what is called under it, whenever that runs. Compiled
     functions are compiled again where it has changed.
+
+    Examples:
+        >>> x, w1, w2 = torch.randn(5, 8), torch.randn(16, 8), torch.randn(4, 16)
+        >>> with fusion_kernels.mlp_backend("reference"), fusion_kernels.experts_backend("loop"):
+        ...     y = fusion_kernels.fused_mlp(x, w1, None, w2, None)
+        >>> torch.equal(y, fusion_kernels.fused_mlp(x, w1, None, w2, None, backend="reference"))
+        True
     """
 
     def __init__(self, operator: Operator) -> None:

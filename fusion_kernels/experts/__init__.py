@@ -78,6 +78,14 @@ def fused_experts(
         BackendUnavailableError: `backend` cannot run here.
 
     Source: Shazeer et al. 2017 (arXiv 1701.06538) for the layer; MLP Fusion (arXiv 2307.08941) for the scale.
+
+    Examples:
+        >>> x, w_in, w_out = torch.randn(6, 8), torch.randn(4, 16, 8), torch.randn(4, 8, 16)
+        >>> index, weights = torch.tensor([[0, 2]] * 6), torch.full((6, 2), 0.5)
+        >>> y = fusion_kernels.fused_experts(x, index, weights, w_in, w_out)
+        >>> of_each = [torch.nn.functional.silu(x @ w_in[e].T) @ w_out[e].T for e in (0, 2)]
+        >>> torch.allclose(y, 0.5 * (of_each[0] + of_each[1]), atol=1e-3)
+        True
     """
     weights = {"w_in": w_in, "b_in": b_in, "w_gate": w_gate, "b_gate": b_gate, "w_out": w_out, "b_out": b_out}
     weights["scale"] = scale

@@ -179,6 +179,20 @@ def kmeans(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has a wrong shape, device or value.
         BackendUnavailableError: `backend` cannot run here, or lacks what is asked for.
+
+    Examples:
+        >>> x = torch.tensor([[0.0], [1.0], [10.0], [11.0], [12.0]])
+        >>> found = fusion_kernels.kmeans(x, 2)
+        >>> found.centroids.sort(dim=0).values
+        tensor([[ 0.5000],
+                [11.0000]])
+        >>> weighted = fusion_kernels.kmeans(x, 2, sample_weight=torch.tensor([3, 1, 1, 1, 1]))
+        >>> weighted.centroids.min()
+        tensor(0.2500)
+        >>> rays = torch.tensor([[3.0, 4.0], [30.0, 40.0], [-5.0, 0.0]])
+        >>> fusion_kernels.kmeans(rays, 2, metric="cosine").centroids.sort(dim=0).values
+        tensor([[-1.0000,  0.0000],
+                [ 0.6000,  0.8000]])
     """
     _check_points(x)
     _check_options(n_clusters, n_init, algorithm, max_iter, tol, seed, workspace_bytes, metric)
@@ -220,6 +234,11 @@ def kmeans_assign(x: Tensor, centroids: Tensor, *, metric: str = "euclidean", ba
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has a wrong shape or device.
         BackendUnavailableError: `backend` cannot run here.
+
+    Examples:
+        >>> centroids = torch.tensor([[0.0], [10.0]])
+        >>> fusion_kernels.kmeans_assign(torch.tensor([[1.0], [9.0], [5.0]]), centroids)
+        tensor([0, 1, 0])
     """
     _check_points(x)
     if not isinstance(centroids, Tensor):

@@ -53,15 +53,16 @@ class Status(IntEnum):
     Attributes:
         OK: converged; every cluster has points.
         MAX_ITER: stopped by `max_iter` before it converged. The result is valid.
-        EMPTY_CLUSTERS: some clusters have no points, because there are fewer points (or fewer distinct points of
-            positive weight) than clusters, or because `max_iter` is 0. The result is valid; the centroids of empty
-            clusters are finite.
+        EMPTY_CLUSTERS: some clusters have no points: there are fewer (distinct ones of positive weight) than clusters,
+            or `max_iter` is 0. The result is valid; the centroids of empty clusters are finite.
         ZERO_WEIGHT: every weight is zero, or with `metric="cosine"` every point that has one. Labels, centroids and
             inertia are 0.
-        NON_FINITE: `x` or the given centroids hold NaN or infinity, or values too large to square. Labels are 0,
-            centroids and inertia NaN.
-        LARGE_INERTIA: the inertia is larger than the dtype of the result can hold, and infinite. All else is right.
-            Scale the points or the weights down, or pass float64.
+        NON_FINITE: NaN, infinity or squares out of range in `x` or `init`. Labels are 0, centroids and inertia NaN.
+        LARGE_INERTIA: the inertia is infinite in its dtype, all else right. Scale x or weights down, or pass float64.
+
+    Examples:
+        >>> fusion_kernels.Status(int(fusion_kernels.kmeans(torch.zeros(5, 2), 3).status)).name
+        'EMPTY_CLUSTERS'
     """
 
     OK = 0
@@ -126,6 +127,13 @@ class KMeansResult(NamedTuple):
         n_iter: (B,) int64, passes over the points: Lloyd iterations plus rounds of Hartigan moves, each with the
             last one that finds nothing to change.
         status: (B,) int64, a :class:`Status` for every problem.
+
+    Examples:
+        >>> found = fusion_kernels.kmeans(torch.randn(2, 100, 3), 4)
+        >>> found.labels.shape, found.centroids.shape, found.inertia.shape
+        (torch.Size([2, 100]), torch.Size([2, 4, 3]), torch.Size([2]))
+        >>> found.counts.sum(dim=1)
+        tensor([100, 100])
     """
 
     labels: Tensor

@@ -91,6 +91,13 @@ def fused_mlp(
 
     Source: Wei et al., "NTK-approximating MLP Fusion for Efficient Language Model Fine-tuning", 2023, arXiv 2307.08941,
     for the scale between activation and output projection.
+
+    Examples:
+        >>> x, w1, w2 = torch.randn(5, 8), torch.randn(16, 8), torch.randn(4, 16)
+        >>> sizes = torch.arange(1, 17)
+        >>> y = fusion_kernels.fused_mlp(x, w1, None, w2, None, sizes)
+        >>> torch.allclose(y, (torch.nn.functional.gelu(x @ w1.T) * sizes) @ w2.T, atol=1e-3)
+        True
     """
     block = Block(w1, b1, None, None, w2, b2, scale, activation)
     if not _fits(x, block, checkpoint_level):
@@ -137,6 +144,13 @@ def fused_glu_mlp(
     Raises:
         ValueError: a shape, dtype, device, activation, level or backend that does not fit; the message names it.
         BackendUnavailableError: `backend` cannot run here.
+
+    Examples:
+        >>> x, w_down = torch.randn(5, 8), torch.randn(4, 16)
+        >>> w_gate, w_up = torch.randn(16, 8), torch.randn(16, 8)
+        >>> y = fusion_kernels.fused_glu_mlp(x, w_gate, w_up, w_down)
+        >>> torch.allclose(y, (torch.nn.functional.silu(x @ w_gate.T) * (x @ w_up.T)) @ w_down.T, atol=1e-3)
+        True
     """
     block = Block(w_up, b_up, w_gate, b_gate, w_down, b_down, scale, activation)
     if not _fits(x, block, checkpoint_level):
@@ -163,6 +177,15 @@ def split_gate_up(weight: Tensor, layout: str = "concatenated") -> tuple[Tensor,
 
     Raises:
         ValueError: an odd number of rows, or an unknown layout.
+
+    Examples:
+        >>> both = torch.arange(12).reshape(6, 2)
+        >>> gate, up = fusion_kernels.split_gate_up(both)
+        >>> torch.equal(gate, both[:3]), torch.equal(up, both[3:])
+        (True, True)
+        >>> gate, up = fusion_kernels.split_gate_up(both, "interleaved")
+        >>> torch.equal(gate, both[0::2]), torch.equal(up, both[1::2])
+        (True, True)
     """
     if weight.ndim == 0 or weight.shape[0] % 2:
         raise ValueError(f"weight must have an even number of rows, gate and up: got {tuple(weight.shape)}")

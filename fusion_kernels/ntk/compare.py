@@ -77,6 +77,12 @@ class NTKComparison:
         eigenvalues: the largest of A and of B, descending: (count,) float64 each. Empty for the sign kernel, which is
             not symmetric.
         eigenvalue_errors: bounds on the distance of each to an eigenvalue, up to rounding.
+
+    Examples:
+        >>> block = mlp_fusion.FusedMLP.from_mlp(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+        >>> found = fusion_kernels.ntk_compare(block, block, torch.randn(20, 8))
+        >>> found.rows, found.relative_error < 1e-6, found.standard_error
+        (20, True, 0.0)
     """
 
     rows: int
@@ -183,6 +189,14 @@ def ntk_compare(
 
     Source for the alignment: Cortes et al., "Algorithms for Learning Kernels Based on Centered Alignment", 2012;
     Kornblith et al., "Similarity of Neural Network Representations Revisited", 2019, arXiv 1905.00414.
+
+    Examples:
+        >>> block = mlp_fusion.FusedMLP.from_mlp(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+        >>> wide = block.as_bundle()
+        >>> labels = fusion_kernels.kmeans(wide.vectors(), 12).labels
+        >>> found = fusion_kernels.ntk_compare(wide, wide.reduce(labels), torch.randn(20, 8))
+        >>> found.rows, found.relative_error > 0
+        (20, True)
     """
     check_kernel(kernel)
     check_block_size(block_size)

@@ -69,6 +69,14 @@ def gradient_gram(
 
     Sources: Goodfellow, "Efficient Per-Example Gradient Computations", 2015, arXiv 1510.01799; Li et al., "Large
     Language Models Can Be Strong Differentially Private Learners", 2022, arXiv 2110.05679 (the ghost form).
+
+    Examples:
+        >>> block = mlp_fusion.FusedMLP.from_mlp(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+        >>> x, cotangents = torch.randn(3, 5, 8), torch.randn(3, 5, 4)
+        >>> gram = fusion_kernels.gradient_gram(block, x, cotangents)
+        >>> norms = fusion_kernels.gradient_norms(block, x, cotangents)
+        >>> gram.shape, torch.allclose(gram.diagonal(), norms.square(), rtol=1e-4)
+        (torch.Size([3, 3]), True)
     """
     return _run(NTK_GRADIENT_GRAM, block, x, cotangents, params, metric, form, backend)
 
@@ -83,7 +91,16 @@ def gradient_norms(
     form: Form = "auto",
     backend: str = "auto",
 ) -> Tensor:
-    """Return the Euclidean norm of each sample's gradient: (N,); arguments as in `gradient_gram`."""
+    """Return the Euclidean norm of each sample's gradient: (N,); arguments as in `gradient_gram`.
+
+    Examples:
+        >>> block = mlp_fusion.FusedMLP.from_mlp(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+        >>> x, cotangents = torch.randn(3, 5, 8), torch.randn(3, 5, 4)
+        >>> norms = fusion_kernels.gradient_norms(block, x, cotangents)
+        >>> gradient = torch.autograd.grad((cotangents[0] * block(x[0])).sum(), list(block.parameters()))
+        >>> torch.allclose(norms[0], torch.cat([part.flatten() for part in gradient]).norm(), rtol=1e-4)
+        True
+    """
     return _run(NTK_GRADIENT_NORMS, block, x, cotangents, params, metric, form, backend)
 
 
@@ -103,6 +120,15 @@ def gradient_dots(
         ValueError: as in `gradient_gram`, or a direction that does not fit the block.
 
     Source: Wang et al., "Data Shapley in One Training Run", 2024, arXiv 2406.11011 (the ghost dot product).
+
+    Examples:
+        >>> block = mlp_fusion.FusedMLP.from_mlp(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+        >>> x, cotangents = torch.randn(3, 5, 8), torch.randn(3, 5, 4)
+        >>> direction = fusion_kernels.vjp(block, x[0], cotangents[0])
+        >>> dots = fusion_kernels.gradient_dots(block, x, cotangents, direction)
+        >>> gram = fusion_kernels.gradient_gram(block, x, cotangents)
+        >>> torch.allclose(dots, gram[0], rtol=1e-3, atol=1e-4)
+        True
     """
     function = function_named(NTK_JVP, backend, x.device)
     if x.ndim != 3:

@@ -208,6 +208,15 @@ def ntk_gram(
     1806.07572; Novak et al., "Fast Finite Width Neural Tangent Kernel", 2022, arXiv 2206.08720; Mohamadi et al., "A
     Fast, Well-Founded Approximation to the Empirical Neural Tangent Kernel", 2023, arXiv 2206.12543, for `"pseudo"`;
     Wei et al., "NTK-approximating MLP Fusion for Efficient Language Model Fine-tuning", 2023, arXiv 2307.08941.
+
+    Examples:
+        >>> block = mlp_fusion.FusedMLP.from_mlp(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+        >>> x = torch.randn(5, 8)
+        >>> gram = fusion_kernels.ntk_gram(block, x)
+        >>> gradients = [torch.autograd.grad(y, list(block.parameters()), retain_graph=True) for y in block(x[0])]
+        >>> trace = sum(part.square().sum() for output in gradients for part in output)
+        >>> gram.shape, torch.allclose(gram[0, 0], trace, rtol=1e-4)
+        (torch.Size([5, 5]), True)
     """
     check_kernel(kernel)
     check_block_size(block_size)

@@ -67,6 +67,12 @@ def jvp(block: Block, x: Tensor, tangents: Mapping[str, Tensor], *, backend: str
     Raises:
         ValueError: as in `ntk_gram`, or tangents that do not fit the block.
         BackendUnavailableError: `backend` cannot run here.
+
+    Examples:
+        >>> block = mlp_fusion.FusedMLP.from_mlp(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+        >>> moved = fusion_kernels.jvp(block, torch.randn(5, 8), {"b_out": torch.ones(1, 4)})
+        >>> torch.equal(moved, torch.ones(5, 4))
+        True
     """
     function = function_named(NTK_JVP, backend, x.device)
     others = check_tangents(block, tangents)
@@ -91,6 +97,14 @@ def vjp(
     Raises:
         ValueError: as in `ntk_gram`, or a cotangent that does not fit.
         BackendUnavailableError: `backend` cannot run here.
+
+    Examples:
+        >>> block = mlp_fusion.FusedMLP.from_mlp(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+        >>> x, cotangent = torch.randn(5, 8), torch.randn(5, 4)
+        >>> found = fusion_kernels.vjp(block, x, cotangent)
+        >>> (gradient,) = torch.autograd.grad((cotangent * block(x)).sum(), [block.fc1.weight])
+        >>> sorted(found), torch.allclose(found["w_in"][0], gradient, atol=1e-4)
+        (['b_in', 'b_out', 'w_in', 'w_out'], True)
     """
     function = function_named(NTK_VJP, backend, x.device)
     prepared = prepare(block, {"x": x}, params, None, {"cotangent": cotangent})
@@ -122,6 +136,14 @@ class NTKOperator:
 
     Attributes:
         shape: (N, N), or (N outputs, N outputs) for the full kernel, whose vectors run over outputs first.
+
+    Examples:
+        >>> block = mlp_fusion.FusedMLP.from_mlp(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+        >>> x, v = torch.randn(5, 8), torch.randn(5)
+        >>> operator = fusion_kernels.ntk_operator(block, x, reduce="pseudo")
+        >>> gram = fusion_kernels.ntk_gram(block, x, reduce="pseudo")
+        >>> operator.shape, torch.allclose(operator @ v, gram @ v, rtol=1e-3, atol=1e-4)
+        ((5, 5), True)
     """
 
     def __init__(
@@ -209,6 +231,14 @@ def ntk_operator(
 
     Raises:
         ValueError: as in `ntk_gram`, or a shift that is not finite.
+
+    Examples:
+        >>> block = mlp_fusion.FusedMLP.from_mlp(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+        >>> x = torch.randn(5, 8)
+        >>> operator = fusion_kernels.ntk_operator(block, x, reduce="trace", shift=0.5)
+        >>> gram = fusion_kernels.ntk_gram(block, x)
+        >>> torch.allclose(operator.matmat(torch.eye(5)), gram + 0.5 * torch.eye(5), rtol=1e-3, atol=1e-4)
+        True
     """
     check_kernel(kernel)
     if not math.isfinite(shift):
@@ -258,6 +288,14 @@ def ntk_vp(
     Raises:
         ValueError: as in `ntk_gram`, or `v` does not fit.
         BackendUnavailableError: `backend` cannot run here.
+
+    Examples:
+        >>> block = mlp_fusion.FusedMLP.from_mlp(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+        >>> x, v = torch.randn(5, 8), torch.randn(5, 4)
+        >>> full = fusion_kernels.ntk_gram(block, x, reduce="full")
+        >>> product = fusion_kernels.ntk_vp(block, x, v)
+        >>> torch.allclose(product, torch.einsum("nmop,mp->no", full, v), rtol=1e-3, atol=1e-4)
+        True
     """
     check_kernel(kernel)
     function = function_named(NTK_VP, backend, x.device)
@@ -293,6 +331,13 @@ def trace_ntk_vp(
     Raises:
         ValueError: as in `ntk_gram`, or `v` does not fit.
         BackendUnavailableError: `backend` cannot run here.
+
+    Examples:
+        >>> block = mlp_fusion.FusedMLP.from_mlp(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+        >>> x, v = torch.randn(5, 8), torch.randn(5, 3)
+        >>> product = fusion_kernels.trace_ntk_vp(block, x, v)
+        >>> torch.allclose(product, fusion_kernels.ntk_gram(block, x) @ v, rtol=1e-3, atol=1e-4)
+        True
     """
     check_kernel(kernel)
     if isinstance(reduce, str) and reduce == "full":

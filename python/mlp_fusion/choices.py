@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
-#: Names of the compression methods, sorted; `methods` refuses to register another.
-METHODS = ("cluster", "fusion", "mmd", "prune", "published", "select", "sketch", "svd")
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """What is known of a compression method before its file is imported.
+
+    Attributes:
+        file: the module in `methods/` that holds it: a function of the method's name, a `methods.Reducer`.
+        does: what it does, in a few words, for the documentation.
+        text: calibration text is `unused`, `helps`, or is `needed`.
+        narrows: the result has fewer neurons. Otherwise it keeps them all and spends the same number of parameters in
+            another way, so that it can be measured but not put into a model.
+    """
+
+    file: str
+    does: str
+    text: Literal["unused", "helps", "needed"] = "unused"
+    narrows: bool = True
+
+
+#: The compression methods by name, sorted. A method is its file and its line here.
+METHODS = {
+    "cluster": MethodEntry("fusion", "the function of `published` with the scale folded"),
+    "fusion": MethodEntry("fusion", "clusters of neurons, each fused into one; the default", text="helps"),
+    "mmd": MethodEntry("mmd", "neurons whose distribution is like the original's"),
+    "prune": MethodEntry("prune", "keeps neurons by joint importance", text="helps"),
+    "published": MethodEntry("fusion", "the paper's clustering"),
+    "random": MethodEntry("subset", "keeps neurons drawn at random: what every other method should beat"),
+    "select": MethodEntry("select", "keeps neurons by greedy choice of what they do on the text", text="needed"),
+    "sketch": MethodEntry("sketch", "a random projection of the neurons"),
+    "svd": MethodEntry("svd", "low-rank projections; to measure only, since it keeps the width", narrows=False),
+}
 #: Those that cannot run without calibration text, and those whose result is no narrower FFN.
-NEED_TEXT = frozenset({"select"})
-KEEP_WIDTH = frozenset({"svd"})
+NEED_TEXT = frozenset(name for name, entry in METHODS.items() if entry.text == "needed")
+KEEP_WIDTH = frozenset(name for name, entry in METHODS.items() if not entry.narrows)
 #: What a model is fine-tuned for.
 TASKS = ("classification", "lm")
 #: Optimisers that `finetune` trains with.
 TRAINERS = ("adamw", "sgd")
 #: Sentences of a file or a list that are calibrated on, by default.
 CALIBRATION_SENTENCES = 512
+#: Parameterization -> the tangent kernel that the steps of the optimiser it suits see.
+OPTIMIZER_KERNELS = {"scaled": "sign", "split": "gd"}

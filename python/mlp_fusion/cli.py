@@ -26,11 +26,9 @@ from typing import Any, NoReturn
 import click
 
 import mlp_fusion
-from mlp_fusion.choices import CALIBRATION_SENTENCES, METHODS, TASKS
 from mlp_fusion.deferred import when_imported
 from mlp_fusion.errors import InputError
-from mlp_fusion.finetuning.settings import Settings
-from mlp_fusion.selection import check_options
+from mlp_fusion.settings import CompressSettings, Field, FinetuneSettings, PlanSettings, Record, Settings, fields
 
 Command = Callable[..., Any]
 
@@ -42,17 +40,58 @@ class _InterruptedRunError(Exception):
     """A run was interrupted and can be resumed; the message says how."""
 
 
-def _selection(command: Command) -> Command:
-    """The options that say which FFNs shrink, and to what width."""
-    width = click.option(
-        "--width",
-        required=True,
-        help="Neurons to keep per FFN: a count (768; a multiple of 8), a share (0.25; rounded to a multiple of 128), "
-        "or auto, which spends --budget where the error falls most.",
-    )
-    budget = click.option("--budget", type=float, help="With --width auto: the share of the FFNs' parameters to keep.")
-    layers = click.option("--layers", default="all", show_default=True, help="all, 4-11, last:8, first:4, or 0,2,5.")
-    return width(budget(layers(command)))
+class _Width(click.ParamType):
+    """A count, a share, or `auto`."""
+
+    name = "width"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return parse_width(value) if isinstance(value, str) else value
+
+
+def _options(record: type[Settings]) -> Callable[[Command], Command]:
+    """One option of the command line for every field of `record`, in their order."""
+
+    def add(command: Command) -> Command:
+        for field in reversed([*fields(record)]):
+            command = _option(field)(command)
+        return command
+
+    return add
+
+
+def _option(field: Field) -> Callable[[Command], Command]:
+    known, missing = field.option, field.default is dataclasses.MISSING
+    name = known.flag or f"--{field.name.replace('_', '-')}"
+    help_text = f"{known.help}  [default: {known.default_help}]" if known.default_help else known.help
+    more: dict[str, Any] = {"help": help_text, "required": missing, "metavar": known.metavar}
+    if field.kind is bool and not field.optional:
+        return click.option(name, field.name, is_flag=True, help=help_text)
+    if field.kind is bool:
+        name = f"{name}/--no-{name[2:]}"
+    elif known.choices:
+        more["type"] = click.Choice([*([known.none] if known.none else []), *known.choices])
+    elif field.name == "width":
+        more["type"] = _Width()
+    else:
+        more["type"] = field.kind if field.kind in (int, float) else str
+    if not missing:
+        more["default"] = known.none if field.default is None else field.default
+        more["show_default"] = more["default"] is not None
+    return click.option(name, field.name, **more)
+
+
+def _read(record: type[Record], values: dict[str, Any]) -> Record:
+    """The record of what was typed.
+
+    Raises:
+        InputError: as its `check`.
+    """
+    said = {field.name: values[field.name] for field in fields(record)}
+    words = {field.name: field.option.none for field in fields(record)}
+    settings = record(**{name: None if value == words[name] is not None else value for name, value in said.items()})
+    settings.check()
+    return settings
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -68,134 +107,29 @@ def cli(debug: bool) -> None:
 
 @cli.command()
 @_model
-@_selection
+@_options(PlanSettings)
 @_json
-def plan(model: str, width: str, budget: float | None, layers: str, as_json: bool) -> None:
+def plan(model: str, as_json: bool, **options: Any) -> None:
     """Say what compressing MODEL would do, from its config and tensor headers alone."""
-    _emit(mlp_fusion.plan(model, parse_width(width), layers, budget=budget), as_json)
+    settings = _read(PlanSettings, options)
+    _emit(mlp_fusion.plan(model, **vars(settings)), as_json)
 
 
 @cli.command()
 @_model
 @click.argument("out", type=click.Path(path_type=Path))
-@_selection
-@click.option("--method", default="fusion", show_default=True, help=f"One of {', '.join(METHODS)}.")
-@click.option(
-    "--optimizer",
-    default="adamw",
-    show_default=True,
-    help="What the model will be trained with (adamw, sgd, ...), or none for inference.",
-)
-@click.option(
-    "--seed",
-    default=0,
-    show_default=True,
-    type=click.IntRange(0, 2**63 - 1),
-    help="The same seed gives the same checkpoint.",
-)
-@click.option(
-    "--text", type=click.Path(path_type=Path), help="Sentences to measure the errors on: one a line, or a table."
-)
-@click.option(
-    "--calibration",
-    type=click.Path(path_type=Path),
-    help="Sentences to learn from, one a line or in a .tsv, .csv or .jsonl: better clusters and refitted outputs. A "
-    "few hundred suffice.",
-)
-@click.option(
-    "--calibration-sentences",
-    default=CALIBRATION_SENTENCES,
-    show_default=True,
-    type=click.IntRange(1),
-    metavar="N",
-    help="Read the first N of them.",
-)
-@click.option(
-    "--calibration-rows",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Tokens whose inputs and outputs each FFN keeps to fit and tune on.  [default: 16384, in 256 MiB at most]",
-)
-@click.option(
-    "--refit/--no-refit",
-    default=None,
-    help="Fit output weights and bias to the calibration text.  [default: with --calibration]",
-)
-@click.option(
-    "--match",
-    type=click.Choice(["none", "auto", "gd", "sign"]),
-    default="none",
-    show_default=True,
-    help="Match the tangent kernel that gradient descent (gd) or Adam (sign) sees; auto: that of --optimizer.",
-)
-@click.option(
-    "--tune",
-    "tune_steps",
-    default=0,
-    show_default=True,
-    type=click.IntRange(0),
-    metavar="STEPS",
-    help="Adam steps by which each FFN learns the original's outputs on the calibration text.",
-)
-@click.option("--sequential", is_flag=True, help="Calibrate each FFN on what the reduced ones before it produce.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option(
-    "--dtype",
-    default="auto",
-    show_default=True,
-    help="What the model runs in: auto (that of its tensors), or float32 or another that is wider.",
-)
+@_options(CompressSettings)
 @_json
-def compress(
-    model: str,
-    out: Path,
-    width: str,
-    budget: float | None,
-    layers: str,
-    method: str,
-    optimizer: str,
-    seed: int,
-    text: Path | None,
-    calibration: Path | None,
-    calibration_sentences: int,
-    calibration_rows: int | None,
-    refit: bool | None,
-    match: str,
-    tune_steps: int,
-    sequential: bool,
-    device: str,
-    dtype: str,
-    as_json: bool,
-) -> None:
+def compress(model: str, out: Path, as_json: bool, **options: Any) -> None:
     """Fuse the FFNs of MODEL and write a plain checkpoint to OUT, which must not exist or be empty."""
-    neurons = parse_width(width)
-    options: dict[str, Any] = {
-        "optimizer": None if optimizer == "none" else optimizer,
-        "seed": seed,
-        "refit": refit,
-        "match": None if match == "none" else match,
-        "tune_steps": tune_steps,
-        "sequential": sequential,
-        "budget": budget,
-        "calibration_sentences": calibration_sentences,
-        "calibration_rows": calibration_rows,
-    }
-    check_options(neurons, method, calibrated=calibration is not None, **options)
+    settings = _read(CompressSettings, options)
     with _progress() as bar:
         task = bar.add_task("fusing", total=None)
-        report = mlp_fusion.compress(
-            model,
-            out,
-            neurons,
-            layers,
-            method,
-            text=text,
-            calibration=calibration,
-            device=device,
-            dtype=dtype,
-            **options,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        report = mlp_fusion.compress(model, out, **vars(settings), progress=show)
     _emit(report, as_json)
     if not as_json:
         click.echo(f"written: {out}")
@@ -215,7 +149,6 @@ def verify(out: str, as_json: bool) -> None:
 @cli.command()
 @_model
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--task", required=True, type=click.Choice(TASKS), help="Classify texts, or predict the next token (lm).")
 @click.option(
     "--train",
     required=True,
@@ -225,27 +158,22 @@ def verify(out: str, as_json: bool) -> None:
 @click.option("--eval", "evaluation", type=click.Path(path_type=Path), help="The same, to measure on after each epoch.")
 @click.option("--text-column", "columns", multiple=True, help="Name of the text's column; twice for pairs of texts.")
 @click.option("--original", help="The unfused model: fit the fused layers to its hidden states first.")
-@click.option("--layerwise-epochs", default=1.0, show_default=True, help="Of that fit.")
-@click.option("--layerwise-learning-rate", default=5e-4, show_default=True, help="Of that fit.")
 @click.option("--teacher", help="A model trained on the task: learn from its logits as well.")
-@click.option("--distill-weight", default=0.5, show_default=True, help="Of the teacher's logits against the labels.")
-@click.option("--temperature", default=2.0, show_default=True, help="Of the teacher's logits.")
-@click.option("--optimizer", default="adamw", show_default=True, help="adamw, or sgd with momentum 0.9.")
-@click.option("--learning-rate", default=5e-5, show_default=True, help="At its peak.")
-@click.option("--weight-decay", default=0.01, show_default=True)
-@click.option("--warmup", default=0.06, show_default=True, help="Share of the steps that the learning rate rises over.")
-@click.option("--epochs", default=3.0, show_default=True)
-@click.option("--batch-size", default=32, show_default=True, help="Rows per step and device.")
-@click.option("--accumulation", default=1, show_default=True, help="Parts that a batch is worked through in.")
-@click.option("--max-length", default=128, show_default=True, help="Tokens of a text; for lm, of a block.")
-@click.option("--checkpoint-steps", type=int, help="Steps between checkpoints.  [default: one after each epoch]")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1))
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--resume", is_flag=True, help="Go on with the unfinished run in OUT, from its last checkpoint.")
+@_options(FinetuneSettings)
 @_json
-def finetune(model: str, out: Path, columns: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def finetune(
+    model: str,
+    out: Path,
+    train: Path,
+    evaluation: Path | None,
+    columns: tuple[str, ...],
+    original: str | None,
+    teacher: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Train MODEL, fused or not, on a task and write the result to OUT."""
-    Settings(**{field.name: options[field.name] for field in dataclasses.fields(Settings)}).check()
+    settings = _read(FinetuneSettings, options)
     # Under torchrun, the first of several processes speaks for all.
     silent = int(os.environ.get("RANK", "0")) > 0
     with _progress("steps", silent=silent) as bar:
@@ -256,9 +184,12 @@ def finetune(model: str, out: Path, columns: tuple[str, ...], as_json: bool, **o
             bar.update(task, description=words, completed=done, total=total)
 
         try:
-            report = mlp_fusion.finetune(model, out, columns=columns or None, progress=show, **options)
+            report = mlp_fusion.finetune(
+                model, out, train, evaluation, columns=columns or None, original=original, teacher=teacher,
+                progress=show, **vars(settings),
+            )  # fmt: skip
         except KeyboardInterrupt as error:
-            from mlp_fusion.verbs.finetune import is_unfinished
+            from mlp_fusion.finetuning.run import is_unfinished
 
             if is_unfinished(out):
                 raise _InterruptedRunError(
@@ -282,7 +213,7 @@ def report(folder: Path, out: Path | None, title: str | None, as_json: bool) -> 
 
     FOLDER holds fused checkpoints and fine-tuning runs, up to two levels down, or is one itself.
     """
-    from mlp_fusion.report import write_report
+    from mlp_fusion.verbs.report import write_report
 
     _emit(write_report(folder, out, title=title), as_json)
 

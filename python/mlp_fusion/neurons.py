@@ -63,6 +63,16 @@ class NeuronBundle:
         ValueError: shapes disagree, or the activation is unknown.
 
     Source: MLP Fusion (arXiv 2307.08941), which writes P = diag(p).
+
+    Examples:
+        >>> bundle = mlp_fusion.NeuronBundle(
+        ...     w_in=torch.randn(1, 3, 8), w_out=torch.randn(1, 3, 4), activation="gelu", b_in=torch.randn(1, 3)
+        ... )
+        >>> bundle.vectors().shape  # [w_in, b_in, w_out] of each neuron
+        torch.Size([1, 3, 13])
+        >>> labels = torch.tensor([[0, 0, 1]])
+        >>> bundle.reduce(labels).scale
+        tensor([[2., 1.]])
     """
 
     w_in: Tensor

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
-from mlp_fusion.choices import CALIBRATION_SENTENCES, KEEP_WIDTH, METHODS, NEED_TEXT
 from mlp_fusion.errors import InputError
 
 if TYPE_CHECKING:
@@ -151,64 +150,3 @@ def resolve_width(width: Width, full: int) -> int:
     if count >= full:
         raise InputError(f"width {width} gives {count} neurons: not smaller than the FFN's {full}")
     return count
-
-
-def check_options(
-    width: Width | str,
-    method: str,
-    *,
-    optimizer: str | None,
-    seed: int,
-    calibrated: bool,
-    refit: bool | None,
-    match: str | None,
-    tune_steps: int,
-    sequential: bool,
-    budget: float | None,
-    calibration_sentences: int,
-    calibration_rows: int | None,
-) -> None:
-    """Check what can be checked without a model; arguments as in :func:`mlp_fusion.fuse`, `calibrated` its calibration.
-
-    Raises:
-        InputError: an option is unknown, or asks for what another one rules out.
-    """
-    form = parameterization_for(optimizer)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise InputError(f"seed {seed!r}: give an integer from 0 to 2**63 - 1")
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
-    if method in KEEP_WIDTH:
-        narrow = ", ".join(name for name in METHODS if name not in KEEP_WIDTH)
-        raise InputError(
-            f"method {method!r} keeps the width, so that no narrower model can hold it: use one of {narrow}"
-        )
-    if match not in (None, "auto", "gd", "sign"):
-        raise InputError(f"match {match!r}: use gd, sign, auto or none")
-    if match is not None and form == "folded":
-        raise InputError("match needs an optimizer: a model for inference has no tangent kernel to match")
-    automatic = is_automatic(width, budget)
-    if budget is not None and not 0.0 < budget < 1.0:
-        raise InputError(
-            f"budget {budget} must lie strictly between 0 and 1: the share of the FFNs' parameters to keep"
-        )
-    if isinstance(tune_steps, bool) or not isinstance(tune_steps, int) or tune_steps < 0:
-        raise InputError(f"tune_steps {tune_steps!r}: give a number of steps, 0 for no tuning")
-    counts = {"calibration_sentences": calibration_sentences}
-    if calibration_rows is not None:
-        counts["calibration_rows"] = calibration_rows
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise InputError(f"{name} {count!r}: give a number from 1 on")
-    if tune_steps > 0 and refit is False:
-        raise InputError("tune_steps starts from a refit and ends in one: leave refit to itself")
-    if not calibrated:
-        asked = {
-            "refit": bool(refit), "match": match is not None, "tune_steps": tune_steps > 0, "sequential": sequential,
-            "width auto": automatic, "calibration_rows": calibration_rows is not None,
-            "calibration_sentences": calibration_sentences != CALIBRATION_SENTENCES,
-            f"method {method}": method in NEED_TEXT,
-        }  # fmt: skip
-        wanting = [name for name, wanted in asked.items() if wanted]
-        if wanting:
-            raise InputError(f"{wanting[0]} needs calibration text: pass calibration (--calibration FILE)")

@@ -8,6 +8,7 @@ import pytest
 
 import checkpoints as ck
 import mlp_fusion
+from families import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +49,18 @@ def uneven(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def broken(fused: Path, tmp_path: Path) -> Path:
     """A fused checkpoint that the test may damage."""
     return ck.copy(fused, tmp_path / "broken")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a classifier of every family."""
+    root = tmp_path_factory.mktemp("saved")
+    for family in FAMILIES:
+        ck.save_tiny(root / family, family)
+    return root
+
+
+@pytest.fixture
+def bert(saved: Path, tmp_path: Path) -> Path:
+    """A BERT checkpoint that the test may change."""
+    return ck.copy(saved / "bert", tmp_path / "bert")

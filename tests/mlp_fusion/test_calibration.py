@@ -20,8 +20,9 @@ from mlp_fusion.calibration import collect, match_ntk, nnls, refit
 from mlp_fusion.calibration.refit import _moments
 from mlp_fusion.calibration.statistics import StreamPlan
 from mlp_fusion.families import get_architecture
-from mlp_fusion.measure import capture_activations, ffn_errors, relative_error
+from mlp_fusion.measure import ffn_errors, relative_error
 from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.running.taps import capture_activations
 
 
 def rows(count: int, d: int = 5, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -321,7 +322,7 @@ def test_matching_lowers_the_kernel_error_and_keeps_the_function(
     original = random_bundle(width=60, gated=gated, bias=bias)
     reduced = original.reduce(torch.arange(60).unsqueeze(0) % 12)
     x = rows(40)
-    found = match_ntk(original, reduced, x, kernel=kernel, form=form)  # type: ignore[arg-type]
+    found = match_ntk(original, reduced, x, kernel=kernel, parameterization=form)  # type: ignore[arg-type]
     torch.testing.assert_close(found.forward(x), reduced.forward(x))
     scale = found.scale
     assert scale is not None
@@ -330,7 +331,7 @@ def test_matching_lowers_the_kernel_error_and_keeps_the_function(
         ffn_errors(original, bundle.parameterized(form), x).ntk[kernel]["total"] for bundle in (reduced, found)
     )
     assert after < before
-    again = match_ntk(original, reduced, x, kernel=kernel, form=form)  # type: ignore[arg-type]
+    again = match_ntk(original, reduced, x, kernel=kernel, parameterization=form)  # type: ignore[arg-type]
     assert torch.equal(again.scale, scale)  # type: ignore[arg-type]
     # No nearby scale does notably better: the objective is the kernel of the module as it will be trained.
     target = ntk_gram(original, x, params=_parts(original), kernel=kernel)  # type: ignore[arg-type]
@@ -348,7 +349,7 @@ def test_matching_tied_neurons_finds_their_number(form: str, kernel: str) -> Non
     tied = tie(random_bundle(), sizes)
     reduced = tied.reduce(torch.arange(6).repeat_interleave(sizes).unsqueeze(0))
     wrong = reduced.parameterized("folded").unfolded(torch.full((1, 6), 2.5, dtype=torch.float64))
-    found = match_ntk(tied, wrong, rows(60), kernel=kernel, form=form)  # type: ignore[arg-type]
+    found = match_ntk(tied, wrong, rows(60), kernel=kernel, parameterization=form)  # type: ignore[arg-type]
     torch.testing.assert_close(found.scale, sizes.double().unsqueeze(0), rtol=1e-2, atol=1e-2)
 
 
@@ -369,7 +370,7 @@ def test_matching_many_rows_comes_near_the_best_scales(kernel: str, gated: bool)
         gram = ntk_gram(moved, x, params=_parts(moved), kernel=kernel)  # type: ignore[arg-type]
         return relative_error(gram, target)
 
-    found = match_ntk(original, reduced, x, kernel=kernel, form="split")  # type: ignore[arg-type]
+    found = match_ntk(original, reduced, x, kernel=kernel, parameterization="split")  # type: ignore[arg-type]
     assert found.scale is not None
     start, bounds = np.full(5, np.log(5.0)), [(np.log(1e-2), np.log(1e4))] * 5
     best = minimize(error, start, method="L-BFGS-B", bounds=bounds)
@@ -382,7 +383,7 @@ def test_matching_on_few_distinct_rows(kernel: str, distinct: int) -> None:
     original = random_bundle(width=700, dtype=torch.float32)
     reduced = original.reduce(torch.arange(700).unsqueeze(0) % 256)
     x = rows(distinct, dtype=torch.float32)[torch.arange(200) % distinct]
-    found = match_ntk(original, reduced, x, kernel=kernel, form="scaled")  # type: ignore[arg-type]
+    found = match_ntk(original, reduced, x, kernel=kernel, parameterization="scaled")  # type: ignore[arg-type]
     torch.testing.assert_close(found.forward(x), reduced.forward(x), rtol=1e-4, atol=1e-3)
     before, after = (ffn_errors(original, bundle, x).ntk[kernel]["total"] for bundle in (reduced, found))
     assert after < before
@@ -392,7 +393,7 @@ def test_matching_keeps_silent_neurons_silent() -> None:
     original = random_bundle(width=20)
     reduced = original.reduce(torch.arange(20).unsqueeze(0) % 4, n_clusters=5)
     for form in ("scaled", "split"):
-        found = match_ntk(original, reduced, rows(30), kernel="gd", form=form)
+        found = match_ntk(original, reduced, rows(30), kernel="gd", parameterization=form)
         assert found.scale is not None
         assert float(found.scale[0, 4]) == 0.0
         assert float(found.scale[0, :4].min()) > 0.0
@@ -402,6 +403,6 @@ def test_matching_keeps_silent_neurons_silent() -> None:
 def test_matching_refuses_what_has_no_kernel() -> None:
     bundle = random_bundle(scale=True)
     with pytest.raises(ValueError, match="no scale to match"):
-        match_ntk(bundle, bundle, rows(9), kernel="gd", form="folded")
+        match_ntk(bundle, bundle, rows(9), kernel="gd", parameterization="folded")
     with pytest.raises(ValueError, match="select one"):
-        match_ntk(random_bundle(batch=2), bundle, rows(9), kernel="gd", form="split")
+        match_ntk(random_bundle(batch=2), bundle, rows(9), kernel="gd", parameterization="split")

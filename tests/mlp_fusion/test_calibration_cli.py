@@ -43,10 +43,9 @@ def _run(*arguments: object) -> Any:
 def test_options_reach_fuse(source: Path, text: Path, tmp_path: Path) -> None:
     report = _run("compress", source, tmp_path / "out", "--width", 16, "--calibration", text, "--optimizer", "sgd",
                   "--match", "auto", "--sequential", "--method", "prune", "--no-refit", "--json")  # fmt: skip
-    known = report["calibration"]
-    assert (known["refit"], known["match"], known["sequential"]) == (False, "gd", True)
-    assert known["tokens"] > len(SENTENCES)
-    assert report["method"] == "prune"
+    known = report["settings"]
+    assert (known["refit"], known["match"], known["sequential"], known["method"]) == (False, "gd", True, "prune")
+    assert report["calibration"]["tokens"] > len(SENTENCES)
     assert report["sample"] == "the package's sentences"
     mlp_fusion.compress(source, tmp_path / "same", 16, method="prune", optimizer="sgd", calibration=text, refit=False,
                         match="auto", sequential=True)  # fmt: skip
@@ -72,7 +71,7 @@ def test_more_text_and_rows_reach_fuse(source: Path, text: Path, tmp_path: Path)
 def test_calibration_refits_unless_told_otherwise(source: Path, text: Path, tmp_path: Path) -> None:
     fitted = _run("compress", source, tmp_path / "a", "--width", 16, "--calibration", text, "--json")
     unfitted = _run("compress", source, tmp_path / "b", "--width", 16, "--json")
-    assert fitted["calibration"]["refit"]
+    assert fitted["settings"]["refit"]
     assert all(row["ridge"] is not None for row in fitted["rows"])
     assert unfitted["calibration"] is None
     # The output bias is fitted too, and reaches the file.

@@ -18,13 +18,14 @@ from mlp_fusion import FusedMLP, FusionReport, InputError, fuse, restore
 from mlp_fusion.calibration import FFNStatistics, collect
 from mlp_fusion.calibration.text import calibration_batches
 from mlp_fusion.families import get_architecture
-from mlp_fusion.measure import capture_activations, relative_error
+from mlp_fusion.measure import relative_error
 from mlp_fusion.methods import get_method
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing import pipeline
 from mlp_fusion.reducing.pipeline import Recipe, reduce_ffns
 from mlp_fusion.reducing.sequential import reduce_sequentially
 from mlp_fusion.reducing.widths import hidden_state_changes
+from mlp_fusion.running.taps import capture_activations
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +86,7 @@ def test_the_model_computes_the_corrected_bundles(optimizer: str | None) -> None
             torch.testing.assert_close(fused.scale, bundle.scale[0])
             assert report.rows[position].largest_scale == float(bundle.scale.max())
     assert report.calibration is not None
-    assert report.calibration.match == recipe.match
+    assert report.settings.match == recipe.match
     assert "outputs refitted" in report.table()
 
 
@@ -131,7 +132,7 @@ def test_sequential_calibration_sees_what_the_reduced_ffns_before_produce(family
     fused = tiny_model(family, dtype=torch.float64)
     report = fuse(fused, 16, layers=[0, 2], calibration=TEXT, sequential=True, sample=HELD_OUT)
     assert report.calibration is not None
-    assert report.calibration.sequential
+    assert report.settings.sequential
     for site, ffn in zip((0, 2), reduced, strict=True):
         rows = capture_activations(fused, architecture, [architecture.sites(fused)[site]], HELD_OUT, rows=50, seed=0)
         torch.testing.assert_close(ffn.reduction.bundle.forward(rows[0].x)[0], rows[0].y)
@@ -336,9 +337,9 @@ def test_calibration_from_datasets() -> None:
         ({"method": "select"}, "method select needs calibration text"),
         ({"calibration_rows": 9}, "calibration_rows needs calibration text"),
         ({"calibration_sentences": 9}, "calibration_sentences needs calibration text"),
-        ({"calibration_rows": 0, "calibration": TEXT}, "calibration_rows 0: give a number from 1 on"),
-        ({"calibration_sentences": True, "calibration": TEXT}, "calibration_sentences True: give a number"),
-        ({"calibration_sentences": None, "calibration": TEXT}, "calibration_sentences None: give a number"),
+        ({"calibration_rows": 0, "calibration": TEXT}, "calibration_rows 0: give an integer from 1 on"),
+        ({"calibration_sentences": True, "calibration": TEXT}, "calibration_sentences True: give an integer"),
+        ({"calibration_sentences": None, "calibration": TEXT}, "calibration_sentences None: give an integer"),
         ({"method": "svd"}, "method 'svd' keeps the width"),
         ({"match": "adam", "calibration": TEXT}, "match 'adam': use gd, sign, auto or none"),
         ({"match": "auto", "optimizer": None, "calibration": TEXT}, "match needs an optimizer"),

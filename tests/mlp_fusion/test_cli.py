@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,40 +18,11 @@ import transformers
 import checkpoints as ck
 import fusion_kernels
 import mlp_fusion
+from commands import Outcome, run_for_real
 from families import WIDTH
 from mlp_fusion import InputError
 from mlp_fusion import cli as cli_module
 from mlp_fusion.verbs import compress as compress_module
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """Standard output as one JSON object, by the letter of the standard, and nothing else."""
-
-        def refuse(constant: str) -> NoReturn:
-            raise AssertionError(f"{constant} is no JSON")
-
-        data = json.loads(self.out, parse_constant=refuse)
-        assert isinstance(data, dict)
-        return data
-
-    @property
-    def error(self) -> str:
-        """The one line on standard error, standard output being empty."""
-        assert self.out == ""
-        assert "Traceback" not in self.err
-        lines = self.err.splitlines()
-        assert len(lines) == 1, self.err
-        return lines[0]
-
 
 Run = Callable[..., Outcome]
 
@@ -74,17 +43,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
         return Outcome(code, *capfd.readouterr())
 
     return call
-
-
-def run_for_real(*arguments: object, **environment: str) -> Outcome:
-    """Run the installed `mlp-fusion` in a process of its own, cut off from the hub."""
-    program = shutil.which("mlp-fusion", path=str(Path(sys.executable).parent))
-    assert program is not None
-    done = subprocess.run(
-        [program, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
-    )  # fmt: skip
-    return Outcome(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +117,11 @@ def test_compress_prints_json(run: Run, source: Path, tmp_path: Path) -> None:
     report = done.json
     assert report == json.loads((out / "mlp_fusion" / "report.json").read_text())
     assert [(row["layer"], row["neurons_after"]) for row in report["rows"]] == [(2, 24)]
-    assert (report["optimizer"], report["parameterization"], report["seed"]) == ("sgd", "split", 7)
+    assert (report["settings"]["optimizer"], report["parameterization"], report["settings"]["seed"]) == (
+        "sgd",
+        "split",
+        7,
+    )
     mlp_fusion.compress(source, tmp_path / "same", 24, [2], optimizer="sgd", seed=7)
     assert (out / ck.WEIGHTS).read_bytes() == (tmp_path / "same" / ck.WEIGHTS).read_bytes()
 
@@ -167,9 +129,9 @@ def test_compress_prints_json(run: Run, source: Path, tmp_path: Path) -> None:
 def test_compress_for_inference(run: Run, source: Path, tmp_path: Path) -> None:
     done = run("compress", source, tmp_path / "out", "--width", "8", "--optimizer", "none", "--json")
     assert done.code == 0
-    assert done.json["optimizer"] is None
+    assert done.json["settings"]["optimizer"] is None
     assert done.json["parameterization"] == "folded"
-    assert not (tmp_path / "out" / "mlp_fusion" / "scale.safetensors").exists()
+    assert not (tmp_path / "out" / ck.SCALE).exists()
 
 
 def test_compress_passes_the_text_on(run: Run, source: Path, tmp_path: Path) -> None:
@@ -238,7 +200,7 @@ def test_finetune_trains_and_says_so(run: Run, sentences: tuple[Path, Path], tmp
     assert f"written: {tmp_path / 'one'}" in done.out
     report = run("finetune", model, tmp_path / "two", *options, "--json").json
     assert report == json.loads((tmp_path / "two/finetune.json").read_text(encoding="utf-8"))
-    assert (report["epochs"], report["batch_size"], report["examples"]) == (1.0, 4, 12)
+    assert (report["settings"]["epochs"], report["settings"]["batch_size"], report["examples"]) == (1.0, 4, 12)
 
 
 def test_an_interrupted_finetune_says_how_to_go_on(

@@ -22,6 +22,7 @@ import mlp_fusion
 from checkpoints import B_IN, REFERENCE, SCALE, W_IN, W_OUT
 from families import FAMILIES, WIDTH, tiny_model, token_batch
 from mlp_fusion import InputError
+from mlp_fusion.store.record import FORMAT_VERSION
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +56,7 @@ def test_redundant_neurons_go_without_loss(family: str, tmp_path: Path) -> None:
     assert getattr(loaded.config, CONFIG_WIDTH.get(family, "intermediate_size")) == 16
     assert [(row.neurons_before, row.neurons_after) for row in report.rows] == [(WIDTH, 16)] * 3
     assert max(row.output_error for row in report.rows) < 1e-4
-    scales = load_file(tmp_path / "out" / SCALE)
+    scales = ck.scales(tmp_path / "out")
     assert len(scales) == 3
     assert all(torch.equal(scale, torch.full((16,), 4.0)) for scale in scales.values())
     assert report.parameters_after == sum(p.numel() for p in loaded.parameters())
@@ -65,7 +66,7 @@ def test_redundant_neurons_go_without_loss(family: str, tmp_path: Path) -> None:
 def test_weights_are_the_clusters_sums(source: Path, tmp_path: Path) -> None:
     fused = tmp_path / "published"
     mlp_fusion.compress(source, fused, 16, method="published")
-    before, after, scales = ck.tensors(source), ck.tensors(fused), load_file(fused / SCALE)
+    before, after, scales = ck.tensors(source), ck.tensors(fused), ck.scales(fused)
     assert before.keys() == after.keys()
     ffn = {name for name in before if re.search(rf"layer\.\d\.({W_IN}|{B_IN}|{W_OUT})$", name)}
     assert len(ffn) == 9
@@ -201,7 +202,7 @@ def test_real_model(tmp_path: Path) -> None:
 def test_config_is_the_source_s_but_for_widths(source: Path, fused: Path) -> None:
     before, after = ck.read_config(source), ck.read_config(fused)
     assert after.pop("mlp_fusion") == {
-        "format": 1,
+        "format": FORMAT_VERSION,
         "method": "fusion",
         "parameterization": "scaled",
         "fused_layers": [0, 1, 2],
@@ -279,7 +280,12 @@ def test_report_and_card(source: Path, tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "out" / "mlp_fusion" / "report.json").read_text())
     assert stored == json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert mlp_fusion.FusionReport.from_dict(stored) == report
-    assert (report.seed, report.method, report.sample, report.embeddings) == (3, "fusion", "random token ids", None)
+    assert (report.settings.seed, report.method, report.sample, report.embeddings) == (
+        3,
+        "fusion",
+        "random token ids",
+        None,
+    )
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n")
     assert "library_name: transformers" in card

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mlp_fusion.choices import METHODS, NEED_TEXT
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure.errors import ffn_errors, leading_eigenvalues
-from mlp_fusion.methods import get_method, method_names
+from mlp_fusion.methods import get_method
 from mlp_fusion.neurons import NeuronBundle
 
 CLUSTERING = ("fusion", "published", "cluster")
@@ -70,7 +71,7 @@ def test_silent_neurons_are_shared_out_last(method: str) -> None:
 # --- weights of any size ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [name for name in method_names() if name not in ("select", "mmd")])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in {"mmd", *NEED_TEXT}])
 @pytest.mark.parametrize(("inputs", "outputs"), [(66, 0), (0, 66), (-66, 0), (0, -66), (66, 66), (-66, -66)])
 def test_powers_of_two_change_nothing_but_the_units(method: str, inputs: int, outputs: int) -> None:
     relu = dataclasses.replace(bundle(24), activation="relu")

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
+import checkpoints as ck
 from families import FAMILIES, tiny_model, token_batch
 from mlp_fusion import InputError, fuse, restore, state_form
 from mlp_fusion.modules import FusedFFN
-from mlp_fusion.store.record import SCALE_FILE
 
 BATCH = token_batch()
 LABELS = torch.tensor([0, 1, 0, 1])
@@ -59,7 +59,7 @@ def test_round_trip_after_training(family: str, layers: str, optimizer: str | No
     assert len(hidden) == 4
 
     if optimizer is None:
-        assert not (tmp_path / SCALE_FILE).exists()
+        assert not (tmp_path / ck.SCALE).exists()
         return
     restore(loaded, tmp_path)
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
@@ -116,17 +116,16 @@ def test_restore_refusals(tmp_path: Path) -> None:
     fuse(model, 16)
     model.save_pretrained(tmp_path / "fused")
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "fused")
-    with pytest.raises(InputError, match=re.escape(f"{SCALE_FILE} is missing")):
+    with pytest.raises(InputError, match=re.escape(f"{ck.SCALE} is missing")):
         restore(loaded, tmp_path / "plain")
     with pytest.raises(InputError, match="nowhere: neither a folder here nor a fused checkpoint on the hub"):
         restore(loaded, tmp_path / "nowhere")
-    scales = load_file(tmp_path / "fused" / SCALE_FILE)
+    scales = ck.scales(tmp_path / "fused")
     wrong = {k: v[:-1] for k, v in scales.items()}
-    (tmp_path / "wrong" / "mlp_fusion").mkdir(parents=True)
-    save_file(wrong, tmp_path / "wrong" / SCALE_FILE)
+    ck.put_scales(tmp_path / "wrong", wrong)
     with pytest.raises(InputError, match="layer 0 has 15 entries, the layer 16 neurons"):
         restore(loaded, tmp_path / "wrong")
-    save_file({"encoder.layer.9.intermediate.scale": torch.ones(16)}, tmp_path / "wrong" / SCALE_FILE)
+    ck.put_scales(tmp_path / "wrong", {"encoder.layer.9.intermediate.scale": torch.ones(16)})
     with pytest.raises(InputError, match=r"layer\.9.* fits no layer"):
         restore(loaded, tmp_path / "wrong")
     assert not any(isinstance(m, FusedFFN) for m in loaded.modules())
@@ -182,7 +181,7 @@ def test_sharded_and_secondary_process_saves(tmp_path: Path) -> None:
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "sharded")
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
     model.save_pretrained(tmp_path / "second", is_main_process=False)
-    assert not (tmp_path / "second" / SCALE_FILE).exists()
+    assert not (tmp_path / "second" / ck.SCALE).exists()
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
@@ -239,4 +238,4 @@ def test_trainer_trains_saves_and_resumes(family: str, layers: str, tmp_path: Pa
     resumed.train(resume_from_checkpoint=str(checkpoint))
     torch.testing.assert_close(logits(resumed.model), logits(straight.model), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits(loaded), logits(straight.model), rtol=1e-4, atol=1e-4)
-    assert (checkpoint / SCALE_FILE).is_file()
+    assert (checkpoint / ck.SCALE).is_file()

@@ -14,9 +14,9 @@ from transformers import BitsAndBytesConfig, OPTConfig, OPTForCausalLM
 from families import FAMILIES, WIDTH, tiny_model, token_batch
 from mlp_fusion import FusedGLU, FusedMLP, InputError, fuse, methods
 from mlp_fusion.families import get_architecture
-from mlp_fusion.measure import capture_activations
 from mlp_fusion.modules import FusedFFN
 from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.running.taps import capture_activations
 
 LABELS = torch.tensor([0, 1, 0, 1])
 

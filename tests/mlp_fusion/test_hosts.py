@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -20,10 +20,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+import checkpoints as ck
 from families import FAMILIES, tiny_model, token_batch
 from mlp_fusion import FusedMLP, InputError, fuse, restore
 from mlp_fusion.modules import FusedFFN
-from mlp_fusion.store.record import REFERENCE_FILE, REPORT_FILE, SCALE_FILE
+from mlp_fusion.store.record import REFERENCE_FILE, REPORT_FILE
 
 BATCH = token_batch()
 
@@ -115,7 +116,7 @@ def test_a_second_save_leaves_nothing_of_the_first(tmp_path: Path) -> None:
     second = tiny_model("bert")
     fuse(second, 16, optimizer=None, sample=BATCH)
     second.save_pretrained(tmp_path)
-    assert not any((tmp_path / name).exists() for name in (SCALE_FILE, REFERENCE_FILE, REPORT_FILE))
+    assert not any((tmp_path / name).exists() for name in (ck.SCALE, REFERENCE_FILE, REPORT_FILE))
     with pytest.raises(InputError, match="nothing to restore"):
         restore(AutoModelForSequenceClassification.from_pretrained(tmp_path), tmp_path)
 
@@ -137,12 +138,12 @@ def test_restore_wants_every_fused_layer_and_a_whole_file(tmp_path: Path) -> Non
     model = tiny_model("bert")
     fuse(model, 16, sample=BATCH)
     model.save_pretrained(tmp_path)
-    scales = load_file(tmp_path / SCALE_FILE)
+    scales = ck.scales(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    save_file({k: v for k, v in scales.items() if ".1." not in k}, tmp_path / SCALE_FILE)
+    ck.put_scales(tmp_path, {k: v for k, v in scales.items() if ".1." not in k})
     with pytest.raises(InputError, match="no scale for layer 1"):
         restore(loaded, tmp_path)
-    (tmp_path / SCALE_FILE).write_bytes((tmp_path / SCALE_FILE).read_bytes()[:-7])
+    (tmp_path / ck.SCALE).write_bytes((tmp_path / ck.SCALE).read_bytes()[:-7])
     with pytest.raises(InputError, match="damaged or cut short"):
         restore(loaded, tmp_path)
     assert not any(isinstance(m, FusedFFN) for m in loaded.modules())

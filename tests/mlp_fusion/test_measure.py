@@ -13,9 +13,12 @@ from families import FAMILIES, tiny_model, token_batch
 from fusion_kernels import ntk_gram
 from mlp_fusion import FusionReport, InputError
 from mlp_fusion.families import get_architecture
-from mlp_fusion.measure import FFNRow, capture_activations, ffn_errors, random_batch, relative_error
+from mlp_fusion.measure import FFNRow, ffn_errors, relative_error
 from mlp_fusion.measure.report import EmbeddingSimilarity, format_bytes
 from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.running.batches import random_batch
+from mlp_fusion.running.taps import capture_activations
+from mlp_fusion.settings import FuseSettings
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -129,11 +132,11 @@ def test_errors_vanish_on_tied_neurons_in_the_matching_parameterization() -> Non
         assert min(errors.ntk[other].values()) > 0.1
 
 
-def _report(**changes: object) -> FusionReport:
+def _report(optimizer: str | None = "adamw", **changes: object) -> FusionReport:
     ntk = {kernel: {"total": 0.5, "w_in": 0.25, "w_out": 0.75} for kernel in ("gd", "sign")}
     row = FFNRow(3, "encoder.layer.3", 1536, 384, 0.325, ntk, 511, 300, 0, "ok", 1.5)
     values: dict[str, object] = {
-        "model_type": "bert", "method": "fusion", "optimizer": "adamw", "parameterization": "scaled", "seed": 0,
+        "model_type": "bert", "settings": FuseSettings(width=0.25, optimizer=optimizer), "parameterization": "scaled",
         "sample": "text", "sample_rows": 512, "parameters_before": 1000, "parameters_after": 250,
         "bytes_before": 4096, "bytes_after": 1024, "seconds": 2.0, "rows": [row],
         "embeddings": EmbeddingSimilarity(0.9, 0.8, 64),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +12,13 @@ import torch
 from torch import Tensor
 
 from bundles import random_bundle, statistics_of, tie
+from families import tiny_model, token_batch
 from fusion_kernels import kmeans
-from mlp_fusion import InputError
+from mlp_fusion import InputError, fuse, methods
 from mlp_fusion.calibration import FFNStatistics, refit
+from mlp_fusion.choices import KEEP_WIDTH, METHODS, NEED_TEXT
 from mlp_fusion.measure import relative_error
-from mlp_fusion.methods import get_method, method_names
+from mlp_fusion.methods import get_method
 from mlp_fusion.methods.fusion import balanced_rows, neuron_weights
 from mlp_fusion.methods.select import greedy
 from mlp_fusion.methods.svd import rank_for
@@ -30,19 +34,41 @@ def known_of(bundle: NeuronBundle, x: Tensor) -> list[FFNStatistics]:
     return [statistics_of(bundle.select(n), x) for n in range(bundle.batch)]
 
 
-def test_the_registry_says_what_methods_need() -> None:
-    assert method_names() == ["cluster", "fusion", "mmd", "prune", "published", "select", "sketch", "svd"]
-    assert [n for n in method_names() if get_method(n).needs_statistics] == ["select"]
-    assert [n for n in method_names() if get_method(n).uses_statistics] == ["fusion", "prune", "select"]
-    assert [n for n in method_names() if not get_method(n).narrows] == ["svd"]
+def test_the_table_says_what_methods_need() -> None:
+    assert list(METHODS) == sorted(METHODS)
+    assert [METHODS[n].text for n in ("published", "prune", "fusion", "select")] == [
+        "unused",
+        "helps",
+        "helps",
+        "needed",
+    ]
+    assert "select" in NEED_TEXT
+    assert "svd" in KEEP_WIDTH
     with pytest.raises(InputError, match="method 'select' needs calibration text"):
         get_method("select")(random_bundle(), 3, seed=0)
     with pytest.raises(InputError, match="unknown method 'x': use one of cluster, fusion"):
         get_method("x")
 
 
+def test_every_file_of_a_method_stands_in_the_table() -> None:
+    files = {file.stem for file in Path(methods.__file__).parent.glob("*.py")} - {"__init__"}
+    assert {entry.file for entry in METHODS.values()} == files
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_a_documented_function_of_its_name(name: str) -> None:
+    method = get_method(name)
+    assert method.name == name
+    assert method.entry.does
+    function: Any = method.reduce
+    assert inspect.isfunction(function)
+    assert function.__name__ == name
+    assert inspect.getdoc(function)
+    assert list(inspect.signature(function).parameters) == ["bundle", "width", "seed", "statistics"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -72,6 +98,15 @@ def test_methods_reduce_every_problem_as_alone_and_to_the_same_bits(
         fitted = refit(found.bundle.select(n), known[n]).bundle
         errors = [relative_error(b.forward(x)[0], known[n].y) for b in (fitted, found.bundle.select(n))]
         assert errors[0] <= errors[1] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in KEEP_WIDTH])
+def test_fuse_takes_every_method_that_narrows(name: str) -> None:
+    model = tiny_model("bert", num_hidden_layers=1)
+    report = fuse(model, 16, method=name, calibration=[token_batch()])
+    assert report.method == name
+    assert [row.neurons_after for row in report.rows] == [16]
+    assert bool(model(**token_batch()).logits.isfinite().all())
 
 
 @pytest.mark.parametrize("name", ["fusion", "published", "cluster"])
@@ -204,6 +239,27 @@ def test_mmd_lowers_the_discrepancy_and_stands_for_all_neurons() -> None:
     assert found.inertia is not None
     assert float(found.inertia[0]) == pytest.approx(discrepancy(found.bundle.vectors()[0]))
     assert float(found.inertia[0]) < discrepancy(start)
+
+
+def test_random_keeps_distinct_neurons_of_every_problem_whole() -> None:
+    bundle = random_bundle(batch=2, width=12, scale=True)
+    found = get_method("random")(bundle, 5, seed=4).bundle
+    drawn = sorted(torch.randperm(12, generator=torch.Generator().manual_seed(4))[:5].tolist())
+    assert len(set(drawn)) == 5
+    assert torch.equal(found.vectors(), bundle.vectors()[:, drawn])
+    assert bundle.scale is not None
+    assert torch.equal(found.scale, bundle.scale[:, drawn])  # type: ignore[arg-type]
+    assert get_method("random")(random_bundle(), 3, seed=0).bundle.scale is None
+    everything = get_method("random")(bundle, 12, seed=4).bundle
+    assert torch.equal(everything.forward(rows(7)), bundle.forward(rows(7)))
+
+
+def test_random_draws_every_neuron_as_often_as_any_other() -> None:
+    bundle = dataclasses.replace(random_bundle(width=8), w_in=torch.arange(8.0).double().expand(5, -1).T[None])
+    kept = [get_method("random")(bundle, 2, seed=seed).bundle.w_in[0, :, 0].long() for seed in range(800)]
+    counts = torch.bincount(torch.cat(kept), minlength=8)
+    # 200 each on average, with a deviation of 12; the seeds are fixed.
+    assert 150 < int(counts.min()) <= int(counts.max()) < 250
 
 
 def test_svd_has_the_rank_that_the_parameters_allow() -> None:

@@ -10,14 +10,13 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
+import checkpoints as ck
 from families import FAMILIES, tiny_model, token_batch
 from mlp_fusion import InputError, fuse, restore
 from mlp_fusion.modules import FusedFFN
-from mlp_fusion.store.record import SCALE_FILE
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +76,7 @@ def test_offloaded_layers_are_saved_folded(family: str, optimizer: str, place: s
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
     restore(loaded, tmp_path / "saved")
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
-    scales = load_file(tmp_path / "saved" / SCALE_FILE)
+    scales = ck.scales(tmp_path / "saved")
     assert len(scales) == 3
     assert all(torch.equal(scale, own[name]) for name, scale in scales.items())
     remove_hook_from_submodules(model)

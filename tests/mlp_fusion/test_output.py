@@ -148,7 +148,7 @@ def test_a_second_run_fails_at_once(
             with monkeypatch.context() as patch:
                 # It must not even load the model.
                 patch.setattr(compress_module, "_load", None)
-                patch.setattr("mlp_fusion.verbs.finetune.load_student", None)
+                patch.setattr("mlp_fusion.finetuning.run.load_student", None)
                 with pytest.raises(InputError) as caught:
                     second(source, out)
             messages.append(str(caught.value))

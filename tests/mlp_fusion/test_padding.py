@@ -15,8 +15,9 @@ import mlp_fusion
 from families import FAMILIES, tiny_model
 from mlp_fusion.calibration import collect
 from mlp_fusion.families import get_architecture
-from mlp_fusion.measure import capture_activations, compare_models
-from mlp_fusion.running.activations import padded_behind, take_batches
+from mlp_fusion.measure import compare_models
+from mlp_fusion.running.batches import padded_behind, take_batches
+from mlp_fusion.running.taps import capture_activations
 
 Batch = dict[str, Tensor]
 LENGTHS = (9, 4, 6)

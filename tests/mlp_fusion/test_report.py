@@ -8,80 +8,21 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlp_fusion import FusionReport, InputError, cli
-from mlp_fusion.measure import FFNRow
-from mlp_fusion.measure.report import CalibrationRecord, EmbeddingSimilarity, finite
-from mlp_fusion.report import figures, write_report
+from mlp_fusion import InputError, cli
+from mlp_fusion.measure.report import finite
+from mlp_fusion.report import figures
 from mlp_fusion.report.gather import find_results, read_run
 from mlp_fusion.report.page import format_number, format_score, format_seconds, format_short
 from mlp_fusion.report.summary import CURVE_POINTS, cluster_bins, summarize
+from mlp_fusion.verbs.report import write_report
+from reports import EVIL, finetune, fusion_report, parse, put
 
 pytestmark = pytest.mark.slow
-
-EVIL = '<b>&"$x_1$'
-VOID = {"meta", "br", "hr", "img", "link", "input"}
-
-
-def fusion_report(layers: int = 3, *, old: bool = False, **changes: Any) -> dict[str, Any]:
-    """The JSON of a report, with numbers that differ by layer."""
-    rows = []
-    for layer in range(layers):
-        ntk = {kernel: {"total": start + layer / 7} for kernel, start in (("gd", 9.25), ("sign", 0.375))}
-        spectrum = {
-            kernel: {name: [s / rank for rank in range(1, 9)] for name, s in (("before", 0.5), ("after", 0.4))}
-            for kernel in ("gd", "sign")
-        }
-        extra = {} if old else {"cluster_sizes": [[1, 300], [3, 5], [40, 1]], "ntk_spectrum": spectrum}
-        row = FFNRow(layer, f"layer.{layer}", 1536, 384, 0.125 + layer / 9, ntk, 40, 300, 0, "ok", 1.5, **extra)  # type: ignore[arg-type]
-        rows.append(row)
-    values: dict[str, Any] = {
-        "model_type": "bert", "method": "fusion", "optimizer": "adamw", "parameterization": "scaled", "seed": 0,
-        "sample": "text.txt", "sample_rows": 512, "parameters_before": 22_713_216, "parameters_after": 17_400_000,
-        "bytes_before": 4096, "bytes_after": 1024, "seconds": 12.0, "rows": rows,
-        "embeddings": EmbeddingSimilarity(0.861, 0.7, 64),
-        "calibration": CalibrationRecord(11_743, True, "sign", False, None, 1.0),
-    }  # fmt: skip
-    data = FusionReport(**{**values, **changes}).to_dict()
-    if old:
-        del data["calibration"]
-        for row in data["rows"]:
-            del row["cluster_sizes"], row["ntk_spectrum"]
-    return data
-
-
-def finetune(seed: int = 0, **changes: Any) -> dict[str, Any]:
-    """The JSON of a fine-tuning run."""
-    metric = changes.get("metric", "accuracy")
-    return {
-        "format": 1, "task": "classification", "model": "big", "teacher": None, "parameterization": None,
-        "optimizer": "adamw", "seed": seed, "epochs": 2.0, "metric": metric, "method": None, "seconds": 60.0,
-        "original": None, "learning_rate": 1e-4, "batch_size": 8, "examples": 512,
-        "initial": {"loss": 0.7, metric: 0.5},
-        "final": {"loss": 0.25, metric: 0.8125 + seed / 16},
-        "train": [
-            {"step": s, "epoch": s / 5, "loss": 1 / s + seed, "learning_rate": 1e-4 / s} for s in range(1, 11)
-        ],
-        "evaluations": [{"step": s, "epoch": s / 5, "loss": 0.5, metric: 0.75 + seed / 16} for s in (5, 10)],
-        "distillation": {"layerwise": None, "logits": None},
-        **changes,
-    }  # fmt: skip
-
-
-def put(folder: Path, *, report: Any = None, run: Any = None) -> Path:
-    """A result's folder, with what `compress` or `finetune` leaves there."""
-    if report is not None:
-        (folder / "mlp_fusion").mkdir(parents=True)
-        (folder / "mlp_fusion" / "report.json").write_text(json.dumps(report))
-    if run is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "finetune.json").write_text(json.dumps(run))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +57,7 @@ def page(results: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, 
 def test_results_are_found_to_two_levels_and_no_further(results: Path, tmp_path: Path) -> None:
     found = find_results(results)
     assert [c.name for c in found.checkpoints] == [EVIL, "deep/old", "folded"]
-    assert [(g.name, [r.seed for r in g.runs]) for g in found.groups] == [
+    assert [(g.name, [r.settings.seed for r in g.runs]) for g in found.groups] == [
         ("runs/big", [0]), ("runs/lm", [0]), ("runs/small", [0, 1]),
     ]  # fmt: skip
     put(tmp_path / "a" / "b" / "c", report=fusion_report())
@@ -149,7 +90,7 @@ def test_seeds_are_one_group_and_nothing_else_is(tmp_path: Path) -> None:
     groups = find_results(tmp_path).groups
     assert [g.name for g in groups] == sorted([*others, "run-seed"])
     (seeds,) = [g for g in groups if len(g.runs) > 1]
-    assert [r.seed for r in seeds.runs] == [2, 11]
+    assert [r.settings.seed for r in seeds.runs] == [2, 11]
 
 
 def test_a_run_is_read_whole(tmp_path: Path) -> None:
@@ -157,7 +98,12 @@ def test_a_run_is_read_whole(tmp_path: Path) -> None:
     both = {"layerwise": layerwise, "logits": {"weight": 0.5, "temperature": 2}}
     folder = put(tmp_path / "run", run=finetune(3, teacher="t", distillation=both, of_a_later_version=1))
     run = read_run(folder / "finetune.json", "run")
-    assert (run.seed, run.teacher, run.final and run.final.metric, run.evaluations[1].epoch) == (3, "t", 1.0, 2.0)
+    assert (run.settings.seed, run.teacher, run.final and run.final.metric, run.evaluations[1].epoch) == (
+        3,
+        "t",
+        1.0,
+        2.0,
+    )
     assert (run.initial and run.initial.loss, len(run.train), run.train[1].learning_rate) == (0.7, 10, 5e-5)
     assert run.distillation.layerwise_loss == ((3, 0.5),)
     assert run.distillation.logits == (0.5, 2.0)
@@ -173,14 +119,17 @@ def damage(change: Callable[[dict[str, Any]], Any], data: dict[str, Any]) -> dic
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda d: d.update(format=2), "format 2 is not known"),
-        (lambda d: d.pop("seed"), "'seed' is None, not an integer"),
-        (lambda d: d.update(seed=True), "'seed' is True, not an integer"),
+        (lambda d: d.update(format=3), "format 3 is not known, only 2: update mlp-fusion"),
+        (lambda d: d.update(format=1), "it is of an earlier version, make it again"),
+        (lambda d: d["settings"].pop("task"), "'settings': "),
+        (lambda d: d["settings"].update(seed=True), "'settings': seed True: give an integer"),
         (lambda d: d["final"].pop("accuracy"), "'accuracy' is None, not a number"),
         (lambda d: d.update(final=[1]), "an object is expected, not [1]"),
         (lambda d: d.update(train={}), "'train' is {}, not a list"),
         (lambda d: d["train"][3].update(loss="low"), "'loss' is 'low', not a number"),
-        (lambda d: d.update(task=5), "'task' is 5, not a text"),
+        (lambda d: d["settings"].update(task=5), "'settings': task 5: use classification or lm"),
+        (lambda d: d["settings"].update(patience=5), "'patience'"),
+        (lambda d: d.pop("settings"), "an object is expected"),
         (lambda d: d["distillation"].update(layerwise={"steps": 3, "loss": [[1]]}), r"'loss' holds [1]"),
     ],
 )
@@ -198,7 +147,11 @@ def test_damaged_runs(change: Callable[[dict[str, Any]], Any], words: str, tmp_p
         (lambda d: d.pop("rows"), "'rows'"),
         (lambda d: d.update(rows=[]), "no FFN"),
         (lambda d: d.update(rows=[3]), "damaged"),
-        (lambda d: d.update(of_a_later_version=1), "of a later version"),
+        (lambda d: d.update(of_a_later_version=1), "of_a_later_version"),
+        (lambda d: d.update(format=3), "format 3 is not known, only 2: update mlp-fusion"),
+        (lambda d: d.pop("format"), "format 1 is not known, only 2: it is of an earlier version, make it again"),
+        (lambda d: d["settings"].update(method="magic"), "'settings': unknown method 'magic'"),
+        (lambda d: d["settings"].update(seed=-1), "'settings': seed -1: give an integer"),
         (lambda d: d.update(sample=None), "'sample' is None"),
         (lambda d: d["rows"][0].pop("path"), "path"),
         (lambda d: d["rows"][1].update(output_error="x"), "'output_error' is 'x'"),
@@ -282,49 +235,6 @@ def test_numbers_as_people_read_them() -> None:
 
 
 # --- page ------------------------------------------------------------------------------------------------------------
-
-
-class Checker(HTMLParser):
-    """Collects text, attributes and identifiers, and fails on tags that are not closed in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.text: list[str] = []
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.cells: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(key, value or "") for key, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag in ("td", "th"):
-            self.cells.append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(key, value or "") for key, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-        if {"td", "th"} & set(self.open):
-            self.cells[-1] += data
-
-    def values(self, name: str) -> list[str]:
-        return [value for key, value in self.attributes if key == name]
-
-
-def parse(html: str) -> Checker:
-    checker = Checker()
-    checker.feed(html)
-    checker.close()
-    assert checker.open == []
-    return checker
 
 
 def test_the_page_is_balanced_and_needs_nothing_else(page: tuple[str, dict[str, Any]]) -> None:

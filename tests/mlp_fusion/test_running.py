@@ -255,7 +255,7 @@ def test_a_reference_that_is_no_number_fails(tmp_path: Path) -> None:
     ck.replace_tensor(tmp_path / "out", name, lambda weight: weight.fill_(float("nan")))
     failed = {check.name for check in mlp_fusion.verify(tmp_path / "out").checks if not check.passed}
     assert failed == {"finite", "outputs"}
-    assert json.loads((tmp_path / "out" / "mlp_fusion" / "report.json").read_text())["method"] == "fusion"
+    assert json.loads((tmp_path / "out" / "mlp_fusion" / "report.json").read_text())["settings"]["method"] == "fusion"
 
 
 def test_a_batch_without_tokens_is_passed_over() -> None:

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from mlp_fusion.choices import CALIBRATION_SENTENCES
 from mlp_fusion.errors import InputError
-from mlp_fusion.selection import check_options, parameterization_for, resolve_layers, resolve_width
+from mlp_fusion.selection import parameterization_for, resolve_layers, resolve_width
 
 TWELVE = list(range(12))
 
@@ -107,48 +106,3 @@ def test_optimizers() -> None:
     assert {parameterization_for(n) for n in ("sgd", "SGD", "momentum", "muon")} == {"split"}
     with pytest.raises(InputError, match="unknown optimizer 'adamm'"):
         parameterization_for("adamm")
-
-
-PLAIN: dict[str, Any] = {
-    "optimizer": "adamw", "seed": 0, "calibrated": False, "refit": None, "match": None, "tune_steps": 0,
-    "sequential": False, "budget": None, "calibration_sentences": CALIBRATION_SENTENCES, "calibration_rows": None,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "change", [{}, {"seed": 2**63 - 1}, {"optimizer": None}, {"calibrated": True, "tune_steps": 1}]
-)
-def test_options_that_go_together(change: dict[str, Any]) -> None:
-    check_options(0.5, "fusion", **{**PLAIN, **change})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        *(({"seed": seed}, "seed .* give an integer from 0 to") for seed in (-1, 2**63, True, 1.0, "0")),
-        *(({"calibrated": True, "budget": b}, "strictly between 0 and 1") for b in (0.0, 1.0, -0.5, 2.0)),
-        *(({"tune_steps": steps}, "tune_steps .* give a number of steps") for steps in (-1, True, 1.5)),
-        *(({"calibration_sentences": n}, "give a number from 1 on") for n in (0, -3, True)),
-        *(({"calibration_rows": n, "calibrated": True}, "give a number from 1 on") for n in (0, -3, True)),
-        ({"tune_steps": 1}, "tune_steps needs calibration text"),
-        ({"refit": True}, "refit needs calibration text"),
-        ({"match": "gd"}, "match needs calibration text"),
-        ({"sequential": True}, "sequential needs calibration text"),
-        ({"calibration_rows": 5}, "calibration_rows needs calibration text"),
-        ({"calibration_sentences": CALIBRATION_SENTENCES + 1}, "calibration_sentences needs calibration text"),
-        ({"calibration_sentences": CALIBRATION_SENTENCES - 1}, "calibration_sentences needs calibration text"),
-        ({"match": "adam", "calibrated": True}, "use gd, sign, auto or none"),
-        ({"match": "gd", "calibrated": True, "optimizer": None}, "match needs an optimizer"),
-        ({"tune_steps": 3, "refit": False, "calibrated": True}, "starts from a refit"),
-    ],
-)
-def test_options_that_do_not(change: dict[str, Any], message: str) -> None:
-    width = "auto" if "budget" in change else 0.5
-    with pytest.raises(InputError, match=message):
-        check_options(width, "fusion", **{**PLAIN, **change})
-
-
-def test_methods_that_cannot_be_put_into_a_model_or_need_text() -> None:
-    for method, message in {"svd": "keeps the width", "select": "needs calibration text", "magic": "unknown"}.items():
-        with pytest.raises(InputError, match=message):
-            check_options(0.5, method, **PLAIN)

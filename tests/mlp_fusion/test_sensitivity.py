@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from bundles import random_bundle, statistics_of
 from families import FAMILIES, tiny_model, token_batch
 from mlp_fusion import InputError, fuse
-from mlp_fusion.calibration import output_sensitivities, refit, sensitivity, tune
+from mlp_fusion.calibration import output_sensitivities, refit, sensitivity, train_locally
 from mlp_fusion.families import get_architecture
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing import pipeline
-from mlp_fusion.running.activations import token_mask
+from mlp_fusion.running.batches import token_mask
 
 pytestmark = pytest.mark.slow
 
@@ -213,31 +213,31 @@ def test_tuning_heeds_what_matters() -> None:
         difference: Tensor = bundle.forward(x[held_out])[0] - known.y[held_out]
         return difference.square().sum(dim=0)
 
-    plain, found = (tune(reduced, [s], steps=150, seed=0) for s in (known, weighed))
+    plain, found = (train_locally(reduced, [s], steps=150, seed=0) for s in (known, weighed))
     assert errors(found.bundle)[0] < 0.7 * errors(plain.bundle)[0]
     assert errors(found.bundle)[1:].sum() > errors(plain.bundle)[1:].sum()
     expected = torch.linalg.norm((found.bundle.forward(x[held_out])[0] - known.y[held_out]) @ first)
     assert float(found.after[0]) == pytest.approx(float(expected / torch.linalg.norm(known.y[held_out] @ first)))
     # Weighing all alike changes nothing, and FFNs side by side have each their own.
     alike = dataclasses.replace(known, sensitivity=torch.eye(d_out))
-    torch.testing.assert_close(tune(reduced, [alike], steps=150, seed=0).bundle.w_in, plain.bundle.w_in)
-    both = tune(NeuronBundle.stack([reduced, reduced]), [alike, weighed], steps=150, seed=0)
+    torch.testing.assert_close(train_locally(reduced, [alike], steps=150, seed=0).bundle.w_in, plain.bundle.w_in)
+    both = train_locally(NeuronBundle.stack([reduced, reduced]), [alike, weighed], steps=150, seed=0)
     torch.testing.assert_close(both.bundle.select(0).w_in, plain.bundle.w_in)
     torch.testing.assert_close(both.bundle.select(1).w_in, found.bundle.w_in)
     with pytest.raises(ValueError, match="give it to all"):
-        tune(NeuronBundle.stack([reduced, reduced]), [known, weighed], steps=1, seed=0)
+        train_locally(NeuronBundle.stack([reduced, reduced]), [known, weighed], steps=1, seed=0)
 
 
 @pytest.mark.parametrize("sequential", [False, True])
 def test_fuse_tunes_every_ffn_by_its_own_sensitivity(sequential: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor | None] = []
-    whole = pipeline.tune
+    whole = pipeline.train_locally
 
     def recorded(reduced: NeuronBundle, statistics: Sequence[Any], **options: Any) -> Any:
         seen.extend(known.sensitivity for known in statistics)
         return whole(reduced, statistics, **options)
 
-    monkeypatch.setattr(pipeline, "tune", recorded)
+    monkeypatch.setattr(pipeline, "train_locally", recorded)
     model = tiny_model("bert")
     expected = _found(copy.deepcopy(model), seed=3)
     done: list[tuple[int, int]] = []

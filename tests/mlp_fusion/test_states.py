@@ -12,15 +12,17 @@ import torch
 import torch.distributed.checkpoint.state_dict as distributed
 from accelerate import Accelerator
 from accelerate.utils import modeling as accelerated
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 from transformers.trainer_utils import load_sharded_checkpoint
 
+import checkpoints as ck
 from families import tiny_model, token_batch
 from mlp_fusion import FusedMLP, InputError, fuse, restore, state_form
+from mlp_fusion.store.record import FORMAT_VERSION
 
 pytestmark = pytest.mark.slow
 
@@ -247,8 +249,7 @@ def test_a_trained_scale_of_any_sign_is_saved(optimizer: str, tmp_path: Path) ->
 
 def test_the_side_file_is_looked_at(tmp_path: Path) -> None:
     fused("bert", "adamw").save_pretrained(tmp_path)
-    file = tmp_path / "mlp_fusion" / "scale.safetensors"
-    good = load_file(file)
+    good = ck.scales(tmp_path)
     name = "bert.encoder.layer.1.intermediate.scale"
     damage = {
         "NaN or Inf": good[name].index_fill(0, torch.tensor([2]), torch.nan),
@@ -258,10 +259,10 @@ def test_the_side_file_is_looked_at(tmp_path: Path) -> None:
     }
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     for reason, scale in damage.items():
-        save_file({**good, name: scale}, file)
+        ck.put_scales(tmp_path, {**good, name: scale})
         with pytest.raises(InputError, match=reason):
             restore(model, tmp_path)
-    save_file({**good, name: -good[name]}, file)
+    ck.put_scales(tmp_path, {**good, name: -good[name]})
     with pytest.raises(InputError, match="negative in places"):
         restore(model, tmp_path, optimizer="sgd")
     assert not any(isinstance(module, FusedMLP) for module in model.modules())
@@ -270,7 +271,7 @@ def test_the_side_file_is_looked_at(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 99}, "format 99, this version knows 1: update mlp-fusion"),
+        ({"format": 99}, f"format 99, this version knows {FORMAT_VERSION}: update mlp-fusion"),
         ({"format": "1"}, "its format is '1'"),
         ({"parameterization": "sqrt"}, "parameterization is 'sqrt'"),
         ({"parameterization": None}, "parameterization is None"),
@@ -352,11 +353,10 @@ def test_nothing_is_loaded_where_one_tensor_does_not_fit(damage: str, tmp_path: 
 @pytest.mark.parametrize("change", ["1e60", "1e-60", "1e-44", "float8"])
 def test_scales_that_float32_cannot_hold_are_refused(change: str, tmp_path: Path) -> None:
     fused("bert", "adamw").save_pretrained(tmp_path)
-    file = tmp_path / "mlp_fusion" / "scale.safetensors"
-    good = load_file(file)
+    good = ck.scales(tmp_path)
     kind = {"1e-44": torch.float32, "float8": torch.float8_e4m3fn}.get(change, torch.float64)
     factor = 1.0 if change == "float8" else float(change)
-    save_file({name: (scale.double() * factor).to(kind) for name, scale in good.items()}, file)
+    ck.put_scales(tmp_path, {name: (scale.double() * factor).to(kind) for name, scale in good.items()})
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="holds NaN or Inf, or numbers that float32 cannot"):
         restore(model, tmp_path)
@@ -384,13 +384,12 @@ def test_scales_of_more_layers_or_neurons_and_silent_ones(tmp_path: Path) -> Non
     restore(again, tmp_path, optimizer="adamw")  # to another form than it was saved in, with a neuron that is silent
     assert {m.parameterization for m in again.modules() if isinstance(m, FusedMLP)} == {"scaled"}
     same(again, logits(source))
-    file = tmp_path / "mlp_fusion" / "scale.safetensors"
-    good = load_file(file)
+    good = ck.scales(tmp_path)
     name = "bert.encoder.layer.1.intermediate.scale"
-    save_file({**good, name: torch.cat([good[name], good[name][:1]])}, file)
+    ck.put_scales(tmp_path, {**good, name: torch.cat([good[name], good[name][:1]])})
     with pytest.raises(InputError, match="layer 1 has 17 entries, the layer 16 neurons"):
         restore(model, tmp_path)
-    save_file(good, file)
+    ck.put_scales(tmp_path, good)
     model.config.mlp_fusion = {**model.config.mlp_fusion, "fused_layers": [0, 1]}
     with pytest.raises(InputError, match="has a scale for layer 2, which is not fused"):
         restore(model, tmp_path)

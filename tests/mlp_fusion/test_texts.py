@@ -18,7 +18,7 @@ from mlp_fusion import InputError
 from mlp_fusion.calibration.text import calibration_batches
 from mlp_fusion.finetuning.data import class_names
 from mlp_fusion.running.rows import read_rows, read_texts
-from mlp_fusion.running.text import tokenize
+from mlp_fusion.store.tokenizers import tokenize
 
 TEXTS = ["a cat", "the cat sat"]
 FORMS = {

@@ -19,6 +19,7 @@ import mlp_fusion
 from checkpoints import B_IN, REFERENCE, W_IN, W_OUT
 from families import WIDTH, token_batch
 from mlp_fusion import InputError, Verification
+from mlp_fusion.store.record import FORMAT_VERSION
 
 
 def load(folder: Path, task: str = "SequenceClassification", **options: Any) -> Any:
@@ -175,7 +176,7 @@ def test_against_a_model_that_was_trained_on_and_saved(source: Path, tmp_path: P
 
 
 def test_the_scale_file_is_part_of_the_checkpoint(broken: Path, tmp_path: Path) -> None:
-    scales = load_file(broken / ck.SCALE)
+    scales = ck.scales(broken)
     assert detail(mlp_fusion.verify(broken), "scale").startswith("of 3 FFNs, the largest ")
     first = min(scales)
     for change, seen in {
@@ -185,7 +186,7 @@ def test_the_scale_file_is_part_of_the_checkpoint(broken: Path, tmp_path: Path) 
         "short": ({**scales, first: scales[first][1:]}, "has 15 entries, the layer 16 neurons"),
         "unknown": ({**scales, "x.scale": scales[first]}, "x.scale fits no layer"),
     }.values():
-        save_file({k: v.clone() for k, v in change.items()}, broken / ck.SCALE)
+        ck.put_scales(broken, change)
         verified = mlp_fusion.verify(broken)
         assert failed(verified) == {"scale"}
         assert seen in detail(verified, "scale")
@@ -215,7 +216,7 @@ def test_a_method_that_gives_no_scale_leaves_none_to_restore(source: Path, tmp_p
 
 def test_a_format_of_the_future_is_refused(broken: Path) -> None:
     ck.edit_config(broken, mlp_fusion={**ck.read_config(broken)["mlp_fusion"], "format": 99})
-    assert "format 99, this version knows 1: update mlp-fusion" in verify_refused(broken)
+    assert f"format 99, this version knows {FORMAT_VERSION}: update mlp-fusion" in verify_refused(broken)
 
 
 def test_the_callers_model_keeps_its_modes(source: Path, tmp_path: Path) -> None:

@@ -42,6 +42,17 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return found
 
 
+def scales(folder: Path) -> dict[str, Tensor]:
+    """The scales that lie beside a checkpoint."""
+    return load_file(folder / SCALE)
+
+
+def put_scales(folder: Path, scales: dict[str, Tensor]) -> None:
+    """Write other scales beside a checkpoint."""
+    (folder / SCALE).parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: scale.clone() for name, scale in scales.items()}, folder / SCALE)
+
+
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
     """Rewrite a single-file checkpoint with `change` applied to its tensors."""
     changed = {name: tensor.contiguous() for name, tensor in change(tensors(folder)).items()}

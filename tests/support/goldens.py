@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import mlp_fusion
 from checkpoints import add_tokenizer
@@ -62,29 +63,32 @@ def digest(*parts: bytes) -> str:
 
 
 def of_folder(folder: Path) -> str:
-    """A hash of every file below `folder`, times left out."""
+    """A hash of every file below `folder`; of reports, that they are there."""
     parts: list[bytes] = []
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         content = file.read_bytes()
-        if file.suffix == ".json":
-            content = json.dumps(_timeless(json.loads(content)), sort_keys=True).encode()
+        if file.name in ("report.json", "README.md"):  # which tell the time
+            content = b""
+        elif file.suffix == ".safetensors" and file.parent != folder:
+            content = digest(*(part for item in sorted(load_file(file).items()) for part in _bytes(*item))).encode()
+        elif file.suffix == ".json":
+            content = json.dumps(json.loads(content), sort_keys=True).encode()
         parts += [str(file.relative_to(folder)).encode(), content]
     return digest(*parts)
 
 
-def _timeless(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _timeless(part) for name, part in value.items() if "seconds" not in str(name)}
-    return [_timeless(part) for part in value] if isinstance(value, list) else value
+def _bytes(name: str, tensor: torch.Tensor) -> tuple[bytes, bytes, bytes]:
+    return name.encode(), str(tensor.dtype).encode(), tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def fused(family: str, **options: Any) -> str:
-    """The state, the config and the report of a tiny model after `fuse`."""
+    """The state and the config of a tiny model after `fuse`, and the errors that it reports."""
     model = tiny_model(family)
     report = mlp_fusion.fuse(model, options.pop("width", 24), **options)
-    parts = [json.dumps(_timeless(x), sort_keys=True).encode() for x in (model.config.to_dict(), report.to_dict())]
-    for name, tensor in model.state_dict().items():
-        parts += [name.encode(), str(tensor.dtype).encode(), tensor.contiguous().view(torch.uint8).numpy().tobytes()]
+    errors = [(row.path, row.neurons_after, row.output_error, row.ntk_error, row.status) for row in report.rows]
+    parts = [json.dumps(known, sort_keys=True).encode() for known in (model.config.to_dict(), errors)]
+    for item in model.state_dict().items():
+        parts += _bytes(*item)
     return digest(*parts)
 
 

@@ -43,7 +43,7 @@ _FIELDS = ("w_in", "w_gate", "b_in", "b_gate", "w_out", "b_out")
 
 
 @dataclass(frozen=True, eq=False)
-class Tuned:
+class LocallyTrained:
     """FFNs after local tuning.
 
     Attributes:
@@ -58,14 +58,14 @@ class Tuned:
     after: Tensor
 
 
-def tune(
+def train_locally(
     reduced: NeuronBundle,
     statistics: Sequence[FFNStatistics],
     *,
     steps: int,
     seed: int,
     progress: Callable[[int], None] | None = None,
-) -> Tuned:
+) -> LocallyTrained:
     """Train the reduced FFNs on the calibration rows that are not held out, and keep the best on those that are.
 
     Args:
@@ -97,7 +97,7 @@ def tune(
     fitted, tested = (rows.nonzero().squeeze(1) for rows in (~held_out, held_out))
     if steps == 0 or len(fitted) == 0 or len(tested) == 0:
         unknown = torch.full((reduced.batch,), math.nan, dtype=torch.float64)
-        return Tuned(reduced, unknown, unknown)
+        return LocallyTrained(reduced, unknown, unknown)
     problem = _Problem(reduced, statistics, fitted)
     before = after = problem.errors(tested)
     best = [p.detach().clone() for p in problem.parameters]
@@ -124,11 +124,11 @@ def tune(
                 kept.copy_(torch.where(chosen, parameter.detach(), kept))
     # An FFN that nothing was better for keeps its own bits.
     moved = after < before
-    return Tuned(problem.finished(best, moved), before, after)
+    return LocallyTrained(problem.finished(best, moved), before, after)
 
 
 def held_out_errors(reduced: NeuronBundle, statistics: Sequence[FFNStatistics]) -> Tensor:
-    """`(B,)` float64, on the CPU: what :func:`tune` lowers, of B FFNs on their held-out rows; NaN without any."""
+    """`(B,)` float64, on the CPU: what :func:`train_locally` lowers, of B FFNs on held-out rows; NaN without any."""
     return _errors(reduced, statistics, statistics[0].held_out.nonzero().squeeze(1))
 
 

@@ -35,7 +35,9 @@ _COARSE_ROWS = 128
 _COARSE_STEPS, _STEPS = 80, 20
 
 
-def match_ntk(original: NeuronBundle, reduced: NeuronBundle, x: Tensor, *, kernel: Kernel, form: str) -> NeuronBundle:
+def match_ntk(
+    original: NeuronBundle, reduced: NeuronBundle, x: Tensor, *, kernel: Kernel, parameterization: str
+) -> NeuronBundle:
     """`reduced` with the scale that brings its tangent kernel on `x` closest to the original's, in Frobenius norm.
 
     Args:
@@ -43,7 +45,7 @@ def match_ntk(original: NeuronBundle, reduced: NeuronBundle, x: Tensor, *, kerne
         reduced: after, B = 1, in any parameterization. Silent neurons (of scale 0) stay so.
         x: `(T, d)` inputs.
         kernel: `"gd"`, what gradient descent sees, or `"sign"`, what Adam-like methods see.
-        form: the parameterization that will be trained: `scaled` or `split`.
+        parameterization: the parameterization that will be trained: `scaled` or `split`.
 
     Returns:
         The same function, canonical, with scales between 0.01 and 10,000.
@@ -51,10 +53,12 @@ def match_ntk(original: NeuronBundle, reduced: NeuronBundle, x: Tensor, *, kerne
     Memory: a few `(T, T)` and `(T, K)` matrices, and a `(K, K)` one. Time: `T^2 (K + d)` operations per step.
 
     Raises:
-        ValueError: `form` has no scale (`folded`), or a bundle holds more than one FFN.
+        ValueError: `parameterization` has no scale (`folded`), or a bundle holds more than one FFN.
     """
-    if form not in SCALE_EXPONENTS:
-        raise ValueError(f"a {form!r} FFN has no scale to match its kernel with: use {' or '.join(SCALE_EXPONENTS)}")
+    if parameterization not in SCALE_EXPONENTS:
+        raise ValueError(
+            f"a {parameterization!r} FFN has no scale to match its kernel with: use {' or '.join(SCALE_EXPONENTS)}"
+        )
     if original.batch != 1 or reduced.batch != 1:
         raise ValueError(f"matching takes one FFN, the bundles have {original.batch} and {reduced.batch}: select one")
     present = reduced.canonical().scale
@@ -63,7 +67,7 @@ def match_ntk(original: NeuronBundle, reduced: NeuronBundle, x: Tensor, *, kerne
     parts = tuple(name for name in ("w_gate", "w_in", "b_gate", "b_in") if getattr(original, name) is not None)
     x = x.to(original.w_in.dtype)
     target = ntk_gram(original, x, params=(*parts, "w_out"), kernel=kernel)
-    if SCALE_EXPONENTS[form] == 0.0:
+    if SCALE_EXPONENTS[parameterization] == 0.0:
         rest = target - ntk_gram(folded, x, params=parts, kernel=kernel)
         scale = _explicit(folded, x, rest, kernel)
     else:

@@ -25,7 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mlp_fusion.calibration.statistics import take_calibration
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
-from mlp_fusion.running.activations import Batch, evaluating, run_base, token_mask
+from mlp_fusion.running.batches import Batch, token_mask
+from mlp_fusion.running.runner import Runner
 
 #: Tokens that gradients are taken at, positions of one run at most, and of one sequence.
 _TOKENS, _RUN, _SEQUENCE = 4096, 1024, 512
@@ -68,10 +69,11 @@ def output_sensitivities(
     generator = torch.Generator().manual_seed(seed)
     # Attention's fused backward passes add up in no fixed order on a GPU.
     exact = sdpa_kernel(SDPBackend.MATH)
-    with evaluating(model), _frozen(model), _caught(architecture, sites, outputs), torch.enable_grad(), exact:
+    runner = Runner(model, "the calibration text")
+    with runner, _frozen(model), _caught(architecture, sites, outputs), torch.enable_grad(), exact:
         for batch in _probes(batches, chunk=getattr(model.config, "chunk_size_feed_forward", 0) or 1):
             try:
-                hidden = run_base(model, batch, "the calibration text").last_hidden_state
+                hidden = runner.hidden_states(batch)
                 if not all(outputs):
                     raise InputError("an FFN did not run on the calibration text: the model skips it")
                 mask = token_mask(batch)
@@ -156,7 +158,7 @@ def _window(batch: Batch, rows: Tensor, start: Tensor, length: int) -> dict[str,
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for gradients inside: autograd then keeps only what those of the outputs need."""
-    # Of inference mode are never asked: autograd says so when it meets them.
+    # Parameters of inference mode are left alone: autograd raises its own error when it meets them.
     asking = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
     for parameter in asking:
         parameter.requires_grad_(False)

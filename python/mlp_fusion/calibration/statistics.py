@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.neurons import NeuronBundle
-from mlp_fusion.running.activations import Batch, Taps, not_finite, stream_activations, take_batches, token_mask
+from mlp_fusion.running.batches import Batch, take_batches, token_mask
+from mlp_fusion.running.runner import not_finite
+from mlp_fusion.running.taps import Taps, stream_activations
 
 #: Most input rows kept per FFN, and the most bytes that they may take, unless the caller asks for a number of rows.
 CALIBRATION_ROWS = 16_384

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from mlp_fusion.choices import CALIBRATION_SENTENCES
 from mlp_fusion.errors import InputError
-from mlp_fusion.running.activations import Batch
+from mlp_fusion.running.batches import Batch
 from mlp_fusion.running.rows import TEXT_COLUMNS, read_texts
-from mlp_fusion.running.text import encode, tokenizer_of
+from mlp_fusion.running.sentences import encode
+from mlp_fusion.store.tokenizers import tokenizer_of
 
 Calibration = Batch | Iterable[Batch] | Sequence[str] | str | Path
 

@@ -95,7 +95,7 @@ class Architecture:
 
     # --- names -------------------------------------------------------------------------------------------------------
 
-    def match(self, tensor_name: str) -> tuple[str, int, str] | None:
+    def locate(self, tensor_name: str) -> tuple[str, int, str] | None:
         """Split a tensor or module name into (layer path, layer index, path below the layer), or None."""
         found = self._pattern.fullmatch(tensor_name)
         return None if found is None else (found["layer"], int(found["index"]), found["rest"])
@@ -110,7 +110,7 @@ class Architecture:
         """The model's FFNs, fused ones too, in order of layers."""
         sites = []
         for name, _ in model.named_modules():
-            matched = self.match(name)
+            matched = self.locate(name)
             if matched is not None and matched[2] == self.projections["w_in"]:
                 path, index, _ = matched
                 sites.append(FFNSite(index, path, model.get_submodule(path)))

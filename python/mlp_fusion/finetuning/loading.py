@@ -20,12 +20,12 @@ from transformers import (
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import get_architecture
 from mlp_fusion.modules.ffn import FusedFFN
-from mlp_fusion.running.activations import evaluating, naming_outputs
-from mlp_fusion.running.text import load_tokenizer, tokenizer_of
+from mlp_fusion.running.runner import Runner
 from mlp_fusion.selection import parameterization_for
 from mlp_fusion.store.record import adopt_fused_config, fusion_record
 from mlp_fusion.store.restoring import restore
 from mlp_fusion.store.source import local_folder, read_config
+from mlp_fusion.store.tokenizers import load_tokenizer, tokenizer_of
 from mlp_fusion.store.weights import read_tensors
 
 Model: TypeAlias = str | Path | PreTrainedModel
@@ -161,9 +161,9 @@ def positions(model: Any) -> int | None:
 
 @torch.no_grad()
 def _check_causal(model: Any, name: str) -> None:
-    ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
-    with evaluating(model), naming_outputs(model):
-        one, other = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0].float()
+    ids = torch.tensor([[0, 1], [0, 2]])
+    with Runner(model, "token ids alone") as runner:
+        one, other = runner.whole({"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[:, 0].float()
     if float((one - other).abs().max()) > 1e-3 * float(one.abs().max()):
         raise InputError(f"{name} is no causal language model: what it predicts for a token depends on later ones")
 

@@ -14,7 +14,7 @@ Progress = Callable[[str, int, int, float | None], None]
 
 #: File in the output folder. It is written last: where it is, the run is complete.
 RESULT_FILE = "finetune.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,9 @@ class FinetuneReport:
     """The outcome of :func:`mlp_fusion.finetune`.
 
     Attributes:
-        task: `classification` or `lm`.
+        settings: the options of :class:`mlp_fusion.settings.FinetuneSettings` that say what was done.
         model, teacher, original: names or folders; None where there was none.
         method, parameterization: of the fusion; None for a model that is not fused.
-        optimizer, learning_rate, batch_size, epochs, seed: how it was trained; `batch_size` counts rows per step
-            and device.
         examples: training rows (blocks, for language modelling).
         metric: `accuracy` (share of right answers) or `perplexity`.
         initial: `loss` and the metric before any training; None without evaluation data.
@@ -37,19 +35,22 @@ class FinetuneReport:
         distillation: `layerwise` (`steps`, `loss` as pairs of step and mean loss) and `logits` (`weight`,
             `temperature`), each None where it was not used.
         seconds: wall-clock time of the call that finished the run.
+
+    Examples:
+        >>> files = {"train": "train.tsv", "evaluation": "dev.tsv"}
+        >>> report = mlp_fusion.finetune("roberta-base", "trained", **files, task="classification", epochs=1)
+        >>> report.metric, report.settings["epochs"], 0 <= report.final["accuracy"] <= 1
+        ('accuracy', 1, True)
+        >>> print(report)
+        classification: ...
     """
 
-    task: str
+    settings: dict[str, Any]
     model: str
     teacher: str | None
     original: str | None
     method: str | None
     parameterization: str | None
-    optimizer: str
-    learning_rate: float
-    batch_size: int
-    epochs: float
-    seed: int
     examples: int
     metric: str
     initial: dict[str, float] | None
@@ -70,7 +71,8 @@ class FinetuneReport:
 
     def table(self) -> str:
         """The outcome as lines of text."""
-        lines = [f"{self.task}: {self.examples:,} rows, {self.epochs:g} epochs, {self.optimizer}, seed {self.seed}"]
+        s = self.settings
+        lines = [f"{s['task']}: {self.examples:,} rows, {s['epochs']:g} epochs, {s['optimizer']}, seed {s['seed']}"]
         if self.parameterization is not None:
             lines.append(f"fused model, parameterization {self.parameterization}")
         for name, found in (("before", self.initial), *((f"step {e['step']}", e) for e in self.evaluations)):

@@ -3,19 +3,15 @@
 from mlp_fusion.measure.errors import FFNErrors, ffn_errors, relative_error
 from mlp_fusion.measure.models import KernelRow, ModelComparison, NetworkKernel, compare_models
 from mlp_fusion.measure.report import FFNRow, FusionReport
-from mlp_fusion.running.activations import Activations, capture_activations, random_batch
 
 __all__ = [
-    "Activations",
     "FFNErrors",
     "FFNRow",
     "FusionReport",
     "KernelRow",
     "ModelComparison",
     "NetworkKernel",
-    "capture_activations",
     "compare_models",
     "ffn_errors",
-    "random_batch",
     "relative_error",
 ]

@@ -41,7 +41,13 @@ class FFNErrors:
 
 
 def relative_error(approximation: Tensor, exact: Tensor) -> float:
-    """`|approximation - exact|_F / |exact|_F` in float64; 0 when both are 0, inf when only `exact` is."""
+    """`|approximation - exact|_F / |exact|_F` in float64; 0 when both are 0, inf when only `exact` is.
+
+    Examples:
+        >>> from mlp_fusion.measure import relative_error
+        >>> relative_error(torch.tensor([3.0, 0.0]), torch.tensor([3.0, 4.0]))
+        0.8
+    """
     difference = float(torch.linalg.vector_norm(approximation.double() - exact.double()))
     norm = float(torch.linalg.vector_norm(exact.double()))
     if norm == 0.0:

@@ -18,7 +18,9 @@ from mlp_fusion.families import Architecture, FFNSite, get_architecture
 from mlp_fusion.measure.errors import ffn_parts, relative_error
 from mlp_fusion.measure.report import finite
 from mlp_fusion.modules.layouts import read_projection
-from mlp_fusion.running.activations import POOL, Batch, capture_activations, evaluating, run_base, take_batches
+from mlp_fusion.running.batches import POOL, Batch, take_batches
+from mlp_fusion.running.runner import Runner
+from mlp_fusion.running.taps import capture_activations
 
 #: `(model, batch) -> (samples, outputs)`: which outputs of the network count in its kernel.
 Outputs = Callable[[nn.Module, Batch], Tensor]
@@ -118,6 +120,15 @@ def compare_models(
     Raises:
         InputError: unknown architecture, models that do not match, or a sample that they cannot run on.
         ValueError: a count that is too small.
+
+    Examples:
+        >>> from transformers import AutoModel
+        >>> from mlp_fusion.measure import compare_models
+        >>> original, fused = (AutoModel.from_pretrained("all-MiniLM-L6-v2") for _ in range(2))
+        >>> _ = mlp_fusion.fuse(fused, width=0.5)
+        >>> found = compare_models(original, fused, {"input_ids": torch.arange(3, 9)[None]}, samples=0)
+        >>> [row.relative_error > 0 for row in found.ffns[:2]]
+        [True, True]
     """
     for name, value, least in (("rows", rows, 1), ("samples", samples, 0), ("drawn_outputs", drawn_outputs, 1)):
         if value < least:
@@ -176,7 +187,8 @@ def _matching_sites(original: nn.Module, other: nn.Module) -> tuple[Architecture
 
 def pooled(model: nn.Module, batch: Batch) -> Tensor:
     """(samples, hidden): means of the last hidden states over each sequence's tokens."""
-    hidden: Tensor = run_base(model, batch).last_hidden_state
+    with Runner(model) as runner:
+        hidden = runner.hidden_states(batch)
     mask = batch.get("attention_mask")
     if mask is None:
         return hidden.mean(1)
@@ -263,7 +275,7 @@ def _network_kernel(
     try:
         for p in parameters:
             p.requires_grad_(True)
-        with evaluating(model):
+        with Runner(model):
             for group in _groups(parameters, len(samples) * drawn):
                 rows: list[list[Tensor]] = []
                 for sample in samples:

@@ -12,6 +12,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mlp_fusion.settings import FuseSettings
+
+#: Of the report as JSON.
+FORMAT_VERSION = 2
+
 
 @dataclass(frozen=True)
 class FFNRow:
@@ -34,6 +39,13 @@ class FFNRow:
             without clusters, and in reports of earlier versions.
         ntk_spectrum: kernel -> `before`, `after` -> leading eigenvalues, see `FFNErrors.spectrum`; None in reports of
             earlier versions.
+
+    Examples:
+        >>> from transformers import AutoModel
+        >>> report = mlp_fusion.fuse(AutoModel.from_pretrained("all-MiniLM-L6-v2"), width=0.25)
+        >>> row = report.rows[0]
+        >>> row.path, row.neurons_after / row.neurons_before, row.output_error > 0
+        ('encoder.layer.0', 0.25, True)
     """
 
     layer: int
@@ -66,33 +78,16 @@ class EmbeddingSimilarity:
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """What a fusion learnt from text.
+    """What a fusion learnt from.
 
     Attributes:
         tokens: token positions of the calibration text.
-        refit, match, tune_steps, sequential, budget: as in :func:`mlp_fusion.fuse`; `match` is the kernel, `gd` or
-            `sign`.
         seconds: of the runs that gathered the statistics and, for tuning, the sensitivities; None where statistics were
             gathered layer by layer.
     """
 
     tokens: int
-    refit: bool
-    match: str | None
-    sequential: bool
-    budget: float | None
     seconds: float | None
-    tune_steps: int = 0
-
-    def words(self) -> str:
-        """As a line of the report."""
-        done = [f"calibrated on {self.tokens:,} tokens"]
-        done += ["layer after layer"] if self.sequential else []
-        done += ["outputs refitted"] if self.refit else []
-        done += [f"tuned for {self.tune_steps:,} steps"] if self.tune_steps else []
-        done += [f"{self.match} kernel matched"] if self.match is not None else []
-        done += [f"widths for {self.budget:.0%} of the parameters"] if self.budget is not None else []
-        return ", ".join(done)
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,8 @@ class FusionReport:
 
     Attributes:
         model_type: the architecture's name.
-        method, optimizer, parameterization, seed: how it was done.
+        settings: how it was done, with nothing left to be decided (`layers` are the ones that were chosen).
+        parameterization: the form that the fused FFNs have.
         sample: what the errors were measured on, in words.
         sample_rows: token positions the errors were measured on.
         parameters_before, parameters_after: of the whole model.
@@ -110,13 +106,19 @@ class FusionReport:
         rows: one per fused FFN.
         embeddings: set by `compress` when it had sentences to compare.
         calibration: None without calibration text.
+
+    Examples:
+        >>> from transformers import AutoModel
+        >>> report = mlp_fusion.fuse(AutoModel.from_pretrained("all-MiniLM-L6-v2"), width=0.25)
+        >>> report.method, report.parameterization
+        ('fusion', 'scaled')
+        >>> mlp_fusion.FusionReport.from_dict(report.to_dict()) == report
+        True
     """
 
     model_type: str
-    method: str
-    optimizer: str | None
+    settings: FuseSettings
     parameterization: str
-    seed: int
     sample: str
     sample_rows: int
     parameters_before: int
@@ -127,10 +129,26 @@ class FusionReport:
     rows: list[FFNRow] = field(default_factory=list)
     embeddings: EmbeddingSimilarity | None = None
     calibration: CalibrationRecord | None = None
+    format: int = FORMAT_VERSION
+
+    @property
+    def method(self) -> str:
+        """Name of the compression method."""
+        return self.settings.method
+
+    @property
+    def optimizer(self) -> str | None:
+        """What the model was fused for; None for inference."""
+        return self.settings.optimizer
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, null for numbers that are not finite; the inverse of :meth:`from_dict`."""
-        result: dict[str, Any] = finite(dataclasses.asdict(self))
+        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        parts["settings"] = self.settings.recorded()
+        parts["rows"] = [dataclasses.asdict(row) for row in self.rows]
+        for name in ("embeddings", "calibration"):
+            parts[name] = None if parts[name] is None else dataclasses.asdict(parts[name])
+        result: dict[str, Any] = finite(parts)
         return result
 
     @classmethod
@@ -142,10 +160,11 @@ class FusionReport:
             rows.append(FFNRow(**{**_measured(row, "output_error"), "ntk_error": errors}))
         known = data["embeddings"]
         embeddings = None if known is None else EmbeddingSimilarity(**_measured(known, "mean", "minimum"))
-        # Reports of earlier versions know nothing of calibration.
-        known = data.get("calibration")
+        known = data["calibration"]
         calibration = None if known is None else CalibrationRecord(**known)
-        return cls(**{**data, "rows": rows, "embeddings": embeddings, "calibration": calibration})
+        settings = FuseSettings(**data["settings"])
+        parts = {"settings": settings, "rows": rows, "embeddings": embeddings, "calibration": calibration}
+        return cls(**{**data, **parts})
 
     def __str__(self) -> str:
         return self.table()
@@ -171,6 +190,19 @@ class FusionReport:
             )
         return "\n".join([render(table), *self._totals()])
 
+    def learnt(self) -> str | None:
+        """What was learnt from text, in words; None without text."""
+        if self.calibration is None:
+            return None
+        s = self.settings
+        done = [f"calibrated on {self.calibration.tokens:,} tokens"]
+        done += ["layer after layer"] if s.sequential else []
+        done += ["outputs refitted"] if s.refit else []
+        done += [f"tuned for {s.tune_steps:,} steps"] if s.tune_steps else []
+        done += [f"{s.match} kernel matched"] if s.match is not None else []
+        done += [f"widths for {s.budget:.0%} of the parameters"] if s.budget is not None else []
+        return ", ".join(done)
+
     def _totals(self) -> list[str]:
         lines = [
             _change("parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}", self._share()),
@@ -182,8 +214,8 @@ class FusionReport:
                 f"cosine of {e.sentences} sentence embeddings to the original's: "
                 f"mean {e.mean:.3f}, smallest {e.minimum:.3f}"
             )
-        if self.calibration is not None:
-            lines.append(self.calibration.words())
+        learnt = self.learnt()
+        lines += [] if learnt is None else [learnt]
         lines.append(
             f"errors: relative Frobenius, {self.sample_rows} token positions of {self.sample}; "
             f"parameterization {self.parameterization}" + ("" if self.optimizer is None else f" (for {self.optimizer})")

@@ -1,15 +1,19 @@
-"""Compression methods: a bundle of neurons in, a smaller bundle out. No method knows any model family."""
+"""Compression methods: a bundle of neurons in, a smaller bundle out. No method knows any model family.
+
+A method is one file here and one line in :data:`mlp_fusion.choices.METHODS`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from mlp_fusion.calibration.statistics import FFNStatistics
-from mlp_fusion.choices import KEEP_WIDTH, METHODS, NEED_TEXT
+from mlp_fusion.choices import METHODS, MethodEntry
 from mlp_fusion.errors import InputError
 from mlp_fusion.neurons import NeuronBundle
 
@@ -56,17 +60,27 @@ class Method:
     Attributes:
         name: what users call it.
         reduce: the function.
-        needs_statistics: it cannot run without calibration.
-        uses_statistics: it does better with calibration.
-        narrows: the result has `width` neurons; else it keeps them all and spends the same number of parameters in
-            another way, so that it can be measured but not put into a model.
+        entry: what `choices` says of it.
     """
 
     name: str
     reduce: Reducer
-    needs_statistics: bool = False
-    uses_statistics: bool = False
-    narrows: bool = True
+    entry: MethodEntry
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether it cannot run without calibration."""
+        return self.entry.text == "needed"
+
+    @property
+    def uses_statistics(self) -> bool:
+        """Whether it does better with calibration."""
+        return self.entry.text != "unused"
+
+    @property
+    def narrows(self) -> bool:
+        """Whether the result has `width` neurons."""
+        return self.entry.narrows
 
     def __call__(
         self, bundle: NeuronBundle, width: int, *, seed: int, statistics: Sequence[FFNStatistics] | None = None
@@ -81,53 +95,13 @@ class Method:
         return self.reduce(bundle, width, seed=seed, statistics=statistics if self.uses_statistics else None)
 
 
-_METHODS: dict[str, Method] = {}
-
-
-def method(
-    name: str, *, needs_statistics: bool = False, uses_statistics: bool = False, narrows: bool = True
-) -> Callable[[Reducer], Reducer]:
-    """Register a function as the method called `name`; the options are attributes of :class:`Method`."""
-
-    def add(function: Reducer) -> Reducer:
-        said = (name in METHODS, name in NEED_TEXT, name not in KEEP_WIDTH)
-        if said != (True, needs_statistics, narrows):
-            raise ValueError(f"mlp_fusion.choices says otherwise of method {name!r} than its registration: amend it")
-        _METHODS[name] = Method(name, function, needs_statistics, uses_statistics or needs_statistics, narrows)
-        return function
-
-    return add
-
-
 def get_method(name: str) -> Method:
-    """The method called `name`.
+    """The method called `name`, whose file is imported now.
 
     Raises:
         InputError: there is none.
     """
-    if name not in _METHODS:
-        raise InputError(f"unknown method {name!r}: use one of {', '.join(sorted(_METHODS))}")
-    return _METHODS[name]
-
-
-def method_names() -> list[str]:
-    """The registered methods, sorted."""
-    return sorted(_METHODS)
-
-
-from mlp_fusion.methods import fusion, mmd, prune, select, sketch, svd  # noqa: E402  (they register themselves above)
-
-__all__ = [
-    "Method",
-    "Reducer",
-    "Reduction",
-    "fusion",
-    "get_method",
-    "method",
-    "method_names",
-    "mmd",
-    "prune",
-    "select",
-    "sketch",
-    "svd",
-]
+    if name not in METHODS:
+        raise InputError(f"unknown method {name!r}: use one of {', '.join(METHODS)}")
+    module = importlib.import_module(f"mlp_fusion.methods.{METHODS[name].file}")
+    return Method(name, getattr(module, name), METHODS[name])

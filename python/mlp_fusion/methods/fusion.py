@@ -29,14 +29,13 @@ from torch import Tensor
 
 from fusion_kernels import Status, kmeans
 from mlp_fusion.calibration.statistics import FFNStatistics
-from mlp_fusion.methods import Reduction, method
+from mlp_fusion.methods import Reduction
 from mlp_fusion.neurons import NeuronBundle
 
 #: Balanced and weighted rows take a few hundred rounds of Hartigan's moves where raw ones take a hundred at most.
 _MOST_ROUNDS = 1000
 
 
-@method("fusion", uses_statistics=True)
 def fusion(
     bundle: NeuronBundle, width: int, *, seed: int, statistics: Sequence[FFNStatistics] | None = None
 ) -> Reduction:
@@ -49,7 +48,6 @@ def fusion(
     return _cluster(bundle, rows, weights, width, algorithm="hartigan", seed=seed)
 
 
-@method("published")
 def published(
     bundle: NeuronBundle, width: int, *, seed: int, statistics: Sequence[FFNStatistics] | None = None
 ) -> Reduction:
@@ -61,7 +59,6 @@ def published(
     return _cluster(bundle, bundle.vectors(), None, width, algorithm="lloyd", seed=seed)
 
 
-@method("cluster")
 def cluster(
     bundle: NeuronBundle, width: int, *, seed: int, statistics: Sequence[FFNStatistics] | None = None
 ) -> Reduction:

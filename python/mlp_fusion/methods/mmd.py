@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mlp_fusion.calibration.statistics import FFNStatistics
 from mlp_fusion.errors import InputError
-from mlp_fusion.methods import Reduction, method
+from mlp_fusion.methods import Reduction
 from mlp_fusion.methods.fusion import squares_fit
 from mlp_fusion.neurons import NeuronBundle
 
@@ -27,7 +27,6 @@ STEPS = 100
 _STEP_SIZE = 0.02
 
 
-@method("mmd")
 def mmd(bundle: NeuronBundle, width: int, *, seed: int, statistics: Sequence[FFNStatistics] | None = None) -> Reduction:
     """`width` neurons after 100 steps of AdamW on the squared MMD, each with scale N / width.
 

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from mlp_fusion.calibration.statistics import FFNStatistics
-from mlp_fusion.methods import Reduction, method
+from mlp_fusion.methods import Reduction
 from mlp_fusion.methods.fusion import importance, in_range
 from mlp_fusion.neurons import NeuronBundle
 
 
-@method("prune", uses_statistics=True)
 def prune(
     bundle: NeuronBundle, width: int, *, seed: int, statistics: Sequence[FFNStatistics] | None = None
 ) -> Reduction:

@@ -18,7 +18,7 @@ from torch import Tensor
 from mlp_fusion.calibration.refit import refit
 from mlp_fusion.calibration.statistics import FFNStatistics
 from mlp_fusion.errors import InputError
-from mlp_fusion.methods import Reduction, method
+from mlp_fusion.methods import Reduction
 from mlp_fusion.methods.prune import keep_neurons
 from mlp_fusion.neurons import NeuronBundle
 
@@ -28,7 +28,6 @@ SELECTION_ROWS = 4096
 _SPENT = 1e-5
 
 
-@method("select", needs_statistics=True)
 def select(
     bundle: NeuronBundle, width: int, *, seed: int, statistics: Sequence[FFNStatistics] | None = None
 ) -> Reduction:

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from mlp_fusion.calibration.statistics import FFNStatistics
-from mlp_fusion.methods import Reduction, method
+from mlp_fusion.methods import Reduction
 from mlp_fusion.neurons import NeuronBundle
 
 
-@method("sketch")
 def sketch(
     bundle: NeuronBundle, width: int, *, seed: int, statistics: Sequence[FFNStatistics] | None = None
 ) -> Reduction:

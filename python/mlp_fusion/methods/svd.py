@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from mlp_fusion.calibration.statistics import FFNStatistics
-from mlp_fusion.methods import Reduction, method
+from mlp_fusion.methods import Reduction
 from mlp_fusion.neurons import NeuronBundle
 
 
-@method("svd", narrows=False)
 def svd(bundle: NeuronBundle, width: int, *, seed: int, statistics: Sequence[FFNStatistics] | None = None) -> Reduction:
     """Every weight matrix of `bundle` at rank :func:`rank_for`, multiplied out: N neurons, as before."""
     plain = bundle.parameterized("folded")

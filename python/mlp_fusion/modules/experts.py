@@ -85,6 +85,15 @@ class FusedExperts(ScaledModule):
     Qwen-MoE and others: `gate_up_proj` `(E, 2h, d)` (plain: `up_proj` `(E, h, d)`), `down_proj` `(E, d_out, h)`, and
     `gate_up_proj_bias`, `up_proj_bias`, `down_proj_bias` where there are biases. `scale` is `(E, h)`. Call
     :meth:`merge_scale` before exporting: other programs do not know a scale.
+
+    Examples:
+        >>> w_in, w_out, sizes = torch.randn(4, 16, 8), torch.randn(4, 16, 8), torch.full((4, 16), 2.0)
+        >>> bundle = mlp_fusion.NeuronBundle(w_in=w_in, w_out=w_out, activation="silu", scale=sizes)
+        >>> experts = mlp_fusion.FusedExperts(bundle, "scaled")
+        >>> experts(torch.randn(6, 8), torch.tensor([[0, 2]] * 6), torch.full((6, 2), 0.5)).shape
+        torch.Size([6, 8])
+        >>> experts.scale.shape
+        torch.Size([4, 16])
     """
 
     down_proj_bias: Tensor | None
@@ -135,6 +144,15 @@ class FusedExperts(ScaledModule):
         Raises:
             InputError: the experts are more than feed-forward blocks, or quantised.
             ValueError: scale has another shape; unknown parameterization or level.
+
+        Examples:
+            >>> from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
+            >>> experts = MixtralExperts(MixtralConfig(hidden_size=8, intermediate_size=16, num_local_experts=4))
+            >>> _ = [torch.nn.init.normal_(weight) for weight in experts.parameters()]
+            >>> routed = torch.randn(6, 8), torch.tensor([[0, 2]] * 6), torch.full((6, 2), 0.5)
+            >>> fused = mlp_fusion.FusedExperts.from_experts(experts)
+            >>> torch.allclose(fused(*routed), experts(*routed), atol=1e-3)
+            True
         """
         bundle = read_experts(experts)
         if scale is not None:
@@ -173,6 +191,16 @@ class FusedExperts(ScaledModule):
         """Fold p into the weights, in place: afterwards these are plain experts with the same outputs and no `scale`.
 
         Parameters keep their identity, but their dynamics change: do this for export or inference.
+
+        Examples:
+            >>> w_in, w_out, sizes = torch.randn(4, 16, 8), torch.randn(4, 16, 8), torch.full((4, 16), 2.0)
+            >>> bundle = mlp_fusion.NeuronBundle(w_in=w_in, w_out=w_out, activation="silu", scale=sizes)
+            >>> experts = mlp_fusion.FusedExperts(bundle, "split")
+            >>> routed = torch.randn(6, 8), torch.tensor([[0, 2]] * 6), torch.full((6, 2), 0.5)
+            >>> before = experts(*routed)
+            >>> experts.merge_scale()
+            >>> experts.scale, torch.allclose(experts(*routed), before, atol=1e-3)
+            (None, True)
         """
         if self.scale is None:
             return

@@ -86,8 +86,8 @@ class FusedFFN(ScaledModule):
     def _weights(self, x: Tensor, w_out: nn.Module | None) -> list[tuple[Tensor, Tensor | None]] | None:
         """Weight `(out, in)` and bias of every projection, as in `ROLES`, or None where one of them has to be called.
 
-        So they have where x has another dtype than the weights, outside autocast: torch then says what is wrong. And
-        for a trace, which is of torch's own operations.
+        None as well when x has another dtype than the weights, outside autocast: torch then raises a clear error. And
+        None in a trace, which holds torch's own operations.
         """
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
             return None
@@ -140,6 +140,17 @@ class FusedFFN(ScaledModule):
 
         Raises:
             ValueError: B != 1, a gated bundle for a plain module or the reverse, unknown parameterization.
+
+        Examples:
+            >>> fc1, fc2 = torch.nn.Linear(8, 16), torch.nn.Linear(16, 4)
+            >>> wide = mlp_fusion.FusedMLP.from_mlp(fc1, fc2).as_bundle()
+            >>> narrow = wide.reduce(torch.arange(16)[None] // 2)  # neurons in pairs
+            >>> ffn = mlp_fusion.FusedMLP.from_bundle(narrow, "scaled")
+            >>> ffn.scale, ffn.fc1.weight.shape
+            (tensor([2., 2., 2., 2., 2., 2., 2., 2.]), torch.Size([8, 8]))
+            >>> x = torch.randn(5, 8)
+            >>> torch.allclose(ffn(x), narrow.forward(x)[0], atol=1e-4)
+            True
         """
         projections, scale = cls.split_bundle(bundle, parameterization, kind)
         return cls(
@@ -195,6 +206,15 @@ class FusedFFN(ScaledModule):
 
         Parameters keep their identity (and so stay in their optimiser), but their dynamics change: do this for export
         or inference, not in the middle of a training run.
+
+        Examples:
+            >>> fc1, fc2 = torch.nn.Linear(8, 16), torch.nn.Linear(16, 4)
+            >>> ffn = mlp_fusion.FusedMLP.from_mlp(fc1, fc2, scale=torch.full((16,), 3.0), parameterization="split")
+            >>> x = torch.randn(5, 8)
+            >>> before = ffn(x)
+            >>> ffn.merge_scale()
+            >>> ffn.scale, torch.allclose(ffn(x), before, atol=1e-4)
+            (None, True)
         """
         if self.scale is None:
             return
@@ -231,6 +251,16 @@ class FusedMLP(FusedFFN):
     Shapes: x `(..., d)` -> y `(..., d_out)`, any number of leading dimensions, in the dtype of the weights.
 
     Source: MLP Fusion (arXiv 2307.08941) for P = diag(scale) between activation and output projection.
+
+    Examples:
+        >>> fc1, fc2 = torch.nn.Linear(8, 16), torch.nn.Linear(16, 4)
+        >>> sizes = torch.full((16,), 3.0)
+        >>> ffn = mlp_fusion.FusedMLP.from_mlp(fc1, fc2, "gelu", sizes, parameterization="scaled")
+        >>> sorted(ffn.state_dict())
+        ['fc1.bias', 'fc1.weight', 'fc2.bias', 'fc2.weight', 'scale']
+        >>> x = torch.randn(2, 5, 8)
+        >>> torch.allclose(ffn(x), fc2(torch.nn.functional.gelu(fc1(x)) * 3), atol=1e-4)
+        True
     """
 
     ROLES: ClassVar[Mapping[str, str]] = {"w_in": "fc1", "w_out": "fc2"}
@@ -257,6 +287,14 @@ class FusedMLP(FusedFFN):
         Raises:
             ValueError: shapes disagree, unknown activation or parameterization, a trainable scale to be folded.
             InputError: a projection is not a plain `Linear` or `Conv1D`.
+
+        Examples:
+            >>> fc1, fc2 = torch.nn.Linear(8, 16), torch.nn.Linear(16, 4)
+            >>> x, sizes = torch.randn(5, 8), torch.arange(1, 17)
+            >>> make = mlp_fusion.FusedMLP.from_mlp
+            >>> ffns = [make(fc1, fc2, "relu", sizes, form) for form in ("folded", "scaled", "split")]
+            >>> [torch.allclose(ffn(x), fc2(torch.relu(fc1(x)) * sizes), atol=1e-4) for ffn in ffns]
+            [True, True, True]
         """
         projections = {"w_in": fc1, "w_out": fc2}
         return _from_projections(cls, projections, activation, scale, parameterization, checkpoint_level)
@@ -285,6 +323,13 @@ class FusedGLU(FusedFFN):
     The state_dict is that of a plain gated MLP (`gate`, `up`, `down`) plus `scale`.
 
     Shapes: x `(..., d)` -> y `(..., d_out)`, in the dtype of the weights.
+
+    Examples:
+        >>> gate, up, down = torch.nn.Linear(8, 16), torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+        >>> ffn = mlp_fusion.FusedGLU.from_mlp(gate, up, down)
+        >>> x = torch.randn(2, 5, 8)
+        >>> torch.allclose(ffn(x), down(torch.nn.functional.silu(gate(x)) * up(x)), atol=1e-4)
+        True
     """
 
     ROLES: ClassVar[Mapping[str, str]] = {"w_gate": "gate", "w_in": "up", "w_out": "down"}
@@ -300,7 +345,16 @@ class FusedGLU(FusedFFN):
         parameterization: str = "folded",
         checkpoint_level: int = 1,
     ) -> FusedGLU:
-        """Take over the weights of `y = down(act(gate(x)) * up(x) * scale)`; arguments as in `FusedMLP.from_mlp`."""
+        """Take over the weights of `y = down(act(gate(x)) * up(x) * scale)`; arguments as in `FusedMLP.from_mlp`.
+
+        Examples:
+            >>> gate, up, down = torch.nn.Linear(8, 16), torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+            >>> sizes = torch.full((16,), 2.0)
+            >>> ffn = mlp_fusion.FusedGLU.from_mlp(gate, up, down, scale=sizes, parameterization="split")
+            >>> x = torch.randn(5, 8)
+            >>> torch.allclose(ffn(x), down(torch.nn.functional.silu(gate(x)) * up(x) * 2), atol=1e-4)
+            True
+        """
         projections = {"w_gate": gate, "w_in": up, "w_out": down}
         return _from_projections(cls, projections, activation, scale, parameterization, checkpoint_level)
 

@@ -7,17 +7,19 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fusion_kernels.ntk import Kernel
-from mlp_fusion.calibration.local_training import held_out_errors, tune
+from mlp_fusion.calibration.local_training import held_out_errors, train_locally
 from mlp_fusion.calibration.matching import MATCHING_ROWS, match_ntk
 from mlp_fusion.calibration.refit import Refit, refit
 from mlp_fusion.calibration.statistics import FFNStatistics
-from mlp_fusion.methods import Method, Reduction
+from mlp_fusion.methods import Method, Reduction, get_method
 from mlp_fusion.neurons import NeuronBundle, Parameterization
+from mlp_fusion.settings import FuseSettings
 
 #: Called as `progress(done, total)`, in units of FFNs reduced and, where FFNs are tuned, of steps of each.
 Progress = Callable[[int, int], None]
@@ -33,7 +35,7 @@ class Recipe:
     Attributes:
         method: the compression method.
         seed: of the method and of the rows whose kernel is matched.
-        form: the parameterization that the reduced FFNs will have.
+        parameterization: the parameterization that the reduced FFNs will have.
         refit: fit output weights and bias to the calibration rows afterwards.
         tune_steps: steps of local tuning after that, followed by another refit; 0 for none, or where `refit` is False.
         match: the kernel to match the scale to after that, or None.
@@ -41,10 +43,18 @@ class Recipe:
 
     method: Method
     seed: int
-    form: Parameterization
+    parameterization: Parameterization
     refit: bool = False
     tune_steps: int = 0
     match: Kernel | None = None
+
+    @staticmethod
+    def of(settings: FuseSettings) -> Recipe:
+        """What of `settings`, resolved, a single FFN is reduced by."""
+        s, kernel = settings, cast("Kernel | None", settings.match)
+        return Recipe(
+            get_method(s.method), s.seed, s.parameterization, refit=bool(s.refit), tune_steps=s.tune_steps, match=kernel
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +73,11 @@ class ReducedFFN:
     correction_seconds: float = 0.0
     ridge: float | None = None
     held_out_error: float | None = None
+
+    @property
+    def bundle(self) -> NeuronBundle:
+        """What it computes now."""
+        return self.reduction.bundle
 
 
 def working_precision(bundle: NeuronBundle) -> NeuronBundle:
@@ -144,7 +159,7 @@ def _fit(
         started = time.perf_counter()
         # From the fits that have not seen the held-out rows: those are what tuning is judged on.
         start = NeuronBundle.stack([fit.unseen for fit in fitted])
-        tuned = tune(start, statistics, steps=recipe.tune_steps, seed=recipe.seed, progress=progress)
+        tuned = train_locally(start, statistics, steps=recipe.tune_steps, seed=recipe.seed, progress=progress)
         for n in (tuned.after < tuned.before).nonzero().squeeze(1).tolist():
             again = refit(tuned.bundle.select(n), statistics[n])
             # The refit weighs all directions alike, and its ridge may undo what tuning has won.
@@ -169,7 +184,7 @@ def _match(recipe: Recipe, original: NeuronBundle, ffn: ReducedFFN, statistics: 
         return ffn
     started = time.perf_counter()
     x = statistics.rows(MATCHING_ROWS, seed=recipe.seed)
-    bundle = match_ntk(original, ffn.reduction.bundle, x, kernel=recipe.match, form=recipe.form)
+    bundle = match_ntk(original, ffn.reduction.bundle, x, kernel=recipe.match, parameterization=recipe.parameterization)
     return dataclasses.replace(
         ffn,
         reduction=dataclasses.replace(ffn.reduction, bundle=bundle),

@@ -36,7 +36,9 @@ from mlp_fusion.calibration.statistics import (
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.reducing.pipeline import ReducedFFN
-from mlp_fusion.running.activations import Batch, Taps, evaluating, replaced, run_base, tapped, token_mask
+from mlp_fusion.running.batches import Batch, token_mask
+from mlp_fusion.running.runner import Runner
+from mlp_fusion.running.taps import Taps, replaced, tapped
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -70,8 +72,8 @@ def reduce_sequentially(
     first, last = sites[0].index, sites[-1].index
     between = [site for site in architecture.sites(model) if first <= site.index <= last]
     numbers = {site.index: number for number, site in enumerate(sites)}
-    with evaluating(model):
-        calls = _record(model, between, batches)
+    with Runner(model, "the calibration text") as runner:
+        calls = _record(runner, between, batches)
         # Hidden states of the model with the FFNs reduced so far, and of the original.
         states = exact = [_hidden_of(call) for call in calls[0]]
         reduced: list[ReducedFFN] = []
@@ -88,7 +90,7 @@ def reduce_sequentially(
     return reduced
 
 
-def _record(model: nn.Module, layers: Sequence[FFNSite], batches: Sequence[Batch]) -> list[list[_Call]]:
+def _record(runner: Runner, layers: Sequence[FFNSite], batches: Sequence[Batch]) -> list[list[_Call]]:
     """Per layer and batch, what the layer was called with; hidden states of the first layer only."""
     calls: list[list[_Call]] = [[] for _ in layers]
 
@@ -108,7 +110,7 @@ def _record(model: nn.Module, layers: Sequence[FFNSite], batches: Sequence[Batch
     ]
     try:
         for batch in batches:
-            run_base(model, batch, "the calibration text")
+            runner.base(batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -19,7 +19,9 @@ from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.measure.errors import relative_error
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing.pipeline import Progress, Recipe, ReducedFFN, reduce_ffns
-from mlp_fusion.running.activations import Batch, evaluating, replaced, run_base, token_mask
+from mlp_fusion.running.batches import Batch, token_mask
+from mlp_fusion.running.runner import Runner
+from mlp_fusion.running.taps import replaced
 from mlp_fusion.selection import resolve_width
 
 #: Shares of an FFN's width whose error is measured, besides the whole.
@@ -96,16 +98,16 @@ def hidden_state_changes(
     probes = batches[:: max(1, len(batches) // _PROBES)][:_PROBES]
     masks = [token_mask(batch) for batch in probes]
 
-    def states() -> Tensor:
-        runs = [run_base(model, batch, "the calibration text").last_hidden_state for batch in probes]
+    def states(runner: Runner) -> Tensor:
+        runs = [runner.hidden_states(batch) for batch in probes]
         return torch.cat([run[mask.to(run.device)] for run, mask in zip(runs, masks, strict=True)])
 
     changes = []
-    with evaluating(model):
-        exact = states()
+    with Runner(model, "the calibration text") as runner:
+        exact = states(runner)
         for site, bundle in zip(sites, bundles, strict=True):
             with replaced(architecture, site, bundle):
-                changes.append(relative_error(states(), exact) ** 2)
+                changes.append(relative_error(states(runner), exact) ** 2)
     return changes
 
 

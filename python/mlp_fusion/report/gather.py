@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mlp_fusion.errors import InputError
-from mlp_fusion.finetuning.result import FORMAT_VERSION, RESULT_FILE
+from mlp_fusion.finetuning import result
 from mlp_fusion.measure import FusionReport
+from mlp_fusion.measure import report as fusion
 from mlp_fusion.measure.errors import KERNELS
+from mlp_fusion.settings import FinetuneSettings, FuseSettings, Settings
 from mlp_fusion.store.record import REPORT_FILE
 
 #: Levels of folders below the given one that are searched.
@@ -77,17 +80,12 @@ class Run:
 
     name: str
     folder: Path
-    task: str
+    settings: FinetuneSettings
     model: str
     teacher: str | None
     original: str | None
     method: str | None
     parameterization: str | None
-    optimizer: str
-    learning_rate: float
-    batch_size: int
-    epochs: float
-    seed: int
     examples: int
     metric: str
     initial: Score | None
@@ -97,14 +95,15 @@ class Run:
     distillation: Distillation
     seconds: float
 
-    def settings(self) -> tuple[Any, ...]:
+    def alike(self) -> tuple[Any, ...]:
         """Everything but the seed and what came of it. The steps count: they tell schedules apart."""
         d = self.distillation
         return (
-            self.task, self.model, self.teacher, self.original, self.method, self.parameterization, self.optimizer,
-            self.learning_rate, self.batch_size, self.epochs, self.examples, self.metric, self.initial is None,
-            self.final is None, tuple((p.step, p.learning_rate) for p in self.train),
-            tuple(e.step for e in self.evaluations), d.layerwise_steps, tuple(step for step, _ in d.layerwise_loss),
+            dataclasses.replace(self.settings, seed=0), self.model, self.teacher, self.original, self.method,
+            self.parameterization, self.examples, self.metric, self.initial is None, self.final is None,
+            tuple((p.step, p.learning_rate) for p in self.train),
+            tuple(e.step for e in self.evaluations), d.layerwise_steps,
+            tuple(step for step, _ in d.layerwise_loss),
             d.logits,
         )  # fmt: skip
 
@@ -147,12 +146,12 @@ def find_results(folder: Path) -> Results:
         name = folder.resolve().name if found == folder else found.relative_to(folder).as_posix()
         if (found / REPORT_FILE).is_file():
             checkpoints.append(Checkpoint(name, found, read_fusion_report(found / REPORT_FILE)))
-        if (found / RESULT_FILE).is_file():
-            runs.append(read_run(found / RESULT_FILE, name))
+        if (found / result.RESULT_FILE).is_file():
+            runs.append(read_run(found / result.RESULT_FILE, name))
     if not checkpoints and not runs:
         raise InputError(
-            f"{folder}: neither {REPORT_FILE} (written by compress) nor {RESULT_FILE} (written by finetune) in it or "
-            f"within {DEPTH} levels below: name the folder that holds the results"
+            f"{folder}: neither {REPORT_FILE} (written by compress) nor {result.RESULT_FILE} (written by finetune) in "
+            f"it or within {DEPTH} levels below: name the folder that holds the results"
         )
     return Results(folder, tuple(sorted(checkpoints, key=lambda c: c.name)), group_runs(runs))
 
@@ -170,41 +169,47 @@ def group_runs(runs: Iterable[Run]) -> tuple[RunGroup, ...]:
     """Put runs together that share everything but the seed; groups by name."""
     together: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        together.setdefault(run.settings(), []).append(run)
-    groups = [RunGroup(tuple(sorted(group, key=lambda r: (r.seed, r.name)))) for group in together.values()]
+        together.setdefault(run.alike(), []).append(run)
+    groups = [RunGroup(tuple(sorted(group, key=lambda r: (r.settings.seed, r.name)))) for group in together.values()]
     return tuple(sorted(groups, key=lambda g: (g.name, g.runs[0].name)))
 
 
 def read_fusion_report(file: Path) -> FusionReport:
-    """The report that `compress` wrote to `file`, of this or an earlier version.
+    """The report that `compress` wrote to `file`.
 
     Raises:
         InputError: unreadable or damaged.
     """
     data = _Record(file, _read_json(file))
+    _check_format(data, fusion.FORMAT_VERSION)
     try:
         report = FusionReport.from_dict(data.content)
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file}: damaged, or of a later version ({error}): compress again") from error
-    for name in ("parameters_before", "parameters_after", "sample_rows", "seed"):
+        raise InputError(f"{file}: damaged ({error}): compress again") from error
+    for name in ("parameters_before", "parameters_after", "sample_rows"):
         data.integer(name)
-    for name in ("model_type", "method", "parameterization", "sample"):
+    for name in ("model_type", "parameterization", "sample"):
         data.text(name)
     data.number("seconds")
-    data.optional_text("optimizer")
+    _settings(data, FuseSettings)
     if report.embeddings is not None:
         for name in ("mean", "minimum"):
             data.record("embeddings").measured(name)
     if report.calibration is not None:
         data.record("calibration").integer("tokens")
-        data.record("calibration").optional_text("match")
-        if report.calibration.budget is not None:
-            data.record("calibration").number("budget")
     for row in data.records("rows"):
         _check_row(row)
     if not report.rows:
         raise data.damage("no FFN in 'rows'")
     return report
+
+
+def _check_format(data: _Record, known: int) -> None:
+    """Raise InputError unless the file has the format `known`; the first one had no number in every file."""
+    found = data.integer("format") if data.has("format") else 1
+    if found != known:
+        remedy = "update mlp-fusion" if found > known else "it is of an earlier version, make it again"
+        raise InputError(f"{data.file}: format {found} is not known, only {known}: {remedy}")
 
 
 def _check_row(row: _Record) -> None:
@@ -240,11 +245,9 @@ def read_run(file: Path, name: str) -> Run:
         InputError: unreadable, damaged, or of a later version.
     """
     data = _Record(file, _read_json(file))
-    if data.integer("format") != FORMAT_VERSION:
-        raise InputError(
-            f"{file}: format {data.content['format']} is not known, only {FORMAT_VERSION}: update mlp-fusion"
-        )
+    _check_format(data, result.FORMAT_VERSION)
     metric = data.text("metric")
+    settings = _settings(data, FinetuneSettings)
 
     def score(record: _Record) -> Score:
         return Score(record.measured("loss"), record.measured(metric))
@@ -252,17 +255,12 @@ def read_run(file: Path, name: str) -> Run:
     return Run(
         name=name,
         folder=file.parent,
-        task=data.text("task"),
+        settings=settings,
         model=data.text("model"),
         teacher=data.optional_text("teacher"),
         original=data.optional_text("original"),
         method=data.optional_text("method"),
         parameterization=data.optional_text("parameterization"),
-        optimizer=data.text("optimizer"),
-        learning_rate=data.number("learning_rate"),
-        batch_size=data.integer("batch_size"),
-        epochs=data.number("epochs"),
-        seed=data.integer("seed"),
         examples=data.integer("examples"),
         metric=metric,
         initial=score(data.record("initial")) if data.has("initial") else None,
@@ -277,6 +275,16 @@ def read_run(file: Path, name: str) -> Run:
         distillation=_read_distillation(data.record("distillation")) if data.has("distillation") else Distillation(),
         seconds=data.number("seconds"),
     )
+
+
+def _settings(data: _Record, record: type[Settings]) -> Any:
+    """The options in a report, checked as those of a call are."""
+    try:
+        settings = record(**data.record("settings").content)
+        settings.check()
+    except (TypeError, InputError) as error:
+        raise data.damage(f"'settings': {error}") from error
+    return settings
 
 
 def _read_distillation(data: _Record) -> Distillation:

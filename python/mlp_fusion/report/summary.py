@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from mlp_fusion.choices import OPTIMIZER_KERNELS
 from mlp_fusion.measure import FFNRow
 from mlp_fusion.report.gather import Checkpoint, Results, Run, RunGroup, Score
-from mlp_fusion.verbs.fuse import OPTIMIZER_KERNELS
 
 #: Points of a training curve; longer ones are averaged in blocks of equal length.
 CURVE_POINTS = 200
@@ -31,7 +31,7 @@ def summarize(results: Results) -> Values:
 
 def _checkpoint(checkpoint: Checkpoint) -> Values:
     report = checkpoint.report
-    kernel = OPTIMIZER_KERNELS.get(report.parameterization)  # type: ignore[call-overload]
+    kernel = OPTIMIZER_KERNELS.get(report.parameterization)
     widths = [row.neurons_after for row in report.rows]
     return {
         "name": checkpoint.name,
@@ -39,7 +39,7 @@ def _checkpoint(checkpoint: Checkpoint) -> Values:
         "method": report.method,
         "optimizer": report.optimizer,
         "parameterization": report.parameterization,
-        "seed": report.seed,
+        "seed": report.settings.seed,
         "fused_layers": len(report.rows),
         "width_before": max(row.neurons_before for row in report.rows),
         "width_after": [min(widths), max(widths)],
@@ -50,7 +50,7 @@ def _checkpoint(checkpoint: Checkpoint) -> Values:
         "ntk_error": None if kernel is None else fmean(row.ntk_error[kernel]["total"] for row in report.rows),
         "cosine": None if report.embeddings is None else report.embeddings.mean,
         "smallest_cosine": None if report.embeddings is None else report.embeddings.minimum,
-        "calibration": None if report.calibration is None else report.calibration.words(),
+        "calibration": report.learnt(),
         "sample": report.sample,
         "sample_rows": report.sample_rows,
         "seconds": report.seconds,
@@ -115,18 +115,18 @@ def _group(group: RunGroup, checkpoint: str | None) -> Values:
     return {
         "name": group.name,
         "members": [run.name for run in group.runs],
-        "seeds": [run.seed for run in group.runs],
+        "seeds": [run.settings.seed for run in group.runs],
         "checkpoint": checkpoint,
-        "task": first.task,
+        "task": first.settings.task,
         "model": first.model,
         "teacher": first.teacher,
         "method": first.method,
         "parameterization": first.parameterization,
-        "optimizer": first.optimizer,
-        "learning_rate": first.learning_rate,
-        "batch_size": first.batch_size,
+        "optimizer": first.settings.optimizer,
+        "learning_rate": first.settings.learning_rate,
+        "batch_size": first.settings.batch_size,
         "examples": first.examples,
-        "epochs": first.epochs,
+        "epochs": first.settings.epochs,
         "metric": first.metric,
         "distillation": _distillation_words(first),
         "initial": _scores([run.initial for run in group.runs], "metric"),

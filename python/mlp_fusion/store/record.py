@@ -23,7 +23,6 @@ FORMAT_VERSION = 1
 #: Everything beyond the plain checkpoint is in this subfolder: engines that load every *.safetensors of the top
 #: folder must not meet it.
 SIDE_FOLDER = "mlp_fusion"
-SCALE_FILE = f"{SIDE_FOLDER}/scale.safetensors"
 REFERENCE_FILE = f"{SIDE_FOLDER}/reference.safetensors"
 REPORT_FILE = f"{SIDE_FOLDER}/report.json"
 #: In the reference file's metadata: the dtype that the model ran in.
@@ -54,7 +53,13 @@ def check_config(config: Any) -> Architecture:
 
 
 def fused_config(
-    config: Any, architecture: Architecture, widths: dict[int, int], fused: list[int], *, method: str, form: str
+    config: Any,
+    architecture: Architecture,
+    widths: dict[int, int],
+    fused: list[int],
+    *,
+    method: str,
+    parameterization: str,
 ) -> Any:
     """A copy of `config` that states the new widths and how they came about.
 
@@ -67,13 +72,13 @@ def fused_config(
         widths: neurons of every layer after the fusion.
         fused: layers to fuse.
         method: name of the method.
-        form: the parameterization.
+        parameterization: the parameterization.
     """
     changed = copy.deepcopy(config)
     record = {
         "format": FORMAT_VERSION,
         "method": method,
-        "parameterization": form,
+        "parameterization": parameterization,
         "fused_layers": fused,
         "original_width": architecture.width(config),
     }

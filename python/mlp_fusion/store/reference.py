@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture
-from mlp_fusion.measure import random_batch
-from mlp_fusion.running.activations import cannot_run, evaluating, naming_outputs, not_finite
+from mlp_fusion.running.batches import random_batch
+from mlp_fusion.running.runner import Runner, not_finite
 from mlp_fusion.store.weights import COMPUTING, TensorInfo, widest_dtype
 
 #: Tokens of the random sequence whose outputs travel with the checkpoint for `verify`.
@@ -104,14 +104,11 @@ def model_outputs(model: Any, input_ids: Tensor, *, head: bool) -> dict[str, Ten
     Raises:
         InputError: it cannot run on token ids alone.
     """
-    ids = input_ids.to(next(model.parameters()).device)
+    ids = input_ids
     if head and type(model).__name__.endswith("ForMultipleChoice"):
         ids = ids.unsqueeze(1)  # a single choice
-    with evaluating(model), naming_outputs(model):
-        try:
-            outputs = (model if head else model.base_model)(input_ids=ids)
-        except (ValueError, IndexError, TypeError, RuntimeError, AttributeError) as error:
-            raise cannot_run("token ids alone", error) from error
+    with Runner(model, "token ids alone") as runner:
+        outputs = (runner.whole if head else runner.base)({"input_ids": ids})
     tensors = {name: value for name, value in outputs.items() if isinstance(value, Tensor) and value.ndim > 0}
     logits = [name for name in tensors if name.endswith("logits")]
     names = logits or [name for name in tensors if name == "last_hidden_state"] or list(tensors)

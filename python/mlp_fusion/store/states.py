@@ -23,18 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import ARCHITECTURES, Architecture, FFNSite
 from mlp_fusion.modules import FusedFFN
-from mlp_fusion.modules.layouts import FLOATING
-from mlp_fusion.neurons import reciprocal
-from mlp_fusion.store.folding import Rescaling
-from mlp_fusion.store.record import FUSION_KEY, SCALE_FILE
+from mlp_fusion.store.record import FUSION_KEY
+from mlp_fusion.store.scale import SCALE_FILE, Rescaling, is_sound, read_scale_file
 
 Form = Literal["own", "plain"]
 
@@ -47,10 +42,6 @@ _scales: ContextVar[Mapping[str, Tensor]] = ContextVar("mlp_fusion_scales", defa
 def state_form(form: Form) -> Iterator[None]:
     """Inside, `load_state_dict` takes a state without the `scale` of a fused FFN for what `form` says it is.
 
-    Example:
-        with mlp_fusion.state_form("plain"):
-            model.load_state_dict(safetensors.torch.load_file("checkpoint/model.safetensors"))
-
     Args:
         form: `"plain"` for tensors of a checkpoint that `save_pretrained` or `compress` wrote: each one is rescaled to
             the model's parameterization, whichever others come with it. `"own"` for tensors of the model itself, such
@@ -58,6 +49,16 @@ def state_form(form: Form) -> Iterator[None]:
 
     Raises:
         InputError: another form.
+
+    Examples:
+        >>> import safetensors.torch
+        >>> from transformers import AutoModel
+        >>> model = AutoModel.from_pretrained("all-MiniLM-L6-v2")
+        >>> _ = mlp_fusion.fuse(model, width=0.25)
+        >>> model.save_pretrained("fused")
+        >>> with mlp_fusion.state_form("plain"):
+        ...     model.load_state_dict(safetensors.torch.load_file("fused/model.safetensors"), strict=False)
+        <All keys matched successfully>
     """
     if form not in get_args(Form):
         raise InputError(f"state_form {form!r}: use plain (a saved checkpoint's tensors) or own (the model's)")
@@ -96,34 +97,12 @@ def _plain_folder(file: Path) -> Iterator[None]:
         _scales.reset(token)
 
 
-def read_scale_file(file: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The scales in a side file, by the names of the model that was saved.
-
-    Raises:
-        InputError: it is damaged.
-    """
-    try:
-        scales: dict[str, Tensor] = load_file(file)
-    except SafetensorError as error:
-        raise InputError(f"{file}: damaged or cut short: fetch it again") from error
-    return scales
-
-
 def _scale_for(key: str, fused: FusedFFN) -> Tensor:
     """The scale that plain weights are taken apart with: the one they were folded with, if it is known and fits."""
     assert fused.scale is not None
     saved = _scales.get().get(key)
     fits = saved is not None and saved.shape == fused.scale.shape and is_sound(saved)
     return saved.to(fused.scale) if fits and saved is not None else fused.scale.detach()
-
-
-def is_sound(scale: Tensor) -> bool:
-    """Whether weights can be multiplied with `scale` and divided by it again, in float32."""
-    if scale.dtype not in FLOATING:
-        return False
-    narrow = scale.float()
-    whole = torch.isfinite(narrow) & torch.isfinite(reciprocal(narrow)) & ((narrow != 0) == (scale != 0))
-    return bool(whole.all())
 
 
 @dataclass(eq=False)
@@ -184,7 +163,7 @@ def check_forms(model: Any, state: Mapping[str, Tensor], prefix: str) -> None:
     """Raise what loading `state` into `model` would raise of its FFNs, before anything is loaded."""
     config = getattr(model, "config", None)
     architecture = ARCHITECTURES.get(getattr(config, "model_type", None) or "")
-    if architecture is not None and any(architecture.match(key) for key in state):
+    if architecture is not None and any(architecture.locate(key) for key in state):
         sites = architecture.sites(model)
         for site in sites:
             check_form(architecture, site.layer, state, f"{prefix}{site.path}.")
@@ -202,7 +181,7 @@ def check_unexpected(config: Any, unexpected: Iterable[str]) -> None:
     if architecture is None:
         return
     ending = f"{architecture.module}.scale"
-    keys = sorted(key for key in unexpected if (m := architecture.match(key)) and m[2] == ending)
+    keys = sorted(key for key in unexpected if (m := architecture.locate(key)) and m[2] == ending)
     if keys:
         raise dropped_scale(keys)
 

@@ -37,7 +37,7 @@ def write_weights(
             metadata = handle.metadata()
             for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
                 tensor = handle.get_tensor(name)
-                matched = architecture.match(name)
+                matched = architecture.locate(name)
                 if matched is not None and matched[1:] in fused:
                     written.add(matched[1:])
                     tensor = fused[matched[1:]].to("cpu", tensor.dtype).contiguous()

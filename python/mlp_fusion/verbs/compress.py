@@ -14,14 +14,17 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mlp_fusion.choices import CALIBRATION_SENTENCES
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, get_architecture
 from mlp_fusion.measure import FusionReport
+from mlp_fusion.measure.embeddings import compare_embeddings, embed
+from mlp_fusion.reducing.chosen import check_finite
 from mlp_fusion.reducing.pipeline import Progress
-from mlp_fusion.running.activations import Batch
-from mlp_fusion.running.text import compare_embeddings, embed, read_sentences, tokenize
-from mlp_fusion.selection import Layers, Width, check_options
+from mlp_fusion.running.batches import Batch
+from mlp_fusion.running.runner import resolve_device
+from mlp_fusion.running.sentences import read_sentences
+from mlp_fusion.selection import Layers, Width
+from mlp_fusion.settings import CompressSettings, make, takes
 from mlp_fusion.store.folding import fold_state_dict
 from mlp_fusion.store.output import appears_when_complete, check_output, output_path, taken
 from mlp_fusion.store.record import (
@@ -29,39 +32,29 @@ from mlp_fusion.store.record import (
     FUSION_KEY,
     REFERENCE_FILE,
     REPORT_FILE,
-    SCALE_FILE,
     side_path,
     state_layer_count,
 )
 from mlp_fusion.store.reference import compute_dtype, load_checkpoint, reference_outputs
+from mlp_fusion.store.scale import write_scales
 from mlp_fusion.store.source import companion_files, local_folder, read_config
+from mlp_fusion.store.tokenizers import tokenize
 from mlp_fusion.store.weights import read_tensors, safetensors_name
 from mlp_fusion.store.writing import copy_companions, write_weights
-from mlp_fusion.verbs.fuse import check_finite, fuse
+from mlp_fusion.verbs.fuse import fuse
 from mlp_fusion.verbs.plan import FusionPlan, plan
 
 
+@takes(CompressSettings)
 def compress(
     path: str | Path,
     out: str | Path,
     width: Width | str,
     layers: Layers = None,
-    method: str = "fusion",
+    method: str = CompressSettings.method,
     *,
-    optimizer: str | None = "adamw",
-    seed: int = 0,
-    text: str | Path | None = None,
-    calibration: str | Path | None = None,
-    refit: bool | None = None,
-    match: str | None = None,
-    tune_steps: int = 0,
-    sequential: bool = False,
-    budget: float | None = None,
-    calibration_sentences: int = CALIBRATION_SENTENCES,
-    calibration_rows: int | None = None,
-    device: str = "auto",
-    dtype: str | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> FusionReport:
     """Fuse a checkpoint's FFNs and write the result as a plain checkpoint.
 
@@ -72,18 +65,9 @@ def compress(
     Args:
         path: a local folder or a hub name.
         out: folder to make; must not exist, or be empty.
-        width, layers, method, optimizer, seed: as in :func:`mlp_fusion.fuse`.
-        text: file of texts that errors are measured on (see :func:`mlp_fusion.running.rows.read_texts`); None for
-            the package's own sentences.
-        calibration: the same of texts that the method and its corrections learn from; None to fuse without data.
-            Measure on other text than this.
-        refit, match, tune_steps, sequential, budget, calibration_sentences, calibration_rows: as in
-            :func:`mlp_fusion.fuse`.
-        device: `cpu`, `cuda`, `cuda:1`, or `auto` for CUDA when there is one.
-        dtype: what the model runs in: `float32`, say, where it overflows in its own. None (or `auto`): the dtype of
-            the checkpoint's tensors, whatever its config says, or the least that holds them all. Tensors are written in
-            the dtype of the source's in any case.
+        width, layers, method: as in :func:`mlp_fusion.fuse`.
         progress: as in :func:`mlp_fusion.fuse`.
+        options: the other fields of :class:`mlp_fusion.settings.CompressSettings`.
 
     Returns:
         The report of `fuse`, with the cosines of sentence embeddings where the model has a tokenizer.
@@ -91,48 +75,55 @@ def compress(
     Raises:
         InputError: as `plan`, or the output folder is not empty or another run's, the text cannot be read, there is no
             such device, or the model cannot run or is not finite. Nothing is written.
+
+    Examples:
+        >>> report = mlp_fusion.compress("all-MiniLM-L6-v2", "small", width=0.25, calibration="sentences.txt")
+        >>> report.parameters_after < report.parameters_before, report.embeddings.mean <= 1
+        (True, True)
+        >>> mlp_fusion.verify("small").passed
+        True
     """
     out = output_path(out)
     check_output(out)
-    torch_device = resolve_device(device)
-    sentences = read_sentences(None if text is None else Path(text).expanduser())
-    corrections: dict[str, Any] = {
-        "refit": refit, "match": match, "tune_steps": tune_steps, "sequential": sequential, "budget": budget,
-        "calibration_sentences": calibration_sentences, "calibration_rows": calibration_rows,
-    }  # fmt: skip
-    check_options(width, method, optimizer=optimizer, seed=seed, calibrated=calibration is not None, **corrections)
-    calibration_file = None if calibration is None else Path(calibration).expanduser()
-    learnt = None if calibration_file is None else read_sentences(calibration_file, limit=calibration_sentences)
-    planned = plan(path, width, layers, budget=budget)
+    settings = make(CompressSettings, {"width": width, "layers": layers, "method": method, **options}, "compress")
+    device = resolve_device(settings.device)
+    sentences = read_sentences(_file(settings.text))
+    settings.check()
+    learnt = None
+    if settings.calibration is not None:
+        learnt = read_sentences(_file(settings.calibration), limit=settings.calibration_sentences)
+    planned = plan(path, width, layers, budget=settings.budget)
     folder = local_folder(path)
     if folder.resolve() in out.parents:
         raise InputError(f"{out} lies inside {folder}: choose a folder elsewhere")
     companion_files(folder)  # what it refuses, it refuses before the work
     with taken(out):
         check_output(out)
-        source = _open(folder, dtype, torch_device)
+        source = _open(folder, settings.dtype, device)
         # What the end needs is tried before the work.
-        reference_outputs(source.model, seed, head=source.head)
-        batches = _tokenized(source, sentences, text)
-        learning = None if learnt is None else _tokenized(source, learnt, calibration)
+        reference_outputs(source.model, settings.seed, head=source.head)
+        batches = _tokenized(source, sentences, settings.text)
+        learning = None if learnt is None else _tokenized(source, learnt, settings.calibration)
         originals = None if batches is None else embed(source.model, batches)
         chosen = [ffn.layer for ffn in planned.ffns if ffn.chosen]
-        report = fuse(
-            source.model, width, chosen, method, optimizer=optimizer, seed=seed, sample=batches, calibration=learning,
-            progress=progress, **corrections,
-        )  # fmt: skip
-        if budget is not None:
+        fusing = {**vars(settings.fusing()), "layers": chosen}
+        report = fuse(source.model, sample=batches, calibration=learning, progress=progress, **fusing)
+        if settings.budget is not None:
             planned = plan(path, {row.layer: row.neurons_after for row in report.rows}, layers)
         changes: dict[str, Any] = {}
         if batches is not None and originals is not None:
             changes["embeddings"] = compare_embeddings(embed(source.model, batches), originals)
-            changes["sample"] = "the package's sentences" if text is None else Path(text).name
+            changes["sample"] = "the package's sentences" if settings.text is None else Path(settings.text).name
         if source.widened:
             changes.update(bytes_before=planned.bytes_before, bytes_after=planned.bytes_after)
         report = dataclasses.replace(report, **changes)
-        reference = reference_outputs(source.model, seed, head=source.head)
+        reference = reference_outputs(source.model, settings.seed, head=source.head)
         _write(out, source, chosen, planned, report, reference)
     return report
+
+
+def _file(name: str | Path | None) -> Path | None:
+    return None if name is None else Path(name).expanduser()
 
 
 @dataclass(frozen=True)
@@ -191,32 +182,12 @@ def _write(
         _write_config(source.folder, staging, source.architecture, source.model.config)
         state_layer_count(staging, source.model.config)
         copy_companions(source.folder, staging)
-        if scales:
-            save_file(scales, side_path(staging, SCALE_FILE))
+        write_scales(staging, scales)
         metadata = {DTYPE_KEY: str(source.dtype).removeprefix("torch.")}
         save_file(reference, side_path(staging, REFERENCE_FILE), metadata=metadata)
         described = json.dumps(report.to_dict(), indent=2, allow_nan=False)
         side_path(staging, REPORT_FILE).write_text(described + "\n", encoding="utf-8")
         _write_card(staging, planned, report)
-
-
-def resolve_device(device: str) -> torch.device:
-    """`auto` becomes CUDA where there is one.
-
-    Raises:
-        InputError: not a device, or not there.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device {device!r}: use auto, cpu, cuda or cuda:N") from error
-    if found.type not in ("cpu", "cuda"):
-        raise InputError(f"device {device!r}: use auto, cpu, cuda or cuda:N")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return found
 
 
 def _load(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, bool]:
@@ -242,7 +213,7 @@ def _fused_tensors(
     paths = {f"{path}.{kind}" for path in architecture.projections.values() for kind in ("weight", "bias")}
     found = {}
     for name, tensor in plain.items():
-        matched = architecture.match(name)
+        matched = architecture.locate(name)
         if matched is not None and matched[1] in layers and matched[2] in paths:
             found[matched[1], matched[2]] = tensor
     return found
@@ -266,7 +237,7 @@ def _write_card(folder: Path, planned: FusionPlan, report: FusionReport) -> None
     )
     body = (
         f"# Fused {planned.model_type}\n\nFeed-forward layers shrunk by `mlp-fusion` (method `{report.method}`, seed "
-        f"{report.seed}). Fine-tune before use. Loads in {planned.loads_in}.\n\n```\n{report.table()}\n```\n\n"
+        f"{report.settings.seed}). Fine-tune before use. Loads in {planned.loads_in}.\n\n```\n{report.table()}\n```\n\n"
         "To go on training with the parameterization that it was fused for: load it, then "
         "`mlp_fusion.restore(model, folder)`.\n"
     )

@@ -16,7 +16,8 @@ from torch import nn
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture
 from mlp_fusion.measure.report import format_bytes, render
-from mlp_fusion.selection import Layers, Width, is_automatic, resolve_layers, resolve_width
+from mlp_fusion.selection import Layers, Width, resolve_layers, resolve_width
+from mlp_fusion.settings import PlanSettings, make, takes
 from mlp_fusion.store.record import check_config
 from mlp_fusion.store.reference import base_prefix
 from mlp_fusion.store.source import Headers, model_headers, read_headers
@@ -58,6 +59,13 @@ class FusionPlan:
         uniform: all FFNs end up with one width.
         loads_in: who can load the result.
         warnings: what to know beforehand.
+
+    Examples:
+        >>> plan = mlp_fusion.plan("roberta-base", width=0.25)
+        >>> plan.model_type, len(plan.ffns), plan.uniform
+        ('roberta', 12, True)
+        >>> plan.parameters_after < plan.parameters_before
+        True
     """
 
     name: str
@@ -103,26 +111,41 @@ class FusionPlan:
         return "\n".join(lines)
 
 
+@takes(PlanSettings)
 def plan(
     model_or_path: nn.Module | str | Path,
     width: Width | str | Mapping[int, int],
     layers: Layers = None,
-    *,
-    budget: float | None = None,
+    **options: Any,
 ) -> FusionPlan:
     """Say what compressing would do, without loading a weight.
+
+    The widths that a budget leads to depend on calibration text. The plan then shows the budget's share of every FFN,
+    which is what the widths come to in all, and says so.
 
     Args:
         model_or_path: a loaded model, a checkpoint's folder, or a hub name.
         width, layers: as in :func:`mlp_fusion.fuse`; the widths that `"auto"` has led to, by layer, can be given as
             well.
-        budget: with `"auto"`, whose widths depend on calibration text: the plan shows this share of every FFN, which is
-            what they come to in all, and says so.
+        options: the other fields of :class:`mlp_fusion.settings.PlanSettings`.
+
+    Returns:
+        A `FusionPlan` with a row per FFN.
 
     Raises:
         InputError: whatever would keep `fuse` or `compress` from doing it, and a tensor that looks like part of an FFN
             but belongs to none that the architecture knows: it would be left behind silently.
+
+    Examples:
+        >>> plan = mlp_fusion.plan("roberta-base", width=0.25, layers="last:8")
+        >>> [ffn.neurons_after < ffn.neurons_before for ffn in plan.ffns].count(True)
+        8
+        >>> print(plan.table())
+        roberta-base...
     """
+    settings = make(PlanSettings, {"width": width, "layers": layers, **options}, "plan")
+    settings.check()
+    budget = settings.budget
     headers = model_headers(model_or_path) if isinstance(model_or_path, nn.Module) else read_headers(model_or_path)
     architecture = check_config(headers.config)
     found, claimed = _find_ffns(headers, architecture)
@@ -131,7 +154,6 @@ def plan(
     if not isinstance(model_or_path, nn.Module):
         _check_prefixes(headers, [path for _, path in found], architecture)
     chosen = set(resolve_layers(layers, [index for index, _ in found]))
-    automatic = is_automatic(width, budget)
     ffns = []
     for (index, path), parts in found.items():
         before = _width(architecture, parts)
@@ -142,7 +164,7 @@ def plan(
     # Integer tensors are buffers (position ids): they take bytes, but are no parameters.
     parameters = sum(t.numel for t in headers.tensors.values() if t.parameter)
     size = sum(t.nbytes for t in headers.tensors.values())
-    uniform = len({f.neurons_after for f in ffns}) == 1 and not automatic
+    uniform = len({f.neurons_after for f in ffns}) == 1 and budget is None
     return FusionPlan(
         name=headers.name,
         model_type=headers.config.model_type,
@@ -153,7 +175,7 @@ def plan(
         bytes_after=size - saved_bytes,
         uniform=uniform,
         loads_in=_loads_in(uniform, headers.config.model_type),
-        warnings=_warnings(ffns, automatic),
+        warnings=_warnings(ffns, automatic=budget is not None),
     )
 
 
@@ -175,7 +197,7 @@ def _find_ffns(
     found: dict[tuple[int, str], dict[str, TensorInfo]] = {}
     claimed: set[str] = set()
     for name, info in headers.tensors.items():
-        matched = architecture.match(name)
+        matched = architecture.locate(name)
         if matched is None or matched[2] not in roles:
             continue
         path, index, rest = matched
@@ -278,7 +300,7 @@ def _loads_in(uniform: bool, model_type: str) -> str:
     )
 
 
-def _warnings(ffns: list[PlannedFFN], automatic: bool) -> list[str]:
+def _warnings(ffns: list[PlannedFFN], *, automatic: bool) -> list[str]:
     if automatic:
         return ["width auto: shown is the budget spread evenly; the calibration text decides what each FFN gets"]
     odd = sorted({f.neurons_after for f in ffns if f.chosen and not f.divisible_by_128})

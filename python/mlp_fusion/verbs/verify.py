@@ -19,7 +19,7 @@ from mlp_fusion.measure import relative_error
 from mlp_fusion.measure.report import render
 from mlp_fusion.store.record import DTYPE_KEY, FUSION_KEY, REFERENCE_FILE, fusion_record
 from mlp_fusion.store.reference import compute_dtype, load_checkpoint, model_outputs, reference_outputs
-from mlp_fusion.store.restoring import read_scales
+from mlp_fusion.store.restoring import scaled_sites
 from mlp_fusion.store.source import Headers, read_headers
 from mlp_fusion.store.weights import COMPUTING, find_weights, opened
 
@@ -35,7 +35,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of :func:`verify`; `passed` when every check is."""
+    """The outcome of :func:`verify`; `passed` when every check is.
+
+    Examples:
+        >>> _ = mlp_fusion.compress("all-MiniLM-L6-v2", "small", width=0.25)
+        >>> found = mlp_fusion.verify("small")
+        >>> [check.name for check in found.checks]
+        ['shapes', 'finite', 'loads', 'outputs', 'scale']
+        >>> found.passed
+        True
+    """
 
     checkpoint: str
     checks: list[Check]
@@ -72,6 +81,14 @@ def verify(out: str | Path, against: nn.Module | None = None) -> Verification:
 
     Raises:
         InputError: not a fused checkpoint, or unreadable, or nothing to compare with.
+
+    Examples:
+        >>> from transformers import AutoModel
+        >>> model = AutoModel.from_pretrained("all-MiniLM-L6-v2")
+        >>> _ = mlp_fusion.fuse(model, width=0.25)
+        >>> model.save_pretrained("fused")
+        >>> mlp_fusion.verify("fused", against=model).passed
+        True
     """
     folder = Path(out).expanduser()
     if not folder.is_dir():
@@ -112,7 +129,7 @@ def _check_shapes(config: Any, record: dict[str, Any], tensors: Any) -> Check:
     architecture = get_architecture(config.model_type)
     wrong, seen = [], 0
     for name, info in tensors.items():
-        matched = architecture.match(name)
+        matched = architecture.locate(name)
         if matched is None or matched[2] != f"{architecture.projections['w_in']}.weight":
             continue
         seen += 1
@@ -147,7 +164,7 @@ def _check_loading(config: Any, info: dict[str, Any]) -> Check:
     if mismatched:
         return Check("loads", False, f"{mismatched[0]} has another shape than config.json says")
     projections = tuple(f"{path}." for path in architecture.projections.values())
-    lost = [name for name in missing if (m := architecture.match(name)) and m[2].startswith(projections)]
+    lost = [name for name in missing if (m := architecture.locate(name)) and m[2].startswith(projections)]
     if lost:
         return Check("loads", False, f"{lost[0]} is missing")
     # The original may lack weights of its own (a pooler that nobody trained); that is not this checkpoint's fault.
@@ -158,7 +175,7 @@ def _check_outputs(expected: dict[str, Tensor], model: Any, headers: Headers) ->
     found = model_outputs(model, expected["input_ids"], head="last_hidden_state" not in expected)
     # The model in memory has not seen the rounding of the FFNs to the dtypes that they are stored in.
     architecture = get_architecture(headers.config.model_type)
-    stored = [COMPUTING[t.dtype] for name, t in headers.tensors.items() if t.floating and architecture.match(name)]
+    stored = [COMPUTING[t.dtype] for name, t in headers.tensors.items() if t.floating and architecture.locate(name)]
     limit = 0.3 * max(torch.finfo(dtype).eps for dtype in (model.dtype, *stored)) ** 0.5
     details = []
     for kind in sorted(set(expected) - {"input_ids"}):
@@ -176,7 +193,7 @@ def _check_scale(folder: Path, record: dict[str, Any], model: Any) -> Check:
     if record["parameterization"] == "folded":
         return Check("scale", True, "folded for good: there is nothing to restore")
     try:
-        found = read_scales(model, folder, record["parameterization"])
+        found = scaled_sites(model, folder, record["parameterization"])
     except InputError as error:
         return Check("scale", False, str(error))
     largest = max(float(scale.max()) for _, scale, _ in found)

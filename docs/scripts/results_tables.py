@@ -1,0 +1,271 @@
+"""Tables of the documentation, made from `bench/results` when the site is built: no figure is typed by hand."""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+
+#: What the modes of bench/finetune.py are called in tables.
+MODES = {
+    "full": "the full model",
+    "published": "`published`, without data",
+    "published, folded": "`published`, without data, scale folded",
+    "fusion": "`fusion`, calibrated and refitted",
+    "fusion, sequential": "`fusion`, sequential",
+    "fusion, tuned": "`fusion`, locally trained for 300 steps",
+    "fusion, tuned on all": "`fusion`, sequential, locally trained for 2,500 steps on all of the text",
+    "prune": "`prune`, calibrated and refitted",
+    "prune, unfitted": "`prune`, calibrated, not refitted",
+    "select, sequential": "`select`, sequential",
+    "fusion, no data": "`fusion`, without data",
+    "cluster": "`cluster`, without data: the function of `published`, scale folded",
+    "svd": "`svd`, same number of parameters",
+    "mmd": "`mmd`, without data",
+    "sketch": "`sketch`, without data",
+    "fusion, folded": "`fusion`, calibrated, scale folded (`optimizer=None`)",
+    "fusion, matched": '`fusion`, calibrated, kernel matched (`match="auto"`)',
+    "fusion, layerwise, logits": "`fusion`, fitted to the original layer by layer, then trained on labels and logits",
+    "fusion, late, layerwise, logits": "that, reduced from the full model after its training",
+    "prune, late, layerwise, logits": "the same with `prune`",
+    "published, half": "`published`, without data",
+    "fusion, half": "`fusion`, calibrated and refitted",
+    "prune, half": "`prune`, calibrated and refitted",
+}
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in markdown; the first column is text, the others are figures."""
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+@functools.cache
+def results(name: str) -> Any:
+    """The content of one file of results."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def fine_tunes(task: str) -> dict[str, list[dict[str, Any]]]:
+    """Runs of a task by mode, as they stand in the file: modes in the benchmark's order, seeds ascending."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in results("finetune-cpu")["runs"]:
+        if run["task"] == task:
+            found.setdefault(run["mode"], []).append(run)
+    return found
+
+
+def _percent(values: Sequence[float]) -> str:
+    return ", ".join(f"{100 * value:.1f}" for value in values)
+
+
+def sst2() -> str:
+    """Accuracy after fine-tuning on SST-2."""
+    rows = []
+    found = fine_tunes("sst2")
+    for width, named in ((1.0, "whole"), (0.25, "a quarter"), (0.5, "a half")):
+        for mode in (mode for mode in MODES if mode in found and found[mode][0]["width"] == width):
+            runs = found[mode]
+            after = [run["final"]["accuracy"] for run in runs]
+            mean = f"**{_percent([statistics.mean(after)])} %**" if len(after) > 1 else ""
+            rows.append((MODES[mode], named, mean, _percent(after)))
+    return table(("reduced by", "width", "mean of three seeds", "by seed"), rows)
+
+
+def language_models() -> str:
+    """Perplexity before and after half an epoch, for the two small language models."""
+    shapes = {"GPT-2 shape": fine_tunes("gpt2"), "Llama shape": fine_tunes("llama")}
+    modes = [mode for mode in MODES if any(mode in runs for runs in shapes.values())]
+
+    def both(run: dict[str, Any] | None) -> str:
+        return "" if run is None else f"{_digits(_perplexity(run, 'initial'))} → {_digits(_perplexity(run, 'final'))}"
+
+    firsts = {shape: {mode: found[0] for mode, found in runs.items()} for shape, runs in shapes.items()}
+    rows = [(MODES[mode], *(both(first.get(mode)) for first in firsts.values())) for mode in modes]
+    return table(("reduced by", *shapes), rows)
+
+
+def _perplexity(run: dict[str, Any], when: str) -> float:
+    return float(run[when]["perplexity"])
+
+
+def _digits(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
+def fidelity() -> str:
+    """Errors of every method on held-out sentences, as it is and after the refit."""
+    rows = []
+    for row in results("fidelity-cpu")["methods"]:
+        kernel = row.get("kernel", {}).get("split", {}).get("matched")
+        rows.append(
+            (
+                f"`{row['method']}`, {'calibrated' if row['calibrated'] else 'without data'}",
+                _layers(row["output_error"]),
+                _layers(row["output_error_refitted"]),
+                _layers(kernel) if kernel else "",
+                f"{row['cosine']['mean']:.3f}",
+                f"{row['cosine_refitted']['mean']:.3f}",
+            )
+        )
+    titles = ("method", "output error", "refitted", "SGD kernel, matched", "cosine", "refitted")
+    return table(titles, rows)
+
+
+def _layers(values: Sequence[float]) -> str:
+    """The second and the fifth layer: one that is easy and one that is hard."""
+    return f"{values[1]:.3f} / {values[4]:.3f}"
+
+
+def whole_models() -> str:
+    """`fuse` from end to end with its corrections: cosines and seconds."""
+    rows = []
+    for row in results("fidelity-cpu")["fuse"]:
+        options = {"method": "fusion", **row["options"]}
+        words = [f"`{options['method']}`"]
+        words += ["sequential"] if options.get("sequential") else []
+        words += [f"{options['tune_steps']:,} steps"] if options.get("tune_steps") else []
+        words += ["a width for each FFN"] if options["width"] == "auto" else []
+        cosine, seconds = row["cosine"], row["seconds"]
+        figures = f"{cosine['mean']:.3f}", f"{cosine['smallest']:.3f}", f"{seconds:,.0f} s"
+        rows.append((", ".join(words), f"{row['calibration_tokens']:,}", *figures))
+    return table(("method and corrections", "tokens", "cosine, mean", "smallest", "one core"), rows)
+
+
+def kernel_errors() -> str:
+    """Errors of the tangent kernels in the parameterization that suits each, calibrated, before and after matching."""
+    rows = []
+    for row in results("fidelity-cpu")["methods"]:
+        if "kernel" not in row:
+            continue
+        cells = [f"`{row['method']}`, {'calibrated' if row['calibrated'] else 'without data'}"]
+        for form in ("scaled", "split"):
+            cells += [_layers(row["kernel"][form]["refitted"]), _layers(row["kernel"][form]["matched"])]
+        rows.append(cells)
+    titles = ("method, refitted", "Adam, `scaled`", "matched", "SGD, `split`", "matched")
+    return table(titles, rows)
+
+
+def published_errors() -> str:
+    """The published method over seeds, without data."""
+    rows = []
+    for row in results("main_job-cpu")["published_fusion_over_seeds"]:
+        rows.append(
+            (
+                str(row["layer"]),
+                _spread(row["output_error"]),
+                _spread(row["ntk_error_scaled"]["sign"]),
+                _spread(row["ntk_error_split"]["gd"]),
+            )
+        )
+    return table(("layer", "output error", "Adam kernel, `scaled`", "SGD kernel, `split`"), rows)
+
+
+def _spread(found: dict[str, float]) -> str:
+    return f"{found['median']:.3f} ({found['min']:.3f}–{found['max']:.3f})"
+
+
+def kmeans() -> str:
+    """Seconds of k-means beside its peers."""
+    rows = []
+    shapes = {**results("kmeans-cpu")["shapes"], "large": None}
+    for name, found in shapes.items():
+        if found is None:
+            found = results("kmeans-cpu")[name]
+            ours, ratios = {key: found[key] for key in ("lloyd", "hartigan")}, {}
+        else:
+            ours, ratios = found["ours"], found["ratios"]
+        ten = ours.get("lloyd n_init=10")
+        rows.append(
+            (
+                f"{found['N']}, {found['K']}, {found['D']}",
+                _seconds(ours["lloyd"]["seconds"]),
+                _times(ratios.get("sklearn / lloyd")),
+                _times(ratios.get("faiss k-means++ / lloyd")),
+                "" if ten is None else _seconds(ten["seconds"]),
+                _times(ratios.get("sklearn / lloyd n_init=10")),
+                _seconds(ours["hartigan"]["seconds"]),
+            )
+        )
+    titles = ("N, K, D", "k-means++, Lloyd", "scikit-learn", "faiss", "ten seedings", "scikit-learn", "default")
+    return table(titles, rows)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f} s" if value < 1 else f"{value:.1f} s"
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.1f}×" if ratio < 10 else f"{ratio:.0f}×"
+
+
+def fused_mlp() -> str:
+    """Ratios of time and memory of the fused blocks to ordinary layers, over all shapes and token counts."""
+    rows = []
+    for name, machine in (("fused_mlp-cpu", "AVX-512"), ("fused_mlp-cpu-avx2", "AVX2")):
+        shapes = results(name)["shapes"]
+        for kind, what in (("forward", "forward pass"), ("both", "training step")):
+            ratios = [shape[kind]["ratios to layers"]["ours"] for shape in shapes]
+            first, nearly = (sum(ratio <= bar for ratio in ratios) for bar in (1, 1.05))
+            rows.append(
+                (
+                    f"{machine}, {what}",
+                    f"{statistics.median(ratios):.2f}",
+                    f"{min(ratios):.2f}–{max(ratios):.2f}",
+                    f"{first} of {len(ratios)}",
+                    f"{nearly} of {len(ratios)}",
+                )
+            )
+    return table(("one core", "median ratio of time", "range", "at most 1", "at most 1.05"), rows)
+
+
+def ntk() -> str:
+    """Seconds and memory of the trace kernel beside torch expressions of the same closed form."""
+    rows = []
+    for name, machine in (("ntk-cpu", "AVX-512"), ("ntk-cpu-avx2", "AVX2")):
+        for row in results(name)["trace kernel, float32"]:
+            rows.append(
+                (
+                    f"{machine}, {row['N']:,} inputs",
+                    f"{1000 * row['ours']['seconds']:.1f} ms",
+                    _times(row["times"]["torch expression"]),
+                    _times(row["times"]["torch in place"]),
+                    f"{row['peak bytes beyond out'] / 2**20:.1f} MiB",
+                )
+            )
+    titles = ("two cores", "`ntk_gram`", "one torch expression", "in place by hand", "memory beyond the result")
+    return table(titles, rows)
+
+
+def training() -> str:
+    """Tokens per second of training MiniLM, whole and fused."""
+    found = results("train-cpu")["tokens_per_second"]
+    named = {"original": "the original", "plain": "fused, projections one by one", "kernels": "fused, with the kernels"}
+    rows = [(named[key], f"{value:,.0f}", _times(value / found["original"])) for key, value in found.items()]
+    return table(("two cores, AVX2", "tokens per second", "of the original"), rows)
+
+
+def startup() -> str:
+    """Processor seconds until things answer."""
+    rows = [(f"`{name}`", f"{value:.2f} s") for name, value in results("startup-cpu")["processor seconds"].items()]
+    return table(("what is started", "processor seconds"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "sst2": sst2,
+    "language-models": language_models,
+    "fidelity": fidelity,
+    "whole-models": whole_models,
+    "kernel-errors": kernel_errors,
+    "published-errors": published_errors,
+    "kmeans": kmeans,
+    "fused-mlp": fused_mlp,
+    "ntk": ntk,
+    "training": training,
+    "startup": startup,
+}

@@ -1,0 +1,134 @@
+"""The FFNs of a model in memory that are to be reduced: found, chosen, read and checked; and put back, reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mlp_fusion.errors import InputError
+from mlp_fusion.families import Architecture, FFNSite
+from mlp_fusion.measure.errors import relative_error
+from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.reducing.pipeline import ReducedFFN, working_precision
+from mlp_fusion.running.taps import Activations
+from mlp_fusion.selection import Layers, resolve_layers
+from mlp_fusion.settings import FuseSettings
+from mlp_fusion.store.record import check_config, fused_config, replace_config
+from mlp_fusion.store.states import know_forms
+
+#: An entry's forward pass must agree with the model's own to this many units of rounding, and to this share at most.
+_SELF_TEST_ULPS, _SELF_TEST_SHARE = 64, 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenFFNs:
+    """The FFNs of a model that are to be reduced.
+
+    Attributes:
+        model, architecture: the model, unfused, and its architecture.
+        every: all of its FFNs, in order.
+        sites: the chosen ones.
+        originals: what they compute, each with B = 1.
+    """
+
+    model: nn.Module
+    architecture: Architecture
+    every: list[FFNSite]
+    sites: list[FFNSite]
+    originals: list[NeuronBundle]
+
+    @staticmethod
+    def find(model: nn.Module, layers: Layers) -> ChosenFFNs:
+        """Find, choose and read.
+
+        Raises:
+            InputError: not a Hugging Face model, an architecture that is not supported, or layers that it lacks.
+        """
+        architecture, every = find_ffns(model)
+        indices = set(resolve_layers(layers, [site.index for site in every]))
+        sites = [site for site in every if site.index in indices]
+        config: Any = model.config
+        return ChosenFFNs(model, architecture, every, sites, [architecture.read(site, config) for site in sites])
+
+    def self_test(self, activations: Sequence[Activations]) -> None:
+        """Compare what was read with the model's own FFNs on real inputs: a wrong entry must not pass unnoticed.
+
+        Raises:
+            InputError: one computes something else.
+        """
+        for site, bundle, rows in zip(self.sites, self.originals, activations, strict=True):
+            _self_test(self.architecture, site, bundle, rows)
+
+    def install(self, reduced: Sequence[ReducedFFN], settings: FuseSettings) -> None:
+        """Put reduced FFNs into the model, and its config right. The one step that changes the model."""
+        after = {site.index: self.architecture.neurons(site) for site in self.every}
+        after.update({site.index: ffn.bundle.width for site, ffn in zip(self.sites, reduced, strict=True)})
+        # An FFN that a budget leaves whole stays the model's own, and has no scale to be restored.
+        narrowed = [n for n, bundle in enumerate(self.originals) if reduced[n].bundle.width < bundle.width]
+        # Methods that choose neurons give them no scale: there is no form to go on training in, and none to restore.
+        scaled = any(reduced[n].bundle.scale is not None for n in narrowed)
+        config: Any = self.model.config
+        changed = fused_config(
+            config, self.architecture, after, [self.sites[n].index for n in narrowed], method=settings.method,
+            parameterization=settings.parameterization if scaled else "folded",
+        )  # fmt: skip
+        for n in narrowed:
+            self.architecture.install(self.sites[n], reduced[n].bundle, settings.parameterization)
+        replace_config(self.model, changed)
+        know_forms(self.model, self.architecture)
+
+
+def find_ffns(model: nn.Module) -> tuple[Architecture, list[FFNSite]]:
+    """The architecture of `model` and its unfused FFNs.
+
+    Raises:
+        InputError: not a Hugging Face model, one that `check_config` refuses, or no FFN found.
+    """
+    config: Any = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if not model_type:
+        raise InputError(f"{type(model).__name__} has no config.model_type: give a Hugging Face model")
+    architecture = check_config(config)
+    sites = architecture.sites(model)
+    if not sites:
+        raise InputError(f"no FFN found in {type(model).__name__} where the {model_type!r} architecture has them")
+    layers = config.num_hidden_layers
+    if [site.index for site in sites] != list(range(layers)):
+        raise InputError(f"the model has {len(sites)} FFNs, its config says {layers} layers: mend the config")
+    if any("base_layer" in name for name, _ in model.named_modules()):
+        raise InputError("the model carries adapters: merge adapters into the weights first (merge_and_unload)")
+    return architecture, sites
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Number and bytes of the model's parameters; tied ones count once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise InputError where a weight of `model` is NaN or infinite."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and parameter.is_floating_point() and not bool(parameter.isfinite().all()):
+            raise InputError(f"{name} holds NaN or Inf: the checkpoint is damaged")
+
+
+def _self_test(architecture: Architecture, site: FFNSite, bundle: NeuronBundle, rows: Activations) -> None:
+    """Compare the bundle with the model's own FFN on real inputs: a wrong entry must not pass unnoticed."""
+    bundle = working_precision(bundle)
+    exact = bundle.forward(rows.x.to(bundle.w_in.dtype))[0]
+    error = relative_error(rows.y, exact)
+    epsilon = torch.finfo(rows.y.dtype).eps
+    if rows.y.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        # TF32 or bfloat16 products under a float32 name.
+        epsilon = torch.finfo(torch.bfloat16).eps
+    limit = min(_SELF_TEST_ULPS * epsilon, _SELF_TEST_SHARE)
+    if not error <= limit:
+        raise InputError(
+            f"{site.path}: this FFN does not compute what the {architecture.model_types[0]!r} architecture says "
+            f"(relative difference {error:.1e}): its code or its activation is not the standard one"
+        )

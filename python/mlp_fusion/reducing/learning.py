@@ -1,0 +1,98 @@
+"""What is known of a model's FFNs before they are reduced: statistics, sensitivities, and rows to measure errors on."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlp_fusion.calibration import FFNStatistics, collect, output_sensitivities
+from mlp_fusion.calibration.statistics import take_calibration
+from mlp_fusion.measure.report import CalibrationRecord
+from mlp_fusion.reducing.chosen import ChosenFFNs
+from mlp_fusion.running.batches import Batch, random_batch, token_mask
+from mlp_fusion.running.taps import Activations, capture_activations
+from mlp_fusion.settings import FuseSettings
+
+#: Token positions that errors are measured on; the kernels need this many squared numbers.
+SAMPLE_ROWS = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Learnt:
+    """What a run over the text has shown.
+
+    Attributes:
+        batches: the calibration text; None without.
+        statistics: per FFN, or None without text and where it is gathered layer by layer.
+        sensitivities: per FFN; None where nothing is tuned.
+        activations: per FFN, the rows that errors are measured on.
+        sample: what those are, in words.
+        seconds: of gathering statistics and sensitivities; None where there was nothing to gather beforehand.
+    """
+
+    batches: list[dict[str, Tensor]] | None
+    statistics: list[FFNStatistics] | None
+    sensitivities: list[Tensor | None]
+    activations: list[Activations]
+    sample: str
+    seconds: float | None
+
+    def record(self) -> CalibrationRecord | None:
+        """For the report."""
+        if self.batches is None:
+            return None
+        return CalibrationRecord(sum(int(token_mask(batch).sum()) for batch in self.batches), self.seconds)
+
+    def complete(self) -> list[FFNStatistics] | None:
+        """The statistics with the sensitivities."""
+        if self.statistics is None:
+            return None
+        pairs = zip(self.statistics, self.sensitivities, strict=True)
+        return [dataclasses.replace(statistics, sensitivity=found) for statistics, found in pairs]
+
+
+def learn(ffns: ChosenFFNs, settings: FuseSettings, calibration: Any, sample: Batch | Iterable[Batch] | None) -> Learnt:
+    """Run the model over the text.
+
+    Args:
+        ffns: the FFNs.
+        settings: resolved.
+        calibration: batches, or None.
+        sample: batches that errors are measured on; None for the calibration text, or else random token ids.
+
+    Raises:
+        InputError: the text cannot be used.
+    """
+    model, architecture, sites, seed = ffns.model, ffns.architecture, ffns.sites, settings.seed
+    batches = None if calibration is None else take_calibration(calibration)
+    started = time.perf_counter()
+    statistics = None
+    if batches is not None and (not settings.sequential or settings.budget is not None):
+        statistics = collect(model, architecture, sites, batches, seed=seed, rows=settings.calibration_rows)
+    sensitivities: list[Tensor | None] = [None] * len(sites)
+    if batches is not None and settings.refit and settings.tune_steps > 0:
+        sensitivities = [*output_sensitivities(model, architecture, sites, batches, seed=seed)]
+    seconds = time.perf_counter() - started if statistics is not None else None
+    if sample is None and statistics is not None:
+        activations = [_sampled(known, seed) for known in statistics]
+    else:
+        shown = sample if sample is not None else batches
+        shown = random_batch(model, seed=seed) if shown is None else shown
+        activations = capture_activations(model, architecture, sites, shown, rows=SAMPLE_ROWS, seed=seed)
+    described = "the given sample" if sample is not None else "random token ids"
+    if sample is None and batches is not None:
+        described = "the calibration text, which was fitted to"
+    return Learnt(batches, statistics, sensitivities, activations, described, seconds)
+
+
+def _sampled(statistics: FFNStatistics, seed: int) -> Activations:
+    """Rows to measure errors on from those that calibration has kept: the model need not run again."""
+    order = torch.randperm(len(statistics.x), generator=torch.Generator().manual_seed(seed))
+    chosen = order[:SAMPLE_ROWS].to(statistics.x.device)
+    return Activations(statistics.x[chosen], statistics.y[chosen])

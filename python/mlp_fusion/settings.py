@@ -1,0 +1,390 @@
+"""The options of every verb: one record each, whose fields carry default, bounds and help.
+
+A record checks itself, is kept in reports, and is what the command line's options and the verbs' signatures and
+docstrings are made from. An option is added by adding a field. Nothing here imports torch: mistakes are answered at
+once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import math
+import re
+import textwrap
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mlp_fusion.choices import CALIBRATION_SENTENCES, KEEP_WIDTH, METHODS, NEED_TEXT, OPTIMIZER_KERNELS, TASKS, TRAINERS
+from mlp_fusion.errors import InputError
+from mlp_fusion.selection import Layers, Width, is_automatic, parameterization_for
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Record = TypeVar("Record", bound="Settings")
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field knows of its option beyond name, type and default.
+
+    Attributes:
+        help: one line or two; what the command line prints.
+        least, most: bounds, both allowed.
+        above, below: bounds, neither allowed.
+        choices: the words that are allowed.
+        flag: on the command line, where the name with dashes would not do.
+        metavar: what stands for the value there.
+        default_help: what the default comes to, where None stands for it.
+        none: on the command line, the word for None.
+        hint: what else errors say.
+        recorded: it says what is done, and not how or where.
+    """
+
+    help: str
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    flag: str | None = None
+    metavar: str | None = None
+    default_help: str | None = None
+    none: str | None = None
+    hint: str = ""
+    recorded: bool = True
+
+    def wanted(self, kind: type) -> str:
+        """The values that are allowed, in words."""
+        if self.choices:
+            words = [*self.choices, *([self.none] if self.none else [])]
+            return f"use {', '.join(words[:-1])} or {words[-1]}{self.hint}"
+        if kind is bool:
+            return "give True or False"
+        noun = "an integer" if kind is int else "a number"
+        if self.least is not None and self.most is not None:
+            return f"give {noun} from {_shown(self.least)} to {_shown(self.most)}"
+        if self.least is not None:
+            return f"give {noun} from {_shown(self.least)} on"
+        if self.above is not None and self.below is not None:
+            return f"give {noun} strictly between {_shown(self.above)} and {_shown(self.below)}"
+        return f"give {noun} above {_shown(self.above)}" if self.above is not None else f"give {noun}"
+
+    def allows(self, value: Any) -> bool:
+        """Whether a value of the right type lies within the bounds."""
+        if self.choices:
+            return value in self.choices
+        if not isinstance(value, (int, float)):
+            return True
+        return (
+            (isinstance(value, int) or math.isfinite(value))
+            and (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+
+def _shown(bound: float | None) -> str:
+    for power in (32, 63):
+        if bound == 2**power - 1:
+            return f"2**{power} - 1"
+    return f"{bound:g}" if bound is not None else ""
+
+
+def option(help: str, default: Any = MISSING, **more: Any) -> Any:
+    """A field of a record; `more` as in :class:`Option`."""
+    return dataclasses.field(default=default, metadata={"option": Option(help, **more)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A verb's options."""
+
+    def check(self) -> None:
+        """Raise InputError for an option of a wrong type or out of its bounds, or what another one rules out."""
+        for field in fields(type(self)):
+            value = getattr(self, field.name)
+            if not (field.optional and value is None) and not field.allows(value):
+                raise InputError(f"{field.name} {value!r}: {field.option.wanted(field.kind)}")
+
+    def recorded(self) -> dict[str, Any]:
+        """The options that say what is done, as plain JSON types."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(type(self)) if field.option.recorded}
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a record, as the checks and the command line see it.
+
+    Attributes:
+        name, default, option: its name, its default (`MISSING` where it must be given), and the rest.
+        kind: its type; `object` for what the record checks by itself.
+        optional: None is allowed.
+    """
+
+    name: str
+    default: Any
+    kind: type
+    optional: bool
+    option: Option
+
+    def allows(self, value: Any) -> bool:
+        """Whether `value` has the field's type and lies within its bounds."""
+        if self.kind is object:
+            return True
+        if isinstance(value, bool) or self.kind is bool:
+            return isinstance(value, bool) and self.kind is bool
+        return isinstance(value, Real if self.kind is float else self.kind) and self.option.allows(value)
+
+
+def fields(record: type[Settings]) -> Iterator[Field]:
+    """The fields of a record, those of its bases first."""
+    hints = typing.get_type_hints(record)
+    for field in dataclasses.fields(record):
+        arguments = set(typing.get_args(hints[field.name])) or {hints[field.name]}
+        kinds = arguments - {type(None)}
+        kind = kinds.pop() if len(kinds) == 1 else object
+        optional = type(None) in arguments
+        yield Field(field.name, field.default, kind, optional, field.metadata["option"])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): entry for key, entry in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value) if isinstance(value, Path) else [int(entry) for entry in value]
+
+
+def make(record: type[Record], options: Mapping[str, Any], verb: str) -> Record:
+    """The record of a verb's options.
+
+    Raises:
+        TypeError: there is no such option, as for any other function.
+    """
+    known = [field.name for field in fields(record)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            meant = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(known)}"
+            raise TypeError(f"{verb}() has no option {name!r}: {meant}")
+    return record(**options)
+
+
+def _described(field: Field) -> str:
+    default = f" Default: {field.option.default_help}." if field.option.default_help else ""
+    text = f"{field.name}: {field.option.help}{default}"
+    return textwrap.fill(text, 112, initial_indent=" " * 4, subsequent_indent=" " * 8)
+
+
+def takes(record: type[Settings]) -> Callable[[Function], Function]:
+    """Let a function with `**options` show the fields of `record` in its signature, and in its docstring for them."""
+
+    def show(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        named = {p.name for p in own}
+        hints = typing.get_type_hints(record)
+        shown = [field for field in fields(record) if field.name not in named]
+        added = [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[field.name],
+                default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            )
+            for field in shown
+        ]  # fmt: skip
+        position = sum(p.kind is not p.KEYWORD_ONLY for p in own)
+        together = [*own[:position], *added, *own[position:]]
+        function.__signature__ = signature.replace(parameters=together)  # type: ignore[attr-defined]
+        function.__doc__ = re.sub(
+            r"^ +options: .*?(?=\n\S|\n\n)",
+            "\n".join(_described(field) for field in shown).replace("\\", r"\\"),
+            inspect.cleandoc(function.__doc__ or ""),
+            flags=re.MULTILINE | re.DOTALL,
+        )
+        return function
+
+    return show
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings(Settings):
+    """Which FFNs shrink, and to what width."""
+
+    width: Width | str | dict[int, int] = option(
+        "Neurons to keep per FFN: a count (768; a multiple of 8), a share (0.25; rounded to a multiple of 128), or "
+        "auto, which spends the budget where the error falls most."
+    )
+    budget: float | None = option(
+        "With width auto: the share of the FFNs' parameters to keep.", None, above=0.0, below=1.0
+    )
+    layers: Layers = option("all, 4-11, last:8, first:4, or 0,2,5.", "all")
+
+    def check(self) -> None:
+        """Raise InputError as :class:`Settings` does; the width is compared with each FFN's later."""
+        is_automatic(self.width, self.budget)
+        super().check()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseSettings(PlanSettings):
+    """How FFNs are shrunk."""
+
+    method: str = option(f"One of {', '.join(METHODS)}.", "fusion")
+    optimizer: str | None = option(
+        "What the model will be trained with (adamw, sgd, ...), or none for inference: picks the parameterization that "
+        "keeps its training dynamics.",
+        "adamw",
+        none="none",
+    )
+    seed: int = option("The same seed gives the same model.", 0, least=0, most=2**63 - 1)
+    calibration_sentences: int = option(
+        "Calibrate on the first so many sentences of a file, a list or a dataset.", CALIBRATION_SENTENCES, least=1,
+        metavar="N",
+    )  # fmt: skip
+    calibration_rows: int | None = option(
+        "Tokens whose inputs and outputs each FFN keeps to fit and to train on: 2 d numbers each, for all FFNs at once "
+        "unless sequential.",
+        None, least=1, metavar="N", default_help="16384, in 256 MiB at most",
+    )  # fmt: skip
+    refit: bool | None = option(
+        "Fit output weights and bias of each reduced FFN to the original's outputs, by ridge regression.", None,
+        default_help="with calibration",
+    )  # fmt: skip
+    match: str | None = option(
+        "Match the tangent kernel that gradient descent (gd) or Adam (sign) sees; auto: that of the optimizer. Outputs "
+        "stay as they are.",
+        None, choices=("gd", "sign", "auto"), none="none",
+    )  # fmt: skip
+    tune_steps: int = option(
+        "Adam steps by which each FFN learns the original's outputs on the calibration text, between two refits; a few "
+        "hundred for a few hundred sentences.",
+        0, least=0, flag="--tune", metavar="STEPS",
+    )  # fmt: skip
+    sequential: bool = option("Calibrate each FFN on what the reduced ones before it produce.", False)
+
+    @property
+    def parameterization(self) -> Any:
+        """The parameterization that suits the optimizer.
+
+        Raises:
+            InputError: unknown optimizer.
+        """
+        return parameterization_for(self.optimizer)
+
+    def check(self, *, calibrated: bool | None = None) -> None:
+        """Raise InputError as :class:`Settings` does, or for what needs calibration text where there is none.
+
+        Args:
+            calibrated: whether there is; None: not known yet.
+        """
+        self._check_method()
+        super().check()
+        if self.match is not None and self.parameterization == "folded":
+            raise InputError("match needs an optimizer: a model for inference has no tangent kernel to match")
+        if self.tune_steps > 0 and self.refit is False:
+            raise InputError("tune_steps starts from a refit and ends in one: leave refit to itself")
+        if calibrated is False and (wanting := self._wants_text()) is not None:
+            raise InputError(f"{wanting} needs calibration text: pass calibration (--calibration FILE)")
+
+    def resolved(self, layers: list[int], *, calibrated: bool) -> FuseSettings:
+        """The same with nothing left to be decided: `layers`, and what `refit` and `match` come to."""
+        match = OPTIMIZER_KERNELS[self.parameterization] if self.match == "auto" else self.match
+        refit = calibrated if self.refit is None else self.refit
+        return dataclasses.replace(self, layers=layers, refit=refit, match=match)
+
+    def _check_method(self) -> None:
+        if self.method not in METHODS:
+            raise InputError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
+        if self.method in KEEP_WIDTH:
+            narrow = ", ".join(name for name in METHODS if name not in KEEP_WIDTH)
+            raise InputError(
+                f"method {self.method!r} keeps the width, so that no narrower model can hold it: use one of {narrow}"
+            )
+        parameterization_for(self.optimizer)
+
+    def _wants_text(self) -> str | None:
+        """An option that needs calibration text."""
+        asked = {
+            "refit": bool(self.refit),
+            "match": self.match is not None,
+            "tune_steps": self.tune_steps > 0,
+            "sequential": self.sequential,
+            "width auto": self.budget is not None,
+            "calibration_rows": self.calibration_rows is not None,
+            "calibration_sentences": self.calibration_sentences != CALIBRATION_SENTENCES,
+            f"method {self.method}": self.method in NEED_TEXT,
+        }
+        return next((name for name, wanted in asked.items() if wanted), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressSettings(FuseSettings):
+    """How a checkpoint is compressed."""
+
+    text: str | Path | None = option(
+        "Sentences to measure the errors on, one a line or in a .tsv, .csv or .jsonl.", None, metavar="FILE",
+        default_help="the package's own", recorded=False,
+    )  # fmt: skip
+    calibration: str | Path | None = option(
+        "The same of sentences to learn from: better clusters and refitted outputs. A few hundred suffice; measure on "
+        "others.",
+        None, metavar="FILE", recorded=False,
+    )  # fmt: skip
+    device: str = option("auto, cpu, cuda or cuda:N.", "auto", recorded=False)
+    dtype: str | None = option(
+        "What the model runs in: auto (that of its tensors), or float32 or another that is wider, say where it "
+        "overflows in its own. Tensors are written in the dtype of the source's in any case.",
+        "auto", recorded=False,
+    )  # fmt: skip
+
+    def check(self, *, calibrated: bool | None = None) -> None:
+        """Raise InputError as :class:`FuseSettings` does."""
+        super().check(calibrated=self.calibration is not None if calibrated is None else calibrated)
+
+    def fusing(self) -> FuseSettings:
+        """What of it is the fusion's."""
+        return FuseSettings(**{field.name: getattr(self, field.name) for field in fields(FuseSettings)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(Settings):
+    """How a model is fine-tuned."""
+
+    task: str = option("Classify texts or pairs of texts, or predict the next token (lm).", choices=TASKS)
+    layerwise_epochs: float = option(
+        "Passes of the fit to the original's hidden states, in which only the fused layers train.", 1.0, above=0.0
+    )
+    layerwise_learning_rate: float = option("Learning rate of that fit.", 5e-4, above=0.0)
+    distill_weight: float = option("Weight of the teacher's logits against the labels.", 0.5, least=0.0, most=1.0)
+    temperature: float = option("Temperature of the teacher's logits.", 2.0, above=0.0)
+    optimizer: str = option("adamw, or sgd with momentum 0.9.", "adamw", choices=TRAINERS)
+    learning_rate: float = option("Learning rate at its peak.", 5e-5, above=0.0)
+    weight_decay: float = option("Weight decay of all weights that train.", 0.01, least=0.0)
+    warmup: float = option(
+        "Share of the steps that the learning rate rises over, before it falls linearly to zero.", 0.06, least=0.0,
+        most=1.0,
+    )  # fmt: skip
+    epochs: float = option("Passes over the data.", 3.0, above=0.0)
+    batch_size: int = option("Rows per step and device.", 32, least=1)
+    accumulation: int = option("Parts that a batch is worked through in.", 1, least=1)
+    max_length: int = option("Tokens of a text, beyond which it is cut; for lm, of a block.", 128, least=1)
+    checkpoint_steps: int | None = option(
+        "Steps between checkpoints.", None, least=1, default_help="one after each epoch"
+    )
+    seed: int = option("Seed of a new head, the order of the data and dropout.", 0, least=0, most=2**32 - 1)
+    device: str = option("auto, cpu or cuda.", "auto", choices=("auto", "cpu", "cuda"), recorded=False,
+        hint=", and CUDA_VISIBLE_DEVICES to choose among GPUs",
+    )  # fmt: skip
+    resume: bool = option("Go on with the unfinished run in OUT, from its last checkpoint.", False, recorded=False)
+
+    def check(self) -> None:
+        """Raise InputError for a value that makes no sense."""
+        super().check()
+        if self.batch_size % self.accumulation:
+            raise InputError(f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}")
