@@ -37,8 +37,7 @@ SHAPES = {
 
 def on_device(bundle: Bundle, dtype: torch.dtype) -> Bundle:
     """The block there, in a dtype."""
-    tensors = {name: t.to(DEVICE) for name, t in vars(bundle.to(dtype)).items() if isinstance(t, Tensor)}
-    return replace(bundle, **tensors)
+    return bundle.to(dtype).map(lambda t: t.to(DEVICE))
 
 
 def errors(found: Tensor, exact: Tensor) -> tuple[float, float]:

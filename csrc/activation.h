@@ -1,23 +1,26 @@
-// Activations by name, as fusion_kernels/activations.py has them.
+// The activations by name and by number, in the order of fusion_kernels/activations.py, whose table the tests hold every
+// function here against.
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <optional>
 #include <string_view>
-#include <utility>
 
 namespace mlp_fusion {
 
 enum class Activation { gelu, gelu_tanh, relu, relu2, silu };
 
+inline constexpr std::array<std::string_view, 5> kActivations{"gelu", "gelu_tanh", "relu", "relu2", "silu"};
+
+inline constexpr std::string_view name_of(Activation activation) { return kActivations[static_cast<size_t>(activation)]; }
+static_assert(name_of(Activation::gelu) == "gelu" && name_of(Activation::gelu_tanh) == "gelu_tanh" &&
+              name_of(Activation::relu) == "relu" && name_of(Activation::relu2) == "relu2" &&
+              name_of(Activation::silu) == "silu" && static_cast<size_t>(Activation::silu) + 1 == kActivations.size());
+
 inline std::optional<Activation> activation_named(std::string_view name) {
-  constexpr std::array<std::pair<std::string_view, Activation>, 5> names{{{"gelu", Activation::gelu},
-                                                                           {"gelu_tanh", Activation::gelu_tanh},
-                                                                           {"relu", Activation::relu},
-                                                                           {"relu2", Activation::relu2},
-                                                                           {"silu", Activation::silu}}};
-  for (const auto& [known, activation] : names) {
-    if (name == known) return activation;
+  for (size_t number = 0; number < kActivations.size(); ++number) {
+    if (name == kActivations[number]) return static_cast<Activation>(number);
   }
   return std::nullopt;
 }

@@ -76,67 +76,66 @@ template <class T>
 constexpr ScalarType kSums = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
 template <class T>
-Block<T> make_block(const Tensor& x, const Tensor& w_in, const std::optional<Tensor>& b_in,
-                    const std::optional<Tensor>& w_gate, const std::optional<Tensor>& b_gate, const Tensor& w_out,
-                    const std::optional<Tensor>& b_out, const std::optional<Tensor>& scale,
-                    const std::string& activation) {
+FFN<T> make_ffn(const Tensor& x, const Tensor& w_in, const Tensor& w_out, const std::optional<Tensor>& w_gate,
+                const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_gate,
+                const std::optional<Tensor>& b_out, const std::optional<Tensor>& scale, const std::string& activation) {
   STD_TORCH_CHECK(x.dim() == 2 && w_in.dim() == 2 && w_out.dim() == 2, "mlp: x and the weights must be matrices");
   const std::optional<Activation> phi = activation_named(activation);
   STD_TORCH_CHECK(phi.has_value(), "mlp: unknown activation ", activation);
-  const int64_t h = w_in.size(0), d = x.size(1), d_out = w_out.size(0);
+  const int64_t h = w_in.size(0), d = x.size(1), d_out = w_out.size(1);
   const ScalarType dtype = x.scalar_type();
-  Block<T> block{*phi,
-                 matrix<T>(w_in, "w_in", dtype, h, d),
-                 {},
-                 matrix<T>(w_out, "w_out", dtype, d_out, h),
-                 bias<T>(b_in, "b_in", dtype, h),
-                 bias<T>(b_gate, "b_gate", dtype, h),
-                 bias<T>(b_out, "b_out", dtype, d_out),
-                 nullptr,
-                 nullptr};
-  if (w_gate) block.w_gate = matrix<T>(*w_gate, "w_gate", dtype, h, d);
+  FFN<T> ffn{*phi,
+             matrix<T>(w_in, "w_in", dtype, h, d),
+             matrix<T>(w_out, "w_out", dtype, h, d_out),
+             {},
+             bias<T>(b_in, "b_in", dtype, h),
+             bias<T>(b_gate, "b_gate", dtype, h),
+             bias<T>(b_out, "b_out", dtype, d_out),
+             nullptr,
+             nullptr};
+  if (w_gate) ffn.w_gate = matrix<T>(*w_gate, "w_gate", dtype, h, d);
   if (scale && h > 0) {
     const bool both = scale->dim() == 2;
     STD_TORCH_CHECK(scale->is_cpu() && scale->scalar_type() == kSums<T> && scale->is_contiguous() &&
                         scale->numel() == (both ? 2 * h : h) && (!both || scale->size(0) == 2),
                     "scale: wrong device, dtype, shape or strides");
-    block.behind = data<Wide<T>>(*scale);
-    if (both) block.before = block.behind + h;
+    ffn.behind = data<Wide<T>>(*scale);
+    if (both) ffn.before = ffn.behind + h;
   }
-  return block;
+  return ffn;
 }
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-Outputs forward(const Tensor x, const Tensor w_in, const std::optional<Tensor> b_in, const std::optional<Tensor> w_gate,
-                const std::optional<Tensor> b_gate, const Tensor w_out, const std::optional<Tensor> b_out,
+Outputs forward(const Tensor x, const Tensor w_in, const Tensor w_out, const std::optional<Tensor> w_gate,
+                const std::optional<Tensor> b_in, const std::optional<Tensor> b_gate, const std::optional<Tensor> b_out,
                 const std::optional<Tensor> scale, const std::string activation, int64_t checkpoint_level) {
   return with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const Block<T> block = make_block<T>(x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale, activation);
-    const int64_t rows = x.size(0), h = w_in.size(0), d_out = w_out.size(0);
+    const FFN<T> ffn = make_ffn<T>(x, w_in, w_out, w_gate, b_in, b_gate, b_out, scale, activation);
+    const int64_t rows = x.size(0), h = w_in.size(0), d_out = w_out.size(1);
     const auto dtype = x.scalar_type();
     const auto hidden = [&](bool keep) { return keep ? allocate<2>({rows, h}, dtype) : allocate<1>({0}, dtype); };
     Tensor y = allocate<2>({rows, d_out}, dtype), z = hidden(checkpoint_level < 2);
     Tensor g = hidden(checkpoint_level < 2 && w_gate.has_value()), a = hidden(checkpoint_level == 0);
     if (rows > 0) {
-      mlp_forward<T>(block, matrix<T>(x, "x", dtype, rows, x.size(1)), data<T>(y), data<T>(z), data<T>(g), data<T>(a));
+      mlp_forward<T>(ffn, matrix<T>(x, "x", dtype, rows, x.size(1)), data<T>(y), data<T>(z), data<T>(g), data<T>(a));
     }
     return Outputs{y, z, g, a};
   });
 }
 
 // y alone, for where nothing is kept.
-Tensor output(const Tensor x, const Tensor w_in, const std::optional<Tensor> b_in, const std::optional<Tensor> w_gate,
-              const std::optional<Tensor> b_gate, const Tensor w_out, const std::optional<Tensor> b_out,
+Tensor output(const Tensor x, const Tensor w_in, const Tensor w_out, const std::optional<Tensor> w_gate,
+              const std::optional<Tensor> b_in, const std::optional<Tensor> b_gate, const std::optional<Tensor> b_out,
               const std::optional<Tensor> scale, const std::string activation) {
   return with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const Block<T> block = make_block<T>(x, w_in, b_in, w_gate, b_gate, w_out, b_out, scale, activation);
+    const FFN<T> ffn = make_ffn<T>(x, w_in, w_out, w_gate, b_in, b_gate, b_out, scale, activation);
     const int64_t rows = x.size(0);
-    Tensor y = allocate<2>({rows, w_out.size(0)}, x.scalar_type());
+    Tensor y = allocate<2>({rows, w_out.size(1)}, x.scalar_type());
     if (rows > 0) {
-      mlp_forward<T>(block, matrix<T>(x, "x", x.scalar_type(), rows, x.size(1)), data<T>(y), nullptr, nullptr, nullptr);
+      mlp_forward<T>(ffn, matrix<T>(x, "x", x.scalar_type(), rows, x.size(1)), data<T>(y), nullptr, nullptr, nullptr);
     }
     return y;
   });
@@ -144,17 +143,18 @@ Tensor output(const Tensor x, const Tensor w_in, const std::optional<Tensor> b_i
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// dx, dw_in, db_in, dw_gate, db_gate, dw_out, db_out, dscale, empty where `needs`, a bit for each from the lowest, does
-// not ask for them. All but dx are float32, in a block of float64 float64.
-Gradients backward(const Tensor dy, const Tensor x, const Tensor w_in, const std::optional<Tensor> b_in,
-                   const std::optional<Tensor> w_gate, const std::optional<Tensor> b_gate, const Tensor w_out,
+// The gradients of x and of the block's tensors, in their order, empty where `needs`, a bit for each from the lowest,
+// does not ask for them. All but dx are float32, in a block of float64 float64.
+Gradients backward(const Tensor dy, const Tensor x, const Tensor w_in, const Tensor w_out,
+                   const std::optional<Tensor> w_gate, const std::optional<Tensor> b_in,
+                   const std::optional<Tensor> b_gate, const std::optional<Tensor> b_out,
                    const std::optional<Tensor> scale, const Tensor z, const Tensor g, const Tensor a,
                    const std::string activation, int64_t needs) {
   return with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     using S = Wide<T>;
-    const Block<T> block = make_block<T>(x, w_in, b_in, w_gate, b_gate, w_out, std::nullopt, scale, activation);
-    const int64_t rows = x.size(0), d = x.size(1), h = w_in.size(0), d_out = w_out.size(0);
+    const FFN<T> ffn = make_ffn<T>(x, w_in, w_out, w_gate, b_in, b_gate, b_out, scale, activation);
+    const int64_t rows = x.size(0), d = x.size(1), h = w_in.size(0), d_out = w_out.size(1);
     const auto dtype = x.scalar_type();
     const auto sums = kSums<T>;
     const auto needed = [&](int bit) { return (needs >> bit & 1) != 0; };
@@ -163,9 +163,10 @@ Gradients backward(const Tensor dy, const Tensor x, const Tensor w_in, const std
     };
     const auto vector_of = [&](int bit, int64_t n) { return allocate<1>({needed(bit) ? n : 0}, sums); };
     Tensor dx = matrix_of(0, rows, d, dtype), dw_in = matrix_of(1, h, d, sums), dw_gate = matrix_of(3, h, d, sums);
-    Tensor dw_out = matrix_of(5, d_out, h, sums), db_in = vector_of(2, h), db_gate = vector_of(4, h);
+    Tensor dw_out = needed(2) ? allocate_columns(h, d_out, sums) : allocate<1>({0}, sums);
+    Tensor db_in = vector_of(4, h), db_gate = vector_of(5, h), db_out = vector_of(6, d_out);
     const bool both = scale && scale->dim() == 2;
-    Tensor db_out = vector_of(6, d_out), dscale = both ? matrix_of(7, 2, h, sums) : vector_of(7, h);
+    Tensor dscale = both ? matrix_of(7, 2, h, sums) : vector_of(7, h);
     if (rows == 0 || h == 0) {  // sums of nothing
       for (const Tensor* sum : {&dw_in, &dw_gate, &dw_out}) {
         std::fill_n(static_cast<S*>(sum->data_ptr()), sum->numel(), S{0});
@@ -173,13 +174,13 @@ Gradients backward(const Tensor dy, const Tensor x, const Tensor w_in, const std
       std::fill_n(static_cast<T*>(dx.data_ptr()), dx.numel(), T(0.0f));
     }
     S* d_behind = data<S>(dscale);
-    const MlpGradients<T> out{data<T>(dx),     data<S>(dw_in),   data<S>(dw_gate),
-                              data<S>(dw_out), data<S>(db_in),   data<S>(db_gate),
+    const MlpGradients<T> out{data<T>(dx),      data<S>(dw_in), data<S>(dw_out),
+                              data<S>(dw_gate), data<S>(db_in), data<S>(db_gate),
                               data<S>(db_out), both && d_behind != nullptr ? d_behind + h : nullptr, d_behind};
-    mlp_backward<T>(block, matrix<T>(dy, "dy", dtype, rows, d_out), matrix<T>(x, "x", dtype, rows, d),
+    mlp_backward<T>(ffn, matrix<T>(dy, "dy", dtype, rows, d_out), matrix<T>(x, "x", dtype, rows, d),
                     kept<T>(z, "z", dtype, rows, h), kept<T>(g, "g", dtype, rows, h), kept<T>(a, "a", dtype, rows, h),
                     out);
-    return Gradients{dx, dw_in, db_in, dw_gate, db_gate, dw_out, db_out, dscale};
+    return Gradients{dx, dw_in, dw_out, dw_gate, db_in, db_gate, db_out, dscale};
   });
 }
 
@@ -188,14 +189,14 @@ Gradients backward(const Tensor dy, const Tensor x, const Tensor w_in, const std
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusion_kernels_native, m) {
   m.def(
-      "mlp(Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_gate, Tensor? b_gate, Tensor w_out, Tensor? b_out, "
+      "mlp(Tensor x, Tensor w_in, Tensor w_out, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, Tensor? b_out, "
       "Tensor? scale, str activation, int checkpoint_level) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "mlp_output(Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_gate, Tensor? b_gate, Tensor w_out, Tensor? b_out, "
+      "mlp_output(Tensor x, Tensor w_in, Tensor w_out, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, Tensor? b_out, "
       "Tensor? scale, str activation) -> Tensor");
   m.def(
-      "mlp_backward(Tensor dy, Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_gate, Tensor? b_gate, Tensor w_out, "
-      "Tensor? scale, Tensor z, Tensor g, Tensor a, str activation, int needs) "
+      "mlp_backward(Tensor dy, Tensor x, Tensor w_in, Tensor w_out, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, "
+      "Tensor? b_out, Tensor? scale, Tensor z, Tensor g, Tensor a, str activation, int needs) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -1,5 +1,5 @@
 // The compiled steps of the tangent-kernel operators, called by fusion_kernels/ntk/cpu_backend.py, which checks values
-// and folds weights; here only what would read out of bounds is checked.
+// and weighs neurons; here only what would read out of bounds is checked.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>

@@ -180,11 +180,11 @@ int64_t rows_per_chunk(int64_t rows, int64_t h) {
 template <class T>
 class Around {
  public:
-  Around(const Block<T>& block, bool with_behind) {
-    const Wide<T>* behind = with_behind ? block.behind : nullptr;
-    if (block.before == nullptr && behind == nullptr) return;
-    ones_.assign(block.w_in.rows, Wide<T>{1});
-    factors = {block.before == nullptr ? ones() : block.before, behind == nullptr ? ones() : behind};
+  Around(const FFN<T>& ffn, bool with_behind) {
+    const Wide<T>* behind = with_behind ? ffn.behind : nullptr;
+    if (ffn.before == nullptr && behind == nullptr) return;
+    ones_.assign(ffn.w_in.rows, Wide<T>{1});
+    factors = {ffn.before == nullptr ? ones() : ffn.before, behind == nullptr ? ones() : behind};
   }
   const Wide<T>* ones() const { return ones_.data(); }
 
@@ -197,11 +197,11 @@ class Around {
 }  // namespace
 
 template <class T>
-void mlp_forward(const Block<T>& block, Matrix<T> x, T* y, T* z, T* g, T* a) {
-  const int64_t h = block.w_in.rows, d_out = block.w_out.rows, step = rows_per_chunk(x.rows, h);
+void mlp_forward(const FFN<T>& ffn, Matrix<T> x, T* y, T* z, T* g, T* a) {
+  const int64_t h = ffn.w_in.rows, d_out = ffn.w_out.columns, step = rows_per_chunk(x.rows, h);
   const int64_t tile = std::min(step, x.rows) * h;
-  const bool gated = static_cast<bool>(block.w_gate), apart = a != nullptr && block.behind != nullptr;
-  const Around<T> around(block, !apart);
+  const bool gated = static_cast<bool>(ffn.w_gate), apart = a != nullptr && ffn.behind != nullptr;
+  const Around<T> around(ffn, !apart);
   // Activations take the place of pre-activations that nobody keeps; kept ones lack the factors that the product needs.
   const Buffer<T> z_tile(z == nullptr ? tile : 0), g_tile(gated && g == nullptr ? tile : 0);
   const Buffer<T> a_tile(apart || (a == nullptr && z != nullptr) ? tile : 0);
@@ -212,21 +212,21 @@ void mlp_forward(const Block<T>& block, Matrix<T> x, T* y, T* z, T* g, T* a) {
     T* gs = !gated ? nullptr : g == nullptr ? g_tile.data() : g + begin * h;
     T* as = a != nullptr ? a + begin * h : z == nullptr ? zs : a_tile.data();
     T* scaled = apart ? a_tile.data() : as;
-    project(contiguous(zs, rows, h), tokens, block.w_in, block.b_in);
-    if (gated) project(contiguous(gs, rows, h), tokens, block.w_gate, block.b_gate);
+    project(contiguous(zs, rows, h), tokens, ffn.w_in, ffn.b_in);
+    if (gated) project(contiguous(gs, rows, h), tokens, ffn.w_gate, ffn.b_gate);
     in_pieces(rows, h, [&](int64_t i, int64_t count) {
-      activate<T>(block.phi, zs + i * h, at(gs, i * h), count, h, around.factors, as + i * h);
-      if (apart) scale_columns<T>(as + i * h, count, h, block.behind, scaled + i * h);
+      activate<T>(ffn.phi, zs + i * h, at(gs, i * h), count, h, around.factors, as + i * h);
+      if (apart) scale_columns<T>(as + i * h, count, h, ffn.behind, scaled + i * h);
     });
-    project(contiguous(y + begin * d_out, rows, d_out), contiguous(scaled, rows, h), block.w_out, block.b_out);
+    project(contiguous(y + begin * d_out, rows, d_out), contiguous(scaled, rows, h), ffn.w_out.transposed(), ffn.b_out);
   }
 }
 
 template <class T>
-void mlp_backward(const Block<T>& block, Matrix<T> dy, Matrix<T> x, T* z, T* g, T* a, const MlpGradients<T>& out) {
-  const int64_t h = block.w_in.rows, d = x.columns, d_out = block.w_out.rows, step = rows_per_chunk(x.rows, h);
+void mlp_backward(const FFN<T>& ffn, Matrix<T> dy, Matrix<T> x, T* z, T* g, T* a, const MlpGradients<T>& out) {
+  const int64_t h = ffn.w_in.rows, d = x.columns, d_out = ffn.w_out.columns, step = rows_per_chunk(x.rows, h);
   const int64_t tile = std::min(step, x.rows) * h;
-  const bool gated = static_cast<bool>(block.w_gate);
+  const bool gated = static_cast<bool>(ffn.w_gate);
   const bool inner = out.dx != nullptr || out.dw_in != nullptr || out.db_in != nullptr || out.dw_gate != nullptr ||
                      out.db_gate != nullptr || out.d_before != nullptr;
   const bool outer = out.dw_out != nullptr || out.d_behind != nullptr;
@@ -238,7 +238,7 @@ void mlp_backward(const Block<T>& block, Matrix<T> dy, Matrix<T> x, T* z, T* g, 
   WeightGradient<T> dw_in(out.dw_in, h, d), dw_gate(out.dw_gate, h, d), k(k_sum, d_out, h);
   ColumnSums<T> db_in(out.db_in, h), db_gate(out.db_gate, h), db_out(out.db_out, d_out);
   ColumnSums<T> d_before(out.d_before, h), d_behind(out.d_behind, h);
-  const Around<T> around(block, inner);
+  const Around<T> around(ffn, inner);
   for (int64_t begin = 0; begin < x.rows; begin += step) {
     const int64_t end = std::min(begin + step, x.rows), rows = end - begin;
     const bool first = begin == 0;
@@ -247,14 +247,14 @@ void mlp_backward(const Block<T>& block, Matrix<T> dy, Matrix<T> x, T* z, T* g, 
     if (gated) gs = g == nullptr ? g_tile.data() : g + begin * h;
     T* as = a == nullptr ? a_tile.data() : a + begin * h;
     if (again) {
-      project(contiguous(zs, rows, h), tokens, block.w_in, block.b_in);
-      if (gated) project(contiguous(gs, rows, h), tokens, block.w_gate, block.b_gate);
+      project(contiguous(zs, rows, h), tokens, ffn.w_in, ffn.b_in);
+      if (gated) project(contiguous(gs, rows, h), tokens, ffn.w_gate, ffn.b_gate);
     }
     if (inner) {
       T *dzs = dz_tile.data(), *dgs = dg_tile.data(), *of_phi = gated ? dgs : dzs;
-      multiply(contiguous(dzs, rows, h), upstream, block.w_out);
+      multiply(contiguous(dzs, rows, h), upstream, ffn.w_out.transposed());
       in_pieces(rows, h, [&](int64_t i, int64_t count) {
-        activate_backward<T>(block.phi, dzs + i * h, zs + i * h, at(gs, i * h), count, h, around.factors,
+        activate_backward<T>(ffn.phi, dzs + i * h, zs + i * h, at(gs, i * h), count, h, around.factors,
                              d_before ? around.ones() : around.factors.before, dzs + i * h, at(dgs, i * h),
                              needs_a ? as + i * h : nullptr);
       });
@@ -262,13 +262,13 @@ void mlp_backward(const Block<T>& block, Matrix<T> dy, Matrix<T> x, T* z, T* g, 
       if (d_before) {
         d_before.add(gated ? dg : dz, gated ? gs : zs);
         in_pieces(rows, h, [&](int64_t i, int64_t count) {
-          scale_columns<T>(of_phi + i * h, count, h, block.before, of_phi + i * h);
+          scale_columns<T>(of_phi + i * h, count, h, ffn.before, of_phi + i * h);
         });
       }
       if (out.dx != nullptr) {
         const Matrix<T> dx = contiguous(out.dx + begin * d, rows, d);
-        multiply(dx, dz, block.w_in);
-        if (gated) multiply(dx, dg, block.w_gate, true);
+        multiply(dx, dz, ffn.w_in);
+        if (gated) multiply(dx, dg, ffn.w_gate, true);
       }
       dw_in.add(dz, tokens, first);
       dw_gate.add(dg, tokens, first);
@@ -276,17 +276,17 @@ void mlp_backward(const Block<T>& block, Matrix<T> dy, Matrix<T> x, T* z, T* g, 
       db_gate.add(dg);
     } else if (needs_a) {
       in_pieces(rows, h, [&](int64_t i, int64_t count) {
-        activate<T>(block.phi, zs + i * h, at(gs, i * h), count, h, around.factors, as + i * h);
+        activate<T>(ffn.phi, zs + i * h, at(gs, i * h), count, h, around.factors, as + i * h);
       });
     }
     k.add(upstream, contiguous(as, rows, h), first);
     db_out.add(upstream);
   }
   if (x.rows > 0) {
-    d_behind.add(k_sum, block.w_out);
-    if (out.dw_out != nullptr && block.behind != nullptr) {
+    d_behind.add(k_sum, ffn.w_out.transposed());
+    if (out.dw_out != nullptr && ffn.behind != nullptr) {
       in_pieces(d_out, h, [&](int64_t i, int64_t count) {
-        scale_columns<Wide<T>>(k_sum + i * h, count, h, block.behind, k_sum + i * h);
+        scale_columns<Wide<T>>(k_sum + i * h, count, h, ffn.behind, k_sum + i * h);
       });
     }
   }
@@ -294,8 +294,8 @@ void mlp_backward(const Block<T>& block, Matrix<T> dy, Matrix<T> x, T* z, T* g, 
 }
 
 #define MLP_INSTANTIATE(T)                                                     \
-  template void mlp_forward(const Block<T>&, Matrix<T>, T*, T*, T*, T*);       \
-  template void mlp_backward(const Block<T>&, Matrix<T>, Matrix<T>, T*, T*, T*, const MlpGradients<T>&);
+  template void mlp_forward(const FFN<T>&, Matrix<T>, T*, T*, T*, T*);       \
+  template void mlp_backward(const FFN<T>&, Matrix<T>, Matrix<T>, T*, T*, T*, const MlpGradients<T>&);
 MLP_INSTANTIATE(float)
 MLP_INSTANTIATE(double)
 MLP_INSTANTIATE(BFloat16)

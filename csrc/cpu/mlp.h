@@ -21,30 +21,33 @@ struct Matrix {
   }
 };
 
-// The weights in the dtype of x, and the factors of the h columns around phi; null stands for ones.
+// The block of fusion_kernels/ffn.py, its weights in the dtype of x and in the order and orientation of that type: w_in
+// (h, d), w_out (h, d_out), w_gate (h, d) or null. The scale is the factors of the h columns around phi; null stands for
+// ones.
 template <class T>
-struct Block {
+struct FFN {
   Activation phi;
-  Matrix<T> w_in, w_gate, w_out;  // (h, d), (h, d) or null, (d_out, h)
+  Matrix<T> w_in, w_out, w_gate;
   T *b_in = nullptr, *b_gate = nullptr, *b_out = nullptr;
   const Wide<T>*before = nullptr, *behind = nullptr;
 };
 
 // y (T, d_out) of x (T, d). Whichever of z, g, a (T, h) are not null are kept, without the factors; all are contiguous.
 template <class T>
-void mlp_forward(const Block<T>& block, Matrix<T> x, T* y, T* z, T* g, T* a);
+void mlp_forward(const FFN<T>& ffn, Matrix<T> x, T* y, T* z, T* g, T* a);
 
 // Gradients; whatever is null is not computed. dx (T, d), the others as what they belong to, contiguous. Sums over tokens
-// are in float, for double in double. Without dw_out, the gradient of the factors behind phi has a matrix of its own.
+// are in float, for double in double. dw_out is (h, d_out) with contiguous columns, as the products make it and a Linear
+// stores it. Without dw_out, the gradient of the factors behind phi has a matrix of its own.
 // z, g, a are what the forward kept, null where it did not.
 template <class T>
 struct MlpGradients {
   T* dx = nullptr;
-  Wide<T>*dw_in = nullptr, *dw_gate = nullptr, *dw_out = nullptr;
+  Wide<T>*dw_in = nullptr, *dw_out = nullptr, *dw_gate = nullptr;
   Wide<T>*db_in = nullptr, *db_gate = nullptr, *db_out = nullptr;
   Wide<T>*d_before = nullptr, *d_behind = nullptr;
 };
 template <class T>
-void mlp_backward(const Block<T>& block, Matrix<T> dy, Matrix<T> x, T* z, T* g, T* a, const MlpGradients<T>& out);
+void mlp_backward(const FFN<T>& ffn, Matrix<T> dy, Matrix<T> x, T* z, T* g, T* a, const MlpGradients<T>& out);
 
 }  // namespace mlp_fusion

@@ -1,7 +1,7 @@
 // The neural tangent kernel of a feed-forward block, tile by tile; fusion_kernels/ntk/reference.py has the derivation.
 //
 // A block turns rows x (N, d) into hidden values (N, h) and slopes: (N, h), or (N, 2h) with the gate's behind the
-// others' in a gated block. With the weights of outputs and neurons folded into those, the kernel of two sets of rows is
+// others' in a gated block. Multiplied by the weights of outputs and neurons, they make the kernel of two sets of rows
 //
 //   K = constant + hidden1 hidden2ᵀ + sum over terms t of (weights_t x1 x2ᵀ + bias_t) ∘ slopes1_t slopes2_tᵀ
 //

@@ -1,5 +1,5 @@
 // The CUDA operators, a library of its own beside the CPU's, so that either loads without the other. They are the steps of
-// fusion_kernels/ntk/cuda_backend.py, which checks values and folds weights; here only what would read out of bounds is
+// fusion_kernels/ntk/cuda_backend.py, which checks values and weighs neurons; here only what would read out of bounds is
 // checked. LibTorch through its stable ABI alone.
 #define USE_CUDA  // the part of the ABI that knows streams
 #include <cuda_runtime_api.h>

@@ -18,7 +18,7 @@ struct Columns {
   MLP_HD int64_t all() const { return inputs + in + gate + hidden; }
 };
 
-// The values of a block's n rows and what is folded into them, neuron by neuron; csrc/cpu/ntk.h has the formulas. z and g
+// The values of a block's n rows and what multiplies them, neuron by neuron; csrc/cpu/ntk.h has the formulas. z and g
 // (n, h) are pre-activations, biases included; null g: a plain block; null shrink: none.
 template <class T>
 struct Factors {

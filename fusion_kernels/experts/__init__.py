@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 
 from fusion_kernels import gpu, transforms
-from fusion_kernels.activations import get_activation
 from fusion_kernels.experts import grouped_mm_backend, loop_backend, triton_backend
 from fusion_kernels.experts import reference as reference
-from fusion_kernels.experts.operators import EXPERTS, register, run
-from fusion_kernels.mlp.reference import Block
+from fusion_kernels.experts.operators import EXPERTS
+from fusion_kernels.ffn import FFN
+from fusion_kernels.mlp.checks import check_options, check_tensors
 from fusion_kernels.pinning import Pin
 
 __all__ = ["experts_backend", "fused_experts"]
 
-register("loop", loop_backend.forward, loop_backend.backward, ("cpu", "cuda"))
-register("grouped_mm", grouped_mm_backend.forward, grouped_mm_backend.backward, ("cpu", "cuda"))
+EXPERTS.register("loop", loop_backend.forward, loop_backend.backward, ("cpu", "cuda"))
+EXPERTS.register("grouped_mm", grouped_mm_backend.forward, grouped_mm_backend.backward, ("cpu", "cuda"))
 # Behind the others, and so by name only, until it has been measured on a GPU.
-register("triton", triton_backend.forward, triton_backend.backward, ("cuda",), gpu.why_not)
+EXPERTS.register("triton", triton_backend.forward, triton_backend.backward, ("cuda",), gpu.why_not)
 
 #: The process-wide choice of a backend of :func:`fused_experts`: `with experts_backend("triton"):`.
-experts_backend = Pin(EXPERTS)
+experts_backend = Pin(EXPERTS.forward_operator)
 
 
 def fused_experts(
@@ -87,9 +87,12 @@ def fused_experts(
         >>> torch.allclose(y, 0.5 * (of_each[0] + of_each[1]), atol=1e-3)
         True
     """
-    weights = {"w_in": w_in, "b_in": b_in, "w_gate": w_gate, "b_gate": b_gate, "w_out": w_out, "b_out": b_out}
-    weights["scale"] = scale
-    _check(x, top_k_index, top_k_weights, weights, activation, checkpoint_level)
+    stored = (w_in, w_out, w_gate, b_in, b_gate, b_out, scale)
+    check_options(x, activation, checkpoint_level)
+    if w_in.ndim != 3 or w_out.ndim != 3:
+        raise ValueError("w_in must be (experts, h, d) and w_out (experts, d_out, h)")
+    ffn = FFN.of_linears(stored, activation)
+    _check(x, top_k_index, top_k_weights, ffn)
     if backend == "auto":
         backend = experts_backend.name
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -102,14 +105,11 @@ def fused_experts(
     ends = torch.searchsorted(owner, torch.arange(len(w_in), device=owner.device, dtype=owner.dtype), right=True)
     with torch.autocast(x.device.type, enabled=False):
         if transforms.active():
-            block = Block(w_in, b_in, w_gate, b_gate, w_out, b_out, scale, activation)
-            y = reference.experts(x[order // k], ends, block)[inverse]
+            y = reference.experts(x[order // k], ends, ffn)[inverse]
         else:
-            tensors: tuple[Any, ...] = tuple(weights.values())
-            needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
-            level = checkpoint_level if needed else 2
-            rows = _Routed.apply(x, order, inverse, k)
-            y = run(rows, ends.int(), *tensors, activation, level, backend, trains=needed)
+            trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *ffn.named().values()))
+            rows, level = _Routed.apply(x, order, inverse, k), checkpoint_level if trains else 2
+            y = EXPERTS.run(rows, stored, activation, level, backend, ends.int(), trains=trains)
             y = _Routed.apply(y, inverse, order, 1)
         return (y.unflatten(0, (T, k)) * top_k_weights.unsqueeze(2)).sum(1).to(x.dtype)
 
@@ -134,41 +134,15 @@ class _Routed(torch.autograd.Function):
         return dx if ctx.k == 1 else dx.unflatten(0, (-1, ctx.k)).sum(1), None, None, None
 
 
-def _check(
-    x: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    weights: dict[str, Tensor | None],
-    activation: str,
-    checkpoint_level: int,
-) -> None:
-    get_activation(activation)
-    if checkpoint_level not in (0, 1, 2):
-        raise ValueError(f"checkpoint_level must be 0, 1 or 2, got {checkpoint_level!r}")
-    w_in, w_out = weights["w_in"], weights["w_out"]
-    if w_in is None or w_in.ndim != 3 or w_out is None or w_out.ndim != 3:
-        raise ValueError("w_in must be (experts, h, d) and w_out (experts, d_out, h)")
-    (E, h, d), d_out = w_in.shape, w_out.shape[1]
+def _check(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, ffn: FFN) -> None:
+    """Raise a ValueError that names what does not fit."""
+    d = ffn.w_in.shape[2]
     if x.ndim != 2 or x.shape[1] != d:
         raise ValueError(f"x must be (tokens, {d}) for this w_in, got {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"x must be floating point, got {x.dtype}")
     if top_k_index.ndim != 2 or len(top_k_index) != len(x) or top_k_index.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"top_k_index must be int32 or int64 ({len(x)}, k), got {top_k_index.dtype} {tuple(top_k_index.shape)}"
         )
     if top_k_weights.shape != top_k_index.shape:
         raise ValueError(f"top_k_weights must be {tuple(top_k_index.shape)}, got {tuple(top_k_weights.shape)}")
-    shapes = {
-        "w_in": (E, h, d), "w_gate": (E, h, d), "w_out": (E, d_out, h), "b_in": (E, h), "b_gate": (E, h),
-        "b_out": (E, d_out), "scale": (E, h),
-    }  # fmt: skip
-    for name, t in weights.items():
-        if t is not None and t.shape != shapes[name]:
-            raise ValueError(f"{name} must be {shapes[name]}, got {tuple(t.shape)}")
-        if t is not None and name != "scale" and not t.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {t.dtype}")
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{name} is on {t.device}, x is on {x.device}")
-    if weights["b_gate"] is not None and weights["w_gate"] is None:
-        raise ValueError("b_gate is there without w_gate")
+    check_tensors(x, ffn, {})

@@ -6,27 +6,26 @@ that sum over rows stop at the ends, and what is returned has zeros there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fusion_kernels.activations import get_activation
-from fusion_kernels.experts.operators import folded, owned, rows_of_experts, sum_of_rows
-from fusion_kernels.mlp.operators import Gradients, Outputs, Saved, packed, saved
-from fusion_kernels.mlp.reference import Block
-from fusion_kernels.mlp.torch_backend import act_backward
+from fusion_kernels.experts.operators import owned, rows_of_experts, sum_of_rows
+from fusion_kernels.ffn import FFN
+from fusion_kernels.mlp.folding import fold_scale
+from fusion_kernels.mlp.operators import saved
+from fusion_kernels.mlp.torch_backend import act_backward, output_gradients
+from fusion_kernels.mlp.types import Gradients, Needs, Outputs, Saved
 
 
-def forward(x: Tensor, ends: Tensor, block: Block, checkpoint_level: int) -> Outputs:
-    """See `fusion_kernels.experts.operators`.
+def forward(x: Tensor, ends: Tensor, ffn: FFN, checkpoint_level: int) -> Outputs:
+    """See `fusion_kernels.mlp.operators`.
 
     Raises:
         ValueError: float64, or sizes that are no multiples of 16 bytes.
     """
-    w_in, b_in, w_gate, b_gate, w_out, b_out, scale, activation = block
-    sizes = (*w_in.shape[1:], w_out.shape[1])
+    sizes = (*ffn.w_in.shape[1:], ffn.w_out.shape[2])
     if x.dtype == torch.float64 or any(size * x.element_size() % 16 for size in sizes):
         raise ValueError(
             f"grouped_mm takes float32, bfloat16 and float16 in sizes of whole 16 bytes, not {x.dtype} and {sizes}: "
@@ -34,57 +33,54 @@ def forward(x: Tensor, ends: Tensor, block: Block, checkpoint_level: int) -> Out
         )
     ends = ends.int()
     owner = rows_of_experts(ends, len(x))
-    phi = get_activation(activation).function
-    z = _project(x, w_in, b_in, ends, owner)
-    g = None if w_gate is None else _project(x, w_gate, b_gate, ends, owner)
+    phi = get_activation(ffn.activation).function
+    z, g = _hidden(x, ffn, ends, owner)
     a = phi(z) if g is None else phi(g) * z
-    y = _project(a, folded(w_out, scale, x), b_out, ends, owner)
-    return owned(saved(y, z, g, a, checkpoint_level), owner, len(w_in))
+    y = _project(a, fold_scale(ffn.w_out, ffn.scale, x.dtype).mT, ffn.b_out, ends, owner)
+    return owned(saved(y, z, g, a, checkpoint_level), owner, len(ffn.w_in))
 
 
 def backward(
-    dy: Tensor, x: Tensor, ends: Tensor, block: Block, kept: Saved, checkpoint_level: int, needs: Sequence[bool]
+    dy: Tensor, x: Tensor, ends: Tensor, ffn: FFN, kept: Saved, checkpoint_level: int, needs: Needs
 ) -> Gradients:
-    """See `fusion_kernels.experts.operators`."""
-    w_in, b_in, w_gate, b_gate, w_out, b_out, scale, activation = block
+    """See `fusion_kernels.mlp.operators`."""
     z, g, a = kept
     ends, dy = ends.int(), dy.contiguous()
     owner = rows_of_experts(ends, len(x))
     if checkpoint_level == 2:
-        z = _project(x, w_in, b_in, ends, owner)
-        g = g if w_gate is None else _project(x, w_gate, b_gate, ends, owner)
-    phi = get_activation(activation).function
+        z, again = _hidden(x, ffn, ends, owner)
+        g = g if again is None else again
+    phi = get_activation(ffn.activation).function
     if checkpoint_level != 0:
-        a = phi(z) if w_gate is None else phi(g) * z
-    da = F.grouped_mm(dy, folded(w_out, scale, x), offs=ends)
+        a = phi(g) * z if ffn.gated else phi(z)
+    da = F.grouped_mm(dy, fold_scale(ffn.w_out, ffn.scale, x.dtype).mT, offs=ends)
     dg = None
-    if w_gate is None:
-        dz = act_backward(da, z, activation)
+    if ffn.gated:
+        dz, dg = da * phi(g), act_backward(da * z, g, ffn.activation)
     else:
-        dz, dg = da * phi(g), act_backward(da * z, g, activation)
-    dx = dw_gate = db_in = db_gate = db_out = dw_out = dp = None
-    if needs[0]:
-        dx = F.grouped_mm(dz, w_in.to(x.dtype), offs=ends)
-        if dg is not None and w_gate is not None:
-            dx += F.grouped_mm(dg, w_gate.to(x.dtype), offs=ends)
-        owned((dx,), owner, len(w_in))
-    dw_in = _weight_gradient(dz, x, ends, w_in) if needs[1] else None
-    if needs[2] and b_in is not None:
-        db_in = sum_of_rows(dz, ends).to(b_in.dtype)
-    if needs[3] and dg is not None and w_gate is not None:
-        dw_gate = _weight_gradient(dg, x, ends, w_gate)
-    if needs[4] and dg is not None and b_gate is not None:
-        db_gate = sum_of_rows(dg, ends).to(b_gate.dtype)
-    if needs[5] or needs[7]:
-        k = F.grouped_mm(dy.mT, a, offs=ends)  # (E, d_out, h)
-        wide = torch.promote_types(torch.promote_types(w_out.dtype, k.dtype), torch.float32)
-        if needs[5]:
-            dw_out = (k if scale is None else k.to(wide) * scale.to(wide).unsqueeze(1)).to(w_out.dtype)
-        if needs[7] and scale is not None:
-            dp = (k.to(wide) * w_out.to(wide)).sum(1).to(scale.dtype)
-    if needs[6] and b_out is not None:
-        db_out = sum_of_rows(dy, ends).to(b_out.dtype)
-    return packed(x, (dx, dw_in, db_in, dw_gate, db_gate, dw_out, db_out, dp))
+        dz = act_backward(da, z, ffn.activation)
+    dx = dw_in = dw_gate = dw_out = dp = None
+    if needs.x:
+        dx = F.grouped_mm(dz, ffn.w_in.to(x.dtype), offs=ends)
+        if dg is not None and ffn.w_gate is not None:
+            dx += F.grouped_mm(dg, ffn.w_gate.to(x.dtype), offs=ends)
+        owned((dx,), owner, len(ffn.w_in))
+    if needs.w_in:
+        dw_in = F.grouped_mm(dz.mT, x, offs=ends)
+    if needs.w_gate and dg is not None:
+        dw_gate = F.grouped_mm(dg.mT, x, offs=ends)
+    if needs.w_out or needs.scale:
+        dw_out, dp = output_gradients(F.grouped_mm(dy.mT, a, offs=ends).mT, ffn, needs)
+    db_in = sum_of_rows(dz, ends) if needs.b_in else None
+    db_gate = sum_of_rows(dg, ends) if needs.b_gate and dg is not None else None
+    db_out = sum_of_rows(dy, ends) if needs.b_out else None
+    return Gradients(dx, dw_in, dw_out, dw_gate, db_in, db_gate, db_out, dp).asked(x, ffn, needs)
+
+
+def _hidden(x: Tensor, ffn: FFN, ends: Tensor, owner: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(z, g), each (S, N); g is None for plain blocks."""
+    g = None if ffn.w_gate is None else _project(x, ffn.w_gate, ffn.b_gate, ends, owner)
+    return _project(x, ffn.w_in, ffn.b_in, ends, owner), g
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, owner: Tensor) -> Tensor:
@@ -93,7 +89,3 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, owner
     if bias is not None:
         y += bias.to(x.dtype)[owner.clamp(max=len(bias) - 1)]
     return y
-
-
-def _weight_gradient(d: Tensor, x: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
-    return F.grouped_mm(d.mT, x, offs=ends).to(weight.dtype)

@@ -5,28 +5,29 @@ On a GPU this waits for the ends of the rows, which a CUDA graph cannot record.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from fusion_kernels.experts.reference import spans
+from fusion_kernels.ffn import FFN
 from fusion_kernels.mlp import mlp_backend
-from fusion_kernels.mlp import operators as mlp
-from fusion_kernels.mlp.operators import Gradients, Outputs, Saved, packed
-from fusion_kernels.mlp.reference import Block
+from fusion_kernels.mlp.operators import MLP, new_gradients
+from fusion_kernels.mlp.types import Gradients, Needs, Outputs, Saved
 
 
-def forward(x: Tensor, ends: Tensor, block: Block, checkpoint_level: int) -> Outputs:
-    """See `fusion_kernels.experts.operators`."""
-    S, h = len(x), block.w_in.shape[1]
+def forward(x: Tensor, ends: Tensor, ffn: FFN, checkpoint_level: int) -> Outputs:
+    """See `fusion_kernels.mlp.operators`."""
+    S, neurons = len(x), ffn.w_in.shape[1]
     kept = checkpoint_level < 2
-    y = x.new_zeros(S, block.w_out.shape[1])
-    z = x.new_zeros((S, h) if kept else (0,))
-    g = x.new_zeros((S, h) if kept and block.w_gate is not None else (0,))
-    a = x.new_zeros((S, h) if checkpoint_level == 0 else (0,))
+    y = x.new_zeros(S, ffn.w_out.shape[2])
+    z = x.new_zeros((S, neurons) if kept else (0,))
+    g = x.new_zeros((S, neurons) if kept and ffn.gated else (0,))
+    a = x.new_zeros((S, neurons) if checkpoint_level == 0 else (0,))
     for expert, rows in _experts(ends):
-        found = mlp.forward(x[rows], block.expert(expert), checkpoint_level, mlp_backend.name)
+        one, block = x[rows], ffn.at(expert)
+        found = MLP.functions(one, block, checkpoint_level, mlp_backend.name).forward(one, block, checkpoint_level)
         for whole, part in zip((y, z, g, a), found, strict=True):
             if len(whole):
                 whole[rows] = part
@@ -34,24 +35,20 @@ def forward(x: Tensor, ends: Tensor, block: Block, checkpoint_level: int) -> Out
 
 
 def backward(
-    dy: Tensor, x: Tensor, ends: Tensor, block: Block, kept: Saved, checkpoint_level: int, needs: Sequence[bool]
+    dy: Tensor, x: Tensor, ends: Tensor, ffn: FFN, kept: Saved, checkpoint_level: int, needs: Needs
 ) -> Gradients:
-    """See `fusion_kernels.experts.operators`."""
+    """See `fusion_kernels.mlp.operators`."""
     # An expert without rows has gradients of zero.
-    totals = [
-        t.new_zeros(t.shape) if need and t is not None else None
-        for t, need in zip((x, *block.tensors), needs, strict=True)
-    ]  # fmt: skip
+    totals = Gradients(*(None if t is None else t.zero_() for t in new_gradients(x, ffn, needs)))
     for expert, rows in _experts(ends):
-        z, g, a = (t[rows] if len(t) else t for t in kept)
-        found = mlp.backward(
-            dy[rows], x[rows], block.expert(expert), (z, g, a), checkpoint_level, mlp_backend.name, needs
-        )
-        places: tuple[slice | int, ...] = (rows, *(expert for _ in block.tensors))
+        one, block, (z, g, a) = x[rows], ffn.at(expert), (t[rows] if len(t) else t for t in kept)
+        run = MLP.functions(one, block, checkpoint_level, mlp_backend.name).backward
+        found = run(dy[rows], one, block, (z, g, a), checkpoint_level, needs)
+        places: tuple[slice | int, ...] = (rows, *(expert for _ in ffn.tensors))
         for total, part, where in zip(totals, found, places, strict=True):
             if total is not None and part is not None:
                 total[where] = part
-    return packed(x, totals)
+    return totals
 
 
 def _experts(ends: Tensor) -> Iterator[tuple[int, slice]]:

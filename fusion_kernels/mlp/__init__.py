@@ -8,38 +8,39 @@ reference in `fusion_kernels.mlp.reference` specifies what every backend compute
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from fusion_kernels import gpu, native, transforms
-from fusion_kernels.activations import ACTIVATIONS, get_activation
+from fusion_kernels.activations import ACTIVATIONS
+from fusion_kernels.ffn import FFN
 from fusion_kernels.mlp import cpu_backend, gpu_backend, reference_backend, torch_backend
 from fusion_kernels.mlp import reference as reference
-from fusion_kernels.mlp.operators import MLP, register, run, without_autocast
-from fusion_kernels.mlp.reference import Block
+from fusion_kernels.mlp.checks import FLOATS, SCALES, check_options, check_tensors
+from fusion_kernels.mlp.folding import with_one_factor
+from fusion_kernels.mlp.operators import MLP, Stored, without_autocast
 from fusion_kernels.pinning import Pin
 
 __all__ = ["fused_glu_mlp", "fused_mlp", "mlp_backend", "split_gate_up"]
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_SCALES = (*_FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _composed = without_autocast(reference.mlp)
 
-register(
-    "cpu", cpu_backend.forward, cpu_backend.backward, ("cpu",), lambda: native.UNAVAILABLE,
-    output=cpu_backend.output, both_factors=True,
-)  # fmt: skip
-register("torch", reference_backend.forward, torch_backend.backward, ("cpu", "cuda"), both_factors=True)
-register("reference", reference_backend.forward, reference_backend.backward, ("cpu", "cuda"), both_factors=True)
-# Behind the others, and so by name or by the table of `tuning` only, until they have been measured on a GPU.
-register("cublas", gpu_backend.cublas_forward, gpu_backend.cublas_backward, ("cuda",), gpu.why_not)
-register("epilogue", gpu_backend.epilogue_forward, gpu_backend.epilogue_backward, ("cuda",), gpu.why_not)
-register("resident", gpu_backend.resident_forward, gpu_backend.epilogue_backward, ("cuda",), gpu.why_not)
+MLP.register(
+    "cpu", cpu_backend.forward, cpu_backend.backward, ("cpu",), lambda: native.UNAVAILABLE, output=cpu_backend.output
+)
+MLP.register("torch", reference_backend.forward, torch_backend.backward, ("cpu", "cuda"))
+MLP.register("reference", reference_backend.forward, reference_backend.backward, ("cpu", "cuda"))
+# Behind the others, and so by name or by the table of `heuristics` only, until they have been measured on a GPU.
+for _name, _forward, _backward in (
+    ("cublas", gpu_backend.cublas_forward, gpu_backend.cublas_backward),
+    ("epilogue", gpu_backend.epilogue_forward, gpu_backend.epilogue_backward),
+    ("resident", gpu_backend.resident_forward, gpu_backend.epilogue_backward),
+):
+    MLP.register(_name, *with_one_factor(_forward, _backward), ("cuda",), gpu.why_not)
 
 #: The process-wide choice of a backend of :func:`fused_mlp` and :func:`fused_glu_mlp`: `with mlp_backend("torch"):`.
-mlp_backend = Pin(MLP)
+mlp_backend = Pin(MLP.forward_operator)
 
 
 def fused_mlp(
@@ -99,11 +100,10 @@ def fused_mlp(
         >>> torch.allclose(y, (torch.nn.functional.gelu(x @ w1.T) * sizes) @ w2.T, atol=1e-3)
         True
     """
-    block = Block(w1, b1, None, None, w2, b2, scale, activation)
-    if not _fits(x, block, checkpoint_level):
-        weights = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "scale": scale}
-        _check(x, weights, ("w1", "w2"), activation, checkpoint_level)
-    return _run(x, block, checkpoint_level, backend)
+    stored = (w1, w2, None, b1, None, b2, scale)
+    if not _fits(x, stored, activation, checkpoint_level):
+        _check(x, stored, activation, checkpoint_level, {"w_in": "w1", "b_in": "b1", "w_out": "w2", "b_out": "b2"})
+    return _run(x, stored, activation, checkpoint_level, backend)
 
 
 def fused_glu_mlp(
@@ -152,14 +152,11 @@ def fused_glu_mlp(
         >>> torch.allclose(y, (torch.nn.functional.silu(x @ w_gate.T) * (x @ w_up.T)) @ w_down.T, atol=1e-3)
         True
     """
-    block = Block(w_up, b_up, w_gate, b_gate, w_down, b_down, scale, activation)
-    if not _fits(x, block, checkpoint_level):
-        weights = {
-            "w_gate": w_gate, "w_up": w_up, "w_down": w_down, "b_gate": b_gate, "b_up": b_up, "b_down": b_down,
-            "scale": scale,
-        }  # fmt: skip
-        _check(x, weights, ("w_gate", "w_up", "w_down"), activation, checkpoint_level)
-    return _run(x, block, checkpoint_level, backend)
+    stored = (w_up, w_down, w_gate, b_up, b_gate, b_down, scale)
+    if not _fits(x, stored, activation, checkpoint_level):
+        names = {"w_in": "w_up", "b_in": "b_up", "w_out": "w_down", "b_out": "b_down"}
+        _check(x, stored, activation, checkpoint_level, names)
+    return _run(x, stored, activation, checkpoint_level, backend)
 
 
 def split_gate_up(weight: Tensor, layout: str = "concatenated") -> tuple[Tensor, Tensor]:
@@ -199,24 +196,25 @@ def split_gate_up(weight: Tensor, layout: str = "concatenated") -> tuple[Tensor,
     return gate, up
 
 
-def _run(x: Tensor, block: Block, checkpoint_level: int, backend: str) -> Tensor:
+def _run(x: Tensor, stored: Stored, activation: str, checkpoint_level: int, backend: str) -> Tensor:
     """The block by the operator or, where that cannot be differentiated as is asked, by its specification."""
-    device = x.device
-    if torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device.type))
+    if torch._C._is_any_autocast_enabled():
+        device_type = x.device.type
+        if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device_type))
     if backend == "auto":
         backend = mlp_backend.name
-    trains = torch.is_grad_enabled() and _requires_grad(x, *block[:-1])
+    trains = torch.is_grad_enabled() and _requires_grad(x, *stored)
     if transforms.active():
-        return _composed(x, block)
+        return _composed(x, FFN.of_linears(stored, activation))
     # Level 2 asks for no more than y, so that nothing is made to be saved where no gradient is needed.
     level = checkpoint_level if trains else 2
     ndim = x.ndim
     if ndim == 2:
-        return run(x, block, level, backend, trains=trains)
+        return MLP.run(x, stored, activation, level, backend, trains=trains)
     leading = x.shape[:-1]
-    y = run(x.reshape(math.prod(leading), x.shape[-1]), block, level, backend, trains=trains)
-    return y.reshape((*leading, block.w_out.shape[0]))
+    y = MLP.run(x.reshape(math.prod(leading), x.shape[-1]), stored, activation, level, backend, trains=trains)
+    return y.reshape((*leading, y.shape[1]))
 
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
@@ -226,70 +224,38 @@ def _requires_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-def _fits(x: Tensor, block: Block, checkpoint_level: int) -> bool:
+def _fits(x: Tensor, stored: Stored, activation: str, checkpoint_level: int) -> bool:
     """Whether all is as it usually is, in a few microseconds; what is not is for `_check` to judge."""
-    w_in, b_in, w_gate, b_gate, w_out, b_out, scale, activation = block
-    if w_in.ndim != 2 or w_out.ndim != 2 or x.ndim == 0:
+    w_in, w_out, w_gate, b_in, b_gate, b_out, scale = stored
+    if w_in is None or w_out is None or w_in.ndim != 2 or w_out.ndim != 2 or x.ndim == 0:
         return False
-    dtype, device, inner, outer = w_in.dtype, x.device, w_in.shape, w_out.shape
+    dtype, device, (h, d), d_out = w_in.dtype, x.device, w_in.shape, w_out.shape[0]
     return (
         activation in ACTIVATIONS
         and checkpoint_level in (0, 1, 2)
-        and x.dtype in _FLOATS
-        and dtype in _FLOATS
-        and x.shape[-1] == inner[1]
-        and outer[1] == inner[0]
+        and x.dtype in FLOATS
+        and dtype in FLOATS
+        and x.shape[-1] == d
+        and w_out.shape[1] == h
         and w_in.device == device
         and w_out.device == device
         and w_out.dtype == dtype
-        and (w_gate is None or (w_gate.shape == inner and w_gate.dtype == dtype and w_gate.device == device))
-        and (b_in is None or (b_in.shape == inner[:1] and b_in.dtype == dtype and b_in.device == device))
-        and (b_gate is None or (b_gate.shape == inner[:1] and b_gate.dtype == dtype and b_gate.device == device))
-        and (b_out is None or (b_out.shape == outer[:1] and b_out.dtype == dtype and b_out.device == device))
-        and (
-            scale is None
-            or (scale.shape in (inner[:1], (2, inner[0])) and scale.dtype in _SCALES and scale.device == device)
-        )
+        and (w_gate is None or (w_gate.shape == (h, d) and w_gate.dtype == dtype and w_gate.device == device))
+        and (b_in is None or (b_in.shape == (h,) and b_in.dtype == dtype and b_in.device == device))
+        and (b_gate is None or (b_gate.shape == (h,) and b_gate.dtype == dtype and b_gate.device == device))
+        and (b_out is None or (b_out.shape == (d_out,) and b_out.dtype == dtype and b_out.device == device))
+        and (scale is None or (scale.shape in ((h,), (2, h)) and scale.dtype in SCALES and scale.device == device))
     )
 
 
-def _check(
-    x: Tensor,
-    weights: Mapping[str, Tensor | None],
-    matrices: tuple[str, ...],
-    activation: str,
-    checkpoint_level: int,
-) -> None:
-    """Raise a ValueError that names what does not fit; `matrices` names the input projections, then the output one."""
-    get_activation(activation)
-    if checkpoint_level not in (0, 1, 2):
-        raise ValueError(f"checkpoint_level must be 0, 1 or 2, got {checkpoint_level!r}")
-    if x.dtype not in _FLOATS:
-        raise ValueError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    for name in matrices:
-        matrix = weights[name]
-        if matrix is None or matrix.ndim != 2:
-            raise ValueError(f"{name} must be a matrix, got {None if matrix is None else tuple(matrix.shape)}")
-    first, last = weights[matrices[0]], weights[matrices[-1]]
-    assert first is not None
-    assert last is not None
-    (h, d), d_out = first.shape, last.shape[0]
+def _check(x: Tensor, stored: Stored, activation: str, checkpoint_level: int, names: dict[str, str]) -> None:
+    """Raise a ValueError that names what does not fit, as `names` has it for the caller."""
+    check_options(x, activation, checkpoint_level)
+    for field, t in zip(("w_in", "w_out"), stored, strict=False):
+        if t is None or t.ndim != 2:
+            raise ValueError(f"{names[field]} must be a matrix, got {None if t is None else tuple(t.shape)}")
+    ffn = FFN.of_linears(stored, activation)
+    d = ffn.w_in.shape[1]
     if x.ndim == 0 or x.shape[-1] != d:
-        raise ValueError(f"x must be (..., {d}) for this {matrices[0]}, got {tuple(x.shape)}")
-    for name, t in weights.items():
-        if t is None:
-            continue
-        if name == "scale":
-            if t.dtype not in _SCALES:
-                raise ValueError(f"scale must have a floating-point or integer dtype, got {t.dtype}")
-        elif t.dtype not in _FLOATS:
-            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
-        expected: tuple[int, ...]
-        if name in matrices:
-            expected = (d_out, h) if name == matrices[-1] else (h, d)
-        else:
-            expected = (d_out,) if name in ("b2", "b_down") else (h,)
-        if t.shape != expected and not (name == "scale" and t.shape == (2, h)):
-            raise ValueError(f"{name} must be {expected}, got {tuple(t.shape)}")
-        if t.device != x.device:
-            raise ValueError(f"{name} is on {t.device}, x is on {x.device}")
+        raise ValueError(f"x must be (..., {d}) for this {names['w_in']}, got {tuple(x.shape)}")
+    check_tensors(x, ffn, names, both_factors=True)

@@ -11,63 +11,49 @@ then round, differently.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from fusion_kernels import native
-from fusion_kernels.mlp.operators import Gradients, Outputs, Saved
-from fusion_kernels.mlp.reference import Block
+from fusion_kernels.ffn import FFN
+from fusion_kernels.mlp.types import Gradients, Needs, Outputs, Saved
 
 
-def forward(x: Tensor, block: Block, checkpoint_level: int) -> Outputs:
+def forward(x: Tensor, ffn: FFN, checkpoint_level: int) -> Outputs:
     """See `fusion_kernels.mlp.operators`."""
-    outputs: Outputs = native.operators().mlp.default(x, *_tensors(block, x), block.activation, checkpoint_level)
+    outputs: Outputs = native.operators().mlp.default(x, *_tensors(ffn, x), ffn.activation, checkpoint_level)
     return outputs
 
 
-def output(x: Tensor, block: Block) -> Tensor:
+def output(x: Tensor, ffn: FFN) -> Tensor:
     """y of the forward, which keeps nothing."""
-    y: Tensor = native.operators().mlp_output.default(x, *_tensors(block, x), block.activation)
+    y: Tensor = native.operators().mlp_output.default(x, *_tensors(ffn, x), ffn.activation)
     return y
 
 
-def backward(
-    dy: Tensor, x: Tensor, block: Block, kept: Saved, checkpoint_level: int, needs: Sequence[bool]
-) -> Gradients:
+def backward(dy: Tensor, x: Tensor, ffn: FFN, kept: Saved, checkpoint_level: int, needs: Needs) -> Gradients:
     """See `fusion_kernels.mlp.operators`."""
-    w_in, b_in, w_gate, b_gate, w_out, _, scale, activation = block
     found = native.operators().mlp_backward.default(
-        dy if dy.stride(1) == 1 else dy.contiguous(), x,
-        _cast(w_in, x), _cast(b_in, x), _cast(w_gate, x), _cast(b_gate, x), _cast(w_out, x), _factors(scale, x),
-        *kept, activation, sum(1 << bit for bit, need in enumerate(needs) if need),
+        dy if dy.stride(1) == 1 else dy.contiguous(), x, *_tensors(ffn, x), *kept, ffn.activation,
+        needs.bits,
     )  # fmt: skip
-    dx, dw_in, db_in, dw_gate, db_gate, dw_out, db_out, dscale = (
-        t.to(like.dtype) if need and like is not None else None
-        for t, like, need in zip(found, (x, *block.tensors), needs, strict=True)
-    )
-    return dx, dw_in, db_in, dw_gate, db_gate, dw_out, db_out, dscale
+    return Gradients(*found).asked(x, ffn, needs)
 
 
-def _tensors(block: Block, x: Tensor) -> tuple[Tensor | None, ...]:
-    """The block's tensors as the compiled operators take them."""
-    w_in, b_in, w_gate, b_gate, w_out, b_out, scale, _ = block
-    return (
-        _cast(w_in, x), _cast(b_in, x), _cast(w_gate, x), _cast(b_gate, x), _cast(w_out, x), _cast(b_out, x),
-        _factors(scale, x),
-    )  # fmt: skip
+def _tensors(ffn: FFN, x: Tensor) -> list[Tensor | None]:
+    """The block's tensors as the compiled operators take them.
+
+    Those are in the dtype of x, vectors contiguous, and the scale contiguous in the dtype of their sums.
+    """
+    dtype, (*tensors, scale) = x.dtype, ffn.tensors
+    # Most often all are so already, and then looking is all that there is time for.
+    found = [
+        t if t is None or (t.dtype is dtype and (t.ndim == 2 or t.is_contiguous())) else _cast(t, dtype)
+        for t in tensors
+    ]
+    sums = torch.float64 if dtype is torch.float64 else torch.float32
+    return [*found, None if scale is None else scale.to(sums).contiguous()]
 
 
-def _factors(scale: Tensor | None, x: Tensor) -> Tensor | None:
-    """The scale as the compiled operators take it: contiguous, in the dtype of their sums."""
-    if scale is None:
-        return None
-    return scale.to(torch.float64 if x.dtype is torch.float64 else torch.float32).contiguous()
-
-
-def _cast(t: Tensor | None, x: Tensor) -> Tensor | None:
-    """`t` as the compiled operators take it: in the dtype of x, and contiguous if it is a vector."""
-    if t is None or (t.dtype is x.dtype and (t.ndim == 2 or t.is_contiguous())):
-        return t
-    return t.to(x.dtype) if t.ndim == 2 else t.to(x.dtype).contiguous()
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype) if t.ndim == 2 else t.to(dtype).contiguous()

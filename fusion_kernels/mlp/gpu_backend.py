@@ -7,42 +7,45 @@ saves nothing in one kernel whose hidden tile stays on the chip. The products wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from fusion_kernels.mlp.operators import Gradients, Outputs, Saved, saved
-from fusion_kernels.mlp.reference import Block, fold_scale, project
-from fusion_kernels.mlp.torch_backend import gradients
+from fusion_kernels.ffn import FFN
+from fusion_kernels.mlp.folding import fold_scale
+from fusion_kernels.mlp.operators import saved
+from fusion_kernels.mlp.reference import project
+from fusion_kernels.mlp.torch_backend import gradients, needs_inside
+from fusion_kernels.mlp.types import Gradients, Needs, Outputs, Saved
 
 
-def cublas_forward(x: Tensor, block: Block, checkpoint_level: int) -> Outputs:
+def cublas_forward(x: Tensor, ffn: FFN, checkpoint_level: int) -> Outputs:
     """See `fusion_kernels.mlp.operators`."""
     from fusion_kernels.mlp import triton_pointwise as kernels
 
-    z = project(x, block.w_in, block.b_in)
-    g = None if block.w_gate is None else project(x, block.w_gate, block.b_gate)
-    a = kernels.act_forward(z, block.activation) if g is None else kernels.glu_act_forward(g, z, block.activation)
-    return saved(_output(a, block), z, g, a, checkpoint_level)
+    z = project(x, ffn.w_in, ffn.b_in)
+    g = None if ffn.w_gate is None else project(x, ffn.w_gate, ffn.b_gate)
+    a = kernels.act_forward(z, ffn.activation) if g is None else kernels.glu_act_forward(g, z, ffn.activation)
+    return saved(_output(a, ffn), z, g, a, checkpoint_level)
 
 
-def epilogue_forward(x: Tensor, block: Block, checkpoint_level: int) -> Outputs:
+def epilogue_forward(x: Tensor, ffn: FFN, checkpoint_level: int) -> Outputs:
     """See `fusion_kernels.mlp.operators`."""
     from fusion_kernels.mlp import triton_linear as kernels
 
     rows, keep = _rows(x), checkpoint_level < 2
-    w_in, b_in, activation = _cast(block.w_in, x), _bias(block.b_in, x), block.activation
+    w_in, b_in, activation = _cast(ffn.w_in, x), _bias(ffn.b_in, x), ffn.activation
     g: Tensor | None = None
-    if block.w_gate is None:
+    if ffn.w_gate is None:
         z, a = kernels.linear_act(rows, w_in, b_in, activation, save_z=keep)
     else:
-        w_gate, b_gate = _cast(block.w_gate, x), _bias(block.b_gate, x)
+        w_gate, b_gate = _cast(ffn.w_gate, x), _bias(ffn.b_gate, x)
         g, z, a = kernels.linear_glu(rows, w_gate, w_in, b_gate, b_in, activation, save_z=keep)
-    return saved(_output(a, block), a if z is None else z, g, a, checkpoint_level)
+    return saved(_output(a, ffn), a if z is None else z, g, a, checkpoint_level)
 
 
-def resident_forward(x: Tensor, block: Block, checkpoint_level: int) -> Outputs:
+def resident_forward(x: Tensor, ffn: FFN, checkpoint_level: int) -> Outputs:
     """See `fusion_kernels.mlp.operators`.
 
     Raises:
@@ -55,18 +58,16 @@ def resident_forward(x: Tensor, block: Block, checkpoint_level: int) -> Outputs:
             f"backend 'resident' never has the hidden tensors that checkpoint_level={checkpoint_level} saves: use "
             "checkpoint_level=2, torch.no_grad() or backend 'epilogue'"
         )
-    rows, w_in, b_in = _rows(x), _cast(block.w_in, x), _bias(block.b_in, x)
-    output = _rows(fold_scale(block.w_out, block.scale, x.dtype)), _bias(block.b_out, x), block.activation
-    if block.w_gate is None:
+    rows, w_in, b_in = _rows(x), _cast(ffn.w_in, x), _bias(ffn.b_in, x)
+    output = _rows(_folded(ffn, x)), _bias(ffn.b_out, x), ffn.activation
+    if ffn.w_gate is None:
         y = kernels.mlp_resident(rows, w_in, b_in, *output)
     else:
-        y = kernels.glu_resident(rows, _cast(block.w_gate, x), w_in, _bias(block.b_gate, x), b_in, *output)
+        y = kernels.glu_resident(rows, _cast(ffn.w_gate, x), w_in, _bias(ffn.b_gate, x), b_in, *output)
     return y, y.new_empty((0,)), y.new_empty((0,)), y.new_empty((0,))
 
 
-def cublas_backward(
-    dy: Tensor, x: Tensor, block: Block, kept: Saved, checkpoint_level: int, needs: Sequence[bool]
-) -> Gradients:
+def cublas_backward(dy: Tensor, x: Tensor, ffn: FFN, kept: Saved, checkpoint_level: int, needs: Needs) -> Gradients:
     """See `fusion_kernels.mlp.operators`."""
     from fusion_kernels.mlp import triton_pointwise as kernels
 
@@ -78,12 +79,10 @@ def cublas_backward(
     ) -> tuple[Any, ...]:
         return *kernels.glu_act_backward(dy @ w, g, z, activation, need_a), None, None
 
-    return _backward(plain, gated, dy, x, block, kept, checkpoint_level, needs)
+    return _backward(plain, gated, dy, x, ffn, kept, checkpoint_level, needs)
 
 
-def epilogue_backward(
-    dy: Tensor, x: Tensor, block: Block, kept: Saved, checkpoint_level: int, needs: Sequence[bool]
-) -> Gradients:
+def epilogue_backward(dy: Tensor, x: Tensor, ffn: FFN, kept: Saved, checkpoint_level: int, needs: Needs) -> Gradients:
     """See `fusion_kernels.mlp.operators`."""
     from fusion_kernels.mlp import triton_linear as kernels
 
@@ -95,7 +94,7 @@ def epilogue_backward(
     ) -> tuple[Any, ...]:
         return kernels.linear_glu_backward(_rows(dy), _rows(w), g, z, activation, need_a=need_a, need_db=need_db)
 
-    return _backward(plain, gated, dy, x, block, kept, checkpoint_level, needs)
+    return _backward(plain, gated, dy, x, ffn, kept, checkpoint_level, needs)
 
 
 def _backward(
@@ -103,29 +102,34 @@ def _backward(
     gated: Callable[..., tuple[Any, ...]],
     dy: Tensor,
     x: Tensor,
-    block: Block,
+    ffn: FFN,
     kept: Saved,
     checkpoint_level: int,
-    needs: Sequence[bool],
+    needs: Needs,
 ) -> Gradients:
     """The backward of which `plain` or `gated` does the step from dy to the pre-activations."""
     z, g, a = kept
     if checkpoint_level == 2:
-        z = project(x, block.w_in, block.b_in)
-        g = g if block.w_gate is None else project(x, block.w_gate, block.b_gate)
-    need_a = checkpoint_level != 0 and (needs[5] or needs[7])
+        z = project(x, ffn.w_in, ffn.b_in)
+        g = g if ffn.w_gate is None else project(x, ffn.w_gate, ffn.b_gate)
+    need_a = checkpoint_level != 0 and (needs.w_out or needs.scale)
     dz = dg = db_in = db_gate = again = None
-    if any(needs[:5]) or need_a:
-        w, need_db = fold_scale(block.w_out, block.scale, x.dtype), needs[2] or needs[4]
-        if block.w_gate is None:
-            dz, again, db_in = plain(dy, w, z, block.activation, need_a, need_db)
+    if needs_inside(needs) or need_a:
+        w, need_db = _folded(ffn, x), needs.b_in or needs.b_gate
+        if ffn.w_gate is None:
+            dz, again, db_in = plain(dy, w, z, ffn.activation, need_a, need_db)
         else:
-            dg, dz, again, db_gate, db_in = gated(dy, w, g, z, block.activation, need_a, need_db)
-    return gradients(dy, x, block, dz, dg, a if again is None else again, needs, db_in=db_in, db_gate=db_gate)
+            dg, dz, again, db_gate, db_in = gated(dy, w, g, z, ffn.activation, need_a, need_db)
+    return gradients(dy, x, ffn, dz, dg, a if again is None else again, needs, db_in=db_in, db_gate=db_gate)
 
 
-def _output(a: Tensor, block: Block) -> Tensor:
-    return project(a, fold_scale(block.w_out, block.scale, a.dtype), block.b_out)
+def _output(a: Tensor, ffn: FFN) -> Tensor:
+    return project(a, _folded(ffn, a), ffn.b_out)
+
+
+def _folded(ffn: FFN, x: Tensor) -> Tensor:
+    """diag(p) W_out in the dtype of x, as products take it: (d_out, N)."""
+    return fold_scale(ffn.w_out, ffn.scale, x.dtype).mT
 
 
 def _rows(t: Tensor) -> Tensor:

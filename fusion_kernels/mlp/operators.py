@@ -1,15 +1,15 @@
-"""`fusion_kernels::mlp` and `fusion_kernels::mlp_backward`: one operator per direction, plain and gated alike.
+"""`BlockOperator`: an operator on feed-forward blocks and its backward, of which `fusion_kernels::mlp` is one.
 
 The operators do not look at the grad mode: what the forward saves is its argument `checkpoint_level`, and it returns
 what it saves, so that a compiler sees (and may recompute) these tensors like any others. The first derivative is the
 backward operator. Its own derivative, which makes `create_graph=True` right to any order, is that of the reference's
 formulas; gradients of gradients are rare enough for plain torch.
 
-A backend is a forward of (x, block, checkpoint_level) and a backward of (dy, x, block, kept, checkpoint_level, needs):
-the schemas' tensors become one `Block` where they arrive.
-
 Outside of tracing, `run` calls the backend itself: a Python operator costs as much as a block of one token on a CPU, or
-as the kernels of a thousand on a GPU. The derivative is then that of `_Direct`, by the same backward.
+as the kernels of a thousand on a GPU. The derivative is then that of `_Direct`, by the same backward. A call that is
+trained goes `fused_mlp` -> `run` -> `_Direct.forward` -> the backend's forward, with autocast off -> compiled code.
+`_Direct` turns the output weight round, and its gradient back: a view that autograd sees costs a twelfth of a small
+block's step.
 """
 
 from __future__ import annotations
@@ -21,72 +21,58 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fusion_kernels.library import NAMESPACE, Backend, Operator, operator
+from fusion_kernels.ffn import FFN, SCHEMA, TENSORS
+from fusion_kernels.library import NAMESPACE, Backend, operator
 from fusion_kernels.mlp import heuristics
 from fusion_kernels.mlp import reference as reference
-from fusion_kernels.mlp.reference import Block
+from fusion_kernels.mlp.types import Gradients, Needs, Outputs, Saved
 
-#: y (T, d_out); z, g, a (T, h), each empty (0,) where the level does not save it or the block has none.
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
-#: What the forward has kept for the backward: its z, g, a.
-Saved = tuple[Tensor, Tensor, Tensor]
-#: What a backend's backward returns: dX, dW_in, db_in, dW_gate, db_gate, dW_out, db_out, dp, each in the dtype of what
-#: it belongs to; None where it is not asked for. The operator returns empty (0,) tensors there.
-Gradients = reference.Gradients
-
-#: What both operators take: x (T, d) and the seven tensors of the block.
-N_INPUTS = 8
-_INPUTS = (
-    "Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_gate, Tensor? b_gate, Tensor w_out, Tensor? b_out, Tensor? scale"
-)
+Result = TypeVar("Result")
+#: A block's tensors in their order, as `torch.nn.Linear` stores them: `FFN.of_linears` makes a block of them.
+Stored = tuple[Tensor | None, ...]
 
 
-def parse_forward(arguments: Sequence[Any]) -> tuple[Block, int, str]:
-    """The block, the level and the backend, of what a forward operator takes behind its rows."""
-    *block, checkpoint_level, backend = arguments
-    return Block(*block), checkpoint_level, backend
+def without_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
+    """`function`, whose first argument is a tensor, with autocast off on its device."""
+
+    @functools.wraps(function)
+    def run_it(first: Tensor, *rest: Any) -> Result:
+        # Whether it is on anywhere is asked first: that costs a tenth of asking for one device.
+        if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(first.device.type):
+            return function(first, *rest)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *rest)
+
+    return run_it
 
 
-def parse_backward(arguments: Sequence[Any]) -> tuple[Block, Saved, int, str, Sequence[bool]]:
-    """The block, what the forward kept, the level, the backend and the needs, of what the backward takes there."""
-    *tensors, z, g, a, activation, checkpoint_level, backend, needs = arguments
-    return Block._make((*tensors, activation)), (z, g, a), checkpoint_level, backend, needs
+def is_direct(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nothing looks at the operators: no compiler, no dispatch mode, no tensor subclass."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() != 0:
+        return False
+    for t in tensors:  # noqa: SIM110 - a generator takes as long as all else here
+        if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            return False
+    return True
 
 
-def fake_outputs(x: Tensor, block: Block, checkpoint_level: int) -> Outputs:
-    """Empty tensors as a forward operator returns them, of one block or of experts."""
-    T, h = x.shape[0], block.w_in.shape[-2]
-    nothing = (0,)
-    return (
-        x.new_empty((T, block.w_out.shape[-2])),
-        x.new_empty((T, h) if checkpoint_level < 2 else nothing),
-        x.new_empty((T, h) if checkpoint_level < 2 and block.w_gate is not None else nothing),
-        x.new_empty((T, h) if checkpoint_level == 0 else nothing),
-    )
+def new_gradients(x: Tensor, ffn: FFN, needs: Needs) -> Gradients:
+    """Empty tensors for the gradients that are asked for, as every backend returns them.
+
+    W_out's lies as the weight of a `torch.nn.Linear` does, whose gradient it becomes: with contiguous columns.
+    """
+
+    def new(field: str, t: Tensor | None, need: bool) -> Tensor | None:
+        if t is None or not need:
+            return None
+        return t.new_empty(t.mT.shape).mT if field == "w_out" else t.new_empty(t.shape)
+
+    return Gradients(*map(new, Gradients._fields, (x, *ffn.tensors), needs))
 
 
-def fake_gradients(x: Tensor, block: Block, needs: Sequence[bool]) -> Gradients:
-    """Empty tensors as a backward operator returns them, of one block or of experts."""
-    pairs = zip((x, *block.tensors), needs, strict=True)
-    return packed(x, [t.new_empty(t.shape) if need and t is not None else None for t, need in pairs])
-
-
-def _fake_forward(x: Tensor, *rest: Any) -> Outputs:
-    block, checkpoint_level, _ = parse_forward(rest)
-    return fake_outputs(x, block, checkpoint_level)
-
-
-def _fake_backward(dy: Tensor, x: Tensor, *rest: Any) -> Gradients:
-    block, *_, needs = parse_backward(rest)
-    return fake_gradients(x, block, needs)
-
-
-def packed(x: Tensor, gradients: Sequence[Tensor | None]) -> Gradients:
+def packed(x: Tensor, gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """The gradients as the operator returns them: an empty tensor like x where there is none."""
-    dx, dw_in, db_in, dw_gate, db_gate, dw_out, db_out, dp = (
-        x.new_empty((0,)) if gradient is None else gradient for gradient in gradients
-    )
-    return dx, dw_in, db_in, dw_gate, db_gate, dw_out, db_out, dp
+    return tuple(x.new_empty((0,)) if gradient is None else gradient for gradient in gradients)
 
 
 def saved(y: Tensor, z: Tensor, g: Tensor | None, a: Tensor, checkpoint_level: int) -> Outputs:
@@ -100,273 +86,291 @@ def saved(y: Tensor, z: Tensor, g: Tensor | None, a: Tensor, checkpoint_level: i
     )
 
 
-def _choose(x: Tensor, block: Block, checkpoint_level: int, backend: str) -> str:
-    if backend != "auto" or x.device.type != "cuda":
-        return backend
-    h, d_out, is_gated = block.w_in.shape[0], block.w_out.shape[0], block.w_gate is not None
-    shape = heuristics.Shape(x.shape[0], x.shape[1], h, d_out, is_gated, checkpoint_level)
-    return heuristics.path(torch.cuda.get_device_name(x.device), x.dtype, shape)
+class Functions(NamedTuple):
+    """A backend's, with autocast off: what runs where nothing looks at the operators.
 
+    With `extra` for what the operator takes behind x:
 
-def _choose_forward(x: Tensor, *rest: Any) -> str:
-    return _choose(x, *parse_forward(rest))
-
-
-def _choose_backward(dy: Tensor, x: Tensor, *rest: Any) -> str:
-    block, _, checkpoint_level, backend, _ = parse_backward(rest)
-    return _choose(x, block, checkpoint_level, backend)
-
-
-MLP: Operator = operator(
-    "mlp",
-    f"({_INPUTS}, str activation, int checkpoint_level, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _fake_forward,
-    _choose_forward,
-)
-MLP_BACKWARD: Operator = operator(
-    "mlp_backward",
-    f"(Tensor dy, {_INPUTS}, Tensor z, Tensor g, Tensor a, str activation, int checkpoint_level, str backend, "
-    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fake_backward,
-    _choose_backward,
-)
-
-
-class _Functions(NamedTuple):
-    """A backend's, with autocast off: what runs where nothing looks at the operators."""
-
-    output: Callable[[Tensor, Block], Tensor]
-    forward: Callable[[Tensor, Block, int], Outputs]
-    backward: Callable[[Tensor, Tensor, Block, Saved, int, Sequence[bool]], Gradients]
-
-
-_FUNCTIONS: dict[str, _Functions] = {}
-
-
-def register(
-    name: str,
-    forward: Callable[[Tensor, Block, int], Outputs],
-    backward: Callable[[Tensor, Tensor, Block, Saved, int, Sequence[bool]], Gradients],
-    device_types: tuple[str, ...],
-    why_not: Callable[[], str | None] = lambda: None,
-    *,
-    output: Callable[[Tensor, Block], Tensor] | None = None,
-    both_factors: bool = False,
-) -> None:
-    """Add a backend of both operators.
-
-    `output` is the forward at level 2 with y alone, where that costs less than the forward.
-
-    They run with autocast off, whatever it was where the operator was called: what they compute in is the dtype of x.
-    Without `both_factors` their scale is (h,) or None: a factor before phi is then folded into the weights for them.
+    Attributes:
+        output: (x, *extra, ffn) -> y, where nothing is kept.
+        forward: (x, *extra, ffn, checkpoint_level) -> `Outputs`.
+        backward: (dy, x, *extra, ffn, kept, checkpoint_level, needs) -> `Gradients`.
     """
-    if not both_factors:
-        forward, backward = _folding_forward(forward), _folding_backward(backward)
 
-    def first(x: Tensor, block: Block) -> Tensor:
-        return forward(x, block, 2)[0]
-
-    functions = _Functions(without_autocast(output or first), without_autocast(forward), without_autocast(backward))
-
-    def forward_of_schema(x: Tensor, *rest: Any) -> Outputs:
-        block, checkpoint_level, _ = parse_forward(rest)
-        return functions.forward(x, block, checkpoint_level)
-
-    def backward_of_schema(dy: Tensor, x: Tensor, *rest: Any) -> Gradients:
-        block, kept, checkpoint_level, _, needs = parse_backward(rest)
-        return packed(x, functions.backward(dy, x, block, kept, checkpoint_level, needs))
-
-    _FUNCTIONS[name] = functions
-    MLP.register(Backend(name, forward_of_schema, device_types, why_not))
-    MLP_BACKWARD.register(Backend(name, backward_of_schema, device_types, why_not))
+    output: Callable[..., Tensor]
+    forward: Callable[..., Outputs]
+    backward: Callable[..., Gradients]
 
 
-def _folded(x: Tensor, block: Block, before: Tensor, behind: Tensor | None) -> Block:
-    """The block with the factor before phi folded into the projection that feeds it."""
-    inputs: list[Any] = [x, *block]
-    here = _fed_by(block)
-    weight, bias = inputs[here]
-    wide = torch.promote_types(torch.promote_types(weight.dtype, x.dtype), torch.float32)
-    factor = before.to(wide)
-    inputs[here] = weight.to(wide) * factor.unsqueeze(1), None if bias is None else bias.to(wide) * factor
-    return Block(*inputs[1:])._replace(scale=behind)
+class BlockOperator:
+    """The operator `fusion_kernels::<name>`, `fusion_kernels::<name>_backward`, and the backends of both.
 
+    Attributes:
+        forward_operator: takes x, the extra inputs, the block's tensors, the activation, the level and a backend.
+        backward_operator: takes dy, the same tensors, what the forward kept, and the rest as the forward does; then
+            `needs`, whether x and each of the block's tensors need their gradients.
+    """
 
-def _fed_by(block: Block) -> slice:
-    """Where, behind x, the projection lies whose outputs phi takes, weight and bias: the gate's, or the only one."""
-    return slice(1, 3) if block.w_gate is None else slice(3, 5)
+    def __init__(
+        self,
+        name: str,
+        backward: Callable[..., Gradients],
+        on_gpu: Callable[[Tensor, FFN, int], str],
+        extra_inputs: tuple[str, ...] = (),
+    ) -> None:
+        """Declare both operators.
 
-
-def _folding_forward(forward: Callable[[Tensor, Block, int], Outputs]) -> Callable[[Tensor, Block, int], Outputs]:
-    @functools.wraps(forward)
-    def folding(x: Tensor, block: Block, checkpoint_level: int) -> Outputs:
-        before, behind = reference.factors(block.scale)
-        return forward(x, block if before is None else _folded(x, block, before, behind), checkpoint_level)
-
-    return folding
-
-
-def _folding_backward(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    @functools.wraps(backward)
-    def folding(
-        dy: Tensor, x: Tensor, block: Block, kept: Saved, checkpoint_level: int, needs: Sequence[bool]
-    ) -> Gradients:
-        before, behind = reference.factors(block.scale)
-        if before is None or block.scale is None:
-            return backward(dy, x, block, kept, checkpoint_level, needs)
-        here = _fed_by(block)
-        inputs: tuple[Any, ...] = (x, *block.tensors)
-        weight, bias = inputs[here]
-        inner = list(needs)
-        if needs[-1]:
-            inner[here] = True, bias is not None
-        found: list[Any] = list(backward(dy, x, _folded(x, block, before, behind), kept, checkpoint_level, inner))
-        dw, db = found[here]
-        wide = weight.dtype if dw is None else dw.dtype
-        if needs[-1]:
-            d_before = (dw * weight.to(wide)).sum(1)
-            if db is not None:
-                d_before = d_before + db.to(wide) * bias.to(wide)
-            found[-1] = torch.stack([found[-1].to(wide), d_before]).to(block.scale.dtype)
-        wanted, wanted_b = needs[here]
-        found[here] = (
-            (dw * before.to(wide).unsqueeze(1)).to(weight.dtype) if wanted else None,
-            (db * before.to(db.dtype)).to(bias.dtype) if wanted_b and db is not None else None,
+        Args:
+            name: the forward's.
+            backward: the specification's, (dy, x, *extra, ffn, needs) -> `Gradients`, of differentiable operations.
+            on_gpu: (x, ffn, checkpoint_level) -> the backend that `"auto"` is on a GPU.
+            extra_inputs: names of the tensors between x and the block's, which have no gradient.
+        """
+        self._specified, self._on_gpu = without_autocast(backward), on_gpu
+        self._before = 1 + len(extra_inputs)
+        #: How many tensors the forward takes.
+        self._inputs = self._before + len(TENSORS)
+        self._functions: dict[str, Functions] = {}
+        inputs = ", ".join(["Tensor x", *(f"Tensor {extra}" for extra in extra_inputs), SCHEMA])
+        options = "str activation, int checkpoint_level, str backend"
+        gradients = ", ".join("Tensor" for _ in Gradients._fields)
+        self.forward_operator = operator(
+            name,
+            f"({inputs}, {options}) -> (Tensor, Tensor, Tensor, Tensor)",
+            self._fake_forward,
+            self._choose_forward,
         )
-        return tuple(found)  # type: ignore[return-value]
+        self.backward_operator = operator(
+            f"{name}_backward",
+            f"(Tensor dy, {inputs}, Tensor z, Tensor g, Tensor a, {options}, bool[] needs) -> ({gradients})",
+            self._fake_backward,
+            self._choose_backward,
+        )
+        for of, differentiate, save in (
+            (self.forward_operator, self._differentiate, self._save_forward),
+            (self.backward_operator, self._differentiate_twice, self._save_backward),
+        ):
+            torch.library.register_autograd(f"{NAMESPACE}::{of.name}", differentiate, setup_context=save)
 
-    return folding
+    def register(
+        self,
+        name: str,
+        forward: Callable[..., Outputs],
+        backward: Callable[..., Gradients],
+        device_types: tuple[str, ...],
+        why_not: Callable[[], str | None] = lambda: None,
+        *,
+        output: Callable[..., Tensor] | None = None,
+    ) -> None:
+        """Add a backend of both operators; its functions are as in `Functions`.
 
+        `output` is the forward at level 2 with y alone, where that costs less than the forward.
 
-Result = TypeVar("Result")
+        They run with autocast off, whatever it was where the operator was called: what they compute in is the dtype of
+        x.
+        """
 
+        def first(*inputs: Any) -> Tensor:
+            return forward(*inputs, 2)[0]
 
-def without_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
-    """`function`, whose first argument is a tensor, with autocast off on its device."""
+        functions = Functions(*(without_autocast(function) for function in (output or first, forward, backward)))  # type: ignore[arg-type]
 
-    @functools.wraps(function)
-    def run_it(first: Tensor, *rest: Any) -> Result:
-        if not torch.is_autocast_enabled(first.device.type):
-            return function(first, *rest)
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *rest)
+        def forward_of_schema(*arguments: Any) -> Outputs:
+            rows, ffn, checkpoint_level, _ = self._parse_forward(arguments)
+            return functions.forward(*rows, ffn, checkpoint_level)
 
-    return run_it
+        def backward_of_schema(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+            rows, ffn, kept, checkpoint_level, _, needs = self._parse_backward(arguments)
+            return packed(rows[0], functions.backward(dy, *rows, ffn, kept, checkpoint_level, needs))
 
+        self._functions[name] = functions
+        self.forward_operator.register(Backend(name, forward_of_schema, device_types, why_not))
+        self.backward_operator.register(Backend(name, backward_of_schema, device_types, why_not))
 
-def run(x: Tensor, block: Block, checkpoint_level: int, backend: str, *, trains: bool) -> Tensor:
-    """y of the forward operator, differentiable; `trains` says whether anything asks for a gradient.
+    def functions(self, x: Tensor, ffn: FFN, checkpoint_level: int, backend: str) -> Functions:
+        """Those of the backend that answers for a call.
 
-    Where nothing does, the level is 2: nothing is kept.
-    """
-    if not is_direct((x, *block[:-1])):
-        y: Tensor = MLP.overload(x, *block, checkpoint_level, backend)[0]
-        return y
-    if trains:
-        return _Direct.apply(x, *block[:-1], block, checkpoint_level, backend)
-    return _FUNCTIONS[MLP.select(_choose(x, block, checkpoint_level, backend), x.device).name].output(x, block)
+        Raises:
+            ValueError, BackendUnavailableError: as `Operator.select` does.
+        """
+        chosen = self._choose(x, ffn, checkpoint_level, backend)
+        return self._functions[self.forward_operator.select(chosen, x.device).name]
 
+    def run(
+        self,
+        x: Tensor,
+        stored: Stored,
+        activation: str,
+        checkpoint_level: int,
+        backend: str,
+        *extra: Tensor,
+        trains: bool,
+    ) -> Tensor:
+        """y of the forward operator, differentiable.
 
-def forward(x: Tensor, block: Block, checkpoint_level: int, backend: str) -> Outputs:
-    """What the forward operator returns, without the operator."""
-    chosen = MLP.select(_choose(x, block, checkpoint_level, backend), x.device).name
-    return _FUNCTIONS[chosen].forward(x, block, checkpoint_level)
+        Args:
+            stored: the block's tensors, as `FFN.of_linears` takes them: what gradients are wanted for, so that no view
+                of them need be differentiated.
+            checkpoint_level: 2 where nothing asks for a gradient: nothing is kept.
+            trains: whether anything does.
+        """
+        if not is_direct((x, *extra, *stored)):
+            tensors = FFN.of_linears(stored, activation).tensors
+            y: Tensor = self.forward_operator.overload(x, *extra, *tensors, activation, checkpoint_level, backend)[0]
+            return y
+        if trains:
+            return _Direct.apply(x, *extra, *stored, self, (activation, checkpoint_level, backend))
+        ffn = FFN.of_linears(stored, activation)
+        return self.functions(x, ffn, checkpoint_level, backend).output(x, *extra, ffn)
 
+    # --- what the schemas take ---------------------------------------------------------------------------------------
 
-def backward(
-    dy: Tensor, x: Tensor, block: Block, kept: Saved, checkpoint_level: int, backend: str, needs: Sequence[bool]
-) -> Gradients:
-    """The gradients that are needed, without the backward operator."""
-    chosen = MLP_BACKWARD.select(_choose(x, block, checkpoint_level, backend), dy.device).name
-    return _FUNCTIONS[chosen].backward(dy, x, block, kept, checkpoint_level, needs)
+    def _parse_forward(self, arguments: Sequence[Any]) -> tuple[Sequence[Tensor], FFN, int, str]:
+        """x and the extra inputs, the block, the level and the backend."""
+        activation, checkpoint_level, backend = arguments[self._inputs :]
+        ffn = FFN.of(arguments[self._before : self._inputs], activation)
+        return arguments[: self._before], ffn, checkpoint_level, backend
 
+    def _parse_backward(self, arguments: Sequence[Any]) -> tuple[Sequence[Tensor], FFN, Saved, int, str, Needs]:
+        """The same behind dy, with what the forward kept behind the block, and the needs at the end."""
+        z, g, a, activation, checkpoint_level, backend, needs = arguments[self._inputs :]
+        ffn = FFN.of(arguments[self._before : self._inputs], activation)
+        return arguments[: self._before], ffn, (z, g, a), checkpoint_level, backend, Needs(*needs)
 
-def is_direct(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether nothing looks at the operators: no compiler, no dispatch mode, no tensor subclass."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() != 0:
-        return False
-    for t in tensors:  # noqa: SIM110 - a generator takes as long as all else here
-        if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
-            return False
-    return True
+    def _fake_forward(self, *arguments: Any) -> Outputs:
+        (x, *_), ffn, checkpoint_level, _ = self._parse_forward(arguments)
+        T, neurons, nothing = x.shape[0], ffn.w_in.shape[-2], (0,)
+        return (
+            x.new_empty((T, ffn.w_out.shape[-1])),
+            x.new_empty((T, neurons) if checkpoint_level < 2 else nothing),
+            x.new_empty((T, neurons) if checkpoint_level < 2 and ffn.gated else nothing),
+            x.new_empty((T, neurons) if checkpoint_level == 0 else nothing),
+        )
 
+    def _fake_backward(self, dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        (x, *_), ffn, *_, needs = self._parse_backward(arguments)
+        return packed(x, new_gradients(x, ffn, needs))
 
-def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[:N_INPUTS], *output[1:])
-    ctx.options = inputs[N_INPUTS:]
+    def _choose(self, x: Tensor, ffn: FFN, checkpoint_level: int, backend: str) -> str:
+        if backend != "auto" or not x.is_cuda:
+            return backend
+        return self._on_gpu(x, ffn, checkpoint_level)
 
+    def _choose_forward(self, *arguments: Any) -> str:
+        (x, *_), ffn, checkpoint_level, backend = self._parse_forward(arguments)
+        return self._choose(x, ffn, checkpoint_level, backend)
 
-def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:N_INPUTS])
-    nothing = (None,) * len(ctx.options)
-    if dy is None:
-        return (*(None for _ in needs), *nothing)
-    gradients = MLP_BACKWARD.overload(dy, *ctx.saved_tensors, *ctx.options, needs)
-    return (*(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *nothing)
+    def _choose_backward(self, dy: Tensor, *arguments: Any) -> str:
+        (x, *_), ffn, _, checkpoint_level, backend, _ = self._parse_backward(arguments)
+        return self._choose(x, ffn, checkpoint_level, backend)
+
+    # --- derivatives -------------------------------------------------------------------------------------------------
+
+    def _needs(self, ctx: Any) -> Needs:
+        flags = ctx.needs_input_grad
+        return Needs(flags[0], *flags[self._before : self._inputs])
+
+    def _save_forward(self, ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[: self._inputs], *output[1:])
+        ctx.options = inputs[self._inputs :]
+
+    def _differentiate(self, ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * len(ctx.options)
+        if dy is None:
+            return (*(None,) * self._inputs, *nothing)
+        dx, *others = self._derivative(dy, ctx.saved_tensors, ctx.options, self._needs(ctx))
+        return (dx, *(None,) * (self._before - 1), *others, *nothing)
+
+    def _derivative(self, dy: Tensor, tensors: Sequence[Any], options: tuple[Any, ...], needs: Needs) -> Gradients:
+        """The gradients by the backward operator.
+
+        Args:
+            tensors: the forward's, and what it has kept.
+            options: the forward's, behind its tensors.
+        """
+        found = self.backward_operator.overload(dy, *tensors, *options, list(needs))
+        return Gradients(*(t if need else None for t, need in zip(found, needs, strict=True)))
+
+    def _save_backward(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.needs = Needs(*inputs[-1])
+        ctx.mark_non_differentiable(*(t for t, need in zip(output, ctx.needs, strict=True) if not need))
+        tensors = 1 + self._inputs
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.activation = inputs[tensors + 3]
+        ctx.unused = len(inputs) - tensors
+
+    def _differentiate_twice(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[: 1 + self._inputs]
+        with torch.enable_grad():
+            # Views, because dy usually depends on the other inputs: what leads from one to another is not ours to
+            # count.
+            inputs: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+            ffn = FFN.of(inputs[1 + self._before :], ctx.activation)
+            outputs = self._specified(*inputs[: 1 + self._before], ffn, ctx.needs)
+        # A gradient that no input reaches has nothing to differentiate, e.g. that of b_out when dy is constant.
+        pairs = [
+            (output, cotangent)
+            for output, cotangent in zip(outputs, cotangents, strict=True)
+            if output is not None and cotangent is not None and output.requires_grad
+        ]
+        sources = [t for t, want in zip(inputs, wanted, strict=True) if want and t is not None]
+        found = iter(
+            torch.autograd.grad(
+                [output for output, _ in pairs],
+                sources,
+                [cotangent for _, cotangent in pairs],
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+            if pairs
+            else [None] * len(sources)
+        )
+        return (*(next(found) if want else None for want in wanted), *(None,) * ctx.unused)
 
 
 class _Direct(torch.autograd.Function):
-    """The forward operator's derivative without the operators between; in the activation's place comes the block."""
+    """The forward operator's derivative without the operators between.
+
+    Its inputs are x, the extra inputs and the block's tensors as `torch.nn.Linear` stores them; then the operator and
+    the forward's options.
+    """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        block, checkpoint_level, backend = inputs[N_INPUTS:]
-        y, z, g, a = forward(inputs[0], block, checkpoint_level, backend)
+        *tensors, of, options = inputs
+        activation, checkpoint_level, backend = options
+        rows, ffn = tensors[: of._before], FFN.of_linears(tensors[of._before :], activation)
+        functions = of.functions(rows[0], ffn, checkpoint_level, backend)
+        y, z, g, a = functions.forward(*rows, ffn, checkpoint_level)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:N_INPUTS], z, g, a)
-        ctx.options = block.activation, checkpoint_level, backend
+        ctx.save_for_backward(*tensors, z, g, a)
+        ctx.call = of, options, functions
         return y
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         (dy,) = cotangents
-        saved = ctx.saved_tensors
-        if dy is None or torch.is_grad_enabled() or not is_direct((dy, *saved)):
-            return _differentiate(ctx, dy)
-        activation, checkpoint_level, backend = ctx.options
-        x, block, kept = saved[0], Block._make((*saved[1:N_INPUTS], activation)), saved[N_INPUTS:]
-        needs = ctx.needs_input_grad[:N_INPUTS]
-        return (*backward(dy, x, block, kept, checkpoint_level, backend, needs), None, None, None)
+        (of, options, functions), saved = ctx.call, ctx.saved_tensors
+        if dy is None:
+            return (None,) * (of._inputs + 2)
+        needs, rows, kept = of._needs(ctx), saved[: of._before], saved[of._inputs :]
+        ffn = FFN.of_linears(saved[of._before : of._inputs], options[0])
+        if torch.is_grad_enabled() or not is_direct((dy, *saved)):
+            found = of._derivative(dy, (*rows, *ffn.tensors, *kept), options, needs)
+        else:
+            found = functions.backward(dy, *rows, ffn, kept, options[1], needs)
+        dx, dw_in, dw_out, *others = found
+        dw_out = None if dw_out is None else dw_out.mT
+        return (dx, *(None,) * (of._before - 1), dw_in, dw_out, *others, None, None)
 
 
-def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.needs = inputs[-1]
-    ctx.mark_non_differentiable(*(t for t, need in zip(output, ctx.needs, strict=True) if not need))
-    ctx.save_for_backward(*inputs[: 1 + N_INPUTS])
-    ctx.activation = inputs[4 + N_INPUTS]
-    ctx.unused = len(inputs) - 1 - N_INPUTS
+def _on_gpu(x: Tensor, ffn: FFN, checkpoint_level: int) -> str:
+    neurons, d_out = ffn.w_out.shape
+    shape = heuristics.Shape(x.shape[0], x.shape[1], neurons, d_out, ffn.gated, checkpoint_level)
+    return heuristics.path(torch.cuda.get_device_name(x.device), x.dtype, shape)
 
 
-def _differentiate_twice(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad[: 1 + N_INPUTS]
-    with torch.enable_grad():
-        # Views, because dy usually depends on the other inputs: what leads from one to another is not ours to count.
-        inputs: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-        dy, x, *tensors = inputs
-        outputs = without_autocast(reference.mlp_backward)(dy, x, Block._make((*tensors, ctx.activation)), ctx.needs)
-    # A gradient that no input reaches has nothing to differentiate, e.g. that of b_out when dy is constant.
-    pairs = [
-        (output, cotangent)
-        for output, cotangent in zip(outputs, cotangents, strict=True)
-        if output is not None and cotangent is not None and output.requires_grad
-    ]
-    sources = [t for t, want in zip(inputs, wanted, strict=True) if want and t is not None]
-    found = iter(
-        torch.autograd.grad(
-            [output for output, _ in pairs],
-            sources,
-            [cotangent for _, cotangent in pairs],
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )
-        if pairs
-        else [None] * len(sources)
-    )
-    return (*(next(found) if want else None for want in wanted), *(None,) * ctx.unused)
-
-
-torch.library.register_autograd(f"{NAMESPACE}::mlp", _differentiate, setup_context=_save_forward)
-torch.library.register_autograd(f"{NAMESPACE}::mlp_backward", _differentiate_twice, setup_context=_save_backward)
+MLP = BlockOperator("mlp", reference.mlp_backward, _on_gpu)

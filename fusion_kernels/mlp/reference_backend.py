@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
+from fusion_kernels.ffn import FFN
 from fusion_kernels.mlp import reference as reference
-from fusion_kernels.mlp.operators import Gradients, Outputs, Saved, saved
-from fusion_kernels.mlp.reference import Block
+from fusion_kernels.mlp.folding import fold_scale
+from fusion_kernels.mlp.operators import saved
+from fusion_kernels.mlp.types import Gradients, Needs, Outputs, Saved
 
 
-def forward(x: Tensor, block: Block, checkpoint_level: int) -> Outputs:
+def forward(x: Tensor, ffn: FFN, checkpoint_level: int) -> Outputs:
     """See `fusion_kernels.mlp.operators`."""
-    before, behind = reference.factors(block.scale)
-    z, g, a = reference.hidden(x, block, before)
-    y = reference.project(a, reference.fold_scale(block.w_out, behind, x.dtype), block.b_out)
+    before, behind = reference.factors(ffn.scale)
+    z, g, a = reference.hidden(x, ffn, before)
+    y = reference.project(a, fold_scale(ffn.w_out, behind, x.dtype).mT, ffn.b_out)
     return saved(y, z, g, a, checkpoint_level)
 
 
-def backward(
-    dy: Tensor, x: Tensor, block: Block, kept: Saved, checkpoint_level: int, needs: Sequence[bool]
-) -> Gradients:
+def backward(dy: Tensor, x: Tensor, ffn: FFN, kept: Saved, checkpoint_level: int, needs: Needs) -> Gradients:
     """See `fusion_kernels.mlp.operators`; the saved tensors are not used."""
-    return reference.mlp_backward(dy, x, block, needs)
+    return reference.mlp_backward(dy, x, ffn, needs)

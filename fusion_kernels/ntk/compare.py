@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusion_kernels.library import Backend, operator
+from fusion_kernels.ffn import FFN
+from fusion_kernels.library import Backend, check_name, operator
 from fusion_kernels.ntk import cpu_backend, cuda_backend
 from fusion_kernels.ntk import reference as reference
-from fusion_kernels.ntk.block import Block, Kernel, check_kernel, prepare
-from fusion_kernels.ntk.gram import Reduce, check_block_size, contraction_named, no_native
+from fusion_kernels.ntk.block import Prepared, prepare
+from fusion_kernels.ntk.gram import check_block_size, contraction_named
 from fusion_kernels.ntk.jacobian import NTKOperator
 from fusion_kernels.ntk.operators import exactly, function_named
-from fusion_kernels.ntk.reference import FFN, Differentiated
+from fusion_kernels.ntk.types import KERNELS, Block, Differentiated, Kernel, Reduce
 
 #: Rows up to which the sign kernel, which has no symmetry to save by, is compared exactly unless the caller says.
 EXACT_SIGN_ROWS = 8192
@@ -46,7 +47,7 @@ def _of_blocks(sums: Callable[..., Any]) -> Callable[..., Any]:
 
     def flat(x1: Tensor, x2: Tensor | None, *given: Any) -> Any:
         blocks = [
-            Differentiated(FFN(*tensors, exponent, activation), params, metric)  # type: ignore[call-arg]
+            Differentiated(FFN.of(tensors, activation, exponent), params, metric)
             for (*tensors, metric), exponent, activation, params in (given[:4], given[4:8])
         ]
         return run(x1, x2, *blocks, *given[8:])
@@ -54,7 +55,7 @@ def _of_blocks(sums: Callable[..., Any]) -> Callable[..., Any]:
     return flat
 
 
-_NTK_SUMS.register(Backend("cpu", _of_blocks(cpu_backend.ntk_sums), ("cpu",), no_native))
+_NTK_SUMS.register(Backend("cpu", _of_blocks(cpu_backend.ntk_sums), ("cpu",), cpu_backend.why_not))
 _NTK_SUMS.register(Backend("reference", _of_blocks(reference.ntk_sums), ("cpu", "cuda")))
 # Behind the reference, as of `ntk_gram`.
 _NTK_SUMS.register(Backend("cuda", _of_blocks(cuda_backend.ntk_sums), ("cuda",), cuda_backend.why_not))
@@ -198,62 +199,95 @@ def ntk_compare(
         >>> found.rows, found.relative_error > 0
         (20, True)
     """
-    check_kernel(kernel)
+    check_name("kernel", kernel, KERNELS)
     check_block_size(block_size)
     if eigenvalues < 0:
         raise ValueError(f"eigenvalues must not be negative, got {eigenvalues}")
     function = function_named(_NTK_SUMS, backend, x.device)
     both = [prepare(block, {"x": x}, params, metric) for block, metric in zip((a, b), metrics, strict=True)]
-    n = len(x)
-    if n == 0:
-        raise ValueError("x must have at least one row to compare kernels on")
-    if both[0].outputs != both[1].outputs:
-        raise ValueError(f"the blocks must have as many outputs: {both[0].outputs} and {both[1].outputs}")
-    if both[0].dtype != both[1].dtype:
-        raise ValueError(f"the blocks are computed in {both[0].dtype} and {both[1].dtype}: convert one of them")
-    rows = both[0].rows["x"]
-    named, direction = contraction_named(reduce, both[0].outputs, rows)
-    if named in ("full", "diagonal"):
-        raise ValueError(f"reduce {named!r} has an axis of outputs: use 'trace', 'pseudo' or a vector to compare")
-    if columns is None and kernel == "sign" and n > EXACT_SIGN_ROWS:
-        columns = SAMPLED_COLUMNS
-    if columns is not None and not _GROUPS <= columns <= n:
-        raise ValueError(f"columns must be between {_GROUPS} and the {n} inputs, got {columns}")
-    if columns == n:
-        columns = None
+    named, direction = _contraction(both[0], both[1], reduce)
+    rows, n = both[0].rows["x"], len(x)
+    columns = _columns(columns, n, kernel)
+    described = [i for p in both for i in ([*p.ffn.tensors, p.metric], p.ffn.scale_exponent, p.ffn.activation, p.parts)]
 
-    described = [item for p in both for item in ([*p.arguments(), p.metric], p.exponent, p.activation, p.parts)]
+    def sums_with(second: Tensor | None) -> Any:
+        return function(rows, second, *described, kernel, direction, block_size)
 
-    def sums(second: Tensor | None) -> list[Tensor]:
-        return [t.cpu() for t in function(rows, second, *described, kernel, direction, block_size)]
-
-    if columns is None:
-        parts: list[Tensor | None] = [None]
-    else:
-        drawn = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:columns].to(rows.device)
-        parts = [rows[part] for part in drawn.tensor_split(_GROUPS)]
-    found = [sums(part) for part in parts]
-    groups = torch.stack([group for group, _, _ in found])
-    total = groups.sum(0)
-    centred = _centred(total, torch.stack([r for _, r, _ in found]).sum(0), torch.cat([c for _, _, c in found], 1))
-    aa, ab, bb, dd = total.tolist()
+    sums = _summed(sums_with, rows, columns, seed)
     operators = [NTKOperator(p, rows, named, direction, kernel) for p in both]
     spectra = [
         largest_eigenvalues(k, eigenvalues if kernel == "gd" else 0, steps=2 * eigenvalues + 20, seed=seed)
         for k in operators
     ]
     traces = [float(k.diagonal().double().sum()) for k in operators]
+    aa, ab, bb, dd = sums.total.tolist()
     return NTKComparison(
         rows=n,
         columns=n if columns is None else columns,
         relative_error=_relative(dd, aa),
-        standard_error=0.0 if columns is None else _standard_error(groups) * math.sqrt(1 - columns / n),
+        standard_error=0.0 if columns is None else _standard_error(sums.groups) * math.sqrt(1 - columns / n),
         cosine=_cosine(aa, ab, bb),
-        alignment=_alignment(total, centred, both[0].dtype),
+        alignment=_alignment(sums.total, sums.centred, both[0].dtype),
         trace=(traces[0], traces[1]),
         eigenvalues=(spectra[0][0], spectra[1][0]),
         eigenvalue_errors=(spectra[0][1], spectra[1][1]),
     )
+
+
+def _contraction(a: Prepared, b: Prepared, reduce: Reduce) -> tuple[str, Tensor | None]:
+    """`contraction_named` of both kernels.
+
+    Raises:
+        ValueError: as there; there are no rows, or the kernels cannot be compared.
+    """
+    if len(a.rows["x"]) == 0:
+        raise ValueError("x must have at least one row to compare kernels on")
+    if a.outputs != b.outputs:
+        raise ValueError(f"the blocks must have as many outputs: {a.outputs} and {b.outputs}")
+    if a.dtype != b.dtype:
+        raise ValueError(f"the blocks are computed in {a.dtype} and {b.dtype}: convert one of them")
+    named, direction = contraction_named(reduce, a.outputs, a.rows["x"])
+    if named in ("full", "diagonal"):
+        raise ValueError(f"reduce {named!r} has an axis of outputs: use 'trace', 'pseudo' or a vector to compare")
+    return named, direction
+
+
+def _columns(columns: int | None, n: int, kernel: str) -> int | None:
+    """How many of n columns to draw, or None for all.
+
+    Raises:
+        ValueError: `columns` is too small for an error, or larger than n.
+    """
+    if columns is None:
+        return SAMPLED_COLUMNS if kernel == "sign" and n > EXACT_SIGN_ROWS else None
+    if not _GROUPS <= columns <= n:
+        raise ValueError(f"columns must be between {_GROUPS} and the {n} inputs, got {columns}")
+    return None if columns == n else columns
+
+
+class _Sums(NamedTuple):
+    """What the kernels are compared by: sums over groups of columns (groups, 4), over all, and of centred kernels."""
+
+    groups: Tensor
+    total: Tensor
+    centred: list[float]
+
+
+def _summed(sums: Callable[[Tensor | None], Any], rows: Tensor, columns: int | None, seed: int) -> _Sums:
+    """The sums over all columns at once, or over groups of those that are drawn.
+
+    Args:
+        sums: of the kernels of `rows` with other rows, or with themselves for None: what `ntk_sums` returns.
+    """
+    parts: list[Tensor | None] = [None]
+    if columns is not None:
+        drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:columns].to(rows.device)
+        parts = [rows[part] for part in drawn.tensor_split(_GROUPS)]
+    found = [[t.cpu() for t in sums(part)] for part in parts]
+    groups = torch.stack([group for group, _, _ in found])
+    total = groups.sum(0)
+    of_rows, of_columns = torch.stack([r for _, r, _ in found]).sum(0), torch.cat([c for _, _, c in found], 1)
+    return _Sums(groups, total, _centred(total, of_rows, of_columns))
 
 
 def _centred(sums: Tensor, rows: Tensor, columns: Tensor) -> list[float]:

@@ -1,9 +1,9 @@
 """Tangent kernels on the CPU: the compiled tiles of `csrc/cpu/ntk.h`.
 
-The weights of outputs and neurons are folded into hidden values and slopes when those are computed, so that a kernel is
-a sum of products of matrices, combined tile by tile. Memory beyond the result: (N, neurons) matrices and, per thread,
-three tiles. The bits do not depend on the number of threads. Kernels with an axis of outputs are products by BLAS
-(`blocks.py`), whose rounding may.
+Hidden values and slopes are multiplied by the weights of outputs and neurons when those are computed, so that a kernel
+is a sum of products of matrices, combined tile by tile. Memory beyond the result: (N, neurons) matrices and, per
+thread, three tiles. The bits do not depend on the number of threads. Kernels with an axis of outputs are products by
+BLAS (`outputs.py`), whose rounding may.
 """
 
 from __future__ import annotations
@@ -14,11 +14,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fusion_kernels import native
+from fusion_kernels.ffn import FFN
 from fusion_kernels.library import check_name
 from fusion_kernels.ntk import heuristics
-from fusion_kernels.ntk.blocks import outputs_gram
-from fusion_kernels.ntk.reference import FFN, KERNELS, Differentiated, check_names
-from fusion_kernels.ntk.weighting import Weights, fold
+from fusion_kernels.ntk.outputs import outputs_gram
+from fusion_kernels.ntk.types import KERNELS, Differentiated, check_names
+from fusion_kernels.ntk.weighting import Weights, weigh
+
+
+def why_not() -> str | None:
+    """In one line why the backend cannot run here, or None."""
+    return native.UNAVAILABLE
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ def _sides(
     kernel: str,
     direction: Tensor | None,
 ) -> _Sides:
-    left, right, shrink, coefficient = fold(ffn, metric, kernel, direction)
+    left, right, shrink, coefficient = weigh(ffn, metric, kernel, direction)
     tensors = [None if t is None else t.contiguous() for t in (ffn.w_in, ffn.w_gate, ffn.b_in, ffn.b_gate)]
 
     def side(x: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
@@ -65,7 +71,7 @@ def _sides(
     second = first if x2 is None and kernel == "gd" else side(x1 if x2 is None else x2, right)
     hidden1, hidden2 = (first[0], second[0]) if "w_out" in params else (None, None)
     constant = coefficient if "b_out" in params else 0.0
-    terms = _terms(params, len(ffn.w_in), ffn.w_gate is not None)
+    terms = _terms(params, len(ffn.w_in), ffn.gated)
     return _Sides(hidden1, hidden2, first[1], second[1], terms, constant)
 
 

@@ -1,10 +1,10 @@
 """Tangent kernels on NVIDIA GPUs: the compiled tiles of `csrc/cuda/ntk.h`.
 
 Each set of rows becomes one operand, its inputs, slopes and hidden values side by side, rounded or split as the
-precision says and with the weights of outputs and neurons folded in. A tile of the kernel is then computed by one block
+precision says and multiplied by the weights of outputs and neurons. A tile of the kernel is then computed by one block
 of threads, all products together: memory beyond the result is that of the operands, of the size of the inputs and the
 hidden values. No sum depends on the launch: the same call has the same bits. Pre-activations are products by cuBLAS in
-the dtype; kernels with an axis of outputs are products by cuBLAS altogether (`blocks.py`).
+the dtype; kernels with an axis of outputs are products by cuBLAS altogether (`outputs.py`).
 
 Precisions of float32 kernels:
 
@@ -26,11 +26,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusion_kernels import native
+from fusion_kernels.ffn import FFN
 from fusion_kernels.library import check_name
 from fusion_kernels.ntk import heuristics
-from fusion_kernels.ntk.blocks import outputs_gram
-from fusion_kernels.ntk.reference import FFN, KERNELS, Differentiated, check_names
-from fusion_kernels.ntk.weighting import Weights, fold
+from fusion_kernels.ntk.outputs import outputs_gram
+from fusion_kernels.ntk.types import KERNELS, Differentiated, check_names
+from fusion_kernels.ntk.weighting import Weights, weigh
 
 
 def why_not() -> str | None:
@@ -69,8 +70,8 @@ def _left_and_right(
     precision: str,
 ) -> Iterator[tuple[Tensor, Tensor, tuple[int | float | bool, ...]]]:
     """Both operands of each pass, and what `ntk_tiles` takes behind them up to `accumulate`."""
-    gated, symmetric = ffn.w_gate is not None, x2 is None and kernel == "gd"
-    left, right, shrink, coefficient = fold(ffn, metric, kernel, direction)
+    gated, symmetric = ffn.gated, x2 is None and kernel == "gd"
+    left, right, shrink, coefficient = weigh(ffn, metric, kernel, direction)
 
     def rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x = x.contiguous()

@@ -7,17 +7,14 @@ inner products are the operators of `operators.py`; the formulas are in `torch_b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 from torch import Tensor
 
 from fusion_kernels.library import Operator, check_name
-from fusion_kernels.ntk.block import Block, prepare
+from fusion_kernels.ntk.block import prepare
 from fusion_kernels.ntk.jacobian import check_columns, check_tangents, moved_parts, tangent_arguments
 from fusion_kernels.ntk.operators import NTK_GRADIENT_GRAM, NTK_GRADIENT_NORMS, NTK_JVP, function_named
-from fusion_kernels.ntk.reference import FORMS
-
-Form = Literal["auto", "ghost", "direct"]
+from fusion_kernels.ntk.types import VIAS, Block, Via
 
 
 def _run(
@@ -27,17 +24,17 @@ def _run(
     cotangents: Tensor,
     params: str | Sequence[str] | None,
     metric: Tensor | None,
-    form: Form,
+    via: Via,
     backend: str,
 ) -> Tensor:
     function = function_named(op, backend, x.device)
     if x.ndim != 3:
         raise ValueError(f"x must be (N, S, d), sequences of tokens, got {tuple(x.shape)}")
-    check_name("form", form, FORMS)
+    check_name("form", via, VIAS)
     prepared = prepare(block, {"x": x.flatten(0, 1)}, params, metric, {"cotangents": cotangents})
     check_columns("cotangents", cotangents, (*x.shape[:2], prepared.outputs))
     rows = prepared.rows["x"].view(x.shape)
-    return function(rows, *prepared.described(), prepared.rows["cotangents"], prepared.parts, prepared.metric, form)
+    return function(rows, *prepared.described(), prepared.rows["cotangents"], prepared.parts, prepared.metric, via)
 
 
 def gradient_gram(
@@ -47,7 +44,7 @@ def gradient_gram(
     *,
     params: str | Sequence[str] | None = None,
     metric: Tensor | None = None,
-    form: Form = "auto",
+    form: Via = "auto",
     backend: str = "auto",
 ) -> Tensor:
     """Return all inner products of per-sample gradients: a tangent kernel of sequences, contracted by `cotangents`.
@@ -56,7 +53,8 @@ def gradient_gram(
         block, params, metric: as in `ntk_gram`.
         x: (N, S, d), the block's inputs at every token.
         cotangents: (N, S, outputs), the derivative of each sample's loss by the block's outputs.
-        form: `"ghost"` or `"direct"` to insist on one; they differ by rounding and cost.
+        form: what the products are computed through: `"ghost"`, products of tokens, or `"direct"`, the gradients;
+            they differ by rounding and cost. `"auto"` takes the cheaper one for each part.
         backend: as in `jvp`; the reference forms gradients whatever `form` says.
 
     Returns:
@@ -68,7 +66,7 @@ def gradient_gram(
         BackendUnavailableError: `backend` cannot run here.
 
     Sources: Goodfellow, "Efficient Per-Example Gradient Computations", 2015, arXiv 1510.01799; Li et al., "Large
-    Language Models Can Be Strong Differentially Private Learners", 2022, arXiv 2110.05679 (the ghost form).
+    Language Models Can Be Strong Differentially Private Learners", 2022, arXiv 2110.05679 (ghost).
 
     Examples:
         >>> block = mlp_fusion.FusedMLP.from_mlp(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
@@ -88,7 +86,7 @@ def gradient_norms(
     *,
     params: str | Sequence[str] | None = None,
     metric: Tensor | None = None,
-    form: Form = "auto",
+    form: Via = "auto",
     backend: str = "auto",
 ) -> Tensor:
     """Return the Euclidean norm of each sample's gradient: (N,); arguments as in `gradient_gram`.

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from fusion_kernels import native
-from fusion_kernels.library import Backend, operator
+from fusion_kernels.ffn import FFN
+from fusion_kernels.library import Backend, check_name, operator
 from fusion_kernels.ntk import cpu_backend, cuda_backend
 from fusion_kernels.ntk import reference as reference
-from fusion_kernels.ntk.block import Block, Kernel, all_finite, check_kernel, prepare
+from fusion_kernels.ntk.block import all_finite, prepare
 from fusion_kernels.ntk.operators import FFN_ARGUMENTS, exactly, of_ffn
-from fusion_kernels.ntk.reference import FFN
-
-#: How the outputs of a block enter its kernel; a vector is a direction r, for the kernel of the function r.F.
-Reduce = Literal["trace", "full", "diagonal", "pseudo"] | Sequence[float] | Tensor
-#: How the products of a kernel are computed; all but the first by the backend `"cuda"` only.
-Precision = Literal["highest", "tf32x3", "bf16x3", "bf16"]
+from fusion_kernels.ntk.types import KERNELS, Block, Kernel, Precision, Reduce
 
 _ARGUMENTS = (
     f"Tensor x1, Tensor? x2, {FFN_ARGUMENTS}, str[] params, str kernel, str reduce='trace', Tensor? direction=None, "
@@ -43,11 +38,6 @@ def _fake_out(out: Tensor, *_: object) -> None:
     return None
 
 
-def no_native() -> str | None:
-    """In one line why compiled code cannot run here, or None."""
-    return native.UNAVAILABLE
-
-
 _NTK_GRAM = operator("ntk_gram", f"({_ARGUMENTS}) -> Tensor", of_ffn(_fake, 2))
 # The same, into memory that is there: a kernel may be most of what fits.
 _NTK_GRAM_OUT = operator("ntk_gram_out", f"(Tensor(a!) out, {_ARGUMENTS}) -> ()", _fake_out)
@@ -63,7 +53,7 @@ def _register(
     _NTK_GRAM_OUT.register(Backend(name, of_ffn(exactly(into), 3), devices, why_not))
 
 
-_register("cpu", cpu_backend.ntk_gram, ("cpu",), no_native)
+_register("cpu", cpu_backend.ntk_gram, ("cpu",), cpu_backend.why_not)
 _register("reference", reference.ntk_gram, ("cpu", "cuda"), lambda: None)
 # Behind the reference, and so for those who ask by name, until bench/gpu_ntk.py has passed on a GPU.
 _register("cuda", cuda_backend.ntk_gram, ("cuda",), cuda_backend.why_not)
@@ -218,7 +208,7 @@ def ntk_gram(
         >>> gram.shape, torch.allclose(gram[0, 0], trace, rtol=1e-4)
         (torch.Size([5, 5]), True)
     """
-    check_kernel(kernel)
+    check_name("kernel", kernel, KERNELS)
     check_block_size(block_size)
     op = _NTK_GRAM if out is None else _NTK_GRAM_OUT
     chosen = op.select(backend, x1.device)
@@ -233,7 +223,7 @@ def ntk_gram(
     )
     if out is None:
         return function(*arguments)
-    read = (first, second, *prepared.arguments(), direction, prepared.metric)
-    _check_out(out, _shape(first, second, prepared.tensors["w_out"], named), first, read)
+    read = (first, second, *prepared.ffn.tensors, direction, prepared.metric)
+    _check_out(out, _shape(first, second, prepared.ffn.w_out, named), first, read)
     function(out, *arguments)
     return out

@@ -1,4 +1,4 @@
-"""Which form of a product costs less, and how large the pieces are: functions of shapes alone."""
+"""Which way to a product costs less, and how large the pieces are: functions of shapes alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def gram_is_cheaper(rows: int, width: int, columns: int, uses: int = 1) -> bool:
 def ghost_norm_is_cheaper(tokens: int, inputs: int, outputs: int) -> bool:
     """Whether the norm of a linear layer's gradient over `tokens` costs less without forming the gradient.
 
-    The ghost form takes 2 S^2 (di + do) operations per sample, the gradient 2 S di do.
+    Through products of tokens it takes 2 S^2 (di + do) operations per sample, through the gradient 2 S di do.
     """
     return tokens * (inputs + outputs) < inputs * outputs
 
@@ -41,6 +41,6 @@ def ghost_norm_is_cheaper(tokens: int, inputs: int, outputs: int) -> bool:
 def ghost_gram_is_cheaper(samples: int, tokens: int, inputs: int, outputs: int) -> bool:
     """The same for all inner products among `samples` gradients.
 
-    The ghost form takes 2 N^2 S^2 (di + do) operations, gradients 2 N S di do + 2 N^2 di do.
+    Through products of tokens it takes 2 N^2 S^2 (di + do) operations, through gradients 2 N S di do + 2 N^2 di do.
     """
     return samples * tokens**2 * (inputs + outputs) < (tokens + samples) * inputs * outputs

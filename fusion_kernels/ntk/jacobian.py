@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_kernels.ntk.block import PARTS, Block, Kernel, Prepared, bundle_of, check_kernel, prepare
-from fusion_kernels.ntk.gram import Reduce, contraction_named
+from fusion_kernels.ffn import PARTS
+from fusion_kernels.library import check_name
+from fusion_kernels.ntk.block import Prepared, ffn_of, prepare
+from fusion_kernels.ntk.gram import contraction_named
 from fusion_kernels.ntk.operators import NTK_JVP, NTK_VJP, NTK_VP, exactly, function_named
-from fusion_kernels.ntk.reference import FFN
 from fusion_kernels.ntk.torch_backend import FactoredKernel
+from fusion_kernels.ntk.types import KERNELS, Block, Kernel, Reduce
 
 #: How many products an operator expects to serve when it decides what to keep: a solve takes about as many.
 _USES = 32
@@ -28,12 +30,12 @@ def check_tangents(block: Block, tangents: Mapping[str, Tensor], name: str = "ta
     Raises:
         ValueError: an unknown part, one the block does not have, or a wrong shape.
     """
-    bundle = bundle_of(block)
+    own = ffn_of(block).named()
+    present = [part for part in PARTS if part in own]
     for part, tangent in tangents.items():
-        stored = getattr(bundle, part) if part in PARTS else None
-        if stored is None:
-            present = ", ".join(p for p in PARTS if getattr(bundle, p) is not None)
-            raise ValueError(f"{name}: this block has no {part!r}, its parts are {present}")
+        if part not in present:
+            raise ValueError(f"{name}: this block has no {part!r}, its parts are {', '.join(present)}")
+        stored = own[part]
         if tangent.shape != stored.shape:
             raise ValueError(f"{name}[{part!r}] must be {tuple(stored.shape)}, got {tuple(tangent.shape)}")
     return {f"{name}[{part}]": tangent for part, tangent in tangents.items()}
@@ -150,10 +152,9 @@ class NTKOperator:
         self, prepared: Prepared, x: Tensor, reduce: str, direction: Tensor | None, kernel: str, shift: float = 0.0
     ) -> None:
         """See `ntk_operator`; `reduce` is `"full"`, `"trace"` or `"vector"`."""
-        ffn = FFN(*prepared.described())  # type: ignore[arg-type]
-        described = (ffn, prepared.parts, kernel, reduce, direction, prepared.metric, _USES)
+        described = (prepared.ffn, prepared.parts, kernel, reduce, direction, prepared.metric, _USES)
         self._kernel: FactoredKernel = exactly(FactoredKernel)(x, *described)
-        self._like = prepared.tensors["w_out"][:0]
+        self._like = prepared.ffn.w_out[:0]
         self._rows, self._outputs, self._shift = len(x), prepared.outputs if reduce == "full" else None, shift
         size = len(x) * (1 if self._outputs is None else self._outputs)
         self.shape = (size, size)
@@ -240,7 +241,7 @@ def ntk_operator(
         >>> torch.allclose(operator.matmat(torch.eye(5)), gram + 0.5 * torch.eye(5), rtol=1e-3, atol=1e-4)
         True
     """
-    check_kernel(kernel)
+    check_name("kernel", kernel, KERNELS)
     if not math.isfinite(shift):
         raise ValueError(f"shift must be finite, got {shift}")
     prepared = prepare(block, {"x": x}, params, metric)
@@ -297,7 +298,7 @@ def ntk_vp(
         >>> torch.allclose(product, torch.einsum("nmop,mp->no", full, v), rtol=1e-3, atol=1e-4)
         True
     """
-    check_kernel(kernel)
+    check_name("kernel", kernel, KERNELS)
     function = function_named(NTK_VP, backend, x.device)
     prepared = prepare(block, {"x": x}, params, metric, {"v": v})
     check_columns("v", v, (len(x), prepared.outputs))
@@ -339,7 +340,7 @@ def trace_ntk_vp(
         >>> torch.allclose(product, fusion_kernels.ntk_gram(block, x) @ v, rtol=1e-3, atol=1e-4)
         True
     """
-    check_kernel(kernel)
+    check_name("kernel", kernel, KERNELS)
     if isinstance(reduce, str) and reduce == "full":
         raise ValueError("trace_ntk_vp is of a kernel with one number per pair of inputs: use ntk_vp for 'full'")
     if v.ndim not in (1, 2) or len(v) != len(x):

@@ -15,16 +15,13 @@ import torch
 from torch import Tensor
 
 from fusion_kernels import native
+from fusion_kernels.ffn import FFN, SCHEMA, TENSORS
 from fusion_kernels.library import Backend, Operator, operator
 from fusion_kernels.ntk import reference as reference
 from fusion_kernels.ntk import torch_backend
-from fusion_kernels.ntk.reference import FFN
 
-#: The members of `FFN` in an operator's schema.
-FFN_ARGUMENTS = (
-    "Tensor w_in, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, Tensor w_out, Tensor? scale, "
-    "float scale_exponent, str activation"
-)
+#: A block in an operator's schema.
+FFN_ARGUMENTS = f"{SCHEMA}, float scale_exponent, str activation"
 
 
 def exactly(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,10 +37,15 @@ def exactly(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def of_ffn(function: Callable[..., Any], tensors: int) -> Callable[..., Any]:
-    """`function` of an `FFN` behind some `tensors`, for an operator: with the members of the `FFN` one by one."""
-    end = tensors + len(FFN._fields)
-    return lambda *given: function(*given[:tensors], FFN(*given[tensors:end]), *given[end:])
+def of_ffn(function: Callable[..., Any], before: int) -> Callable[..., Any]:
+    """`function` of an `FFN` behind `before` tensors, for an operator: with `FFN_ARGUMENTS` in the block's place."""
+    end = before + len(TENSORS)
+
+    def flat(*given: Any) -> Any:
+        exponent, activation, *rest = given[end:]
+        return function(*given[:before], FFN.of(given[before:end], activation, exponent), *rest)
+
+    return flat
 
 
 def function_named(op: Operator, backend: str, device: torch.device) -> Callable[..., Any]:
@@ -86,7 +88,7 @@ def _fake_norms(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape[0])
 
 
-_GRADIENTS = "Tensor cotangents, str[] params, Tensor? metric, str form"
+_GRADIENTS = "Tensor cotangents, str[] params, Tensor? metric, str via"
 
 NTK_JVP = _declare("ntk_jvp", "Tensor?[] tangents", "Tensor", _fake_jvp, "jvp")
 NTK_VJP = _declare("ntk_vjp", "Tensor cotangent, str[] params", "Tensor[]", _fake_vjp, "vjp")

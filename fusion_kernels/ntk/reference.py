@@ -26,73 +26,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fusion_kernels.activations import get_activation
+from fusion_kernels.ffn import FFN, PARTS
 from fusion_kernels.library import check_name
+from fusion_kernels.ntk.types import VIAS, Differentiated, check_names
 
 #: Bytes of one temporary of a block of rows; a few such are held beside the result.
 BLOCK_BYTES = 64 << 20
 
 
-class FFN(NamedTuple):
-    """A block, as the operators take it behind its rows.
+def factors(ffn: FFN, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """A and `{"in": S}` of the rows x (N, d), for a gated block `{"in": S, "gate": T}`; each (N, neurons).
 
-    Attributes:
-        w_in, w_gate: (neurons, d); the block is gated when `w_gate` is there. All tensors share one dtype, float32 or
-            float64, and one device.
-        b_in, b_gate: (neurons,) or None.
-        w_out: (neurons, outputs).
-        scale: (neurons,) or None.
-        scale_exponent, activation: a and the name of phi.
+    All tensors share one dtype, float32 or float64, and one device.
     """
-
-    w_in: Tensor
-    w_gate: Tensor | None
-    b_in: Tensor | None
-    b_gate: Tensor | None
-    w_out: Tensor
-    scale: Tensor | None
-    scale_exponent: float
-    activation: str
-
-    def factors(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """A and `{"in": S}` of the rows x (N, d), for a gated block `{"in": S, "gate": T}`; each (N, neurons)."""
-        phi, a = get_activation(self.activation), self.scale_exponent
-        p = self.w_in.new_ones(self.w_in.shape[0]) if self.scale is None else self.scale
-        z = F.linear(x, self.w_in, self.b_in)
-        if self.w_gate is None:
-            z = z / p**a
-            return p ** (1 - a) * phi.function(z), {"in": p ** (1 - 2 * a) * phi.derivative(z)}
-        g = F.linear(x, self.w_gate, self.b_gate) / p**a
-        s = p ** (1 - 2 * a) * phi.function(g)
-        return s * z, {"in": s, "gate": p ** (1 - 3 * a) * phi.derivative(g) * z}
-
-
-class Differentiated(NamedTuple):
-    """A block, the parts it is differentiated by, and the metric (neurons,) of its neurons or None."""
-
-    ffn: FFN
-    params: Sequence[str]
-    metric: Tensor | None
-
-
-#: What operators take by name, and no backend may take for another.
-KERNELS = ("gd", "sign")
-REDUCTIONS = ("trace", "full", "diagonal", "vector")
-FORMS = ("auto", "ghost", "direct")
-
-
-def check_names(kernel: str, reduce: str, direction: Tensor | None) -> None:
-    """Raise ValueError for a kernel or a reduction that is unknown, or a direction that does not go with it."""
-    check_name("kernel", kernel, KERNELS)
-    check_name("reduction", reduce, REDUCTIONS)
-    if (direction is not None) != (reduce == "vector"):
-        raise ValueError(f"reduction {reduce!r}: pass a direction to 'vector' and to no other")
+    phi, a = get_activation(ffn.activation), ffn.scale_exponent
+    p = ffn.w_in.new_ones(ffn.w_in.shape[0]) if ffn.scale is None else ffn.scale
+    z = F.linear(x, ffn.w_in, ffn.b_in)
+    if ffn.w_gate is None:
+        z = z / p**a
+        return p ** (1 - a) * phi.function(z), {"in": p ** (1 - 2 * a) * phi.derivative(z)}
+    g = F.linear(x, ffn.w_gate, ffn.b_gate) / p**a
+    s = p ** (1 - 2 * a) * phi.function(g)
+    return s * z, {"in": s, "gate": p ** (1 - 3 * a) * phi.derivative(g) * z}
 
 
 def contraction(w_out: Tensor, direction: Tensor | None, kernel: str) -> tuple[Tensor, Tensor, float]:
@@ -137,7 +98,7 @@ def ntk_gram(
     Args:
         x1: (N1, d), of the block's dtype and on its device.
         x2: (N2, d), or None for `x1`.
-        params: some of `w_in`, `b_in`, `w_gate`, `b_gate`, `w_out`, `b_out`.
+        params: some of `PARTS`.
         kernel: `"gd"` or `"sign"`.
         reduce: `"trace"`, `"full"`, `"diagonal"`, or `"vector"` with `direction`.
         direction: (outputs,).
@@ -194,8 +155,8 @@ class Side:
 
 def sides(x1: Tensor, x2: Tensor | None, ffn: FFN, metric: Tensor | None, kernel: str) -> tuple[Side, Side]:
     """The left and the right side of a kernel; arguments as in `ntk_gram`."""
-    a1, slopes1 = ffn.factors(x1)
-    a2, slopes2 = (a1, slopes1) if x2 is None else ffn.factors(x2)
+    a1, slopes1 = factors(ffn, x1)
+    a2, slopes2 = (a1, slopes1) if x2 is None else factors(ffn, x2)
     right = x1 if x2 is None else x2
     if metric is not None:
         m1, m2 = (metric.sqrt(), metric.sqrt()) if kernel == "gd" else (metric, torch.ones_like(metric))
@@ -233,8 +194,8 @@ def between(
         s1, s2 = left.slopes[name], right.slopes[name]
         if reduce in ("full", "diagonal"):
             pairs = over_inputs[:, :, None] * s1[:, None] * s2[None]
-            form = "nmj,jo,jp->nmop" if reduce == "full" else "nmj,jo,jo->nmo"
-            gram += torch.einsum(form, pairs, left.w_out, right.w_out)
+            axes = "nmj,jo,jp->nmop" if reduce == "full" else "nmj,jo,jo->nmo"
+            gram += torch.einsum(axes, pairs, left.w_out, right.w_out)
         else:
             gram += over_inputs * ((s1 * weight1) @ (s2 * weight2).T)
     return gram
@@ -309,20 +270,21 @@ def jvp(
 
     Args:
         x: (N, d); the block as in `ntk_gram`.
-        tangents: of `w_in`, `b_in`, `w_gate`, `b_gate`, `w_out` and `b_out`, each of its part's shape, or None for 0.
+        tangents: by `PARTS`, each of its part's shape, or None for 0.
     """
-    hidden, slopes = ffn.factors(x)
+    hidden, slopes = factors(ffn, x)
     result = x.new_zeros(len(x), ffn.w_out.shape[1])
-    d_in, d_b_in, d_gate, d_b_gate, d_out, d_b_out = tangents
-    for name, weight, bias in (("in", d_in, d_b_in), ("gate", d_gate, d_b_gate)):
+    moved = dict(zip(PARTS, tangents, strict=True))
+    for name in slopes:
+        weight, bias = moved[f"w_{name}"], moved[f"b_{name}"]
         if weight is not None:
             result += (slopes[name] * (x @ weight.T)) @ ffn.w_out
         if bias is not None:
             result += (slopes[name] * bias) @ ffn.w_out
-    if d_out is not None:
-        result += hidden @ d_out
-    if d_b_out is not None:
-        result += d_b_out
+    if moved["w_out"] is not None:
+        result += hidden @ moved["w_out"]
+    if moved["b_out"] is not None:
+        result += moved["b_out"]
     return result
 
 
@@ -333,7 +295,7 @@ def vjp(
     params: Sequence[str],
 ) -> list[Tensor]:
     """Return J' times `cotangent` (N, outputs): the gradients by `params`, in their order, each of its part's shape."""
-    hidden, slopes = ffn.factors(x)
+    hidden, slopes = factors(ffn, x)
     gradients = {"w_out": hidden.T @ cotangent, "b_out": cotangent.sum(0)}
     for name, slope in slopes.items():
         back = slope * (cotangent @ ffn.w_out.T)
@@ -392,16 +354,16 @@ def gradient_gram(
     cotangents: Tensor,
     params: Sequence[str],
     metric: Tensor | None,
-    form: str,
+    via: str,
 ) -> Tensor:
     """Return the inner products of all pairs of `sample_gradients`: (N, N), symmetric.
 
     Args:
-        form: how other backends are to compute it; of no meaning here.
+        via: how other backends are to compute it; of no meaning here.
     """
-    check_name("form", form, FORMS)
+    check_name("form", via, VIAS)
     gram = x.new_zeros(len(x), len(x))
-    blocks = _sample_blocks(x, *ffn[:5])
+    blocks = _sample_blocks(x, ffn)
     for number, here in enumerate(blocks):
         own = sample_gradients(x[here], ffn, cotangents[here], params, metric)
         for there in blocks[: number + 1]:
@@ -416,17 +378,17 @@ def gradient_norms(
     cotangents: Tensor,
     params: Sequence[str],
     metric: Tensor | None,
-    form: str,
+    via: str,
 ) -> Tensor:
     """Return the Euclidean norms of `sample_gradients`: (N,). Arguments as in `gradient_gram`."""
-    check_name("form", form, FORMS)
+    check_name("form", via, VIAS)
     norms = x.new_zeros(len(x))
-    for here in _sample_blocks(x, *ffn[:5]):
+    for here in _sample_blocks(x, ffn):
         norms[here] = sample_gradients(x[here], ffn, cotangents[here], params, metric).norm(dim=1)
     return norms
 
 
-def _sample_blocks(x: Tensor, *parts: Tensor | None) -> list[slice]:
-    """Samples whose gradients by `parts` take `BLOCK_BYTES`."""
-    parameters = sum(part.numel() for part in parts if part is not None)
+def _sample_blocks(x: Tensor, ffn: FFN) -> list[slice]:
+    """Samples whose gradients by the block's parts take `BLOCK_BYTES`."""
+    parameters = sum(t.numel() for name, t in ffn.named().items() if name in PARTS)
     return list(_row_blocks(len(x), parameters * x.element_size(), None))

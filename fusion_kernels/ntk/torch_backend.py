@@ -29,9 +29,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fusion_kernels.ffn import FFN, PARTS
 from fusion_kernels.library import check_name
 from fusion_kernels.ntk import heuristics
-from fusion_kernels.ntk.reference import FFN, FORMS, check_names, contraction
+from fusion_kernels.ntk.reference import contraction, factors
+from fusion_kernels.ntk.types import VIAS, check_names
 
 # A layer of the gradient: activations (N, S, di), backpropagated (N, S, do), and whether weight and bias count.
 _Layer = tuple[Tensor, Tensor, bool, bool]
@@ -44,12 +46,12 @@ def block_factors(x: Tensor, ffn: FFN) -> tuple[Tensor, dict[str, Tensor]]:
     """
     step = heuristics.row_block(8 * len(ffn.w_in) * x.element_size())
     if len(x) <= step:
-        return ffn.factors(x)
+        return factors(ffn, x)
     hidden = x.new_empty(len(x), len(ffn.w_in))
-    slopes = {name: torch.empty_like(hidden) for name in (("in",) if ffn.w_gate is None else ("in", "gate"))}
+    slopes = {name: torch.empty_like(hidden) for name in (("in", "gate") if ffn.gated else ("in",))}
     for begin in range(0, len(x), step):
         here = slice(begin, begin + step)
-        hidden[here], part = ffn.factors(x[here])
+        hidden[here], part = factors(ffn, x[here])
         for name, slope in part.items():
             slopes[name][here] = slope
     return hidden, slopes
@@ -62,18 +64,19 @@ def jvp(
 ) -> Tensor:
     """J times the tangents: arguments and result as in `fusion_kernels.ntk.reference.jvp`."""
     hidden, slopes = block_factors(x, ffn)
-    weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out = tangents
+    moves = dict(zip(PARTS, tangents, strict=True))
     moved = torch.zeros_like(hidden)
-    for name, weight, bias in (("in", weight_in, bias_in), ("gate", weight_gate, bias_gate)):
+    for name, slope in slopes.items():
+        weight, bias = moves[f"w_{name}"], moves[f"b_{name}"]
         if weight is not None:
-            moved += slopes[name] * (x @ weight.T)
+            moved += slope * (x @ weight.T)
         if bias is not None:
-            moved += slopes[name] * bias
+            moved += slope * bias
     result = moved @ ffn.w_out
-    if weight_out is not None:
-        result += hidden @ weight_out
-    if bias_out is not None:
-        result += bias_out
+    if moves["w_out"] is not None:
+        result += hidden @ moves["w_out"]
+    if moves["b_out"] is not None:
+        result += moves["b_out"]
     return result
 
 
@@ -240,15 +243,15 @@ def gradient_gram(
     cotangents: Tensor,
     params: Sequence[str],
     metric: Tensor | None,
-    form: str,
+    via: str,
 ) -> Tensor:
     """All inner products of gradients: arguments and result as in `fusion_kernels.ntk.reference.gradient_gram`."""
-    check_name("form", form, FORMS)
+    check_name("form", via, VIAS)
     n, s = cotangents.shape[:2]
     gram = x.new_zeros(n, n)
     for a, b, weight, bias in _layers(x, ffn, cotangents, params, metric):
         ghost = (
-            heuristics.ghost_gram_is_cheaper(n, s, a.shape[2] + bias, b.shape[2]) if form == "auto" else form == "ghost"
+            heuristics.ghost_gram_is_cheaper(n, s, a.shape[2] + bias, b.shape[2]) if via == "auto" else via == "ghost"
         )
         (_add_ghost_gram if ghost else _add_direct_gram)(gram, a, b, weight, bias)
     return gram.tril() + gram.tril(-1).T
@@ -286,15 +289,15 @@ def gradient_norms(
     cotangents: Tensor,
     params: Sequence[str],
     metric: Tensor | None,
-    form: str,
+    via: str,
 ) -> Tensor:
     """The norms of gradients: arguments and result as in `fusion_kernels.ntk.reference.gradient_norms`."""
-    check_name("form", form, FORMS)
+    check_name("form", via, VIAS)
     n, s = cotangents.shape[:2]
     squares = x.new_zeros(n)
     for a, b, weight, bias in _layers(x, ffn, cotangents, params, metric):
         inputs, outputs = a.shape[2], b.shape[2]
-        ghost = heuristics.ghost_norm_is_cheaper(s, inputs, outputs) if form == "auto" else form == "ghost"
+        ghost = heuristics.ghost_norm_is_cheaper(s, inputs, outputs) if via == "auto" else via == "ghost"
         step = heuristics.row_block(2 * (s * s if ghost else inputs * outputs) * a.element_size())
         tokens = heuristics.row_block(2 * s * a.element_size())
         for begin in range(0, n, step):

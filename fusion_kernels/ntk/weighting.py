@@ -1,6 +1,7 @@
-"""The weights of outputs, neurons and metric, folded into the factors of a kernel of one number per pair of rows.
+"""The weights of outputs, neurons and metric, for the factors of a kernel of one number per pair of rows.
 
-What is left is a sum of products of matrices of rows, which the compiled tiles compute (`csrc/cpu/ntk.h`).
+Multiplied by them, what is left is a sum of products of matrices of rows, which the compiled tiles compute
+(`csrc/cpu/ntk.h`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusion_kernels.ntk.reference import FFN, contraction
+from fusion_kernels.ffn import FFN
+from fusion_kernels.ntk.reference import contraction
 
 
 @dataclass(frozen=True)
@@ -30,22 +32,22 @@ class Weights:
     signs: bool
 
 
-def fold(
+def weigh(
     ffn: FFN, metric: Tensor | None, kernel: str, direction: Tensor | None
 ) -> tuple[Weights, Weights, Tensor | None, float]:
-    """Return the weights of both sets of rows, what goes through the activation is multiplied by, and `[o = o']`.
+    """Return the weights of both sets of rows, the factor of what goes through the activation, and `[o = o']`.
 
     In `"gd"` the weights are the same, so that the kernel of one set of rows with itself is a Gram matrix. Arguments
     as in `fusion_kernels.ntk.reference.ntk_gram`.
     """
-    w_out, scale, a, gated = ffn.w_out, ffn.scale, ffn.scale_exponent, ffn.w_gate is not None
+    w_out, scale, a = ffn.w_out, ffn.scale, ffn.scale_exponent
     p = w_out.new_ones(w_out.shape[0]) if scale is None else scale
     m = torch.ones_like(p) if metric is None else metric
     weight1, weight2, coefficient = contraction(w_out, direction, kernel)
 
     def weights(of_hidden: Tensor, of_slopes: Tensor, signs: bool) -> Weights:
-        gate = of_slopes * p ** (1 - 3 * a) if gated else None
-        return Weights(of_hidden * p ** (1 - (2 if gated else 1) * a), of_slopes * p ** (1 - 2 * a), gate, signs)
+        gate = of_slopes * p ** (1 - 3 * a) if ffn.gated else None
+        return Weights(of_hidden * p ** (1 - (2 if ffn.gated else 1) * a), of_slopes * p ** (1 - 2 * a), gate, signs)
 
     if kernel == "gd":
         root = m.sqrt()

@@ -8,7 +8,7 @@ neuron's vector. A plain FFN is `y = sum_j act(w_in_j . x + b_in_j) w_out_j + b_
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.activations import get_activation
+from fusion_kernels.ffn import FFN, TENSORS
 
 Parameterization = Literal["folded", "scaled", "split"]
 
 #: How much of the cluster size p the weights carry: weights are stored as p^a times the canonical ones.
 SCALE_EXPONENTS: dict[str, float] = {"scaled": 0.0, "split": 0.5}
 
-#: Tensors with a neuron axis, in the order of their columns in :meth:`NeuronBundle.vectors`.
+#: Parts with a neuron axis, in the order of their columns in :meth:`NeuronBundle.vectors`.
 _VECTOR_FIELDS = ("w_gate", "w_in", "b_gate", "b_in", "w_out")
-_OPTIONAL_FIELDS = ("w_gate", "b_in", "b_gate", "b_out", "scale")
 
 
 def check_parameterization(name: str) -> Parameterization:
@@ -45,8 +45,8 @@ def reciprocal(scale: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class NeuronBundle:
-    """B feed-forward layers of one shape, neuron by neuron.
+class NeuronBundle(FFN):
+    """B feed-forward layers of one shape, neuron by neuron: `FFN` with a batch axis, and what methods do with it.
 
     Attributes:
         w_in: `(B, N, d)` input weights; of a gated FFN, the up projection.
@@ -75,40 +75,9 @@ class NeuronBundle:
         tensor([[2., 1.]])
     """
 
-    w_in: Tensor
-    w_out: Tensor
-    activation: str
-    w_gate: Tensor | None = None
-    b_in: Tensor | None = None
-    b_gate: Tensor | None = None
-    b_out: Tensor | None = None
-    scale: Tensor | None = None
-    scale_exponent: float = 0.0
-
     def __post_init__(self) -> None:
         get_activation(self.activation)
-        if self.w_in.ndim != 3 or self.w_out.ndim != 3:
-            raise ValueError(f"w_in and w_out need 3 dimensions (B, N, d), got {self.w_in.ndim} and {self.w_out.ndim}")
-        B, N, d = self.w_in.shape
-        d_out = self.w_out.shape[2]
-        expected = {
-            "w_out": (B, N, d_out),
-            "w_gate": (B, N, d),
-            "b_in": (B, N),
-            "b_gate": (B, N),
-            "b_out": (B, d_out),
-            "scale": (B, N),
-        }
-        for name, shape in expected.items():
-            tensor = getattr(self, name)
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape} to match w_in and w_out")
-        if self.b_gate is not None and self.w_gate is None:
-            raise ValueError("b_gate without w_gate: a plain FFN has no gate")
-
-    @property
-    def gated(self) -> bool:
-        return self.w_gate is not None
+        self.check("B")
 
     @property
     def batch(self) -> int:
@@ -122,19 +91,13 @@ class NeuronBundle:
     @property
     def layout(self) -> tuple[object, ...]:
         """What two bundles must share to be stacked: shapes, dtypes, which tensors there are, and the activation."""
-        shapes = tuple((f, None if t is None else (tuple(t.shape[1:]), t.dtype)) for f, t in self._tensors().items())
+        own = self.named()
+        shapes = tuple((f, (tuple(own[f].shape[1:]), own[f].dtype) if f in own else None) for f in TENSORS)
         return (*shapes, self.activation, self.scale_exponent)
-
-    def _tensors(self) -> dict[str, Tensor | None]:
-        return {name: getattr(self, name) for name in ("w_in", "w_out", *_OPTIONAL_FIELDS)}
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> NeuronBundle:
-        changed: dict[str, Any] = {k: function(t) for k, t in self._tensors().items() if t is not None}
-        return dataclasses.replace(self, **changed)
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> NeuronBundle:
         """The bundle in another dtype or on another device. The scale keeps at least float32: it holds counts."""
-        moved = self._map(lambda t: t.to(device=device, dtype=dtype))
+        moved = self.map(lambda t: t.to(device=device, dtype=dtype))
         if self.scale is None:
             return moved
         scale_dtype = torch.promote_types(dtype or self.scale.dtype, torch.float32)
@@ -152,19 +115,14 @@ class NeuronBundle:
         first = bundles[0]
         if any(b.layout != first.layout for b in bundles):
             raise ValueError("bundles of different shape, dtype or activation cannot be stacked")
-        names = [name for name, tensor in first._tensors().items() if tensor is not None]
-        joined: dict[str, Any] = {n: torch.cat([getattr(b, n) for b in bundles]) for n in names}
+        joined: dict[str, Any] = {name: torch.cat([getattr(b, name) for b in bundles]) for name in first.named()}
         return dataclasses.replace(first, **joined)
 
     def select(self, index: int) -> NeuronBundle:
         """Problem `index` alone, as a bundle with B = 1."""
         if not 0 <= index < self.batch:
             raise IndexError(f"problem {index} of a bundle of {self.batch}")
-        return self._map(lambda t: t[index : index + 1])
-
-    def as_bundle(self) -> NeuronBundle:
-        """Itself: what the operators of `fusion_kernels` ask every block for."""
-        return self
+        return self.map(lambda t: t[index : index + 1])
 
     # --- parameterization --------------------------------------------------------------------------------------------
 

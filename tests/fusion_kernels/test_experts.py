@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import MLPBlock
+from blocks import MLPCall
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding import Arithmetic, Rounded, assert_rounding
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fusion_kernels import experts_backend, fused_experts
 from fusion_kernels.experts import loop_backend
+from fusion_kernels.ffn import FFN
 
 BACKENDS = ("loop", "grouped_mm")
 #: What a backend is compared in, and how closely.
@@ -203,7 +204,7 @@ def bounds_of(
     for e in range(len(p["w_in"])):
         token, place = (index == e).nonzero(as_tuple=True)
         share, given = by.exact(weights[token, place, None]), by.exact(dy[token])
-        block = MLPBlock(
+        block = MLPCall(
             x[token], dy[token], p["w_in"][e], p["w_out"][e], p["w_gate"][e], scale=p["scale"][e], activation="silu"
         )
         found = block.bounds(dtype, (given * share).stored())
@@ -316,7 +317,7 @@ def test_as_operators(backend: str) -> None:
     p = layer(3, 4, 8, 4, True, True, True, dtype)
     x = torch.randn(7, 4, dtype=dtype, requires_grad=True)
     ends = torch.tensor([2, 2, 6], dtype=torch.int32)
-    blocks = [p[n] for n in ("w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out", "scale")]
+    blocks = FFN(**{**p, "w_out": p["w_out"].mT}, activation="silu").tensors
     arguments = (x, ends, *blocks, "silu", 1, backend)
     torch.library.opcheck(torch.ops.fusion_kernels.experts.default, arguments)
     with torch.no_grad():
@@ -336,7 +337,10 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"top_k_weights": torch.zeros(4, 1)}, r"top_k_weights must be \(4, 2\), got \(4, 1\)"),
     ({"top_k_index": torch.zeros(4, 2, dtype=torch.bool)}, r"top_k_index must be int32 or int64"),
-    ({"w_gate": torch.zeros(3, 6, 8, dtype=torch.int8)}, "w_gate must be floating point, got torch.int8"),
+    (
+        {"w_gate": torch.zeros(3, 6, 8, dtype=torch.int8)},
+        "w_gate must be float16, .*, got torch.int8",
+    ),
     ({"w_in": torch.zeros(6, 8)}, r"w_in must be \(experts, h, d\)"),
     ({"scale": torch.ones(3, 5)}, r"scale must be \(3, 6\), got \(3, 5\)"),
     ({"b_gate": torch.ones(3, 6), "w_gate": None}, "b_gate is there without w_gate"),

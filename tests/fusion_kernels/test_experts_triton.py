@@ -14,43 +14,43 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.experts import loop_backend, triton_backend
-from fusion_kernels.mlp.operators import Gradients
-from fusion_kernels.mlp.reference import Block
+from fusion_kernels.ffn import FFN
+from fusion_kernels.mlp.types import Needs
 
 pytestmark = pytest.mark.slow
 
-NAMES = ("x", "w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out", "scale")
 
-
-def layer(gated: bool, bias: bool, scaled: bool) -> list[Tensor | None]:
+def layer(gated: bool, bias: bool, scaled: bool) -> FFN:
     g = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, there: bool = True) -> Tensor | None:
         return torch.randn(*shape, generator=g) * 0.3 if there else None
 
     E, h, d, d_out = 4, 17, 9, 5
-    return [
-        draw(E, h, d), draw(E, h, there=bias), draw(E, h, d, there=gated), draw(E, h, there=gated and bias),
-        draw(E, d_out, h), draw(E, d_out, there=bias), torch.rand(E, h, generator=g) + 0.5 if scaled else None,
-    ]  # fmt: skip
+    tensors = (
+        draw(E, h, d), draw(E, h, d_out), draw(E, h, d, there=gated), draw(E, h, there=bias),
+        draw(E, h, there=gated and bias), draw(E, d_out, there=bias),
+        torch.rand(E, h, generator=g) + 0.5 if scaled else None,
+    )  # fmt: skip
+    return FFN.of(tensors, "silu")
 
 
 @pytest.mark.parametrize(("gated", "bias", "scaled"), [(True, False, True), (True, True, False), (False, True, True)])
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_as_expert_by_expert(gated: bool, bias: bool, scaled: bool, level: int) -> None:
-    block = Block._make((*layer(gated, bias, scaled), "silu"))
+    ffn = layer(gated, bias, scaled)
     x, ends = torch.randn(23, 9), torch.tensor([7, 7, 20, 21])  # an expert without rows, and two rows without expert
-    found = triton_backend.forward(x, ends, block, level)
-    expected = loop_backend.forward(x, ends, block, level)
+    found = triton_backend.forward(x, ends, ffn, level)
+    expected = loop_backend.forward(x, ends, ffn, level)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
     dy = torch.randn(5, 23).t()
-    needs = [t is not None for t in (x, *block.tensors)]
-    run = (dy, x, ends, block, found[1:], level)
-    pairs: list[tuple[Gradients, Gradients]] = [
-        (triton_backend.backward(*run, mask), loop_backend.backward(*run, mask))
-        for mask in (needs, [n and i % 2 == 0 for i, n in enumerate(needs)], [i == 5 for i in range(8)])
-    ]
-    for gradients, wanted in pairs:
-        for name, a, b in zip(NAMES, gradients, wanted, strict=True):
-            torch.testing.assert_close(a, b, rtol=5e-5, atol=5e-6, msg=lambda m, n=name: f"{n}: {m}")
+    run = (dy, x, ends, ffn, found[1:], level)
+    every = Needs(*(t is not None for t in (x, *ffn.tensors)))
+    half = Needs(*(need and i % 2 == 0 for i, need in enumerate(every)))
+    for needs in (every, half, Needs(*(name == "w_out" for name in Needs._fields))):
+        gradients, wanted = triton_backend.backward(*run, needs), loop_backend.backward(*run, needs)
+        for name, need, a, b in zip(Needs._fields, needs, gradients, wanted, strict=True):
+            assert (a is not None) == (b is not None) == need, name
+            if need:
+                torch.testing.assert_close(a, b, rtol=5e-5, atol=5e-6, msg=lambda m, n=name: f"{n}: {m}")

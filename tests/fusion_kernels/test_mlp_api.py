@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import MLPBlock, make_block
+from blocks import MLPCall, make_block
 from rounding import assert_rounding
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -19,17 +19,19 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusion_kernels import BackendUnavailableError, fused_mlp, mlp_backend, native
-from fusion_kernels.mlp import heuristics, operators, reference_backend, torch_backend
+from fusion_kernels.ffn import FFN
+from fusion_kernels.mlp import heuristics, reference_backend, torch_backend
+from fusion_kernels.mlp.folding import with_one_factor
 from fusion_kernels.mlp.heuristics import Shape
-from fusion_kernels.mlp.operators import MLP, MLP_BACKWARD
-from fusion_kernels.mlp.reference import Block
+from fusion_kernels.mlp.operators import MLP
+from fusion_kernels.mlp.types import Needs
 
 DEFAULT = "torch" if native.UNAVAILABLE else "cpu"
 GATED = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 
 
-def order(block: MLPBlock) -> tuple[Tensor | None, ...]:
-    return (block.x, block.w_in, block.b_in, block.w_gate, block.b_gate, block.w_out, block.b_out, block.scale)
+def order(block: MLPCall) -> tuple[Tensor | None, ...]:
+    return (block.x, *block.ffn.tensors)
 
 
 def assert_same(found: dict[str, Tensor], ideal: dict[str, Tensor], **tolerance: float) -> None:
@@ -41,9 +43,9 @@ def assert_same(found: dict[str, Tensor], ideal: dict[str, Tensor], **tolerance:
 @pytest.mark.parametrize(("level", "gated"), [(0, True), (1, False), (2, True)])
 def test_opcheck(level: int, gated: bool) -> None:
     block = make_block(5, gated=gated, scale=("both", "float", "int")[level]).training()
-    torch.library.opcheck(MLP.overload, (*order(block), "gelu", level, "auto"))
+    torch.library.opcheck(MLP.forward_operator.overload, (*order(block), "gelu", level, "auto"))
     bare = make_block(5, gated=gated, bias=False, scale=None, dtype=torch.float32)
-    torch.library.opcheck(MLP.overload, (*order(bare), "silu", level, "torch"))
+    torch.library.opcheck(MLP.forward_operator.overload, (*order(bare), "silu", level, "torch"))
 
 
 @pytest.mark.slow
@@ -51,12 +53,12 @@ def test_opcheck(level: int, gated: bool) -> None:
 def test_opcheck_backward(level: int, gated: bool) -> None:
     block = make_block(5, gated=gated, scale="both" if level == 1 else "float").training()
     with torch.no_grad():
-        _, z, g, a = MLP.overload(*order(block), "gelu", level, "auto")
+        _, z, g, a = MLP.forward_operator.overload(*order(block), "gelu", level, "auto")
     needs = [t is not None for t in order(block)]
     dy = block.dy.requires_grad_()
-    torch.library.opcheck(MLP_BACKWARD.overload, (dy, *order(block), z, g, a, "gelu", level, "auto", needs))
+    torch.library.opcheck(MLP.backward_operator.overload, (dy, *order(block), z, g, a, "gelu", level, "auto", needs))
     frozen = [True, False, *(False for _ in needs[2:])]
-    torch.library.opcheck(MLP_BACKWARD.overload, (dy, *order(block), z, g, a, "gelu", level, "auto", frozen))
+    torch.library.opcheck(MLP.backward_operator.overload, (dy, *order(block), z, g, a, "gelu", level, "auto", frozen))
 
 
 @pytest.mark.slow
@@ -160,7 +162,7 @@ def test_higher_derivatives(activation: str, scale: str, tokens: int, gated: boo
     ideal = second(block.eager())
     for level in (0, 1, 2):
         assert_same(second(block.fused(level, "torch")), ideal)
-        assert_same(second(MLP.overload(*order(block), activation, level, "auto")[0]), ideal)
+        assert_same(second(MLP.forward_operator.overload(*order(block), activation, level, "auto")[0]), ideal)
     assert_same(second(block.fused()), ideal)
 
 
@@ -276,8 +278,8 @@ def test_pinning_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     def noting(name: str, function: Any) -> Any:
         return lambda *a: (ran.append(name), function(*a))[1]
 
-    noted = {name: f._replace(output=noting(name, f.output)) for name, f in operators._FUNCTIONS.items()}
-    monkeypatch.setattr(operators, "_FUNCTIONS", noted)
+    noted = {name: f._replace(output=noting(name, f.output)) for name, f in MLP._functions.items()}
+    monkeypatch.setattr(MLP, "_functions", noted)
     block.fused()
     with mlp_backend("reference"):
         block.fused()
@@ -342,7 +344,7 @@ def test_bad_input_is_named(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"w_gate": torch.zeros(8, 12)}, "w_up must be (8, 12), got (9, 12)"),
+        ({"w_gate": torch.zeros(8, 12)}, "w_gate must be (9, 12), got (8, 12)"),
         ({"b_gate": torch.zeros(8)}, "b_gate must be (9,), got (8,)"),
         ({"b_out": torch.zeros(8)}, "b_down must be (7,), got (8,)"),
         ({"w_out": torch.zeros(7, 4)}, "w_down must be (7, 9), got (7, 4)"),
@@ -387,7 +389,7 @@ def test_the_path_on_a_gpu_is_what_was_measured() -> None:
 class OnGpu:
     """As much of a tensor on a GPU as the choice of a path looks at."""
 
-    device, dtype = torch.device("cuda", 1), torch.bfloat16
+    device, dtype, is_cuda = torch.device("cuda", 1), torch.bfloat16, True
 
     def __init__(self, *shape: int) -> None:
         self.shape = shape
@@ -397,21 +399,22 @@ def test_the_dispatcher_asks_for_the_path_on_a_gpu(monkeypatch: pytest.MonkeyPat
     asked: list[Any] = []
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     monkeypatch.setattr(heuristics, "path", lambda *call: asked.append(call) or "epilogue")
-    x, w_in, w_out = OnGpu(5, 6), OnGpu(7, 6), OnGpu(8, 7)
-    block = (x, w_in, None, None, None, w_out, None, None)
+    x, w_in, w_out = OnGpu(5, 6), OnGpu(7, 6), OnGpu(7, 8)
+    block = (x, w_in, w_out, None, None, None, None, None)
     for level in (0, 2):
         expected = ("GPU 1", torch.bfloat16, Shape(5, 6, 7, 8, False, level))
-        assert MLP.choose(*block, "gelu", level, "auto") == "epilogue"
-        assert MLP_BACKWARD.choose(x, *block, None, None, None, "gelu", level, "auto", [True] * 8) == "epilogue"
+        how = ("gelu", level, "auto")
+        assert MLP.forward_operator.choose(*block, *how) == "epilogue"
+        assert MLP.backward_operator.choose(x, *block, None, None, None, *how, [True] * 8) == "epilogue"
         assert asked == [expected, expected]
         asked.clear()
     # A name, from the caller or a pin, is not for the table to judge.
-    assert MLP.choose(*block, "gelu", 1, "cublas") == "cublas"
+    assert MLP.forward_operator.choose(*block, "gelu", 1, "cublas") == "cublas"
     assert not asked
 
 
 def test_what_nothing_was_measured_for_runs_as_torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_gpus = {backend.name for backend in MLP.backends if "cuda" in backend.device_types}
+    on_gpus = {backend.name for backend in MLP.forward_operator.backends if "cuda" in backend.device_types}
     assert on_gpus == {"cublas", "epilogue", "resident", "torch", "reference"}
     assert heuristics.UNMEASURED in on_gpus
     shape = Shape(1024, 768, 192, 768, False, 1)
@@ -435,7 +438,7 @@ def test_any_number_of_tokens_trains_through_the_backend(tokens: int) -> None:
 def test_a_factor_before_the_activation_is_folded_for_backends_without_one(bias: bool, level: int, gated: bool) -> None:
     def one_factor(function: Any) -> Any:
         def checked(*arguments: Any) -> Any:
-            (folded,) = (argument for argument in arguments if isinstance(argument, Block))
+            (folded,) = (argument for argument in arguments if isinstance(argument, FFN))
             assert folded.scale is not None
             assert folded.scale.ndim == 1
             return function(*arguments)
@@ -443,18 +446,18 @@ def test_a_factor_before_the_activation_is_folded_for_backends_without_one(bias:
         return checked
 
     block = make_block(9, gated=gated, bias=bias, scale="both").training()
-    x, *tensors = order(block)
-    record = Block._make((*tensors, "gelu"))
+    x, record = block.x, block.ffn
     ideal = block.gradients(block.eager())
     with torch.no_grad():
-        y, *kept = operators._folding_forward(one_factor(reference_backend.forward))(x, record, level)
+        forward, backward = with_one_factor(one_factor(reference_backend.forward), one_factor(torch_backend.backward))
+        y, *kept = forward(x, record, level)
         torch.testing.assert_close(y, block.eager())
-        names = ["x", "w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out", "scale"]
         for frozen in (set(), {"scale"}, {"w_in", "w_gate", "b_in"}):
-            needs = [t is not None and name not in frozen for name, t in zip(names, order(block), strict=True)]
-            backward = operators._folding_backward(one_factor(torch_backend.backward))
+            given = zip(Needs._fields, order(block), strict=True)
+            needs = Needs(*(t is not None and name not in frozen for name, t in given))
             found = backward(block.dy, x, record, kept, level, needs)
-            for name, need, gradient in zip(names, needs, found, strict=True):
+            for name, need, gradient in zip(Needs._fields, needs, found, strict=True):
                 assert (gradient is not None) == need, name
                 if need:
-                    torch.testing.assert_close(gradient, ideal[name])
+                    expected = ideal[name].mT if name == "w_out" else ideal[name]
+                    torch.testing.assert_close(gradient, expected)

@@ -286,7 +286,7 @@ def test_an_empty_cluster_is_a_silent_neuron(kernel: Kernel, gated: bool) -> Non
         ({"x2": torch.ones(4, 5, dtype=torch.complex64)}, "x2 must have a floating-point dtype"),
         ({"x2": torch.ones(4, 5, device="meta")}, "x2 is on meta"),
         ({"w_out": torch.ones(1, 6, 3, dtype=torch.int32)}, "w_out must have a floating-point dtype"),
-        ({"w_in": torch.randn(6, 5)}, "three dimensions"),
+        ({"w_in": torch.randn(6, 5)}, "w_in must be (1, neurons, d)"),
         ({"w_in": torch.randn(2, 6, 5)}, "batch of 2"),
         ({"w_in": torch.randn(0, 6, 5)}, "batch of 0"),
         ({"w_out": torch.randn(1, 7, 3)}, "w_out must be (1, 6, 3)"),
@@ -342,22 +342,15 @@ def test_a_device_without_a_backend_raises(backend: str) -> None:
 @pytest.mark.parametrize("with_x2", [False, True])
 def test_opcheck(kernel: Kernel, gated: bool, with_x2: bool) -> None:
     bundle = make_bundle(5, 6, 3, gated=gated, scale=True, scale_exponent=0.5).to(torch.float32)
-    parts = bundle.parts()
-    assert bundle.scale is not None
     torch.library.opcheck(
         ntk_module._NTK_GRAM.overload,
         (
             torch.randn(4, 5),
             torch.randn(3, 5) if with_x2 else None,
-            parts["w_in"],
-            parts.get("w_gate"),
-            parts["b_in"],
-            parts.get("b_gate"),
-            parts["w_out"],
-            bundle.scale[0],
+            *bundle.at(0).tensors,
             0.5,
             "gelu",
-            list(parts),
+            list(bundle.parts()),
             kernel,
         ),
     )

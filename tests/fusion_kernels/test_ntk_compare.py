@@ -41,10 +41,7 @@ def described_blocks(*bundles: Bundle) -> list[Any]:
     """Gated blocks as the operator takes them."""
     blocks: list[Any] = []
     for bundle in bundles:
-        parts = bundle.parts()
-        scale = None if bundle.scale is None else bundle.scale[0]
-        tensors = [parts["w_in"], parts["w_gate"], parts["b_in"], parts["b_gate"], parts["w_out"], scale, None]
-        blocks += [tensors, 0.0, "gelu", list(parts)]
+        blocks += [[*bundle.at(0).tensors, None], 0.0, "gelu", list(bundle.parts())]
     return blocks
 
 

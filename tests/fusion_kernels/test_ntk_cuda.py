@@ -34,20 +34,13 @@ from fusion_kernels.ntk import compare as comparison
 from fusion_kernels.ntk import gram as module
 from fusion_kernels.ntk import reference as reference
 from fusion_kernels.ntk.block import prepare
-from fusion_kernels.ntk.reference import FFN, Differentiated
+from fusion_kernels.ntk.types import Differentiated
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024}
 NO_COMPILER = shutil.which(os.environ.get("CXX", "c++").split()[0]) is None
-
-
-@pytest.fixture(scope="module")
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
-    if NO_COMPILER:
-        pytest.skip("there is no C++ compiler to build the emulation with")
-    return Emulation(tmp_path_factory.mktemp("emulation"))
 
 
 @pytest.fixture(params=["emulated", "cuda"])
@@ -73,8 +66,7 @@ def _seed() -> Iterator[None]:
 
 
 def moved(bundle: Bundle, device: str, dtype: torch.dtype) -> Bundle:
-    tensors = {name: t.to(device) for name, t in vars(bundle.to(dtype)).items() if isinstance(t, torch.Tensor)}
-    return Bundle(**{**vars(bundle), **tensors})
+    return bundle.to(dtype).map(lambda t: t.to(device))
 
 
 def rms(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -191,7 +183,7 @@ def test_bfloat16_errs_less_than_torch_in_bfloat16(device: str, gated: bool) -> 
     x = torch.randn(150, 64)
     exact = ntk_gram(single.to(torch.float64), x.double(), backend="reference")
     prepared = prepare(single, {"x1": x}, None, None)
-    ffn = FFN(*(None if t is None else t.bfloat16() for t in prepared.arguments()), 0.0, "gelu")  # type: ignore[arg-type]
+    ffn = prepared.ffn.map(lambda t: t.bfloat16())
     torchs = reference.ntk_gram(x.bfloat16(), None, ffn, prepared.parts, "gd")
     assert torchs.dtype == torch.bfloat16
     found = ntk_gram(moved(single, device, torch.float32), x.to(device), backend="cuda", precision="bf16")
@@ -243,8 +235,7 @@ def test_sums_of_two_kernels(
         blocks = []
         for bundle, metric in zip((wide, narrow), metrics, strict=True):
             prepared = prepare(moved(bundle, device, dtype), {"x": x1.to(device, dtype)}, params, None)
-            described = FFN(*prepared.described())  # type: ignore[arg-type]
-            blocks.append(Differentiated(described, prepared.parts, metric.to(device, dtype)))
+            blocks.append(Differentiated(prepared.ffn, prepared.parts, metric.to(device, dtype)))
         return blocks
 
     def rows_in(dtype: torch.dtype, device: str) -> list[Any]:

@@ -30,10 +30,11 @@ from fusion_kernels import (
     trace_ntk_vp,
     vjp,
 )
+from fusion_kernels.ffn import PARTS
 from fusion_kernels.library import Operator
 from fusion_kernels.ntk import Kernel, heuristics, operators
 from fusion_kernels.ntk import reference as reference
-from fusion_kernels.ntk.block import PARTS, prepare
+from fusion_kernels.ntk.block import prepare
 
 BACKENDS = ["reference", *([] if native.UNAVAILABLE else ["cpu"])]
 #: Of the products.
@@ -69,7 +70,7 @@ def test_jvp_and_vjp_are_those_of_torch_func(
     c = torch.randn(rows, outputs).double()
     (gradients,) = torch.func.vjp(lambda theta: forward(bundle, theta, x), parts)[1](c)
     pulled = vjp(bundle, x, c, backend=backend)
-    assert list(pulled) == [p for p in ("w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out") if p in parts]
+    assert list(pulled) == [p for p in PARTS if p in parts]
     for name, gradient in gradients.items():
         torch.testing.assert_close(pulled[name], gradient[None], rtol=1e-10, atol=1e-10)
     assert set(vjp(bundle, x, c, params="w_out", backend=backend)) == {"w_out"}

@@ -328,14 +328,12 @@ def test_any_shape(
 @pytest.mark.parametrize("with_out", [False, True])
 def test_opcheck(reduce: str, with_out: bool) -> None:
     bundle = make_bundle(5, 6, 3, gated=True, scale=True).to(torch.float32)
-    parts = bundle.parts()
-    assert bundle.scale is not None
     direction = torch.randn(3) if reduce == "vector" else None
     axes = {"full": (3, 3), "diagonal": (3,)}.get(reduce, ())
     arguments = (
         *(torch.randn(4, 5), torch.randn(2, 5)),
-        *(parts["w_in"], parts["w_gate"], parts["b_in"], parts["b_gate"], parts["w_out"], bundle.scale[0]),
-        *(0.0, "gelu", list(parts), "gd", reduce, direction, torch.rand(6), "highest", 3),
+        *bundle.at(0).tensors,
+        *(0.0, "gelu", list(bundle.parts()), "gd", reduce, direction, torch.rand(6), "highest", 3),
     )
     if with_out:
         torch.library.opcheck(module._NTK_GRAM_OUT.overload, (torch.zeros(4, 2, *axes), *arguments))

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from ffn_blocks import Bundle as Plain
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
+from fusion_kernels.ffn import FFN
 from fusion_kernels.ntk import (
     gradient_dots,
     gradient_gram,
@@ -34,6 +34,10 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def plain(w_in: Tensor, w_out: Tensor, **others: Tensor | None) -> FFN:
+    return FFN(w_in, w_out, "gelu", **others)  # type: ignore[arg-type]
+
+
 X, V = randn(4, 5), randn(4, 5, seed=1)
 S, C = randn(2, 3, 5, seed=2), randn(2, 3, 5, seed=3)
 
@@ -53,8 +57,8 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def untied() -> Plain:
-    return Plain(randn(1, 6, 5), randn(1, 6, 5, seed=4), b_in=randn(1, 6, seed=5))
+def untied() -> FFN:
+    return plain(randn(1, 6, 5), randn(1, 6, 5, seed=4), b_in=randn(1, 6, seed=5))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -62,26 +66,26 @@ def test_every_function_refuses_a_weight_in_two_places(name: str) -> None:
     FUNCTIONS[name](untied())
     w = randn(1, 6, 5)
     with pytest.raises(ValueError, match="w_in and w_out of the block share memory: a tangent kernel takes every part"):
-        FUNCTIONS[name](Plain(w, w))
+        FUNCTIONS[name](plain(w, w))
 
 
-def shared() -> Iterator[tuple[str, Plain, str]]:
+def shared() -> Iterator[tuple[str, FFN, str]]:
     w, square = randn(1, 6, 5), randn(6, 6)
-    yield "gate is up", Plain(w, randn(1, 6, 5, seed=1), w_gate=w), "w_in and w_gate"
-    yield "transposed", Plain(square[None], square.t()[None]), "w_in and w_out"
-    yield "overlapping rows", Plain(square[None, :4, :5], square[None, 2:, :5]), "w_in and w_out"
+    yield "gate is up", plain(w, randn(1, 6, 5, seed=1), w_gate=w), "w_in and w_gate"
+    yield "transposed", plain(square[None], square.t()[None]), "w_in and w_out"
+    yield "overlapping rows", plain(square[None, :4, :5], square[None, 2:, :5]), "w_in and w_out"
     b = randn(1, 6)
-    yield "biases", Plain(w, randn(1, 6, 5, seed=1), w_gate=w + 1, b_in=b, b_gate=b), "b_in and b_gate"
-    yield "bias and weight", Plain(w[..., :5], randn(1, 6, 5, seed=1), b_in=w[..., 0]), "w_in and b_in"
-    yield "bias and scale", Plain(w, randn(1, 6, 5, seed=1), b_in=b, scale=b), "b_in and scale"
-    yield "output bias", Plain(w, randn(1, 6, 5, seed=1), b_in=b, b_out=b[:, :5]), "b_in and b_out"
+    yield "biases", plain(w, randn(1, 6, 5, seed=1), w_gate=w + 1, b_in=b, b_gate=b), "b_in and b_gate"
+    yield "bias and weight", plain(w[..., :5], randn(1, 6, 5, seed=1), b_in=w[..., 0]), "w_in and b_in"
+    yield "bias and scale", plain(w, randn(1, 6, 5, seed=1), b_in=b, scale=b), "b_in and scale"
+    yield "output bias", plain(w, randn(1, 6, 5, seed=1), b_in=b, b_out=b[:, :5]), "b_in and b_out"
     leaf = randn(1, 6, 5).requires_grad_()
-    yield "computed", Plain(2 * leaf, leaf.exp()), "w_in and w_out of the block are computed from one parameter"
-    yield "expanded", Plain(w[:, :1].expand(1, 6, 5), randn(1, 6, 5, seed=1)), "w_in repeats its own memory"
+    yield "computed", plain(2 * leaf, leaf.exp()), "w_in and w_out of the block are computed from one parameter"
+    yield "expanded", plain(w[:, :1].expand(1, 6, 5), randn(1, 6, 5, seed=1)), "w_in repeats its own memory"
 
 
 @pytest.mark.parametrize(("block", "message"), [pytest.param(b, m, id=name) for name, b, m in shared()])
-def test_any_way_of_sharing_is_refused(block: Plain, message: str) -> None:
+def test_any_way_of_sharing_is_refused(block: FFN, message: str) -> None:
     x = randn(3, block.w_in.shape[2])
     with pytest.raises(ValueError, match=message):
         ntk_gram(block, x)
@@ -93,8 +97,8 @@ def test_any_way_of_sharing_is_refused(block: Plain, message: str) -> None:
 
 def test_parts_that_are_not_differentiated_by_may_be_shared() -> None:
     w = randn(1, 6, 5)
-    gated = Plain(w, randn(1, 6, 5, seed=1), w_gate=w)
-    expected = Plain(w, gated.w_out, w_gate=w.clone())
+    gated = plain(w, randn(1, 6, 5, seed=1), w_gate=w)
+    expected = plain(w, gated.w_out, w_gate=w.clone())
     assert torch.equal(ntk_gram(gated, X, params="w_out"), ntk_gram(expected, X, params="w_out"))
     with pytest.raises(ValueError, match="w_in and w_gate"):
         ntk_gram(gated, X, params="w_in")
@@ -106,8 +110,8 @@ def test_parts_of_one_storage_that_do_not_overlap_are_no_obstacle() -> None:
     both = randn(1, 12, 5)
     w_out = randn(1, 6, 5, seed=1)
     for w_gate, w_in in (both.chunk(2, dim=1), (both[:, ::2], both[:, 1::2])):
-        block = Plain(w_in, w_out, w_gate=w_gate)
-        copied = Plain(w_in.clone(), w_out, w_gate=w_gate.clone())
+        block = plain(w_in, w_out, w_gate=w_gate)
+        copied = plain(w_in.clone(), w_out, w_gate=w_gate.clone())
         torch.testing.assert_close(ntk_gram(block, X), ntk_gram(copied, X))
     assert not overlap(both[:, ::2], both[:, 1::2])
     assert overlap(both[:, ::2], both[:, 2:3])
@@ -146,8 +150,8 @@ class Copies(nn.Module):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False)
 
-    def as_bundle(self) -> Plain:
-        return Plain(self.fc1.weight.detach().clone()[None], self.fc2.weight.detach().t().clone()[None])
+    def as_bundle(self) -> FFN:
+        return plain(self.fc1.weight.detach().clone()[None], self.fc2.weight.detach().t().clone()[None])
 
 
 def test_a_module_that_gives_copies_of_one_parameter_is_refused() -> None:
@@ -177,7 +181,7 @@ def test_weights_that_are_computed_are_refused(norm: Callable[[nn.Module], nn.Mo
 @pytest.mark.parametrize("name", ["torch", "reference"])
 def test_operators_refuse_unknown_names(name: str) -> None:
     w, other, c = randn(6, 5), randn(6, 5, seed=1), randn(2, 3, 5)
-    ffn = (w, None, None, None, other, None, 0.0, "gelu")
+    ffn = (*FFN(w, other, "gelu").tensors, 0.0, "gelu")
 
     def of(op: Any) -> Any:
         return next(backend.function for backend in op.backends if backend.name == name)
@@ -194,7 +198,7 @@ def test_operators_refuse_unknown_names(name: str) -> None:
 
 
 def test_the_kernel_operator_refuses_unknown_names() -> None:
-    ffn = (randn(6, 5), None, None, None, randn(6, 5, seed=1), None, 0.0, "gelu")
+    ffn = (*FFN(randn(6, 5), randn(6, 5, seed=1), "gelu").tensors, 0.0, "gelu")
     op = torch.ops.fusion_kernels.ntk_gram
     for arguments, message in (
         (("adam",), "unknown kernel 'adam'"),

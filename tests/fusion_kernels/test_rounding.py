@@ -9,7 +9,7 @@ from typing import Any
 import ntk_rounding
 import pytest
 import torch
-from blocks import MLPBlock, make_block
+from blocks import MLPCall, make_block
 from ffn_blocks import KERNELS, make_bundle
 from rounding import CURVATURE, Arithmetic, Rounded, assert_rounding, within_bound
 from torch import Tensor
@@ -27,7 +27,7 @@ def block_case(dtype: torch.dtype, gated: bool, seed: int = 0) -> Case:
     """Outputs and gradients of a block of a realistic shape; what was found is torch's, of tokens in another order."""
     block = make_block(64, d=128, h=64, d_out=128, gated=gated, seed=seed).to(dtype)
 
-    def run(b: MLPBlock) -> Results:
+    def run(b: MLPCall) -> Results:
         b = b.to(b.x.dtype).training()
         y = b.eager()
         return b.gradients(y) | {"y": y.detach()}

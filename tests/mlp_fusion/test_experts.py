@@ -17,9 +17,12 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
+from transformers.activations import ACT2FN
 
 from bundles import random_bundle
+from fusion_kernels.activations import ACTIVATIONS
 from mlp_fusion import FusedExperts, InputError
+from mlp_fusion.modules.activations import CONFIG_ACTIVATIONS
 from mlp_fusion.modules.experts import read_experts
 
 _SIZES: dict[str, Any] = {
@@ -149,7 +152,7 @@ def test_from_experts_with_cluster_sizes_copies() -> None:
     with torch.no_grad():
         experts.down_proj.zero_()  # type: ignore[union-attr, operator]
     assert bool(module.down_proj.any())
-    with pytest.raises(ValueError, match="scale has shape"):
+    with pytest.raises(ValueError, match="scale must be"):
         FusedExperts.from_experts(experts, sizes[:, :3], "scaled")
 
 
@@ -199,3 +202,10 @@ def test_saving_with_a_scale_is_refused_with_the_remedy(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64, experts_implementation="fused")
     torch.testing.assert_close(loaded(ids()).logits, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_activations_of_configs_are_those_of_the_table() -> None:
+    z = torch.cat([torch.linspace(-12, 12, 97), torch.tensor([-1e4, -0.0, 0.0, 1e4])]).double()
+    assert set(CONFIG_ACTIVATIONS.values()) == set(ACTIVATIONS)
+    for name, ours in CONFIG_ACTIVATIONS.items():
+        torch.testing.assert_close(ACT2FN[name](z), ACTIVATIONS[ours].function(z), rtol=1e-12, atol=1e-12)

@@ -200,9 +200,9 @@ def test_bad_input_is_named() -> None:
         FusedMLP.from_mlp(fc1, fc2, activation="tanh")
     with pytest.raises(ValueError, match="unknown parameterization 'explicit'"):
         FusedMLP.from_mlp(fc1, fc2, scale=torch.ones(6), parameterization="explicit")
-    with pytest.raises(ValueError, match="scale has shape"):
+    with pytest.raises(ValueError, match="scale must be"):
         FusedMLP.from_mlp(fc1, fc2, scale=torch.ones(5))
-    with pytest.raises(ValueError, match="w_out has shape"):
+    with pytest.raises(ValueError, match="w_out must be"):
         FusedMLP.from_mlp(fc1, nn.Linear(7, 4))
     with pytest.raises(InputError, match=r"not a plain torch\.nn\.Linear"):
         FusedMLP.from_mlp(nn.Sequential(fc1), fc2)  # type: ignore[arg-type]

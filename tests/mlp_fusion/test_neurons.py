@@ -190,13 +190,13 @@ _W = torch.randn(1, 6, 5)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"w_in": _W[0]}, "need 3 dimensions"),
-        ({"w_out": torch.randn(1, 7, 4)}, r"w_out has shape \(1, 7, 4\), expected \(1, 6, 4\)"),
-        ({"w_gate": torch.randn(1, 6, 4)}, "w_gate has shape"),
-        ({"b_in": torch.randn(6)}, "b_in has shape"),
-        ({"b_out": torch.randn(1, 6)}, "b_out has shape"),
-        ({"scale": torch.ones(1, 5)}, "scale has shape"),
-        ({"b_gate": torch.ones(1, 6)}, "b_gate without w_gate"),
+        ({"w_in": _W[0]}, r"w_in must be \(B, neurons, d\) and w_out \(B, neurons, outputs\), got \(6, 5\)"),
+        ({"w_out": torch.randn(1, 7, 4)}, r"w_out must be \(1, 6, 4\) to fit w_in and w_out, got \(1, 7, 4\)"),
+        ({"w_gate": torch.randn(1, 6, 4)}, r"w_gate must be \(1, 6, 5\)"),
+        ({"b_in": torch.randn(6)}, r"b_in must be \(1, 6\)"),
+        ({"b_out": torch.randn(1, 6)}, r"b_out must be \(1, 4\)"),
+        ({"scale": torch.ones(1, 5)}, r"scale must be \(1, 6\)"),
+        ({"b_gate": torch.ones(1, 6)}, "b_gate is there without w_gate"),
         ({"activation": "tanh"}, "unknown activation 'tanh'"),
     ],
 )

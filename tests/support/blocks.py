@@ -11,11 +11,15 @@ from torch.nn import functional as F
 
 from fusion_kernels import fused_glu_mlp, fused_mlp
 from fusion_kernels.activations import get_activation
+from fusion_kernels.ffn import FFN
 
 
 @dataclass
-class MLPBlock:
-    """x, the upstream gradient, and the tensors of a block; gated when `w_gate` is there."""
+class MLPCall:
+    """A call of `fused_mlp` or, with `w_gate`, of `fused_glu_mlp`: x, the upstream gradient, and what they take.
+
+    `w_out` is theirs, (d_out, h).
+    """
 
     x: Tensor
     dy: Tensor
@@ -28,6 +32,13 @@ class MLPBlock:
     scale: Tensor | None = None
     activation: str = "gelu"
 
+    @property
+    def ffn(self) -> FFN:
+        """The block that they make of it."""
+        return FFN(
+            self.w_in, self.w_out.mT, self.activation, self.w_gate, self.b_in, self.b_gate, self.b_out, self.scale
+        )
+
     def tensors(self) -> dict[str, Tensor]:
         """What there is, by name, but for dy."""
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("dy", "activation")}
@@ -37,12 +48,12 @@ class MLPBlock:
         """What can have a gradient."""
         return {name: t for name, t in self.tensors().items() if t.is_floating_point()}
 
-    def to(self, dtype: torch.dtype) -> MLPBlock:
+    def to(self, dtype: torch.dtype) -> MLPCall:
         """Detached copies in `dtype`; an integer scale stays one."""
         moved = {name: t.detach().to(dtype, copy=True) for name, t in self.leaves().items()}
         return replace(self, **moved, dy=self.dy.detach().to(dtype, copy=True))
 
-    def training(self) -> MLPBlock:
+    def training(self) -> MLPCall:
         """All that can have a gradient asks for it."""
         for t in self.leaves().values():
             t.requires_grad_()
@@ -144,7 +155,7 @@ def make_block(
     activation: str = "gelu",
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
-) -> MLPBlock:
+) -> MLPCall:
     """A random block with x of `shape` (..., d) without d.
 
     scale is `"float"`, `"int"`, None, or `"both"` for (2, h): one behind the activation and one before it.
@@ -157,7 +168,7 @@ def make_block(
     counts = torch.randint(1, 9, (h,), generator=g)
     scales = {None: None, "int": counts, "float": counts.to(dtype) + 0.25}
     scales["both"] = torch.stack([counts.to(dtype) ** 0.5, counts.to(dtype) ** -0.5])
-    return MLPBlock(
+    return MLPCall(
         x=draw(*shape, d),
         dy=draw(*shape, d_out),
         w_in=draw(h, d, by=max(d, 1) ** -0.5),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fusion_kernels.ffn import FFN, PARTS
 from fusion_kernels.ntk import Kernel
 
 # Not the engine's own table: the oracle shares nothing with what it checks.
@@ -22,28 +22,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 KERNELS: tuple[Kernel, ...] = ("gd", "sign")
 
 
-@dataclass(frozen=True)
-class Bundle:
-    w_in: Tensor
-    w_out: Tensor
-    w_gate: Tensor | None = None
-    b_in: Tensor | None = None
-    b_gate: Tensor | None = None
-    b_out: Tensor | None = None
-    scale: Tensor | None = None
-    scale_exponent: float = 0.0
-    activation: str = "gelu"
-
-    def as_bundle(self) -> Bundle:
-        return self
+class Bundle(FFN):
+    """One block, with its batch axis."""
 
     def parts(self) -> dict[str, Tensor]:
-        names = ("w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out")
-        return {name: getattr(self, name)[0] for name in names if getattr(self, name) is not None}
+        """Its parameters without that axis."""
+        return {name: t[0] for name, t in self.named().items() if name in PARTS}
 
     def to(self, dtype: torch.dtype) -> Bundle:
-        names = ("w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out", "scale")
-        return replace(self, **{n: getattr(self, n).to(dtype) for n in names if getattr(self, n) is not None})
+        return self.map(lambda t: t.to(dtype))
 
 
 def make_bundle(

@@ -296,6 +296,14 @@ void strip_sums(const Strip<T>& strip) {
 using namespace mlp_fusion;
 using namespace mlp_fusion::cuda;
 
+// The table of csrc/activation.h, by number.
+extern "C" int activation_count() { return static_cast<int>(kActivations.size()); }
+extern "C" const char* activation_name(int number) { return kActivations[number].data(); }
+extern "C" int activation_number(const char* name) {
+  const auto found = activation_named(name);
+  return found ? static_cast<int>(*found) : -1;
+}
+
 // `tensors`: x, z, g, shrink, of_hidden, of_in, of_gate; `sizes`: n, d, h and the columns.
 #define MLP_ENTRY(T, name)                                                                                             \
   extern "C" void operand_##name(const T* const* tensors, const int64_t* sizes, const char* activation, bool signs,    \

@@ -40,6 +40,13 @@ class Emulation:
         assert done.returncode == 0, done.stderr
         self.library = ctypes.CDLL(str(library))
 
+    def activations(self) -> list[str]:
+        """The names in `csrc/activation.h`, by the numbers that its functions switch on."""
+        self.library.activation_name.restype = ctypes.c_char_p
+        names = [self.library.activation_name(number).decode() for number in range(self.library.activation_count())]
+        assert [self.library.activation_number(name.encode()) for name in names] == list(range(len(names)))
+        return names
+
     def ntk_operand(
         self,
         x: Tensor,

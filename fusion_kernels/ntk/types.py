@@ -1,0 +1,50 @@
+"""What the tangent-kernel functions and their operators take: names of kernels and reductions, and blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
+
+from torch import Tensor
+
+from fusion_kernels.ffn import FFN
+from fusion_kernels.library import check_name
+
+Kernel = Literal["gd", "sign"]
+#: How the outputs of a block enter its kernel; a vector is a direction r, for the kernel of the function r.F.
+Reduce = Literal["trace", "full", "diagonal", "pseudo"] | Sequence[float] | Tensor
+#: How the products of a kernel are computed; all but the first by the backend `"cuda"` only.
+Precision = Literal["highest", "tf32x3", "bf16x3", "bf16"]
+#: What inner products of gradients are computed through: products of tokens, or the gradients themselves.
+Via = Literal["auto", "ghost", "direct"]
+
+#: What operators take by name, and no backend may take for another.
+KERNELS = ("gd", "sign")
+REDUCTIONS = ("trace", "full", "diagonal", "vector")
+VIAS = ("auto", "ghost", "direct")
+
+
+class Block(Protocol):
+    """Anything that can be seen as an `FFN` with a batch axis of 1: what `as_bundle()` returns has the fields of one.
+
+    A block may also offer `trainable_parts() -> tuple[str, ...]`: the parts that count in its NTK unless the caller
+    names others.
+    """
+
+    def as_bundle(self) -> FFN: ...
+
+
+class Differentiated(NamedTuple):
+    """A block, the parts it is differentiated by, and the metric (N,) of its neurons or None."""
+
+    ffn: FFN
+    params: Sequence[str]
+    metric: Tensor | None
+
+
+def check_names(kernel: str, reduce: str, direction: Tensor | None) -> None:
+    """Raise ValueError for a kernel or a reduction that is unknown, or a direction that does not go with it."""
+    check_name("kernel", kernel, KERNELS)
+    check_name("reduction", reduce, REDUCTIONS)
+    if (direction is not None) != (reduce == "vector"):
+        raise ValueError(f"reduction {reduce!r}: pass a direction to 'vector' and to no other")
