@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fusion_kernels.activations import get_activation
 from mlp_fusion.neurons import SCALE_EXPONENTS, check_parameterization, output_factor, scale_power
 
-Self_ = TypeVar("Self_", bound="ScaledModule")
+Self_ = TypeVar("Self_", bound="Scaled")
 
 
 def _is_observed() -> bool:
@@ -25,33 +25,22 @@ def _is_observed() -> bool:
     )
 
 
-class ScaledModule(nn.Module):
-    """A module of fused neurons; its subclasses hold the weights.
+class Scaled(nn.Module):
+    """A module that holds the scale of fused neurons.
 
     Attributes:
-        activation: a name in `fusion_kernels.activations`.
         scale: buffer (or parameter, when one was passed), the number p of neurons that each fused one stands for, or
             None when p = 1 or p is folded into the weights.
         parameterization: `scaled` (p explicit; Adam-like optimisers), `split` (sqrt(p) on both sides; SGD-like) or
             `folded` (p inside the output weights; export and inference).
-        checkpoint_level: which hidden tensors are kept for the backward: 0 pre-activations and activations, 1
-            pre-activations, 2 none, at the price of computing the first product again. May be changed at any time. On
-            a CPU it counts from 33 tokens on: what fewer keep is small, and torch's own autograd the fastest.
     """
 
     scale: Tensor | None
-    #: A copy of the scale and what :meth:`_scale_of_operator` made of it.
-    _kept: tuple[Tensor, Tensor] | None = None
 
-    def __init__(self, activation: str, scale: Tensor | None, parameterization: str, checkpoint_level: int) -> None:
-        """Raises ValueError: unknown activation, parameterization or level, or a scale where there can be none."""
+    def __init__(self, scale: Tensor | None, parameterization: str) -> None:
+        """Raises ValueError: unknown parameterization, or a scale where there can be none."""
         super().__init__()
-        get_activation(activation)
-        self.activation = activation
         self.parameterization = check_parameterization(parameterization)
-        if checkpoint_level not in (0, 1, 2):
-            raise ValueError(f"checkpoint_level must be 0, 1 or 2, got {checkpoint_level!r}")
-        self.checkpoint_level = checkpoint_level
         if scale is not None and parameterization == "folded":
             raise ValueError("a folded module has its scale inside the output weights: pass scale=None")
         if scale is not None and not scale.is_floating_point():
@@ -78,6 +67,53 @@ class ScaledModule(nn.Module):
             return None, scale
         return scale_power(scale, -a), output_factor(scale, a, self.gated)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.scale is None and f"{prefix}scale" in state_dict:
+            raise ValueError(
+                f"{prefix}scale is in the state, and this module has no scale: its weights are plain ones, with the "
+                "scale inside; build it with a scale, or load a state in which the scale is merged"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _forget_scale(self) -> None:
+        """After p went into the weights."""
+        del self.scale
+        self.register_buffer("scale", None)
+        self.parameterization = "folded"
+
+    def _apply(self: Self_, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self_:
+        """Keep a float32 scale float32 when the module is cast to half precision: it holds counts."""
+        before = self.scale
+        super()._apply(fn, recurse)
+        if before is not None and self.scale is not None and not isinstance(before, nn.Parameter):
+            lowered = torch.finfo(self.scale.dtype).bits < min(32, torch.finfo(before.dtype).bits)
+            self.scale = before.to(self.scale.device) if lowered else self.scale
+        return self
+
+
+class ScaledModule(Scaled):
+    """A module of fused neurons; its subclasses hold the weights.
+
+    Attributes:
+        activation: a name in `fusion_kernels.activations`.
+        scale, parameterization: see :class:`Scaled`.
+        checkpoint_level: which hidden tensors are kept for the backward: 0 pre-activations and activations, 1
+            pre-activations, 2 none, at the price of computing the first product again. May be changed at any time. On
+            a CPU it counts from 33 tokens on: what fewer keep is small, and torch's own autograd the fastest.
+    """
+
+    #: A copy of the scale and what :meth:`_scale_of_operator` made of it.
+    _kept: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, activation: str, scale: Tensor | None, parameterization: str, checkpoint_level: int) -> None:
+        """Raises ValueError: unknown activation, parameterization or level, or a scale where there can be none."""
+        super().__init__(scale, parameterization)
+        get_activation(activation)
+        self.activation = activation
+        if checkpoint_level not in (0, 1, 2):
+            raise ValueError(f"checkpoint_level must be 0, 1 or 2, got {checkpoint_level!r}")
+        self.checkpoint_level = checkpoint_level
+
     def _scale_of_operator(self) -> Tensor | None:
         """:meth:`_factors` as `fusion_kernels.fused_mlp` takes them: None, (h,), or (2, h) with what is behind first.
 
@@ -100,32 +136,9 @@ class ScaledModule(nn.Module):
             self._kept = scale.clone(), torch.stack([behind, before])
         return self._kept[1]
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if self.scale is None and f"{prefix}scale" in state_dict:
-            raise ValueError(
-                f"{prefix}scale is in the state, and this module has no scale: its weights are plain ones, with the "
-                "scale inside; build it with a scale, or load a state in which the scale is merged"
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def __getstate__(self) -> dict[str, Any]:
         """Without what can be computed again."""
         return {**self.__dict__, "_kept": None}
-
-    def _forget_scale(self) -> None:
-        """After p went into the weights."""
-        del self.scale
-        self.register_buffer("scale", None)
-        self.parameterization = "folded"
-
-    def _apply(self: Self_, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self_:
-        """Keep a float32 scale float32 when the module is cast to half precision: it holds counts."""
-        before = self.scale
-        super()._apply(fn, recurse)
-        if before is not None and self.scale is not None and not isinstance(before, nn.Parameter):
-            lowered = torch.finfo(self.scale.dtype).bits < min(32, torch.finfo(before.dtype).bits)
-            self.scale = before.to(self.scale.device) if lowered else self.scale
-        return self
 
     def extra_repr(self) -> str:
         return (
