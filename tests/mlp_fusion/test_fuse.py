@@ -241,7 +241,7 @@ def _opt() -> Any:
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (_opt, {}, "unknown architecture 'opt': supported are bert"),
+        (_opt, {}, "opt: the FFNs at decoder.layers.# lie in a layer, without a module of their own"),
         (lambda: nn.Linear(2, 2), {}, "give a Hugging Face model"),
         (_quantised, {}, "quantised"),
         (_nan, {}, r"transformer\.h\.1\.mlp\.c_proj\.weight holds NaN or Inf"),

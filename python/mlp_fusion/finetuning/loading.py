@@ -18,11 +18,10 @@ from transformers import (
 )
 
 from mlp_fusion.errors import InputError
-from mlp_fusion.families import get_architecture
 from mlp_fusion.modules.ffn import FusedFFN
 from mlp_fusion.running.runner import Runner
 from mlp_fusion.selection import parameterization_for
-from mlp_fusion.store.record import adopt_fused_config, fusion_record
+from mlp_fusion.store.record import adopt_fused_config, architecture_of, fusion_record
 from mlp_fusion.store.restoring import restore
 from mlp_fusion.store.source import local_folder, read_config
 from mlp_fusion.store.tokenizers import load_tokenizer, tokenizer_of
@@ -261,7 +260,7 @@ def _check_vocabulary(role: str, model: Any, student: Student) -> None:
 
 def fused_parameters(model: Any, layers: Sequence[int]) -> list[nn.Parameter]:
     """Weights and biases of the FFNs in `layers`, their scale excepted."""
-    architecture = get_architecture(model.config.model_type)
+    architecture = architecture_of(model.config)
     found = []
     for site in architecture.sites(model):
         if site.index in layers:

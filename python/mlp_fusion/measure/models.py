@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from fusion_kernels import ntk_compare
 from fusion_kernels.ntk import Kernel
 from mlp_fusion.errors import InputError
-from mlp_fusion.families import Architecture, FFNSite, get_architecture
+from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.measure.errors import ffn_parts, relative_error
 from mlp_fusion.measure.report import finite
 from mlp_fusion.modules.layouts import read_projection
 from mlp_fusion.running.batches import POOL, Batch, take_batches
 from mlp_fusion.running.runner import Runner
 from mlp_fusion.running.taps import capture_activations
+from mlp_fusion.store.record import architecture_of
 
 #: `(model, batch) -> (samples, outputs)`: which outputs of the network count in its kernel.
 Outputs = Callable[[nn.Module, Batch], Tensor]
@@ -165,7 +166,7 @@ def _matching_sites(original: nn.Module, other: nn.Module) -> tuple[Architecture
     types = [getattr(getattr(model, "config", None), "model_type", None) for model in (original, other)]
     if types[0] is None or types[0] != types[1]:
         raise InputError(f"the models are a {types[0]!r} and a {types[1]!r}: compare two models of one architecture")
-    architecture = get_architecture(types[0])
+    architecture = architecture_of(original.config)
     sites = [architecture.sites(model) for model in (original, other)]
     if not sites[0] or len(sites[0]) != len(sites[1]):
         raise InputError(f"the models have {len(sites[0])} and {len(sites[1])} FFNs: compare a model with its own copy")

@@ -14,11 +14,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from mlp_fusion.errors import InputError
-from mlp_fusion.families import Architecture, get_architecture
+from mlp_fusion.families import Architecture
 from mlp_fusion.store.record import (
     REFERENCE_FILE,
     REPORT_FILE,
     adopt_fused_config,
+    architecture_of,
     state_layer_count,
     update_record,
 )
@@ -99,7 +100,7 @@ def save_folded(
     if push_to_hub:
         raise InputError("save_pretrained(push_to_hub=True) would leave the scale behind: use model.push_to_hub(name)")
     adopt_fused_config(model)
-    architecture = get_architecture(model.config.model_type)
+    architecture = architecture_of(model.config)
     state = model.state_dict() if state_dict is None else state_dict
     plain, scales = fold_state_dict(model, architecture, state)
     # Where transformers does not know of an offloading it would write nothing for the rest of the weights.

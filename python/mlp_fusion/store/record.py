@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from mlp_fusion.errors import InputError
-from mlp_fusion.families import Architecture, get_architecture
+from mlp_fusion.families import ARCHITECTURES, Architecture
+from mlp_fusion.families.discovered import DiscoveredArchitecture, discovered
 from mlp_fusion.neurons import Parameterization
 
 #: Key in config.json. Readers that do not know it keep it and pass over it.
@@ -33,9 +34,9 @@ def check_config(config: Any) -> Architecture:
     """The architecture of a model that can be fused.
 
     Raises:
-        InputError: unknown architecture, quantised, fused already, or layers that differ in some other way already.
+        InputError: quantised, fused already, layers that differ already, or FFNs that are not found, not
+            proved, or not supported.
     """
-    architecture = get_architecture(config.model_type)
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is not None:
         kind = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else quantisation.quant_method
@@ -49,7 +50,31 @@ def check_config(config: Any) -> Architecture:
         raise InputError("the model is fused already: start again from the original, fusing twice compounds the loss")
     if config.is_heterogeneous:
         raise InputError("the model's layers differ already (per_layer_config): only models of equal layers are fused")
-    return architecture
+    known = ARCHITECTURES.get(config.model_type)
+    return discovered(config) if known is None else known
+
+
+def known_architecture(config: Any) -> Architecture | None:
+    """The entry of a model's family, or that which the record of its fusion holds; None where neither knows.
+
+    Raises:
+        InputError: the record is damaged.
+    """
+    model_type = getattr(config, "model_type", None) or ""
+    record = getattr(config, FUSION_KEY, None)
+    if model_type not in ARCHITECTURES and isinstance(record, Mapping) and "ffn" in record:
+        return DiscoveredArchitecture.of_record(model_type, record["ffn"])
+    return ARCHITECTURES.get(model_type)
+
+
+def architecture_of(config: Any) -> Architecture:
+    """The entry for a model: its family's, the one in its record, or one that is discovered.
+
+    Raises:
+        InputError: there is none, and none can be made.
+    """
+    known = known_architecture(config)
+    return discovered(config) if known is None else known
 
 
 def fused_config(
@@ -82,6 +107,12 @@ def fused_config(
         "fused_layers": fused,
         "original_width": architecture.width(config),
     }
+    if isinstance(architecture, DiscoveredArchitecture):
+        record["ffn"] = architecture.kept()
+        if len(set(widths.values())) > 1:
+            raise InputError(
+                f"{config.model_type}: layers of different widths are not supported for this family: fuse all to one"
+            )
     if len(set(widths.values())) == 1:
         setattr(changed, architecture.width_key, widths[fused[0]])
     else:

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from mlp_fusion.errors import InputError
-from mlp_fusion.families import FFNSite, get_architecture
+from mlp_fusion.families import FFNSite
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.selection import parameterization_for
-from mlp_fusion.store.record import FUSION_KEY, fusion_record, update_record
+from mlp_fusion.store.record import FUSION_KEY, architecture_of, fusion_record, update_record
 from mlp_fusion.store.scale import check_scales, matched_scales, read_scales
 from mlp_fusion.store.states import know_forms
 
@@ -48,7 +48,7 @@ def restore(model: nn.Module, path: str | os.PathLike[str], optimizer: str | Non
             f"load {path} with from_pretrained and restore that"
         )
     config: Any = model.config
-    architecture = get_architecture(config.model_type)
+    architecture = architecture_of(config)
     if any(architecture.fused(site) is not None for site in architecture.sites(model)):
         raise InputError("the model has its fused FFNs already")
     parameterization = record["parameterization"] if optimizer == "as saved" else parameterization_for(optimizer)
@@ -70,7 +70,7 @@ def scaled_sites(
         InputError: the side file is missing, damaged, or does not fit the model or the parameterization.
     """
     config: Any = model.config
-    architecture = get_architecture(config.model_type)
+    architecture = architecture_of(config)
     record = fusion_record(config)
     assert record is not None
     sites = {architecture.scale_name(site.path): site for site in architecture.sites(model)}

@@ -26,9 +26,9 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from mlp_fusion.errors import InputError
-from mlp_fusion.families import ARCHITECTURES, Architecture, FFNSite
+from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.modules import FusedFFN
-from mlp_fusion.store.record import FUSION_KEY
+from mlp_fusion.store.record import FUSION_KEY, known_architecture
 from mlp_fusion.store.scale import SCALE_FILE, Rescaling, is_sound, read_scale_file
 
 Form = Literal["own", "plain"]
@@ -162,7 +162,7 @@ def check_form(architecture: Architecture, layer: nn.Module, state: Mapping[str,
 def check_forms(model: Any, state: Mapping[str, Tensor], prefix: str) -> None:
     """Raise what loading `state` into `model` would raise of its FFNs, before anything is loaded."""
     config = getattr(model, "config", None)
-    architecture = ARCHITECTURES.get(getattr(config, "model_type", None) or "")
+    architecture = known_architecture(config)
     if architecture is not None and any(architecture.locate(key) for key in state):
         sites = architecture.sites(model)
         for site in sites:
@@ -177,7 +177,7 @@ def check_forms(model: Any, state: Mapping[str, Tensor], prefix: str) -> None:
 
 def check_unexpected(config: Any, unexpected: Iterable[str]) -> None:
     """Raise InputError if a fused FFN's scale is among the keys that `from_pretrained` had no place for."""
-    architecture = ARCHITECTURES.get(getattr(config, "model_type", None) or "")
+    architecture = known_architecture(config)
     if architecture is None:
         return
     ending = f"{architecture.module}.scale"

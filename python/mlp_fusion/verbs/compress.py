@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mlp_fusion.errors import InputError
-from mlp_fusion.families import Architecture, get_architecture
+from mlp_fusion.families import Architecture
 from mlp_fusion.measure import FusionReport
 from mlp_fusion.measure.embeddings import compare_embeddings, embed
 from mlp_fusion.reducing.chosen import check_finite
@@ -32,6 +32,7 @@ from mlp_fusion.store.record import (
     FUSION_KEY,
     REFERENCE_FILE,
     REPORT_FILE,
+    architecture_of,
     side_path,
     state_layer_count,
 )
@@ -151,7 +152,7 @@ class _Source:
 
 def _open(folder: Path, dtype: str | None, device: torch.device) -> _Source:
     config, tensors = read_config(folder), read_tensors(folder)
-    architecture = get_architecture(config.model_type)
+    architecture = architecture_of(config)
     working = compute_dtype(architecture, tensors, dtype)
     model, head = _load(folder, config, working)
     check_finite(model)

@@ -14,10 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mlp_fusion.errors import InputError
-from mlp_fusion.families import get_architecture
 from mlp_fusion.measure import relative_error
 from mlp_fusion.measure.report import render
-from mlp_fusion.store.record import DTYPE_KEY, FUSION_KEY, REFERENCE_FILE, fusion_record
+from mlp_fusion.store.record import DTYPE_KEY, FUSION_KEY, REFERENCE_FILE, architecture_of, fusion_record
 from mlp_fusion.store.reference import compute_dtype, load_checkpoint, model_outputs, reference_outputs
 from mlp_fusion.store.restoring import scaled_sites
 from mlp_fusion.store.source import Headers, read_headers
@@ -98,7 +97,7 @@ def verify(out: str | Path, against: nn.Module | None = None) -> Verification:
     if record is None:
         raise InputError(f"{folder}: not a fused checkpoint: config.json has no {FUSION_KEY!r} entry")
     recorded, dtype = _read_reference(folder) if against is None else (None, None)
-    working = compute_dtype(get_architecture(headers.config.model_type), headers.tensors, dtype)
+    working = compute_dtype(architecture_of(headers.config), headers.tensors, dtype)
     model, info = load_checkpoint(folder, headers.config, working)
     expected = recorded or reference_outputs(against, seed=0, head=not info["missing_keys"])
     checks = [
@@ -126,7 +125,7 @@ def _read_reference(folder: Path) -> tuple[dict[str, Tensor], str | None]:
 
 
 def _check_shapes(config: Any, record: dict[str, Any], tensors: Any) -> Check:
-    architecture = get_architecture(config.model_type)
+    architecture = architecture_of(config)
     wrong, seen = [], 0
     for name, info in tensors.items():
         matched = architecture.locate(name)
@@ -158,7 +157,7 @@ def _check_finite(folder: Path) -> Check:
 
 
 def _check_loading(config: Any, info: dict[str, Any]) -> Check:
-    architecture = get_architecture(config.model_type)
+    architecture = architecture_of(config)
     mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
     missing = sorted(info["missing_keys"])
     if mismatched:
@@ -174,7 +173,7 @@ def _check_loading(config: Any, info: dict[str, Any]) -> Check:
 def _check_outputs(expected: dict[str, Tensor], model: Any, headers: Headers) -> Check:
     found = model_outputs(model, expected["input_ids"], head="last_hidden_state" not in expected)
     # The model in memory has not seen the rounding of the FFNs to the dtypes that they are stored in.
-    architecture = get_architecture(headers.config.model_type)
+    architecture = architecture_of(headers.config)
     stored = [COMPUTING[t.dtype] for name, t in headers.tensors.items() if t.floating and architecture.locate(name)]
     limit = 0.3 * max(torch.finfo(dtype).eps for dtype in (model.dtype, *stored)) ** 0.5
     details = []
