@@ -1,0 +1,224 @@
+"""`describe`: the FFNs of the model that a config describes, found by what they compute and proved."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from mlp_fusion.errors import InputError
+from mlp_fusion.families import building
+from mlp_fusion.families.calls import matrices
+from mlp_fusion.families.claims import claims, described
+from mlp_fusion.families.keys import Keys, Move
+from mlp_fusion.families.probe import Found, Log, one_line, probe_module, projections
+from mlp_fusion.families.recording import record_arguments
+from mlp_fusion.families.sites import Description, Projection
+
+#: Width keys with a value of at least this are made small.
+_WIDE = 96
+
+
+def describe(config: Any) -> Description:
+    """Find and prove the FFNs of the model that `config` describes.
+
+    The model is built on the meta device; one module of each kind is made real, with a small width and random weights.
+    Everything is deterministic. `config`, random number generators and torch's settings are left as they were. Nothing
+    is fetched, and no code from the hub is run.
+
+    Args:
+        config: a `transformers` config; the user's own, since defaults hide FFNs, clamps and widths.
+
+    Returns:
+        The sites, what is refused, and what is set apart, with reasons.
+
+    Raises:
+        InputError: transformers has no class for the config, or builds no model from it.
+
+    Examples:
+        >>> from transformers import AutoConfig
+        >>> found = describe(AutoConfig.from_pretrained("roberta-base"))
+        >>> [(site.path, len(site.instances), site.function.activation) for site in found.sites]
+        [('roberta.encoder.layer.#', 12, 'gelu')]
+        >>> found.complete, found.sites[0].width_keys[0].path
+        (True, 'intermediate_size')
+    """
+    with building.undisturbed():
+        return _Discovery(copy.deepcopy(config)).run()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One FFN of one module of the small model.
+
+    Attributes:
+        path: of the module.
+        module: its class.
+        found: what the probe found; shared by all modules of the kind.
+        projections: where it lies.
+    """
+
+    path: str
+    module: str
+    found: Found
+    projections: tuple[Projection, ...]
+
+
+class _Discovery:
+    """One run of `describe`: what it has built and found so far."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.cls: type[PreTrainedModel] = building.model_class(config)
+        self.model = self._build(config)
+        self.keys = Keys(self.cls, config, building.shapes(self.model))
+        self.logs: list[tuple[str, Log]] = []
+        self.units: list[Unit] = []
+        self.claimed: set[str] = set()
+
+    def _build(self, config: Any) -> PreTrainedModel:
+        try:
+            return building.build(self.cls, config)
+        except Exception as error:
+            raise InputError(
+                f"{config.model_type}: transformers builds no {self.cls.__name__} from this config: {one_line(error)}"
+            ) from error
+
+    def run(self) -> Description:
+        moves = [move for path in self.keys.likely if (move := self.keys.move(path)) is not None]
+        suspects = {name for move in moves if move.pure for name in move.axes}
+        small = self._small(moves)
+        building.let_experts_run_eagerly(small)
+        self._probe(small, suspects)
+        found = claims(self.units, small, self.model, self._experts_of_flat_stacks(moves))
+        return described(self.config.model_type, self.cls.__name__, found, self.keys, moves, self.logs)
+
+    def _small(self, moves: list[Move]) -> PreTrainedModel:
+        """The model with small widths and few experts, whose modules have the names of the user's."""
+        widths = [(move.path, move.value) for move in moves if move.same_names and _is_wide(move.value)]
+        for width, experts in building.NARROW:
+            try:
+                config = building.narrow_config(self.config, widths, width, experts)
+                model = building.build(self.cls, config)
+            except Exception:  # noqa: BLE001  (a config with numbers that do not fit together)
+                continue
+            known = building.shapes(self.model)
+            if building.shapes(model).keys() <= known.keys():
+                return model
+        return self._build(self.config)
+
+    def _experts_of_flat_stacks(self, moves: list[Move]) -> dict[str, int]:
+        """Parameter pattern -> number of experts, for stacks in which experts lie one after another on one axis.
+
+        The number is seen where the width alone is changed.
+        """
+        flat = {
+            building.pattern(f"{unit.path}.{projection.parameter}"): (unit.found.output.n_in, projection.neuron_axis)
+            for unit in self.units
+            for projection in unit.projections
+            if projection.expert_axis == projection.neuron_axis
+        }
+        if not flat:
+            return {}
+        widths = [(move.path, move.value) for move in moves if move.same_names and _is_wide(move.value)]
+        width = next(n for n, _ in flat.values())
+        alone = building.shapes(building.build(self.cls, building.narrow_config(self.config, widths, width, None)))
+        return {
+            building.pattern(name): shape[flat[building.pattern(name)][1]] // width
+            for name, shape in alone.items()
+            if building.pattern(name) in flat
+        }
+
+    def _probe(self, model: nn.Module, suspects: set[str]) -> None:
+        """Probe one module of each kind, from the inside out; then what cannot be called alone."""
+        known: dict[Any, tuple[list[Found], list[tuple[Projection, ...]]]] = {}
+        uncalled: dict[Any, list[str]] = {}
+        for path, module in _inside_out(model):
+            names = {f"{path}.{name}" for name, _ in matrices(module)}
+            left = names - self.claimed
+            if len(left) < 2 or (not left & suspects and names & self.claimed):
+                continue
+            kind = _kind(path, module, names & self.claimed)
+            if kind not in known:
+                log = Log()
+                self.logs.append((path, log))
+                known[kind] = self._try(path, module, suspects, log)
+                if not known[kind][0] and left & suspects:
+                    uncalled.setdefault(kind, [])
+            if kind in uncalled:
+                uncalled[kind].append(path)
+            self._claim(path, module, *known[kind])
+        self._probe_as_called(model, uncalled, suspects)
+
+    def _try(
+        self, path: str, module: nn.Module, suspects: set[str], log: Log, recorded: Any = None
+    ) -> tuple[list[Found], list[tuple[Projection, ...]]]:
+        inside = {name for name, _ in module.named_parameters()}
+        taken = {name for name in inside if f"{path}.{name}" in self.claimed}
+        moved = {name for name in inside if f"{path}.{name}" in suspects}
+        try:
+            real = building.materialise(module, moved)
+        except Exception as error:  # noqa: BLE001  (too large, or with tensors that are no parameters)
+            log.problem = str(error) if isinstance(error, InputError) else one_line(error)
+            return [], []
+        found = probe_module(real, taken, log, recorded)
+        parameters = dict(real.named_parameters())
+        return found, [projections(parameters, one) if one.error is not None else () for one in found]
+
+    def _claim(self, path: str, module: nn.Module, found: list[Found], where: list[tuple[Projection, ...]]) -> None:
+        for one, lies in zip(found, where, strict=True):
+            self.units.append(Unit(path, type(module).__name__, one, lies))
+            self.claimed |= {f"{path}.{name}" for name in one.names}
+
+    def _probe_as_called(self, model: nn.Module, uncalled: dict[Any, list[str]], suspects: set[str]) -> None:
+        """Probe the innermost modules that hold what is left, with the arguments that the model calls them with."""
+        modules = dict(model.named_modules())
+        waiting = {
+            kind: [p for p in paths if len(_left(p, modules[p], self.claimed) & suspects) > 1]
+            for kind, paths in uncalled.items()
+        }
+        waiting = {kind: paths for kind, paths in waiting.items() if paths}
+        if not waiting:
+            return
+        recorded = record_arguments(model, {paths[0] for paths in waiting.values()})
+        for paths in waiting.values():
+            first = paths[0]
+            if first not in recorded or not len(_left(first, modules[first], self.claimed) & suspects) > 1:
+                continue
+            log = Log()
+            self.logs.append((first, log))
+            found, where = self._try(first, modules[first], suspects, log, recorded[first])
+            for path in paths:
+                self._claim(path, modules[path], found, where)
+
+
+def _is_wide(value: Any) -> bool:
+    """Whether a key's value is worth making small; one that is unset stands for a multiple of something."""
+    if value is None:
+        return True
+    return any(isinstance(n, int) and n >= _WIDE for n in (value if isinstance(value, list) else [value]))
+
+
+def _left(path: str, module: nn.Module, claimed: set[str]) -> set[str]:
+    return {f"{path}.{name}" for name, _ in matrices(module)} - claimed
+
+
+def _inside_out(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that may hold an FFN, the innermost first; no whole stacks of layers."""
+    modules = [(path, module) for path, module in model.named_modules() if path]
+    for path, module in sorted(modules, key=lambda named: -named[0].count(".")):
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Linear, nn.Embedding)):
+            continue
+        lists = [part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part) > 3]
+        if not any(len(matrices(part)) > 12 for part in lists):
+            yield path, module
+
+
+def _kind(path: str, module: nn.Module, claimed: set[str]) -> tuple[Any, ...]:
+    """What two modules have in common whose FFNs are alike: classes, shapes, and numbers such as limits."""
+    inside = tuple(sorted(building.pattern(name[len(path) :]) for name in claimed))
+    return (building.traits(module), tuple((name, tuple(p.shape)) for name, p in matrices(module)), inside)
