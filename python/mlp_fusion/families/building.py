@@ -71,8 +71,8 @@ def model_class(config: Any) -> type[PreTrainedModel]:
         InputError: transformers has none.
     """
     for name in getattr(config, "architectures", None) or ():
-        found = getattr(transformers, name, None)
-        if inspect.isclass(found) and issubclass(found, PreTrainedModel):
+        found: Any = getattr(transformers, name, None)
+        if inspect.isclass(found) and issubclass(found, PreTrainedModel) and type(config) is found.config_class:
             return found
     for mapping in _auto_mappings():
         with contextlib.suppress(Exception):  # a class whose libraries are missing

@@ -86,7 +86,8 @@ def discovered(config: Any) -> DiscoveredArchitecture:
         InputError: no FFN is found, one is not proved, or they have a shape that is not served yet.
     """
     plain = {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "dtype")}
-    return _discovered(type(config), json.dumps(plain, sort_keys=True, default=str))
+    config_class: Any = type(config)
+    return _discovered(config_class, json.dumps(plain, sort_keys=True, default=str))
 
 
 @functools.lru_cache(maxsize=16)
