@@ -71,9 +71,11 @@ def model_class(config: Any) -> type[PreTrainedModel]:
         InputError: transformers has none.
     """
     for name in getattr(config, "architectures", None) or ():
-        found: Any = getattr(transformers, name, None)
-        if inspect.isclass(found) and issubclass(found, PreTrainedModel) and type(config) is found.config_class:
-            return found
+        named: Any = getattr(transformers, name, None)
+        if inspect.isclass(named) and issubclass(named, PreTrainedModel):
+            cls: Any = named
+            if cls.config_class is type(config):
+                return named
     for mapping in _auto_mappings():
         with contextlib.suppress(Exception):  # a class whose libraries are missing
             found = mapping[type(config)]
