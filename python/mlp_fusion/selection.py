@@ -86,7 +86,9 @@ def _parse_part(part: str, available: list[int]) -> list[int]:
     if found := re.fullmatch(r"(first|last):(\d{1,18})", part):
         count = int(found[2])
         if not 1 <= count <= len(available):
-            raise InputError(f"layers {part!r}: the model has {len(available)} FFNs")
+            raise InputError(
+                f"layers {part!r}: the model has {len(available)} FFNs: use {found[1]}:N up to that, or all"
+            )
         return available[:count] if found[1] == "first" else available[-count:]
     if found := re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part):
         first, last = int(found[1]), int(found[2] or found[1])

@@ -71,19 +71,25 @@ def test_silent_neurons_are_shared_out_last(method: str) -> None:
 # --- weights of any size ---------------------------------------------------------------------------------------------
 
 
+#: Methods whose choice does depend on the units, since their distances add up inputs and outputs.
+UNITS_COUNT = ("published", "cluster")
+
+
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in {"mmd", *NEED_TEXT}])
 @pytest.mark.parametrize(("inputs", "outputs"), [(66, 0), (0, 66), (-66, 0), (0, -66), (66, 66), (-66, -66)])
-def test_powers_of_two_change_nothing_but_the_units(method: str, inputs: int, outputs: int) -> None:
-    relu = dataclasses.replace(bundle(24), activation="relu")
+def test_powers_of_two_change_nothing_but_the_units(method: str, inputs: int, outputs: int, gated: bool) -> None:
+    relu = dataclasses.replace(bundle(24, gated=gated), activation="relu")
     assert relu.b_in is not None
     a, b = 2.0**inputs, 2.0**outputs
-    scaled = dataclasses.replace(relu, w_in=a * relu.w_in, b_in=a * relu.b_in, w_out=b * relu.w_out)
+    gate = None if relu.w_gate is None else a * relu.w_gate
+    scaled = dataclasses.replace(relu, w_in=a * relu.w_in, b_in=a * relu.b_in, w_gate=gate, w_out=b * relu.w_out)
     expected, found = (get_method(method)(each, 12, seed=0) for each in (relu, scaled))
     assert bool(found.bundle.vectors().isfinite().all())
     assert set(found.status) <= {"ok", "max_iter"}
     if found.inertia is not None:
         assert bool(found.inertia.isfinite().all())
-    if method in ("fusion", "prune") or (method in CLUSTERING and inputs == outputs):
+    if method not in UNITS_COUNT or inputs == outputs:
         torch.testing.assert_close(found.bundle.w_in / a, expected.bundle.w_in)
         torch.testing.assert_close(found.bundle.w_out / b, expected.bundle.w_out)
 
