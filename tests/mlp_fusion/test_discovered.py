@@ -20,7 +20,10 @@ from mlp_fusion import InputError
 from mlp_fusion.families import ARCHITECTURES, narrowing
 from mlp_fusion.families.calls import Way
 from mlp_fusion.families.discovered import DiscoveredArchitecture, discovered
+from mlp_fusion.finetuning import loading
+from mlp_fusion.measure import compare_models
 from mlp_fusion.modules import FusedFFN, ScaledActivation
+from mlp_fusion.store import states
 from mlp_fusion.store.record import architecture_of, fusion_record, known_architecture
 
 pytestmark = pytest.mark.slow
@@ -270,6 +273,33 @@ def test_the_record_says_where_the_ffns_are(tmp_path: Path, monkeypatch: pytest.
             known_architecture(damaged)
 
 
+def test_what_looks_for_fused_ffns_finds_those_narrowed_in_place() -> None:
+    """Fine-tuning, loading and comparing; a projection that two roles share counts once."""
+    original = model_of("Phi3Config")
+    model = copy.deepcopy(original)
+    mlp_fusion.fuse(model, 16, optimizer="sgd")
+    assert states.has_forms(model)
+    with pytest.raises(InputError, match="it is split, adamw needs scaled"):
+        loading._check_in_memory(model, "model", "adamw")
+    assert sum(p.numel() for p in loading.fused_parameters(model, [0])) == 3 * 16 * 32
+    found = compare_models(original, model, token_batch(), samples=2)
+    assert found.network is not None
+    assert found.network.relative_error > 0
+    same = compare_models(original, copy.deepcopy(original), token_batch(), samples=2)
+    assert same.network is not None
+    assert same.network.relative_error < 1e-5
+
+
+@pytest.mark.parametrize("name", ["ModernBertConfig", "OPTConfig"])
+def test_chosen_neurons_have_no_scale(name: str, tmp_path: Path) -> None:
+    model = model_of(name)
+    mlp_fusion.fuse(model, 16, method="prune")
+    assert [(ffn.scale, ffn.parameterization) for ffn in fused_ffns(model)] == [(None, "scaled")] * 2
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "mlp_fusion" / "scale.safetensors").exists()
+    torch.testing.assert_close(logits(auto(name).from_pretrained(tmp_path)), logits(model))
+
+
 def test_a_record_with_the_wrong_activation_is_refused(tmp_path: Path) -> None:
     model = model_of("OPTConfig")
     mlp_fusion.fuse(model, 16)
@@ -286,7 +316,7 @@ def test_a_part_without_its_place_is_not_saved(tmp_path: Path) -> None:
     """OPT's decoder is a model itself, in which the layers have other names: its scale would not be folded."""
     model = model_of("OPTConfig")
     mlp_fusion.fuse(model, 16)
-    with pytest.raises(InputError, match=r"OPTDecoder is a part of a fused model .* save the whole model"):
+    with pytest.raises(InputError, match=r"OPTDecoder is a part of a fused model, .* save the whole model"):
         model.model.decoder.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
 

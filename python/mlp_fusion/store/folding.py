@@ -46,7 +46,7 @@ def fold_state_dict(
     sites = architecture.sites(model)
     if not sites and any(isinstance(module, ScaleHolder) and module.scale is not None for module in model.modules()):
         raise InputError(
-            f"{type(model).__name__} is a part of a fused model in which its FFNs have other names: save the whole model"
+            f"{type(model).__name__} is a part of a fused model, in which FFNs have other names: save the whole model"
         )
     for site in sites:
         fused = architecture.fused(site)

@@ -162,7 +162,7 @@ class Rescaling:
         return f"{self.prefix}{self.architecture.projections[role]}.{kind}"
 
     def rescaled(self) -> dict[str, tuple[float, int, int]]:
-        """The keys that the scale stands in, each with its exponent, the neurons' axis, and how often they lie there."""
+        """The keys that the scale stands in, each with its exponent, the axis of neurons, and how often it is there."""
         found = {}
         for role in self.architecture.projections:
             exponent = self.after if role == "w_out" else self.before
