@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, OPTConfig, OPTForCausalLM
+from transformers import AlbertConfig, AlbertModel, BitsAndBytesConfig
 
 from families import FAMILIES, WIDTH, tiny_model, token_batch
 from mlp_fusion import FusedGLU, FusedMLP, InputError, fuse, methods
@@ -232,16 +232,15 @@ def _lora() -> Any:
     return get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["up_proj"]))
 
 
-def _opt() -> Any:
-    return OPTForCausalLM(
-        OPTConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32)
-    )
+def _albert() -> Any:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return AlbertModel(AlbertConfig(vocab_size=50, embedding_size=16, **sizes))
 
 
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (_opt, {}, "opt: the FFNs at decoder.layers.# lie in a layer, without a module of their own"),
+        (_albert, {}, r"albert: the FFNs at .*albert_layers\.# do not lie in one stack of layers"),
         (lambda: nn.Linear(2, 2), {}, "give a Hugging Face model"),
         (_quantised, {}, "quantised"),
         (_nan, {}, r"transformer\.h\.1\.mlp\.c_proj\.weight holds NaN or Inf"),

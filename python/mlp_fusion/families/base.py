@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from mlp_fusion.errors import InputError
+from mlp_fusion.modules import ScaleHolder
 from mlp_fusion.modules.activations import CONFIG_ACTIVATIONS
 from mlp_fusion.modules.ffn import FusedFFN, FusedGLU, FusedMLP
 from mlp_fusion.modules.layouts import read_bundle, read_projection
@@ -75,6 +76,21 @@ class Architecture:
     def gated(self) -> bool:
         return "w_gate" in self.projections
 
+    @property
+    def holder(self) -> str:
+        """Path of the module that holds a fused FFN's scale."""
+        return self.module
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """Role -> path, each projection once: one that holds gate and up counts as `w_in`."""
+        roles = {path: role for role, path in sorted(self.projections.items())}
+        return {role: path for role, path in self.projections.items() if roles[path] == role}
+
+    def lengths(self, role: str) -> int:
+        """How many times the width the neuron axis of the projection in `role` is long."""
+        return list(self.projections.values()).count(self.projections[role])
+
     # --- config ------------------------------------------------------------------------------------------------------
 
     def width(self, config: Any) -> int:
@@ -102,7 +118,7 @@ class Architecture:
 
     def scale_name(self, layer_path: str) -> str:
         """The state_dict key of a fused FFN's scale."""
-        return f"{layer_path}.{self.module}.scale"
+        return f"{layer_path}.{self.holder}.scale"
 
     # --- a loaded model ----------------------------------------------------------------------------------------------
 
@@ -121,12 +137,15 @@ class Architecture:
 
     def neurons(self, site: FFNSite) -> int:
         """The width of the FFN at `site`."""
-        return read_projection(self.projection(site, "w_in"))[0].shape[0]
+        return read_projection(self.projection(site, "w_in"))[0].shape[0] // self.lengths("w_in")
 
-    def fused(self, site: FFNSite) -> FusedFFN | None:
-        """The fused module at `site`, or None where the model's own FFN stands."""
-        module = site.layer.get_submodule(self.module)
-        return module if isinstance(module, FusedFFN) else None
+    def fused(self, site: FFNSite) -> ScaleHolder | None:
+        """The module that holds the scale of the FFN at `site`, or None where the model's own FFN stands."""
+        try:
+            module = site.layer.get_submodule(self.holder)
+        except AttributeError as error:
+            raise InputError(f"{site.path} has no {self.holder}, where the FFN is said to be") from error
+        return module if isinstance(module, ScaleHolder) else None
 
     def read(self, site: FFNSite, config: Any) -> NeuronBundle:
         """The FFN at `site` as a bundle with B = 1 (views of the weights).
@@ -136,14 +155,14 @@ class Architecture:
         """
         fused = self.fused(site)
         try:
-            if fused is not None:
+            if isinstance(fused, FusedFFN):
                 return fused.as_bundle()
             projections = {role: self.projection(site, role) for role in self.projections}
             return read_bundle(projections, self.activation(config))
         except InputError as error:
             raise InputError(f"{site.path}: {error}") from error
 
-    def install(self, site: FFNSite, bundle: NeuronBundle, parameterization: str) -> FusedFFN:
+    def install(self, site: FFNSite, bundle: NeuronBundle, parameterization: str) -> ScaleHolder:
         """Put `bundle` in place of the FFN at `site`; device, dtype, training mode and `requires_grad` are kept."""
         names = {role: path.removeprefix(f"{self.module}.") for role, path in self.projections.items()}
         probability = 0.0 if self.dropout is None else float(site.layer.get_submodule(self.dropout).p)  # type: ignore[arg-type]
@@ -155,11 +174,11 @@ class Architecture:
         return fused
 
 
-def adopt(fused: FusedFFN, pairs: Mapping[str, tuple[nn.Module, nn.Module]]) -> None:
+def adopt(fused: ScaleHolder, pairs: Mapping[str, tuple[nn.Module, nn.Module]]) -> None:
     """Give new projections the device, dtype and `requires_grad` of the ones they replace, and `fused` their mode."""
     for new, old in pairs.values():
         weight, _ = read_projection(old)
-        new.to(device=weight.device, dtype=weight.dtype)
+        new.to(device=weight.device, dtype=weight.dtype).train(old.training)
         for name, parameter in new.named_parameters():
             parameter.requires_grad_(old.get_parameter(name).requires_grad)
         fused.train(old.training)

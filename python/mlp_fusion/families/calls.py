@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 _TOKENS, _CHOSEN = 6, 2
+#: The way of a module that is called with what a whole model called it with.
+AS_CALLED = "as the model calls it"
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def ways_to_call(module: nn.Module, experts: bool, recorded: Any = None) -> Iter
         args, kwargs = recorded
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()]
         x = tensors[0] if tensors else torch.zeros(1)
-        yield Way("as the model calls it", lambda: module(*args, **kwargs), x)
+        yield Way(AS_CALLED, lambda: module(*args, **kwargs), x)
     else:
         yield from _itself(module, g)
     yield from _feed_forward_methods(module, g)

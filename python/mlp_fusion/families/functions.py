@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mlp_fusion.families.catalogue import ACTIVATIONS
 from mlp_fusion.families.sites import Clamp, Function
 from mlp_fusion.families.trace import Probe, Product, set_all
+from mlp_fusion.modules.layouts import take_half
 
 _MOST_CONSTANTS = 40
 #: Halves of a projection that holds gate and up: (gate, up).
@@ -71,16 +72,6 @@ class Identified:
         assert self.halves is not None
         gate, up = (take_half(values[0], half, -1) for half in self.halves)
         return gate, up
-
-
-def take_half(values: Tensor, half: str, axis: int) -> Tensor:
-    """One half of an axis: `first`, `second`, `even` or `odd`; all of it for `whole`."""
-    if half == "whole":
-        return values
-    size = values.shape[axis]
-    if half in ("even", "odd"):
-        return values.index_select(axis, torch.arange(int(half == "odd"), size, 2))
-    return values.narrow(axis, 0 if half == "first" else size // 2, size // 2)
 
 
 def own_activations(module: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:

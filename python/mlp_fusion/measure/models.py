@@ -247,7 +247,7 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 def _ffn_parameters(architecture: Architecture, sites: Sequence[FFNSite]) -> list[nn.Parameter]:
     found: list[nn.Parameter] = []
     for site in sites:
-        for role in architecture.projections:
+        for role in architecture.owners:
             found.extend(architecture.projection(site, role).parameters())
         fused = architecture.fused(site)
         if fused is not None and isinstance(fused.scale, nn.Parameter):

@@ -8,10 +8,13 @@ from mlp_fusion.deferred import on_demand
 from mlp_fusion.modules.ffn import FusedFFN, FusedGLU, FusedMLP
 from mlp_fusion.modules.scaled_activation import ScaledActivation
 
+#: What a fused FFN's scale lies in: the FFN itself, or the activation of one that was narrowed in place.
+ScaleHolder = FusedFFN | ScaledActivation
+
 if TYPE_CHECKING:
     from mlp_fusion.modules.experts import FusedExperts
 
-__all__ = ["FusedExperts", "FusedFFN", "FusedGLU", "FusedMLP", "ScaledActivation"]
+__all__ = ["FusedExperts", "FusedFFN", "FusedGLU", "FusedMLP", "ScaleHolder", "ScaledActivation"]
 
 # What experts need of transformers takes seconds to import, and plans do not need it.
 __getattr__ = on_demand(__name__, {"FusedExperts": "experts"})

@@ -52,8 +52,22 @@ def read_projection(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return (weight.t() if kind is Conv1D else weight), None if bias is None else bias.detach()
 
 
+def take_half(values: Tensor, half: str, axis: int) -> Tensor:
+    """One half of an axis: `first`, `second`, `even` or `odd`; all of it for `whole`."""
+    if half == "whole":
+        return values
+    size = values.shape[axis]
+    if half in ("even", "odd"):
+        return values.index_select(axis, torch.arange(int(half == "odd"), size, 2, device=values.device))
+    return values.narrow(axis, 0 if half == "first" else size // 2, size // 2)
+
+
 def read_bundle(
-    projections: Mapping[str, nn.Module], activation: str, scale: Tensor | None = None, scale_exponent: float = 0.0
+    projections: Mapping[str, nn.Module],
+    activation: str,
+    scale: Tensor | None = None,
+    scale_exponent: float = 0.0,
+    parts: Mapping[str, str] | None = None,
 ) -> NeuronBundle:
     """The FFN made of `projections` (role -> module; roles `w_in`, `w_out` and, when gated, `w_gate`), with B = 1.
 
@@ -62,6 +76,7 @@ def read_bundle(
         activation: a name in `fusion_kernels.activations.ACTIVATIONS`.
         scale: `(N,)` cluster sizes, integer or floating, or None.
         scale_exponent: the a with which the projections carry the scale.
+        parts: role -> which half of the projection's outputs it is, as in :func:`take_half`; None for all of each.
 
     Raises:
         InputError: see :func:`read_projection`.
@@ -70,6 +85,9 @@ def read_bundle(
     tensors: dict[str, Any] = {}
     for role, module in projections.items():
         weight, bias = read_projection(module)
+        if parts is not None and role != "w_out":
+            weight = take_half(weight, parts[role], 0)
+            bias = None if bias is None else take_half(bias, parts[role], 0)
         tensors[role] = (weight.t() if role == "w_out" else weight).unsqueeze(0)
         tensors[role.replace("w_", "b_")] = None if bias is None else bias.unsqueeze(0)
     if scale is not None:

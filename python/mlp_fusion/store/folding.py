@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture
+from mlp_fusion.modules import ScaleHolder
 from mlp_fusion.store.record import (
     REFERENCE_FILE,
     REPORT_FILE,
@@ -38,11 +39,16 @@ def fold_state_dict(
 
     Raises:
         InputError: a fused FFN's tensors are not in `state` under the model's own names, or are sharded, quantised, or
-            nowhere to be had.
+            nowhere to be had; or `model` is a part of a model that was fused, and does not show where its FFNs are.
     """
     plain = dict(state)
     scales: dict[str, Tensor] = {}
-    for site in architecture.sites(model):
+    sites = architecture.sites(model)
+    if not sites and any(isinstance(module, ScaleHolder) and module.scale is not None for module in model.modules()):
+        raise InputError(
+            f"{type(model).__name__} is a part of a fused model, in which FFNs have other names: save the whole model"
+        )
+    for site in sites:
         fused = architecture.fused(site)
         if fused is None or fused.scale is None:
             continue

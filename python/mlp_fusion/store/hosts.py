@@ -82,7 +82,7 @@ def _wrap(owner: Any, name: str, wrapper: Callable[[_Method], _Method]) -> None:
 
 def _saving(save: _Method) -> _Method:
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
-        from mlp_fusion.modules import FusedExperts, FusedFFN
+        from mlp_fusion.modules import FusedExperts, ScaleHolder
         from mlp_fusion.store.folding import save_folded
 
         if any(isinstance(module, FusedExperts) and module.scale is not None for module in self.modules()):
@@ -90,7 +90,7 @@ def _saving(save: _Method) -> _Method:
                 "the model holds fused experts with a scale, which no plain checkpoint has: "
                 "call merge_scale() on every FusedExperts before saving"
             )
-        if any(isinstance(module, FusedFFN) for module in self.modules()):
+        if any(isinstance(module, ScaleHolder) for module in self.modules()):
             save_folded(self, save, *args, **kwargs)
         else:
             save(self, *args, **kwargs)

@@ -161,28 +161,30 @@ class Rescaling:
         """The key of a projection's `weight` or `bias`."""
         return f"{self.prefix}{self.architecture.projections[role]}.{kind}"
 
-    def rescaled(self) -> dict[str, tuple[float, int]]:
-        """The keys that the scale stands in, each with its exponent and the axis along which the neurons lie."""
+    def rescaled(self) -> dict[str, tuple[float, int, int]]:
+        """The keys that the scale stands in, each with its exponent, the axis of neurons, and how often it is there."""
         found = {}
         for role in self.architecture.projections:
             exponent = self.after if role == "w_out" else self.before
             if exponent == 0.0:
                 continue
+            times = self.architecture.lengths(role)
             # Neurons lie along the outputs of input projections and the inputs of the output projection, in rows of an
             # (out, in) weight and columns of a transposed one respectively.
-            found[self.key(role, "weight")] = exponent, int((role == "w_out") != self.architecture.transposed)
+            axis = int((role == "w_out") != self.architecture.transposed)
+            found[self.key(role, "weight")] = exponent, axis, times
             if role != "w_out":
-                found[self.key(role, "bias")] = exponent, 0
+                found[self.key(role, "bias")] = exponent, 0, times
         return found
 
     def check(self, state: Mapping[str, Tensor], scale: Tensor) -> None:
         """Raise what :meth:`apply` would, of all of the tensors, before one is exchanged."""
         check_whole("the scale", scale)
-        for key, (_, axis) in self.rescaled().items():
+        for key, (_, axis, times) in self.rescaled().items():
             if key in state:
                 tensor = state[key]
                 check_whole(key, tensor)
-                if tensor.ndim <= axis or tensor.shape[axis] != len(scale):
+                if tensor.ndim <= axis or tensor.shape[axis] != times * len(scale):
                     raise InputError(
                         f"{key} has shape {tuple(tensor.shape)}, the model's FFN has {len(scale)} neurons: it belongs "
                         "to another model"
@@ -195,7 +197,7 @@ class Rescaling:
             InputError: a tensor is sharded, quantised, not in memory, or of another number of neurons than the scale.
         """
         self.check(state, scale)
-        for key, (exponent, axis) in self.rescaled().items():
+        for key, (exponent, axis, times) in self.rescaled().items():
             if key in state:
                 tensor = state[key]
                 wide = scale.to(tensor.device, torch.promote_types(scale.dtype, torch.float32))
@@ -204,7 +206,7 @@ class Rescaling:
                 factor = {1.0: wide, -1.0: reciprocal(wide)}.get(exponent)
                 factor = scale_power(wide, exponent) if factor is None else factor
                 shape = [-1 if i == axis else 1 for i in range(tensor.ndim)]
-                state[key] = (tensor * factor.reshape(shape)).to(tensor.dtype)
+                state[key] = (tensor * factor.repeat(times).reshape(shape)).to(tensor.dtype)
 
 
 def check_whole(key: str, tensor: Tensor) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
-from mlp_fusion.modules import FusedFFN
+from mlp_fusion.modules import ScaleHolder
 from mlp_fusion.store.record import FUSION_KEY, known_architecture
 from mlp_fusion.store.scale import SCALE_FILE, Rescaling, is_sound, read_scale_file
 
@@ -97,7 +97,7 @@ def _plain_folder(file: Path) -> Iterator[None]:
         _scales.reset(token)
 
 
-def _scale_for(key: str, fused: FusedFFN) -> Tensor:
+def _scale_for(key: str, fused: ScaleHolder) -> Tensor:
     """The scale that plain weights are taken apart with: the one they were folded with, if it is known and fits."""
     assert fused.scale is not None
     saved = _scales.get().get(key)
@@ -119,7 +119,7 @@ class StateForm:
         form = check_form(self.architecture, layer, state, prefix)
         fused = self.architecture.fused(FFNSite(-1, "", layer))
         if form == "plain" and fused is not None and fused.scale is not None:
-            key = f"{prefix}{self.architecture.module}.scale"
+            key = f"{prefix}{self.architecture.holder}.scale"
             scale = _scale_for(key, fused)
             Rescaling.to_own(self.architecture, prefix, fused.parameterization).apply(state, scale)
             state[key] = scale
@@ -131,7 +131,7 @@ def check_form(architecture: Architecture, layer: nn.Module, state: Mapping[str,
     Raises:
         InputError: it is not known, or `state` has a scale for which the layer has no place.
     """
-    key = f"{prefix}{architecture.module}.scale"
+    key = f"{prefix}{architecture.holder}.scale"
     fused = architecture.fused(FFNSite(-1, "", layer))
     if fused is None or fused.scale is None:
         if key in state:
@@ -169,7 +169,7 @@ def check_forms(model: Any, state: Mapping[str, Tensor], prefix: str) -> None:
             check_form(architecture, site.layer, state, f"{prefix}{site.path}.")
         record = getattr(config, FUSION_KEY, None)
         folded = not isinstance(record, Mapping) or record.get("parameterization") == "folded"
-        if _announced.get() == "own" and not folded and not any(architecture.fused(site) for site in sites):
+        if _announced.get() == "own" and not folded and sites and not any(architecture.fused(site) for site in sites):
             raise InputError(
                 "the state is said to be a fused model's own, and this model is a plain one: restore it first"
             )
@@ -180,7 +180,7 @@ def check_unexpected(config: Any, unexpected: Iterable[str]) -> None:
     architecture = known_architecture(config)
     if architecture is None:
         return
-    ending = f"{architecture.module}.scale"
+    ending = f"{architecture.holder}.scale"
     keys = sorted(key for key in unexpected if (m := architecture.locate(key)) and m[2] == ending)
     if keys:
         raise dropped_scale(keys)
@@ -206,7 +206,7 @@ def dropped_scale(keys: list[str]) -> InputError:
 
 def has_forms(model: nn.Module) -> bool:
     """Whether `model` holds fused FFNs whose own weights are not the plain ones."""
-    return any(isinstance(module, FusedFFN) and module.scale is not None for module in model.modules())
+    return any(isinstance(module, ScaleHolder) and module.scale is not None for module in model.modules())
 
 
 def as_own(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -242,7 +242,7 @@ class PartForm:
         view = {name: state[key] for name, key in found.items()}
         self.form(self.layer, view, "")
         state.update({found[name]: tensor for name, tensor in view.items() if name in found})
-        scale = f"{self.form.architecture.module}.scale"
+        scale = f"{self.form.architecture.holder}.scale"
         if scale in view and scale not in found and scale.startswith(inside):
             state[f"{prefix}{scale[len(inside) :]}"] = view[scale]
 
@@ -254,8 +254,8 @@ def know_forms(model: nn.Module, architecture: Architecture) -> None:
         if architecture.fused(site) is None:
             continue
         site.layer.register_load_state_dict_pre_hook(hook)
-        paths = {architecture.module}
-        for path in architecture.projections.values():
+        paths: set[str] = set()
+        for path in (architecture.holder, *architecture.projections.values()):
             parts = path.split(".")
             paths.update(".".join(parts[: i + 1]) for i in range(len(parts)))
         for path in sorted(paths):

@@ -192,7 +192,7 @@ def _find_ffns(
     headers: Headers, architecture: Architecture
 ) -> tuple[dict[tuple[int, str], dict[str, TensorInfo]], set[str]]:
     """Layer (index, path) -> role.kind -> header, for complete FFNs; and the tensor names that they take up."""
-    roles = {f"{path}.{kind}": f"{role}.{kind}" for role, path in architecture.projections.items()
+    roles = {f"{path}.{kind}": f"{role}.{kind}" for role, path in architecture.owners.items()
              for kind in ("weight", "bias")}  # fmt: skip
     found: dict[tuple[int, str], dict[str, TensorInfo]] = {}
     claimed: set[str] = set()
@@ -206,7 +206,7 @@ def _find_ffns(
         found.setdefault((index, path), {})[roles[rest]] = info
         claimed.add(name)
     for (_, path), parts in found.items():
-        for role, below in architecture.projections.items():
+        for role, below in architecture.owners.items():
             if f"{role}.weight" not in parts:
                 raise InputError(f"{headers.name}: {path}.{below}.weight is missing: the checkpoint is incomplete")
     if not found:
@@ -225,7 +225,8 @@ def _compare_with_config(
         inputs = headers.config.hidden_size
         for key, info in parts.items():
             role, kind = key.split(".")
-            shape: tuple[int, ...] = (inputs, width) if role == "w_out" else (width, inputs)
+            rows = width * architecture.lengths(role)
+            shape: tuple[int, ...] = (inputs, rows) if role == "w_out" else (rows, inputs)
             if kind == "bias":
                 shape = shape[:1]
             elif architecture.transposed:
@@ -266,7 +267,7 @@ def looks_like_ffn(tensor_name: str) -> bool:
 
 def _width(architecture: Architecture, parts: Mapping[str, TensorInfo]) -> int:
     shape = parts["w_in.weight"].shape
-    return shape[1] if architecture.transposed else shape[0]
+    return (shape[1] if architecture.transposed else shape[0]) // architecture.lengths("w_in")
 
 
 def _planned(

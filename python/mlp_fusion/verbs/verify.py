@@ -134,7 +134,7 @@ def _check_shapes(config: Any, record: dict[str, Any], tensors: Any) -> Check:
         seen += 1
         layer = config.per_layer_config[matched[1]] if config.is_heterogeneous else config
         expected = architecture.width(layer)
-        width = info.shape[1] if architecture.transposed else info.shape[0]
+        width = (info.shape[1] if architecture.transposed else info.shape[0]) // architecture.lengths("w_in")
         if width != expected:
             wrong.append(f"{name} has {width} neurons, expected {expected}")
     if wrong or not seen:
