@@ -68,10 +68,11 @@ def test_config_that_is_none(content: bytes, bert: Path) -> None:
 
 
 def test_model_type_that_only_transformers_knows(bert: Path) -> None:
-    ck.edit_config(bert, model_type="opt")
+    ck.edit_config(bert, model_type="albert")
     message = refused(bert)
-    assert message.startswith("opt: the FFNs at decoder.layers.# lie in a layer, without a module of their own, which ")
-    assert "`mlp-fusion families opt`" in message
+    assert message.startswith("albert: the FFNs at ")
+    assert " do not lie in one stack of layers, which " in message
+    assert "`mlp-fusion families albert`" in message
 
 
 def test_model_type_that_nobody_knows(bert: Path) -> None:
