@@ -334,6 +334,7 @@ REFUSED = {
     "T5Config": ({}, "its FFNs are of 2 kinds"),
     "AlbertConfig": ({"embedding_size": 32}, "do not lie in one stack of layers"),
     "BloomConfig": ({}, "have no width that the config can state"),
+    "ImageGPTConfig": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 64}, "have transposed projections"),
     "Qwen3MoeConfig": (
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_key_value_heads": 2},
         "are experts",

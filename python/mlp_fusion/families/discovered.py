@@ -256,6 +256,7 @@ def _unserved(config: Any, site: Site) -> list[str]:
         "are not one in each layer": [index for _, index in site.instances] != list(range(layers or 0)),
         "hold gate and up in one projection, in turns": any(p.part in ("even", "odd") for p in site.projections),
         "have projections of another kind": not all(p.parameter.endswith(".weight") for p in site.projections),
+        "have transposed projections": any(p.neuron_axis != int(p.role == "w_out") for p in site.projections),
         "compute a function without a kernel": f.activation not in ACTIVATIONS
         or f.clamp is not None
         or f.up_offset != 0.0
