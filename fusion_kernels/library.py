@@ -9,7 +9,7 @@ A backend that is not there says so with `why_not`, one that does not do all tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ import torch
 NAMESPACE = "fusion_kernels"
 
 _Member = TypeVar("_Member", bound=Enum)
+_Entry = TypeVar("_Entry")
 
 
 def check_name(what: str, name: str, known: Collection[str]) -> None:
@@ -37,6 +38,18 @@ def member(what: str, name: _Member | str, kind: type[_Member]) -> _Member:
         return name
     check_name(what, str(name), [str(known.value) for known in kind])
     return kind(name)
+
+
+def by_member(table: Mapping[_Member, _Entry], asked: _Member) -> _Entry:
+    """What `table` has for the member `asked`: an `else` would take a new member for another one.
+
+    Raises:
+        ValueError: it has nothing for it.
+    """
+    if asked not in table:
+        names = ", ".join(repr(known.value) for known in table)
+        raise ValueError(f"no {type(asked).__name__} {asked.value!r} here: use one of {names}")
+    return table[asked]
 
 
 class BackendUnavailableError(RuntimeError):

@@ -18,7 +18,8 @@ PRODUCT = (
 )  # fmt: skip
 #: `fusion_kernels`, likewise; the operators that use another one's functions come after it.
 KERNELS = (
-    "gpu", "native", "library", "pinning", "transforms", "activations", "ffn", "kmeans", "mlp", "experts", "ntk",
+    "gpu", "native", "library", "pinning", "transforms", "activations", "ffn",
+    "kmeans", "mlp", "experts", "ntk",
 )  # fmt: skip
 _ROOTS = {
     "mlp_fusion": (Path(mlp_fusion.__file__).parent, PRODUCT),

@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from enum import Enum
 from typing import Any
 
 import torch
@@ -17,8 +19,9 @@ from torch import Tensor
 from fusion_kernels import gpu, native
 from fusion_kernels.kmeans import cpu_backend, gpu_backend
 from fusion_kernels.kmeans import reference as reference
+from fusion_kernels.kmeans.metrics import unit_rows
 from fusion_kernels.kmeans.types import Algorithm, KMeansResult, Metric, Options, Results, Seeding, Status
-from fusion_kernels.library import Backend, Operator, member, operator
+from fusion_kernels.library import Backend, Operator, by_member, member, operator
 
 __all__ = ["ASSIGN", "OPERATOR", "KMeansResult", "Status", "kmeans", "kmeans_assign", "register"]
 
@@ -53,7 +56,10 @@ OPERATOR: Operator = operator(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     options=lambda x, sample_weight, init, *rest: Options(*rest),
-    variants=[Options(1, algorithm=algorithm, metric=metric) for algorithm in Algorithm for metric in Metric],
+    variants=[
+        Options(1, seeding=seeding, algorithm=algorithm, metric=metric)
+        for seeding, algorithm, metric in itertools.product(Seeding, Algorithm, Metric)
+    ],
 )
 
 
@@ -69,33 +75,43 @@ def register(
     function: Callable[[Tensor, Tensor | None, Tensor | None, Options], Results],
     device_types: tuple[str, ...],
     why_not: Callable[[], str | None] = lambda: None,
-    takes: Callable[[Options], str | None] = lambda _: None,
+    *,
+    known: Collection[Enum],
+    remedy: str = "backend='reference'",
 ) -> None:
     """Add a backend of `fusion_kernels::kmeans`; its inputs' values are checked before `function` sees them.
 
-    `takes` says in one line why it does not do what the options ask for, or None. The checks that read values live here
-    rather than in :func:`kmeans`, where `torch.compile` could not trace them.
+    It declines every seeding, algorithm and metric that is not among those `known` to it, with what to use instead as
+    the `remedy`. The checks that read values live here rather than in :func:`kmeans`, where `torch.compile` could not
+    trace them.
     """
+
+    def takes(options: Options) -> str | None:
+        lacking = options.beyond(known)
+        return None if lacking is None else f"it has no {lacking}: use {remedy}"
 
     def checked(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, *rest: Any) -> Results:
         options = Options(*rest)
+        reason = takes(options)
+        if reason is not None:
+            raise ValueError(f"kmeans: backend {name!r}: {reason}")
         _check_values(sample_weight, init, options)
         return function(x, sample_weight, init, options)
 
     OPERATOR.register(Backend(name, checked, device_types, why_not, takes))
 
 
-def _only_euclidean(options: Options) -> str | None:
-    if options.metric is not Metric.EUCLIDEAN:
-        return f"it has no metric={options.metric.value!r}: use backend='reference'"
-    return None
-
-
-register("cpu", cpu_backend.kmeans, ("cpu",), lambda: native.UNAVAILABLE)
-register("reference", reference.kmeans, ("cpu", "cuda"))
+register("cpu", cpu_backend.kmeans, ("cpu",), lambda: native.UNAVAILABLE, known=cpu_backend.KNOWN)
+register(
+    "reference",
+    reference.kmeans,
+    ("cpu", "cuda"),
+    known=reference.KNOWN,
+    remedy=f"one of {', '.join(sorted(str(option.value) for option in reference.KNOWN))}",
+)
 # Behind the reference, and so for those who ask by name, until bench/gpu.py has passed on a GPU.
-register("triton", gpu_backend.kmeans, ("cuda",), gpu.why_not, _only_euclidean)
-register("triton-fast", gpu_backend.kmeans_fast, ("cuda",), gpu.why_not, _only_euclidean)
+register("triton", gpu_backend.kmeans, ("cuda",), gpu.why_not, known=gpu_backend.KNOWN)
+register("triton-fast", gpu_backend.kmeans_fast, ("cuda",), gpu.why_not, known=gpu_backend.KNOWN)
 ASSIGN.register(Backend("cpu", cpu_backend.assign, ("cpu",), lambda: native.UNAVAILABLE))
 ASSIGN.register(Backend("reference", reference.assign, ("cpu", "cuda")))
 ASSIGN.register(Backend("triton", gpu_backend.assign, ("cuda",), gpu.why_not))
@@ -252,18 +268,19 @@ def kmeans_assign(x: Tensor, centroids: Tensor, *, metric: str = "euclidean", ba
         raise ValueError(f"centroids has shape {tuple(centroids.shape)}: pass at least one centroid")
     if centroids.device != x.device:
         raise ValueError(f"centroids is on {centroids.device}: move it to {x.device}, where x is")
+    asked = member("metric", metric, Metric)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     points, centres = x.detach().to(dtype), centroids.detach().to(dtype)
     if x.ndim == 2:
         points, centres = points.unsqueeze(0), centres.unsqueeze(0)
-    if member("metric", metric, Metric) is Metric.COSINE:
-        points, centres = _directions_or_nan(points), _directions_or_nan(centres)
+    seen_as = by_member({Metric.EUCLIDEAN: lambda t: t, Metric.COSINE: _directions_or_nan}, asked)
+    points, centres = seen_as(points), seen_as(centres)
     labels: Tensor = ASSIGN.function(backend, points, centres)(points, centres)
     return labels.squeeze(0) if x.ndim == 2 else labels
 
 
 def _directions_or_nan(x: Tensor) -> Tensor:
-    unit = reference.unit_rows(x)
+    unit = unit_rows(x)
     return torch.where(unit.any(-1, keepdim=True), unit, math.nan)
 
 

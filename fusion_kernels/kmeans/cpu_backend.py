@@ -18,9 +18,11 @@ may depend on the number of threads; what they leave in doubt is decided in the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -28,10 +30,16 @@ from torch import Tensor
 from fusion_kernels import native
 from fusion_kernels.kmeans import heuristics
 from fusion_kernels.kmeans import reference as reference
+from fusion_kernels.kmeans.metrics import directions
 from fusion_kernels.kmeans.seeding import random_seeds, seeding_levels
 from fusion_kernels.kmeans.settling import RESOLVED, Means, Partition, distances_of, label_idle, settle
-from fusion_kernels.kmeans.types import FAR, Metric, Options, Results, Seeding, Status
+from fusion_kernels.kmeans.types import FAR, Algorithm, Metric, Options, Results, Seeding, Status
+from fusion_kernels.library import by_member
 
+#: The options that this backend does: any other is declined, until it stands here.
+KNOWN: frozenset[Enum] = frozenset(
+    {Seeding.PLUS_PLUS, Seeding.RANDOM, Algorithm.HARTIGAN, Algorithm.LLOYD, Metric.EUCLIDEAN, Metric.COSINE}
+)
 #: Bytes of Gram matrices and what is computed from them at a time, unless the caller says otherwise.
 WORKSPACE_BYTES = 2 << 30
 # Weights this small, beside the largest, weigh nothing in the direct form: one of 0 would leave a mean undefined.
@@ -91,9 +99,11 @@ def kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options
         ValueError: Hartigan moves on a problem for which neither a Gram matrix nor the (N, K) distances of the direct
             form fit into the workspace.
     """
-    if options.metric is Metric.COSINE:
-        return reference.on_sphere(_kmeans, x, sample_weight, init, options)
-    return _kmeans(x, sample_weight, init, options)
+    solve: dict[Metric, Callable[..., Results]] = {
+        Metric.EUCLIDEAN: _kmeans,
+        Metric.COSINE: functools.partial(reference.on_sphere, _kmeans),
+    }
+    return by_member(solve, options.metric)(x, sample_weight, init, options)
 
 
 def _kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options: Options) -> Results:
@@ -149,11 +159,11 @@ def _means(rows: Tensor, w: Tensor, labels: Tensor, empty: Tensor) -> Tensor:
 
 def _directions(rows: Tensor, w: Tensor, labels: Tensor, empty: Tensor) -> Tensor:
     """Their directions; clusters whose mean has none take that of `empty`."""
-    return reference.directions(_means(rows, w, labels, empty), empty)
+    return directions(_means(rows, w, labels, empty), empty)
 
 
 def _means_by(options: Options) -> Means:
-    return _directions if options.metric is Metric.COSINE else _means
+    return by_member({Metric.EUCLIDEAN: _means, Metric.COSINE: _directions}, options.metric)
 
 
 def _runs_at_a_time(problems: int, n_init: int) -> int:
@@ -319,12 +329,8 @@ def _solve_gram(
     levels = seeds = labels = products = norms = None
     K = options.n_clusters
     if init is None:
-        generator = torch.Generator().manual_seed(options.seed)
-        if options.seeding is Seeding.PLUS_PLUS:
-            draws = [seeding_levels(K, generator) for _ in range(options.n_init)]
-            levels = torch.stack([torch.cat([first, rest.flatten()]) for first, rest in draws])
-        else:
-            seeds = torch.stack([_random_seeds(problem, K, options) for problem in w])
+        draw = {Seeding.PLUS_PLUS: lambda: (_levels(options), None), Seeding.RANDOM: lambda: (None, _drawn(w, options))}
+        levels, seeds = by_member(draw, options.seeding)()
     elif init.is_floating_point():
         centred = prepared.bring(init)
         norms = centred.square().sum(2)
@@ -360,10 +366,20 @@ def _settle(x: Tensor, w: Tensor, solved: _Solved, b: int, options: Options, dec
     solved.labels[b], solved.centroids[b], solved.inertia[b] = settled.labels, settled.centroids, settled.inertia
 
 
-def _random_seeds(w: Tensor, n_clusters: int, options: Options) -> Tensor:
-    """(n_init, K) distinct points of one problem, every problem by the same random stream."""
+def _levels(options: Options) -> Tensor:
+    """(n_init, 1 + (K - 1) trials): what k-means++ draws by, for every problem the same."""
     generator = torch.Generator().manual_seed(options.seed)
-    return torch.stack([random_seeds(w, n_clusters, generator) for _ in range(options.n_init)])
+    draws = [seeding_levels(options.n_clusters, generator) for _ in range(options.n_init)]
+    return torch.stack([torch.cat([first, rest.flatten()]) for first, rest in draws])
+
+
+def _drawn(w: Tensor, options: Options) -> Tensor:
+    """(b, n_init, K) distinct points of the problems with weights w (b, n), each by the same random stream."""
+    problems = []
+    for own in w:
+        generator = torch.Generator().manual_seed(options.seed)
+        problems.append([random_seeds(own, options.n_clusters, generator) for _ in range(options.n_init)])
+    return torch.stack([torch.stack(runs) for runs in problems])
 
 
 def _plus_plus(points: Tensor, w: Tensor, options: Options) -> Tensor:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any
 
 from torch import Tensor
 
-from fusion_kernels.kmeans.types import Results
+from fusion_kernels.kmeans.types import Algorithm, Metric, Results, Seeding
+
+#: The options that this backend does: any other is declined, until it stands here.
+KNOWN: frozenset[Enum] = frozenset(
+    {Seeding.PLUS_PLUS, Seeding.RANDOM, Algorithm.HARTIGAN, Algorithm.LLOYD, Metric.EUCLIDEAN}
+)
 
 
 def kmeans(*arguments: Any) -> Results:

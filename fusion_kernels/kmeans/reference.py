@@ -12,122 +12,27 @@ Modha 2001 and Hornik et al. 2012 (spherical k-means, `metric="cosine"`); Dhillo
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from enum import Enum
 
 import torch
 from torch import Tensor
 
+from fusion_kernels.kmeans.metrics import BY_METRIC, Points, means_of, squared_distances, unit_rows, weights_of
 from fusion_kernels.kmeans.seeding import plus_plus, random_seeds
 from fusion_kernels.kmeans.settling import Partition, label_idle, nearest, settle
-from fusion_kernels.kmeans.types import Metric, Options, Results, Seeding, Status
+from fusion_kernels.kmeans.types import Algorithm, Metric, Options, Results, Seeding, Status
+from fusion_kernels.library import by_member
 
-# A squared distance of a point x is known up to a few rounding errors of |x|²: differences below this multiple of
-# eps |x|² are ties. It covers the largest error seen for sums of tens of thousands of terms.
-_SLACK = 16
-# A sum of unit vectors this short, beside the sum of their weights, has no direction.
-_NO_DIRECTION = 2.0**-20
+#: The options that stand here: any other is declined, until it does.
+KNOWN: frozenset[Enum] = frozenset(
+    {Seeding.PLUS_PLUS, Seeding.RANDOM, Algorithm.HARTIGAN, Algorithm.LLOYD, Metric.EUCLIDEAN, Metric.COSINE}
+)
 # Entries of one block of point-to-centroid distances (64 MiB of float64).
 _BLOCK_ENTRIES = 1 << 23
-
-
-@dataclass(frozen=True)
-class _Points:
-    """The n points of positive weight of one problem, in one dtype: that of the arithmetic.
-
-    Attributes:
-        rows: (n, D), as given.
-        offset: (D,), their weighted mean.
-        x: (n, D), rows - offset.
-        w: (n,), the weights.
-        sq: (n,), squared norms of x.
-        slack: (n,), how far two squared distances of a point may differ and still be a tie.
-
-    The methods say what a centroid is, and what a move of a point costs.
-    """
-
-    rows: Tensor
-    offset: Tensor
-    x: Tensor
-    w: Tensor
-    sq: Tensor
-    slack: Tensor
-
-    @classmethod
-    def of(cls, rows: Tensor, w: Tensor) -> _Points:
-        """The points `rows` (n, D) of weights w (n,), with what their arithmetic needs."""
-        return cls._about((w / w.sum()) @ rows, rows, w)
-
-    @classmethod
-    def _about(cls, offset: Tensor, rows: Tensor, w: Tensor) -> _Points:
-        x = rows - offset
-        sq = x.square().sum(1)
-        return cls(rows, offset, x, w, sq, _SLACK * torch.finfo(x.dtype).eps * sq)
-
-    def centroids(self, labels: Tensor, before: Tensor) -> Tensor:
-        """(K, D) centroids of the points by label, where x is; those of `before` (K, D) for clusters without points."""
-        return self.placed(_means(self.x, self.w, labels, before), before)
-
-    def placed(self, means: Tensor, before: Tensor) -> Tensor:
-        """The centroids (K, D) of clusters with these means that had the centroids `before`."""
-        return means
-
-    def anywhere(self, n_clusters: int) -> Tensor:
-        """(K, D) centroids of clusters that never had points: the mean of all."""
-        return self.x.new_zeros(n_clusters, self.x.shape[1])
-
-    def compared(self, means: Tensor) -> Tensor:
-        """(n, K): what is to be known of the points and the means for the next two."""
-        return _distances(self.x, self.sq, means)
-
-    def entering(self, compared: Tensor, W: Tensor, means: Tensor) -> Tensor:
-        """(n, K): by how much the inertia rises where a point enters a cluster of weight W (K,), per weight of it."""
-        return compared * (W / (W + self.w[:, None]))
-
-    def leaving(self, own: Tensor, labels: Tensor, W: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
-        """(n,): by how much it falls where a point leaves its own cluster, and how far gains may be off, per weight.
-
-        Args:
-            own: (n,), of `compared`, the entries of the points' own clusters.
-        """
-        rest = W[labels] - self.w
-        leave = W[labels] / torch.where(rest > 0, rest, 1.0)
-        return leave * own, (leave + 1) * self.slack
-
-
-class _Directions(_Points):
-    """Points of norm 1, whose centroids have it too: the direction of the weighted sum S of a cluster's points.
-
-    With |x - c|² = 2 (1 - cos), twice the inertia is the weighted sum of squared distances to the centroids, and the
-    inertia of a cluster is W - |S|. Nothing is subtracted: cosines are taken at the origin.
-    """
-
-    @classmethod
-    def of(cls, rows: Tensor, w: Tensor) -> _Points:
-        return cls._about(torch.zeros_like(rows[0]), rows, w)
-
-    def placed(self, means: Tensor, before: Tensor) -> Tensor:
-        return directions(means, before)
-
-    def anywhere(self, n_clusters: int) -> Tensor:
-        """The first point: their mean may have no direction."""
-        return self.x[:1].expand(n_clusters, -1)
-
-    def compared(self, means: Tensor) -> Tensor:
-        return self.x @ means.T
-
-    def entering(self, compared: Tensor, W: Tensor, means: Tensor) -> Tensor:
-        w, norms = self.w[:, None], W * means.norm(dim=1)
-        twice = 2 * W * compared + w
-        longer = norms + (norms.square() + w * twice).clamp(min=0).sqrt()
-        return 1 - twice / longer
-
-    def leaving(self, own: Tensor, labels: Tensor, W: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
-        norms = (W * means.norm(dim=1))[labels]
-        twice = 2 * W[labels] * own - self.w
-        shorter = norms + (norms.square() - self.w * twice).clamp(min=0).sqrt()
-        return 1 - twice / shorter, 4 * self.slack
 
 
 def kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options: Options) -> Results:
@@ -143,9 +48,11 @@ def kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options
         labels (B, N) int64, centroids (B, K, D) and inertia (B,) in the dtype of x, counts (B, K), n_iter (B,) and
         status (B,) int64.
     """
-    if options.metric is Metric.COSINE:
-        return on_sphere(_kmeans, x, sample_weight, init, options)
-    return _kmeans(x, sample_weight, init, options)
+    solve: dict[Metric, Callable[..., Results]] = {
+        Metric.EUCLIDEAN: _kmeans,
+        Metric.COSINE: functools.partial(on_sphere, _kmeans),
+    }
+    return by_member(solve, options.metric)(x, sample_weight, init, options)
 
 
 def on_sphere(
@@ -169,22 +76,6 @@ def on_sphere(
         labels = torch.where(zeros, first, labels)
         counts.scatter_add_(1, labels, zeros.long())
     return labels, centroids, inertia / 2, counts, n_iter, status
-
-
-def unit_rows(x: Tensor) -> Tensor:
-    """x (..., D) with rows divided by their norms, in its dtype; zeros stay zeros, what is not finite becomes NaN."""
-    wide = x.to(torch.float64)
-    # First by the largest entry: its square may be too large, or 0.
-    largest = wide.abs().amax(-1, keepdim=True)
-    wide = wide / torch.where(largest == 0, 1.0, largest)
-    norms = wide.norm(dim=-1, keepdim=True)
-    return (wide / torch.where(norms == 0, 1.0, norms)).to(x.dtype)
-
-
-def directions(means: Tensor, before: Tensor) -> Tensor:
-    """(K, D) means of unit vectors divided by their norms; where these vanish, the rows of `before` (K, D)."""
-    vanish = ~(means.norm(dim=1, keepdim=True) > _NO_DIRECTION)
-    return torch.where(vanish, before, unit_rows(means))
 
 
 def _kmeans(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, options: Options) -> Results:
@@ -236,7 +127,7 @@ def _cluster(rows: Tensor, w: Tensor, start: Tensor | None, options: Options) ->
     else:
         best = best_run(rows[active].to(torch.float64), w[active], start, options)
         best = replace(best, centroids=best.centroids.to(rows.dtype))
-        means = rounded_directions if options.metric is Metric.COSINE else rounded_means
+        _, means = by_member(BY_METRIC, options.metric)
         best = settle(rows[active], w[active], best, options.max_iter > 0, nearest, means)
 
     labels = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
@@ -293,19 +184,10 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     return labels
 
 
-def rounded_means(rows: Tensor, w: Tensor, labels: Tensor, empty: Tensor) -> Tensor:
-    """`_means` in float64, rounded to the dtype of `rows`."""
-    return _means(rows.to(torch.float64), w, labels, empty.to(torch.float64)).to(rows.dtype)
-
-
-def rounded_directions(rows: Tensor, w: Tensor, labels: Tensor, empty: Tensor) -> Tensor:
-    """The directions of these means."""
-    return directions(rounded_means(rows, w, labels, empty), empty)
-
-
 def best_run(rows: Tensor, w: Tensor, start: Tensor | None, options: Options) -> Partition:
     """The best of `n_init` runs on n > K points of positive weight, in the dtype of `rows`; the first of equals."""
-    points = (_Directions if options.metric is Metric.COSINE else _Points).of(rows, w)
+    seen_as, _ = by_member(BY_METRIC, options.metric)
+    points = seen_as.of(rows, w)
     if start is not None and start.is_floating_point():
         start = start - points.offset
     generator = torch.Generator().manual_seed(options.seed)
@@ -324,7 +206,7 @@ def one_point_each(rows: Tensor, n_clusters: int) -> Partition:
     return Partition(labels, torch.cat([rows, last.expand(n_clusters - n, D)]), 0.0, 0, True)
 
 
-def _run(points: _Points, start: Tensor | None, options: Options, generator: torch.Generator) -> Partition:
+def _run(points: Points, start: Tensor | None, options: Options, generator: torch.Generator) -> Partition:
     """Seed, iterate, and return the partition with centroids in the original coordinates."""
     labels = None
     if start is None:
@@ -346,18 +228,21 @@ def _run(points: _Points, start: Tensor | None, options: Options, generator: tor
     inertia = float(points.w @ (points.x - centroids[labels]).square().sum(1))
     centroids = centroids + points.offset
     if at_means:
-        centroids = points.placed(_means(points.rows, points.w, labels, centroids), centroids)
+        centroids = points.placed(means_of(points.rows, points.w, labels, centroids), centroids)
     return Partition(labels, centroids, inertia, n_iter, converged, at_means and converged)
 
 
-def _seeds(points: _Points, options: Options, generator: torch.Generator) -> Tensor:
-    if options.seeding is Seeding.RANDOM:
-        return random_seeds(points.w, options.n_clusters, generator).to(points.x.device)
-    return plus_plus(points.x, points.w, points.sq, points.slack, options.n_clusters, generator)
+def _seeds(points: Points, options: Options, generator: torch.Generator) -> Tensor:
+    n_clusters = options.n_clusters
+    draw = {
+        Seeding.PLUS_PLUS: lambda: plus_plus(points.x, points.w, points.sq, points.slack, n_clusters, generator),
+        Seeding.RANDOM: lambda: random_seeds(points.w, n_clusters, generator).to(points.x.device),
+    }
+    return by_member(draw, options.seeding)()
 
 
 def _lloyd(
-    points: _Points, labels: Tensor | None, centroids: Tensor, max_iter: int, tol: float
+    points: Points, labels: Tensor | None, centroids: Tensor, max_iter: int, tol: float
 ) -> tuple[Tensor, Tensor, int, bool]:
     """Lloyd's iteration: labels, the centroids that they are nearest to, passes made, whether it converged."""
     variance = points.w @ points.sq / (points.w.sum() * points.x.shape[1])
@@ -377,7 +262,7 @@ def _lloyd(
     return final, centroids, n_iter, converged or (labels is not None and torch.equal(final, labels))
 
 
-def _assign(points: _Points, centroids: Tensor, labels: Tensor | None = None) -> Tensor:
+def _assign(points: Points, centroids: Tensor, labels: Tensor | None = None) -> Tensor:
     """(n,) labels of the nearest centroids; ties up to rounding keep the current label, else take the lowest id.
 
     Staying at a tie is what ends the iteration: a point between two equally near centroids would otherwise follow
@@ -388,7 +273,7 @@ def _assign(points: _Points, centroids: Tensor, labels: Tensor | None = None) ->
     step = max(1, _BLOCK_ENTRIES // K)
     for begin in range(0, n, step):
         block = slice(begin, begin + step)
-        distances = _distances(points.x[block], points.sq[block], centroids)
+        distances = squared_distances(points.x[block], points.sq[block], centroids)
         bound = distances.amin(1) + points.slack[block]
         assigned[block] = (distances <= bound[:, None]).to(torch.uint8).argmax(1)
         if labels is not None:
@@ -398,33 +283,7 @@ def _assign(points: _Points, centroids: Tensor, labels: Tensor | None = None) ->
     return assigned
 
 
-def _distances(x: Tensor, sq: Tensor, centroids: Tensor) -> Tensor:
-    """(n, K) squared distances of the centred points x (n, D) with squared norms sq (n,) to the centroids (K, D)."""
-    return (x @ centroids.T).mul_(-2).add_(sq[:, None]).add_(centroids.square().sum(1))
-
-
-def _means(x: Tensor, w: Tensor, labels: Tensor, empty: Tensor) -> Tensor:
-    """(K, D) weighted means of the rows of x (n, D) by label; clusters without rows take theirs from `empty`.
-
-    Segments of sorted rows are summed one row after the other: the same order, and the same bits, on every run.
-    """
-    lengths = torch.bincount(labels, minlength=len(empty))
-    order = labels.argsort(stable=True)
-    # Weights become shares of their cluster first: the mean of a single point is then exactly that point.
-    share = w / _weights(w, labels, len(empty))[labels]
-    sums = torch.segment_reduce(x[order] * share[order, None], "sum", lengths=lengths, axis=0)
-    return torch.where(lengths[:, None] > 0, sums, empty)
-
-
-def _weights(w: Tensor, labels: Tensor, n_clusters: int) -> Tensor:
-    """(K,) sums of the weights w (n,) by label."""
-    order = labels.argsort(stable=True)
-    # The column keeps the sum sequential on every device, as in `_means`.
-    sums = torch.segment_reduce(w[order, None], "sum", lengths=torch.bincount(labels, minlength=n_clusters), axis=0)
-    return sums.squeeze(1)
-
-
-def _relocate(points: _Points, labels: Tensor, centroids: Tensor) -> Tensor:
+def _relocate(points: Points, labels: Tensor, centroids: Tensor) -> Tensor:
     """Give every empty cluster the point that costs most where it is, from a cluster with other members.
 
     In order of cluster id, by the largest weighted squared distance, ties to the lowest index; nothing moves once
@@ -450,7 +309,7 @@ def _relocate(points: _Points, labels: Tensor, centroids: Tensor) -> Tensor:
     return labels
 
 
-def _hartigan(points: _Points, labels: Tensor, centroids: Tensor, max_iter: int) -> tuple[Tensor, Tensor, int, bool]:
+def _hartigan(points: Points, labels: Tensor, centroids: Tensor, max_iter: int) -> tuple[Tensor, Tensor, int, bool]:
     """Move single points while that lowers the inertia: labels, their centroids, rounds made, whether it converged.
 
     Moving x of weight w from cluster a to b changes both means, and lowers the inertia by exactly
@@ -460,10 +319,10 @@ def _hartigan(points: _Points, labels: Tensor, centroids: Tensor, max_iter: int)
     x, w, K = points.x, points.w, len(centroids)
     point = torch.arange(len(x), device=x.device)
     labels = labels.clone()
-    means = _means(x, w, labels, centroids)
+    means = means_of(x, w, labels, centroids)
     compared = points.compared(means)
     for n_iter in range(1, max_iter + 1):
-        W = _weights(w, labels, K)
+        W = weights_of(w, labels, K)
         cost = points.entering(compared, W, means)
         cost[point, labels] = math.inf
         enter, target = cost.min(1)
@@ -480,7 +339,7 @@ def _hartigan(points: _Points, labels: Tensor, centroids: Tensor, max_iter: int)
         labels[moves] = target[moves]
         # The other clusters keep their members, and so their means and distances.
         members = touched[labels]
-        means = _means(x[members], w[members], labels[members], means)
+        means = means_of(x[members], w[members], labels[members], means)
         compared[:, touched] = points.compared(means[touched])
     return labels, points.placed(means, centroids), max_iter, False
 

@@ -35,6 +35,7 @@ from fusion_kernels.kmeans.triton_points import SLACK, Points, is_finite, prepar
 from fusion_kernels.kmeans.triton_run import Run
 from fusion_kernels.kmeans.triton_settling import resolved_problems, settle_problem
 from fusion_kernels.kmeans.types import Options, Results, Seeding, Status, trials
+from fusion_kernels.library import by_member
 
 PRECISIONS = ("exact", "fast")
 
@@ -201,7 +202,7 @@ class _Seeding:
         N = points.x.shape[1]
         generator = torch.Generator().manual_seed(options.seed)
         self.trials = trials(options.n_clusters)
-        random = options.seeding is Seeding.RANDOM
+        random = self.random = by_member({Seeding.PLUS_PLUS: False, Seeding.RANDOM: True}, options.seeding)
         n = self.per_run = N if random else 1 + (options.n_clusters - 1) * self.trials
         numbers = torch.rand(options.n_init * n, dtype=torch.float64, generator=generator)
         # A point's clock rings after an exponential time with its weight as the rate.
@@ -211,7 +212,7 @@ class _Seeding:
         """(B, K) int32 indices of the seeds of a run; runs are drawn in order."""
         points, K = self.points, self.options.n_clusters
         B, N, _ = points.x.shape
-        if self.options.seeding is Seeding.RANDOM:
+        if self.random:
             clock = self.numbers[(run * self.n_active[:, None] + self.rank).clamp(min=0)]
             rings = torch.where(self.active, clock / points.weight, math.inf)
             return rings.argsort(dim=1, stable=True)[:, :K].to(torch.int32)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusion_kernels.kmeans.reference import rounded_means, status_of
+from fusion_kernels.kmeans.metrics import rounded_means
+from fusion_kernels.kmeans.reference import status_of
 from fusion_kernels.kmeans.settling import RESOLVED, Partition, label_idle, nearest, settle
 from fusion_kernels.kmeans.types import Options, Results, Status
 

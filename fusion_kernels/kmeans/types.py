@@ -6,6 +6,7 @@ Imported by the reference, every backend and the public functions; imports none 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusion_kernels.library import member
+from fusion_kernels.library import by_member, member
 
 
 class Algorithm(Enum):
@@ -112,7 +113,14 @@ class Options:
     @property
     def hartigan(self) -> bool:
         """Whether Hartigan's moves follow Lloyd's iteration."""
-        return self.algorithm is Algorithm.HARTIGAN
+        return by_member({Algorithm.HARTIGAN: True, Algorithm.LLOYD: False}, self.algorithm)
+
+    def beyond(self, known: Collection[Enum]) -> str | None:
+        """The first option, as callers write it, whose member is none of those `known`; None if all are."""
+        for argument, asked in (("init", self.seeding), ("algorithm", self.algorithm), ("metric", self.metric)):
+            if asked not in known:
+                return f"{argument}={asked.value!r}"
+        return None
 
 
 class KMeansResult(NamedTuple):

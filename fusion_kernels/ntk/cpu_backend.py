@@ -18,8 +18,11 @@ from fusion_kernels.ffn import FFN
 from fusion_kernels.library import check_name
 from fusion_kernels.ntk import heuristics
 from fusion_kernels.ntk.outputs import outputs_gram
-from fusion_kernels.ntk.types import KERNELS, Differentiated, check_names
+from fusion_kernels.ntk.types import Differentiated, check_names
 from fusion_kernels.ntk.weighting import Weights, weigh
+
+# The names that this backend knows: it takes none for another, and refuses a new one until that stands here.
+_KERNELS, _REDUCTIONS = ("gd", "sign"), ("trace", "full", "diagonal", "vector")
 
 
 def why_not() -> str | None:
@@ -101,7 +104,7 @@ def ntk_gram(
     Args:
         block_size: edge of the tiles; rows at a time where there is an axis of outputs.
     """
-    check_names(kernel, reduce, direction)
+    check_names(kernel, reduce, direction, _KERNELS, _REDUCTIONS)
     check_name("precision", precision, ("highest",))
     if reduce in ("full", "diagonal"):
         return outputs_gram(x1, x2, ffn, params, kernel, reduce, metric, block_size, out)
@@ -125,7 +128,7 @@ def ntk_sums(
     block_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sums over two kernels; arguments and result as in `fusion_kernels.ntk.reference.ntk_sums`."""
-    check_name("kernel", kernel, KERNELS)
+    check_name("kernel", kernel, _KERNELS)
     x1, x2, right = _rows(x1, x2, kernel)
     of_a, of_b = (_sides(x1, x2, *block, kernel, direction).arguments() for block in (a, b))
     edge = heuristics.tile_edge(max(len(x1), len(right))) if block_size is None else block_size

@@ -30,8 +30,11 @@ from fusion_kernels.ffn import FFN
 from fusion_kernels.library import check_name
 from fusion_kernels.ntk import heuristics
 from fusion_kernels.ntk.outputs import outputs_gram
-from fusion_kernels.ntk.types import KERNELS, Differentiated, check_names
+from fusion_kernels.ntk.types import Differentiated, check_names
 from fusion_kernels.ntk.weighting import Weights, weigh
+
+# The names that this backend knows: it takes none for another, and refuses a new one until that stands here.
+_KERNELS, _REDUCTIONS = ("gd", "sign"), ("trace", "full", "diagonal", "vector")
 
 
 def why_not() -> str | None:
@@ -113,7 +116,7 @@ def ntk_gram(
         precision: `"highest"`; for the trace or a vector in float32 also `"tf32x3"`, `"bf16x3"` or `"bf16"`.
         block_size: rows at a time where there is an axis of outputs; of no meaning otherwise.
     """
-    check_names(kernel, reduce, direction)
+    check_names(kernel, reduce, direction, _KERNELS, _REDUCTIONS)
     if reduce in ("full", "diagonal"):
         return outputs_gram(x1, x2, ffn, params, kernel, reduce, metric, block_size, out)
     if out is None:
@@ -140,7 +143,7 @@ def ntk_sums(
     accumulators of two kernels would need more registers than there are. float32 goes by `"tf32x3"`, whose errors are
     float32's.
     """
-    check_name("kernel", kernel, KERNELS)
+    check_name("kernel", kernel, _KERNELS)
     precision = "tf32x3" if x1.dtype == torch.float32 else "highest"
     passes = [list(_left_and_right(x1, x2, *block, kernel, direction, precision)) for block in (a, b)]
     n1, n2 = len(x1), len(x1 if x2 is None else x2)

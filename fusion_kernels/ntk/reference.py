@@ -34,7 +34,11 @@ from torch.nn import functional as F
 from fusion_kernels.activations import get_activation
 from fusion_kernels.ffn import FFN, PARTS
 from fusion_kernels.library import check_name
-from fusion_kernels.ntk.types import VIAS, Differentiated, check_names
+from fusion_kernels.ntk.types import Differentiated, check_names
+
+# The names that this backend knows: it takes none for another, and refuses a new one until that stands here.
+_KERNELS, _REDUCTIONS = ("gd", "sign"), ("trace", "full", "diagonal", "vector")
+_PRODUCTS, _VIAS = ("trace", "full", "vector"), ("auto", "ghost", "direct")
 
 #: Bytes of one temporary of a block of rows; a few such are held beside the result.
 BLOCK_BYTES = 64 << 20
@@ -111,7 +115,7 @@ def ntk_gram(
         (N1, N2); (N1, N2, outputs, outputs) for `"full"`; (N1, N2, outputs) for `"diagonal"`. Beside it, (N, neurons)
         matrices and blocks of rows, for the latter two with an axis of neurons.
     """
-    check_names(kernel, reduce, direction)
+    check_names(kernel, reduce, direction, _KERNELS, _REDUCTIONS)
     check_name("precision", precision, ("highest",))
     first, second = sides(x1, x2, ffn, metric, kernel)
     rows, columns, outputs = len(first.x), len(second.x), ffn.w_out.shape[1]
@@ -245,7 +249,7 @@ def ntk_sums(
         columns. All float64, and of the same rounded values, so that taking means off the first is exact.
     """
     reduce = "trace" if direction is None else "vector"
-    check_names(kernel, reduce, direction)
+    check_names(kernel, reduce, direction, _KERNELS, _REDUCTIONS)
     left_a, right_a = sides(x1, x2, a.ffn, a.metric, kernel)
     left_b, right_b = sides(x1, x2, b.ffn, b.metric, kernel)
     columns = len(right_a.x)
@@ -319,7 +323,7 @@ def ntk_vp(
         v: (N, outputs) for the `"full"` kernel; (N, M) for `"trace"` and `"vector"`.
         others: as in `ntk_gram`.
     """
-    check_names(kernel, reduce, direction)
+    check_names(kernel, reduce, direction, _KERNELS, _PRODUCTS)
     left, right = sides(x, None, ffn, metric, kernel)
     outputs = ffn.w_out.shape[1]
     per_pair = outputs * max(outputs, len(ffn.w_in)) if reduce == "full" else 1
@@ -361,7 +365,7 @@ def gradient_gram(
     Args:
         via: how other backends are to compute it; of no meaning here.
     """
-    check_name("form", via, VIAS)
+    check_name("form", via, _VIAS)
     gram = x.new_zeros(len(x), len(x))
     blocks = _sample_blocks(x, ffn)
     for number, here in enumerate(blocks):
@@ -381,7 +385,7 @@ def gradient_norms(
     via: str,
 ) -> Tensor:
     """Return the Euclidean norms of `sample_gradients`: (N,). Arguments as in `gradient_gram`."""
-    check_name("form", via, VIAS)
+    check_name("form", via, _VIAS)
     norms = x.new_zeros(len(x))
     for here in _sample_blocks(x, ffn):
         norms[here] = sample_gradients(x[here], ffn, cotangents[here], params, metric).norm(dim=1)

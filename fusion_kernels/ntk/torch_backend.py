@@ -33,7 +33,10 @@ from fusion_kernels.ffn import FFN, PARTS
 from fusion_kernels.library import check_name
 from fusion_kernels.ntk import heuristics
 from fusion_kernels.ntk.reference import contraction, factors
-from fusion_kernels.ntk.types import VIAS, check_names
+from fusion_kernels.ntk.types import check_names
+
+# The names that this backend knows: it takes none for another, and refuses a new one until that stands here.
+_KERNELS, _PRODUCTS, _VIAS = ("gd", "sign"), ("trace", "full", "vector"), ("auto", "ghost", "direct")
 
 # A layer of the gradient: activations (N, S, di), backpropagated (N, S, do), and whether weight and bias count.
 _Layer = tuple[Tensor, Tensor, bool, bool]
@@ -134,7 +137,7 @@ class FactoredKernel:
         uses: int,
     ) -> None:
         """Arguments as in `fusion_kernels.ntk.reference.ntk_vp`; `uses` is how many products are expected."""
-        check_names(kernel, reduce, direction)
+        check_names(kernel, reduce, direction, _KERNELS, _PRODUCTS)
         hidden, slopes = block_factors(x, ffn)
         w_out = ffn.w_out
         self._w_out, self._parts = w_out, params
@@ -246,7 +249,7 @@ def gradient_gram(
     via: str,
 ) -> Tensor:
     """All inner products of gradients: arguments and result as in `fusion_kernels.ntk.reference.gradient_gram`."""
-    check_name("form", via, VIAS)
+    check_name("form", via, _VIAS)
     n, s = cotangents.shape[:2]
     gram = x.new_zeros(n, n)
     for a, b, weight, bias in _layers(x, ffn, cotangents, params, metric):
@@ -292,7 +295,7 @@ def gradient_norms(
     via: str,
 ) -> Tensor:
     """The norms of gradients: arguments and result as in `fusion_kernels.ntk.reference.gradient_norms`."""
-    check_name("form", via, VIAS)
+    check_name("form", via, _VIAS)
     n, s = cotangents.shape[:2]
     squares = x.new_zeros(n)
     for a, b, weight, bias in _layers(x, ffn, cotangents, params, metric):

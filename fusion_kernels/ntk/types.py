@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
@@ -18,9 +18,8 @@ Precision = Literal["highest", "tf32x3", "bf16x3", "bf16"]
 #: What inner products of gradients are computed through: products of tokens, or the gradients themselves.
 Via = Literal["auto", "ghost", "direct"]
 
-#: What operators take by name, and no backend may take for another.
+#: What callers may name. Each backend has a list of its own of what it knows, and refuses what is not in that.
 KERNELS = ("gd", "sign")
-REDUCTIONS = ("trace", "full", "diagonal", "vector")
 VIAS = ("auto", "ghost", "direct")
 
 
@@ -42,9 +41,11 @@ class Differentiated(NamedTuple):
     metric: Tensor | None
 
 
-def check_names(kernel: str, reduce: str, direction: Tensor | None) -> None:
-    """Raise ValueError for a kernel or a reduction that is unknown, or a direction that does not go with it."""
-    check_name("kernel", kernel, KERNELS)
-    check_name("reduction", reduce, REDUCTIONS)
+def check_names(
+    kernel: str, reduce: str, direction: Tensor | None, kernels: Collection[str], reductions: Collection[str]
+) -> None:
+    """Raise ValueError for a kernel or a reduction that is not known, or a direction that does not go with it."""
+    check_name("kernel", kernel, kernels)
+    check_name("reduction", reduce, reductions)
     if (direction is not None) != (reduce == "vector"):
         raise ValueError(f"reduction {reduce!r}: pass a direction to 'vector' and to no other")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusion_kernels import kmeans as public_kmeans
 from fusion_kernels import native
-from fusion_kernels.kmeans import OPERATOR, KMeansResult, Status
+from fusion_kernels.kmeans import OPERATOR, KMeansResult, Status, cpu_backend
 from fusion_kernels.kmeans import reference as reference
 from fusion_kernels.kmeans.types import Algorithm, Metric, Options, Seeding
 from fusion_kernels.library import Backend, BackendUnavailableError
@@ -333,11 +333,13 @@ def test_a_backend_that_declines_is_passed_over(monkeypatch: pytest.MonkeyPatch)
         kmeans(X, 2, algorithm="lloyd")
 
 
-@pytest.mark.parametrize("asked", OPERATOR.variants, ids=lambda asked: f"{asked.algorithm.value}, {asked.metric.value}")
+@pytest.mark.parametrize(
+    "asked", OPERATOR.variants, ids=lambda a: f"{a.seeding.value}, {a.algorithm.value}, {a.metric.value}"
+)
 def test_a_backend_does_what_is_asked_or_declines(asked: Options) -> None:
     """Whatever an option can be: a new one that a backend does not know, and does not decline, fails here."""
     x = normal(60, 3, dtype=torch.float64)[None]
-    options = (7, "k-means++", 1, asked.algorithm.value, 100, 0.0, 3, None, asked.metric.value)
+    options = (7, asked.seeding.value, 1, asked.algorithm.value, 100, 0.0, 3, None, asked.metric.value)
     expected = reference.kmeans(x, None, None, Options(*options))  # type: ignore[arg-type]
     for backend in OPERATOR.backends:
         if backend.refuses("cpu", asked) is None:
@@ -346,8 +348,47 @@ def test_a_backend_does_what_is_asked_or_declines(asked: Options) -> None:
 
 
 def test_every_option_has_its_variants() -> None:
-    """What `backends()` asks about, and the test above: all members of all enumerations but the seeding's."""
-    named = {(asked.algorithm, asked.metric) for asked in OPERATOR.variants}
-    assert named == set(itertools.product(Algorithm, Metric))
+    """What `backends()` asks about, and the test above: all members of all enumerations."""
+    named = {(asked.seeding, asked.algorithm, asked.metric) for asked in OPERATOR.variants}
+    assert named == set(itertools.product(Seeding, Algorithm, Metric))
     enumerations = {f.name for f in dataclasses.fields(Options) if isinstance(getattr(Options(1), f.name), Enum)}
     assert enumerations == {"seeding", "algorithm", "metric"}
+
+
+def made_up(kind: type[Enum]) -> Enum:
+    """A member that `kind` may get some day, which no backend has heard of."""
+    new = object.__new__(kind)
+    new._name_, new._value_ = "NEW", "new"
+    return new
+
+
+NEW = [("seeding", "init", Seeding), ("algorithm", "algorithm", Algorithm), ("metric", "metric", Metric)]
+
+
+@pytest.mark.parametrize(("field", "argument", "kind"), NEW, ids=[field for field, _, _ in NEW])
+def test_a_new_member_is_computed_as_no_other(field: str, argument: str, kind: type[Enum]) -> None:
+    """Every backend declines it, in words that name the argument, and raises where it is called all the same."""
+    asked = dataclasses.replace(Options(2, max_iter=5), **{field: made_up(kind)})
+    arguments = (X[None], None, None, *(getattr(asked, f.name) for f in dataclasses.fields(Options)))
+    for backend in OPERATOR.backends:
+        reason = backend.takes(asked)
+        assert reason is not None, backend.name
+        assert reason.startswith(f"it has no {argument}='new': use "), backend.name
+        with pytest.raises(ValueError, match=f"kmeans: backend '{backend.name}': it has no {argument}='new'"):
+            backend.function(*arguments)
+    with pytest.raises(BackendUnavailableError, match=f"it has no {argument}='new'"):
+        OPERATOR.select("auto", torch.device("cpu"), asked)
+
+
+@pytest.mark.parametrize(("field", "kind"), [(field, kind) for field, _, kind in NEW], ids=[new[0] for new in NEW])
+def test_no_branch_takes_a_new_member_for_another(field: str, kind: type[Enum]) -> None:
+    """Also behind what a backend declares: where the code chooses, it has a choice for that member or none.
+
+    Few points go by the Gram matrix, many by products; both forms draw seeds of their own.
+    """
+    asked = dataclasses.replace(Options(2, max_iter=5), **{field: made_up(kind)})
+    functions = [reference.kmeans, *([] if native.UNAVAILABLE else [cpu_backend.kmeans])]
+    for x in (X[None] + torch.arange(6)[:, None], normal(3000, 2)[None]):
+        for function in functions:
+            with pytest.raises(ValueError, match=f"no {kind.__name__} 'new' here"):
+                function(x, None, None, asked)

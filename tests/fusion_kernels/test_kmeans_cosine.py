@@ -470,7 +470,7 @@ def test_the_triton_backends_decline() -> None:
         backend = next(b for b in OPERATOR.backends if b.name == name)
         assert backend.takes(Options(3)) is None
         assert backend.takes(Options(3, metric=Metric.COSINE)) == reason
-        assert backends()["kmeans"][f"{name} declines"] == reason
+        assert reason in backends()["kmeans"][f"{name} declines"]
         with pytest.raises(BackendUnavailableError, match=f"kmeans: backend '{name}'"):
             kmeans(rays(9, 3), 2, backend=name)
     assert "cpu declines" not in backends()["kmeans"]

@@ -29,7 +29,7 @@ from fusion_kernels.kmeans import (
 )
 from fusion_kernels.kmeans._triton_moves import _select_moves_kernel
 from fusion_kernels.kmeans._triton_sweep import State
-from fusion_kernels.kmeans.types import Options
+from fusion_kernels.kmeans.types import Options, Seeding
 from fusion_kernels.kmeans.reference import assign as assign_reference
 from fusion_kernels.kmeans.reference import kmeans as reference
 from points import nearest_gap
@@ -448,6 +448,13 @@ def test_configurations_depend_on_the_problem_alone() -> None:
 
 
 @pytest.mark.skipif(gpu.why_not() is None, reason="there is a GPU that it runs on")
+def test_a_new_seeding_is_drawn_as_no_other() -> None:
+    new = object.__new__(Seeding)
+    new._name_, new._value_ = "NEW", "new"
+    with pytest.raises(ValueError, match=r"no Seeding 'new' here: use one of 'k-means\+\+', 'random'"):
+        triton_backend.kmeans(blobs(1, 9, 2), None, None, Options(2, seeding=new))
+
+
 def test_asking_for_it_without_a_gpu_says_why() -> None:
     with pytest.raises(BackendUnavailableError, match=f"kmeans_assign: backend 'triton': {gpu.why_not()}"):
         kmeans_assign(torch.zeros(5, 2), torch.zeros(1, 2), backend="triton")

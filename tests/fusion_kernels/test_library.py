@@ -118,6 +118,13 @@ def test_a_name_becomes_a_member() -> None:
             library.member("colour", unknown, Colour)  # type: ignore[arg-type]
 
 
+def test_a_table_has_an_entry_for_a_member_or_raises() -> None:
+    Size = Enum("Size", {"SMALL": "small", "LARGE": "large"})
+    assert library.by_member({Size.SMALL: 1}, Size.SMALL) == 1
+    with pytest.raises(ValueError, match="no Size 'large' here: use one of 'small'"):
+        library.by_member({Size.SMALL: 1}, Size.LARGE)
+
+
 def test_backends_lists_every_operator() -> None:
     compiled = native.UNAVAILABLE is None
     assert {name: row["cpu"] for name, row in backends().items()} == {

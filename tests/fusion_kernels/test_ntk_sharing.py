@@ -13,6 +13,8 @@ from torch.nn.utils import parametrizations, weight_norm
 
 from fusion_kernels.ffn import FFN
 from fusion_kernels.ntk import (
+    cpu_backend,
+    cuda_backend,
     gradient_dots,
     gradient_gram,
     gradient_norms,
@@ -21,11 +23,15 @@ from fusion_kernels.ntk import (
     ntk_gram,
     ntk_operator,
     ntk_vp,
+    reference,
+    torch_backend,
     trace_ntk_vp,
+    types,
     vjp,
 )
 from fusion_kernels.ntk.operators import NTK_GRADIENT_GRAM, NTK_GRADIENT_NORMS, NTK_VP
 from fusion_kernels.ntk.sharing import overlap, repeats_itself
+from fusion_kernels.ntk.types import Differentiated
 from mlp_fusion.errors import InputError
 from mlp_fusion.modules import FusedGLU, FusedMLP
 
@@ -188,8 +194,11 @@ def test_operators_refuse_unknown_names(name: str) -> None:
 
     with pytest.raises(ValueError, match="unknown kernel 'adam': use one of gd, sign"):
         of(NTK_VP)(X, *ffn, V, ["w_in"], "adam", "full", None, None)
-    with pytest.raises(ValueError, match="unknown reduction 'sum': use one of trace, full, diagonal, vector"):
+    with pytest.raises(ValueError, match="unknown reduction 'sum': use one of trace, full, vector"):
         of(NTK_VP)(X, *ffn, V, ["w_in"], "gd", "sum", None, None)
+    # A product with a part of the kernel that is none: it was computed as the trace's.
+    with pytest.raises(ValueError, match="unknown reduction 'diagonal'"):
+        of(NTK_VP)(X, *ffn, V, ["w_in"], "gd", "diagonal", None, None)
     with pytest.raises(ValueError, match="reduction 'trace': pass a direction to 'vector' and to no other"):
         of(NTK_VP)(X, *ffn, V, ["w_in"], "gd", "trace", randn(5), None)
     for op in (NTK_GRADIENT_GRAM, NTK_GRADIENT_NORMS):
@@ -208,3 +217,29 @@ def test_the_kernel_operator_refuses_unknown_names() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             op(X, None, *ffn, ["w_in"], *arguments)
+
+
+@pytest.mark.parametrize("names", ["KERNELS", "REDUCTIONS", "VIAS"])
+def test_a_new_name_is_computed_as_no_other(names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that callers may give and a backend has not heard of: every backend of every operator refuses it."""
+    for module in (types, torch_backend, reference, cpu_backend, cuda_backend):
+        if hasattr(module, names):
+            monkeypatch.setattr(module, names, (*getattr(module, names), "new"))
+    ffn, c = FFN(randn(6, 5), randn(6, 5, seed=1), "gelu"), randn(2, 3, 5)
+    blocks = (*ffn.tensors, 0.0, "gelu")
+    kernel, reduce = ("new", "trace") if names == "KERNELS" else ("gd", "new")
+    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+    if names == "VIAS":
+        for op in (NTK_GRADIENT_GRAM, NTK_GRADIENT_NORMS):
+            calls += [(backend.function, (c, *blocks, c, ["w_in"], None, "new")) for backend in op.backends]
+    else:
+        calls += [(b.function, (X, *blocks, V, ["w_in"], kernel, reduce, None, None)) for b in NTK_VP.backends]
+        for module in (cpu_backend, cuda_backend, reference):
+            calls.append((module.ntk_gram, (X, None, ffn, ["w_in"], kernel, reduce)))
+    if names == "KERNELS":
+        block = Differentiated(ffn, ["w_in"], None)
+        for module in (cpu_backend, cuda_backend, reference):
+            calls.append((module.ntk_sums, (X, None, block, block, "new")))
+    for function, arguments in calls:
+        with pytest.raises(ValueError, match=r"unknown .* 'new': use one of"):
+            function(*arguments)
