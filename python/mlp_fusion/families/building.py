@@ -216,10 +216,13 @@ def materialise(meta: nn.Module, moved: set[str], *, large: bool | None = None) 
         large: whether to take it for large; None: by its size.
 
     Raises:
-        InputError: it is too large even so.
+        InputError: it is too large even so, or nothing in it matters.
     """
+    count = sum(p.numel() for p in meta.parameters())
     if large is None:
-        large = sum(p.numel() for p in meta.parameters()) > _LARGEST
+        large = count > _LARGEST
+        if large and not moved:  # nothing but zeros would be left
+            raise InputError(f"{type(meta).__name__} has {count:,} entries, too many to make real")
     needed = sum(p.numel() for n, p in meta.named_parameters() if not large or n in moved or p.dim() < 2)
     if needed > _LARGEST:
         raise InputError(f"{type(meta).__name__} has {needed:,} entries, too many to make real")

@@ -94,7 +94,7 @@ class _Discovery:
         small = self._small(moves)
         building.let_experts_run_eagerly(small)
         self._probe(small, suspects)
-        found = claims(self.units, small, self.model, self._experts_of_flat_stacks(moves))
+        found = claims(self.units, small, self.model, self._experts_of_flat_stacks(moves), moves)
         return described(self.config.model_type, self.cls.__name__, found, self.keys, moves, self.logs)
 
     def _small(self, moves: list[Move]) -> PreTrainedModel:

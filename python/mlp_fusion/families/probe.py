@@ -61,6 +61,8 @@ class Log:
     def __init__(self) -> None:
         self.reasons: dict[str, str] = {}
         self.problem: str | None = None
+        #: Pairs of matrices with the shapes of an FFN between which channels are mixed.
+        self.mixed: set[tuple[str, str]] = set()
 
     def add(self, reason: str, *parameters: str) -> None:
         for parameter in parameters:
@@ -116,6 +118,9 @@ def analyse(probe: Probe, products: list[Product], out: Any, taken: set[str], lo
         if len(inputs) > 2 or sum(e.n_out for e in inputs) not in (output.n_in, 2 * output.n_in):
             log.add("more than a gate and an up projection lead into one product", *names)
             continue
+        if any(product.x.shape != inputs[0].x.shape or not torch.equal(product.x, inputs[0].x) for product in inputs):
+            log.add("the projections that lead into one product do not read the same input", *names)
+            continue
         identified = identify(probe, inputs, output, _biases_outside(probe, inputs))
         if identified is None:
             log.add("something else enters between the projections", *names)
@@ -152,6 +157,8 @@ def _joined(probe: Probe, products: list[Product], taken: set[str], log: Log) ->
             elif len(rows) == len(columns) == 1:
                 joined[index].append(source)
             else:
+                if len(rows) == 1 and source.n_in == target.n_out < target.n_in:
+                    log.mixed.add((source.parameter, target.parameter))
                 what = "channels (a norm, a top-k or a sum)" if len(rows) == 1 else "positions"
                 log.add(f"what lies between it and the next projection mixes {what}", source.parameter)
                 log.add(f"what lies between it and the projection before mixes {what}", target.parameter)
