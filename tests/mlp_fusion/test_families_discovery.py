@@ -161,6 +161,27 @@ def test_experts_in_lists_are_found_in_every_layer() -> None:
     assert len({site.group for site in found.sites}) == 1
 
 
+def test_two_ffns_of_one_layer_and_a_stack_of_one_expert_are_found() -> None:
+    config = CONFIG_MAPPING["instructblip_qformer"](**{**_BERT, "encoder_hidden_size": 32})
+    found = describe(config)
+    assert [site.path for site in found.sites] == ["encoder.layer.#"] * 2
+    assert {site.projections[0].parameter for site in found.sites} == {
+        "intermediate.dense.weight", "intermediate_query.dense.weight"
+    }  # fmt: skip
+    assert found.complete
+    # A shared expert may be narrow: a width key moves it, which moves no adapter.
+    granite = CONFIG_MAPPING["granitemoehybrid"](
+        **{**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 8,
+           "mamba_n_heads": 8,
+           "layer_types": ["attention"] * 2}
+    )  # fmt: skip
+    assert [(site.path, site.width) for site in describe(granite).sites] == [
+        ("layers.#.block_sparse_moe.experts", 96), ("layers.#.shared_mlp", 8),
+    ]  # fmt: skip
+    moe = CONFIG_MAPPING["mixtral"](**{**_LLAMA, "num_local_experts": 1, "num_experts_per_tok": 1})
+    assert [facts(site) for site in describe(moe).sites] == FOUND["mixtral"]
+
+
 def test_an_unset_key_is_learnt_and_a_shared_module_counts_once() -> None:
     config = CONFIG_MAPPING["gpt2"](**{**TINY["gpt2"], "n_inner": None})
     (site,) = describe(config).sites
@@ -393,6 +414,16 @@ def test_a_large_model_is_described_without_its_memory() -> None:
         building.materialise(model.layers[0].mlp, {f"{name}_proj.weight" for name in ("gate", "up", "down")})
     real = building.materialise(model.layers[0], set(), large=True)
     assert sum(p.untyped_storage().nbytes() for p in real.parameters()) < 10**6
+
+
+def test_what_is_too_large_to_be_tried_is_refused_and_not_passed_over() -> None:
+    config = CONFIG_MAPPING["bloom"](hidden_size=8192, n_layer=2, n_head=64, vocab_size=40)
+    found = describe(config)
+    assert found.sites == ()
+    assert {refusal.parameter for refusal in found.refused} == {
+        f"h.#.mlp.{name}.weight" for name in ("dense_h_to_4h", "dense_4h_to_h")
+    }
+    assert all("too many to make real" in refusal.reason for refusal in found.refused)
 
 
 def test_a_config_that_builds_nothing_is_refused_in_one_line() -> None:

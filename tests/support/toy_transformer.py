@@ -146,15 +146,16 @@ class ToyLayer(nn.Module):
 
 
 class Patches(nn.Module):
-    """Patch embeddings: two convolutions with an activation between them."""
+    """Patch embeddings: convolutions with activations between them, the middle one pointwise."""
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__()
         self.first = nn.Conv2d(8, 12, 2, 2)
+        self.middle = nn.Conv2d(12, 12, 1)
         self.second = nn.Conv2d(12, 8, 2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(F.gelu(self.first(x)))
+        return self.second(F.gelu(self.middle(F.gelu(self.first(x)))))
 
 
 class Pooler(nn.Module):

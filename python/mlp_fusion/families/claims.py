@@ -89,7 +89,8 @@ def claims(
         made.append(Claim(unit, tuple(own), shared, width, d_in, d_out, None))
     made = [claim for claim in made if claim.paths]
     widest = _widest(made, sizes, moves)
-    return [dataclasses.replace(claim, reason=_no_ffn(claim, widest)) for claim in made]
+    moved = {name for move in moves if move.pure for name in move.axes}
+    return [dataclasses.replace(claim, reason=_no_ffn(claim, widest, moved)) for claim in made]
 
 
 def _widest(made: list[Claim], sizes: dict[str, tuple[int, ...]], moves: Sequence[Move]) -> dict[str, int]:
@@ -152,8 +153,14 @@ def _layer(path: str) -> str:
     return found[0] if found else path
 
 
-def _no_ffn(claim: Claim, widest: dict[str, int]) -> str | None:
-    """The rule by which two projections with a function between them are no FFN, or None."""
+def _no_ffn(claim: Claim, widest: dict[str, int], moved: set[str]) -> str | None:
+    """The rule by which two projections with a function between them are no FFN, or None.
+
+    Args:
+        claim: they.
+        widest: the largest width in each layer.
+        moved: what likely width keys move: no adapters and gates.
+    """
     found = claim.unit.found
     if not all(product.pointwise for product in (*found.inputs, found.output)):
         return _CONVOLUTION
@@ -166,7 +173,8 @@ def _no_ffn(claim: Claim, widest: dict[str, int]) -> str | None:
         return _HEAD
     if found.output.operation == "conv" and claim.width < claim.d_in:
         return _SQUEEZE
-    if 2 * claim.width < claim.d_in and 2 * claim.width <= widest.get(_layer(path), 0):
+    narrow = 2 * claim.width < claim.d_in and 2 * claim.width <= widest.get(_layer(path), 0)
+    if narrow and not claim.names & moved:
         return _BOTTLENECK
     return None
 

@@ -79,20 +79,23 @@ def _routed(module: nn.Module) -> bool:
     return is_experts(module) and not getattr(module, "has_post_expert_norm", False)
 
 
-def probe_module(module: nn.Module, taken: set[str], log: Log, recorded: Any = None) -> list[Found]:
+def probe_module(
+    module: nn.Module, taken: set[str], log: Log, wanted: set[str] | None = None, recorded: Any = None
+) -> list[Found]:
     """The FFNs of a module with real weights.
 
     Args:
         module: as `building.materialise` makes it.
         taken: parameters that belong to FFNs found before.
         log: gets what was none.
+        wanted: parameters that should belong to some; parts of the module are called by themselves for what is left.
         recorded: arguments that the module was called with, `(args, kwargs)`, where it cannot be called alone.
     """
     found: list[Found] = []
-    taken = set(taken)
-    ran = False
+    taken, ran = set(taken), False
     for way in ways_to_call(module, is_experts(module), recorded):
-        if ran and (found or not way.how.startswith(("feed_forward", "children"))):
+        done = not (wanted or set()) - taken if found else False
+        if done or (ran and not way.partly):
             continue
         probe = Probe(module, way.call, way.x, way.how, way.arguments)
         try:
@@ -102,7 +105,7 @@ def probe_module(module: nn.Module, taken: set[str], log: Log, recorded: Any = N
             continue
         if len(products) < 2:
             continue
-        ran = True
+        ran = ran or not way.partly
         new = analyse(probe, products, out, taken, log)
         found += new
         taken |= {name for one in new for name in one.names}
@@ -144,6 +147,9 @@ def _joined(probe: Probe, products: list[Product], taken: set[str], log: Log) ->
             continue
         if first.setdefault(source.parameter, source.expert) != source.expert:
             continue  # one expert stands for all of its stack
+        if not source.pointwise:
+            log.add("a convolution: a neuron sees several positions", source.parameter)
+            continue
         followers = influence(probe, products, source, min(3, source.n_out - 1))
         if followers is None:
             log.add("which products are computed depends on values", source.parameter)
