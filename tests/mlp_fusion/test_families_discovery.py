@@ -186,6 +186,9 @@ def test_an_unset_key_is_learnt_and_a_shared_module_counts_once() -> None:
     config = CONFIG_MAPPING["gpt2"](**{**TINY["gpt2"], "n_inner": None})
     (site,) = describe(config).sites
     assert (site.width, site.width_keys[0].path, site.width_keys[0].kind) == (128, "n_inner", "unset")
+    (site,) = describe(ToyConfig(layers=3, shared=True)).sites
+    assert site.instances == (("layers.0.ffn", 0),)
+    assert site.shared == ("layers.1.ffn", "layers.2.ffn")
     assert tiny("albert").sites[0].instances == (("encoder.albert_layer_groups.0.albert_layers.0", 0),)
 
 
@@ -231,7 +234,8 @@ def test_a_state_space_model_is_refused() -> None:
     found = describe(config)
     assert found.sites == ()
     assert not found.complete
-    assert any("mixer.out_proj.weight" in refusal.parameter for refusal in found.refused)
+    (refusal,) = [refusal for refusal in found.refused if "mixer.out_proj.weight" in refusal.parameter]
+    assert refusal.reason.startswith("a state-space layer, whose channels are its state's: ")
 
 
 # --- what is no FFN ---------------------------------------------------------------------------------------------------

@@ -14,16 +14,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 
 class ToyConfig(PretrainedConfig):
-    """`layout` names a class of `LAYOUTS`."""
+    """`layout` names a class of `LAYOUTS`; with `shared`, all layers have one FFN."""
 
     model_type = "toy"
 
     def __init__(
         self, hidden_size: int = 16, ffn_width: int = 40, layers: int = 2, layout: str = "plain", limit: float = 5.0,
-        **kwargs: Any,
+        shared: bool = False, **kwargs: Any,
     ) -> None:  # fmt: skip
         self.hidden_size, self.ffn_width, self.layers = hidden_size, ffn_width, layers
-        self.layout, self.limit = layout, limit
+        self.layout, self.limit, self.shared = layout, limit, shared
         super().__init__(**kwargs)
 
 
@@ -178,6 +178,8 @@ class ToyModel(PreTrainedModel):
         super().__init__(config)
         self.patches = Patches(config)
         self.layers = nn.ModuleList([ToyLayer(config) for _ in range(config.layers)])
+        for layer in self.layers[1:] if config.shared else ():
+            layer.ffn = self.layers[0].ffn
         self.pooler = Pooler(config)
         self.post_init()
 

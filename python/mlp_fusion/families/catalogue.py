@@ -95,8 +95,18 @@ DEFAULTS: dict[str, Arguments] = {
     "time_series_transformer": Arguments({"prediction_length": 24}, _NO_LENGTH),
 }
 
-#: (words of a reason, better words), in order; the first that fits is used.
-KNOWN_REFUSALS: tuple[tuple[str, str], ...] = ()
+#: (parameter, what stands there), in front of what the probe saw; the first that is found in a parameter's name counts.
+#: They explain a refusal and make none: a parameter that is proved is never looked up.
+KNOWN_REFUSALS: tuple[tuple[str, str], ...] = (
+    (r"\.mixer\.|\.mamba(_decoder)?\.|mamba_block", "a state-space layer, whose channels are its state's"),
+    (r"shared_transformer\.feed_forward", "a shared FFN into which each use adds an adapter of its own"),
+    (
+        r"(ffn|mlp|feed_forward)\.(ffn_)?(sub_norm|layernorm|norm)|ffn_layernorm",
+        "a norm inside an FFN, over its neurons",
+    ),
+    (r"batch_norm|\.bn\d?\.", "a batch norm inside an FFN, whose statistics would have to be narrowed too"),
+    (r"bias_integer|weight_integer|scaling_factor", "an integer copy of weights that is saved beside them"),
+)
 
 
 def model_types() -> list[str]:

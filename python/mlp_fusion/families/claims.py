@@ -347,6 +347,13 @@ def _number(path: str) -> int:
 
 
 def _reason(name: str, errors: dict[str, float | None], apart: list[Claim], logs: list[tuple[str, Log]]) -> str:
+    """Why nobody owns a parameter: what is known to stand there, and what the probe saw."""
+    seen = _seen(name, errors, apart, logs)
+    known = next((words for where, words in KNOWN_REFUSALS if re.search(where, name)), None)
+    return seen if known is None else f"{known}: {seen}"
+
+
+def _seen(name: str, errors: dict[str, float | None], apart: list[Claim], logs: list[tuple[str, Log]]) -> str:
     """Why nobody owns a parameter, as the probe saw it."""
     if name in errors:
         error = errors[name]
@@ -362,6 +369,6 @@ def _reason(name: str, errors: dict[str, float | None], apart: list[Claim], logs
             continue
         for parameter, reason in log.reasons.items():
             if pattern(parameter) == inside:
-                return next((better for words, better in KNOWN_REFUSALS if words in reason), reason)
+                return reason
         problem = problem or log.problem
     return f"its module could not be run: {problem}" if problem else "no product with it was seen"
