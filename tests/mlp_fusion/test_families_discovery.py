@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import random
 from typing import Any
@@ -12,66 +11,16 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from toy_transformer import ToyConfig, ToyModel
+from tiny_configs import BERT, LLAMA, TINY, tiny, toy
+from toy_transformer import ToyConfig
 from transformers import CONFIG_MAPPING, BertConfig, LlamaConfig
 
 from mlp_fusion import InputError
 from mlp_fusion.cli import cli
 from mlp_fusion.families import building, catalogue
 from mlp_fusion.families.describe import describe
-from mlp_fusion.families.functions import identify, take_half
-from mlp_fusion.families.probe import LARGEST_ERROR, Log, probe_module, prove
+from mlp_fusion.families.probe import LARGEST_ERROR
 from mlp_fusion.families.sites import Clamp, Description, Site
-from mlp_fusion.families.trace import Probe
-
-_BERT = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
-_LLAMA = {**_BERT, "num_key_value_heads": 2}
-_MOE = {**_LLAMA, "moe_intermediate_size": 48, "num_experts_per_tok": 2, "head_dim": 16}
-_T5 = {"vocab_size": 40, "d_model": 32, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 2}
-_PART = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-#: Tiny configs: model type -> arguments.
-TINY: dict[str, dict[str, Any]] = {
-    "bert": _BERT,
-    "gpt2": {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_inner": 96},
-    "llama": _LLAMA,
-    "phi3": {**_LLAMA, "pad_token_id": 0},
-    "opt": {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 96,
-            "word_embed_proj_dim": 32},
-    "t5": {**_T5, "feed_forward_proj": "gated-gelu"},
-    "modernbert": {**_BERT, "pad_token_id": 0, "global_attn_every_n_layers": 2},
-    "gpt_neox": _BERT,
-    "qwen3_moe": {**_MOE, "num_experts": 4, "mlp_only_layers": [0]},
-    "gpt_oss": {**_LLAMA, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "mixtral": {**_LLAMA, "num_local_experts": 4},
-    "deepseek_v3": {**_MOE, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
-                    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "v_head_dim": 16,
-                    "qk_nope_head_dim": 8},
-    "vit": {**_BERT, "image_size": 16, "patch_size": 8},
-    "clip": {"text_config": {**_PART, "vocab_size": 40, "intermediate_size": 96},
-             "vision_config": {**_PART, "intermediate_size": 128, "image_size": 16, "patch_size": 8}},
-    "albert": {**_BERT, "embedding_size": 16, "num_hidden_layers": 3},
-    "bloom": {"vocab_size": 40, "hidden_size": 32, "n_layer": 2, "n_head": 2},
-    "bitnet": _LLAMA,
-    "switch_transformers": {**_T5, "num_decoder_layers": 2, "num_experts": 3,
-                            "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
-    "gemma3n_text": {"vocab_size": 40, "vocab_size_per_layer_input": 40, "hidden_size": 32, "intermediate_size": 96,
-                     "hidden_size_per_layer_input": 8, "num_hidden_layers": 4, "num_attention_heads": 2,
-                     "num_key_value_heads": 1, "head_dim": 16, "num_kv_shared_layers": 0, "laurel_rank": 4,
-                     "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0],
-                     "layer_types": ["full_attention"] * 4},
-}  # fmt: skip
-
-
-@functools.cache
-def tiny(model_type: str) -> Description:
-    """What is found in a tiny model of a type."""
-    return describe(CONFIG_MAPPING[model_type](**TINY[model_type]))
-
-
-@functools.cache
-def toy(layout: str) -> Description:
-    """What is found in the toy Transformer."""
-    return describe(ToyConfig(layout=layout))
 
 
 def facts(site: Site) -> tuple[Any, ...]:
@@ -162,7 +111,7 @@ def test_experts_in_lists_are_found_in_every_layer() -> None:
 
 
 def test_two_ffns_of_one_layer_and_a_stack_of_one_expert_are_found() -> None:
-    config = CONFIG_MAPPING["instructblip_qformer"](**{**_BERT, "encoder_hidden_size": 32})
+    config = CONFIG_MAPPING["instructblip_qformer"](**{**BERT, "encoder_hidden_size": 32})
     found = describe(config)
     assert [site.path for site in found.sites] == ["encoder.layer.#"] * 2
     assert {site.projections[0].parameter for site in found.sites} == {
@@ -171,14 +120,14 @@ def test_two_ffns_of_one_layer_and_a_stack_of_one_expert_are_found() -> None:
     assert found.complete
     # A shared expert may be narrow: a width key moves it, which moves no adapter.
     granite = CONFIG_MAPPING["granitemoehybrid"](
-        **{**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 8,
+        **{**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 8,
            "mamba_n_heads": 8,
            "layer_types": ["attention"] * 2}
     )  # fmt: skip
     assert [(site.path, site.width) for site in describe(granite).sites] == [
         ("layers.#.block_sparse_moe.experts", 96), ("layers.#.shared_mlp", 8),
     ]  # fmt: skip
-    moe = CONFIG_MAPPING["mixtral"](**{**_LLAMA, "num_local_experts": 1, "num_experts_per_tok": 1})
+    moe = CONFIG_MAPPING["mixtral"](**{**LLAMA, "num_local_experts": 1, "num_experts_per_tok": 1})
     assert [facts(site) for site in describe(moe).sites] == FOUND["mixtral"]
 
 
@@ -271,7 +220,7 @@ def test_attention_and_its_gate_are_not_even_set_apart() -> None:
 
 
 def test_a_head_of_a_real_classifier_is_none() -> None:
-    config = CONFIG_MAPPING["roberta"](**{**_BERT, "pad_token_id": 0})
+    config = CONFIG_MAPPING["roberta"](**{**BERT, "pad_token_id": 0})
     config.architectures = ["RobertaForSequenceClassification"]
     found = describe(config)
     assert found.model_class == "RobertaForSequenceClassification"
@@ -285,98 +234,6 @@ def test_an_ffn_that_something_else_enters_is_refused() -> None:
     assert {refusal.parameter for refusal in found.refused} >= {"layers.#.ffn.a.weight", "layers.#.ffn.b.weight"}
 
 
-# --- functions --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("layout", "parts", "activation"),
-    [
-        ("up first", ("second", "first"), "silu"),
-        ("interleaved", ("even", "odd"), "silu"),
-        ("clamped", ("first", "second"), "silu"),
-        ("scaled", ("first", "second"), "relu"),
-        ("unnamed", ("first", "second"), None),
-    ],
-)
-def test_functions_and_layouts(layout: str, parts: tuple[str, str], activation: str | None) -> None:
-    (site,) = toy(layout).sites
-    assert tuple(p.part for p in site.projections) == (*parts, "whole")
-    assert [p.role for p in site.projections] == ["w_gate", "w_in", "w_out"]
-    function = site.function
-    assert (function.form, function.activation) == ("gated", activation)
-    assert function.clamp == (Clamp(5.0, "above") if layout == "clamped" else None)
-    assert function.up_offset == (1 if layout == "clamped" else 0)
-    assert function.factor == (0.25 if layout == "scaled" else 1)
-    assert site.proof.error < LARGEST_ERROR
-
-
-def real_ffn(layout: str) -> Probe:
-    """The FFN of a toy layer with real weights."""
-    model = building.build(ToyModel, ToyConfig(layout=layout))
-    module = building.materialise(model.layers[0].ffn, set())
-    x = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(0))
-    return Probe(module, lambda: module(x), x, "test")
-
-
-@pytest.mark.parametrize("layout", ["up first", "interleaved", "clamped", "scaled"])
-def test_the_proof_catches_swapped_halves_and_other_layouts(layout: str) -> None:
-    probe = real_ffn(layout)
-    (found,) = probe_module(probe.module, set(), Log())
-    assert found.proved
-    assert found.identified.halves is not None
-    right = found.identified.halves
-    for wrong in (("first", "second"), ("second", "first"), ("even", "odd"), ("odd", "even")):
-        found.identified = dataclasses.replace(found.identified, halves=wrong)
-        found.transposed.clear()
-        prove(probe, found)
-        assert found.error is not None
-        assert (found.error < LARGEST_ERROR) == (wrong == right)
-        assert wrong == right or found.error > 1e-2
-
-
-def test_the_proof_catches_gate_and_up_in_the_wrong_order_and_a_wrong_axis() -> None:
-    model = building.build(building.model_class(LlamaConfig()), LlamaConfig(**_LLAMA))
-    # As wide as its input: then no shape tells one axis from the other.
-    config = LlamaConfig(**{**_LLAMA, "intermediate_size": 32})
-    square = building.build(building.model_class(config), config)
-    for owner in (model, square):
-        module = building.materialise(owner.layers[0].mlp, set())
-        x = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0))
-        probe = Probe(module, lambda module=module, x=x: module(x), x, "test")
-        (found,) = probe_module(module, set(), Log())
-        assert found.proved
-        assert found.identified.order == (0, 1)
-        found.identified = dataclasses.replace(found.identified, order=(1, 0))
-        found.transposed.clear()
-        prove(probe, found)
-        assert found.error is not None
-        assert found.error > 1e-2
-    (site,) = describe(config).sites
-    assert [p.neuron_axis for p in site.projections] == [0, 0, 1]
-    weight = dict(module.named_parameters())["down_proj.weight"]
-    with torch.no_grad():
-        right = module(x)
-        weight.copy_(weight.t().clone())
-        assert not torch.allclose(module(x), right, atol=1e-2)
-
-
-def test_halves_are_taken_along_any_axis() -> None:
-    values = torch.arange(8).reshape(2, 4)
-    assert take_half(values, "odd", 1).tolist() == [[1, 3], [5, 7]]
-    assert take_half(values, "second", 0).tolist() == [[4, 5, 6, 7]]
-    assert take_half(values, "whole", 0) is values
-
-
-def test_an_attention_gate_is_no_function_of_one_product() -> None:
-    model = building.build(ToyModel, ToyConfig())
-    module = building.materialise(model.layers[0], set())
-    x = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(0))
-    probe = Probe(module, lambda: module(x), x, "test")
-    products, _ = probe.run()
-    named = {product.parameter: product for product in products}
-    assert identify(probe, [named["gate.weight"]], named["o.weight"], []) is None
-
-
 # --- how it behaves ---------------------------------------------------------------------------------------------------
 
 
@@ -388,7 +245,7 @@ def seed_all(seed: int) -> None:
 
 
 def test_nothing_is_changed_and_the_same_is_found_again() -> None:
-    config = BertConfig(**_BERT)
+    config = BertConfig(**BERT)
     before = json.dumps(config.to_dict(), sort_keys=True, default=str)
     seed_all(5)
     expected = torch.rand(1), random.random(), np.random.rand()
@@ -431,7 +288,7 @@ def test_what_is_too_large_to_be_tried_is_refused_and_not_passed_over() -> None:
 
 
 def test_a_config_that_builds_nothing_is_refused_in_one_line() -> None:
-    config = BertConfig(**{**_BERT, "num_attention_heads": 3})
+    config = BertConfig(**{**BERT, "num_attention_heads": 3})
     with pytest.raises(InputError, match=r"bert: transformers builds no BertModel from this config") as error:
         describe(config)
     assert "\n" not in str(error.value)
@@ -439,6 +296,7 @@ def test_a_config_that_builds_nothing_is_refused_in_one_line() -> None:
         describe(CONFIG_MAPPING["sam_mask_decoder"]())
 
 
+@pytest.mark.slow
 def test_what_the_catalogue_holds_is_needed_and_has_its_reason() -> None:
     assert set(catalogue.DEFAULTS) <= set(catalogue.model_types())
     for name, entry in catalogue.DEFAULTS.items():

@@ -221,10 +221,10 @@ def prove(probe: Probe, found: Found) -> None:
 def multiply(probe: Probe, product: Product, x: Tensor) -> tuple[Tensor | None, bool]:
     """`x`, (positions, in), times a product's parameter, with its bias; and whether the parameter lies as (in, out)."""
     parameter = probe.parameters[product.parameter]
-    as_stored = product.weight.stride() == parameter.stride() and product.weight.shape == parameter.shape
     if parameter.dim() == 3 and product.weight.dim() == 3 and product.operation in ("bmm", "baddbmm", "matmul"):
         if product.x.dim() != 3 or product.x.shape[0] != parameter.shape[0] or product.axis != -1:
             return None, False
+        as_stored = product.weight.stride() == parameter.stride()
         stack = x.reshape(parameter.shape[0], -1, product.n_in)
         return torch.bmm(stack, parameter if as_stored else parameter.mT).reshape(-1, product.n_out), as_stored
     weight: Tensor = parameter
@@ -235,8 +235,8 @@ def multiply(probe: Probe, product: Product, x: Tensor) -> tuple[Tensor | None, 
         weight = weight.reshape(weight.shape[:2])
     if weight.dim() != 2 or product.n_in not in weight.shape:
         return None, False
-    if weight.shape[0] == weight.shape[1]:
-        transposed = product.operation in ("addmm", "matmul") and as_stored
+    if weight.shape[0] == weight.shape[1]:  # no shape tells; the strides tell whether it was used as it is stored
+        transposed = product.operation in ("addmm", "matmul") and product.weight.stride() == weight.stride()
     else:
         transposed = tuple(weight.shape) == (product.n_in, product.n_out)
     result = x @ (weight if transposed else weight.t())
