@@ -9,11 +9,14 @@ import pytest
 import torch
 import transformers
 from hypothesis import settings
+from torch.utils import _device
 
 # Tiny tensors gain nothing from threads, and test processes run side by side.
 torch.set_num_threads(1)
 settings.register_profile("mlp_fusion", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("mlp_fusion")
+# What `with torch.device("meta")` reaches is collected once: before `torch.empty` is replaced, not after.
+_device._device_constructors()
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 

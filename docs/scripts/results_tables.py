@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -256,6 +257,52 @@ def startup() -> str:
     return table(("what is started", "processor seconds"), rows)
 
 
+def families() -> str:
+    """How many model types have FFNs that are found, proved and keyed."""
+    found = results("families-cpu")["counts"]
+    kinds, seconds = found["kinds"], found["seconds"]
+    undone = found["status"].get("too long", 0) + found["status"].get("failed", 0)
+    rows = [
+        ("model types tried", f"{found['types']:,}"),
+        ("a model builds", f"{found['status'].get('built', 0):,}"),
+        ("no model class of their own: parts of others", f"{found['status'].get('no class', 0):,}"),
+        ("no model builds from the default config here", f"{found['status'].get('not built', 0):,}"),
+        ("not done in the time limit, or failed", f"{undone:,}"),
+        ("FFNs found and proved", f"{found['with FFNs']:,}"),
+        ("... every one, and nothing else is moved", f"{found['complete']:,}"),
+        ("... and each can be saved narrower", f"{found['complete and keyed']:,}"),
+        ("something is refused", f"{found['refused']:,}"),
+        ("kinds of FFNs: dense, experts, shared experts", ", ".join(
+            f"{kinds.get(kind, 0):,}" for kind in ("dense", "experts", "shared"))),
+        ("layers", f"{found['layers']:,}"),
+        ("kinds whose function has no name", f"{found['unnamed kinds']:,}"),
+        ("seconds: median, 90 %, most", f"{seconds['median']:.1f}, {seconds['90 %']:.1f}, {seconds['most']:.0f}"),
+    ]  # fmt: skip
+    return table(("transformers " + results("families-cpu")["transformers"], "number"), rows)
+
+
+def families_refused() -> str:
+    """Model types in which something is refused, by what was seen."""
+    return _types_by("refused", lambda line: line["refused"].values())
+
+
+def families_unsaved() -> str:
+    """Model types with an FFN that cannot be saved narrower, by reason."""
+    return _types_by("not to be saved narrower", lambda line: line["unsaved"])
+
+
+def _types_by(title: str, reasons: Callable[[Any], Iterable[str]]) -> str:
+    """Reasons, without what differs from model to model, with the types that have them; the most frequent first."""
+    found: dict[str, dict[str, None]] = {}
+    for line in results("families-cpu")["types"]:
+        for reason in reasons(line) if line["status"] == "built" else ():
+            kind = re.sub(r"\d[\d,.e+-]*", "N", reason).split(": ")[0]
+            found.setdefault(kind, {})[line["type"]] = None
+    rows = [(reason, ", ".join(types), str(len(types))) for reason, types in found.items()]
+    rows.sort(key=lambda row: (-int(row[2]), row[0]))
+    return table((title, "model types", "number"), rows).replace("| ---: | ---: |", "| --- | ---: |", 1)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "sst2": sst2,
     "language-models": language_models,
@@ -268,4 +315,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ntk": ntk,
     "training": training,
     "startup": startup,
+    "families": families,
+    "families-refused": families_refused,
+    "families-unsaved": families_unsaved,
 }

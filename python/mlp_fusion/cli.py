@@ -1,4 +1,4 @@
-"""The command line: `mlp-fusion plan | compress | verify | finetune | report | env`.
+"""The command line: `mlp-fusion plan | compress | verify | finetune | report | families | env`.
 
 Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. Errors are one line on standard error; with `--json`,
 standard output holds one JSON object and nothing else.
@@ -216,6 +216,20 @@ def report(folder: Path, out: Path | None, title: str | None, as_json: bool) -> 
     from mlp_fusion.verbs.report import write_report
 
     _emit(write_report(folder, out, title=title), as_json)
+
+
+@cli.command()
+@click.argument("name", required=False)
+@_json
+def families(name: str | None, as_json: bool) -> None:
+    """Say which FFNs are found in NAME, how they were proved, and what is refused and why.
+
+    NAME is a folder, a model type such as bert, whose default config is used, or a name on the Hugging Face hub. No
+    weight is read. Without NAME, the model types are listed.
+    """
+    from mlp_fusion.verbs.families import find_ffns, list_model_types
+
+    _emit(list_model_types() if name is None else find_ffns(name), as_json)
 
 
 @cli.command()

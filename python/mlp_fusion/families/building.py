@@ -26,13 +26,13 @@ from transformers.models.auto import modeling_auto
 from mlp_fusion.errors import InputError
 
 #: Real modules have at most this many entries; larger parameters that no width moves are one number each.
-_LARGEST = 200_000_000
+_LARGEST = 250_000_000
 #: Widths and numbers of experts that are tried for the small model, best first; None leaves them as they are.
 NARROW = ((24, 8), (24, 16), (24, None), (64, 16), (64, None), (None, None))
 #: Keys that are likely widths. They tell where to look first and what to make small; nothing is believed because of a
 #: name.
 WIDTHS = re.compile(
-    r".*(intermediate|ffn|feed_?forward|d_ff|inner|mlp_dim|expert_dim|mlp_hidden|hidden_dim|dim_ff|fc_dim).*"
+    r".*(intermediate|ffn|feed_?forward|d_ff|inner|mlp_dim|mlp_ratio|expert_dim|mlp_hidden|hidden_dim|dim_ff|fc_dim).*"
 )
 #: Attributes of modules that differ from layer to layer without making another kind of FFN.
 _PLACE = re.compile(r".*(idx|index|layer|block|depth|drop|stage).*")
@@ -218,10 +218,13 @@ def materialise(meta: nn.Module, moved: set[str], *, large: bool | None = None) 
         large: whether to take it for large; None: by its size.
 
     Raises:
-        InputError: it is too large even so.
+        InputError: it is too large even so, or nothing in it matters.
     """
+    count = sum(p.numel() for p in meta.parameters())
     if large is None:
-        large = sum(p.numel() for p in meta.parameters()) > _LARGEST
+        large = count > _LARGEST
+        if large and not moved:  # nothing but zeros would be left
+            raise InputError(f"{type(meta).__name__} has {count:,} entries, too many to make real")
     needed = sum(p.numel() for n, p in meta.named_parameters() if not large or n in moved or p.dim() < 2)
     if needed > _LARGEST:
         raise InputError(f"{type(meta).__name__} has {needed:,} entries, too many to make real")

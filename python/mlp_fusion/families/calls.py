@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 _TOKENS, _CHOSEN = 6, 2
 #: The way of a module that is called with what a whole model called it with.
 AS_CALLED = "as the model calls it"
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 
 @dataclass(frozen=True)
@@ -27,21 +28,26 @@ class Way:
         call: does it.
         x: the input.
         arguments: the routing, of an experts module.
+        partly: it calls a part of the module only, and other ways call other parts.
     """
 
     how: str
     call: Callable[[], Any]
     x: Tensor
     arguments: tuple[Tensor, ...] = ()
+    partly: bool = False
 
 
 def matrices(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters that may be projections: with two axes of more than one entry at least, and no embeddings."""
-    return [
-        (name, parameter)
-        for name, parameter in module.named_parameters()
-        if parameter.dim() >= 2 and min(parameter.shape[:2]) > 1 and not isinstance(owner(module, name), nn.Embedding)
-    ]
+    """Parameters that may be projections: with more than one row and column, and no embeddings."""
+    found: list[tuple[str, Tensor]] = []
+    for name, parameter in module.named_parameters():
+        holder = owner(module, name)
+        # Convolutions are (out, in, kernel), stacks of experts (experts, rows, columns).
+        rows_columns = parameter.shape[:2] if isinstance(holder, _CONVOLUTIONS) else parameter.shape[-2:]
+        if parameter.dim() >= 2 and min(rows_columns) > 1 and not isinstance(holder, nn.Embedding):
+            found.append((name, parameter))
+    return found
 
 
 def owner(module: nn.Module, name: str) -> nn.Module:
@@ -144,7 +150,8 @@ def _feed_forward_methods(module: nn.Module, g: torch.Generator) -> Iterator[Way
     for name in [key for key in dir(type(module)) if key.startswith("feed_forward_chunk")]:
         for d in sizes:
             x = torch.randn((1, _TOKENS, d), generator=g)
-            yield Way(f"{name} on {tuple(x.shape)}", lambda x=x, key=name: getattr(module, key)(x), x)  # type: ignore[misc]
+            call = lambda x=x, key=name: getattr(module, key)(x)  # noqa: E731
+            yield Way(f"{name} on {tuple(x.shape)}", call, x, partly=True)
 
 
 def _children(module: nn.Module, g: torch.Generator) -> Iterator[Way]:
@@ -171,4 +178,4 @@ def _children(module: nn.Module, g: torch.Generator) -> Iterator[Way]:
                 def call(x: Tensor = x, f: Any = first, h: Any = second, residual: bool = residual) -> Any:
                     return h(f(x), x) if residual else h(f(x))
 
-                yield Way(f"children {name}, {other} on {tuple(x.shape)}", call, x)
+                yield Way(f"children {name}, {other} on {tuple(x.shape)}", call, x, partly=True)

@@ -47,29 +47,66 @@ class Arguments:
     reason: str
 
 
+_ROPE = {
+    "rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+    }
+}
+_SPARSE = {"mlp_layer_types": ["dense"] + ["sparse"] * 31, "num_experts_per_tok": 6}
+_EXPERTS = {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}
+_NO_HEADS = "the number or the width of heads has no default"
+_NO_LENGTH = "the length of predictions has no default"
+_NO_ROPE = "rotary embeddings have no default"
+_NO_EXPERTS = "experts have no defaults"
+_NO_DROPOUT = "a dropout that is read has no default"
+_NO_WORDS = "the vocabulary has no default"
+
 #: By model type; for tests, for the benchmark and for `mlp-fusion families TYPE`.
 DEFAULTS: dict[str, Arguments] = {
-    "autoformer": Arguments({"prediction_length": 24}, "the length has no default"),
-    "cohere_compass_text": Arguments(
-        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0},
-                             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
-        "rotary embeddings by kind of attention have no default"),
-    "dbrx": Arguments({"attn_config": {"rope_theta": 10000.0}}, "the angle of rotary embeddings has no default"),
-    "deepseek_ocr2_text": Arguments({"mlp_layer_types": ["dense"] + ["sparse"] * 11}, "the list has no default"),
-    "dots1": Arguments({"n_shared_experts": 2, "n_routed_experts": 128}, "numbers of experts have no default"),
-    "esm": Arguments({"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32}, "the vocabulary has no default"),
-    "hunyuan_v1_dense": Arguments({"head_dim": 128}, "the heads' width has no default"),
-    "hunyuan_v1_moe": Arguments({"head_dim": 128}, "the heads' width has no default"),
-    "hunyuan_vl_text": Arguments({"head_dim": 128}, "the heads' width has no default"),
-    "informer": Arguments({"prediction_length": 24}, "the length has no default"),
+    "autoformer": Arguments({"prediction_length": 24}, _NO_LENGTH),
+    "aya_vision": Arguments(
+        {"vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16, "hidden_size": 1152}},
+        "14 heads do not divide 1,152",
+    ),
+    "chameleon": Arguments({"vocabulary_map": {"<image>": 8711}}, _NO_WORDS),
+    "cohere_compass": Arguments({"text_config": _ROPE}, _NO_ROPE),
+    "cohere_compass_text": Arguments(_ROPE, _NO_ROPE),
+    "dbrx": Arguments({"attn_config": {"rope_theta": 10000.0}}, _NO_ROPE),
+    "deepseek_ocr2": Arguments({"text_config": _SPARSE}, _NO_EXPERTS),
+    "deepseek_ocr2_text": Arguments(_SPARSE, _NO_EXPERTS),
+    "diffusion_gemma": Arguments({"text_config": _EXPERTS}, _NO_EXPERTS),
+    "diffusion_gemma_text": Arguments(_EXPERTS, _NO_EXPERTS),
+    "dots1": Arguments({"n_shared_experts": 2, "n_routed_experts": 128}, _NO_EXPERTS),
+    "emu3": Arguments({"vocabulary_map": {"<image>": 8711}}, _NO_WORDS),
+    "esm": Arguments({"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32}, _NO_WORDS),
+    "hunyuan_v1_dense": Arguments({"head_dim": 128}, _NO_HEADS),
+    "hunyuan_v1_moe": Arguments({"head_dim": 128}, _NO_HEADS),
+    "hunyuan_vl": Arguments({"text_config": {"head_dim": 128}}, _NO_HEADS),
+    "hunyuan_vl_text": Arguments({"head_dim": 128}, _NO_HEADS),
+    "informer": Arguments({"prediction_length": 24}, _NO_LENGTH),
     "lfm2_moe": Arguments({"layer_types": ["conv", "full_attention"] * 16}, "the kinds of layers have no default"),
-    "ministral": Arguments({"head_dim": 128}, "the heads' width has no default"),
-    "nemotron": Arguments({"head_dim": 128}, "the heads' width has no default"),
-    "time_series_transformer": Arguments({"prediction_length": 24}, "the length has no default"),
-}  # fmt: skip
+    "ministral": Arguments({"head_dim": 128}, _NO_HEADS),
+    "moonshine_streaming": Arguments({"num_key_value_heads": 8}, _NO_HEADS),
+    "nemotron": Arguments({"num_key_value_heads": 8}, _NO_HEADS),
+    "qwen3_omni_moe_talker_text": Arguments({"shared_expert_intermediate_size": 768}, _NO_EXPERTS),
+    "t5gemma2_decoder": Arguments({"dropout_rate": 0.0}, _NO_DROPOUT),
+    "t5gemma2_encoder": Arguments({"text_config": {"dropout_rate": 0.0}}, _NO_DROPOUT),
+    "t5gemma2_text": Arguments({"dropout_rate": 0.0}, _NO_DROPOUT),
+    "time_series_transformer": Arguments({"prediction_length": 24}, _NO_LENGTH),
+}
 
-#: (words of a reason, better words), in order; the first that fits is used.
-KNOWN_REFUSALS: tuple[tuple[str, str], ...] = ()
+#: (parameter, what stands there), in front of what the probe saw; the first that is found in a parameter's name counts.
+#: They explain a refusal and make none: a parameter that is proved is never looked up.
+KNOWN_REFUSALS: tuple[tuple[str, str], ...] = (
+    (r"\.mixer\.|\.mamba(_decoder)?\.|mamba_block", "a state-space layer, whose channels are its state's"),
+    (r"shared_transformer\.feed_forward", "a shared FFN into which each use adds an adapter of its own"),
+    (
+        r"(ffn|mlp|feed_forward)\.(ffn_)?(sub_norm|layernorm|norm)|ffn_layernorm",
+        "a norm inside an FFN, over its neurons",
+    ),
+    (r"batch_norm|\.bn\d?\.", "a batch norm inside an FFN, whose statistics would have to be narrowed too"),
+    (r"bias_integer|weight_integer|scaling_factor", "an integer copy of weights that is saved beside them"),
+)
 
 
 def model_types() -> list[str]:

@@ -62,13 +62,16 @@ class Claim:
         return {f"{path}.{p.parameter}": p.neuron_axis for path in self.paths for p in self.unit.projections}
 
 
-def claims(units: Sequence[Unit], small: nn.Module, model: nn.Module, experts: dict[str, int]) -> list[Claim]:
+def claims(
+    units: Sequence[Unit], small: nn.Module, model: nn.Module, experts: dict[str, int], moves: Sequence[Move]
+) -> list[Claim]:
     """Gather units of one kind, with the widths that they have in the user's model.
 
     Args:
         units: of the small model.
         small, model: the small model and the user's, on the meta device.
         experts: parameter pattern -> number of experts of a stack on one axis.
+        moves: of likely width keys.
     """
     sizes, first = shapes(model), first_names(model)
     kinds: dict[Any, list[Unit]] = {}
@@ -85,12 +88,21 @@ def claims(units: Sequence[Unit], small: nn.Module, model: nn.Module, experts: d
         shared = tuple(path for path in paths if path not in own)
         made.append(Claim(unit, tuple(own), shared, width, d_in, d_out, None))
     made = [claim for claim in made if claim.paths]
+    widest = _widest(made, sizes, moves)
+    moved = {name for move in moves if move.pure for name in move.axes}
+    return [dataclasses.replace(claim, reason=_no_ffn(claim, widest, moved)) for claim in made]
+
+
+def _widest(made: list[Claim], sizes: dict[str, tuple[int, ...]], moves: Sequence[Move]) -> dict[str, int]:
+    """Path of a layer -> the largest width in it: of what was found, and of what likely width keys move."""
     widest: dict[str, int] = {}
-    for claim in made:
-        if claim.unit.projections and claim.d_in == claim.d_out:
-            for path in claim.paths:
-                widest[_layer(path)] = max(widest.get(_layer(path), 0), claim.width)
-    return [dataclasses.replace(claim, reason=_no_ffn(claim, widest)) for claim in made]
+    found = [(path, claim.width) for claim in made for path in claim.paths if claim.d_in == claim.d_out]
+    for move in moves:
+        if move.pure:
+            found += [(name, sizes[name][axes[0]]) for name, axes in move.axes.items() if axes and len(sizes[name]) > 1]
+    for path, width in found:
+        widest[_layer(path)] = max(widest.get(_layer(path), 0), width)
+    return widest
 
 
 def _alike(unit: Unit, sizes: dict[str, tuple[int, ...]], first: dict[str, str]) -> tuple[Any, ...]:
@@ -141,8 +153,14 @@ def _layer(path: str) -> str:
     return found[0] if found else path
 
 
-def _no_ffn(claim: Claim, widest: dict[str, int]) -> str | None:
-    """The rule by which two projections with a function between them are no FFN, or None."""
+def _no_ffn(claim: Claim, widest: dict[str, int], moved: set[str]) -> str | None:
+    """The rule by which two projections with a function between them are no FFN, or None.
+
+    Args:
+        claim: they.
+        widest: the largest width in each layer.
+        moved: what likely width keys move: no adapters and gates.
+    """
     found = claim.unit.found
     if not all(product.pointwise for product in (*found.inputs, found.output)):
         return _CONVOLUTION
@@ -155,7 +173,8 @@ def _no_ffn(claim: Claim, widest: dict[str, int]) -> str | None:
         return _HEAD
     if found.output.operation == "conv" and claim.width < claim.d_in:
         return _SQUEEZE
-    if 2 * claim.width < claim.d_in and 2 * claim.width <= widest.get(_layer(path), 0):
+    narrow = 2 * claim.width < claim.d_in and 2 * claim.width <= widest.get(_layer(path), 0)
+    if narrow and not claim.names & moved:
         return _BOTTLENECK
     return None
 
@@ -199,29 +218,54 @@ def described(
     primary = [best[0].path if best else None for best in chosen]
     groups = in_groups(primary)
     sites = [_site(*three) for three in zip(proved, chosen, groups, strict=True)]
-    known = {name for claim in apart for name in claim.names} | owned
-    refused: dict[str, Refusal] = {}
-    errors = {n: c.unit.found.error for c in found if c.reason is None and not c.unit.found.proved for n in c.names}
-    for move in [*moves, *(m for m in map(keys.move, keys.leaves_of(primary)) if m is not None)]:
-        # What one of the FFNs' own keys moves must all be owned; of other keys, matrices that are nothing else.
-        strict = move.key in primary
-        for name in move.axes:
-            if name in owned or (not strict and (name in known or len(keys.base[name]) < 2 or not move.pure)):
-                continue
-            reason = _reason(name, errors, apart, logs)
-            old = refused.setdefault(pattern(name), Refusal(pattern(name), 0, move.key, reason))
-            if old.key == move.key:
-                refused[pattern(name)] = dataclasses.replace(old, count=old.count + 1)
+    refused = _refusals(found, apart, owned, keys, moves, primary, logs)
     return Description(
         model_type,
         model_class,
         tuple(sorted(sites, key=lambda site: site.instances[0])),
-        tuple(sorted(refused.values(), key=lambda refusal: refusal.parameter)),
+        refused,
         tuple(
             SetApart(pattern(claim.paths[0]), tuple(claim.unit.found.names), claim.reason or "")
             for claim in apart
         ),
     )  # fmt: skip
+
+
+def _refusals(
+    found: list[Claim],
+    apart: list[Claim],
+    owned: set[str],
+    keys: Keys,
+    moves: list[Move],
+    primary: list[str | None],
+    logs: list[tuple[str, Log]],
+) -> tuple[Refusal, ...]:
+    """What width keys move and nobody owns, and what has the shapes of an FFN but mixes its neurons."""
+    known = {name for claim in apart for name in claim.names} | owned
+    refused: dict[str, Refusal] = {}
+    errors = {n: c.unit.found.error for c in found if c.reason is None and not c.unit.found.proved for n in c.names}
+    chosen = [move for path in keys.leaves_of(primary) if (move := keys.move(path)) is not None]
+    seen: set[str] = set()
+
+    def refuse(name: str, key: str | None) -> None:
+        if name in seen:
+            return
+        seen.add(name)
+        old = refused.get(pattern(name)) or Refusal(pattern(name), 0, key, _reason(name, errors, apart, logs))
+        refused[pattern(name)] = dataclasses.replace(old, count=old.count + 1)
+
+    for move in (*moves, *chosen):
+        # What one of the FFNs' own keys moves must all be owned; of other keys, matrices that are nothing else.
+        strict = move.key in primary
+        for name in move.axes:
+            if name not in owned and (strict or not (name in known or len(keys.base[name]) < 2 or not move.pure)):
+                refuse(name, move.key)
+    for path, log in logs:
+        mixed = {pattern(f"{path}.{name}") for pair in log.mixed for name in pair}
+        for name in keys.base if mixed else ():
+            if pattern(name) in mixed and name not in known:
+                refuse(name, None)
+    return tuple(sorted(refused.values(), key=lambda refusal: refusal.parameter))
 
 
 def _moved_along(found: list[Claim], chosen: list[list[WidthKey]], keys: Keys) -> list[Claim]:
@@ -303,6 +347,13 @@ def _number(path: str) -> int:
 
 
 def _reason(name: str, errors: dict[str, float | None], apart: list[Claim], logs: list[tuple[str, Log]]) -> str:
+    """Why nobody owns a parameter: what is known to stand there, and what the probe saw."""
+    seen = _seen(name, errors, apart, logs)
+    known = next((words for where, words in KNOWN_REFUSALS if re.search(where, name)), None)
+    return seen if known is None else f"{known}: {seen}"
+
+
+def _seen(name: str, errors: dict[str, float | None], apart: list[Claim], logs: list[tuple[str, Log]]) -> str:
     """Why nobody owns a parameter, as the probe saw it."""
     if name in errors:
         error = errors[name]
@@ -318,6 +369,6 @@ def _reason(name: str, errors: dict[str, float | None], apart: list[Claim], logs
             continue
         for parameter, reason in log.reasons.items():
             if pattern(parameter) == inside:
-                return next((better for words, better in KNOWN_REFUSALS if words in reason), reason)
+                return reason
         problem = problem or log.problem
     return f"its module could not be run: {problem}" if problem else "no product with it was seen"

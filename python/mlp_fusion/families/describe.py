@@ -19,6 +19,8 @@ from mlp_fusion.families.probe import Found, Log, one_line, probe_module, projec
 from mlp_fusion.families.recording import record_arguments
 from mlp_fusion.families.sites import Description, Projection
 
+#: A module with more matrices than this is no layer; its parts were probed before it.
+_MANY = 48
 #: Width keys with a value of at least this are made small.
 _WIDE = 96
 
@@ -78,7 +80,9 @@ class _Discovery:
         self.keys = Keys(self.cls, config, building.shapes(self.model))
         self.logs: list[tuple[str, Log]] = []
         self.units: list[Unit] = []
+        #: Parameters of FFNs, and those of everything that was found.
         self.claimed: set[str] = set()
+        self.taken: set[str] = set()
 
     def _build(self, config: Any) -> PreTrainedModel:
         try:
@@ -94,7 +98,7 @@ class _Discovery:
         small = self._small(moves)
         building.let_experts_run_eagerly(small)
         self._probe(small, suspects)
-        found = claims(self.units, small, self.model, self._experts_of_flat_stacks(moves))
+        found = claims(self.units, small, self.model, self._experts_of_flat_stacks(moves), moves)
         return described(self.config.model_type, self.cls.__name__, found, self.keys, moves, self.logs)
 
     def _small(self, moves: list[Move]) -> PreTrainedModel:
@@ -139,10 +143,10 @@ class _Discovery:
         uncalled: dict[Any, list[str]] = {}
         for path, module in _inside_out(model):
             names = {f"{path}.{name}" for name, _ in matrices(module)}
-            left = names - self.claimed
-            if len(left) < 2 or (not left & suspects and names & self.claimed):
+            left = names - self.taken
+            if len(left) < 2 or (not left & suspects and (names & self.claimed or len(names) > _MANY)):
                 continue
-            kind = _kind(path, module, names & self.claimed)
+            kind = _kind(path, module, names & self.taken)
             if kind not in known:
                 log = Log()
                 self.logs.append((path, log))
@@ -158,27 +162,32 @@ class _Discovery:
         self, path: str, module: nn.Module, suspects: set[str], log: Log, recorded: Any = None
     ) -> tuple[list[Found], list[tuple[Projection, ...]]]:
         inside = {name for name, _ in module.named_parameters()}
-        taken = {name for name in inside if f"{path}.{name}" in self.claimed}
+        taken = {name for name in inside if f"{path}.{name}" in self.taken}
         moved = {name for name in inside if f"{path}.{name}" in suspects}
         try:
             real = building.materialise(module, moved)
         except Exception as error:  # noqa: BLE001  (too large, or with tensors that are no parameters)
             log.problem = str(error) if isinstance(error, InputError) else one_line(error)
+            log.mixed |= _alike_shapes(module, taken)
             return [], []
-        found = probe_module(real, taken, log, recorded)
+        wanted = {name for name, _ in matrices(module)} & moved
+        found = probe_module(real, taken, log, wanted, recorded)
         parameters = dict(real.named_parameters())
         return found, [projections(parameters, one) if one.error is not None else () for one in found]
 
     def _claim(self, path: str, module: nn.Module, found: list[Found], where: list[tuple[Projection, ...]]) -> None:
         for one, lies in zip(found, where, strict=True):
             self.units.append(Unit(path, type(module).__name__, one, lies))
-            self.claimed |= {f"{path}.{name}" for name in one.names}
+            names = {f"{path}.{name}" for name in one.names}
+            self.taken |= names
+            if one.proved:
+                self.claimed |= names
 
     def _probe_as_called(self, model: nn.Module, uncalled: dict[Any, list[str]], suspects: set[str]) -> None:
         """Probe the innermost modules that hold what is left, with the arguments that the model calls them with."""
         modules = dict(model.named_modules())
         waiting = {
-            kind: [p for p in paths if len(_left(p, modules[p], self.claimed) & suspects) > 1]
+            kind: [p for p in paths if len(_left(p, modules[p], self.taken) & suspects) > 1]
             for kind, paths in uncalled.items()
         }
         waiting = {kind: paths for kind, paths in waiting.items() if paths}
@@ -187,13 +196,19 @@ class _Discovery:
         recorded = record_arguments(model, {paths[0] for paths in waiting.values()})
         for paths in waiting.values():
             first = paths[0]
-            if first not in recorded or not len(_left(first, modules[first], self.claimed) & suspects) > 1:
+            if first not in recorded or not len(_left(first, modules[first], self.taken) & suspects) > 1:
                 continue
             log = Log()
             self.logs.append((first, log))
             found, where = self._try(first, modules[first], suspects, log, recorded[first])
             for path in paths:
                 self._claim(path, modules[path], found, where)
+
+
+def _alike_shapes(module: nn.Module, taken: set[str]) -> set[tuple[str, str]]:
+    """Pairs of matrices of which one leads into more channels than it has, and the other back."""
+    shapes = [(name, tuple(p.shape[-2:])) for name, p in matrices(module) if name not in taken]
+    return {(a, b) for a, first in shapes for b, second in shapes if first == second[::-1] and first[0] > first[1]}
 
 
 def _is_wide(value: Any) -> bool:
@@ -213,7 +228,9 @@ def _inside_out(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in sorted(modules, key=lambda named: -named[0].count(".")):
         if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Linear, nn.Embedding)):
             continue
-        lists = [part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part) > 3]
+        lists = [
+            part for part in module.modules() if isinstance(part, (nn.ModuleList, nn.Sequential)) and len(part) > 3
+        ]  # fmt: skip
         if not any(len(matrices(part)) > 12 for part in lists):
             yield path, module
 

@@ -61,6 +61,8 @@ class Log:
     def __init__(self) -> None:
         self.reasons: dict[str, str] = {}
         self.problem: str | None = None
+        #: Pairs of matrices with the shapes of an FFN between which channels are mixed.
+        self.mixed: set[tuple[str, str]] = set()
 
     def add(self, reason: str, *parameters: str) -> None:
         for parameter in parameters:
@@ -77,20 +79,23 @@ def _routed(module: nn.Module) -> bool:
     return is_experts(module) and not getattr(module, "has_post_expert_norm", False)
 
 
-def probe_module(module: nn.Module, taken: set[str], log: Log, recorded: Any = None) -> list[Found]:
+def probe_module(
+    module: nn.Module, taken: set[str], log: Log, wanted: set[str] | None = None, recorded: Any = None
+) -> list[Found]:
     """The FFNs of a module with real weights.
 
     Args:
         module: as `building.materialise` makes it.
         taken: parameters that belong to FFNs found before.
         log: gets what was none.
+        wanted: parameters that should belong to some; parts of the module are called by themselves for what is left.
         recorded: arguments that the module was called with, `(args, kwargs)`, where it cannot be called alone.
     """
     found: list[Found] = []
-    taken = set(taken)
-    ran = False
+    taken, ran = set(taken), False
     for way in ways_to_call(module, is_experts(module), recorded):
-        if ran and (found or not way.how.startswith(("feed_forward", "children"))):
+        done = not (wanted or set()) - taken if found else False
+        if done or (ran and not way.partly):
             continue
         probe = Probe(module, way.call, way.x, way.how, way.arguments)
         try:
@@ -100,7 +105,7 @@ def probe_module(module: nn.Module, taken: set[str], log: Log, recorded: Any = N
             continue
         if len(products) < 2:
             continue
-        ran = True
+        ran = ran or not way.partly
         new = analyse(probe, products, out, taken, log)
         found += new
         taken |= {name for one in new for name in one.names}
@@ -115,6 +120,9 @@ def analyse(probe: Probe, products: list[Product], out: Any, taken: set[str], lo
         names = [*(product.parameter for product in inputs), output.parameter]
         if len(inputs) > 2 or sum(e.n_out for e in inputs) not in (output.n_in, 2 * output.n_in):
             log.add("more than a gate and an up projection lead into one product", *names)
+            continue
+        if any(product.x.shape != inputs[0].x.shape or not torch.equal(product.x, inputs[0].x) for product in inputs):
+            log.add("the projections that lead into one product do not read the same input", *names)
             continue
         identified = identify(probe, inputs, output, _biases_outside(probe, inputs))
         if identified is None:
@@ -139,6 +147,9 @@ def _joined(probe: Probe, products: list[Product], taken: set[str], log: Log) ->
             continue
         if first.setdefault(source.parameter, source.expert) != source.expert:
             continue  # one expert stands for all of its stack
+        if not source.pointwise:
+            log.add("a convolution: a neuron sees several positions", source.parameter)
+            continue
         followers = influence(probe, products, source, min(3, source.n_out - 1))
         if followers is None:
             log.add("which products are computed depends on values", source.parameter)
@@ -152,6 +163,8 @@ def _joined(probe: Probe, products: list[Product], taken: set[str], log: Log) ->
             elif len(rows) == len(columns) == 1:
                 joined[index].append(source)
             else:
+                if len(rows) == 1 and source.n_in == target.n_out < target.n_in:
+                    log.mixed.add((source.parameter, target.parameter))
                 what = "channels (a norm, a top-k or a sum)" if len(rows) == 1 else "positions"
                 log.add(f"what lies between it and the next projection mixes {what}", source.parameter)
                 log.add(f"what lies between it and the projection before mixes {what}", target.parameter)
@@ -208,10 +221,10 @@ def prove(probe: Probe, found: Found) -> None:
 def multiply(probe: Probe, product: Product, x: Tensor) -> tuple[Tensor | None, bool]:
     """`x`, (positions, in), times a product's parameter, with its bias; and whether the parameter lies as (in, out)."""
     parameter = probe.parameters[product.parameter]
-    as_stored = product.weight.stride() == parameter.stride() and product.weight.shape == parameter.shape
     if parameter.dim() == 3 and product.weight.dim() == 3 and product.operation in ("bmm", "baddbmm", "matmul"):
         if product.x.dim() != 3 or product.x.shape[0] != parameter.shape[0] or product.axis != -1:
             return None, False
+        as_stored = product.weight.stride() == parameter.stride()
         stack = x.reshape(parameter.shape[0], -1, product.n_in)
         return torch.bmm(stack, parameter if as_stored else parameter.mT).reshape(-1, product.n_out), as_stored
     weight: Tensor = parameter
@@ -222,8 +235,8 @@ def multiply(probe: Probe, product: Product, x: Tensor) -> tuple[Tensor | None, 
         weight = weight.reshape(weight.shape[:2])
     if weight.dim() != 2 or product.n_in not in weight.shape:
         return None, False
-    if weight.shape[0] == weight.shape[1]:
-        transposed = product.operation in ("addmm", "matmul") and as_stored
+    if weight.shape[0] == weight.shape[1]:  # no shape tells; the strides tell whether it was used as it is stored
+        transposed = product.operation in ("addmm", "matmul") and product.weight.stride() == weight.stride()
     else:
         transposed = tuple(weight.shape) == (product.n_in, product.n_out)
     result = x @ (weight if transposed else weight.t())

@@ -148,18 +148,18 @@ class Site:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A parameter that a width key moves and that belongs to no proved site.
+    """A parameter that belongs to no proved site, although a width key moves it or it looks like part of an FFN.
 
     Attributes:
         parameter: its name, with `#` for numbers.
         count: how many such parameters there are.
-        key: the config key that moves it.
+        key: the config key that moves it, or None.
         reason: what was seen there.
     """
 
     parameter: str
     count: int
-    key: str
+    key: str | None
     reason: str
 
 
