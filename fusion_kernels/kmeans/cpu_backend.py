@@ -38,7 +38,14 @@ from fusion_kernels.library import by_member
 
 #: The options that this backend does: any other is declined, until it stands here.
 KNOWN: frozenset[Enum] = frozenset(
-    {Seeding.PLUS_PLUS, Seeding.RANDOM, Algorithm.HARTIGAN, Algorithm.LLOYD, Metric.EUCLIDEAN, Metric.COSINE}
+    {
+        Seeding.PLUS_PLUS,
+        Seeding.RANDOM,
+        Algorithm.HARTIGAN,
+        Algorithm.LLOYD,
+        Metric.EUCLIDEAN,
+        Metric.COSINE,
+    }
 )
 #: Bytes of Gram matrices and what is computed from them at a time, unless the caller says otherwise.
 WORKSPACE_BYTES = 2 << 30

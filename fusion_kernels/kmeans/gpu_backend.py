@@ -11,7 +11,13 @@ from fusion_kernels.kmeans.types import Algorithm, Metric, Results, Seeding
 
 #: The options that this backend does: any other is declined, until it stands here.
 KNOWN: frozenset[Enum] = frozenset(
-    {Seeding.PLUS_PLUS, Seeding.RANDOM, Algorithm.HARTIGAN, Algorithm.LLOYD, Metric.EUCLIDEAN}
+    {
+        Seeding.PLUS_PLUS,
+        Seeding.RANDOM,
+        Algorithm.HARTIGAN,
+        Algorithm.LLOYD,
+        Metric.EUCLIDEAN,
+    }
 )
 
 

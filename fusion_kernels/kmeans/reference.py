@@ -29,7 +29,14 @@ from fusion_kernels.library import by_member
 
 #: The options that stand here: any other is declined, until it does.
 KNOWN: frozenset[Enum] = frozenset(
-    {Seeding.PLUS_PLUS, Seeding.RANDOM, Algorithm.HARTIGAN, Algorithm.LLOYD, Metric.EUCLIDEAN, Metric.COSINE}
+    {
+        Seeding.PLUS_PLUS,
+        Seeding.RANDOM,
+        Algorithm.HARTIGAN,
+        Algorithm.LLOYD,
+        Metric.EUCLIDEAN,
+        Metric.COSINE,
+    }
 )
 # Entries of one block of point-to-centroid distances (64 MiB of float64).
 _BLOCK_ENTRIES = 1 << 23

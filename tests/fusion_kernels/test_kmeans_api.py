@@ -263,7 +263,7 @@ ERRORS: list[tuple[type[Exception], str, Tensor, dict[str, Any]]] = [
     (ValueError, r"sample_weight holds NaN, infinity or negative", X, {"sample_weight": torch.full((6,), math.nan)}),
     (ValueError, r"sample_weight holds NaN, infinity or negative", X, {"sample_weight": torch.full((6,), math.inf)}),
     (ValueError, r"unknown init 'kmeans\+\+': use one of k-means\+\+, random", X, {"init": "kmeans++"}),
-    (TypeError, r"init is int: pass 'k-means\+\+' or 'random' or a torch\.Tensor", X, {"init": 3}),
+    (TypeError, r"init is int: pass 'k-means\+\+' or 'random' .*or a torch\.Tensor", X, {"init": 3}),
     (TypeError, r"init is torch\.bool: pass floating point centroids or integer labels", X, {"init": X > 0}),
     (ValueError, r"init has shape \(3, 3\): centroids .* need \(2, 3\)", X, {"init": torch.zeros(3, 3)}),
     (ValueError, r"init has shape \(2, 3\): centroids .* need \(2, 2, 3\)", XB, {"init": torch.zeros(2, 3)}),
