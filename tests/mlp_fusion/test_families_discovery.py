@@ -203,7 +203,7 @@ def test_only_the_ffn_of_a_layer_is_one() -> None:
     [
         ("patches", "a convolution"),
         ("pooler", "a projector or a head"),
-        ("layers.#.k", "no activation lies between"),
+        ("layers.#.attention.k", "no activation lies between"),
         ("layers.#.adapter", "a bottleneck beside a wider FFN"),
     ],
 )
@@ -214,9 +214,13 @@ def test_what_looks_like_an_ffn_is_set_apart_by_rule(path: str, words: str) -> N
 
 def test_attention_and_its_gate_are_not_even_set_apart() -> None:
     names = {f"{pair.path}.{name}" for pair in toy("plain").set_apart for name in pair.parameters}
-    assert not [
-        name for name in names if name.startswith("layers.#.") and name.split(".")[2] in ["q", "v", "o", "gate"]
-    ]
+    assert {name for name in names if ".attention." in name} == {f"layers.#.attention.k.{i}.weight" for i in (0, 1)}
+
+
+def test_attention_that_is_wider_than_the_model_is_not_refused() -> None:
+    found = describe(ToyConfig(more_heads=8))
+    assert [site.path for site in found.sites] == ["layers.#.ffn"]
+    assert found.refused == ()
 
 
 def test_a_head_of_a_real_classifier_is_none() -> None:

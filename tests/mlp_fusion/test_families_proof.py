@@ -175,7 +175,7 @@ def test_halves_are_taken_along_any_axis() -> None:
 
 def test_an_attention_gate_is_no_function_of_one_product() -> None:
     model = building.build(ToyModel, ToyConfig())
-    module = building.materialise(model.layers[0], set())
+    module = building.materialise(model.layers[0].attention, set())
     x = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(0))
     probe = Probe(module, lambda: module(x), x, "test")
     products, _ = probe.run()

@@ -14,16 +14,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 
 class ToyConfig(PretrainedConfig):
-    """`layout` names a class of `LAYOUTS`; with `shared`, all layers have one FFN."""
+    """`layout` names a class of `LAYOUTS`; with `shared`, all layers have one FFN; `more_heads` widens attention."""
 
     model_type = "toy"
 
     def __init__(
         self, hidden_size: int = 16, ffn_width: int = 40, layers: int = 2, layout: str = "plain", limit: float = 5.0,
-        shared: bool = False, **kwargs: Any,
+        shared: bool = False, more_heads: int = 0, **kwargs: Any,
     ) -> None:  # fmt: skip
         self.hidden_size, self.ffn_width, self.layers = hidden_size, ffn_width, layers
-        self.layout, self.limit, self.shared = layout, limit, shared
+        self.layout, self.limit, self.shared, self.more_heads = layout, limit, shared, more_heads
         super().__init__(**kwargs)
 
 
@@ -127,20 +127,33 @@ LAYOUTS: dict[str, type[nn.Module]] = {
 }  # fmt: skip
 
 
+class Attention(nn.Module):
+    """With low-rank keys, and a gate on its output."""
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__()
+        d, wide = config.hidden_size, config.hidden_size + config.more_heads
+        self.q, self.v, self.gate = (nn.Linear(d, wide) for _ in range(3))
+        self.o = nn.Linear(wide, d)
+        self.k = nn.Sequential(nn.Linear(d, 4, bias=False), nn.Linear(4, wide, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.softmax(self.q(x) @ self.k(x).transpose(-1, -2), dim=-1)
+        return self.o(torch.sigmoid(self.gate(x)) * (weights @ self.v(x)))
+
+
 class ToyLayer(nn.Module):
-    """Attention with a gate and low-rank keys, an FFN, and an adapter."""
+    """Attention, an FFN, and an adapter."""
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__()
         d = config.hidden_size
-        self.q, self.v, self.o, self.gate = (nn.Linear(d, d) for _ in range(4))
-        self.k = nn.Sequential(nn.Linear(d, 4, bias=False), nn.Linear(4, d, bias=False))
+        self.attention = Attention(config)
         self.ffn = LAYOUTS[config.layout](config)
         self.adapter = nn.Sequential(nn.Linear(d, 4), nn.ReLU(), nn.Linear(4, d))
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = torch.softmax(self.q(x) @ self.k(x).transpose(-1, -2), dim=-1)
-        x = x + self.o(torch.sigmoid(self.gate(x)) * (weights @ self.v(x)))
+        x = x + self.attention(x)
         x = x + self.ffn(x)
         return x + self.adapter(x)
 

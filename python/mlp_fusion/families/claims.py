@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _NO_ACTIVATION = "no activation lies between: a low-rank pair, such as an adapter's or a factorised projection's"
 _CONVOLUTION = "a convolution: a neuron sees several positions"
+_BLOCK = "pointwise convolutions of a convolutional block, with a function between them that has no name"
 _BOTTLENECK = "a bottleneck beside a wider FFN of the same layer, such as an adapter's or a gate's"
 _SQUEEZE = "convolutions to fewer channels, as in squeeze and excitation"
 _HEAD = "a projector or a head: it stands in no list of layers, or its outputs are not as many as its inputs"
@@ -164,6 +165,8 @@ def _no_ffn(claim: Claim, widest: dict[str, int], moved: set[str]) -> str | None
     found = claim.unit.found
     if not all(product.pointwise for product in (*found.inputs, found.output)):
         return _CONVOLUTION
+    if found.output.operation == "conv" and found.identified.act is None and not claim.names & moved:
+        return _BLOCK
     if found.identified.function.activation == "identity" and found.identified.function.form == "plain":
         return _NO_ACTIVATION
     if _experts(claim):

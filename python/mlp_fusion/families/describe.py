@@ -180,7 +180,7 @@ class _Discovery:
             self.units.append(Unit(path, type(module).__name__, one, lies))
             names = {f"{path}.{name}" for name in one.names}
             self.taken |= names
-            if one.proved:
+            if one.proved and one.identified.function.activation != "identity":
                 self.claimed |= names
 
     def _probe_as_called(self, model: nn.Module, uncalled: dict[Any, list[str]], suspects: set[str]) -> None:

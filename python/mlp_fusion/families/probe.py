@@ -141,6 +141,8 @@ def analyse(probe: Probe, products: list[Product], out: Any, taken: set[str], lo
 def _joined(probe: Probe, products: list[Product], taken: set[str], log: Log) -> dict[int, list[Product]]:
     """Index of a product -> those whose outputs lead into its input one by one."""
     joined: dict[int, list[Product]] = collections.defaultdict(list)
+    mixed: list[tuple[Product, Product]] = []
+    gathered: set[int] = set()
     first: dict[str, int | None] = {}
     for source in products:
         if source.parameter in taken or not source.rows(source.y).shape[0]:
@@ -163,11 +165,15 @@ def _joined(probe: Probe, products: list[Product], taken: set[str], log: Log) ->
             elif len(rows) == len(columns) == 1:
                 joined[index].append(source)
             else:
-                if len(rows) == 1 and source.n_in == target.n_out < target.n_in:
-                    log.mixed.add((source.parameter, target.parameter))
+                if len(rows) > 1:
+                    gathered.add(index)
+                elif source.n_in == target.n_out < target.n_in:
+                    mixed.append((source, target))
                 what = "channels (a norm, a top-k or a sum)" if len(rows) == 1 else "positions"
                 log.add(f"what lies between it and the next projection mixes {what}", source.parameter)
                 log.add(f"what lies between it and the projection before mixes {what}", target.parameter)
+    # What gathers from several positions is an attention, whose queries reach their own position alone.
+    log.mixed |= {(a.parameter, b.parameter) for a, b in mixed if b.index not in gathered}
     return joined
 
 
