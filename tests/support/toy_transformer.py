@@ -128,7 +128,7 @@ LAYOUTS: dict[str, type[nn.Module]] = {
 
 
 class Attention(nn.Module):
-    """With low-rank keys, and a gate on its output."""
+    """With low-rank keys and a gate on its output; where it is wider, values go through a convolution."""
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__()
@@ -136,10 +136,13 @@ class Attention(nn.Module):
         self.q, self.v, self.gate = (nn.Linear(d, wide) for _ in range(3))
         self.o = nn.Linear(wide, d)
         self.k = nn.Sequential(nn.Linear(d, 4, bias=False), nn.Linear(4, wide, bias=False))
+        convolution = nn.Conv1d(wide, wide, 3, padding=1, groups=wide)
+        self.convolution = convolution if config.more_heads else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         weights = torch.softmax(self.q(x) @ self.k(x).transpose(-1, -2), dim=-1)
-        return self.o(torch.sigmoid(self.gate(x)) * (weights @ self.v(x)))
+        values = self.convolution(self.v(x).mT).mT
+        return self.o(torch.sigmoid(self.gate(x)) * (weights @ values))
 
 
 class ToyLayer(nn.Module):

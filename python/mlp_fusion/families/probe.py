@@ -172,7 +172,12 @@ def _joined(probe: Probe, products: list[Product], taken: set[str], log: Log) ->
                 what = "channels (a norm, a top-k or a sum)" if len(rows) == 1 else "positions"
                 log.add(f"what lies between it and the next projection mixes {what}", source.parameter)
                 log.add(f"what lies between it and the projection before mixes {what}", target.parameter)
-    # What gathers from several positions is an attention, whose queries reach their own position alone.
+    # What gathers from several positions is an attention, whose queries reach their own position alone. Its values may
+    # go through a convolution.
+    for source in products if mixed else ():
+        if not source.pointwise:
+            followers = influence(probe, products, source, 0) or {}
+            gathered |= {index for index, (rows, _) in followers.items() if len(rows) > 1}
     log.mixed |= {(a.parameter, b.parameter) for a, b in mixed if b.index not in gathered}
     return joined
 
