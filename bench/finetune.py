@@ -44,11 +44,11 @@ from transformers import (
 )
 
 import mlp_fusion
-from mlp_fusion.families import get_architecture
 from mlp_fusion.finetuning.data import language_examples, read_rows
 from mlp_fusion.finetuning.result import RESULT_FILE
 from mlp_fusion.finetuning.run import is_unfinished
 from mlp_fusion.methods import get_method
+from mlp_fusion.store.record import architecture_of
 
 CALIBRATION = 512
 #: One recipe for all modes of a task; METHOD's for SST-2.
@@ -277,7 +277,7 @@ def recorded(file: Path) -> list[dict[str, Any]]:
 
 def low_rank(model: Any, share: float) -> None:
     """Every projection of the FFNs as a product of two, of the rank whose parameters match the narrower width."""
-    architecture = get_architecture(model.config.model_type)
+    architecture = architecture_of(model.config)
     if architecture.transposed:
         sys.exit("svd is measured on models whose projections are nn.Linear")
     for site in architecture.sites(model):

@@ -17,7 +17,7 @@ from fusion_kernels.ntk import reference as reference
 from fusion_kernels.ntk.block import Prepared, prepare
 from fusion_kernels.ntk.gram import check_block_size, contraction_named
 from fusion_kernels.ntk.jacobian import NTKOperator
-from fusion_kernels.ntk.operators import exactly, function_named
+from fusion_kernels.ntk.operators import exactly
 from fusion_kernels.ntk.types import KERNELS, Block, Differentiated, Kernel, Reduce
 
 #: Rows up to which the sign kernel, which has no symmetry to save by, is compared exactly unless the caller says.
@@ -203,7 +203,7 @@ def ntk_compare(
     check_block_size(block_size)
     if eigenvalues < 0:
         raise ValueError(f"eigenvalues must not be negative, got {eigenvalues}")
-    function = function_named(_NTK_SUMS, backend, x.device)
+    function = _NTK_SUMS.function(backend, x)
     both = [prepare(block, {"x": x}, params, metric) for block, metric in zip((a, b), metrics, strict=True)]
     named, direction = _contraction(both[0], both[1], reduce)
     rows, n = both[0].rows["x"], len(x)

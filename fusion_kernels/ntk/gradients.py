@@ -13,7 +13,7 @@ from torch import Tensor
 from fusion_kernels.library import Operator, check_name
 from fusion_kernels.ntk.block import prepare
 from fusion_kernels.ntk.jacobian import check_columns, check_tangents, moved_parts, tangent_arguments
-from fusion_kernels.ntk.operators import NTK_GRADIENT_GRAM, NTK_GRADIENT_NORMS, NTK_JVP, function_named
+from fusion_kernels.ntk.operators import NTK_GRADIENT_GRAM, NTK_GRADIENT_NORMS, NTK_JVP
 from fusion_kernels.ntk.types import VIAS, Block, Via
 
 
@@ -27,7 +27,7 @@ def _run(
     via: Via,
     backend: str,
 ) -> Tensor:
-    function = function_named(op, backend, x.device)
+    function = op.function(backend, x)
     if x.ndim != 3:
         raise ValueError(f"x must be (N, S, d), sequences of tokens, got {tuple(x.shape)}")
     check_name("form", via, VIAS)
@@ -128,7 +128,7 @@ def gradient_dots(
         >>> torch.allclose(dots, gram[0], rtol=1e-3, atol=1e-4)
         True
     """
-    function = function_named(NTK_JVP, backend, x.device)
+    function = NTK_JVP.function(backend, x)
     if x.ndim != 3:
         raise ValueError(f"x must be (N, S, d), sequences of tokens, got {tuple(x.shape)}")
     others = {"cotangents": cotangents, **check_tangents(block, direction, "direction")}

@@ -16,7 +16,7 @@ from fusion_kernels.ffn import PARTS
 from fusion_kernels.library import check_name
 from fusion_kernels.ntk.block import Prepared, ffn_of, prepare
 from fusion_kernels.ntk.gram import contraction_named
-from fusion_kernels.ntk.operators import NTK_JVP, NTK_VJP, NTK_VP, exactly, function_named
+from fusion_kernels.ntk.operators import NTK_JVP, NTK_VJP, NTK_VP, exactly
 from fusion_kernels.ntk.torch_backend import FactoredKernel
 from fusion_kernels.ntk.types import KERNELS, Block, Kernel, Reduce
 
@@ -76,7 +76,7 @@ def jvp(block: Block, x: Tensor, tangents: Mapping[str, Tensor], *, backend: str
         >>> torch.equal(moved, torch.ones(5, 4))
         True
     """
-    function = function_named(NTK_JVP, backend, x.device)
+    function = NTK_JVP.function(backend, x)
     others = check_tangents(block, tangents)
     prepared = prepare(block, {"x": x}, moved_parts(tangents), None, others)
     return function(prepared.rows["x"], *prepared.described(), tangent_arguments(prepared))
@@ -108,7 +108,7 @@ def vjp(
         >>> sorted(found), torch.allclose(found["w_in"][0], gradient, atol=1e-4)
         (['b_in', 'b_out', 'w_in', 'w_out'], True)
     """
-    function = function_named(NTK_VJP, backend, x.device)
+    function = NTK_VJP.function(backend, x)
     prepared = prepare(block, {"x": x}, params, None, {"cotangent": cotangent})
     check_columns("cotangent", cotangent, (len(x), prepared.outputs))
     found = function(prepared.rows["x"], *prepared.described(), prepared.rows["cotangent"], prepared.parts)
@@ -299,7 +299,7 @@ def ntk_vp(
         True
     """
     check_name("kernel", kernel, KERNELS)
-    function = function_named(NTK_VP, backend, x.device)
+    function = NTK_VP.function(backend, x)
     prepared = prepare(block, {"x": x}, params, metric, {"v": v})
     check_columns("v", v, (len(x), prepared.outputs))
     rows, columns = prepared.rows["x"], prepared.rows["v"]
@@ -345,7 +345,7 @@ def trace_ntk_vp(
         raise ValueError("trace_ntk_vp is of a kernel with one number per pair of inputs: use ntk_vp for 'full'")
     if v.ndim not in (1, 2) or len(v) != len(x):
         raise ValueError(f"v must be ({len(x)},) or ({len(x)}, M) for these inputs, got {tuple(v.shape)}")
-    function = function_named(NTK_VP, backend, x.device)
+    function = NTK_VP.function(backend, x)
     prepared = prepare(block, {"x": x}, params, metric, {"v": v})
     rows, columns = prepared.rows["x"], prepared.rows["v"]
     contracted = _linear(reduce, prepared.outputs, rows)

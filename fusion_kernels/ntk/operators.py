@@ -48,16 +48,6 @@ def of_ffn(function: Callable[..., Any], before: int) -> Callable[..., Any]:
     return flat
 
 
-def function_named(op: Operator, backend: str, device: torch.device) -> Callable[..., Any]:
-    """What a public function calls: the operator for `"auto"`, or the backend of that name.
-
-    Raises:
-        ValueError, BackendUnavailableError: as `Operator.select` does.
-    """
-    chosen = op.select(backend, device)
-    return op.overload if backend == "auto" else chosen.function
-
-
 def _declare(name: str, arguments: str, returns: str, fake: Callable[..., Any], function: str) -> Operator:
     """An operator of rows x, a block and `arguments`; `fake` takes them as the functions do."""
     op = operator(name, f"(Tensor x, {FFN_ARGUMENTS}, {arguments}) -> {returns}", of_ffn(fake, 1))

@@ -13,3 +13,13 @@ class InputError(ValueError):
         ...     print(error)
         width 7 is not a multiple of 8...
     """
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What an error says, on one line of at most `most` characters; its class's name where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def named(error: BaseException, most: int = 200) -> str:
+    """:func:`one_line` behind the name of the error's class."""
+    return f"{type(error).__name__}: {one_line(error, most)}"

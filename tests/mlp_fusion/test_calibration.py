@@ -19,7 +19,7 @@ from mlp_fusion import InputError
 from mlp_fusion.calibration import collect, match_ntk, nnls, refit
 from mlp_fusion.calibration.refit import _moments
 from mlp_fusion.calibration.statistics import StreamPlan
-from mlp_fusion.families import get_architecture
+from mlp_fusion.families import ARCHITECTURES
 from mlp_fusion.measure import ffn_errors, relative_error
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.running.taps import capture_activations
@@ -37,7 +37,7 @@ def rows(count: int, d: int = 5, seed: int = 0, dtype: torch.dtype = torch.float
 def test_statistics_are_those_of_all_tokens(family: str) -> None:
     model = tiny_model(family, dtype=torch.float64)
     model.train()
-    architecture = get_architecture(model.config.model_type)
+    architecture = ARCHITECTURES[model.config.model_type]
     sites = architecture.sites(model)
     batches = [token_batch(seed=n, batch=3, length=5 + n) for n in range(4)]
     found = collect(model, architecture, sites, iter(batches), seed=0)
@@ -65,7 +65,7 @@ def test_large_means_do_not_drown_the_variance() -> None:
     model = tiny_model("bert", hidden_act="relu")
     with torch.no_grad():
         model.bert.encoder.layer[0].intermediate.dense.bias += 3e4
-    architecture = get_architecture("bert")
+    architecture = ARCHITECTURES["bert"]
     sites = architecture.sites(model)[:1]
     batches = [token_batch(seed=n) for n in range(3)]
     (found,) = collect(model, architecture, sites, batches, seed=0)
@@ -77,7 +77,7 @@ def test_large_means_do_not_drown_the_variance() -> None:
 def test_sampled_rows_are_uniform_and_the_same_at_every_ffn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlp_fusion.calibration.statistics.CALIBRATION_ROWS", 13)
     model = tiny_model("bert", dtype=torch.float64)
-    architecture = get_architecture("bert")
+    architecture = ARCHITECTURES["bert"]
     sites = architecture.sites(model)
     batches = [token_batch(seed=n) for n in range(4)]
     everything = capture_activations(model, architecture, sites, batches, rows=10_000, seed=0)
@@ -119,7 +119,7 @@ def test_few_sequences_hold_out_their_end() -> None:
 
 def test_bad_calibration() -> None:
     model = tiny_model("bert")
-    architecture = get_architecture("bert")
+    architecture = ARCHITECTURES["bert"]
     with pytest.raises(InputError, match="at least one batch"):
         collect(model, architecture, architecture.sites(model), [], seed=0)
     far = {"input_ids": torch.full((1, 90), 3)}

@@ -17,7 +17,7 @@ from families import FAMILIES, WIDTH, tiny_model, token_batch
 from mlp_fusion import FusedMLP, FusionReport, InputError, fuse, restore
 from mlp_fusion.calibration import FFNStatistics, collect
 from mlp_fusion.calibration.text import calibration_batches
-from mlp_fusion.families import get_architecture
+from mlp_fusion.families import ARCHITECTURES
 from mlp_fusion.measure import relative_error
 from mlp_fusion.methods import get_method
 from mlp_fusion.neurons import NeuronBundle
@@ -68,7 +68,7 @@ def test_the_model_computes_the_corrected_bundles(optimizer: str | None) -> None
     original = copy.deepcopy(model)
     match = None if optimizer is None else "auto"
     report = fuse(model, 16, layers=[0, 2], optimizer=optimizer, seed=2, calibration=TEXT, sample=HELD_OUT, match=match)
-    architecture = get_architecture("llama")
+    architecture = ARCHITECTURES["llama"]
     sites = [architecture.sites(original)[n] for n in (0, 2)]
     bundles = [architecture.read(site, original.config) for site in sites]
     statistics = collect(original, architecture, sites, TEXT, seed=2)
@@ -106,7 +106,7 @@ def test_matching_lowers_the_reported_kernel_error_and_not_the_outputs(optimizer
 def test_sequential_calibration_sees_what_the_reduced_ffns_before_produce(family: str) -> None:
     """The statistics of each layer are those of the model in which the layers before are already fused."""
     model = tiny_model(family, dtype=torch.float64)
-    architecture = get_architecture(model.config.model_type)
+    architecture = ARCHITECTURES[model.config.model_type]
     sites = architecture.sites(model)
     chosen = [sites[0], sites[2]]
     seen = []
@@ -144,7 +144,7 @@ def test_sequential_targets_lead_back_to_the_original_model(family: str, chunk: 
     model = tiny_model(family, dtype=torch.float64)
     for layer in model.bert.encoder.layer if chunk else ():
         layer.chunk_size_feed_forward = chunk
-    architecture = get_architecture(model.config.model_type)
+    architecture = ARCHITECTURES[model.config.model_type]
     sites = architecture.sites(model)
     seen: dict[int, Any] = {}
 
@@ -192,7 +192,7 @@ def test_sequential_targets_lead_back_to_the_original_model(family: str, chunk: 
 def test_automatic_widths_keep_the_budget_and_favour_what_is_hard() -> None:
     model = tiny_model("bert")
     # Layer 1 holds 8 neurons eight times over: it needs no more.
-    architecture = get_architecture("bert")
+    architecture = ARCHITECTURES["bert"]
     site = architecture.sites(model)[1]
     bundle = architecture.read(site, model.config)
     architecture.install(site, bundle.with_vectors(bundle.vectors()[:, :8].repeat(1, 8, 1), None), "folded")
@@ -224,7 +224,7 @@ def test_an_ffn_that_a_budget_leaves_whole_is_not_fused(tmp_path: Path) -> None:
 
 def test_effects_are_those_of_a_model_with_one_ffn_replaced() -> None:
     model = tiny_model("gpt2", dtype=torch.float64)
-    architecture = get_architecture("gpt2")
+    architecture = ARCHITECTURES["gpt2"]
     sites = architecture.sites(model)
     bundles = [get_method("published")(architecture.read(s, model.config), 8, seed=0).bundle for s in sites]
     found = hidden_state_changes(model, architecture, sites, HELD_OUT, bundles)

@@ -360,8 +360,15 @@ def test_a_dropout_inside_is_refused_before_anything_changes() -> None:
     assert not any(module.training for module in model.modules())
 
 
-def test_layers_of_different_widths_are_refused_before_anything_changes() -> None:
+def test_layers_of_different_widths_are_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("GPTNeoXConfig")
-    with pytest.raises(InputError, match="layers of different widths are not supported for this family"):
-        mlp_fusion.fuse(model, 16, layers="last:1")
+    # Not even the model is run.
+    monkeypatch.setattr("mlp_fusion.verbs.fuse.learn", None)
+    text = [token_batch()]
+    for options in ({"width": 16, "layers": "last:1"}, {"width": "auto", "budget": 0.5, "calibration": text}):
+        with pytest.raises(InputError, match="layers of different widths are not supported for this family"):
+            mlp_fusion.fuse(model, **options)
+        options.pop("calibration", None)
+        with pytest.raises(InputError, match="layers of different widths are not supported for this family"):
+            mlp_fusion.plan(model, **options)
     assert not any(isinstance(module, FusedFFN) for module in model.modules())

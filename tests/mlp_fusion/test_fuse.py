@@ -13,7 +13,7 @@ from transformers import AlbertConfig, AlbertModel, BitsAndBytesConfig
 
 from families import FAMILIES, WIDTH, tiny_model, token_batch
 from mlp_fusion import FusedGLU, FusedMLP, InputError, fuse, methods
-from mlp_fusion.families import get_architecture
+from mlp_fusion.families import ARCHITECTURES
 from mlp_fusion.modules import FusedFFN
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.running.taps import capture_activations
@@ -43,7 +43,7 @@ def test_fused_ffns_compute_the_fused_bundles(family: str, optimizer: str | None
     assert [n for n, _ in model.named_parameters()] == names
     assert len(_ffns(model)) == 2
     assert all(type(m) is (FusedGLU if "gate_proj" in " ".join(names) else FusedMLP) for m in _ffns(model))
-    architecture = get_architecture(model.config.model_type)
+    architecture = ARCHITECTURES[model.config.model_type]
     sites = architecture.sites(original)
     bundle = NeuronBundle.stack([architecture.read(sites[i], original.config) for i in (0, 2)])
     expected = methods.get_method("fusion")(bundle, 16, seed=3).bundle
@@ -74,7 +74,7 @@ def test_a_bare_loop_trains_every_parameter_of_the_fused_ffns(family: str, optim
         steps.zero_grad()
         losses.append(loss.item())
     assert all(torch.isfinite(torch.tensor(losses)))
-    architecture = get_architecture(model.config.model_type)
+    architecture = ARCHITECTURES[model.config.model_type]
     for site in architecture.sites(model):
         for role in architecture.projections:
             for kind, parameter in architecture.projection(site, role).named_parameters():
@@ -86,7 +86,7 @@ def test_tied_neurons_cost_nothing() -> None:
     """A model whose FFNs hold 16 neurons four times each is fused to 16 without changing its outputs."""
     for family in ("roberta", "gpt2", "llama"):
         model = tiny_model(family, dtype=torch.float64)
-        architecture = get_architecture(model.config.model_type)
+        architecture = ARCHITECTURES[model.config.model_type]
         for site in architecture.sites(model):
             bundle = architecture.read(site, model.config)
             rows = bundle.vectors()[:, :16].repeat(1, 4, 1)
@@ -133,7 +133,7 @@ def test_same_seed_same_bits() -> None:
 def test_dtype_mode_and_frozen_parameters_are_kept(family: str) -> None:
     model = tiny_model(family, dtype=torch.bfloat16)
     model.train()
-    architecture = get_architecture(family)
+    architecture = ARCHITECTURES[family]
     site = architecture.sites(model)[1]
     architecture.projection(site, "w_out").requires_grad_(False)
     fuse(model, 16, sample=token_batch())
@@ -280,4 +280,4 @@ def test_refusals_leave_the_model_as_it_was(make: Any, options: dict[str, Any], 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_entries_know_what_stands_before_their_names(family: str) -> None:
-    assert get_architecture(family).base == tiny_model(family).base_model_prefix
+    assert ARCHITECTURES[family].base == tiny_model(family).base_model_prefix

@@ -14,7 +14,7 @@ import checkpoints as ck
 import mlp_fusion
 from families import FAMILIES, tiny_model
 from mlp_fusion.calibration import collect
-from mlp_fusion.families import get_architecture
+from mlp_fusion.families import ARCHITECTURES
 from mlp_fusion.measure import compare_models
 from mlp_fusion.running.batches import padded_behind, take_batches
 from mlp_fusion.running.taps import capture_activations
@@ -64,7 +64,7 @@ def test_padding_moves_behind() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_way_of_running_a_sample_sees_each_sequence_as_it_is_alone(family: str) -> None:
     model = tiny_model(family, dtype=torch.float64)
-    architecture = get_architecture(model.config.model_type)
+    architecture = ARCHITECTURES[model.config.model_type]
     sites = architecture.sites(model)
     alone = capture_activations(model, architecture, sites, sequences(), rows=99, seed=0)
     known = collect(model, architecture, sites, sequences(), seed=0)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlp_fusion.calibration.statistics import take_calibration
-from mlp_fusion.errors import InputError
+from mlp_fusion.errors import InputError, named
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.running.batches import Batch, token_mask
 from mlp_fusion.running.runner import Runner
@@ -83,10 +83,7 @@ def output_sensitivities(
             except InputError:
                 raise
             except (ValueError, IndexError, TypeError, RuntimeError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise InputError(
-                    f"tuning needs gradients through the model, which fails ({type(error).__name__}: {reason})"
-                ) from error
+                raise InputError(f"tuning needs gradients through the model, which fails ({named(error)})") from error
             for number, ys in enumerate(outputs):
                 # In chunks along the sequence, where the FFN runs in chunks.
                 parts = [next(gradients).reshape(len(mask), -1, y.shape[-1]) for y in ys]

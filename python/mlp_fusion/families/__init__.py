@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from mlp_fusion.errors import InputError
 from mlp_fusion.families import bert, distilbert, gpt2, llama
 from mlp_fusion.families.base import Architecture, FFNSite
 
@@ -14,15 +13,4 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def get_architecture(model_type: str) -> Architecture:
-    """The entry for a `config.model_type`.
-
-    Raises:
-        InputError: no entry answers for it.
-    """
-    if model_type not in ARCHITECTURES:
-        raise InputError(f"unknown architecture {model_type!r}: supported are {', '.join(sorted(ARCHITECTURES))}")
-    return ARCHITECTURES[model_type]
-
-
-__all__ = ["ARCHITECTURES", "Architecture", "FFNSite", "get_architecture"]
+__all__ = ["ARCHITECTURES", "Architecture", "FFNSite"]

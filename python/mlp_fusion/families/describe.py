@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from mlp_fusion.errors import InputError
+from mlp_fusion.errors import InputError, named
 from mlp_fusion.families import building
 from mlp_fusion.families.calls import matrices
 from mlp_fusion.families.claims import claims, described
 from mlp_fusion.families.keys import Keys, Move
-from mlp_fusion.families.probe import Found, Log, one_line, probe_module, projections
+from mlp_fusion.families.probe import Found, Log, probe_module, projections
 from mlp_fusion.families.recording import record_arguments
 from mlp_fusion.families.sites import Description, Projection
 
@@ -89,7 +89,7 @@ class _Discovery:
             return building.build(self.cls, config)
         except Exception as error:
             raise InputError(
-                f"{config.model_type}: transformers builds no {self.cls.__name__} from this config: {one_line(error)}"
+                f"{config.model_type}: transformers builds no {self.cls.__name__} from this config: {named(error)}"
             ) from error
 
     def run(self) -> Description:
@@ -167,7 +167,7 @@ class _Discovery:
         try:
             real = building.materialise(module, moved)
         except Exception as error:  # noqa: BLE001  (too large, or with tensors that are no parameters)
-            log.problem = str(error) if isinstance(error, InputError) else one_line(error)
+            log.problem = str(error) if isinstance(error, InputError) else named(error)
             log.mixed |= _alike_shapes(module, taken)
             return [], []
         wanted = {name for name, _ in matrices(module)} & moved

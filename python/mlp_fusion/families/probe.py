@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlp_fusion.errors import named
 from mlp_fusion.families.calls import ways_to_call
 from mlp_fusion.families.functions import Identified, identify
 from mlp_fusion.families.sites import Projection
@@ -101,7 +102,7 @@ def probe_module(
         try:
             products, out = probe.run()
         except Exception as error:  # noqa: BLE001  (guessed arguments: whatever a module says to them)
-            log.problem = log.problem or one_line(error)
+            log.problem = log.problem or named(error)
             continue
         if len(products) < 2:
             continue
@@ -287,12 +288,6 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     """Relative Frobenius error; infinite for NaN."""
     error = float((found - wanted).norm() / wanted.norm().clamp(min=1e-12))
     return error if error == error else float("inf")
-
-
-def one_line(error: BaseException) -> str:
-    """An error in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
 
 
 # --- as it lies in memory ---------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mlp_fusion.errors import InputError
+from mlp_fusion.errors import InputError, one_line
 from mlp_fusion.modules import ScaleHolder
 from mlp_fusion.running.runner import Runner
 from mlp_fusion.selection import parameterization_for
@@ -107,8 +107,9 @@ def _load(cls: Any, folder: Path, **options: Any) -> Any:
     try:
         return cls.from_pretrained(folder, **_LOADING, **options)
     except Exception as error:  # whatever a config of somebody else's makes of transformers' code
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{folder}: cannot be loaded as {cls.__name__.removeprefix('Auto')} ({reason})") from error
+        raise InputError(
+            f"{folder}: cannot be loaded as {cls.__name__.removeprefix('Auto')} ({one_line(error)})"
+        ) from error
 
 
 def _check_in_memory(model: Any, name: str, optimizer: str) -> None:

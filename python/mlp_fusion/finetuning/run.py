@@ -283,19 +283,17 @@ class Run:
         }
 
 
-class _only_trains:  # noqa: N801  (a context manager)
+@contextlib.contextmanager
+def _only_trains(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Within it, of `model` only `parameters` require gradients."""
-
-    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-        kept = {id(p) for p in parameters}
-        self.frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
-
-    def __enter__(self) -> None:
-        for parameter in self.frozen:
-            parameter.requires_grad_(False)
-
-    def __exit__(self, *_: object) -> None:
-        for parameter in self.frozen:
+    kept = {id(p) for p in parameters}
+    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
             parameter.requires_grad_(True)
 
 

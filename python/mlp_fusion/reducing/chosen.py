@@ -17,7 +17,7 @@ from mlp_fusion.reducing.pipeline import ReducedFFN, working_precision
 from mlp_fusion.running.taps import Activations
 from mlp_fusion.selection import Layers, resolve_layers
 from mlp_fusion.settings import FuseSettings
-from mlp_fusion.store.record import check_config, fused_config, replace_config
+from mlp_fusion.store.record import check_config, check_widths, fused_config, replace_config
 from mlp_fusion.store.states import know_forms
 
 #: An entry's forward pass must agree with the model's own to this many units of rounding, and to this share at most.
@@ -42,15 +42,17 @@ class ChosenFFNs:
     originals: list[NeuronBundle]
 
     @staticmethod
-    def find(model: nn.Module, layers: Layers) -> ChosenFFNs:
+    def find(model: nn.Module, layers: Layers, budget: float | None = None) -> ChosenFFNs:
         """Find, choose and read.
 
         Raises:
-            InputError: not a Hugging Face model, an architecture that is not supported, or layers that it lacks.
+            InputError: not a Hugging Face model, an architecture that is not supported, layers that it lacks, or widths
+                that would differ where they may not.
         """
         architecture, every = find_ffns(model)
         indices = set(resolve_layers(layers, [site.index for site in every]))
         sites = [site for site in every if site.index in indices]
+        check_widths(architecture, uneven=budget is not None or len(sites) < len(every))
         config: Any = model.config
         return ChosenFFNs(model, architecture, every, sites, [architecture.read(site, config) for site in sites])
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlp_fusion.errors import InputError
+from mlp_fusion.errors import InputError, named
 from mlp_fusion.running.batches import Batch
 
 #: What a model raises on inputs that do not suit it.
@@ -83,8 +83,7 @@ class Runner:
         except InputError:
             raise
         except _UNFIT as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"the model cannot run on {self.text} ({type(error).__name__}: {reason})") from error
+            raise InputError(f"the model cannot run on {self.text} ({named(error)})") from error
 
     def _complete(self, module: Any, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         config = getattr(module, "config", None)

@@ -50,8 +50,7 @@ def check_config(config: Any) -> Architecture:
         raise InputError("the model is fused already: start again from the original, fusing twice compounds the loss")
     if config.is_heterogeneous:
         raise InputError("the model's layers differ already (per_layer_config): only models of equal layers are fused")
-    known = ARCHITECTURES.get(config.model_type)
-    return discovered(config) if known is None else known
+    return architecture_of(config)
 
 
 def known_architecture(config: Any) -> Architecture | None:
@@ -75,6 +74,15 @@ def architecture_of(config: Any) -> Architecture:
     """
     known = known_architecture(config)
     return discovered(config) if known is None else known
+
+
+def check_widths(architecture: Architecture, *, uneven: bool) -> None:
+    """Raise InputError if layers are to differ in width, of a family in which that cannot be loaded again."""
+    if uneven and isinstance(architecture, DiscoveredArchitecture):
+        raise InputError(
+            f"{architecture.model_types[0]}: layers of different widths are not supported for this family: fuse all to "
+            "one"
+        )
 
 
 def fused_config(
@@ -109,10 +117,7 @@ def fused_config(
     }
     if isinstance(architecture, DiscoveredArchitecture):
         record["ffn"] = architecture.kept()
-        if len(set(widths.values())) > 1:
-            raise InputError(
-                f"{config.model_type}: layers of different widths are not supported for this family: fuse all to one"
-            )
+    check_widths(architecture, uneven=len(set(widths.values())) > 1)
     if len(set(widths.values())) == 1:
         setattr(changed, architecture.width_key, widths[fused[0]])
     else:

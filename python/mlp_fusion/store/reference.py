@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from mlp_fusion.errors import InputError
+from mlp_fusion.errors import InputError, named
 from mlp_fusion.families import Architecture
 from mlp_fusion.running.batches import random_batch
 from mlp_fusion.running.runner import Runner, not_finite
@@ -74,8 +74,7 @@ def load_checkpoint(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
     except Exception as error:  # whatever a config of somebody else's makes of transformers' code
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{folder}: transformers cannot load it ({type(error).__name__}: {reason})") from error
+        raise InputError(f"{folder}: transformers cannot load it ({named(error, 300)})") from error
     return model.eval(), info
 
 

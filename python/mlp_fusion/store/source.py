@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafete
 from torch import nn
 from transformers import AutoConfig
 
-from mlp_fusion.errors import InputError
+from mlp_fusion.errors import InputError, one_line
 from mlp_fusion.store.weights import PICKLES, TensorInfo, check_naming, check_shard_name, read_tensors
 
 #: What goes along with the weights into a compressed checkpoint (tokenizer, pooling, generation settings, licence).
@@ -116,7 +116,7 @@ def _cached_folder(name: str | Path, unreachable: Exception) -> Path:
     except HFValidationError:
         found = None
     if not isinstance(found, str):
-        message = f"{name}: neither a folder here nor reachable on the hub ({one_line(unreachable)})"
+        message = f"{name}: neither a folder here nor reachable on the hub ({one_line(unreachable, 500)})"
         raise InputError(message) from unreachable
     return Path(found).parent
 
@@ -159,7 +159,7 @@ def _module_folders(folder: Path) -> list[Path]:
     try:
         paths = [str(module["path"]) for module in json.loads(file.read_text(encoding="utf-8"))]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: not a list of modules ({one_line(error)})") from error
+        raise InputError(f"{file}: not a list of modules ({one_line(error, 500)})") from error
     inside = [(folder / path).resolve() for path in paths if path]
     return [folder / path.relative_to(folder.resolve()) for path in inside if folder.resolve() in path.parents]
 
@@ -177,8 +177,10 @@ def read_config(name: str | Path) -> Any:
         return AutoConfig.from_pretrained(str(name), trust_remote_code=False)
     except Exception as error:  # whatever a config of somebody else's makes of transformers' code
         if not Path(name).is_dir():
-            raise InputError(f"{name}: no folder here, and not reachable on the hub ({one_line(error)})") from error
-        raise InputError(f"{name}: config.json cannot be used ({one_line(error)})") from error
+            raise InputError(
+                f"{name}: no folder here, and not reachable on the hub ({one_line(error, 500)})"
+            ) from error
+        raise InputError(f"{name}: config.json cannot be used ({one_line(error, 500)})") from error
 
 
 def is_hub_name(name: str | Path) -> bool:
@@ -191,8 +193,3 @@ def is_hub_name(name: str | Path) -> bool:
 def _check_hub_name(name: str | Path) -> None:
     if not is_hub_name(name):
         raise InputError(f"{name}: no such folder")
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, on one line."""
-    return " ".join(str(error).split())[:500] or type(error).__name__

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from mlp_fusion.errors import InputError
+from mlp_fusion.errors import InputError, one_line
 from mlp_fusion.running.batches import Batch
 from mlp_fusion.running.sentences import encode
 from mlp_fusion.store.source import is_hub_name
@@ -29,7 +29,7 @@ def load_tokenizer(name: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise InputError(f"{name}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+        raise InputError(f"{name}: its tokenizer cannot be loaded ({one_line(error)})") from error
 
 
 def tokenizer_of(model: Any) -> Any | None:

@@ -76,7 +76,7 @@ def fuse(
     started = time.perf_counter()
     asked = make(FuseSettings, {"width": width, "layers": layers, "method": method, **options}, "fuse")
     asked.check(calibrated=calibration is not None)
-    ffns = ChosenFFNs.find(model, layers)
+    ffns = ChosenFFNs.find(model, layers, asked.budget)
     settings = asked.resolved([site.index for site in ffns.sites], calibrated=calibration is not None)
     widths = [] if isinstance(width, str) else [resolve_width(width, bundle.width) for bundle in ffns.originals]
     check_finite(model)

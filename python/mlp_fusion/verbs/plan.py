@@ -18,7 +18,7 @@ from mlp_fusion.families import Architecture
 from mlp_fusion.measure.report import format_bytes, render
 from mlp_fusion.selection import Layers, Width, resolve_layers, resolve_width
 from mlp_fusion.settings import PlanSettings, make, takes
-from mlp_fusion.store.record import check_config
+from mlp_fusion.store.record import check_config, check_widths
 from mlp_fusion.store.reference import base_prefix
 from mlp_fusion.store.source import Headers, model_headers, read_headers
 from mlp_fusion.store.weights import TensorInfo
@@ -154,6 +154,7 @@ def plan(
     if not isinstance(model_or_path, nn.Module):
         _check_prefixes(headers, [path for _, path in found], architecture)
     chosen = set(resolve_layers(layers, [index for index, _ in found]))
+    check_widths(architecture, uneven=budget is not None or len(chosen) < len(found))
     ffns = []
     for (index, path), parts in found.items():
         before = _width(architecture, parts)
