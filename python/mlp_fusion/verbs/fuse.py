@@ -19,7 +19,7 @@ from mlp_fusion.reducing.learning import learn
 from mlp_fusion.reducing.pipeline import Progress, ReducedFFN, working_precision
 from mlp_fusion.running.batches import Batch
 from mlp_fusion.running.taps import Activations
-from mlp_fusion.selection import Layers, Width, resolve_width
+from mlp_fusion.selection import Layers, Width
 from mlp_fusion.settings import FuseSettings, make, takes
 
 
@@ -41,11 +41,13 @@ def fuse(
     checkpoint. Build the optimiser after this call: the FFNs' parameters are new.
 
     Args:
-        model: a `PreTrainedModel` of a supported architecture, in memory, unquantised, without adapters.
+        model: a `PreTrainedModel` in memory, unquantised, without adapters. Its FFNs are found by what they compute, and
+            proved; experts of a Mixture-of-Experts model are FFNs, each by itself.
         width: neurons to keep in each FFN: a count (`768`) or a share (`0.25`), the share rounded to a multiple that
             engines can serve; `"auto"` gives each FFN what its errors on the calibration text call for, within
             `budget`.
-        layers: which layers: None or `"all"`, a range, a list, or a text such as `"4-11"` or `"last:8"`.
+        layers: which FFNs, by their numbers (where each layer has one, the layer's): None or `"all"`, a range, a list,
+            or a text such as `"4-11"` or `"last:8"`; or by their paths, such as `"decoder.*"`.
         method: name of the compression method.
         sample: batches that the reported errors are measured on, as a tokenizer returns them. None: the calibration
             text, or else random token ids, which run the real layers but are not real text.
@@ -76,9 +78,10 @@ def fuse(
     started = time.perf_counter()
     asked = make(FuseSettings, {"width": width, "layers": layers, "method": method, **options}, "fuse")
     asked.check(calibrated=calibration is not None)
-    ffns = ChosenFFNs.find(model, layers, asked.budget)
-    settings = asked.resolved([site.index for site in ffns.sites], calibrated=calibration is not None)
-    widths = [] if isinstance(width, str) else [resolve_width(width, bundle.width) for bundle in ffns.originals]
+    ffns = ChosenFFNs.find(model, layers)
+    chosen = sorted({site.index for site in ffns.sites})
+    settings = asked.resolved(chosen, calibrated=calibration is not None, named=ffns.named)
+    widths = [] if isinstance(width, str) else ffns.widths(width)
     check_finite(model)
     before = count_parameters(model)
     known = None
