@@ -269,7 +269,7 @@ class Architecture:
 
 def _parameter(site: FFNSite, name: str) -> Any:
     path, _, own = name.rpartition(".")
-    module = site.below(path)
+    module: Any = site.below(path)
     while not hasattr(module, own) and hasattr(module, "base_layer"):  # an adapter around it
         module = module.base_layer
     return getattr(module, own)

@@ -25,8 +25,7 @@ from mlp_fusion.families.calls import AS_CALLED, Way, ways_to_call
 from mlp_fusion.families.exchange import install, put_parameters
 from mlp_fusion.families.recording import record_arguments
 from mlp_fusion.families.sites import Site
-from mlp_fusion.modules.stored import Projection, take_half, tensors_of
-from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.modules.stored import take_half, tensors_of
 
 #: Neurons of the module that is watched, and relative error of outputs that are those wanted.
 _WIDTH, _LIMIT = 24, 1e-4

@@ -83,7 +83,9 @@ class ScaledWeights(Scaled):
 
     def multiplied(self) -> dict[str, Tensor]:
         """The module's own parameters as it is called with them, and its buffers."""
-        tensors: dict[str, Any] = {n: t for n, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
+        tensors: dict[str, Any] = {
+            n: t for n, t in (*self._parameters.items(), *self._buffers.items()) if t is not None
+        }
         scale = tensors.pop("scale", None)
         if scale is not None:
             for name, exponent in exponents(self.projections, -self.scale_exponent, 1.0 - self.scale_exponent).items():
