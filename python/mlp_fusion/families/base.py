@@ -1,7 +1,7 @@
-"""`Architecture`: where the FFNs of a model are, in memory and on disk, as its description or a checkpoint's record says.
+"""`Architecture`: where the FFNs of a model are, as discovery has found or a checkpoint's record says.
 
-An entry is data: patterns of paths, names of parameters below them and how neurons lie there. Tensor names in memory are
-the module paths, so one set of paths serves modules and state dicts.
+An entry is data: patterns of paths, names of parameters below them and how neurons lie there. Tensor names in memory
+are the module paths, so that one set of paths serves modules and state dicts.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def _channels(module: nn.Module, kind: Kind) -> dict[str, int]:
     """Numbers of channels that the projections' layers keep, of a kind without a key."""
     found: dict[str, int] = {}
     for p in kind.projections:
-        path, _, name = p.parameter.rpartition(".")
+        path, _, _ = p.parameter.rpartition(".")
         size = module.get_parameter(p.parameter).shape[p.neuron_axis]
         times = size // kind.width if size % kind.width == 0 else 1
         for attribute in _CHANNELS:

@@ -1,4 +1,4 @@
-"""`ScaledWeights`: the scale of fused neurons inside the weights of a module, for FFNs that have no activation to hold it.
+"""`ScaledWeights`: the scale of fused neurons inside a module's weights, where no activation can hold it.
 
 Stacks of experts are called with all of their tokens at once, and an activation between them does not know whose
 neurons it sees. There, and where an activation is a function that no module holds, the scale multiplies the weights

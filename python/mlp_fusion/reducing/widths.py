@@ -48,7 +48,9 @@ def allocate_widths(
     stacks: Sequence[Sequence[int]],
     progress: Progress | None = None,
 ) -> list[int]:
-    """A width for every FFN, one for the experts of a stack, so that together their neurons keep at most the share `budget` of their parameters.
+    """A width for every FFN, one for the experts of a stack, within a budget.
+
+    Together their neurons keep at most the share `budget` of their parameters.
 
     Every FFN is reduced to a few widths, by the recipe without its tuning and its matching (which leaves outputs
     alone); the errors are those of its outputs on held-out calibration rows.
@@ -102,7 +104,8 @@ def hidden_state_changes(
 ) -> list[float]:
     """Squared relative change of the model's last hidden states when one FFN alone is replaced, for each in `sites`.
 
-    The experts of a stack are replaced together. Measured on up to eight of the batches, spread evenly over them; the model runs once per FFN on those.
+    The experts of a stack are replaced together. Measured on up to eight of the batches, spread evenly over them; the
+    model runs once per FFN on those.
     """
     probes = batches[:: max(1, len(batches) // _PROBES)][:_PROBES]
     masks = [token_mask(batch) for batch in probes]

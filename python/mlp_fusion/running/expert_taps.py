@@ -131,8 +131,8 @@ class _StackTap:
                 pairs = [(n, x, y) for n, (x, y) in enumerate(zip(product.x, product.y, strict=True))]
             else:
                 raise InputError(
-                    f"{self._site.path}: its experts are not run one by one or all in turn, so that they cannot be told "
-                    "apart: set the model's experts implementation to eager"
+                    f"{self._site.path}: its experts are not run one by one, so that they cannot be told apart: set "
+                    "the model's experts implementation to eager"
                 )
             for expert, x, y in pairs:
                 rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
