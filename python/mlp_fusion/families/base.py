@@ -24,8 +24,8 @@ from mlp_fusion.modules.layouts import read_parameter
 from mlp_fusion.modules.stored import Projection, bundle_of, count_neurons, parameters_of
 from mlp_fusion.neurons import UNNAMED, NeuronBundle
 
-#: How a narrower FFN stands in the model: a module of this package, of a dense FFN or a stack of experts; its activation
-#: wrapped; its output projection wrapped; or the module that holds its weights wrapped.
+#: How a narrower FFN stands in the model: a module of this package (of a dense FFN, or of a stack of experts); its
+#: activation wrapped; its output projection wrapped; or the module that holds its weights wrapped.
 FORMS = ("module", "experts", "activation", "projection", "weights")
 
 

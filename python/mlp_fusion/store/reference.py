@@ -13,6 +13,7 @@ from torch import Tensor
 from mlp_fusion.errors import InputError, named
 from mlp_fusion.running.batches import random_batch
 from mlp_fusion.running.runner import Runner, not_finite
+from mlp_fusion.store.quantised import forget, quantisation, reading_options
 from mlp_fusion.store.weights import COMPUTING, TensorInfo, widest_dtype
 
 #: Tokens of the random sequence whose outputs travel with the checkpoint for `verify`.
@@ -65,7 +66,7 @@ def checkpoint_class(config: Any) -> Any:
 
 
 def load_checkpoint(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The model in `folder`, in evaluation mode, and what transformers says of its tensors.
+    """The model in `folder`, in evaluation mode and dequantised, and what transformers says of its tensors.
 
     Raises:
         InputError: it cannot be loaded.
@@ -73,10 +74,14 @@ def load_checkpoint(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any,
     try:
         model, info = model_class(config).from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True, **reading_options(config),
         )  # fmt: skip
+    except InputError:
+        raise
     except Exception as error:  # whatever a config of somebody else's makes of transformers' code
         raise InputError(f"{folder}: transformers cannot load it ({named(error, 300)})") from error
+    if quantisation(config) is not None:
+        forget(model)
     return model.eval(), info
 
 
