@@ -99,11 +99,13 @@ def reduce_ffns(
 ) -> list[ReducedFFN]:
     """Reduce FFNs (each with B = 1) to their widths; FFNs of one shape and width go through the method side by side.
 
-    An FFN whose width is what it has already keeps its neurons. `statistics` holds one entry per FFN.
+    An FFN whose width is what it has already keeps its neurons. `statistics` holds one entry per FFN; side by side go
+    those whose rows are of the same sequences, as an encoder's and a decoder's are not.
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     for number, (bundle, width) in enumerate(zip(bundles, widths, strict=True)):
-        groups.setdefault((bundle.layout, bundle.w_in.device, width), []).append(number)
+        rows = None if statistics is None else statistics[number].sequence.numpy().tobytes()
+        groups.setdefault((bundle.layout, bundle.w_in.device, width, rows), []).append(number)
     results: dict[int, ReducedFFN] = {}
     done, units = 0, progress_units(recipe)
 

@@ -26,18 +26,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from mlp_fusion.calibration.statistics import (
-    Collector,
-    FFNStatistics,
-    StreamPlan,
-    row_capacity,
-    take_calibration,
-)
+from mlp_fusion.calibration.statistics import Collector, FFNStatistics, row_capacity, take_calibration
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.reducing.pipeline import ReducedFFN
-from mlp_fusion.running.batches import Batch, token_mask
+from mlp_fusion.running.batches import Batch
+from mlp_fusion.running.positions import by_sequence
 from mlp_fusion.running.runner import Runner
+from mlp_fusion.running.sampling import RowPlan, RowSample
 from mlp_fusion.running.taps import Taps, replaced, tapped
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -65,10 +61,8 @@ def reduce_sequentially(
     Raises:
         InputError: the calibration text cannot be used, or a layer is called in a way that cannot be repeated.
     """
-    batches = take_calibration(calibration)
-    inputs = architecture.read(sites[0], model.config).w_in
-    plan = StreamPlan(batches, row_capacity(rows, inputs.shape[-1], inputs.element_size()), seed)
-    masks = [token_mask(batch) for batch in batches]
+    batches = take_calibration(model, calibration)
+    plan = RowPlan(batches, seed)
     first, last = sites[0].index, sites[-1].index
     between = [site for site in architecture.sites(model) if first <= site.index <= last]
     numbers = {site.index: number for number, site in enumerate(sites)}
@@ -83,7 +77,9 @@ def reduce_sequentially(
             if site.index not in numbers:
                 states = [_run(site, call, x) for call, x in zip(site_calls, states, strict=True)]
                 continue
-            statistics = _statistics(architecture, site, site_calls, states, wanted, masks, plan)
+            inputs = architecture.read(site, model.config).w_in
+            sample = RowSample(plan, row_capacity(rows, inputs.shape[-1], inputs.element_size()))
+            statistics = _statistics(architecture, site, site_calls, states, wanted, batches, sample)
             reduced.append(reduce(numbers[site.index], statistics))
             with replaced(architecture, site, reduced[-1].reduction.bundle):
                 states = [_run(site, call, x) for call, x in zip(site_calls, states, strict=True)]
@@ -180,21 +176,24 @@ def _statistics(
     calls: Sequence[_Call],
     states: Sequence[Tensor],
     wanted: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    plan: StreamPlan,
+    batches: Sequence[Batch],
+    sample: RowSample,
 ) -> FFNStatistics:
     """Statistics of the FFN at `site` on `states`, its targets those that lead to the streams `wanted`."""
-    collector = Collector(plan.capacity)
-    seen: list[Taps] = []
-    with tapped(architecture, [site], lambda _number, _mask, taps: seen.append(taps)) as taps:
-        for call, hidden, stream, mask, taken in zip(calls, states, wanted, masks, plan.taken, strict=True):
-            taps.start(mask)
+    collector = Collector(sample)
+    seen: list[tuple[Tensor, Taps]] = []
+    with tapped(architecture, [site], lambda _number, mask, taps: seen.append((mask, taps))) as taps:
+        for call, hidden, stream, batch in zip(calls, states, wanted, batches, strict=True):
+            taps.start(batch)
             _, present = _streamed(architecture, site, call, hidden)
             taps.finish()
-            found = seen.pop()
+            mask, found = seen.pop()
             chosen = mask.to(found.x.device)
             y = found.y[chosen]
             working = torch.promote_types(y.dtype, torch.float32)
-            target = y.to(working) + (stream[chosen].to(working) - present[chosen].to(working))
-            collector.add(found.x[chosen], found.hidden[chosen], target.to(y.dtype), taken)
-    return collector.finish(plan.sequence)
+            # The layer may have another form than what the FFN sees: as many rows, in the same order.
+            its, streams = by_sequence({"wanted": [stream], "present": [present]}, batch, site.path)
+            exact, bent = (streams[name][its.to(y.device)].to(working) for name in ("wanted", "present"))
+            target = y.to(working) + (exact - bent)
+            collector.add(mask, found.x[chosen], found.hidden[chosen], target.to(y.dtype))
+    return collector.finish()

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.neurons import NeuronBundle
-from mlp_fusion.running.batches import POOL, Batch, take_batches, token_mask
+from mlp_fusion.running.batches import POOL, Batch, main_input, take_batches
+from mlp_fusion.running.positions import by_sequence
 from mlp_fusion.running.runner import Runner, not_finite
+from mlp_fusion.running.sampling import RowPlan, RowSample
 
-#: Called as `visit(site number, token mask (batch, length), taps)`; see :func:`stream_activations`.
+#: Called as `visit(site number, mask of the rows that count (sequences, positions, ...), taps)`; see
+#: :func:`stream_activations` and, for the mask, :func:`mlp_fusion.running.positions.counted`.
 Visitor = Callable[[int, Tensor, "Taps"], None]
 
 
@@ -31,10 +34,12 @@ class Activations:
 class Taps:
     """What passes through one FFN on one batch, padding included, in the model's dtype and on its device.
 
+    The leading dimensions are those of the mask: `(batch, length)` of text, whatever an FFN sees of anything else.
+
     Attributes:
-        x: `(batch, length, d)` inputs.
-        hidden: `(batch, length, N)` what the output projection gets: the activations, gated where the FFN is.
-        y: `(batch, length, d_out)` outputs of the output projection.
+        x: `(sequences, positions, ..., d)` inputs.
+        hidden: `(..., N)` what the output projection gets: the activations, gated where the FFN is.
+        y: `(..., d_out)` outputs of the output projection.
     """
 
     x: Tensor
@@ -60,7 +65,7 @@ def stream_activations(
     """
     with Runner(model) as runner, tapped(architecture, sites, visit) as taps:
         for batch in batches:
-            taps.start(token_mask(batch))
+            taps.start(batch)
             runner.base(batch)
             taps.finish()
 
@@ -74,10 +79,11 @@ def capture_activations(
     rows: int,
     seed: int,
 ) -> list[Activations]:
-    """Run `model` over `sample` and keep up to `rows` token positions of every FFN in `sites`.
+    """Run `model` over `sample` and keep up to `rows` positions of every FFN in `sites`.
 
-    The same positions are kept at every FFN, drawn uniformly from those that the attention masks leave. Memory: `rows`
-    rows per FFN and one batch's activations. The model is put in evaluation mode for the run and back afterwards.
+    Drawn uniformly from those that count, see :func:`mlp_fusion.running.positions.counted`: the same at every FFN that
+    sees the sample's tokens, and at all that see as much of something else. Memory: `rows` rows per FFN and one batch's
+    activations. The model is put in evaluation mode for the run and back afterwards.
 
     Returns:
         One `Activations` per site, in their order.
@@ -85,23 +91,16 @@ def capture_activations(
     Raises:
         InputError: the sample has no token, or an FFN did not run, or overflows.
     """
-    batches = take_batches(sample, POOL * rows)
-    total = sum(int(token_mask(b).sum()) for b in batches)
-    chosen = torch.zeros(total, dtype=torch.bool)
-    chosen[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:rows]] = True
-    kept: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in sites]
-    starts = [0] * len(sites)
+    batches = take_batches(sample, POOL * rows, main=main_input(model))
+    plan = RowPlan(batches, seed)
+    kept = [RowSample(plan, rows) for _ in sites]
 
     def keep(number: int, mask: Tensor, taps: Taps) -> None:
-        count = int(mask.sum())
-        positions = torch.zeros_like(mask)
-        positions[mask] = chosen[starts[number] : starts[number] + count]
-        starts[number] += count
-        for store, rows_of in zip(kept[number], (taps.x, taps.y), strict=True):
-            store.append(rows_of[positions.to(rows_of.device)].clone())
+        counted = mask.to(taps.x.device)
+        kept[number].add(mask, taps.x[counted], taps.y[counted])
 
     stream_activations(model, architecture, sites, batches, keep)
-    found = [Activations(torch.cat(xs), torch.cat(ys)) for xs, ys in kept]
+    found = [Activations(*sample.finish()[0]) for sample in kept]
     for site, rows_of in zip(sites, found, strict=True):
         if not bool(rows_of.x.isfinite().all() and rows_of.y.isfinite().all()):
             raise not_finite(f"{site.path}: this FFN's inputs or outputs", rows_of.y.dtype)
@@ -111,7 +110,7 @@ def capture_activations(
 @contextmanager
 def tapped(architecture: Architecture, sites: Sequence[FFNSite], visit: Visitor) -> Iterator[TapStore]:
     """Show `visit` what passes through the FFNs in `sites` while the modules run inside; see :class:`TapStore`."""
-    taps = TapStore(visit, len(sites))
+    taps = TapStore(visit, [site.path for site in sites])
     handles = []
     for number, site in enumerate(sites):
         w_in, w_out = (architecture.projection(site, role) for role in ("w_in", "w_out"))
@@ -132,16 +131,16 @@ class TapStore:
     complete when another one begins, or the batch ends.
     """
 
-    def __init__(self, visit: Visitor, sites: int) -> None:
-        self._visit, self._sites = visit, sites
+    def __init__(self, visit: Visitor, paths: Sequence[str]) -> None:
+        self._visit, self._paths = visit, paths
         self._current: int | None = None
         self._parts: dict[str, list[Tensor]] = {}
-        self._mask = torch.empty(0)
+        self._batch: Batch = {}
         self._seen = 0
 
-    def start(self, mask: Tensor) -> None:
-        """Begin a batch with the `(batch, length)` token mask."""
-        self._mask, self._seen, self._current = mask, 0, None
+    def start(self, batch: Batch) -> None:
+        """Begin a batch."""
+        self._batch, self._seen, self._current = batch, 0, None
 
     def before(self, name: str, number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _module, args: self._add(name, number, args[0])
@@ -156,7 +155,7 @@ class TapStore:
             InputError: an FFN did not run.
         """
         self._flush()
-        if self._seen != self._sites:
+        if self._seen != len(self._paths):
             raise InputError("an FFN did not run on the sample: the model skips it")
 
     def _add(self, name: str, number: int, tensor: Tensor) -> None:
@@ -170,9 +169,8 @@ class TapStore:
             return
         if not all(self._parts.values()):
             raise InputError("an FFN did not run on the sample: the model skips it")
-        batch = len(self._mask)
-        joined = {k: torch.cat([p.reshape(batch, -1, p.shape[-1]) for p in v], 1) for k, v in self._parts.items()}
-        self._visit(self._current, self._mask, Taps(**joined))
+        mask, joined = by_sequence(self._parts, self._batch, self._paths[self._current])
+        self._visit(self._current, mask, Taps(**joined))
         self._current, self._parts = None, {}
         self._seen += 1
 
