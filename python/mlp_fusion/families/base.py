@@ -167,6 +167,17 @@ class FFNSite:
         """Its path, and the expert's number."""
         return self.path if self.expert is None else f"{self.path}[{self.expert}]"
 
+    @property
+    def is_expert(self) -> bool:
+        """Whether it sees only the tokens that are routed to it, which may be none."""
+        return self.expert is not None or bool(re.search(r"(?:^|[._])experts?(?=[._])", f"{self.path}."))
+
+    def channels(self) -> tuple[int, int, int]:
+        """Inputs, neurons and outputs, of one expert."""
+        tensors = {name: self.module.get_parameter(name) for name in self.kind.parameters}
+        bundle = bundle_of(tensors, self.kind.projections, self.kind.name, experts=max(self.kind.experts, 1))
+        return bundle.w_in.shape[2], bundle.width, bundle.w_out.shape[2]
+
     def below(self, path: str) -> nn.Module:
         """The submodule at a path below the FFN's own; itself for an empty one."""
         try:
