@@ -100,8 +100,8 @@ def reduce_ffns(
     """Reduce FFNs (each with B = 1) to their widths; FFNs of one shape and width go through the method side by side.
 
     An FFN whose width is what it has already keeps its neurons. `statistics` holds one entry per FFN; one that has seen
-    no token is reduced without. Tuned side by side are those whose rows are of the same sequences, as an encoder's and a
-    decoder's are not.
+    no token is reduced without. Tuned side by side are those whose rows are of the same sequences, as an encoder's and
+    a decoder's are not.
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     for number, (bundle, width) in enumerate(zip(bundles, widths, strict=True)):

@@ -86,7 +86,7 @@ class _StackTap:
         ]
 
     def _enter(self, module: nn.Module, _args: Any) -> None:
-        owners = {p.untyped_storage().data_ptr(): (name, p) for name, p in module.named_parameters(recurse=False)}
+        owners = {p.untyped_storage().data_ptr(): (name, p) for name, p in module.named_parameters()}
         self._traces.append(Trace(owners))
         self._traces[-1].__enter__()
 
