@@ -146,10 +146,12 @@ MLP_INLINE void evaluate(V x, V& value, V& slope) {
     value = positive * positive;
     slope = T{2} * positive;
   } else {
+    static_assert(Phi == Activation::quick_gelu || Phi == Activation::silu);
+    constexpr T c = Phi == Activation::quick_gelu ? T(kQuickGelu) : T(1);
     V s, rest;
-    sigmoid(x, s, rest);
+    sigmoid(c * x, s, rest);
     value = x * s;
-    slope = s * (T{1} + x * rest);
+    slope = s * (T{1} + c * x * rest);
   }
 }
 
@@ -353,6 +355,7 @@ MLP_INLINE void accumulate_body(const T* part, int64_t n, float* sum) {
   switch (phi) {                                                                                                       \
     case Activation::gelu: return direction##_gelu_##T arguments;                                                      \
     case Activation::gelu_tanh: return direction##_gelu_tanh_##T arguments;                                            \
+    case Activation::quick_gelu: return direction##_quick_gelu_##T arguments;                                          \
     case Activation::relu: return direction##_relu_##T arguments;                                                      \
     case Activation::relu2: return direction##_relu2_##T arguments;                                                    \
     case Activation::silu: return direction##_silu_##T arguments;                                                      \
@@ -361,6 +364,7 @@ MLP_INLINE void accumulate_body(const T* part, int64_t n, float* sum) {
 #define MLP_ELEMENT_TYPE(T)                                                                                            \
   MLP_ACTIVATION(gelu, T)                                                                                              \
   MLP_ACTIVATION(gelu_tanh, T)                                                                                         \
+  MLP_ACTIVATION(quick_gelu, T)                                                                                        \
   MLP_ACTIVATION(relu, T)                                                                                              \
   MLP_ACTIVATION(relu2, T)                                                                                             \
   MLP_ACTIVATION(silu, T)                                                                                              \

@@ -48,6 +48,9 @@ MLP_INLINE void arguments_body(Activation activation, const T* z, int64_t n, T* 
     case Activation::gelu_tanh:
       for (int64_t i = 0; i < n; ++i) value[i] = T(kTanhScale) * (z[i] + T(kTanhCube) * z[i] * z[i] * z[i]);
       break;
+    case Activation::quick_gelu:
+      for (int64_t i = 0; i < n; ++i) value[i] = T(kQuickGelu) * z[i];
+      break;
     case Activation::silu:
       for (int64_t i = 0; i < n; ++i) value[i] = z[i];
       break;
@@ -73,6 +76,13 @@ MLP_INLINE void results_body(Activation activation, const T* z, int64_t n, T* va
         const T t = value[i], inner = T(kTanhScale) * (T(1) + T(3 * kTanhCube) * z[i] * z[i]);
         value[i] = T(0.5) * z[i] * (T(1) + t);
         slope[i] = T(0.5) * (T(1) + t) + T(0.5) * z[i] * (T(1) - t * t) * inner;
+      }
+      break;
+    case Activation::quick_gelu:
+      for (int64_t i = 0; i < n; ++i) {
+        const T s = value[i];
+        value[i] = z[i] * s;
+        slope[i] = s * (T(1) + T(kQuickGelu) * z[i] * (T(1) - s));
       }
       break;
     case Activation::silu:
@@ -167,7 +177,7 @@ void activate(Activation activation, const T* z, int64_t n, T* value, T* slope) 
     apply("aten::exp_", slope, n);
   } else if (activation == Activation::gelu_tanh) {
     apply("aten::tanh_", value, n);
-  } else if (activation == Activation::silu) {
+  } else if (activation == Activation::quick_gelu || activation == Activation::silu) {
     apply("aten::sigmoid_", value, n);
   }
   results(activation, z, n, value, slope);

@@ -36,6 +36,8 @@ MLP_HD T activated(Activation activation, T z) {
       return T(0.5) * z * (T(1) + std::erf(z * T(0.70710678118654752440)));
     case Activation::gelu_tanh:
       return T(0.5) * z * (T(1) + std::tanh(T(0.79788456080286535588) * (z + T(0.044715) * z * z * z)));
+    case Activation::quick_gelu:
+      return z / (T(1) + std::exp(T(-kQuickGelu) * z));
     case Activation::relu:
       return z > T(0) ? z : T(0);
     case Activation::relu2:
@@ -56,6 +58,10 @@ MLP_HD T derivative(Activation activation, T z) {
       const T t = std::tanh(T(0.79788456080286535588) * (z + T(0.044715) * z * z * z));
       const T inner = T(0.79788456080286535588) * (T(1) + T(3 * 0.044715) * z * z);
       return T(0.5) * (T(1) + t) + T(0.5) * z * (T(1) - t * t) * inner;
+    }
+    case Activation::quick_gelu: {
+      const T s = T(1) / (T(1) + std::exp(T(-kQuickGelu) * z));
+      return s * (T(1) + T(kQuickGelu) * z * (T(1) - s));
     }
     case Activation::relu:
       return z > T(0) ? T(1) : T(0);

@@ -75,7 +75,8 @@ def fused_mlp(
         b2: (d_out,) or None.
         scale: (h,) of a floating-point or integer dtype, or None for ones; differentiable where floating. Or (2, h),
             whose second row multiplies what goes into phi: phi(scale[1] * (x w1ᵀ + b1)) * scale[0].
-        activation: phi, one of `gelu` (exact, by erf), `gelu_tanh`, `relu`, `relu2` (squared ReLU), `silu`.
+        activation: phi, one of `gelu` (exact, by erf), `gelu_tanh`, `quick_gelu` (z sigmoid(1.702 z)), `relu`, `relu2`
+            (squared ReLU), `silu`.
         checkpoint_level: which hidden tensors (tokens, h) are kept for the backward besides x: 0 the pre-activations
             and the activations; 1 the pre-activations; 2 none, at the price of computing the first product again.
             Nothing is kept where no gradient is needed.

@@ -25,6 +25,7 @@ EXACT = {"loop": (torch.float64, 1e-10), "grouped_mm": (torch.float32, 2e-5)}
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
     "relu": F.relu,
     "relu2": lambda z: F.relu(z) ** 2,
     "silu": F.silu,

@@ -15,6 +15,7 @@ from fusion_kernels.ntk import Kernel
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "quick_gelu": lambda z: z / (1 + torch.exp(-1.702 * z)),
     "relu": F.relu,
     "relu2": lambda z: F.relu(z) ** 2,
     "silu": F.silu,

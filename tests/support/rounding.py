@@ -35,7 +35,7 @@ RATIO = 2.0
 #: Units within which an activation is evaluated, relative to its argument, and its derivative, absolute.
 EVALUATION = 8
 #: The largest curvature of each activation. That of relu is in its kink.
-CURVATURE = {"gelu": 0.8, "gelu_tanh": 0.85, "relu": 0.0, "relu2": 2.0, "silu": 0.5}
+CURVATURE = {"gelu": 0.8, "gelu_tanh": 0.85, "quick_gelu": 0.86, "relu": 0.0, "relu2": 2.0, "silu": 0.5}
 
 
 @dataclass(frozen=True)

@@ -279,7 +279,7 @@ class FusedMLP(FusedFFN):
 
         Args:
             fc1, fc2: projections d -> h and h -> d_out, with or without bias.
-            activation: `gelu` (exact), `gelu_tanh`, `relu`, `relu2` or `silu`.
+            activation: `gelu` (exact), `gelu_tanh`, `quick_gelu`, `relu`, `relu2` or `silu`.
             scale: `(h,)` cluster sizes, integer or floating; None for all ones. A `torch.nn.Parameter` stays one.
             parameterization: how the module stores the scale: `folded`, `scaled` or `split`; the outputs are the same.
             checkpoint_level: what is kept for the backward, see the class.
