@@ -51,8 +51,8 @@ def _quick_gelu(z: Tensor) -> Tensor:
 
 
 def _quick_gelu_derivative(z: Tensor) -> Tensor:
-    s = torch.sigmoid(1.702 * z)
-    return s + z * s * (1.702 * (1.0 - s))  # whose factors are finite in float16 as well
+    s, rest = torch.sigmoid(1.702 * z), torch.sigmoid(-1.702 * z)
+    return s + z * s * (1.702 * rest)  # whose factors are finite in float16 as well
 
 
 def _silu_derivative(z: Tensor) -> Tensor:

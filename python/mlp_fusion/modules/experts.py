@@ -74,7 +74,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     b = read_experts(self)
     return fused_experts(
         hidden_states, top_k_index, top_k_weights, b.w_in, b.w_out.mT, b.w_gate, b_in=b.b_in, b_out=b.b_out,
-        b_gate=b.b_gate, activation=b.activation,
+        b_gate=b.b_gate, activation=b.activation, gating=b.gating,
     )  # fmt: skip
 
 
@@ -111,7 +111,8 @@ class FusedExperts(ScaledModule):
             ValueError: unknown parameterization or level.
         """
         b = bundle.parameterized(parameterization)
-        super().__init__(b.activation, None if b.scale is None else b.scale.clone(), parameterization, checkpoint_level)
+        scale = None if b.scale is None else b.scale.clone()
+        super().__init__(b.activation, scale, parameterization, checkpoint_level, b.gating)
         self.num_experts = b.batch
         self.down_proj = nn.Parameter(b.w_out.mT.clone(memory_format=torch.contiguous_format))
         self.register_parameter("down_proj_bias", None if b.b_out is None else nn.Parameter(b.b_out.clone()))
@@ -181,6 +182,7 @@ class FusedExperts(ScaledModule):
             w_out=self.down_proj.detach().mT,
             b_out=None if self.down_proj_bias is None else self.down_proj_bias.detach(),
             activation=self.activation,
+            gating=self.gating,
             scale=None if self.scale is None else self.scale.detach(),
             scale_exponent=0.0 if self.scale is None else self.scale_exponent,
             **blocks,  # type: ignore[arg-type]
@@ -215,15 +217,16 @@ class FusedExperts(ScaledModule):
         blocks = self._blocks()
         before, behind = self._factors()
         if before is not None:
-            weight, bias = ("w_gate", "b_gate") if self.gated else ("w_in", "b_in")
-            blocks[weight] = blocks[weight] * before.unsqueeze(2)  # type: ignore[operator]
-            blocks[bias] = None if blocks[bias] is None else blocks[bias] * before  # type: ignore[operator]
+            for role in ("in",) if not self.gated else ("gate",) if self.up_multiplies else ("gate", "in"):
+                weight, bias = blocks[f"w_{role}"], blocks[f"b_{role}"]
+                blocks[f"w_{role}"] = weight * before.unsqueeze(2)  # type: ignore[operator]
+                blocks[f"b_{role}"] = None if bias is None else bias * before
         w_in = blocks["w_in"]
         assert w_in is not None
         return fused_experts(
             hidden_states, top_k_index, top_k_weights, w_in, self.down_proj, blocks["w_gate"], b_in=blocks["b_in"],
             b_out=self.down_proj_bias, b_gate=blocks["b_gate"], scale=behind,
-            activation=self.activation, checkpoint_level=self.checkpoint_level,
+            activation=self.activation, gating=self.gating, checkpoint_level=self.checkpoint_level,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
