@@ -82,7 +82,8 @@ def gated_backward(da: Tensor, gate: Tensor, up: Tensor, value: Tensor, ffn: FFN
         value: phi of the gate inside its limits.
     """
     form = ffn.gating
-    inner = act_backward(da * form.up(up), form.inside(gate), ffn.activation)
+    # Beyond the limits, where phi takes another argument, nothing goes through.
+    inner = act_backward(da * form.up(up), gate, ffn.activation)
     return form.through_gate(inner, gate, value), form.through_up(da * form.after(value), up)
 
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import pickle
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from blocks import GATES
 from torch import Tensor
+from transformers import CONFIG_MAPPING, GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from bundles import random_bundle
 from fusion_kernels import Gate, ntk_gram
 from mlp_fusion import FusedExperts, FusedGLU, FusedMLP, NeuronBundle
 from mlp_fusion.calibration import matching
+from mlp_fusion.modules.experts import experts_forward, read_experts
 
 FORMS = ("folded", "scaled", "split")
 gates = pytest.mark.parametrize("gate", GATES)
@@ -131,6 +136,46 @@ def test_matching_has_the_factors_of_the_tangent_kernel(gate: str, kernel: str) 
     found = matching._Factors(bundle, x, kernel).kernel(ones, ones)  # type: ignore[arg-type]
     parts = ("w_gate", "w_in", "b_gate", "b_in", "w_out")
     torch.testing.assert_close(found, ntk_gram(bundle, x, params=parts, kernel=kernel))
+
+
+#: Classes of transformers that gate in a way of their own: (activation, limit, clamp, offset).
+OWN = {
+    "gpt_oss.GptOssExperts": ("quick_gelu", 7.0, "above", 1.0),
+    "minimax_m3_vl.MiniMaxM3VLExperts": ("quick_gelu", 7.0, "above", 1.0),
+    "openai_privacy_filter.OpenAIPrivacyFilterExperts": ("quick_gelu", 7.0, "above", 1.0),
+    "deepseek_v4.DeepseekV4Experts": ("silu", 10.0, "above", 0.0),
+    "hy_v4.HYV4Experts": ("silu", 10.0, "above", 0.0),
+    "beam.BeamExperts": ("silu", None, "none", 0.0),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_own_gates_are_recognised_by_what_they_compute(name: str) -> None:
+    family, _, kind = name.partition(".")
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    config = CONFIG_MAPPING[family]()
+    with torch.device("meta"):
+        experts = getattr(module, kind)(getattr(config, "text_config", config))
+    bundle = read_experts(experts)
+    assert bundle.function == OWN[name]
+    assert "limit" not in vars(experts) or bundle.gating.limit == experts.limit
+
+
+def test_experts_with_a_gate_of_their_own_run_fused() -> None:
+    """gpt-oss's, with arguments beyond its limits; compiled too, and with another limit later."""
+    config = GptOssConfig(hidden_size=16, intermediate_size=24, num_local_experts=4, head_dim=8)
+    experts: Any = GptOssExperts(config).double()
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    index, weights = torch.randint(0, 4, (9, 2)), torch.rand(9, 2).double()
+    run = torch.compile(lambda x: experts_forward(experts, x, index, weights), fullgraph=True, backend="aot_eager")
+    x = 3 * torch.randn(9, 16).double()
+    experts.config._experts_implementation = "eager"
+    torch.testing.assert_close(run(x), experts(x, index, weights))
+    torch.testing.assert_close(FusedExperts.from_experts(experts)(x, index, weights), experts(x, index, weights))
+    before, experts.limit = experts(x, index, weights), 5.0
+    torch.testing.assert_close(experts_forward(experts, x, index, weights), experts(x, index, weights))
+    assert not torch.allclose(experts(x, index, weights), before)
 
 
 def test_what_is_refused() -> None:

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
-from fusion_kernels import fused_experts, split_gate_up
+from fusion_kernels import Gate, fused_experts, split_gate_up
+from fusion_kernels.gates import PLAIN
 from mlp_fusion.errors import InputError
 from mlp_fusion.modules.activations import CONFIG_ACTIVATIONS
+from mlp_fusion.modules.gates import form_of
 from mlp_fusion.modules.scaled import ScaledModule
 from mlp_fusion.neurons import NeuronBundle
 
@@ -32,17 +34,20 @@ def read_experts(module: nn.Module) -> NeuronBundle:
     """The experts of a module of transformers' experts interface, with B = the number of experts; views of its weights.
 
     Raises:
-        InputError: the experts do more than a feed-forward block (a gate of their own, a norm behind it), have an
-            activation that the kernels do not know, or weights that are not plain floating-point parameters.
+        InputError: the experts do more than a feed-forward block (a gate of their own that is no `Gate`, a norm behind
+            it), have an activation that the kernels do not know, or weights that are not plain floating-point
+            parameters.
     """
     m: Any = module
     name = type(module).__qualname__
     if getattr(m, "has_post_expert_norm", False):
         raise InputError(f"{name} has a norm behind every expert: its experts are not plain feed-forward blocks")
+    layout = "concatenated" if m.is_concatenated else "interleaved"
     if m.has_gate and type(module)._apply_gate is not _default_apply_gate:  # type: ignore[attr-defined]
-        raise InputError(f"{name} gates in a way of its own: use another experts_implementation")
-    activation = _ACTIVATIONS.get(type(m.act_fn))
-    if activation is None:
+        activation, gating = _own_gate(module, layout)
+    elif type(m.act_fn) in _ACTIVATIONS:
+        activation, gating = _ACTIVATIONS[type(m.act_fn)], PLAIN
+    else:
         raise InputError(f"{name} has the activation {type(m.act_fn).__qualname__}, for which there is no kernel")
     first = m.gate_up_proj if m.has_gate else m.up_proj
     biases = (m.gate_up_proj_bias if m.has_gate else m.up_proj_bias, m.down_proj_bias) if m.has_bias else (None, None)
@@ -54,13 +59,28 @@ def read_experts(module: nn.Module) -> NeuronBundle:
     w_gate = b_gate = None
     w_in, b_in = first, biases[0]
     if m.has_gate:
-        layout = "concatenated" if m.is_concatenated else "interleaved"
         w_gate, w_in = _gate_and_up(first, layout)
         if b_in is not None:
             b_gate, b_in = _gate_and_up(b_in, layout)
     return NeuronBundle(
-        w_in=w_in, w_gate=w_gate, w_out=down.mT, b_in=b_in, b_gate=b_gate, b_out=biases[1], activation=activation
-    )
+        w_in=w_in, w_gate=w_gate, w_out=down.mT, b_in=b_in, b_gate=b_gate, b_out=biases[1], activation=activation,
+        gating=gating,
+    )  # fmt: skip
+
+
+def _own_gate(module: nn.Module, layout: str) -> tuple[str, Gate]:
+    """Activation and gate of a module that gates in a way of its own.
+
+    Raises:
+        InputError: no kernel gates in this way.
+    """
+    found = form_of(module, "_apply_gate", layout)
+    if isinstance(found, str):
+        raise InputError(
+            f"{type(module).__qualname__} gates in a way of its own, which {found}: use another experts_implementation"
+        )
+    activation, limit, clamp, up_offset = found
+    return activation, Gate(limit, clamp, up_offset)  # type: ignore[arg-type]
 
 
 def _gate_and_up(stored: Tensor, layout: str) -> tuple[Tensor, Tensor]:
