@@ -215,7 +215,7 @@ def _other_activation() -> Any:
 
 
 def _unknown_activation() -> Any:
-    return tiny_model("bert", hidden_act="quick_gelu")
+    return tiny_model("bert", hidden_act="mish")
 
 
 def _without_ffns() -> Any:
@@ -246,7 +246,7 @@ def _albert() -> Any:
         (_nan, {}, r"transformer\.h\.1\.mlp\.c_proj\.weight holds NaN or Inf"),
         (_fused, {}, "fused already"),
         (_other_activation, {}, r"layer.2: this FFN does not compute what the 'bert' architecture says"),
-        (_unknown_activation, {}, "activation 'quick_gelu' is not supported"),
+        (_unknown_activation, {}, "activation 'mish' is not supported"),
         (_without_ffns, {}, "no FFN found"),
         (_meta, {}, "on the meta device"),
         (_lora, {}, "merge adapters"),
