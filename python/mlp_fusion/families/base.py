@@ -1,7 +1,7 @@
-"""`Architecture`: where the FFNs of a model are, in memory and on disk, as its description or a checkpoint's record says.
+"""`Architecture`: where the FFNs of a model are, as discovery has found or a checkpoint's record says.
 
-An entry is data: patterns of paths, names of parameters below them and how neurons lie there. Tensor names in memory are
-the module paths, so one set of paths serves modules and state dicts.
+An entry is data: patterns of paths, names of parameters below them and how neurons lie there. Tensor names in memory
+are the module paths, so that one set of paths serves modules and state dicts.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from fusion_kernels.activations import ACTIVATIONS
 from mlp_fusion.errors import InputError
 from mlp_fusion.families.sites import Clamp, Function, WidthKey
-from mlp_fusion.modules import ScaleHolder
+from mlp_fusion.modules import Scaled
 from mlp_fusion.modules.ffn import FusedFFN
 from mlp_fusion.modules.layouts import read_parameter
 from mlp_fusion.modules.stored import Projection, bundle_of, count_neurons, parameters_of
 from mlp_fusion.neurons import UNNAMED, NeuronBundle
 
-#: How a narrower FFN stands in the model: a module of its own; its activation wrapped; its output projection wrapped;
-#: or the module that holds its weights wrapped.
-FORMS = ("module", "activation", "projection", "weights")
+#: How a narrower FFN stands in the model: a module of this package, of a dense FFN or a stack of experts; its activation
+#: wrapped; its output projection wrapped; or the module that holds its weights wrapped.
+FORMS = ("module", "experts", "activation", "projection", "weights")
 
 
 @dataclass(frozen=True)
@@ -238,10 +238,10 @@ class Architecture:
         p = site.kind.projection("w_in")
         return count_neurons(_parameter(site, p.parameter).shape, p, site.kind.experts)
 
-    def fused(self, site: FFNSite) -> ScaleHolder | None:
+    def fused(self, site: FFNSite) -> Scaled | None:
         """The module that holds the scale of the FFN at `site`, or None where the model's own FFN stands."""
         module = site.below(site.kind.holder)
-        return module if isinstance(module, ScaleHolder) else None
+        return module if isinstance(module, Scaled) else None
 
     def read(self, site: FFNSite) -> NeuronBundle:
         """The FFN at `site` as a bundle (views of the weights): B = 1, or the number of experts of a whole stack.
@@ -269,7 +269,7 @@ class Architecture:
 
 def _parameter(site: FFNSite, name: str) -> Any:
     path, _, own = name.rpartition(".")
-    module = site.below(path)
+    module: Any = site.below(path)
     while not hasattr(module, own) and hasattr(module, "base_layer"):  # an adapter around it
         module = module.base_layer
     return getattr(module, own)

@@ -52,7 +52,8 @@ def _kind(config: Any, site: Site, description: Description, prefix: str) -> Kin
     alike = [
         other
         for other in description.sites
-        if other.path == site.path and {p.parameter for p in other.projections} & {p.parameter for p in site.projections}
+        if other.path == site.path
+        and {p.parameter for p in other.projections} & {p.parameter for p in site.projections}
     ]
     key = site.width_keys[0] if site.width_keys and not site.width_keys[0].also_moves else None
     kind = Kind(

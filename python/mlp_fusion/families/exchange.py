@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,14 +11,14 @@ from torch import Tensor, nn
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families.base import FFNSite
-from mlp_fusion.modules import ScaledActivation, ScaledWeights, ScaleHolder
+from mlp_fusion.modules import Scaled, ScaledActivation, ScaledWeights
 from mlp_fusion.modules.ffn import FusedFFN, FusedGLU, FusedMLP
-from mlp_fusion.modules.stored import tensors_of
+from mlp_fusion.modules.stored import count_neurons, tensors_of
 from mlp_fusion.neurons import NeuronBundle
 
 
 @torch.no_grad()
-def install(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> ScaleHolder:
+def install(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> Scaled:
     """Put `bundle` in place of the FFN at `site`; device, dtype, training mode and `requires_grad` are kept.
 
     Args:
@@ -28,7 +29,10 @@ def install(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> Scale
     Raises:
         InputError: the form in which this kind can hold a scale is not that of the parameterization.
     """
-    forms = {"module": _module, "activation": _activation, "projection": _projection, "weights": _weights}
+    forms: dict[str, Callable[[FFNSite, NeuronBundle, str], Scaled]] = {
+        "module": _module, "experts": _experts, "activation": _activation, "projection": _projection,
+        "weights": _weights,
+    }  # fmt: skip
     b = bundle.parameterized(parameterization)
     if site.kind.form == "projection" and parameterization == "split" and b.scale is not None:
         raise InputError(
@@ -48,8 +52,8 @@ def _module(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> Fused
     fused = cls.from_bundle(bundle, parameterization, names=names, kind=type(old["w_in"]), dropout=probability)
     for role, module in old.items():
         new = fused.projection(role)
-        weight = module.weight
-        new.to(device=weight.device, dtype=weight.dtype).train(module.training)  # type: ignore[call-overload]
+        weight = module.get_parameter("weight")
+        new.to(device=weight.device, dtype=weight.dtype).train(module.training)
         for name, parameter in new.named_parameters():
             parameter.requires_grad_(module.get_parameter(name).requires_grad)
     _finish(site, fused, old["w_in"].weight)  # type: ignore[arg-type]
@@ -58,17 +62,28 @@ def _module(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> Fused
     return fused
 
 
+def _experts(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> Scaled:
+    """The module of this package for stacks of experts instead of the model's own."""
+    from mlp_fusion.modules import FusedExperts  # imports transformers' experts, which plans do without
+
+    old = site.module
+    like = old.get_parameter(site.kind.projection("w_in").parameter)
+    fused = FusedExperts(bundle, parameterization).to(device=like.device, dtype=like.dtype)
+    for name in site.kind.parameters:
+        fused.get_parameter(name).requires_grad_(old.get_parameter(name).requires_grad)
+    _finish(site, fused, like)
+    site.root.set_submodule(site.path, fused.train(old.training))
+    return fused
+
+
 def _activation(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> ScaledActivation:
     """The activation wrapped, everything else narrowed where it is."""
     narrow(site, bundle)
     activation: Any = site.below(site.kind.activation)
-    training = activation.training
-    if isinstance(activation, ScaledActivation):
-        activation = activation.activation
     scale = None if bundle.scale is None else bundle.scale[0].clone()
     scaled = ScaledActivation(activation, scale, parameterization, gated=bundle.gated)
     _finish(site, scaled, site.below(_owner(site)).weight)  # type: ignore[arg-type]
-    site.module.set_submodule(site.kind.activation, scaled.train(training))
+    site.module.set_submodule(site.kind.activation, scaled.train(activation.training))
     return scaled
 
 
@@ -82,7 +97,6 @@ def _projection(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> S
         None if last.bias is None else last.bias.rpartition(".")[2],
     )  # fmt: skip
     old = site.below(path)
-    old = old._inner[0] if isinstance(old, ScaledWeights) else old
     scaled = ScaledWeights(
         old, [own], None if bundle.scale is None else bundle.scale[0].clone(), parameterization, gated=bundle.gated
     )
@@ -101,7 +115,7 @@ def _weights(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> Scal
     return scaled
 
 
-def _finish(site: FFNSite, fused: ScaleHolder, like: Tensor) -> None:
+def _finish(site: FFNSite, fused: Scaled, like: Tensor) -> None:
     if fused.scale is not None:
         fused.scale = fused.scale.to(like.device)
 
@@ -119,6 +133,28 @@ def narrow(site: FFNSite, bundle: NeuronBundle) -> None:
     put_parameters(site, {name: tensor.to(old[name].dtype) for name, tensor in new.items()}, bundle.width)
 
 
+@contextmanager
+def narrowed(site: FFNSite, bundle: NeuronBundle) -> Iterator[None]:
+    """Inside, the FFN at `site` has the weights of `bundle`, folded; its own parameters are back afterwards."""
+    kind = site.kind
+    old = {name: site.module.get_parameter(name) for name in kind.parameters}
+    width = bundle_width(site)
+    narrow(site, bundle.parameterized("folded"))
+    try:
+        yield
+    finally:
+        for name, parameter in old.items():
+            path, _, own = name.rpartition(".")
+            site.below(path).register_parameter(own, parameter)
+        _tell(site, width)
+
+
+def bundle_width(site: FFNSite) -> int:
+    """Neurons of the FFN at `site`, as its parameters are now."""
+    p = site.kind.projection("w_in")
+    return count_neurons(site.module.get_parameter(p.parameter).shape, p, site.kind.experts)
+
+
 def put_parameters(site: FFNSite, tensors: Mapping[str, Tensor], width: int) -> None:
     """Make `tensors` the parameters of the FFN at `site`, and let its modules know the width."""
     for name, tensor in tensors.items():
@@ -126,6 +162,11 @@ def put_parameters(site: FFNSite, tensors: Mapping[str, Tensor], width: int) -> 
         module = site.below(path)
         parameter = nn.Parameter(tensor, requires_grad=module.get_parameter(own).requires_grad)
         module.register_parameter(own, parameter)
+    _tell(site, width)
+
+
+def _tell(site: FFNSite, width: int) -> None:
+    """Let the modules of an FFN that keep numbers of its width know it."""
     for name, times in site.kind.counts.items():
         path, _, own = name.rpartition(".")
         setattr(site.below(path), own, times * width)

@@ -36,7 +36,9 @@ def resolve_widths(width: Width, sites: Sequence[FFNSite]) -> list[int]:
     found = []
     for site in sites:
         after = site.kind.width * shares[site.kind.group]
-        found.append(int(after) if after.denominator == 1 else resolve_width(float(after / site.kind.width), site.kind.width))
+        found.append(
+            int(after) if after.denominator == 1 else resolve_width(float(after / site.kind.width), site.kind.width)
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""`ScaledWeights`: the scale of fused neurons inside the weights of a module, for FFNs that have no activation to hold it.
+"""`ScaledWeights`: the scale of fused neurons inside a module's weights, where no activation can hold it.
 
 Stacks of experts are called with all of their tokens at once, and an activation between them does not know whose
 neurons it sees. There, and where an activation is a function that no module holds, the scale multiplies the weights
@@ -83,7 +83,9 @@ class ScaledWeights(Scaled):
 
     def multiplied(self) -> dict[str, Tensor]:
         """The module's own parameters as it is called with them, and its buffers."""
-        tensors: dict[str, Any] = {n: t for n, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
+        tensors: dict[str, Any] = {
+            n: t for n, t in (*self._parameters.items(), *self._buffers.items()) if t is not None
+        }
         scale = tensors.pop("scale", None)
         if scale is not None:
             for name, exponent in exponents(self.projections, -self.scale_exponent, 1.0 - self.scale_exponent).items():

@@ -1,8 +1,8 @@
 """How the neurons of an FFN lie in a model's parameters, and the way there and back.
 
 Every layout comes down to a few numbers: which axis counts neurons, which counts experts, and which part of an axis
-holds the gate. `torch.nn.Linear`, GPT-2's `Conv1D`, pointwise convolutions, gate and up in one projection, and stacks of
-experts in all their orders are read and written by the same few lines.
+holds the gate. `torch.nn.Linear`, GPT-2's `Conv1D`, pointwise convolutions, gate and up in one projection, and stacks
+of experts in all their orders are read and written by the same few lines.
 
 Notation: E experts (1 of a dense FFN), N neurons.
 """

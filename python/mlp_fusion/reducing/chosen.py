@@ -91,7 +91,9 @@ class ChosenFFNs:
         narrowed = {site: stack for site, stack in narrowed.items() if stack[0].width < site.kind.width}
         # Methods that choose neurons give them no scale: there is no form to go on training in, and none to restore.
         scaled = any(bundle.scale is not None for stack in narrowed.values() for bundle in stack)
-        widths = [narrowed[site][0].width if site in narrowed else self.architecture.neurons(site) for site in self.every]
+        widths = [
+            narrowed[site][0].width if site in narrowed else self.architecture.neurons(site) for site in self.every
+        ]
         changed = fused_config(
             self.model, self.architecture, self.every, widths, method=settings.method,
             parameterization=settings.parameterization if scaled else "folded",

@@ -22,7 +22,6 @@ _FFN_WORDS = re.compile(
 _ATTENTION_WORDS = re.compile(r"attn|attention|self_attn|self_attention|crossattention")
 
 
-
 def meta_model(config: Any) -> Any:
     """The model that a checkpoint with `config` is loaded into, on the meta device.
 

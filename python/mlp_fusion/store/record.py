@@ -87,9 +87,9 @@ def fused_config(
 ) -> Any:
     """A copy of the config of `model` that states the new widths and how they came about.
 
-    A copy, because models share config objects (a teacher and its student, say). Where the config has keys that lead to
-    the widths, they say them, so that the checkpoint is an ordinary one. Widths that no key can state are in the record,
-    and models are built by it once `mlp_fusion` is imported.
+    A copy, because models share config objects (a teacher and its student, say). Where the config has keys that lead
+    to the widths, they say them, so that the checkpoint is an ordinary one. Widths that no key can state are in the
+    record, and models are built by it once `mlp_fusion` is imported.
 
     Args:
         model: unfused; on any device, meta included.

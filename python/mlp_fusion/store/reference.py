@@ -20,9 +20,7 @@ _REFERENCE_TOKENS = 16
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in COMPUTING.values()}
 
 
-def compute_dtype(
-    ffns: Container[str], tensors: Mapping[str, TensorInfo], asked: str | None = None
-) -> torch.dtype:
+def compute_dtype(ffns: Container[str], tensors: Mapping[str, TensorInfo], asked: str | None = None) -> torch.dtype:
     """The dtype that a checkpoint's model runs in: that of its tensors, whatever its config says, or a wider one.
 
     `ffns` are the names of tensors of FFNs.

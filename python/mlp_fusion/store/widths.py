@@ -12,9 +12,8 @@ from torch import nn
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
-from mlp_fusion.families.exchange import put_parameters
+from mlp_fusion.families.exchange import bundle_width, put_parameters
 from mlp_fusion.families.sites import WidthKey
-from mlp_fusion.modules.stored import count_neurons
 
 
 def width_keys(model: Any, config: Any, sites: Sequence[FFNSite], widths: Sequence[int]) -> tuple[Any, set[int]]:
@@ -45,7 +44,11 @@ def width_keys(model: Any, config: Any, sites: Sequence[FFNSite], widths: Sequen
             continue
         shapes = expected | {name: shape for site, width in members for name, shape in narrowed_shapes(site, width)}
         trial = next(
-            (found for value in _values(key, members[0][0].kind.width, *shares) if (found := _built(model, config, key, value, shapes)) is not None),
+            (
+                found
+                for value in _values(key, members[0][0].kind.width, *shares)
+                if (found := _built(model, config, key, value, shapes)) is not None
+            ),
             None,
         )
         if trial is not None:
@@ -130,8 +133,7 @@ def build_narrow(model: nn.Module, architecture: Architecture, widths: Mapping[s
     """
     for site in architecture.sites(model):
         width = widths.get(architecture.relative(site.path))
-        p = site.kind.projection("w_in")
-        now = count_neurons(site.module.get_parameter(p.parameter).shape, p, site.kind.experts)
+        now = bundle_width(site)
         if width is None or width == now:
             continue
         if width > now:

@@ -25,6 +25,7 @@ from mlp_fusion.store.source import model_headers, read_headers
 from mlp_fusion.store.weights import TensorInfo
 from mlp_fusion.store.widths import narrowed_shapes
 
+
 @dataclass(frozen=True)
 class PlannedFFN:
     """One FFN of the plan; parameters and bytes are those of the FFN alone."""
@@ -175,9 +176,7 @@ def plan(
     )
 
 
-def _widths_after(
-    width: Width | str | Mapping[int, int], budget: float | None, chosen: Sequence[FFNSite]
-) -> list[int]:
+def _widths_after(width: Width | str | Mapping[int, int], budget: float | None, chosen: Sequence[FFNSite]) -> list[int]:
     if isinstance(width, Mapping):
         return [width[site.index] for site in chosen]
     if isinstance(width, str):
