@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig
 from families import FAMILIES, WIDTH, tiny_model, token_batch
 from mlp_fusion import FusedGLU, FusedMLP, InputError, fuse, methods
 from mlp_fusion.families.exchange import install
-from mlp_fusion.modules import FusedFFN, ScaledActivation, ScaleHolder
+from mlp_fusion.modules import Scaled, ScaledActivation
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.running.taps import capture_activations
 from mlp_fusion.store.record import architecture_of
@@ -31,8 +31,8 @@ def _logits(model: nn.Module) -> Tensor:
     return logits
 
 
-def _ffns(model: Any) -> list[ScaleHolder]:
-    return [m for m in model.modules() if isinstance(m, ScaleHolder)]
+def _ffns(model: Any) -> list[Scaled]:
+    return [m for m in model.modules() if isinstance(m, Scaled)]
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

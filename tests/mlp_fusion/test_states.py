@@ -22,7 +22,7 @@ from transformers.trainer_utils import load_sharded_checkpoint
 import checkpoints as ck
 from families import tiny_model, token_batch
 from mlp_fusion import FusedMLP, InputError, fuse, restore, state_form
-from mlp_fusion.modules import ScaleHolder
+from mlp_fusion.modules import Scaled
 from mlp_fusion.store.record import FORMAT_VERSION
 
 pytestmark = pytest.mark.slow
@@ -267,7 +267,7 @@ def test_the_side_file_is_looked_at(tmp_path: Path) -> None:
     ck.put_scales(tmp_path, {**good, name: -good[name]})
     with pytest.raises(InputError, match="negative in places"):
         restore(model, tmp_path, optimizer="sgd")
-    assert not any(isinstance(module, ScaleHolder) for module in model.modules())
+    assert not any(isinstance(module, Scaled) for module in model.modules())
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_a_trained_scale_comes_back_with_its_checkpoint(sign: float, tmp_path: P
     source = fused("bert", "adamw", shift=0.05)
     with torch.no_grad():
         for module in source.modules():
-            if isinstance(module, ScaleHolder) and module.scale is not None:
+            if isinstance(module, Scaled) and module.scale is not None:
                 module.scale[::3] *= 1.3 * sign
     own = {name: tensor.clone() for name, tensor in source.state_dict().items()}
     source.save_pretrained(tmp_path, max_shard_size="24KB")
@@ -389,7 +389,7 @@ def test_scales_of_more_layers_or_neurons_and_silent_ones(tmp_path: Path) -> Non
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     again = copy.deepcopy(model)
     restore(again, tmp_path, optimizer="adamw")  # to another form than it was saved in, with a neuron that is silent
-    assert {m.parameterization for m in again.modules() if isinstance(m, ScaleHolder)} == {"scaled"}
+    assert {m.parameterization for m in again.modules() if isinstance(m, Scaled)} == {"scaled"}
     same(again, logits(source))
     good = ck.scales(tmp_path)
     name = f"bert.encoder.layer.1.{ck.HOLDER}.scale"
