@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fusion_kernels.activations import ACTIVATIONS
+from fusion_kernels.gates import Gate
 from mlp_fusion.errors import InputError
 from mlp_fusion.families.sites import Clamp, Function, WidthKey
 from mlp_fusion.modules import Scaled
@@ -69,8 +70,15 @@ class Kind:
     def name(self) -> str:
         """The activation's name in `fusion_kernels.activations`; `UNNAMED` where the function is not the kernels'."""
         f = self.function
-        plain = f.clamp is None and f.up_offset == 0.0 and f.factor == 1.0
-        return f.activation if plain and f.activation in ACTIVATIONS else UNNAMED
+        return f.activation if f.activation in ACTIVATIONS and f.factor == 1.0 else UNNAMED
+
+    @property
+    def gating(self) -> Gate:
+        """Limits and offset of a gated FFN."""
+        f = self.function
+        if f.clamp is None:
+            return Gate(up_offset=f.up_offset)
+        return Gate(f.clamp.limit, f.clamp.gate, f.up_offset)  # type: ignore[arg-type]
 
     @functools.cached_property
     def parameters(self) -> list[str]:
@@ -273,8 +281,9 @@ class Architecture:
             raise InputError(f"{site.path}: {error}") from error
         scale, exponent = (None, 0.0) if fused is None else (fused.scale, fused.scale_exponent)
         bundle = bundle_of(
-            tensors, kind.projections, kind.name, experts=max(kind.experts, 1), scale=scale, scale_exponent=exponent
-        )
+            tensors, kind.projections, kind.name, gating=kind.gating, experts=max(kind.experts, 1), scale=scale,
+            scale_exponent=exponent,
+        )  # fmt: skip
         return bundle if site.expert is None else bundle.select(site.expert)
 
 

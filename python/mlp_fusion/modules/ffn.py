@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar, TypeVar
 
 import torch
@@ -46,7 +46,6 @@ class FusedFFN(ScaledModule):
         parameterization: str = "folded",
         names: Mapping[str, str] | None = None,
         dropout: float = 0.0,
-        borrowed: Mapping[str, nn.Module] | None = None,
         checkpoint_level: int = 1,
         gating: Gate = PLAIN,
     ) -> None:
@@ -59,9 +58,6 @@ class FusedFFN(ScaledModule):
             parameterization: see the class.
             names: role -> child name, where the host model calls them otherwise.
             dropout: probability of the dropout behind the output projection.
-            borrowed: role -> module that owns that projection under `names[role]`: a sibling in the host model, which
-                keeps the parameter's name. Borrowed projections are not children of this module; the host passes a
-                function that returns the output projection to `forward`.
             checkpoint_level: see the class.
             gating: limits and offset of a gated FFN, a `fusion_kernels.Gate`.
 
@@ -73,11 +69,8 @@ class FusedFFN(ScaledModule):
         if not gating.plain and not self.gated:
             raise ValueError("gating has limits or an offset, and a plain FFN has no gate")
         self.projection_names = dict(self.ROLES if names is None else names)
-        # In a dict, so outside the module tree, on purpose: the owner holds these parameters, this module calls them.
-        self._borrowed = dict(borrowed or {})
         for role, module in projections.items():
-            if role not in self._borrowed:
-                self.add_module(self.projection_names[role], module)
+            self.add_module(self.projection_names[role], module)
         self.dropout = nn.Dropout(dropout)
 
     @property
@@ -85,11 +78,10 @@ class FusedFFN(ScaledModule):
         return "w_gate" in self.ROLES
 
     def projection(self, role: str) -> nn.Module:
-        """The child (or borrowed) projection in `role`, with whatever adapter has been put around it."""
-        owner = self._borrowed.get(role, self)
-        return owner._modules[self.projection_names[role]]  # type: ignore[return-value]
+        """The child projection in `role`, with whatever adapter has been put around it."""
+        return self._modules[self.projection_names[role]]  # type: ignore[return-value]
 
-    def _weights(self, x: Tensor, w_out: nn.Module | None) -> list[tuple[Tensor, Tensor | None]] | None:
+    def _weights(self, x: Tensor) -> list[tuple[Tensor, Tensor | None]] | None:
         """Weight `(out, in)` and bias of every projection, as in `ROLES`, or None where one of them has to be called.
 
         None as well when x has another dtype than the weights, outside autocast: torch then raises a clear error. And
@@ -99,7 +91,7 @@ class FusedFFN(ScaledModule):
             return None
         found = []
         for role in self.ROLES:
-            projection = w_out if w_out is not None and role == "w_out" else self.projection(role)
+            projection = self.projection(role)
             reason = obstacle(projection)
             if reason is not None:
                 if not torch.compiler.is_compiling():
@@ -307,21 +299,15 @@ class FusedMLP(FusedFFN):
         projections = {"w_in": fc1, "w_out": fc2}
         return _from_projections(cls, projections, activation, scale, parameterization, checkpoint_level, PLAIN)
 
-    def forward(self, x: Tensor, w_out: Callable[[], nn.Module] | None = None) -> Tensor:
-        """`(..., d)` -> `(..., d_out)`; `w_out` returns the output projection where it is not this module's own.
-
-        It is a function, because hooks that look at arguments (accelerate's, those of parallel wrappers) move or cast
-        the modules among them.
-        """
-        output = self.projection("w_out") if w_out is None else w_out()
-        weights = self._weights(x, output)
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self._weights(x)
         if weights is None:
             before, behind = self._factors()
             hidden = self._activated(self.projection("w_in"), x, before)
-            return self._projected(hidden, behind, output)
-        (w_in, b_in), (w_out_, b_out) = weights
+            return self._projected(hidden, behind, self.projection("w_out"))
+        (w_in, b_in), (w_out, b_out) = weights
         scale = self._scale_of_operator()
-        y = fused_mlp(x, w_in, b_in, w_out_, b_out, scale, self.activation, self.checkpoint_level)
+        y = fused_mlp(x, w_in, b_in, w_out, b_out, scale, self.activation, self.checkpoint_level)
         return self._dropped(y)
 
 
@@ -370,7 +356,7 @@ class FusedGLU(FusedFFN):
         return _from_projections(cls, projections, activation, scale, parameterization, checkpoint_level, gating)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = self._weights(x, None)
+        weights = self._weights(x)
         if weights is None:
             before, behind = self._factors()
             gate, up = self._activated(self.projection("w_gate"), x, before), self.projection("w_in")(x)

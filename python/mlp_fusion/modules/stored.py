@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusion_kernels.gates import PLAIN, Gate
 from mlp_fusion.neurons import NeuronBundle
 
 _HALVES = {"first": 0, "second": 1, "even": 0, "odd": 1}
@@ -76,6 +77,7 @@ def bundle_of(
     projections: Sequence[Projection],
     activation: str,
     *,
+    gating: Gate = PLAIN,
     experts: int = 1,
     scale: Tensor | None = None,
     scale_exponent: float = 0.0,
@@ -86,6 +88,7 @@ def bundle_of(
         tensors: by the names that `projections` give them.
         projections: where it lies.
         activation: a name in `fusion_kernels.activations.ACTIVATIONS`.
+        gating: limits and offset of a gated FFN.
         experts: E; input projections may have more, of which nothing comes out.
         scale: `(N,)` or `(E, N)` cluster sizes, integer or floating, or None.
         scale_exponent: the a with which the tensors carry the scale.
@@ -103,7 +106,7 @@ def bundle_of(
         scale = scale.detach().reshape(experts, -1)
         scale = scale if scale.is_floating_point() else scale.float()
     exponent = 0.0 if scale is None else scale_exponent
-    return NeuronBundle(activation=activation, scale=scale, scale_exponent=exponent, **found)
+    return NeuronBundle(activation=activation, gating=gating, scale=scale, scale_exponent=exponent, **found)
 
 
 def tensors_of(
