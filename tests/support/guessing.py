@@ -7,6 +7,7 @@ Values are random, since outputs are compared. What the product guesses while it
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import itertools
 import math
@@ -28,6 +29,16 @@ _PARTS = (
     "language_config", "speech_config", "vision_encoder_config", "audio_encoder_config", "image_encoder",
 )  # fmt: skip
 Inputs = dict[str, Any]
+_GUESSES = 120
+#: How often a guess is mended by what an error says.
+_REPAIRS = 5
+#: Errors that name a size that was given and one that was wanted, and which groups those are.
+_SIZES_IN_ERRORS = (
+    (r"mat1 and mat2 shapes cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)", (1, 2)),
+    (r"to have (\d+) channels, but got (\d+) channels", (2, 1)),
+    (r"Given normalized_shape=\[(\d+)\].*got input of size\[[\d, ]*?(\d+)\]", (2, 1)),
+    (r"image size \((\d+)\*\d+\) doesn't match model \((\d+)\*", (1, 2)),
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ class Probe:
 
 
 @torch.no_grad()
-def find_probes(model: PreTrainedModel, wanted: set[str], seconds: float = 20.0) -> tuple[list[Probe], list[str]]:
+def find_probes(model: PreTrainedModel, wanted: set[str], seconds: float = 8.0) -> tuple[list[Probe], list[str]]:
     """Probes of a model that together reach the modules at the paths `wanted`, as far as guesses go.
 
     The whole model counts first; parts with a `forward` of their own follow where it leaves modules out.
@@ -72,7 +83,10 @@ def find_probes(model: PreTrainedModel, wanted: set[str], seconds: float = 20.0)
 
 def _best(part: Any, path: str, wanted: set[str], problems: list[str], until: float) -> Probe | None:
     best: Probe | None = None
-    for inputs in itertools.islice(guesses(part), 120):
+    # Caches of some layers are not made for others; and nothing of them is compared.
+    plain = {"use_cache": False} if "use_cache" in inspect.signature(part.forward).parameters else {}
+    for guess in itertools.islice(guesses(part), _GUESSES):
+        inputs = {**guess, **plain}
         found = _tried(part, path, inputs, wanted, problems)
         if found is not None and (best is None or len(found.reached) > len(best.reached)):
             best = found
@@ -85,10 +99,11 @@ def _best(part: Any, path: str, wanted: set[str], problems: list[str], until: fl
 
 def _tried(part: Any, path: str, inputs: Inputs, wanted: set[str], problems: list[str]) -> Probe | None:
     """The probe, if the part runs on `inputs`, perhaps after as many tokens for images are put in as it asks for."""
-    for _ in range(3):
+    for _ in range(_REPAIRS):
+        message = ""
         with _watching(part, path, wanted) as reached, _asking(part) as asked:
             try:
-                outputs = tensors(part(**inputs))
+                outputs = tensors(part(**copy.deepcopy(inputs)))
             except Exception as error:  # noqa: BLE001  (a guess that the model does not take)
                 message = " ".join(str(error).split())
                 problems.append(f"{type(error).__name__}: {message[:160]} ({', '.join(inputs)})")
@@ -97,10 +112,32 @@ def _tried(part: Any, path: str, inputs: Inputs, wanted: set[str], problems: lis
                     return Probe(path, inputs, frozenset(reached))
                 problems.append("no output, or one that is not finite")
                 return None
-        changed = _with_placeholders(part.config, inputs, asked)
+        if not asked and (counted := re.search(r"tokens do not match.*features:? (\d+)", message)):
+            asked = {message.split()[0].lower(): int(counted[1])}
+        changed = _with_placeholders(part.config, inputs, asked) or _resized(inputs, message)
         if changed is None:
             return None
         inputs = changed
+    return None
+
+
+def _resized(inputs: Inputs, message: str) -> Inputs | None:
+    """Inputs with another size of one axis, where an error names the size that was wanted, or None."""
+    for text, (had, wants) in _SIZES_IN_ERRORS:
+        found = re.search(text, message)
+        if found is None:
+            continue
+        old, new = int(found[had]), int(found[wants])
+        for name, value in inputs.items():
+            if not isinstance(value, Tensor) or not value.is_floating_point() or old == new:
+                continue
+            for axis in reversed(range(value.dim())):
+                size = value.shape[axis]
+                # Some models take the first entries off: numbers of a patch's row and column.
+                if size in (old, old + 2) and size + new - old > 0:
+                    shape = [*value.shape]
+                    shape[axis] = size + new - old
+                    return {**inputs, name: torch.randn(shape, generator=torch.Generator().manual_seed(3))}
     return None
 
 
@@ -203,6 +240,8 @@ def guesses(model: Any) -> Iterator[Inputs]:
     g = torch.Generator().manual_seed(0)
     text = _text(names, config, g)
     images = list(itertools.islice(_images(names, config, g), 24)) if "pixel_values" in names else []
+    if "image" in names and not images:
+        images = [{"image": image["pixel_values"]} for image in _images(names, config, g)][:8]
     videos = list(itertools.islice(_videos(names, config, g), 8))
     sounds = list(itertools.islice(_sounds(names, config, g), 24))
     main = model.main_input_name if isinstance(model.main_input_name, str) else ""
@@ -215,6 +254,10 @@ def guesses(model: Any) -> Iterator[Inputs]:
     yield from ({**text, **video} for video in videos)
     yield from _others(names, config, g)
     if text:
+        codebooks = next(_numbers(config, "num_codebooks", "num_channels", "n_codebooks"), 0)
+        if codebooks and "pixel_values" not in names:
+            main_ids = "decoder_input_ids" if "decoder_input_ids" in text else "input_ids"
+            yield {**text, main_ids: text[main_ids][..., None].expand(1, _TOKENS, codebooks) if main_ids in text else None}
         yield text
         yield {name: value for name, value in text.items() if name.endswith("input_ids")}
     yield from ({**_decoders(text), **image} for image in images if text)
@@ -248,9 +291,9 @@ def _text(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Inputs:
         return torch.randint(low, high, (1, _TOKENS), generator=g)
 
     made = {name: ids() for name in names if re.fullmatch(r"(decoder_|qformer_|tasks_)?input_ids", name)}
-    if "attention_mask" in names and "input_ids" in made:
-        made["attention_mask"] = torch.ones_like(made["input_ids"])
-        made.pop("attention_mask")
+    if "visual_feats" in names:
+        made["visual_feats"] = torch.randn(1, 4, next(_numbers(config, "visual_feat_dim"), 8), generator=g)
+        made["visual_pos"] = torch.rand(1, 4, next(_numbers(config, "visual_pos_dim"), 4), generator=g)
     if "bbox" in names:
         made["bbox"] = torch.tensor([[[1, 2, 5, 6]]]).expand(1, _TOKENS, 4)
     return made
@@ -268,22 +311,18 @@ def _images(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterat
             yield from _patch_lists(names, channels[0], p, g)
     for c, size in itertools.product(channels[:2], sizes):
         pixels = torch.randn(1, c, size, size, generator=g)
+        yield {"pixel_values": pixels}
         yield _beside_pixels(names, pixels, size)
-        if (
-            "image_sizes" in names
-            or "pixel_attention_mask" in names
-            or "num_tiles" in names
-            or "aspect_ratio_ids" in names
-        ):
-            for tiles in (1, 2, 3, 5):
-                yield _beside_pixels(names, torch.randn(1, tiles, c, size, size, generator=g), size)
-        if "aspect_ratio_ids" in names:
-            tiles = next(_numbers(config, "max_num_tiles"), 4)
-            yield {
-                "pixel_values": torch.randn(1, 1, tiles, c, size, size, generator=g),
-                "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
-                "aspect_ratio_mask": torch.ones(1, 1, tiles, dtype=torch.long),
-            }
+    tiled = {"image_sizes", "pixel_attention_mask", "num_tiles", "image_attention_mask"} & names.keys()
+    for size, tiles in itertools.product(sizes, (1, 2, 3, 5)) if tiled else ():
+        yield _beside_pixels(names, torch.randn(1, tiles, channels[0], size, size, generator=g), size)
+    for size in sizes if "aspect_ratio_ids" in names else ():
+        tiles = next(_numbers(config, "max_num_tiles"), 4)
+        yield {
+            "pixel_values": torch.randn(1, 1, tiles, channels[0], size, size, generator=g),
+            "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
+            "aspect_ratio_mask": torch.ones(1, 1, tiles, dtype=torch.long),
+        }
     size = sizes[0]
     yield {"pixel_values": torch.randn(1, 2, channels[0], size, size, generator=g)}
     yield {"pixel_values": torch.randn(1, 16, channels[0], size, size, generator=g)}
@@ -296,6 +335,10 @@ def _beside_pixels(names: Mapping[str, Any], pixels: Tensor, size: int) -> Input
         made["pixel_mask"] = torch.ones(pixels.shape[0], size, size, dtype=torch.long)
     if "pixel_attention_mask" in names and pixels.dim() == 5:
         made["pixel_attention_mask"] = torch.ones(*pixels.shape[:2], size, size, dtype=torch.bool)
+    if "image_attention_mask" in names and pixels.dim() == 5:
+        made["image_attention_mask"] = torch.ones(1, _TOKENS, pixels.shape[1], dtype=torch.long)
+    if "high_res_pixel_values" in names:
+        made["high_res_pixel_values"] = pixels
     if "image_sizes" in names:
         made["image_sizes"] = torch.tensor([[size, size]])
     if "target_sizes" in names:
@@ -378,12 +421,14 @@ def _sounds(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterat
     for b, length in itertools.product(bins, dict.fromkeys([*longest[:1], 3000, 100])):
         if b * length > 2_000_000:
             continue
-        for shape in ((1, b, length), (1, length, b), (b, length)):
+        for shape in ((1, b, length), (1, length, b), (b, length), (1, 1, length, b)):
             frames = length
             made: Inputs = {"input_features": torch.randn(shape, generator=g)}
             for name in names:
                 if name in ("input_features_mask", "feature_attention_mask"):
                     made[name] = torch.ones(1, frames, dtype=torch.long)
+                elif name == "is_longer":
+                    made[name] = torch.zeros(1, 1, dtype=torch.bool)
                 elif name == "feature_lens":
                     made[name] = torch.tensor([frames])
                 elif name == "aftercnn_lens":
@@ -418,6 +463,19 @@ def _others(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterat
 
 
 def _hidden(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterator[Inputs]:
+    if "query_embeds" in names or "encoder_hidden_states" in names:
+        width = next(_numbers(config, "hidden_size", "d_model"), 8)
+        seen = next(_numbers(config, "encoder_hidden_size"), width)
+        name = next(name for name in ("query_embeds", "inputs_embeds", "hidden_states", "encoder_hidden_states") if name in names)
+        yield {
+            name: torch.randn(1, 8, width, generator=g),
+            "encoder_hidden_states": torch.randn(1, 12, seen, generator=g),
+        }
+        if "input_ids" in names:
+            yield {
+                "input_ids": torch.randint(_LEAST_ID, _MOST_ID, (1, _TOKENS), generator=g),
+                "encoder_hidden_states": torch.randn(1, 12, seen, generator=g),
+            }
     sizes = list(dict.fromkeys(_numbers(config, "hidden_size", "d_model", "embed_dim", "dim")))[:4]
     for name in ("inputs_embeds", "hidden_states", "latents", "embeds"):
         if name in names:

@@ -11,6 +11,7 @@ import copy
 import math
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,7 @@ SAME = 1e-5
 #: Those that show a mistake.
 OTHER = 1e-3
 #: Candidates that are tried, if none runs whole.
-_CANDIDATES = 4
+_CANDIDATES, _SECONDS = 10, 12.0
 _STEPS, _RATE = 3, 1e-3
 
 
@@ -96,11 +97,13 @@ def prepare(model_type: str, known: Steps | None = None) -> Trip:
     """
     candidates = small_configs(model_type) if known is None else iter([only_candidate(model_type, known)])
     best: Trip | None = None
+    until = time.perf_counter() + _SECONDS
     for number, small in enumerate(candidates):
         trip = _built(small)
         if best is None or _rank(trip) > _rank(best):
             best = trip
-        if number + 1 == _CANDIDATES or (best.probes and best.paths <= best.reached):
+        full = bool(best.probes) and best.paths <= best.reached
+        if full or number + 1 == _CANDIDATES or time.perf_counter() > until:
             break
     if best is None:
         raise InputError(f"{model_type}: no small config has every kind of parameter of the default config's model")

@@ -7,6 +7,7 @@ numbers replaced. Whether a candidate runs is for the caller to see, who gets th
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -47,6 +48,22 @@ _TOKEN = re.compile(r".*(token_ids?|token_index|_token|_id|begin_suppress_tokens
 _VOCABULARY = re.compile(r".*vocab_size.*|vocabulary_size|n_tokens|num_tokens")
 _NO_SECTIONS = {"id2label", "label2id", "task_specific_params", "quantization_config"}
 _ROPE = {"rope_parameters", "rope_scaling"}
+
+_SECTIONS = {"rope_parameters.mrope_section": [1, 1, 2]}
+#: By `model_type`, also of parts of other models: values without which a small model does not run, by dotted keys.
+EXTRA: dict[str, dict[str, Any]] = {
+    # The default limit is None, and is used as a number.
+    "dbrx": {"attn_config.clip_qkv": 8.0},
+    # The sections of the rotary frequencies do not add up to those of a head: the factor that halves them is left out.
+    "glm4v_text": _SECTIONS,
+    "glm4v_moe_text": _SECTIONS,
+    "glm_image_text": _SECTIONS,
+    "glmga_text": _SECTIONS,
+    # The sections have no default.
+    "hunyuan_vl_text": _SECTIONS,
+    # The number of layers is worked out from that of a stack, where it is not given.
+    "hrm_text": {"num_layers_per_stack": None, "num_hidden_layers": 2},
+}
 
 
 @dataclass(frozen=True)
@@ -135,6 +152,12 @@ def small_config(config: Any, steps: Steps) -> Any:
             _fewer_words(section, steps.words, ids)
         if steps.divisor > 1:
             _smaller(section, steps.divisor, steps.heads)
+        for key, value in EXTRA.get(str(section.get("model_type")), {}).items():
+            *outer, last = key.split(".")
+            functools.reduce(lambda inner, name: inner[name], outer, section)[last] = value
+    vision, text = values.get("vision_config"), values.get("text_config")
+    if isinstance(vision, dict) and "out_hidden_size" in vision and isinstance(text, dict):
+        vision["out_hidden_size"] = text.get("hidden_size")  # defaults of parts need not fit together
     return type(config).from_dict(values)
 
 
@@ -219,6 +242,8 @@ def _fewer_experts(section: dict[str, Any], experts: int) -> None:
         most = experts if _EXPERTS.fullmatch(key) else 2 if _CHOSEN.fullmatch(key) else None
         if most is not None and _is_int(value):
             section[key] = min(value, most)
+        elif most is not None and value is None and _CHOSEN.fullmatch(key):
+            section[key] = most  # a default that builds, but does not run
         elif most is not None and isinstance(value, list):
             section[key] = [min(entry, most) for entry in value]
         elif key in _GROUPS and _is_int(value):
