@@ -86,15 +86,10 @@ _HOSTS = {
 }
 
 
-def _is_host(name: str) -> bool:
-    """Whether a module has functions that `store.hosts` wraps."""
-    return name in _HOSTS or (name.startswith("transformers.models.") and ".modeling_" in name)
-
-
 def _adapt(module: ModuleType) -> None:
     from mlp_fusion.store.hosts import adapt
 
     adapt(module)
 
 
-when_imported(_is_host, _adapt)
+when_imported(_HOSTS.__contains__, _adapt)

@@ -20,6 +20,9 @@ from fusion_kernels.ffn import FFN, TENSORS
 
 Parameterization = Literal["folded", "scaled", "split"]
 
+#: In place of an activation's name: a function of each neuron by itself that the kernels do not know.
+UNNAMED = "unnamed"
+
 #: How much of the cluster size p the weights carry: weights are stored as p^a times the canonical ones.
 SCALE_EXPONENTS: dict[str, float] = {"scaled": 0.0, "split": 0.5}
 
@@ -51,7 +54,8 @@ class NeuronBundle(FFN):
     Attributes:
         w_in: `(B, N, d)` input weights; of a gated FFN, the up projection.
         w_out: `(B, N, d_out)` output weights, a row per neuron.
-        activation: a name in `fusion_kernels.activations.ACTIVATIONS`.
+        activation: a name in `fusion_kernels.activations.ACTIVATIONS`, or :data:`UNNAMED`: neurons can then be merged
+            and chosen, but not computed.
         w_gate: `(B, N, d)` gate projection, or None for a plain FFN.
         b_in, b_gate: `(B, N)` biases of `w_in` and `w_gate`, or None.
         b_out: `(B, d_out)` output bias, or None. Clustering leaves it alone; a refit fits it.
@@ -76,7 +80,8 @@ class NeuronBundle(FFN):
     """
 
     def __post_init__(self) -> None:
-        get_activation(self.activation)
+        if self.activation != UNNAMED:
+            get_activation(self.activation)
         self.check("B")
 
     @property

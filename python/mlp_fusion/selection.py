@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
@@ -47,13 +48,14 @@ def parameterization_for(optimizer: str | None) -> Parameterization:
     return OPTIMIZERS[named[0]]
 
 
-def resolve_layers(layers: Layers, available: list[int]) -> list[int]:
+def resolve_layers(layers: Layers, available: list[int], paths: Sequence[str] = ()) -> list[int]:
     """Turn a choice of layers into sorted indices.
 
     Args:
         layers: None or `"all"`; a range or any iterable of indices; a text of comma-separated parts, each `4`, `4-11`
-            (both ends included), `first:4` or `last:8`.
+            (both ends included), `first:4`, `last:8`, or a pattern of paths such as `decoder.*`.
         available: the indices of the layers that have an FFN.
+        paths: of their FFNs, in the same order.
 
     Raises:
         InputError: a part cannot be read, a layer does not exist, or nothing is chosen.
@@ -65,7 +67,7 @@ def resolve_layers(layers: Layers, available: list[int]) -> list[int]:
         raise InputError(f"layers is {layers!r}: give a range, a list or a text such as last:8")
     if isinstance(layers, str):
         for part in layers.split(","):
-            chosen.update(_parse_part(part.strip(), sorted(available)))
+            chosen.update(_parse_part(part.strip(), sorted(available), dict(zip(available, paths, strict=False))))
     else:
         for index in layers:
             if isinstance(index, bool) or not isinstance(index, Integral):
@@ -82,7 +84,7 @@ def resolve_layers(layers: Layers, available: list[int]) -> list[int]:
     return sorted(chosen)
 
 
-def _parse_part(part: str, available: list[int]) -> list[int]:
+def _parse_part(part: str, available: list[int], paths: Mapping[int, str]) -> list[int]:
     if found := re.fullmatch(r"(first|last):(\d{1,18})", part):
         count = int(found[2])
         if not 1 <= count <= len(available):
@@ -96,7 +98,15 @@ def _parse_part(part: str, available: list[int]) -> list[int]:
             raise InputError(f"layers {part!r}: the range runs backwards")
         # One that is out of range is enough to say so.
         return list(range(first, min(last, max(first, *available) + _SHOWN + 1) + 1))
-    raise InputError(f"layers {part!r} cannot be read: use all, 4, 4-11, first:4, last:8, or several with commas")
+    if paths and ("*" in part or "." in part):
+        matched = [index for index, path in paths.items() if fnmatch.fnmatchcase(path, part)]
+        if not matched:
+            raise InputError(f"layers {part!r}: no FFN lies there; the first is {next(iter(paths.values()))}")
+        return matched
+    raise InputError(
+        f"layers {part!r} cannot be read: use all, 4, 4-11, first:4, last:8, a pattern of paths such as decoder.*, or "
+        "several with commas"
+    )
 
 
 def width_multiple(full: int) -> int:

@@ -292,10 +292,19 @@ class FuseSettings(PlanSettings):
         if calibrated is False and (wanting := self._wants_text()) is not None:
             raise InputError(f"{wanting} needs calibration text: pass calibration (--calibration FILE)")
 
-    def resolved(self, layers: list[int], *, calibrated: bool) -> FuseSettings:
-        """The same with nothing left to be decided: `layers`, and what `refit` and `match` come to."""
+    def resolved(self, layers: list[int], *, calibrated: bool, named: bool = True) -> FuseSettings:
+        """The same with nothing left to be decided: `layers`, and what `refit` and `match` come to.
+
+        Raises:
+            InputError: what was asked for has to compute FFNs whose function is not `named`.
+        """
         match = OPTIMIZER_KERNELS[self.parameterization] if self.match == "auto" else self.match
-        refit = calibrated if self.refit is None else self.refit
+        refit = calibrated and named if self.refit is None else self.refit
+        if not named and (refit or match is not None or self.budget is not None or self.sequential):
+            raise InputError(
+                "the function of the model's FFNs is not among those of the kernels: their neurons can be merged and "
+                "chosen, without refit, match, sequential and width auto"
+            )
         return dataclasses.replace(self, layers=layers, refit=refit, match=match)
 
     def _check_method(self) -> None:

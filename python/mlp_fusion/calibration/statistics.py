@@ -211,7 +211,7 @@ def collect(
         InputError: there is no batch or no token, or the model cannot run on one.
     """
     batches = take_calibration(calibration)
-    inputs = architecture.read(sites[0], model.config).w_in
+    inputs = architecture.read(sites[0]).w_in
     plan = StreamPlan(batches, row_capacity(rows, inputs.shape[-1], inputs.element_size()), seed)
     collectors = [Collector(plan.capacity) for _ in sites]
     done = [0] * len(sites)

@@ -1,186 +1,275 @@
-"""`Architecture`: where a model family keeps its feed-forward layers, in memory and on disk.
+"""`Architecture`: where the FFNs of a model are, in memory and on disk, as its description or a checkpoint's record says.
 
-An entry is data: paths below a layer, the config keys, the layer class. What is generic (finding the FFNs, reading
-them, putting fused ones back) lives here; a family overrides only what it does in a way of its own. Tensor names in a
-checkpoint are the module paths, so one set of paths serves both.
+An entry is data: patterns of paths, names of parameters below them and how neurons lie there. Tensor names in memory are
+the module paths, so one set of paths serves modules and state dicts.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from fusion_kernels.activations import ACTIVATIONS
 from mlp_fusion.errors import InputError
+from mlp_fusion.families.sites import Clamp, Function, WidthKey
 from mlp_fusion.modules import ScaleHolder
-from mlp_fusion.modules.activations import CONFIG_ACTIVATIONS
-from mlp_fusion.modules.ffn import FusedFFN, FusedGLU, FusedMLP
-from mlp_fusion.modules.layouts import read_bundle, read_projection
-from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.modules.ffn import FusedFFN
+from mlp_fusion.modules.layouts import read_parameter
+from mlp_fusion.modules.stored import Projection, bundle_of, count_neurons, parameters_of
+from mlp_fusion.neurons import UNNAMED, NeuronBundle
+
+#: How a narrower FFN stands in the model: a module of its own; its activation wrapped; its output projection wrapped;
+#: or the module that holds its weights wrapped.
+FORMS = ("module", "activation", "projection", "weights")
 
 
 @dataclass(frozen=True)
+class Kind:
+    """One kind of FFN of a model. All paths but the first are dotted and relative to it.
+
+    Attributes:
+        path: of the module that holds it, with `#` for numbers, below the base model.
+        projections: where its neurons lie.
+        function: what it computes between them.
+        width: neurons before any fusion; of one expert.
+        experts: experts in the stack; 0 of a dense FFN.
+        group: kinds with the same number are moved by one config key.
+        key: the config key of its width, or None where nothing but its width moves with any.
+        form: one of :data:`FORMS`.
+        activation: path of the activation's module, of the form `activation`.
+        dropout: path of the dropout behind the output projection, of the form `module`; else empty.
+        counts: numbers that modules keep of the width: path of the attribute -> how many times the width it is.
+        instances: paths of all of them, where other kinds have the same pattern and parameters; else empty.
+    """
+
+    path: str
+    projections: tuple[Projection, ...]
+    function: Function
+    width: int
+    experts: int = 0
+    group: int = 0
+    key: WidthKey | None = None
+    form: str = "module"
+    activation: str = ""
+    dropout: str = ""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    instances: tuple[str, ...] = ()
+
+    @property
+    def gated(self) -> bool:
+        return any(p.role == "w_gate" for p in self.projections)
+
+    @property
+    def name(self) -> str:
+        """The activation's name in `fusion_kernels.activations`; `UNNAMED` where the function is not the kernels'."""
+        f = self.function
+        plain = f.clamp is None and f.up_offset == 0.0 and f.factor == 1.0
+        return f.activation if plain and f.activation in ACTIVATIONS else UNNAMED
+
+    @functools.cached_property
+    def parameters(self) -> list[str]:
+        """Names of all of its parameters below its path, biases too."""
+        return parameters_of(self.projections)
+
+    def projection(self, role: str) -> Projection:
+        return next(p for p in self.projections if p.role == role)
+
+    @property
+    def holder(self) -> str:
+        """Path of the module that holds a fused FFN's scale; empty for the one at `path`."""
+        return {
+            "activation": self.activation,
+            "projection": self.projection("w_out").parameter.rpartition(".")[0],
+        }.get(self.form, "")
+
+    @property
+    def scale(self) -> str:
+        """Name of a fused FFN's scale below `path`."""
+        return f"{self.holder}.scale".lstrip(".")
+
+    @functools.cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Of names in the module at `path`."""
+        inside = re.escape(self.path).replace(r"\#", r"\d+")
+        return re.compile(rf"(?P<path>(?:.+\.)?{inside})\.(?P<below>.+)" if self.path else r"(?P<path>)(?P<below>.+)")
+
+    def locate(self, name: str) -> tuple[str, str] | None:
+        """Split a name into the path of an FFN of this kind and what stands below, or None."""
+        found = self.pattern.fullmatch(name)
+        if found is None:
+            return None
+        path = found["path"]
+        if self.instances and not any(path == own or path.endswith(f".{own}") for own in self.instances):
+            return None
+        return path, found["below"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        values = dataclasses.asdict(self)
+        if self.key is not None:
+            values["key"].pop("also_moves")
+        return values
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Kind:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError: `values` is not one.
+        """
+        function, key = dict(values["function"]), values["key"]
+        if function["clamp"] is not None:
+            function["clamp"] = Clamp(**function["clamp"])
+        if values["form"] not in FORMS or not isinstance(values["path"], str):
+            raise ValueError(values["form"])
+        return Kind(
+            **{
+                **values,
+                "projections": tuple(Projection(**p) for p in values["projections"]),
+                "function": Function(**function),
+                "key": None if key is None else WidthKey(**key),
+                "instances": tuple(values["instances"]),
+            }
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class FFNSite:
     """One FFN in a loaded model.
 
     Attributes:
-        index: the layer's number.
-        path: the layer's dotted path in the model (`encoder.layer.4`).
-        layer: the layer's module.
+        index: its number among the model's FFNs; where each layer has one, the layer's.
+        path: dotted path of the module that holds it.
+        root: the model.
+        kind: what it is.
+        expert: which of a stack of experts, which share index and path; None for a dense FFN, or the whole stack.
     """
 
     index: int
     path: str
-    layer: nn.Module
+    root: nn.Module
+    kind: Kind
+    expert: int | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that holds it, as it stands in the model now."""
+        return self.root.get_submodule(self.path)
+
+    @property
+    def label(self) -> str:
+        """Its path, and the expert's number."""
+        return self.path if self.expert is None else f"{self.path}[{self.expert}]"
+
+    def below(self, path: str) -> nn.Module:
+        """The submodule at a path below the FFN's own; itself for an empty one."""
+        try:
+            return self.module.get_submodule(path)
+        except AttributeError as error:
+            raise InputError(f"{self.path} has no {path}, where a part of its FFN is said to be") from error
+
+    def experts(self) -> list[FFNSite]:
+        """The experts of a stack, one by one; of a dense FFN, itself."""
+        if not self.kind.experts:
+            return [self]
+        return [dataclasses.replace(self, expert=number) for number in range(self.kind.experts)]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One family's FFNs. All paths are dotted and, but for `layers`, relative to the layer.
+    """Where a model's FFNs are.
 
     Attributes:
-        model_types: `config.model_type` values it answers for.
+        model_type: `config.model_type`.
         base: what stands before the names of the base model's tensors in a model with a head.
-        layers: path of the list of layers, without the model's prefix (`encoder.layer`).
-        module: the FFN module, which `install` replaces.
-        projections: role (`w_in`, `w_out`, `w_gate`) -> path of that projection.
-        width_key: config key of the FFN's width.
-        activation_key: config key of the activation's name.
-        layer_class: `module:Class` of what is built once per layer and gets the layer's index.
-        layer_class_builds_list: it is built once instead, and makes the list of layers itself.
-        dropout: path of the dropout behind the output projection, if the FFN module owns one.
-        transposed: weights are stored `(in, out)` (GPT-2's `Conv1D`).
+        kinds: the kinds of FFNs, longer paths first.
     """
 
-    model_types: tuple[str, ...]
+    model_type: str
     base: str
-    layers: str
-    module: str
-    projections: Mapping[str, str]
-    layer_class: str
-    width_key: str = "intermediate_size"
-    activation_key: str = "hidden_act"
-    dropout: str | None = None
-    transposed: bool = False
-    layer_class_builds_list: bool = False
-    _pattern: re.Pattern[str] = field(init=False, repr=False, compare=False)
+    kinds: tuple[Kind, ...]
 
-    def __post_init__(self) -> None:
-        pattern = re.compile(rf"(?P<layer>(?:.+\.)?{re.escape(self.layers)}\.(?P<index>\d+))\.(?P<rest>.+)")
-        object.__setattr__(self, "_pattern", pattern)
+    def locate(self, name: str) -> tuple[Kind, str, str] | None:
+        """Split the name of a tensor of an FFN into kind, path of the FFN and what stands below it, or None.
 
-    @property
-    def gated(self) -> bool:
-        return "w_gate" in self.projections
-
-    @property
-    def holder(self) -> str:
-        """Path of the module that holds a fused FFN's scale."""
-        return self.module
-
-    @property
-    def owners(self) -> dict[str, str]:
-        """Role -> path, each projection once: one that holds gate and up counts as `w_in`."""
-        roles = {path: role for role, path in sorted(self.projections.items())}
-        return {role: path for role, path in self.projections.items() if roles[path] == role}
-
-    def lengths(self, role: str) -> int:
-        """How many times the width the neuron axis of the projection in `role` is long."""
-        return list(self.projections.values()).count(self.projections[role])
-
-    # --- config ------------------------------------------------------------------------------------------------------
-
-    def width(self, config: Any) -> int:
-        """The FFN width that `config` states, of one layer or of a model with equal layers."""
-        return int(getattr(config, self.width_key))
-
-    def activation(self, config: Any) -> str:
-        """The activation's name in `fusion_kernels.activations`.
-
-        Raises:
-            InputError: the config names one that has no entry there.
+        The scale of a fused FFN is one of its tensors.
         """
-        name = getattr(config, self.activation_key)
-        if name not in CONFIG_ACTIVATIONS:
-            known = ", ".join(sorted(CONFIG_ACTIVATIONS))
-            raise InputError(f"{config.model_type}: activation {name!r} is not supported (supported: {known})")
-        return CONFIG_ACTIVATIONS[name]
+        for kind in self.kinds:
+            found = kind.locate(name)
+            if found is not None and (found[1] in kind.parameters or found[1] == kind.scale):
+                return kind, *found
+        return None
 
-    # --- names -------------------------------------------------------------------------------------------------------
-
-    def locate(self, tensor_name: str) -> tuple[str, int, str] | None:
-        """Split a tensor or module name into (layer path, layer index, path below the layer), or None."""
-        found = self._pattern.fullmatch(tensor_name)
-        return None if found is None else (found["layer"], int(found["index"]), found["rest"])
-
-    def scale_name(self, layer_path: str) -> str:
-        """The state_dict key of a fused FFN's scale."""
-        return f"{layer_path}.{self.holder}.scale"
-
-    # --- a loaded model ----------------------------------------------------------------------------------------------
+    def relative(self, path: str) -> str:
+        """A path without what wrappers and models with heads put before it."""
+        for kind in self.kinds:
+            found = kind.locate(f"{path}.{kind.parameters[0]}")
+            if found is not None and found[1] == kind.parameters[0]:
+                return ".".join(path.split(".")[-(kind.path.count(".") + 1) :]) if kind.path else path
+        return path
 
     def sites(self, model: nn.Module) -> list[FFNSite]:
-        """The model's FFNs, fused ones too, in order of layers."""
-        sites = []
-        for name, _ in model.named_modules():
-            matched = self.locate(name)
-            if matched is not None and matched[2] == self.projections["w_in"]:
-                path, index, _ = matched
-                sites.append(FFNSite(index, path, model.get_submodule(path)))
-        return sorted(sites, key=lambda site: site.index)
+        """The model's FFNs, fused ones too, in the order in which its modules stand; a stack of experts is one."""
+        found: dict[str, Kind] = {}
+        names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
+        for name in names:
+            for kind in self.kinds:
+                first = kind.projection("w_in").parameter
+                located = kind.locate(name)
+                if located is not None and located[1] in (first, first.removesuffix(".weight")):
+                    found.setdefault(located[0], kind)
+                    break
+        order = {name: number for number, name in enumerate(names)}
+        paths = sorted(found, key=order.__getitem__)
+        return [FFNSite(index, path, model, found[path]) for index, path in enumerate(paths)]
 
     def projection(self, site: FFNSite, role: str) -> nn.Module:
-        return site.layer.get_submodule(self.projections[role])
+        """The module that multiplies by the weight in `role`."""
+        return site.below(site.kind.projection(role).parameter.rpartition(".")[0])
 
     def neurons(self, site: FFNSite) -> int:
         """The width of the FFN at `site`."""
-        return read_projection(self.projection(site, "w_in"))[0].shape[0] // self.lengths("w_in")
+        p = site.kind.projection("w_in")
+        return count_neurons(_parameter(site, p.parameter).shape, p, site.kind.experts)
 
     def fused(self, site: FFNSite) -> ScaleHolder | None:
         """The module that holds the scale of the FFN at `site`, or None where the model's own FFN stands."""
-        try:
-            module = site.layer.get_submodule(self.holder)
-        except AttributeError as error:
-            raise InputError(f"{site.path} has no {self.holder}, where the FFN is said to be") from error
+        module = site.below(site.kind.holder)
         return module if isinstance(module, ScaleHolder) else None
 
-    def read(self, site: FFNSite, config: Any) -> NeuronBundle:
-        """The FFN at `site` as a bundle with B = 1 (views of the weights).
+    def read(self, site: FFNSite) -> NeuronBundle:
+        """The FFN at `site` as a bundle (views of the weights): B = 1, or the number of experts of a whole stack.
 
         Raises:
             InputError: a projection is not a plain floating-point layer; the message names it.
         """
-        fused = self.fused(site)
+        kind, fused = site.kind, self.fused(site)
         try:
             if isinstance(fused, FusedFFN):
                 return fused.as_bundle()
-            projections = {role: self.projection(site, role) for role in self.projections}
-            return read_bundle(projections, self.activation(config))
+            tensors: dict[str, Tensor] = {}
+            for name in kind.parameters:
+                path, _, own = name.rpartition(".")
+                module = site.below(path)
+                tensors[name] = read_parameter(module, own)
         except InputError as error:
             raise InputError(f"{site.path}: {error}") from error
-
-    def install(self, site: FFNSite, bundle: NeuronBundle, parameterization: str) -> ScaleHolder:
-        """Put `bundle` in place of the FFN at `site`; device, dtype, training mode and `requires_grad` are kept."""
-        names = {role: path.removeprefix(f"{self.module}.") for role, path in self.projections.items()}
-        probability = 0.0 if self.dropout is None else float(site.layer.get_submodule(self.dropout).p)  # type: ignore[arg-type]
-        cls = FusedGLU if self.gated else FusedMLP
-        like = self.projection(site, "w_in")
-        fused = cls.from_bundle(bundle, parameterization, names=names, kind=type(like), dropout=probability)
-        adopt(fused, {role: (fused.projection(role), self.projection(site, role)) for role in self.projections})
-        site.layer.set_submodule(self.module, fused)
-        return fused
+        scale, exponent = (None, 0.0) if fused is None else (fused.scale, fused.scale_exponent)
+        bundle = bundle_of(
+            tensors, kind.projections, kind.name, experts=max(kind.experts, 1), scale=scale, scale_exponent=exponent
+        )
+        return bundle if site.expert is None else bundle.select(site.expert)
 
 
-def adopt(fused: ScaleHolder, pairs: Mapping[str, tuple[nn.Module, nn.Module]]) -> None:
-    """Give new projections the device, dtype and `requires_grad` of the ones they replace, and `fused` their mode."""
-    for new, old in pairs.values():
-        weight, _ = read_projection(old)
-        new.to(device=weight.device, dtype=weight.dtype).train(old.training)
-        for name, parameter in new.named_parameters():
-            parameter.requires_grad_(old.get_parameter(name).requires_grad)
-        fused.train(old.training)
-        if fused.scale is not None:
-            fused.scale = fused.scale.to(weight.device)
+def _parameter(site: FFNSite, name: str) -> Any:
+    path, _, own = name.rpartition(".")
+    module: Any = site.below(path)
+    while not hasattr(module, own) and hasattr(module, "base_layer"):  # an adapter around it
+        module = module.base_layer
+    return getattr(module, own)

@@ -39,7 +39,7 @@ class Claim:
         paths: all of them, each parameter once.
         shared: paths of further modules with the same parameters.
         width: neurons of one expert.
-        d_in, d_out: as in `Site`.
+        d_in, d_out, experts: as in `Site`.
         reason: why it is no FFN, or None.
     """
 
@@ -49,6 +49,7 @@ class Claim:
     width: int
     d_in: int
     d_out: int
+    experts: int
     reason: str | None
 
     @property
@@ -84,10 +85,11 @@ def claims(
         paths = _everywhere(alike, kinds, small, model, first)
         name = unit.found.output.parameter
         own = [path for path in paths if first.get(f"{path}.{name}") == f"{path}.{name}"]
-        width = _width(unit, first[f"{paths[0]}.{name}"], sizes, experts)
+        size = sizes[first[f"{paths[0]}.{name}"]]
+        stack = _stack(unit, size, experts.get(pattern(f"{paths[0]}.{name}"), 1))
         d_in, d_out = unit.found.inputs[0].n_in, unit.found.output.n_out
         shared = tuple(path for path in paths if path not in own)
-        made.append(Claim(unit, tuple(own), shared, width, d_in, d_out, None))
+        made.append(Claim(unit, tuple(own), shared, stack[0], d_in, d_out, stack[1], None))
     made = [claim for claim in made if claim.paths]
     widest = _widest(made, sizes, moves)
     moved = {name for move in moves if move.pure for name in move.axes}
@@ -139,13 +141,22 @@ def _everywhere(
     return list(paths)
 
 
-def _width(unit: Unit, name: str, sizes: dict[str, tuple[int, ...]], experts: dict[str, int]) -> int:
-    """Neurons in the user's model, of one expert; `name` is that of the output projection's parameter."""
+def _stack(unit: Unit, size: tuple[int, ...], flat: int) -> tuple[int, int]:
+    """Neurons of one expert in the user's model, and experts.
+
+    Args:
+        unit: an FFN or a stack of experts.
+        size: of its output projection's parameter there.
+        flat: experts of a stack on one axis.
+    """
     if not unit.projections:
-        return unit.found.output.n_in
+        return unit.found.output.n_in, 0
     last = unit.projections[-1]
-    size = sizes[name][last.neuron_axis]
-    return size // experts[pattern(name)] if last.expert_axis == last.neuron_axis else size
+    if last.expert_axis is None:
+        return size[last.neuron_axis], 0
+    if last.expert_axis == last.neuron_axis:
+        return size[last.neuron_axis] // flat, flat
+    return size[last.neuron_axis], size[last.expert_axis]
 
 
 def _layer(path: str) -> str:
@@ -341,6 +352,7 @@ def _site(claim: Claim, found: list[WidthKey], group: int) -> Site:
         own_module=one.own_module,
         proof=Proof(one.error, one.call, dict(one.experts)),
         unsaved=unsaved,
+        experts=claim.experts,
     )
 
 

@@ -17,7 +17,8 @@ from mlp_fusion.families.claims import claims, described
 from mlp_fusion.families.keys import Keys, Move
 from mlp_fusion.families.probe import Found, Log, probe_module, projections
 from mlp_fusion.families.recording import record_arguments
-from mlp_fusion.families.sites import Description, Projection
+from mlp_fusion.families.sites import Description
+from mlp_fusion.modules.stored import Projection
 
 #: A module with more matrices than this is no layer; its parts were probed before it.
 _MANY = 48

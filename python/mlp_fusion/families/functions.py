@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mlp_fusion.families.catalogue import ACTIVATIONS
 from mlp_fusion.families.sites import Clamp, Function
 from mlp_fusion.families.trace import Probe, Product, set_all
-from mlp_fusion.modules.layouts import take_half
+from mlp_fusion.modules.stored import take_half
 
 _MOST_CONSTANTS = 40
 #: Halves of a projection that holds gate and up: (gate, up).

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mlp_fusion.errors import named
 from mlp_fusion.families.calls import ways_to_call
 from mlp_fusion.families.functions import Identified, identify
-from mlp_fusion.families.sites import Projection
 from mlp_fusion.families.trace import Probe, Product, influence
+from mlp_fusion.modules.stored import Projection
 
 #: Relative error up to which a rebuilt output is the module's own; what is wrong errs by a few percent at least.
 LARGEST_ERROR = 1e-5

@@ -11,27 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Projection:
-    """One projection of an FFN, as it lies in a parameter.
-
-    Attributes:
-        parameter: name below the site's path.
-        role: `w_gate`, `w_in` (of a gated FFN, the up projection) or `w_out`.
-        part: `whole`, or which half of the neuron axis: `first`, `second`, `even`, `odd`.
-        neuron_axis: the axis that counts neurons.
-        expert_axis: the axis that counts experts, or None. Where it equals `neuron_axis`, the experts lie one after
-            another on one axis.
-        bias: name of the bias (its last axis counts neurons, or outputs for `w_out`; halves as in `part`), or None.
-    """
-
-    parameter: str
-    role: str
-    part: str
-    neuron_axis: int
-    expert_axis: int | None = None
-    bias: str | None = None
+from mlp_fusion.modules.stored import Projection
 
 
 @dataclass(frozen=True)
@@ -114,6 +94,7 @@ class Site:
         kind: `dense`, `shared` (experts that see every token) or `experts`.
         module: class of the module.
         width, d_in, d_out: neurons, inputs, outputs; of one expert.
+        experts: experts in a stack; 0 of one FFN by itself.
         projections: gate first, output last.
         function: what lies between.
         width_keys: config keys that move the width, the best first.
@@ -138,6 +119,7 @@ class Site:
     own_module: bool
     proof: Proof
     unsaved: str | None = None
+    experts: int = 0
 
     @property
     def parameters(self) -> list[str]:

@@ -265,6 +265,5 @@ def fused_parameters(model: Any, layers: Sequence[int]) -> list[nn.Parameter]:
     found = []
     for site in architecture.sites(model):
         if site.index in layers:
-            for path in architecture.owners.values():
-                found += list(site.layer.get_submodule(path).parameters())
+            found += [site.module.get_parameter(name) for name in site.kind.parameters]
     return found

@@ -17,7 +17,6 @@ from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.measure.errors import ffn_parts, relative_error
 from mlp_fusion.measure.report import finite
-from mlp_fusion.modules.layouts import read_projection
 from mlp_fusion.running.batches import POOL, Batch, take_batches
 from mlp_fusion.running.runner import Runner
 from mlp_fusion.running.taps import capture_activations
@@ -142,7 +141,7 @@ def compare_models(
     )  # fmt: skip
     found = []
     for (site, counterpart), inputs in zip(pairs, activations, strict=True):
-        blocks = [architecture.read(s, m.config) for s, m in ((site, original), (counterpart, other))]
+        blocks = [architecture.read(one) for one in (site, counterpart)]
         x = inputs.x.to(torch.promote_types(inputs.x.dtype, torch.float32))
         parts = ffn_parts(blocks[0])
         every = tuple(name for names in parts.values() for name in names)
@@ -171,7 +170,7 @@ def _matching_sites(original: nn.Module, other: nn.Module) -> tuple[Architecture
     if not sites[0] or len(sites[0]) != len(sites[1]):
         raise InputError(f"the models have {len(sites[0])} and {len(sites[1])} FFNs: compare a model with its own copy")
     for pair in zip(*sites, strict=True):
-        first, second = (read_projection(architecture.projection(site, "w_in"))[0] for site in pair)
+        first, second = (architecture.read(site).w_in[0] for site in pair)
         for what in ("dtype", "device"):
             if getattr(first, what) != getattr(second, what):
                 raise InputError(
@@ -247,8 +246,7 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 def _ffn_parameters(architecture: Architecture, sites: Sequence[FFNSite]) -> list[nn.Parameter]:
     found: list[nn.Parameter] = []
     for site in sites:
-        for role in architecture.owners:
-            found.extend(architecture.projection(site, role).parameters())
+        found.extend(site.module.get_parameter(name) for name in site.kind.parameters)
         fused = architecture.fused(site)
         if fused is not None and isinstance(fused.scale, nn.Parameter):
             found.append(fused.scale)

@@ -16,6 +16,7 @@ from mlp_fusion.neurons import NeuronBundle
 
 #: Types of weights that can be read and scaled; 8-bit floats are a quantised layer's.
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_PLAIN = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d)
 
 
 def read_projection(module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -26,19 +27,32 @@ def read_projection(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """
     kind = type(module)
     if kind not in (nn.Linear, Conv1D):
-        raise InputError(
-            f"a projection is a {kind.__module__}.{kind.__name__}, not a plain torch.nn.Linear or Conv1D: "
-            "merge adapters and load the weights unquantised before fusing"
-        )
-    made_of = [name for name, _ in module.named_parameters(recurse=False) if name not in ("weight", "bias")]
-    if made_of:
+        raise _no_projection(kind)
+    weight, bias = read_parameter(module, "weight"), module.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return (weight.t() if kind is Conv1D else weight), None if bias is None else bias.detach()
+
+
+def read_parameter(module: nn.Module, name: str) -> Tensor:
+    """A parameter of the module that multiplies by it, detached from autograd.
+
+    Raises:
+        InputError: the module may do something else with it, or the parameter is not a plain floating-point one: an
+            adapter, a quantised layer, a parametrisation.
+    """
+    kind = type(module)
+    # Layers that transformers derives from torch's are those that discovery has seen to multiply.
+    if isinstance(module, _PLAIN) and not kind.__module__.startswith(("torch.nn.modules.", "transformers.")):
+        raise _no_projection(kind)
+    weight = getattr(module, name, None)
+    if not isinstance(weight, Tensor):
+        raise _no_projection(kind)
+    made_of = [own for own, _ in module.named_parameters(recurse=False) if own not in ("weight", "bias")]
+    if made_of and (name not in module._parameters or isinstance(module, _PLAIN)):
         raise InputError(
             f"a projection's weight is computed from {', '.join(made_of)}: remove the weight norm or the pruning "
             "(torch.nn.utils.remove_weight_norm, prune.remove) before fusing"
         )
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor)
-    assert bias is None or isinstance(bias, Tensor)
     if weight.dtype not in FLOATING:
         raise InputError(f"a projection's weight is {weight.dtype}: load the model unquantised before fusing")
     if type(weight) not in (nn.Parameter, Tensor, FakeTensor):
@@ -48,18 +62,14 @@ def read_projection(module: nn.Module) -> tuple[Tensor, Tensor | None]:
         )
     if weight.is_meta:
         raise InputError("a projection's weight is on the meta device (offloaded): load the model into memory first")
-    weight = weight.detach()
-    return (weight.t() if kind is Conv1D else weight), None if bias is None else bias.detach()
+    return weight.detach()
 
 
-def take_half(values: Tensor, half: str, axis: int) -> Tensor:
-    """One half of an axis: `first`, `second`, `even` or `odd`; all of it for `whole`."""
-    if half == "whole":
-        return values
-    size = values.shape[axis]
-    if half in ("even", "odd"):
-        return values.index_select(axis, torch.arange(int(half == "odd"), size, 2, device=values.device))
-    return values.narrow(axis, 0 if half == "first" else size // 2, size // 2)
+def _no_projection(kind: type[nn.Module]) -> InputError:
+    return InputError(
+        f"a projection is a {kind.__module__}.{kind.__name__}, not a plain torch.nn.Linear or Conv1D: "
+        "merge adapters and load the weights unquantised before fusing"
+    )
 
 
 def read_bundle(
@@ -67,7 +77,6 @@ def read_bundle(
     activation: str,
     scale: Tensor | None = None,
     scale_exponent: float = 0.0,
-    parts: Mapping[str, str] | None = None,
 ) -> NeuronBundle:
     """The FFN made of `projections` (role -> module; roles `w_in`, `w_out` and, when gated, `w_gate`), with B = 1.
 
@@ -76,7 +85,6 @@ def read_bundle(
         activation: a name in `fusion_kernels.activations.ACTIVATIONS`.
         scale: `(N,)` cluster sizes, integer or floating, or None.
         scale_exponent: the a with which the projections carry the scale.
-        parts: role -> which half of the projection's outputs it is, as in :func:`take_half`; None for all of each.
 
     Raises:
         InputError: see :func:`read_projection`.
@@ -85,9 +93,6 @@ def read_bundle(
     tensors: dict[str, Any] = {}
     for role, module in projections.items():
         weight, bias = read_projection(module)
-        if parts is not None and role != "w_out":
-            weight = take_half(weight, parts[role], 0)
-            bias = None if bias is None else take_half(bias, parts[role], 0)
         tensors[role] = (weight.t() if role == "w_out" else weight).unsqueeze(0)
         tensors[role.replace("w_", "b_")] = None if bias is None else bias.unsqueeze(0)
     if scale is not None:

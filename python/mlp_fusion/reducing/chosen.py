@@ -11,13 +11,15 @@ from torch import nn
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
+from mlp_fusion.families.exchange import install
+from mlp_fusion.families.groups import resolve_widths
 from mlp_fusion.measure.errors import relative_error
-from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.neurons import UNNAMED, NeuronBundle
 from mlp_fusion.reducing.pipeline import ReducedFFN, working_precision
 from mlp_fusion.running.taps import Activations
-from mlp_fusion.selection import Layers, resolve_layers
+from mlp_fusion.selection import Layers, Width, resolve_layers
 from mlp_fusion.settings import FuseSettings
-from mlp_fusion.store.record import check_config, check_widths, fused_config, replace_config
+from mlp_fusion.store.record import check_config, fused_config, replace_config
 from mlp_fusion.store.states import know_forms
 
 #: An entry's forward pass must agree with the model's own to this many units of rounding, and to this share at most.
@@ -30,8 +32,8 @@ class ChosenFFNs:
 
     Attributes:
         model, architecture: the model, unfused, and its architecture.
-        every: all of its FFNs, in order.
-        sites: the chosen ones.
+        every: all of its FFNs, in order; a stack of experts is one.
+        sites: the chosen ones, every expert by itself.
         originals: what they compute, each with B = 1.
     """
 
@@ -42,19 +44,32 @@ class ChosenFFNs:
     originals: list[NeuronBundle]
 
     @staticmethod
-    def find(model: nn.Module, layers: Layers, budget: float | None = None) -> ChosenFFNs:
+    def find(model: nn.Module, layers: Layers) -> ChosenFFNs:
         """Find, choose and read.
 
         Raises:
-            InputError: not a Hugging Face model, an architecture that is not supported, layers that it lacks, or widths
-                that would differ where they may not.
+            InputError: not a Hugging Face model, one in which something like an FFN is not proved, or layers that it
+                lacks.
         """
         architecture, every = find_ffns(model)
-        indices = set(resolve_layers(layers, [site.index for site in every]))
-        sites = [site for site in every if site.index in indices]
-        check_widths(architecture, uneven=budget is not None or len(sites) < len(every))
-        config: Any = model.config
-        return ChosenFFNs(model, architecture, every, sites, [architecture.read(site, config) for site in sites])
+        chosen = choose_sites(architecture, every, layers)
+        sites = [expert for site in chosen for expert in site.experts()]
+        read = {site.index: architecture.read(site) for site in chosen}
+        originals = [read[s.index] if s.expert is None else read[s.index].select(s.expert) for s in sites]
+        return ChosenFFNs(model, architecture, every, sites, originals)
+
+    @property
+    def named(self) -> bool:
+        """Whether what they compute has a name."""
+        return all(bundle.activation != UNNAMED for bundle in self.originals)
+
+    def widths(self, width: Width) -> list[int]:
+        """The neurons that each is to keep.
+
+        Raises:
+            InputError: the width does not suit one of them.
+        """
+        return resolve_widths(width, self.sites)
 
     def self_test(self, activations: Sequence[Activations]) -> None:
         """Compare what was read with the model's own FFNs on real inputs: a wrong entry must not pass unnoticed.
@@ -63,23 +78,28 @@ class ChosenFFNs:
             InputError: one computes something else.
         """
         for site, bundle, rows in zip(self.sites, self.originals, activations, strict=True):
-            _self_test(self.architecture, site, bundle, rows)
+            if bundle.activation != UNNAMED and len(rows.x):
+                _self_test(self.architecture, site, bundle, rows)
 
     def install(self, reduced: Sequence[ReducedFFN], settings: FuseSettings) -> None:
         """Put reduced FFNs into the model, and its config right. The one step that changes the model."""
-        after = {site.index: self.architecture.neurons(site) for site in self.every}
-        after.update({site.index: ffn.bundle.width for site, ffn in zip(self.sites, reduced, strict=True)})
+        stacks: dict[int, list[NeuronBundle]] = {}
+        for site, ffn in zip(self.sites, reduced, strict=True):
+            stacks.setdefault(site.index, []).append(ffn.bundle)
         # An FFN that a budget leaves whole stays the model's own, and has no scale to be restored.
-        narrowed = [n for n, bundle in enumerate(self.originals) if reduced[n].bundle.width < bundle.width]
+        narrowed = {site: stacks[site.index] for site in self.every if site.index in stacks}
+        narrowed = {site: stack for site, stack in narrowed.items() if stack[0].width < site.kind.width}
         # Methods that choose neurons give them no scale: there is no form to go on training in, and none to restore.
-        scaled = any(reduced[n].bundle.scale is not None for n in narrowed)
-        config: Any = self.model.config
+        scaled = any(bundle.scale is not None for stack in narrowed.values() for bundle in stack)
+        widths = [
+            narrowed[site][0].width if site in narrowed else self.architecture.neurons(site) for site in self.every
+        ]
         changed = fused_config(
-            config, self.architecture, after, [self.sites[n].index for n in narrowed], method=settings.method,
+            self.model, self.architecture, self.every, widths, method=settings.method,
             parameterization=settings.parameterization if scaled else "folded",
         )  # fmt: skip
-        for n in narrowed:
-            self.architecture.install(self.sites[n], reduced[n].bundle, settings.parameterization)
+        for site, stack in narrowed.items():
+            install(site, NeuronBundle.stack(stack), settings.parameterization)
         replace_config(self.model, changed)
         know_forms(self.model, self.architecture)
 
@@ -94,16 +114,28 @@ def find_ffns(model: nn.Module) -> tuple[Architecture, list[FFNSite]]:
     model_type = getattr(config, "model_type", None)
     if not model_type:
         raise InputError(f"{type(model).__name__} has no config.model_type: give a Hugging Face model")
+    if any("base_layer" in name for name, _ in model.named_modules()):
+        raise InputError("the model carries adapters: merge adapters into the weights first (merge_and_unload)")
     architecture = check_config(config)
     sites = architecture.sites(model)
     if not sites:
         raise InputError(f"no FFN found in {type(model).__name__} where the {model_type!r} architecture has them")
-    layers = config.num_hidden_layers
-    if [site.index for site in sites] != list(range(layers)):
-        raise InputError(f"the model has {len(sites)} FFNs, its config says {layers} layers: mend the config")
-    if any("base_layer" in name for name, _ in model.named_modules()):
-        raise InputError("the model carries adapters: merge adapters into the weights first (merge_and_unload)")
+    for site in sites:
+        now = architecture.neurons(site)
+        if now != site.kind.width:
+            raise InputError(f"{site.path} has {now} neurons, its config says {site.kind.width}: mend the config")
     return architecture, sites
+
+
+def choose_sites(architecture: Architecture, every: Sequence[FFNSite], layers: Layers) -> list[FFNSite]:
+    """The FFNs that `layers` means.
+
+    Raises:
+        InputError: it cannot be read, or the model lacks one.
+    """
+    paths = [architecture.relative(site.path) for site in every]
+    indices = set(resolve_layers(layers, [site.index for site in every], paths))
+    return [site for site in every if site.index in indices]
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -131,6 +163,6 @@ def _self_test(architecture: Architecture, site: FFNSite, bundle: NeuronBundle, 
     limit = min(_SELF_TEST_ULPS * epsilon, _SELF_TEST_SHARE)
     if not error <= limit:
         raise InputError(
-            f"{site.path}: this FFN does not compute what the {architecture.model_types[0]!r} architecture says "
+            f"{site.label}: this FFN does not compute what the {architecture.model_type!r} architecture says "
             f"(relative difference {error:.1e}): its code or its activation is not the standard one"
         )

@@ -14,7 +14,7 @@ from mlp_fusion.reducing.chosen import ChosenFFNs
 from mlp_fusion.reducing.learning import Learnt
 from mlp_fusion.reducing.pipeline import Progress, Recipe, ReducedFFN, progress_units, reduce_ffns
 from mlp_fusion.reducing.sequential import reduce_sequentially
-from mlp_fusion.reducing.widths import allocate_widths, hidden_state_changes
+from mlp_fusion.reducing.widths import allocate_widths, hidden_state_changes, stacks_of
 from mlp_fusion.settings import FuseSettings
 
 
@@ -33,7 +33,8 @@ def reduce_chosen(
     recipe = Recipe.of(settings)
     if settings.budget is not None and learnt.statistics is not None and learnt.batches is not None:
         effects = functools.partial(hidden_state_changes, ffns.model, ffns.architecture, ffns.sites, learnt.batches)
-        widths = allocate_widths(recipe, ffns.originals, learnt.statistics, settings.budget, effects, progress)
+        stacks = stacks_of(ffns.sites)
+        widths = allocate_widths(recipe, ffns.originals, learnt.statistics, settings.budget, effects, stacks, progress)
     if learnt.batches is None or not settings.sequential:
         return reduce_ffns(recipe, ffns.originals, widths, learnt.complete(), progress)
     reduce = functools.partial(_reduce_one, recipe, ffns.originals, widths, learnt.sensitivities, progress)

@@ -1,7 +1,9 @@
 """Sequential calibration: every FFN is calibrated on what the FFNs before it, already reduced, make of the text.
 
 The model runs once, to catch what each layer is called with; then the layers run one by one on hidden states, each
-with its own FFN to gather statistics and with the reduced one to make the next layer's input. The model is not changed.
+with its own FFNs to gather statistics and with the reduced ones to make the next layer's input. Where something else
+lies between two layers (an encoder's end and a decoder's beginning, a merging of patches), the model runs twice more to
+show what the next ones are called with, as it was and with the FFNs reduced so far. The model is not changed.
 
 An FFN's outputs are added to a residual stream, which the reduced FFNs before have bent. Its targets are therefore not
 what the original FFN makes of the bent inputs, but what leads the stream back to the original model's:
@@ -9,7 +11,7 @@ what the original FFN makes of the bent inputs, but what leads the stream back t
     target = original stream after the FFN - (stream at hand after the FFN - its outputs)
 
 Where outputs are normalised before they are added (Gemma 2), this comes to what the original FFN put out in the
-original model.
+original model. FFNs that share a layer, experts among them, are fitted to what they put out themselves.
 
 Source: matching the full model's outputs on the reduced model's inputs is the asymmetric calibration of "GPTAQ" (Li et
 al., ICML 2025, arXiv 2504.02692), there for single weight matrices; the residual stream's part in the target is this
@@ -19,12 +21,12 @@ project's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
 from mlp_fusion.calibration.statistics import (
     Collector,
@@ -33,14 +35,13 @@ from mlp_fusion.calibration.statistics import (
     row_capacity,
     take_calibration,
 )
-from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
+from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.reducing.layers import Call, Layer, Recorder, hidden_of, layers_of, run_layer, segments
 from mlp_fusion.reducing.pipeline import ReducedFFN
 from mlp_fusion.running.batches import Batch, token_mask
 from mlp_fusion.running.runner import Runner
 from mlp_fusion.running.taps import Taps, replaced, tapped
-
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @torch.no_grad()
@@ -60,99 +61,128 @@ def reduce_sequentially(
     text are as in :func:`mlp_fusion.calibration.collect`.
 
     Memory beside the model: three times the hidden states of all calibration tokens at one layer, and the statistics of
-    one FFN (see :func:`mlp_fusion.calibration.collect`). Time: four runs of the model.
+    one layer's FFNs (see :func:`mlp_fusion.calibration.collect`). Time: four runs of the model, and two more for each
+    break in the chain of layers.
 
     Raises:
         InputError: the calibration text cannot be used, or a layer is called in a way that cannot be repeated.
     """
     batches = take_calibration(calibration)
-    inputs = architecture.read(sites[0], model.config).w_in
+    inputs = architecture.read(sites[0]).w_in
     plan = StreamPlan(batches, row_capacity(rows, inputs.shape[-1], inputs.element_size()), seed)
-    masks = [token_mask(batch) for batch in batches]
-    first, last = sites[0].index, sites[-1].index
-    between = [site for site in architecture.sites(model) if first <= site.index <= last]
-    numbers = {site.index: number for number, site in enumerate(sites)}
+    chosen = {site.index for site in sites}
+    first, last = min(chosen), max(chosen)
+    layers = layers_of(model, [site for site in architecture.sites(model) if first <= site.index <= last])
+    run = _Sequence(architecture, sites, batches, reduce, plan)
     with Runner(model, "the calibration text") as runner:
-        calls = _record(runner, between, batches)
-        # Hidden states of the model with the FFNs reduced so far, and of the original.
-        states = exact = [_hidden_of(call) for call in calls[0]]
-        reduced: list[ReducedFFN] = []
-        for site, site_calls in zip(between, calls, strict=True):
-            runs = [_streamed(architecture, site, call, x) for call, x in zip(site_calls, exact, strict=True)]
+        recorded = Recorder(layers).run(runner, batches)
+        for number, members in enumerate(segments(recorded.order, recorded.chained)):
+            inside = [layers[n] for n in members]
+            if number == 0:
+                original = reduced = [recorded.calls[n] for n in members]
+            else:
+                original = Recorder(inside).run(runner, batches).calls
+                with run.replaced():
+                    reduced = Recorder(inside).run(runner, batches).calls
+            run.segment(inside, original, reduced)
+    return [run.results[number] for number in range(len(sites))]
+
+
+@dataclass
+class _Sequence:
+    """What has been reduced so far, and how to go on."""
+
+    architecture: Architecture
+    sites: Sequence[FFNSite]
+    batches: Sequence[Batch]
+    reduce: Callable[[int, FFNStatistics], ReducedFFN]
+    plan: StreamPlan
+    #: Number of an FFN among `sites` -> what became of it; FFNs (stacks of experts in one) and their bundles.
+    results: dict[int, ReducedFFN] = field(default_factory=dict)
+    done: list[tuple[FFNSite, NeuronBundle]] = field(default_factory=list)
+
+    @contextmanager
+    def replaced(self) -> Iterator[None]:
+        """Inside, the model runs with the FFNs reduced so far."""
+        with ExitStack() as stack:
+            for site, bundle in self.done:
+                stack.enter_context(replaced(self.architecture, site, bundle))
+            yield
+
+    def segment(self, layers: Sequence[Layer], original: list[list[Call]], reduced: list[list[Call]]) -> None:
+        """Reduce the FFNs of layers that feed one another.
+
+        Args:
+            layers: they.
+            original, reduced: per layer and batch, what it is called with in the original model and in the one with the
+                FFNs reduced so far; hidden states of the first layer only.
+        """
+        exact, states = ([hidden_of(call) for call in calls[0]] for calls in (original, reduced))
+        for layer, calls, calls_now in zip(layers, original, reduced, strict=True):
+            runs = [_streamed(self.architecture, layer, call, x) for call, x in zip(calls, exact, strict=True)]
             exact, wanted = [output for output, _ in runs], [stream for _, stream in runs]
-            if site.index not in numbers:
-                states = [_run(site, call, x) for call, x in zip(site_calls, states, strict=True)]
-                continue
-            statistics = _statistics(architecture, site, site_calls, states, wanted, masks, plan)
-            reduced.append(reduce(numbers[site.index], statistics))
-            with replaced(architecture, site, reduced[-1].reduction.bundle):
-                states = [_run(site, call, x) for call, x in zip(site_calls, states, strict=True)]
-    return reduced
+            indices = {site.index for site in layer.sites}
+            numbers = [number for number, site in enumerate(self.sites) if site.index in indices]
+            with ExitStack() as stack:
+                if numbers:
+                    for statistics, number in self._statistics(layer, numbers, calls_now, states, wanted):
+                        self.results[number] = self.reduce(number, statistics)
+                    for pair in self._reduced(layer, numbers):
+                        self.done.append(pair)
+                        stack.enter_context(replaced(self.architecture, *pair))
+                states = [run_layer(layer, call, x) for call, x in zip(calls_now, states, strict=True)]
+
+    def _reduced(self, layer: Layer, numbers: Sequence[int]) -> Iterator[tuple[FFNSite, NeuronBundle]]:
+        for site in layer.sites:
+            bundles = [self.results[n].bundle for n in numbers if self.sites[n].index == site.index]
+            if bundles:
+                yield site, NeuronBundle.stack(bundles)
+
+    def _statistics(
+        self,
+        layer: Layer,
+        numbers: Sequence[int],
+        calls: Sequence[Call],
+        states: Sequence[Tensor],
+        wanted: Sequence[Tensor],
+    ) -> Iterator[tuple[FFNStatistics, int]]:
+        """Statistics of a layer's FFNs on `states`; of one alone, with targets that lead to the streams `wanted`."""
+        collectors = [Collector(self.plan.capacity) for _ in numbers]
+        sites = [self.sites[n] for n in numbers]
+        seen: list[tuple[int, Tensor, Taps]] = []
+        with tapped(self.architecture, sites, lambda *found: seen.append(found)) as taps:
+            for call, hidden, stream, batch, taken in zip(
+                calls, states, wanted, self.batches, self.plan.taken, strict=True
+            ):
+                taps.start(token_mask(batch))
+                _, present = _streamed(self.architecture, layer, call, hidden)
+                taps.finish()
+                for number, mask, found in seen:
+                    chosen = mask.to(found.x.device)
+                    y = found.y[chosen]
+                    if len(sites) == 1:
+                        working = torch.promote_types(y.dtype, torch.float32)
+                        y = (y.to(working) + (stream[chosen].to(working) - present[chosen].to(working))).to(y.dtype)
+                    collectors[number].add(found.x[chosen], found.hidden[chosen], y, taken)
+                seen.clear()
+        for collector, number in zip(collectors, numbers, strict=True):
+            yield collector.finish(self.plan.sequence), number
 
 
-def _record(runner: Runner, layers: Sequence[FFNSite], batches: Sequence[Batch]) -> list[list[_Call]]:
-    """Per layer and batch, what the layer was called with; hidden states of the first layer only."""
-    calls: list[list[_Call]] = [[] for _ in layers]
-
-    def recorder(number: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # A cache would hold the first run's keys when the layer runs again.
-            call = (
-                tuple(None if isinstance(value, Cache) else value for value in args),
-                {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()},
-            )
-            calls[number].append(call if number == 0 else _with_hidden(call, torch.empty(0)))
-
-        return record
-
-    handles = [
-        site.layer.register_forward_pre_hook(recorder(number), with_kwargs=True) for number, site in enumerate(layers)
-    ]
-    try:
-        for batch in batches:
-            runner.base(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if any(len(found) != len(batches) for found in calls):
-        raise InputError("a layer did not run once per batch: sequential calibration cannot repeat it")
-    return calls
-
-
-def _hidden_of(call: _Call) -> Tensor:
-    args, kwargs = call
-    hidden = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(hidden, Tensor):
-        raise InputError("a layer is called without hidden states: sequential calibration cannot repeat it")
-    return hidden
-
-
-def _with_hidden(call: _Call, hidden: Tensor) -> _Call:
-    args, kwargs = call
-    if args:
-        return (hidden, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": hidden}
-
-
-def _run(site: FFNSite, call: _Call, hidden: Tensor) -> Tensor:
-    args, kwargs = _with_hidden(call, hidden)
-    output = site.layer(*args, **kwargs)
-    found = output[0] if isinstance(output, tuple) else output
-    assert isinstance(found, Tensor)
-    return found
-
-
-def _streamed(architecture: Architecture, site: FFNSite, call: _Call, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The layer's output, and the `(batch, length, d)` residual stream with the FFN's outputs just added to it."""
-    with _normalised(architecture, site) as entered:
-        output = _run(site, call, hidden)
+def _streamed(architecture: Architecture, layer: Layer, call: Call, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer's output, and the `(batch, length, d)` residual stream with its FFN's outputs just added to it."""
+    if len(layer.sites) > 1 or layer.sites[0].kind.experts:
+        output = run_layer(layer, call, hidden)
+        return output, output
+    with _normalised(architecture, layer) as entered:
+        output = run_layer(layer, call, hidden)
     # In chunks of the sequence, where the FFN runs in chunks. Without a normalisation behind it: the layer's output.
     return output, torch.cat(entered, dim=1) if entered else output
 
 
 @contextmanager
-def _normalised(architecture: Architecture, site: FFNSite) -> Iterator[list[Tensor]]:
-    """What enters the layer's first normalisation behind the FFN, if there is one, while the layer runs inside."""
+def _normalised(architecture: Architecture, layer: Layer) -> Iterator[list[Tensor]]:
+    """What enters the layer's first normalisation behind its FFN, if there is one, while the layer runs inside."""
     entered: list[Tensor] = []
     waiting: list[bool] = []
 
@@ -164,37 +194,11 @@ def _normalised(architecture: Architecture, site: FFNSite) -> Iterator[list[Tens
             entered.append(args[0])
             waiting.clear()
 
-    norms = [module for module in site.layer.modules() if "norm" in type(module).__name__.lower()]
-    handles = [architecture.projection(site, "w_out").register_forward_hook(passed)]
+    norms = [module for module in layer.module.modules() if "norm" in type(module).__name__.lower()]
+    handles = [architecture.projection(layer.sites[0], "w_out").register_forward_hook(passed)]
     handles += [norm.register_forward_pre_hook(enter) for norm in norms]
     try:
         yield entered
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _statistics(
-    architecture: Architecture,
-    site: FFNSite,
-    calls: Sequence[_Call],
-    states: Sequence[Tensor],
-    wanted: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    plan: StreamPlan,
-) -> FFNStatistics:
-    """Statistics of the FFN at `site` on `states`, its targets those that lead to the streams `wanted`."""
-    collector = Collector(plan.capacity)
-    seen: list[Taps] = []
-    with tapped(architecture, [site], lambda _number, _mask, taps: seen.append(taps)) as taps:
-        for call, hidden, stream, mask, taken in zip(calls, states, wanted, masks, plan.taken, strict=True):
-            taps.start(mask)
-            _, present = _streamed(architecture, site, call, hidden)
-            taps.finish()
-            found = seen.pop()
-            chosen = mask.to(found.x.device)
-            y = found.y[chosen]
-            working = torch.promote_types(y.dtype, torch.float32)
-            target = y.to(working) + (stream[chosen].to(working) - present[chosen].to(working))
-            collector.add(found.x[chosen], found.hidden[chosen], target.to(y.dtype), taken)
-    return collector.finish(plan.sequence)

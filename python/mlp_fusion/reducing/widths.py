@@ -45,9 +45,10 @@ def allocate_widths(
     statistics: Sequence[FFNStatistics],
     budget: float,
     effects: Callable[[Sequence[NeuronBundle]], list[float]],
+    stacks: Sequence[Sequence[int]],
     progress: Progress | None = None,
 ) -> list[int]:
-    """A width for every FFN, so that together their neurons keep at most the share `budget` of their parameters.
+    """A width for every FFN, one for the experts of a stack, so that together their neurons keep at most the share `budget` of their parameters.
 
     Every FFN is reduced to a few widths, by the recipe without its tuning and its matching (which leaves outputs
     alone); the errors are those of its outputs on held-out calibration rows.
@@ -55,32 +56,40 @@ def allocate_widths(
     Args:
         recipe, bundles, statistics: as in :func:`mlp_fusion.reducing.pipeline.reduce_ffns`.
         budget: in (0, 1).
-        effects: for reduced FFNs, what each does to the model alone; see :func:`hidden_state_changes`.
+        effects: for reduced FFNs, what each stack does to the model alone; see :func:`hidden_state_changes`.
+        stacks: numbers of FFNs that get one width; one each, of dense ones.
         progress: called with the widths tried.
 
     Raises:
         InputError: the budget is smaller than what the narrowest widths take.
     """
-    curves: list[list[Choice]] = [[] for _ in bundles]
+    curves: list[list[Choice]] = [[] for _ in stacks]
     plain = dataclasses.replace(recipe, tune_steps=0, match=None)
-    weights = [1.0] * len(bundles)
+    weights = [1.0] * len(stacks)
     for done, share in enumerate(SHARES):
         widths = [resolve_width(share, bundle.width) for bundle in bundles]
         reduced = reduce_ffns(plain, bundles, widths, statistics)
-        losses = [_held_out_error(ffn, known) ** 2 for ffn, known in zip(reduced, statistics, strict=True)]
+        each = [_held_out_error(ffn, known) ** 2 for ffn, known in zip(reduced, statistics, strict=True)]
+        losses = [sum(each[n] for n in stack) / len(stack) for stack in stacks]
         if share == _PROBED:
             changes = effects([ffn.reduction.bundle for ffn in reduced])
             weights = [c / loss if loss > 0.0 else 0.0 for c, loss in zip(changes, losses, strict=True)]
-        for curve, bundle, width, loss in zip(curves, bundles, widths, losses, strict=True):
+        for curve, stack, loss in zip(curves, stacks, losses, strict=True):
+            width, bundle = widths[stack[0]], bundles[stack[0]]
             if not curve or width > curve[-1].width:
-                curve.append(Choice(width, _parameters(bundle, width), loss))
+                curve.append(Choice(width, len(stack) * _parameters(bundle, width), loss))
         if progress is not None:
             progress(done + 1, len(SHARES))
-    for number, (curve, bundle) in enumerate(zip(curves, bundles, strict=True)):
-        curve.append(Choice(bundle.width, _parameters(bundle, bundle.width), 0.0))
+    for number, (curve, stack) in enumerate(zip(curves, stacks, strict=True)):
+        bundle = bundles[stack[0]]
+        curve.append(Choice(bundle.width, len(stack) * _parameters(bundle, bundle.width), 0.0))
         curves[number] = [dataclasses.replace(choice, loss=choice.loss * weights[number]) for choice in curve]
     allowed = int(budget * sum(curve[-1].parameters for curve in curves))
-    return [choice.width for choice in choose(curves, allowed)]
+    found = [0] * len(bundles)
+    for stack, choice in zip(stacks, choose(curves, allowed), strict=True):
+        for n in stack:
+            found[n] = choice.width
+    return found
 
 
 @torch.no_grad()
@@ -93,7 +102,7 @@ def hidden_state_changes(
 ) -> list[float]:
     """Squared relative change of the model's last hidden states when one FFN alone is replaced, for each in `sites`.
 
-    Measured on up to eight of the batches, spread evenly over them; the model runs once per FFN on those.
+    The experts of a stack are replaced together. Measured on up to eight of the batches, spread evenly over them; the model runs once per FFN on those.
     """
     probes = batches[:: max(1, len(batches) // _PROBES)][:_PROBES]
     masks = [token_mask(batch) for batch in probes]
@@ -105,10 +114,19 @@ def hidden_state_changes(
     changes = []
     with Runner(model, "the calibration text") as runner:
         exact = states(runner)
-        for site, bundle in zip(sites, bundles, strict=True):
-            with replaced(architecture, site, bundle):
+        for numbers in stacks_of(sites):
+            whole = dataclasses.replace(sites[numbers[0]], expert=None)
+            with replaced(architecture, whole, NeuronBundle.stack([bundles[n] for n in numbers])):
                 changes.append(relative_error(states(runner), exact) ** 2)
     return changes
+
+
+def stacks_of(sites: Sequence[FFNSite]) -> list[list[int]]:
+    """Numbers of the FFNs in `sites`, the experts of one stack together."""
+    found: dict[int, list[int]] = {}
+    for number, site in enumerate(sites):
+        found.setdefault(site.index, []).append(number)
+    return list(found.values())
 
 
 def choose(curves: Sequence[Sequence[Choice]], allowed: int) -> list[Choice]:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
-from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.families.exchange import narrowed
+from mlp_fusion.neurons import UNNAMED, NeuronBundle
 from mlp_fusion.running.batches import POOL, Batch, take_batches, token_mask
+from mlp_fusion.running.expert_taps import experts_tapped
 from mlp_fusion.running.runner import Runner, not_finite
 
 #: Called as `visit(site number, token mask (batch, length), taps)`; see :func:`stream_activations`.
@@ -113,13 +115,17 @@ def tapped(architecture: Architecture, sites: Sequence[FFNSite], visit: Visitor)
     """Show `visit` what passes through the FFNs in `sites` while the modules run inside; see :class:`TapStore`."""
     taps = TapStore(visit, len(sites))
     handles = []
+    experts = {number: site for number, site in enumerate(sites) if site.expert is not None}
     for number, site in enumerate(sites):
+        if number in experts:
+            continue
         w_in, w_out = (architecture.projection(site, role) for role in ("w_in", "w_out"))
         handles.append(w_in.register_forward_pre_hook(taps.before("x", number)))
         handles.append(w_out.register_forward_pre_hook(taps.before("hidden", number)))
         handles.append(w_out.register_forward_hook(taps.after("y", number)))
     try:
-        yield taps
+        with experts_tapped(experts, taps.complete):
+            yield taps
     finally:
         for handle in handles:
             handle.remove()
@@ -148,6 +154,13 @@ class TapStore:
 
     def after(self, name: str, number: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         return lambda _module, _args, y: self._add(name, number, y)
+
+    def complete(self, number: int, x: Tensor, hidden: Tensor, y: Tensor) -> None:
+        """All rows of an FFN at once, an expert's: those that were routed to it, `(rows, channels)` each."""
+        self._flush()
+        mask = torch.ones(1, len(x), dtype=torch.bool)
+        self._visit(number, mask, Taps(x.unsqueeze(0), hidden.unsqueeze(0), y.unsqueeze(0)))
+        self._seen += 1
 
     def finish(self) -> None:
         """End the batch.
@@ -179,7 +192,17 @@ class TapStore:
 
 @contextmanager
 def replaced(architecture: Architecture, site: FFNSite, bundle: NeuronBundle) -> Iterator[None]:
-    """While inside, the FFN at `site` outputs what `bundle` (B = 1) does; its own weights are left alone."""
+    """While inside, the FFN at `site` outputs what `bundle` does; its own weights are back afterwards.
+
+    Args:
+        architecture: of the model.
+        site: a dense FFN, or a whole stack of experts.
+        bundle: with B = 1, or the number of experts.
+    """
+    if site.kind.experts or bundle.activation == UNNAMED:
+        with narrowed(site, bundle):
+            yield
+        return
     pending: list[Tensor] = []
 
     def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:

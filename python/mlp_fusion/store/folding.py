@@ -21,7 +21,6 @@ from mlp_fusion.store.record import (
     REPORT_FILE,
     adopt_fused_config,
     architecture_of,
-    state_layer_count,
     update_record,
 )
 from mlp_fusion.store.scale import Rescaling, check_whole, write_scales
@@ -52,9 +51,8 @@ def fold_state_dict(
         fused = architecture.fused(site)
         if fused is None or fused.scale is None:
             continue
-        folding = Rescaling.to_plain(architecture, f"{site.path}.", fused.parameterization)
-        name = architecture.scale_name(site.path)
-        weights = [folding.key(role, "weight") for role in architecture.projections]
+        folding = Rescaling.to_plain(site.kind, f"{site.path}.", fused.parameterization)
+        name, weights = f"{site.path}.{site.kind.scale}", folding.weights
         for key in (name, *weights):
             if key not in plain:
                 raise InputError(
@@ -120,4 +118,3 @@ def save_folded(
         for stale in (REFERENCE_FILE, REPORT_FILE):
             (folder / stale).unlink(missing_ok=True)
         write_scales(folder, scales)
-        state_layer_count(folder, model.config)

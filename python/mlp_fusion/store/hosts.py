@@ -1,8 +1,7 @@
 """What importing `mlp_fusion` changes in other libraries, each as its module is imported; nothing else is touched.
 
-- The constructors of the supported families' layers: transformers stores widths that differ by layer in its standard
-  `per_layer_config`, but its layer classes read the global config and raise. Wrapped, a layer of such a model is built
-  from its own config, through plain `AutoModel*.from_pretrained`. Models with equal layers are built as ever.
+- `PreTrainedModel.post_init`, with which constructors end: a model whose config holds the record of a fusion, with
+  widths that no key of the config states, gets them, before its weights are loaded. Other models are built as ever.
 - `PreTrainedModel.save_pretrained`: a model that contains fused FFNs is saved folded, whichever of its modules the call
   is made on; one with fused experts that hold a scale is refused. Other models are saved as ever.
 - `PreTrainedModel.from_pretrained` and `load_state_dict` of its models: a state in which a fused FFN has a scale, or
@@ -10,8 +9,6 @@
 - `Trainer`, `load_sharded_checkpoint` and accelerate's `load_checkpoint_in_model` say of the folder that they read
   whether its weights are plain; the last is refused where it would set tensors one by one. torch's
   `set_model_state_dict`, which fills up a state from the model's own before it loads it, asks the same questions first.
-- The feed-forward method of families that split their FFN over sibling modules: it hands a fused FFN the projection
-  that lies in the sibling.
 - transformers' registry of implementations of experts gets one more, `mlp_fusion`.
 
 Methods are wrapped rather than classes replaced through `transformers.monkey_patching`: there, any registered class
@@ -27,7 +24,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mlp_fusion.errors import InputError
 
@@ -41,6 +38,7 @@ def adapt(module: ModuleType) -> None:
     if name == "transformers.modeling_utils":
         cls = module.PreTrainedModel
         _wrap(cls, "save_pretrained", _saving)
+        _wrap(cls, "post_init", _building)
         _wrap(cls, "_load_from_state_dict", _loading)
         _wrap(cls, "from_pretrained", _from_pretrained)
         importlib.import_module("mlp_fusion.modules.experts")  # it registers its implementation
@@ -53,21 +51,6 @@ def adapt(module: ModuleType) -> None:
         _wrap(module, "set_model_state_dict", _setting)
     elif name == "accelerate.utils.modeling":
         _wrap(module, "load_checkpoint_in_model", _setting_one_by_one)
-    else:
-        _adapt_layers(module)
-
-
-def _adapt_layers(module: ModuleType) -> None:
-    from mlp_fusion.families import ARCHITECTURES
-    from mlp_fusion.families.bert import SplitArchitecture
-
-    for entry in ARCHITECTURES.values():
-        place, _, cls_name = entry.layer_class.partition(":")
-        if place == module.__name__:
-            cls = getattr(module, cls_name)
-            _wrap(cls, "__init__", _list_init if entry.layer_class_builds_list else _layer_init)
-            if isinstance(entry, SplitArchitecture):
-                _wrap(cls, "feed_forward_chunk", _spanning)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[[_Method], _Method]) -> None:
@@ -98,6 +81,20 @@ def _saving(save: _Method) -> _Method:
     return save_pretrained
 
 
+def _building(finish: _Method) -> _Method:
+    def post_init(self: Any) -> None:
+        from mlp_fusion.store.record import FUSION_KEY, fusion_record, known_architecture
+        from mlp_fusion.store.widths import build_narrow
+
+        if getattr(self.config, FUSION_KEY, None) is not None:
+            record, architecture = fusion_record(self.config), known_architecture(self.config)
+            if record is not None and architecture is not None and record.get("widths"):
+                build_narrow(self, architecture, record["widths"])
+        finish(self)
+
+    return post_init
+
+
 def _loading(load: _Method) -> _Method:
     def load_from_state_dict(self: Any, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         from mlp_fusion.store import states
@@ -114,7 +111,7 @@ def _from_pretrained(load: _Method) -> _Method:
 
         given = kwargs.get("state_dict") is not None
         model, info = load(cls, *args, output_loading_info=True, **kwargs)
-        states.check_unexpected(model.config, info["unexpected_keys"])
+        states.check_unexpected(model, info["unexpected_keys"])
         if given:
             states.check_given_state(model.config)
         return (model, info) if output_loading_info else model
@@ -176,54 +173,3 @@ def _setting_one_by_one(load: _Method) -> _Method:
             return load(model, checkpoint, device_map, **kwargs)
 
     return load_checkpoint_in_model
-
-
-def _spanning(feed_forward: _Method) -> _Method:
-    def feed_forward_chunk(self: Any, attention_output: Tensor) -> Any:
-        from mlp_fusion.modules import FusedFFN
-
-        if not isinstance(self.intermediate, FusedFFN):
-            return feed_forward(self, attention_output)
-        # The sibling's projection is looked up on every call: replicas and wrappers have another one than the model
-        # that was fused.
-        return self.output(self.intermediate(attention_output, lambda: self.output.dense), attention_output)
-
-    return feed_forward_chunk
-
-
-def _layer_init(init: _Method) -> _Method:
-    """The constructor of one layer, which gets its index as `layer_idx`."""
-
-    def wrapper(self: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
-        if not config.is_heterogeneous:
-            init(self, config, *args, **kwargs)
-            return
-        index = kwargs["layer_idx"] if "layer_idx" in kwargs else args[0]
-        init(self, config.per_layer_config[index], *args, **kwargs)
-        _share_config(self, config)
-
-    return wrapper
-
-
-def _list_init(init: _Method) -> _Method:
-    """The constructor of a module that builds the list `layer` itself, without telling layers their index."""
-
-    def wrapper(self: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
-        if not config.is_heterogeneous:
-            init(self, config, *args, **kwargs)
-            return
-        init(self, config.per_layer_config[0], *args, **kwargs)
-        layers = self.get_submodule("layer")
-        assert isinstance(layers, nn.ModuleList)
-        for index in range(1, len(layers)):
-            layers[index] = type(layers[index])(config.per_layer_config[index])
-        _share_config(self, config)
-
-    return wrapper
-
-
-def _share_config(module: nn.Module, config: Any) -> None:
-    """Point submodules at the model's config again, so that later changes to it (attention kernels) reach them."""
-    for child in module.modules():
-        if "config" in child.__dict__:
-            child.config = config

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,13 +12,14 @@ import torch
 from torch import nn
 
 from mlp_fusion.errors import InputError
-from mlp_fusion.families import ARCHITECTURES, Architecture
-from mlp_fusion.families.discovered import DiscoveredArchitecture, discovered
+from mlp_fusion.families import Architecture, FFNSite, Kind
+from mlp_fusion.families.discovered import discovered
 from mlp_fusion.neurons import Parameterization
+from mlp_fusion.store.widths import width_keys
 
 #: Key in config.json. Readers that do not know it keep it and pass over it.
 FUSION_KEY = "mlp_fusion"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 #: Everything beyond the plain checkpoint is in this subfolder: engines that load every *.safetensors of the top
 #: folder must not meet it.
@@ -34,8 +34,7 @@ def check_config(config: Any) -> Architecture:
     """The architecture of a model that can be fused.
 
     Raises:
-        InputError: quantised, fused already, layers that differ already, or FFNs that are not found, not
-            proved, or not supported.
+        InputError: quantised, fused already, or FFNs that are not found, or not proved.
     """
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is not None:
@@ -48,80 +47,77 @@ def check_config(config: Any) -> Architecture:
         raise InputError(f"config.json says dtype {str(dtype)[6:]}, in which no model can be loaded: mend it")
     if fusion_record(config) is not None:
         raise InputError("the model is fused already: start again from the original, fusing twice compounds the loss")
-    if config.is_heterogeneous:
-        raise InputError("the model's layers differ already (per_layer_config): only models of equal layers are fused")
     return architecture_of(config)
 
 
 def known_architecture(config: Any) -> Architecture | None:
-    """The entry of a model's family, or that which the record of its fusion holds; None where neither knows.
+    """Where the FFNs are, as the record of a model's fusion says; None of a model without one.
 
     Raises:
         InputError: the record is damaged.
     """
-    model_type = getattr(config, "model_type", None) or ""
-    record = getattr(config, FUSION_KEY, None)
-    if model_type not in ARCHITECTURES and isinstance(record, Mapping) and "ffn" in record:
-        return DiscoveredArchitecture.of_record(model_type, record["ffn"])
-    return ARCHITECTURES.get(model_type)
+    record = fusion_record(config)
+    if record is None:
+        return None
+    try:
+        kinds = tuple(Kind.from_dict(values) for values in record["kinds"])
+        return Architecture(str(config.model_type), str(record["base"]), kinds)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged("it does not say where the FFNs are") from error
 
 
 def architecture_of(config: Any) -> Architecture:
-    """The entry for a model: its family's, the one in its record, or one that is discovered.
+    """Where the FFNs of a model are: as its record says, or as discovery finds them.
 
     Raises:
-        InputError: there is none, and none can be made.
+        InputError: none are found, or one is not proved.
     """
     known = known_architecture(config)
     return discovered(config) if known is None else known
 
 
-def check_widths(architecture: Architecture, *, uneven: bool) -> None:
-    """Raise InputError if layers are to differ in width, of a family in which that cannot be loaded again."""
-    if uneven and isinstance(architecture, DiscoveredArchitecture):
-        raise InputError(
-            f"{architecture.model_types[0]}: layers of different widths are not supported for this family: fuse all to "
-            "one"
-        )
-
-
 def fused_config(
-    config: Any,
+    model: Any,
     architecture: Architecture,
-    widths: dict[int, int],
-    fused: list[int],
+    sites: Sequence[FFNSite],
+    widths: Sequence[int],
     *,
     method: str,
     parameterization: str,
 ) -> Any:
-    """A copy of `config` that states the new widths and how they came about.
+    """A copy of the config of `model` that states the new widths and how they came about.
 
-    A copy, because models share config objects (a teacher and its student, say). One width in all layers becomes the
-    config's width itself, so that the checkpoint is an ordinary one; otherwise the config gets transformers'
-    `per_layer_config`.
+    A copy, because models share config objects (a teacher and its student, say). Where the config has keys that lead to
+    the widths, they say them, so that the checkpoint is an ordinary one. Widths that no key can state are in the record,
+    and models are built by it once `mlp_fusion` is imported.
 
     Args:
-        config: of the unfused model.
-        widths: neurons of every layer after the fusion.
-        fused: layers to fuse.
+        model: unfused; on any device, meta included.
+        architecture: its.
+        sites: all of its FFNs.
+        widths: of each, after the fusion.
         method: name of the method.
         parameterization: the parameterization.
     """
-    changed = copy.deepcopy(config)
-    record = {
+    changed = copy.deepcopy(model.config)
+    setattr(changed, FUSION_KEY, None)
+    changed, told = width_keys(model, changed, sites, widths)
+    fused = [site for site, width in zip(sites, widths, strict=True) if width < site.kind.width]
+    record: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "method": method,
         "parameterization": parameterization,
-        "fused_layers": fused,
-        "original_width": architecture.width(config),
+        "fused_layers": sorted(site.index for site in fused),
+        "base": architecture.base,
+        "kinds": [kind.to_dict() for kind in architecture.kinds],
     }
-    if isinstance(architecture, DiscoveredArchitecture):
-        record["ffn"] = architecture.kept()
-    check_widths(architecture, uneven=len(set(widths.values())) > 1)
-    if len(set(widths.values())) == 1:
-        setattr(changed, architecture.width_key, widths[fused[0]])
-    else:
-        changed.per_layer_config = {index: {architecture.width_key: width} for index, width in widths.items()}
+    untold = {
+        architecture.relative(site.path): width
+        for site, width in zip(sites, widths, strict=True)
+        if site.kind.group not in told and site in fused
+    }
+    if untold:
+        record["widths"] = untold
     setattr(changed, FUSION_KEY, record)
     return changed
 
@@ -156,20 +152,6 @@ def update_record(model: Any, architecture: Architecture) -> None:
         setattr(model.config, FUSION_KEY, {**record, "parameterization": forms.pop()})
 
 
-def state_layer_count(folder: Path, config: Any) -> None:
-    """Write `num_hidden_layers` into the config.json of a model with per-layer widths.
-
-    Programs that read it with the base config class (`Trainer`, when it resumes) do not know a family's own name for
-    it, and transformers checks layer indices against it.
-    """
-    file = folder / "config.json"
-    if not config.is_heterogeneous or not file.is_file():
-        return
-    content = json.loads(file.read_text(encoding="utf-8"))
-    content["num_hidden_layers"] = config.num_hidden_layers
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def fusion_record(config: Any) -> dict[str, Any] | None:
     """The record that :func:`fused_config` left, checked, or None for an unfused model.
 
@@ -189,13 +171,20 @@ def fusion_record(config: Any) -> dict[str, Any] | None:
             f"the {FUSION_KEY!r} entry of config.json has format {version}, this version knows {FORMAT_VERSION}: "
             "update mlp-fusion"
         )
-    layers, width = record.get("fused_layers"), record.get("original_width")
+    if version < FORMAT_VERSION:
+        raise InputError(
+            f"the {FUSION_KEY!r} entry of config.json has format {version}, of a version before this one, which "
+            f"writes {FORMAT_VERSION}: fuse the original again, or remove the entry to go on with the plain model"
+        )
+    layers, widths = record.get("fused_layers"), record.get("widths", {})
     if record.get("parameterization") not in get_args(Parameterization):
         raise _damaged(f"its parameterization is {record.get('parameterization')!r}")
     if not isinstance(layers, list) or not layers or not all(type(i) is int and i >= 0 for i in layers):
         raise _damaged(f"its fused_layers are {layers!r}")
-    if not isinstance(record.get("method"), str) or type(width) is not int or width < 1:
-        raise _damaged("it does not say the method and the original width")
+    if not isinstance(record.get("method"), str):
+        raise _damaged("it does not say the method")
+    if not isinstance(widths, Mapping) or not all(type(width) is int and width > 0 for width in widths.values()):
+        raise _damaged(f"its widths are {widths!r}")
     return dict(record)
 
 

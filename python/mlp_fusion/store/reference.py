@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import transformers
 from torch import Tensor
 
 from mlp_fusion.errors import InputError, named
-from mlp_fusion.families import Architecture
 from mlp_fusion.running.batches import random_batch
 from mlp_fusion.running.runner import Runner, not_finite
 from mlp_fusion.store.weights import COMPUTING, TensorInfo, widest_dtype
@@ -21,10 +20,10 @@ _REFERENCE_TOKENS = 16
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in COMPUTING.values()}
 
 
-def compute_dtype(
-    architecture: Architecture, tensors: Mapping[str, TensorInfo], asked: str | None = None
-) -> torch.dtype:
+def compute_dtype(ffns: Container[str], tensors: Mapping[str, TensorInfo], asked: str | None = None) -> torch.dtype:
     """The dtype that a checkpoint's model runs in: that of its tensors, whatever its config says, or a wider one.
+
+    `ffns` are the names of tensors of FFNs.
 
     Of tensors in several dtypes the least that holds all matrices, and all of FFNs, which are written anew. Single
     vectors in a wider one (layer norms, old buffers of rotary frequencies) are not worth twice the memory.
@@ -32,8 +31,7 @@ def compute_dtype(
     Raises:
         InputError: `asked` is no dtype that models run in, or cannot hold the tensors as they are.
     """
-    ffns = tuple(f".{path}.{kind}" for path in architecture.projections.values() for kind in ("weight", "bias"))
-    least = widest_dtype({n: t for n, t in tensors.items() if len(t.shape) > 1 or n.endswith(ffns)})
+    least = widest_dtype({n: t for n, t in tensors.items() if len(t.shape) > 1 or n in ffns})
     if asked is None or asked == "auto":
         return least
     if asked not in _DTYPES:
@@ -54,12 +52,16 @@ def model_class(config: Any) -> Any:
     return transformers.AutoModel
 
 
-def base_prefix(config: Any) -> str:
-    """What stands before the names of the base model's tensors in a checkpoint with a head; imports modelling code."""
+def checkpoint_class(config: Any) -> Any:
+    """The same with the class that `AutoModel` chooses, where it does.
+
+    Raises:
+        InputError: there is none.
+    """
+    from mlp_fusion.families import building
+
     found = model_class(config)
-    if found is transformers.AutoModel:
-        found = transformers.MODEL_MAPPING[type(config)]
-    return str(found.base_model_prefix)
+    return building.model_class(config) if found is transformers.AutoModel else found
 
 
 def load_checkpoint(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import FFNSite
+from mlp_fusion.families.exchange import install
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.selection import parameterization_for
 from mlp_fusion.store.record import FUSION_KEY, architecture_of, fusion_record, update_record
@@ -55,8 +56,8 @@ def restore(model: nn.Module, path: str | os.PathLike[str], optimizer: str | Non
     if record["parameterization"] == "folded":
         raise InputError(f"{path}: saved with its scale folded for good: it trains on as it is, nothing to restore")
     for site, scale, bundle in scaled_sites(model, path, parameterization):
-        unfolded = bundle.unfolded(scale.to(bundle.w_in.device).unsqueeze(0))
-        architecture.install(site, unfolded, parameterization)
+        unfolded = bundle.unfolded(scale.to(bundle.w_in.device).reshape(bundle.w_in.shape[:2]))
+        install(site, unfolded, parameterization)
     update_record(model, architecture)
     know_forms(model, architecture)
 
@@ -64,7 +65,7 @@ def restore(model: nn.Module, path: str | os.PathLike[str], optimizer: str | Non
 def scaled_sites(
     model: nn.Module, path: str | os.PathLike[str], parameterization: str
 ) -> list[tuple[FFNSite, Tensor, NeuronBundle]]:
-    """Every fused FFN of a plain model with its `(N,)` scale in the side file at `path`, and its bundle (B = 1).
+    """Every fused FFN of a plain model with its scale in the side file at `path`, and its bundle.
 
     Raises:
         InputError: the side file is missing, damaged, or does not fit the model or the parameterization.
@@ -73,8 +74,8 @@ def scaled_sites(
     architecture = architecture_of(config)
     record = fusion_record(config)
     assert record is not None
-    sites = {architecture.scale_name(site.path): site for site in architecture.sites(model)}
+    sites = {f"{site.path}.{site.kind.scale}": site for site in architecture.sites(model)}
     scales = matched_scales(read_scales(path), sites)
-    found = [(sites[name], scale, architecture.read(sites[name], config)) for name, scale in scales.items()]
+    found = [(sites[name], scale, architecture.read(sites[name])) for name, scale in scales.items()]
     check_scales(found, record["fused_layers"], parameterization)
     return found

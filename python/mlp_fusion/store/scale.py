@@ -5,6 +5,7 @@ How a scale is stored is known here and nowhere else; `docs/reference/checkpoint
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from mlp_fusion.errors import InputError
-from mlp_fusion.families import Architecture, FFNSite
+from mlp_fusion.families import FFNSite, Kind
 from mlp_fusion.modules.layouts import FLOATING
-from mlp_fusion.neurons import SCALE_EXPONENTS, NeuronBundle, reciprocal, scale_power
+from mlp_fusion.modules.scaled_weights import exponents, power
+from mlp_fusion.modules.stored import spread
+from mlp_fusion.neurons import SCALE_EXPONENTS, NeuronBundle, reciprocal
 from mlp_fusion.store.record import SIDE_FOLDER, side_path
 
 SCALE_FILE = f"{SIDE_FOLDER}/scale.safetensors"
@@ -108,9 +111,10 @@ def check_scales(
         raise InputError(f"{SCALE_FILE} has a scale for layer {beyond[0]}, which is not fused: it is of another one")
     for site, scale, bundle in found:
         layer = site.index
-        if scale.shape != (bundle.width,):
+        shape = (bundle.batch, bundle.width) if site.kind.experts else (bundle.width,)
+        if scale.shape != shape:
             raise InputError(
-                f"{SCALE_FILE}: layer {layer} has {scale.numel()} entries, the layer {bundle.width} neurons"
+                f"{SCALE_FILE}: layer {layer} has {scale.numel()} entries, the layer {math.prod(shape)} neurons"
             )
         if not is_sound(scale):
             raise InputError(
@@ -122,8 +126,8 @@ def check_scales(
                 f"{SCALE_FILE}: the scale of layer {layer} is negative in places, which the form for SGD cannot hold: "
                 "restore with optimizer='adamw'"
             )
-        silent = (scale == 0).to(bundle.w_out.device)
-        if bool((bundle.w_out[0][silent] != 0).any()):
+        silent = (scale == 0).to(bundle.w_out.device).reshape(bundle.w_out.shape[:2])
+        if bool((bundle.w_out[silent] != 0).any()):
             raise InputError(
                 f"{SCALE_FILE}: the scale of layer {layer} is 0 for neurons that have an output: it is of another "
                 "checkpoint, or damaged"
@@ -135,60 +139,60 @@ class Rescaling:
     """Multiplies one FFN's tensors in a state dict by powers of its scale, each tensor by itself.
 
     Attributes:
-        architecture: the family's entry.
-        prefix: of the layer's keys in the state dict, with its dot.
+        kind: of the FFN.
+        prefix: of the FFN's keys in the state dict, with its dot.
         before, after: exponents of the scale on the input projections (with their biases) and on the output projection.
     """
 
-    architecture: Architecture
+    kind: Kind
     prefix: str
     before: float
     after: float
 
     @staticmethod
-    def to_own(architecture: Architecture, prefix: str, parameterization: str) -> Rescaling:
+    def to_own(kind: Kind, prefix: str, parameterization: str) -> Rescaling:
         """From plain (folded) weights to those of `parameterization`."""
         a = SCALE_EXPONENTS[parameterization]
-        return Rescaling(architecture, prefix, a, a - 1.0)
+        return Rescaling(kind, prefix, a, a - 1.0)
 
     @staticmethod
-    def to_plain(architecture: Architecture, prefix: str, parameterization: str) -> Rescaling:
+    def to_plain(kind: Kind, prefix: str, parameterization: str) -> Rescaling:
         """From weights of `parameterization` to plain ones."""
         a = SCALE_EXPONENTS[parameterization]
-        return Rescaling(architecture, prefix, -a, 1.0 - a)
+        return Rescaling(kind, prefix, -a, 1.0 - a)
 
-    def key(self, role: str, kind: str) -> str:
-        """The key of a projection's `weight` or `bias`."""
-        return f"{self.prefix}{self.architecture.projections[role]}.{kind}"
+    @property
+    def weights(self) -> list[str]:
+        """The keys of the projections, without biases."""
+        return list(dict.fromkeys(f"{self.prefix}{p.parameter}" for p in self.kind.projections))
 
-    def rescaled(self) -> dict[str, tuple[float, int, int]]:
-        """The keys that the scale stands in, each with its exponent, the axis of neurons, and how often it is there."""
-        found = {}
-        for role in self.architecture.projections:
-            exponent = self.after if role == "w_out" else self.before
-            if exponent == 0.0:
-                continue
-            times = self.architecture.lengths(role)
-            # Neurons lie along the outputs of input projections and the inputs of the output projection, in rows of an
-            # (out, in) weight and columns of a transposed one respectively.
-            axis = int((role == "w_out") != self.architecture.transposed)
-            found[self.key(role, "weight")] = exponent, axis, times
-            if role != "w_out":
-                found[self.key(role, "bias")] = exponent, 0, times
-        return found
+    def rescaled(self) -> dict[str, float]:
+        """The keys that the scale stands in, each with its exponent."""
+        found = exponents(self.kind.projections, self.before, self.after)
+        return {f"{self.prefix}{name}": exponent for name, exponent in found.items()}
 
     def check(self, state: Mapping[str, Tensor], scale: Tensor) -> None:
         """Raise what :meth:`apply` would, of all of the tensors, before one is exchanged."""
         check_whole("the scale", scale)
-        for key, (_, axis, times) in self.rescaled().items():
+        for key in self.rescaled():
             if key in state:
                 tensor = state[key]
                 check_whole(key, tensor)
-                if tensor.ndim <= axis or tensor.shape[axis] != times * len(scale):
-                    raise InputError(
-                        f"{key} has shape {tuple(tensor.shape)}, the model's FFN has {len(scale)} neurons: it belongs "
-                        "to another model"
-                    )
+                self._factor(key, tensor, scale)
+
+    def _factor(self, key: str, tensor: Tensor, scale: Tensor) -> Tensor:
+        """The scale, as it is multiplied with a tensor."""
+        try:
+            factor = spread(scale, self.kind.projections, key[len(self.prefix) :], tensor)
+            fits = torch.broadcast_shapes(factor.shape, tensor.shape) == tensor.shape
+        except (RuntimeError, IndexError):
+            fits = False
+        if not fits:
+            raise InputError(
+                f"{key} has shape {tuple(tensor.shape)}, the model's FFN has {scale.shape[-1]} neurons: it belongs "
+                "to another model"
+            )
+        return factor
 
     def apply(self, state: dict[str, Tensor], scale: Tensor) -> None:
         """Rescale what there is in `state`; its tensors are exchanged, not written to.
@@ -197,16 +201,11 @@ class Rescaling:
             InputError: a tensor is sharded, quantised, not in memory, or of another number of neurons than the scale.
         """
         self.check(state, scale)
-        for key, (exponent, axis, times) in self.rescaled().items():
+        for key, exponent in self.rescaled().items():
             if key in state:
                 tensor = state[key]
                 wide = scale.to(tensor.device, torch.promote_types(scale.dtype, torch.float32))
-                # A scale that is trained may be of any sign: only the powers of the split form, which cannot have such
-                # a one, take its size.
-                factor = {1.0: wide, -1.0: reciprocal(wide)}.get(exponent)
-                factor = scale_power(wide, exponent) if factor is None else factor
-                shape = [-1 if i == axis else 1 for i in range(tensor.ndim)]
-                state[key] = (tensor * factor.repeat(times).reshape(shape)).to(tensor.dtype)
+                state[key] = (tensor * self._factor(key, tensor, power(wide, exponent))).to(tensor.dtype)
 
 
 def check_whole(key: str, tensor: Tensor) -> None:

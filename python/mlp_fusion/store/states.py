@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from mlp_fusion.errors import InputError
-from mlp_fusion.families import Architecture, FFNSite
+from mlp_fusion.families import Architecture, Kind
 from mlp_fusion.modules import ScaleHolder
 from mlp_fusion.store.record import FUSION_KEY, known_architecture
 from mlp_fusion.store.scale import SCALE_FILE, Rescaling, is_sound, read_scale_file
@@ -107,32 +107,37 @@ def _scale_for(key: str, fused: ScaleHolder) -> Tensor:
 
 @dataclass(eq=False)
 class StateForm:
-    """A `load_state_dict` pre-hook of a layer with a fused FFN: plain weights become weights of its parameterization.
+    """A `load_state_dict` pre-hook of a module with a fused FFN: plain weights become weights of its parameterization.
 
     Raises (when called):
-        InputError: the form is not known, or a tensor does not fit the layer.
+        InputError: the form is not known, or a tensor does not fit the module.
     """
 
-    architecture: Architecture
+    kind: Kind
 
-    def __call__(self, layer: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-        form = check_form(self.architecture, layer, state, prefix)
-        fused = self.architecture.fused(FFNSite(-1, "", layer))
+    def __call__(self, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        form = check_form(self.kind, module, state, prefix)
+        fused = _holder(self.kind, module)
         if form == "plain" and fused is not None and fused.scale is not None:
-            key = f"{prefix}{self.architecture.holder}.scale"
+            key = f"{prefix}{self.kind.scale}"
             scale = _scale_for(key, fused)
-            Rescaling.to_own(self.architecture, prefix, fused.parameterization).apply(state, scale)
+            Rescaling.to_own(self.kind, prefix, fused.parameterization).apply(state, scale)
             state[key] = scale
 
 
-def check_form(architecture: Architecture, layer: nn.Module, state: Mapping[str, Tensor], prefix: str) -> Form:
-    """The form in which `state` holds the FFN of `layer`, whose keys begin with `prefix`.
+def _holder(kind: Kind, module: nn.Module) -> ScaleHolder | None:
+    found = module.get_submodule(kind.holder)
+    return found if isinstance(found, ScaleHolder) else None
+
+
+def check_form(kind: Kind, module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> Form:
+    """The form in which `state` holds the FFN of `module`, whose keys begin with `prefix`.
 
     Raises:
-        InputError: it is not known, or `state` has a scale for which the layer has no place.
+        InputError: it is not known, or `state` has a scale for which the module has no place.
     """
-    key = f"{prefix}{architecture.holder}.scale"
-    fused = architecture.fused(FFNSite(-1, "", layer))
+    key = f"{prefix}{kind.scale}"
+    fused = _holder(kind, module)
     if fused is None or fused.scale is None:
         if key in state:
             raise dropped_scale([key])
@@ -142,10 +147,9 @@ def check_form(architecture: Architecture, layer: nn.Module, state: Mapping[str,
         if announced == "plain":
             raise InputError(f"the state is said to be plain, but holds {key}: it is a fused model's own")
         return "own"
-    rescaling = Rescaling.to_own(architecture, prefix, fused.parameterization)
+    rescaling = Rescaling.to_own(kind, prefix, fused.parameterization)
     if announced is not None:
-        kinds = ((role, kind) for role in architecture.projections for kind in ("weight", "bias"))
-        if not any(rescaling.key(*kind) in state for kind in kinds):
+        if not any(f"{prefix}{name}" in state for name in kind.parameters):
             return "own"
         if announced == "plain":
             rescaling.check(state, fused.scale.detach())
@@ -161,12 +165,14 @@ def check_form(architecture: Architecture, layer: nn.Module, state: Mapping[str,
 
 def check_forms(model: Any, state: Mapping[str, Tensor], prefix: str) -> None:
     """Raise what loading `state` into `model` would raise of its FFNs, before anything is loaded."""
+    inside = (key[len(prefix) :] for key in state if key.startswith(prefix) and key.endswith(".scale"))
+    check_unexpected(model, inside)
     config = getattr(model, "config", None)
-    architecture = known_architecture(config)
+    architecture = None if getattr(config, FUSION_KEY, None) is None else known_architecture(config)
     if architecture is not None and any(architecture.locate(key) for key in state):
         sites = architecture.sites(model)
         for site in sites:
-            check_form(architecture, site.layer, state, f"{prefix}{site.path}.")
+            check_form(site.kind, site.module, state, f"{prefix}{site.path}.")
         record = getattr(config, FUSION_KEY, None)
         folded = not isinstance(record, Mapping) or record.get("parameterization") == "folded"
         if _announced.get() == "own" and not folded and sites and not any(architecture.fused(site) for site in sites):
@@ -175,15 +181,19 @@ def check_forms(model: Any, state: Mapping[str, Tensor], prefix: str) -> None:
             )
 
 
-def check_unexpected(config: Any, unexpected: Iterable[str]) -> None:
-    """Raise InputError if a fused FFN's scale is among the keys that `from_pretrained` had no place for."""
-    architecture = known_architecture(config)
-    if architecture is None:
-        return
-    ending = f"{architecture.holder}.scale"
-    keys = sorted(key for key in unexpected if (m := architecture.locate(key)) and m[2] == ending)
-    if keys:
-        raise dropped_scale(keys)
+def check_unexpected(model: nn.Module, keys: Iterable[str]) -> None:
+    """Raise InputError if a fused FFN's scale is among keys, of a state of `model`, that have no place in it.
+
+    That is the scale of a module that is there, and has none.
+    """
+    modules = dict(model.named_modules())
+    lost = []
+    for key in keys:
+        path, _, name = key.rpartition(".")
+        if name == "scale" and path in modules and not hasattr(modules[path], "scale"):
+            lost.append(key)
+    if lost:
+        raise dropped_scale(sorted(lost))
 
 
 def check_given_state(config: Any) -> None:
@@ -242,21 +252,22 @@ class PartForm:
         view = {name: state[key] for name, key in found.items()}
         self.form(self.layer, view, "")
         state.update({found[name]: tensor for name, tensor in view.items() if name in found})
-        scale = f"{self.form.architecture.holder}.scale"
+        scale = self.form.kind.scale
         if scale in view and scale not in found and scale.startswith(inside):
             state[f"{prefix}{scale[len(inside) :]}"] = view[scale]
 
 
 def know_forms(model: nn.Module, architecture: Architecture) -> None:
     """Make `load_state_dict` know the form of what it is given, for the FFNs of `model` that are fused."""
-    hook = StateForm(architecture)
     for site in architecture.sites(model):
         if architecture.fused(site) is None:
             continue
-        site.layer.register_load_state_dict_pre_hook(hook)
+        hook = StateForm(site.kind)
+        root = site.module
+        root.register_load_state_dict_pre_hook(hook)
         paths: set[str] = set()
-        for path in (architecture.holder, *architecture.projections.values()):
-            parts = path.split(".")
+        for name in (site.kind.scale, *site.kind.parameters):
+            parts = name.split(".")[:-1]
             paths.update(".".join(parts[: i + 1]) for i in range(len(parts)))
         for path in sorted(paths):
-            site.layer.get_submodule(path).register_load_state_dict_pre_hook(PartForm(hook, site.layer, path))
+            root.get_submodule(path).register_load_state_dict_pre_hook(PartForm(hook, root, path))

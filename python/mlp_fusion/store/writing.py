@@ -6,18 +6,18 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mlp_fusion.families import Architecture
+from mlp_fusion.errors import InputError
 from mlp_fusion.store.source import companion_files
 from mlp_fusion.store.weights import find_weights, opened
 
 
-def write_weights(
-    source: Path, target: Path, architecture: Architecture, fused: Mapping[tuple[int, str], Tensor]
-) -> None:
+def write_weights(source: Path, target: Path, fused: Mapping[str, Tensor]) -> None:
     """Copy the source's tensors, shard by shard, with those of fused FFNs exchanged.
 
     Everything else is copied bit for bit and never passes through a model: nothing is renamed, tied, rounded, made up
@@ -25,9 +25,9 @@ def write_weights(
 
     Args:
         source, target: checkpoint folders.
-        fused: (layer, path below the layer) -> tensor, in any floating dtype; written in the source's.
+        fused: name on disk -> tensor, in any floating dtype; written in the source's.
     """
-    written: set[tuple[int, str]] = set()
+    written: set[str] = set()
     weights = find_weights(source)
     places: dict[str, str] = {}
     total = 0
@@ -37,10 +37,9 @@ def write_weights(
             metadata = handle.metadata()
             for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
                 tensor = handle.get_tensor(name)
-                matched = architecture.locate(name)
-                if matched is not None and matched[1:] in fused:
-                    written.add(matched[1:])
-                    tensor = fused[matched[1:]].to("cpu", tensor.dtype).contiguous()
+                if name in fused:
+                    written.add(name)
+                    tensor = fused[name].to("cpu", tensor.dtype).contiguous()
                 tensors[name] = tensor
                 places[name] = file.name
                 total += tensor.nbytes
@@ -53,6 +52,32 @@ def write_weights(
         # Where each tensor is, rather than where the source's index says: transformers does not look, others do.
         content["weight_map"] = places
         (target / weights.index.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def save_converted(model: Any, plain: Mapping[str, Tensor], target: Path) -> None:
+    """Write a model's weights in the layout that it was loaded from, of tensors that are not on disk as in memory.
+
+    transformers knows the way back. What it has written is loaded again and compared, tensor by tensor.
+
+    Args:
+        model: as it was loaded, its FFNs fused.
+        plain: its state dict with folded weights.
+        target: the folder to write to.
+
+    Raises:
+        InputError: what is loaded again differs from what was to be written.
+    """
+    save = type(model).save_pretrained
+    own = getattr(save, "__wrapped__", save)
+    own(model, target, state_dict=dict(plain))
+    again, info = type(model).from_pretrained(
+        target, dtype=model.dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    lost = sorted({*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]}, key=str)
+    state = again.state_dict()
+    wrong = [name for name, tensor in plain.items() if name in state and not torch.equal(state[name], tensor.cpu())]
+    if lost or wrong:
+        raise InputError(f"{[*map(str, lost), *wrong][0]} is not the same once it is saved and loaded again")
 
 
 def copy_companions(source: Path, target: Path) -> None:

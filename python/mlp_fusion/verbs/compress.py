@@ -25,7 +25,9 @@ from mlp_fusion.running.runner import resolve_device
 from mlp_fusion.running.sentences import read_sentences
 from mlp_fusion.selection import Layers, Width
 from mlp_fusion.settings import CompressSettings, make, takes
+from mlp_fusion.store.coverage import meta_model
 from mlp_fusion.store.folding import fold_state_dict
+from mlp_fusion.store.naming import Place, places
 from mlp_fusion.store.output import appears_when_complete, check_output, output_path, taken
 from mlp_fusion.store.record import (
     DTYPE_KEY,
@@ -34,14 +36,13 @@ from mlp_fusion.store.record import (
     REPORT_FILE,
     architecture_of,
     side_path,
-    state_layer_count,
 )
 from mlp_fusion.store.reference import compute_dtype, load_checkpoint, reference_outputs
 from mlp_fusion.store.scale import write_scales
 from mlp_fusion.store.source import companion_files, local_folder, read_config
 from mlp_fusion.store.tokenizers import tokenize
 from mlp_fusion.store.weights import read_tensors, safetensors_name
-from mlp_fusion.store.writing import copy_companions, write_weights
+from mlp_fusion.store.writing import copy_companions, save_converted, write_weights
 from mlp_fusion.verbs.fuse import fuse
 from mlp_fusion.verbs.plan import FusionPlan, plan
 
@@ -139,6 +140,7 @@ class _Source:
         head: whether every weight of the model is in the checkpoint.
         dtype: what the model runs in.
         widened: tensors are stored in others as well.
+        placed: name of a tensor on disk -> its place in the model.
     """
 
     folder: Path
@@ -148,16 +150,19 @@ class _Source:
     head: bool
     dtype: torch.dtype
     widened: bool
+    placed: Mapping[str, Place]
 
 
 def _open(folder: Path, dtype: str | None, device: torch.device) -> _Source:
     config, tensors = read_config(folder), read_tensors(folder)
     architecture = architecture_of(config)
-    working = compute_dtype(architecture, tensors, dtype)
+    placed = places(meta_model(config), tensors)
+    ffns = {name for name, place in placed.items() if architecture.locate(place.parameter) is not None}
+    working = compute_dtype(ffns, tensors, dtype)
     model, head = _load(folder, config, working)
     check_finite(model)
     widened = {tensor.dtype for tensor in tensors.values() if tensor.parameter} != {safetensors_name(working)}
-    return _Source(folder, config, architecture, model.to(device), head, working, widened)
+    return _Source(folder, config, architecture, model.to(device), head, working, widened, placed)
 
 
 def _tokenized(source: _Source, texts: list[str], file: str | Path | None) -> list[Batch] | None:
@@ -177,11 +182,13 @@ def _write(
     reference: dict[str, Tensor],
 ) -> None:
     plain, scales = fold_state_dict(source.model, source.architecture, source.model.state_dict())
-    fused = _fused_tensors(source.architecture, plain, chosen)
+    fused = _fused_tensors(source, plain, chosen)
     with appears_when_complete(out) as staging:
-        write_weights(source.folder, staging, source.architecture, fused)
-        _write_config(source.folder, staging, source.architecture, source.model.config)
-        state_layer_count(staging, source.model.config)
+        if any(source.placed[name].converted for name in fused):
+            save_converted(source.model, plain, staging)
+        else:
+            write_weights(source.folder, staging, fused)
+        _write_config(source.folder, staging, source.model.config)
         copy_companions(source.folder, staging)
         write_scales(staging, scales)
         metadata = {DTYPE_KEY: str(source.dtype).removeprefix("torch.")}
@@ -207,26 +214,30 @@ def _load(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, bool]:
     return model, not info["missing_keys"]
 
 
-def _fused_tensors(
-    architecture: Architecture, plain: Mapping[str, Tensor], layers: list[int]
-) -> dict[tuple[int, str], Tensor]:
-    """The folded tensors of the fused FFNs by (layer, path below it): checkpoints may prefix layers otherwise."""
-    paths = {f"{path}.{kind}" for path in architecture.projections.values() for kind in ("weight", "bias")}
+def _fused_tensors(source: _Source, plain: Mapping[str, Tensor], chosen: list[int]) -> dict[str, Tensor]:
+    """Name on disk -> the folded tensor of the model that it becomes, for the fused FFNs."""
+    sites = {site.path: site.index for site in source.architecture.sites(source.model)}
     found = {}
-    for name, tensor in plain.items():
-        matched = architecture.locate(name)
-        if matched is not None and matched[1] in layers and matched[2] in paths:
-            found[matched[1], matched[2]] = tensor
+    for name, place in source.placed.items():
+        located = source.architecture.locate(place.parameter)
+        if located is not None and sites[located[1]] in chosen:
+            found[name] = plain[place.parameter]
     return found
 
 
-def _write_config(source: Path, target: Path, architecture: Architecture, fused: Any) -> None:
+def _write_config(source: Path, target: Path, fused: Any) -> None:
     """The source's own config.json with the widths changed: rewriting it would rename keys that old readers need."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     described = fused.to_dict()
-    for key in (architecture.width_key, "per_layer_config", FUSION_KEY):
-        if described.get(key) is not None:
-            config[key] = described[key]
+    record = described[FUSION_KEY]
+    for key in {kind["key"]["path"] for kind in record["kinds"] if kind["key"] is not None}:
+        path = key.split(".")
+        inner, said = config, described
+        for name in path[:-1]:
+            inner, said = inner.setdefault(name, {}), said[name]
+        if said.get(path[-1]) is not None:
+            inner[path[-1]] = said[path[-1]]
+    config[FUSION_KEY] = record
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -6,20 +6,17 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mlp_fusion.calibration.text import Calibration, calibration_batches
-from mlp_fusion.families import FFNSite
-from mlp_fusion.measure import FFNRow, FusionReport, ffn_errors
-from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.measure import FusionReport
 from mlp_fusion.reducing.chosen import ChosenFFNs, check_finite, count_parameters
 from mlp_fusion.reducing.every import reduce_chosen
 from mlp_fusion.reducing.learning import learn
-from mlp_fusion.reducing.pipeline import Progress, ReducedFFN, working_precision
+from mlp_fusion.reducing.pipeline import Progress
+from mlp_fusion.reducing.rows import fused_rows
 from mlp_fusion.running.batches import Batch
-from mlp_fusion.running.taps import Activations
-from mlp_fusion.selection import Layers, Width, resolve_width
+from mlp_fusion.selection import Layers, Width
 from mlp_fusion.settings import FuseSettings, make, takes
 
 
@@ -41,11 +38,13 @@ def fuse(
     checkpoint. Build the optimiser after this call: the FFNs' parameters are new.
 
     Args:
-        model: a `PreTrainedModel` of a supported architecture, in memory, unquantised, without adapters.
+        model: a `PreTrainedModel` in memory, unquantised, without adapters. Its FFNs are found by what they compute, and
+            proved; experts of a Mixture-of-Experts model are FFNs, each by itself.
         width: neurons to keep in each FFN: a count (`768`) or a share (`0.25`), the share rounded to a multiple that
             engines can serve; `"auto"` gives each FFN what its errors on the calibration text call for, within
             `budget`.
-        layers: which layers: None or `"all"`, a range, a list, or a text such as `"4-11"` or `"last:8"`.
+        layers: which FFNs, by their numbers (where each layer has one, the layer's): None or `"all"`, a range, a list,
+            or a text such as `"4-11"` or `"last:8"`; or by their paths, such as `"decoder.*"`.
         method: name of the compression method.
         sample: batches that the reported errors are measured on, as a tokenizer returns them. None: the calibration
             text, or else random token ids, which run the real layers but are not real text.
@@ -76,9 +75,10 @@ def fuse(
     started = time.perf_counter()
     asked = make(FuseSettings, {"width": width, "layers": layers, "method": method, **options}, "fuse")
     asked.check(calibrated=calibration is not None)
-    ffns = ChosenFFNs.find(model, layers, asked.budget)
-    settings = asked.resolved([site.index for site in ffns.sites], calibrated=calibration is not None)
-    widths = [] if isinstance(width, str) else [resolve_width(width, bundle.width) for bundle in ffns.originals]
+    ffns = ChosenFFNs.find(model, layers)
+    chosen = sorted({site.index for site in ffns.sites})
+    settings = asked.resolved(chosen, calibrated=calibration is not None, named=ffns.named)
+    widths = [] if isinstance(width, str) else ffns.widths(width)
     check_finite(model)
     before = count_parameters(model)
     known = None
@@ -87,8 +87,7 @@ def fuse(
     learnt = learn(ffns, settings, known, sample)
     ffns.self_test(learnt.activations)
     reduced = reduce_chosen(ffns, settings, widths, learnt, progress)
-    measured = zip(ffns.sites, ffns.originals, reduced, learnt.activations, strict=True)
-    rows = [_row(site, original, ffn, settings.parameterization, rows) for site, original, ffn, rows in measured]
+    rows = fused_rows(ffns, reduced, learnt.activations, settings.parameterization)
     # Everything that can go wrong has gone right: only now is the model touched.
     ffns.install(reduced, settings)
     after = count_parameters(model)
@@ -98,7 +97,7 @@ def fuse(
         settings=settings,
         parameterization=settings.parameterization,
         sample=learnt.sample,
-        sample_rows=len(learnt.activations[0].x),
+        sample_rows=max(len(rows_of.x) for rows_of in learnt.activations),
         parameters_before=before[0],
         parameters_after=after[0],
         bytes_before=before[1],
@@ -107,35 +106,3 @@ def fuse(
         rows=rows,
         calibration=learnt.record(),
     )
-
-
-def _row(site: FFNSite, original: NeuronBundle, ffn: ReducedFFN, parameterization: str, sampled: Activations) -> FFNRow:
-    fused = ffn.reduction.bundle.parameterized(parameterization)
-    original = working_precision(original)
-    errors = ffn_errors(original, fused, sampled.x.to(original.w_in.dtype))
-    counts = ffn.reduction.counts
-    return FFNRow(
-        layer=site.index,
-        path=site.path,
-        neurons_before=original.width,
-        neurons_after=fused.width,
-        output_error=errors.output,
-        ntk_error=errors.ntk,
-        largest_cluster=None if counts is None else int(counts.max()),
-        singletons=None if counts is None else int((counts == 1).sum()),
-        empty_clusters=None if counts is None else int((counts == 0).sum()),
-        status=ffn.reduction.status[0],
-        seconds=ffn.seconds,
-        correction_seconds=ffn.correction_seconds,
-        ridge=ffn.ridge,
-        held_out_error=ffn.held_out_error,
-        largest_scale=None if fused.scale is None else float(fused.scale.max()),
-        cluster_sizes=None if counts is None else _histogram(counts),
-        ntk_spectrum=errors.spectrum,
-    )
-
-
-def _histogram(counts: Tensor) -> list[list[int]]:
-    """Cluster sizes as pairs of a size and the number of clusters that have it, by rising size."""
-    pairs: list[list[int]] = torch.stack(counts.unique(return_counts=True), dim=1).tolist()
-    return pairs

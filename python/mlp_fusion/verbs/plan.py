@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,17 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from mlp_fusion.errors import InputError
-from mlp_fusion.families import Architecture
+from mlp_fusion.families import FFNSite
+from mlp_fusion.families.groups import resolve_widths
 from mlp_fusion.measure.report import format_bytes, render
-from mlp_fusion.selection import Layers, Width, resolve_layers, resolve_width
+from mlp_fusion.reducing.chosen import choose_sites, find_ffns
+from mlp_fusion.selection import Layers, Width
 from mlp_fusion.settings import PlanSettings, make, takes
-from mlp_fusion.store.record import check_config, check_widths
-from mlp_fusion.store.reference import base_prefix
-from mlp_fusion.store.source import Headers, model_headers, read_headers
+from mlp_fusion.store.coverage import claimed_tensors, meta_model
+from mlp_fusion.store.record import FUSION_KEY, check_config, fused_config
+from mlp_fusion.store.source import model_headers, read_headers
 from mlp_fusion.store.weights import TensorInfo
-
-#: Parts of a tensor's name that speak of a feed-forward layer, in the families that transformers knows.
-_FFN_WORDS = re.compile(
-    r"mlp|ffn|ffw|ff|feed_?forward|intermediate|experts?|shared_expert|fc_?\d?|c_fc|lin\d|w[123]|w[io](_\d)?"
-    r"|(gate|up|down|gate_up)_proj|dense_h_to_4h|dense_4h_to_h|wide|ff_?out"
-)
-_ATTENTION_WORDS = re.compile(r"attn|attention|self_attn|self_attention|crossattention")
+from mlp_fusion.store.widths import narrowed_shapes
 
 
 @dataclass(frozen=True)
@@ -147,25 +142,26 @@ def plan(
     settings.check()
     budget = settings.budget
     headers = model_headers(model_or_path) if isinstance(model_or_path, nn.Module) else read_headers(model_or_path)
-    architecture = check_config(headers.config)
-    found, claimed = _find_ffns(headers, architecture)
-    _refuse_strays(headers, architecture, claimed)
-    architecture.activation(headers.config)
-    if not isinstance(model_or_path, nn.Module):
-        _check_prefixes(headers, [path for _, path in found], architecture)
-    chosen = set(resolve_layers(layers, [index for index, _ in found]))
-    check_widths(architecture, uneven=budget is not None or len(chosen) < len(found))
-    ffns = []
-    for (index, path), parts in found.items():
-        before = _width(architecture, parts)
-        after = _width_after(width, budget, index, before) if index in chosen else before
-        ffns.append(_planned(index, path, index in chosen, before, after, parts))
+    if isinstance(model_or_path, nn.Module):
+        architecture, sites = find_ffns(model_or_path)
+        model: Any = model_or_path
+        held = {name: [info] for name, info in headers.tensors.items()}
+    else:
+        architecture = check_config(headers.config)
+        model = meta_model(headers.config)
+        sites = architecture.sites(model)
+        held = claimed_tensors(headers, model, architecture, sites)
+    chosen = choose_sites(architecture, sites, layers)
+    after = dict(zip((site.index for site in chosen), _widths_after(width, budget, chosen), strict=True))
+    widths = [after.get(site.index, site.kind.width) for site in sites]
+    ffns = [_planned(site, site.index in after, width, held) for site, width in zip(sites, widths, strict=True)]
+    changed = fused_config(model, architecture, sites, widths, method="", parameterization="folded")
+    plain = budget is None and "widths" not in getattr(changed, FUSION_KEY)
     saved_parameters = sum(f.parameters_before - f.parameters_after for f in ffns)
     saved_bytes = sum(f.bytes_before - f.bytes_after for f in ffns)
     # Integer tensors are buffers (position ids): they take bytes, but are no parameters.
     parameters = sum(t.numel for t in headers.tensors.values() if t.parameter)
     size = sum(t.nbytes for t in headers.tensors.values())
-    uniform = len({f.neurons_after for f in ffns}) == 1 and budget is None
     return FusionPlan(
         name=headers.name,
         model_type=headers.config.model_type,
@@ -174,120 +170,42 @@ def plan(
         parameters_after=parameters - saved_parameters,
         bytes_before=size,
         bytes_after=size - saved_bytes,
-        uniform=uniform,
-        loads_in=_loads_in(uniform, headers.config.model_type),
+        uniform=plain,
+        loads_in=_loads_in(plain, headers.config.model_type),
         warnings=_warnings(ffns, automatic=budget is not None),
     )
 
 
-def _width_after(width: Width | str | Mapping[int, int], budget: float | None, index: int, before: int) -> int:
+def _widths_after(width: Width | str | Mapping[int, int], budget: float | None, chosen: Sequence[FFNSite]) -> list[int]:
     if isinstance(width, Mapping):
-        return width[index]
+        return [width[site.index] for site in chosen]
     if isinstance(width, str):
         assert budget is not None
-        return resolve_width(float(budget), before)
-    return resolve_width(width, before)
+        return resolve_widths(float(budget), chosen)
+    return resolve_widths(width, chosen)
 
 
-def _find_ffns(
-    headers: Headers, architecture: Architecture
-) -> tuple[dict[tuple[int, str], dict[str, TensorInfo]], set[str]]:
-    """Layer (index, path) -> role.kind -> header, for complete FFNs; and the tensor names that they take up."""
-    roles = {f"{path}.{kind}": f"{role}.{kind}" for role, path in architecture.owners.items()
-             for kind in ("weight", "bias")}  # fmt: skip
-    found: dict[tuple[int, str], dict[str, TensorInfo]] = {}
-    claimed: set[str] = set()
-    for name, info in headers.tensors.items():
-        matched = architecture.locate(name)
-        if matched is None or matched[2] not in roles:
-            continue
-        path, index, rest = matched
-        if rest.endswith("weight") and not info.floating:
-            raise InputError(f"{headers.name}: {name} is stored as {info.dtype}: start from the unquantised checkpoint")
-        found.setdefault((index, path), {})[roles[rest]] = info
-        claimed.add(name)
-    for (_, path), parts in found.items():
-        for role, below in architecture.owners.items():
-            if f"{role}.weight" not in parts:
-                raise InputError(f"{headers.name}: {path}.{below}.weight is missing: the checkpoint is incomplete")
-    if not found:
-        raise InputError(f"{headers.name}: no FFN found where the {headers.config.model_type!r} architecture has them")
-    _compare_with_config(headers, architecture, found)
-    return dict(sorted(found.items())), claimed
-
-
-def _compare_with_config(
-    headers: Headers, architecture: Architecture, found: Mapping[tuple[int, str], Mapping[str, TensorInfo]]
-) -> None:
-    layers, width = headers.config.num_hidden_layers, architecture.width(headers.config)
-    if len(found) != layers:
-        raise InputError(f"{headers.name}: FFNs of {len(found)} layers, but config.json says {layers}: incomplete")
-    for (_, path), parts in found.items():
-        inputs = headers.config.hidden_size
-        for key, info in parts.items():
-            role, kind = key.split(".")
-            rows = width * architecture.lengths(role)
-            shape: tuple[int, ...] = (inputs, rows) if role == "w_out" else (rows, inputs)
-            if kind == "bias":
-                shape = shape[:1]
-            elif architecture.transposed:
-                shape = shape[::-1]
-            if info.shape != shape:
-                name = f"{path}.{architecture.projections[role]}.{kind}"
-                raise InputError(f"{headers.name}: {name} is {info.shape}, but config.json makes it {shape}")
-
-
-def _refuse_strays(headers: Headers, architecture: Architecture, claimed: set[str]) -> None:
-    strays = [n for n, t in headers.tensors.items() if n not in claimed and len(t.shape) >= 2 and looks_like_ffn(n)]
-    if strays:
-        raise InputError(
-            f"{headers.name}: {strays[0]} looks like part of an FFN, but the {architecture.model_types[0]!r} "
-            f"architecture has no place for it ({len(strays)} such tensors): this model is not supported"
-        )
-
-
-def _check_prefixes(headers: Headers, paths: Iterable[str], architecture: Architecture) -> None:
-    """Raise InputError where transformers would not find a layer for what stands in front of its name."""
-    known = {"", architecture.base}
-    for path in paths:
-        prefix = path[: path.rindex(f"{architecture.layers}.")].rstrip(".")
-        if prefix not in known and prefix != base_prefix(headers.config):
-            raise InputError(
-                f"{headers.name}: tensors are named {prefix}.{architecture.layers}..., as a wrapped model "
-                "(DataParallel, torch.compile) saves them, and transformers would not find them: save the one inside"
-            )
-
-
-def looks_like_ffn(tensor_name: str) -> bool:
-    """Whether a tensor's name speaks of a feed-forward layer (and not of attention)."""
-    parts = tensor_name.split(".")
-    if any(_ATTENTION_WORDS.fullmatch(part) for part in parts):
-        return False
-    return any(_FFN_WORDS.fullmatch(part) for part in parts)
-
-
-def _width(architecture: Architecture, parts: Mapping[str, TensorInfo]) -> int:
-    shape = parts["w_in.weight"].shape
-    return (shape[1] if architecture.transposed else shape[0]) // architecture.lengths("w_in")
-
-
-def _planned(
-    index: int, path: str, chosen: bool, before: int, after: int, parts: Mapping[str, TensorInfo]
-) -> PlannedFFN:
-    def shrunk(key: str, count: int) -> int:
-        # Everything has a neuron axis but the output bias.
-        return count if key == "w_out.bias" else count // before * after
-
+def _planned(site: FFNSite, chosen: bool, after: int, held: Mapping[str, Sequence[TensorInfo]]) -> PlannedFFN:
+    """One row; `held` says which tensors a parameter consists of."""
+    narrow = {name: math.prod(shape) for name, shape in narrowed_shapes(site, after)}
+    parameters, size = [0, 0], [0, 0]
+    for name in site.kind.parameters:
+        whole = site.module.get_parameter(name).numel()
+        left = narrow.get(f"{site.path}.{name}", whole)
+        stored = sum(info.nbytes for info in held[f"{site.path}.{name}"])
+        for counts, before, now in ((parameters, whole, left), (size, stored, stored * left // whole)):
+            counts[0] += before
+            counts[1] += now
     return PlannedFFN(
-        layer=index,
-        path=path,
+        layer=site.index,
+        path=site.path,
         chosen=chosen,
-        neurons_before=before,
+        neurons_before=site.kind.width,
         neurons_after=after,
-        parameters_before=sum(t.numel for t in parts.values()),
-        parameters_after=sum(shrunk(k, t.numel) for k, t in parts.items()),
-        bytes_before=sum(t.nbytes for t in parts.values()),
-        bytes_after=sum(shrunk(k, t.nbytes) for k, t in parts.items()),
+        parameters_before=parameters[0],
+        parameters_after=parameters[1],
+        bytes_before=size[0],
+        bytes_after=size[1],
         divisible_by_128=after % 128 == 0,
         divisible_by_256=after % 256 == 0,
     )
@@ -297,8 +215,8 @@ def _loads_in(uniform: bool, model_type: str) -> str:
     if uniform:
         return f"every program that loads {model_type} checkpoints: one width in all layers is an ordinary checkpoint"
     return (
-        "transformers' AutoModel*.from_pretrained after `import mlp_fusion`: widths differ by layer, "
-        "which other engines do not read"
+        "transformers' AutoModel*.from_pretrained after `import mlp_fusion`: widths differ by layer or no key of the "
+        "config states them, so that other engines do not read them"
     )
 
 

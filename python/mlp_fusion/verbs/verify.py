@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure import relative_error
 from mlp_fusion.measure.report import render
+from mlp_fusion.store.coverage import claimed_tensors, ffn_tensors, meta_model
 from mlp_fusion.store.record import DTYPE_KEY, FUSION_KEY, REFERENCE_FILE, architecture_of, fusion_record
 from mlp_fusion.store.reference import compute_dtype, load_checkpoint, model_outputs, reference_outputs
 from mlp_fusion.store.restoring import scaled_sites
@@ -97,11 +98,12 @@ def verify(out: str | Path, against: nn.Module | None = None) -> Verification:
     if record is None:
         raise InputError(f"{folder}: not a fused checkpoint: config.json has no {FUSION_KEY!r} entry")
     recorded, dtype = _read_reference(folder) if against is None else (None, None)
-    working = compute_dtype(architecture_of(headers.config), headers.tensors, dtype)
+    ffns = ffn_tensors(headers.config, headers.tensors)
+    working = compute_dtype(ffns, headers.tensors, dtype)
     model, info = load_checkpoint(folder, headers.config, working)
     expected = recorded or reference_outputs(against, seed=0, head=not info["missing_keys"])
     checks = [
-        _check_shapes(headers.config, record, headers.tensors),
+        _check_shapes(headers, record),
         _check_finite(folder),
         _check_loading(headers.config, info),
         _check_outputs(expected, model, headers),
@@ -124,22 +126,15 @@ def _read_reference(folder: Path) -> tuple[dict[str, Tensor], str | None]:
     return reference, dtype
 
 
-def _check_shapes(config: Any, record: dict[str, Any], tensors: Any) -> Check:
-    architecture = architecture_of(config)
-    wrong, seen = [], 0
-    for name, info in tensors.items():
-        matched = architecture.locate(name)
-        if matched is None or matched[2] != f"{architecture.projections['w_in']}.weight":
-            continue
-        seen += 1
-        layer = config.per_layer_config[matched[1]] if config.is_heterogeneous else config
-        expected = architecture.width(layer)
-        width = (info.shape[1] if architecture.transposed else info.shape[0]) // architecture.lengths("w_in")
-        if width != expected:
-            wrong.append(f"{name} has {width} neurons, expected {expected}")
-    if wrong or not seen:
-        return Check("shapes", False, wrong[0] if wrong else "no FFN found")
-    return Check("shapes", True, f"{seen} FFNs, {len(record['fused_layers'])} of them fused")
+def _check_shapes(headers: Headers, record: dict[str, Any]) -> Check:
+    try:
+        architecture, model = architecture_of(headers.config), meta_model(headers.config)
+        claimed_tensors(headers, model, architecture, sites := architecture.sites(model))
+    except InputError as error:
+        return Check("shapes", False, str(error))
+    if not sites:
+        return Check("shapes", False, "no FFN found")
+    return Check("shapes", True, f"{len(sites)} FFNs, {len(record['fused_layers'])} of them fused")
 
 
 def _check_finite(folder: Path) -> Check:
@@ -162,8 +157,7 @@ def _check_loading(config: Any, info: dict[str, Any]) -> Check:
     missing = sorted(info["missing_keys"])
     if mismatched:
         return Check("loads", False, f"{mismatched[0]} has another shape than config.json says")
-    projections = tuple(f"{path}." for path in architecture.projections.values())
-    lost = [name for name in missing if (m := architecture.locate(name)) and m[2].startswith(projections)]
+    lost = [name for name in missing if architecture.locate(name) is not None]
     if lost:
         return Check("loads", False, f"{lost[0]} is missing")
     # The original may lack weights of its own (a pooler that nobody trained); that is not this checkpoint's fault.
@@ -173,8 +167,8 @@ def _check_loading(config: Any, info: dict[str, Any]) -> Check:
 def _check_outputs(expected: dict[str, Tensor], model: Any, headers: Headers) -> Check:
     found = model_outputs(model, expected["input_ids"], head="last_hidden_state" not in expected)
     # The model in memory has not seen the rounding of the FFNs to the dtypes that they are stored in.
-    architecture = architecture_of(headers.config)
-    stored = [COMPUTING[t.dtype] for name, t in headers.tensors.items() if t.floating and architecture.locate(name)]
+    ffns = ffn_tensors(headers.config, headers.tensors)
+    stored = [COMPUTING[headers.tensors[name].dtype] for name in ffns if headers.tensors[name].floating]
     limit = 0.3 * max(torch.finfo(dtype).eps for dtype in (model.dtype, *stored)) ** 0.5
     details = []
     for kind in sorted(set(expected) - {"input_ids"}):

@@ -1,0 +1,157 @@
+"""Narrower FFNs put in the place of a model's own, in the form that each kind calls for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlp_fusion.errors import InputError
+from mlp_fusion.families.base import FFNSite
+from mlp_fusion.modules import ScaledActivation, ScaledWeights, ScaleHolder
+from mlp_fusion.modules.ffn import FusedFFN, FusedGLU, FusedMLP
+from mlp_fusion.modules.stored import count_neurons, tensors_of
+from mlp_fusion.neurons import NeuronBundle
+
+
+@torch.no_grad()
+def install(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> ScaleHolder:
+    """Put `bundle` in place of the FFN at `site`; device, dtype, training mode and `requires_grad` are kept.
+
+    Args:
+        site: a dense FFN, or a whole stack of experts.
+        bundle: what it is to compute, with B = 1 or the number of experts.
+        parameterization: `scaled`, `split` or `folded`.
+
+    Raises:
+        InputError: the form in which this kind can hold a scale is not that of the parameterization.
+    """
+    forms: dict[str, Callable[[FFNSite, NeuronBundle, str], ScaleHolder]] = {
+        "module": _module, "activation": _activation, "projection": _projection, "weights": _weights,
+    }  # fmt: skip
+    b = bundle.parameterized(parameterization)
+    if site.kind.form == "projection" and parameterization == "split" and b.scale is not None:
+        raise InputError(
+            f"{site.path}: this FFN's activation is a function that no module holds, so that it has no form for "
+            "SGD-like optimisers: use optimizer='adamw' or none"
+        )
+    return forms[site.kind.form](site, b, parameterization)
+
+
+def _module(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> FusedFFN:
+    """A module of this package instead of the model's own."""
+    kind = site.kind
+    names = {p.role: p.parameter.removesuffix(".weight") for p in kind.projections}
+    old = {role: site.below(name) for role, name in names.items()}
+    probability = float(site.below(kind.dropout).p) if kind.dropout else 0.0  # type: ignore[arg-type]
+    cls = FusedGLU if kind.gated else FusedMLP
+    fused = cls.from_bundle(bundle, parameterization, names=names, kind=type(old["w_in"]), dropout=probability)
+    for role, module in old.items():
+        new = fused.projection(role)
+        weight = module.get_parameter("weight")
+        new.to(device=weight.device, dtype=weight.dtype).train(module.training)
+        for name, parameter in new.named_parameters():
+            parameter.requires_grad_(module.get_parameter(name).requires_grad)
+    _finish(site, fused, old["w_in"].weight)  # type: ignore[arg-type]
+    fused.train(site.module.training)
+    site.root.set_submodule(site.path, fused)
+    return fused
+
+
+def _activation(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> ScaledActivation:
+    """The activation wrapped, everything else narrowed where it is."""
+    narrow(site, bundle)
+    activation: Any = site.below(site.kind.activation)
+    scale = None if bundle.scale is None else bundle.scale[0].clone()
+    scaled = ScaledActivation(activation, scale, parameterization, gated=bundle.gated)
+    _finish(site, scaled, site.below(_owner(site)).weight)  # type: ignore[arg-type]
+    site.module.set_submodule(site.kind.activation, scaled.train(activation.training))
+    return scaled
+
+
+def _projection(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> ScaledWeights:
+    """The output projection wrapped, everything else narrowed where it is."""
+    narrow(site, bundle)
+    path = site.kind.holder
+    last = site.kind.projection("w_out")
+    own = last.__class__(
+        last.parameter.rpartition(".")[2], last.role, last.part, last.neuron_axis, last.expert_axis,
+        None if last.bias is None else last.bias.rpartition(".")[2],
+    )  # fmt: skip
+    old = site.below(path)
+    scaled = ScaledWeights(
+        old, [own], None if bundle.scale is None else bundle.scale[0].clone(), parameterization, gated=bundle.gated
+    )
+    _finish(site, scaled, scaled.weight)  # type: ignore[arg-type]
+    site.module.set_submodule(path, scaled)
+    return scaled
+
+
+def _weights(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> ScaledWeights:
+    """The module that holds a stack of experts wrapped."""
+    narrow(site, bundle)
+    scale = None if bundle.scale is None else bundle.scale.clone()
+    scaled = ScaledWeights(site.module, site.kind.projections, scale, parameterization, gated=bundle.gated)
+    _finish(site, scaled, scaled.get_parameter(site.kind.projection("w_in").parameter))
+    site.root.set_submodule(site.path, scaled)
+    return scaled
+
+
+def _finish(site: FFNSite, fused: ScaleHolder, like: Tensor) -> None:
+    if fused.scale is not None:
+        fused.scale = fused.scale.to(like.device)
+
+
+def _owner(site: FFNSite) -> str:
+    return site.kind.projection("w_in").parameter.rpartition(".")[0]
+
+
+@torch.no_grad()
+def narrow(site: FFNSite, bundle: NeuronBundle) -> None:
+    """Exchange the parameters of the FFN at `site` for those of `bundle`, in the modules that hold them."""
+    kind = site.kind
+    old = {name: site.module.get_parameter(name) for name in kind.parameters}
+    new = tensors_of(bundle, kind.projections, old)
+    put_parameters(site, {name: tensor.to(old[name].dtype) for name, tensor in new.items()}, bundle.width)
+
+
+@contextmanager
+def narrowed(site: FFNSite, bundle: NeuronBundle) -> Iterator[None]:
+    """Inside, the FFN at `site` has the weights of `bundle`, folded; its own parameters are back afterwards."""
+    kind = site.kind
+    old = {name: site.module.get_parameter(name) for name in kind.parameters}
+    width = bundle_width(site)
+    narrow(site, bundle.parameterized("folded"))
+    try:
+        yield
+    finally:
+        for name, parameter in old.items():
+            path, _, own = name.rpartition(".")
+            site.below(path).register_parameter(own, parameter)
+        _tell(site, width)
+
+
+def bundle_width(site: FFNSite) -> int:
+    """Neurons of the FFN at `site`, as its parameters are now."""
+    p = site.kind.projection("w_in")
+    return count_neurons(site.module.get_parameter(p.parameter).shape, p, site.kind.experts)
+
+
+def put_parameters(site: FFNSite, tensors: Mapping[str, Tensor], width: int) -> None:
+    """Make `tensors` the parameters of the FFN at `site`, and let its modules know the width."""
+    for name, tensor in tensors.items():
+        path, _, own = name.rpartition(".")
+        module = site.below(path)
+        parameter = nn.Parameter(tensor, requires_grad=module.get_parameter(own).requires_grad)
+        module.register_parameter(own, parameter)
+    _tell(site, width)
+
+
+def _tell(site: FFNSite, width: int) -> None:
+    """Let the modules of an FFN that keep numbers of its width know it."""
+    for name, times in site.kind.counts.items():
+        path, _, own = name.rpartition(".")
+        setattr(site.below(path), own, times * width)

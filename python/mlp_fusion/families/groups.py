@@ -1,0 +1,46 @@
+"""Widths of FFNs that one config key moves: they shrink by one share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from mlp_fusion.errors import InputError
+from mlp_fusion.families.base import FFNSite, Kind
+from mlp_fusion.selection import Width, resolve_width
+
+
+def resolve_widths(width: Width, sites: Sequence[FFNSite]) -> list[int]:
+    """The number of neurons that each FFN keeps.
+
+    Kinds that one key of the config moves (routed and shared experts, the stages of a pyramid) keep one share of their
+    widths, wherever that comes out even: a config can then state them all. A count is that of the kind whose width the
+    key states, or of the narrowest.
+
+    Args:
+        width: as in :func:`mlp_fusion.selection.resolve_width`.
+        sites: the chosen FFNs.
+
+    Raises:
+        InputError: the width does not suit one of them; the message names it where there are several kinds.
+    """
+    shares: dict[int, Fraction] = {}
+    for number in {site.kind.group for site in sites}:
+        first = min((site.kind for site in sites if site.kind.group == number), key=_rank)
+        try:
+            shares[number] = Fraction(resolve_width(width, first.width), first.width)
+        except InputError as error:
+            if len({site.kind.path for site in sites}) == 1:
+                raise
+            raise InputError(f"{first.path}: {error}") from error
+    found = []
+    for site in sites:
+        after = site.kind.width * shares[site.kind.group]
+        found.append(
+            int(after) if after.denominator == 1 else resolve_width(float(after / site.kind.width), site.kind.width)
+        )
+    return found
+
+
+def _rank(kind: Kind) -> tuple[bool, int]:
+    return kind.key is None or kind.key.value != kind.width, kind.width

@@ -1,0 +1,142 @@
+"""What goes into and comes out of each expert of a stack, whatever the module around it looks like.
+
+Stacks have no projections of their own to hang hooks on: the products with slices of their parameters are watched, as
+discovery does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlp_fusion.errors import InputError
+from mlp_fusion.families import FFNSite
+from mlp_fusion.families.trace import Product, Trace
+
+#: Attributes of configs that say which implementation runs stacks of experts.
+_IMPLEMENTATIONS = ("_experts_implementation", "_experts_implementation_internal")
+#: Called as `visit(site number, x (n, d), hidden (n, N), y (n, d_out))`.
+ExpertVisitor = Callable[[int, Tensor, Tensor, Tensor], None]
+
+
+@contextmanager
+def experts_tapped(sites: Mapping[int, FFNSite], visit: ExpertVisitor) -> Iterator[None]:
+    """Show `visit` the rows of every expert, in its turn, whenever its stack has run inside; there may be none.
+
+    Inside, experts run eagerly, one product at a time.
+
+    Args:
+        sites: number -> an expert.
+        visit: sees what belongs to each number.
+    """
+    stacks: dict[str, dict[int, int]] = {}
+    for number, site in sites.items():
+        assert site.expert is not None
+        stacks.setdefault(site.path, {})[site.expert] = number
+    handles = []
+    with _eagerly([site.root for site in sites.values()][:1]):
+        for path, numbers in stacks.items():
+            tap = _StackTap(next(site for site in sites.values() if site.path == path), numbers, visit)
+            handles += tap.attach()
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def _eagerly(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Experts run their own forward inside, whatever the config asks for."""
+    configs = {id(c): c for m in models for part in m.modules() if (c := vars(part).get("config")) is not None}
+    before = [
+        (config, key, getattr(config, key))
+        for config in configs.values()
+        for key in _IMPLEMENTATIONS
+        if hasattr(config, key)
+    ]
+    for config, key, _ in before:
+        with contextlib.suppress(ValueError):  # a config that checks what it is told
+            setattr(config, key, "eager")
+    try:
+        yield
+    finally:
+        for config, key, value in before:
+            with contextlib.suppress(ValueError):
+                setattr(config, key, value)
+
+
+class _StackTap:
+    """Watches one stack of experts."""
+
+    def __init__(self, site: FFNSite, numbers: Mapping[int, int], visit: ExpertVisitor) -> None:
+        self._site, self._numbers, self._visit = site, numbers, visit
+        self._traces: list[Trace] = []
+
+    def attach(self) -> list[Any]:
+        module = self._site.module
+        return [
+            module.register_forward_pre_hook(self._enter),
+            module.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def _enter(self, module: nn.Module, _args: Any) -> None:
+        owners = {p.untyped_storage().data_ptr(): (name, p) for name, p in module.named_parameters(recurse=False)}
+        self._traces.append(Trace(owners))
+        self._traces[-1].__enter__()
+
+    def _leave(self, module: nn.Module, _args: Any, output: Any) -> None:
+        trace = self._traces.pop()
+        trace.__exit__(None, None, None)
+        if output is None:
+            return  # it raised
+        kind = self._site.kind
+        inputs = self._by_expert(trace.products, kind.projection("w_in").parameter)
+        outputs = self._by_expert(trace.products, kind.projection("w_out").parameter)
+        last, like = kind.projection("w_out"), next(module.parameters())
+        for expert, number in self._numbers.items():
+            x, hidden = (found[expert][0] if expert in found else None for found in (inputs, outputs))
+            if x is None or hidden is None:
+                shapes = self._shapes()
+                self._visit(number, *(like.new_zeros(0, size) for size in shapes))
+                continue
+            y, added = outputs[expert][1:]
+            if last.bias is not None and not added:
+                y = y + module.get_parameter(last.bias)[expert].to(y.dtype)
+            self._visit(number, x, hidden, y)
+
+    def _shapes(self) -> tuple[int, int, int]:
+        from mlp_fusion.modules.stored import bundle_of
+
+        kind, module = self._site.kind, self._site.module
+        tensors = {name: module.get_parameter(name) for name in kind.parameters}
+        bundle = bundle_of(tensors, kind.projections, kind.name, experts=kind.experts)
+        return bundle.w_in.shape[2], bundle.width, bundle.w_out.shape[2]
+
+    def _by_expert(self, products: Sequence[Product], parameter: str) -> dict[int, tuple[Tensor, Tensor, bool]]:
+        """Expert -> what its product with a parameter got and returned, and whether a bias is in that."""
+        found: dict[int, tuple[Tensor, Tensor, bool]] = {}
+        for product in products:
+            if product.parameter != parameter:
+                continue
+            added = product.bias is not None or product.operation in ("addmm", "baddbmm")
+            if product.expert is not None:
+                pairs = [(product.expert, product.x, product.y)]
+            elif product.x.ndim == 3 and len(product.x) == self._site.kind.experts:
+                pairs = [(n, x, y) for n, (x, y) in enumerate(zip(product.x, product.y, strict=True))]
+            else:
+                raise InputError(
+                    f"{self._site.path}: its experts are not run one by one or all in turn, so that they cannot be told "
+                    "apart: set the model's experts implementation to eager"
+                )
+            for expert, x, y in pairs:
+                rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+                if expert in found:
+                    rows = torch.cat([found[expert][0], rows[0]]), torch.cat([found[expert][1], rows[1]])
+                found[expert] = (*rows, added)
+        return found

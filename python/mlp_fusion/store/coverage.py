@@ -1,0 +1,106 @@
+"""Whether a checkpoint holds what its config says, and no FFN beyond what was proved."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mlp_fusion.errors import InputError
+from mlp_fusion.families import Architecture, FFNSite
+from mlp_fusion.store.naming import Place, places
+from mlp_fusion.store.record import architecture_of
+from mlp_fusion.store.reference import checkpoint_class
+from mlp_fusion.store.source import Headers
+from mlp_fusion.store.weights import TensorInfo
+
+#: Parts of a tensor's name that speak of a feed-forward layer, in the families that transformers knows.
+_FFN_WORDS = re.compile(
+    r"mlp|ffn|ffw|ff|feed_?forward|intermediate|experts?|shared_expert|fc_?\d?|c_fc|lin\d|w[123]|w[io](_\d)?"
+    r"|(gate|up|down|gate_up)_proj|dense_h_to_4h|dense_4h_to_h|wide|ff_?out"
+)
+_ATTENTION_WORDS = re.compile(r"attn|attention|self_attn|self_attention|crossattention")
+
+
+def meta_model(config: Any) -> Any:
+    """The model that a checkpoint with `config` is loaded into, on the meta device.
+
+    Raises:
+        InputError: transformers builds none.
+    """
+    from mlp_fusion.families import building
+
+    with building.undisturbed():
+        try:
+            return building.build(checkpoint_class(config), config)
+        except Exception as error:
+            raise InputError(f"{config.model_type}: transformers builds no model from this config: {error}") from error
+
+
+def ffn_tensors(config: Any, names: Iterable[str]) -> set[str]:
+    """Those of the tensors of a checkpoint, by their names on disk, that belong to FFNs."""
+    architecture = architecture_of(config)
+    placed = places(meta_model(config), names)
+    return {name for name, place in placed.items() if architecture.locate(place.parameter) is not None}
+
+
+def claimed_tensors(
+    headers: Headers, model: Any, architecture: Architecture, sites: Sequence[FFNSite]
+) -> dict[str, list[TensorInfo]]:
+    """Parameter of an FFN -> the tensors on disk that it consists of.
+
+    Raises:
+        InputError: one is missing, quantised, or of another shape than the config says; or a tensor looks like part of
+            an FFN and belongs to none: it would be left behind silently.
+    """
+    placed = places(model, headers.tensors)
+    _refuse_strays(headers, architecture, placed)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    held: dict[str, list[TensorInfo]] = {}
+    for name, place in placed.items():
+        info = headers.tensors[name]
+        found = architecture.locate(place.parameter)
+        if found is not None:
+            if not info.floating and len(info.shape) > 1:
+                raise InputError(
+                    f"{headers.name}: {name} is stored as {info.dtype}: start from the unquantised checkpoint"
+                )
+            if not place.converted and info.shape != shapes[place.parameter]:
+                raise InputError(
+                    f"{headers.name}: {name} is {info.shape}, but config.json makes it {shapes[place.parameter]}"
+                )
+        held.setdefault(place.parameter, []).append(info)
+    # One tensor may become several parameters, of which only the first is known.
+    converted = any(place.converted for place in placed.values())
+    for site in sites:
+        for name in (f"{site.path}.{below}" for below in site.kind.parameters):
+            if name not in held and not converted:
+                raise InputError(f"{headers.name}: {name} is missing: the checkpoint is incomplete")
+            held.setdefault(name, [])
+    return held
+
+
+def _refuse_strays(headers: Headers, architecture: Architecture, placed: Mapping[str, Place]) -> None:
+    strays = [n for n, t in headers.tensors.items() if n not in placed and len(t.shape) >= 2 and looks_like_ffn(n)]
+    if not strays:
+        return
+    kinds = [found for name in strays if (found := architecture.locate(name)) is not None]
+    first = strays[0]
+    if kinds and not any(architecture.locate(place.parameter) for place in placed.values()):
+        prefix = first[: first.index(architecture.relative(kinds[0][1]))] if kinds[0][0].path else first
+        raise InputError(
+            f"{headers.name}: tensors are named {prefix}{architecture.relative(kinds[0][1])}..., as a wrapped model "
+            "(DataParallel, torch.compile) saves them, and transformers would not find them: save the one inside"
+        )
+    raise InputError(
+        f"{headers.name}: {first} looks like part of an FFN, but the {architecture.model_type!r} model of config.json "
+        f"has no place for it ({len(strays)} such tensors): this model is not supported"
+    )
+
+
+def looks_like_ffn(tensor_name: str) -> bool:
+    """Whether a tensor's name speaks of a feed-forward layer (and not of attention)."""
+    parts = tensor_name.split(".")
+    if any(_ATTENTION_WORDS.fullmatch(part) for part in parts):
+        return False
+    return any(_FFN_WORDS.fullmatch(part) for part in parts)

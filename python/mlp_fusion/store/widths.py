@@ -1,0 +1,149 @@
+"""Widths of FFNs, in a config and in the models that are built from it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import nn
+
+from mlp_fusion.errors import InputError
+from mlp_fusion.families import Architecture, FFNSite
+from mlp_fusion.families.exchange import bundle_width, put_parameters
+from mlp_fusion.families.sites import WidthKey
+
+
+def width_keys(model: Any, config: Any, sites: Sequence[FFNSite], widths: Sequence[int]) -> tuple[Any, set[int]]:
+    """Change the keys of `config` that lead to the widths, where there are such.
+
+    Every key is tried: the model is built anew, on the meta device, and all of its shapes are compared.
+
+    Args:
+        model: unfused.
+        config: a copy of its config.
+        sites, widths: all of its FFNs, and their neurons after the fusion.
+
+    Returns:
+        The changed config, and the groups of kinds whose widths it states.
+    """
+    groups: dict[int, list[tuple[FFNSite, int]]] = {}
+    for site, width in zip(sites, widths, strict=True):
+        groups.setdefault(site.kind.group, []).append((site, width))
+    told: set[int] = set()
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for number, members in groups.items():
+        shares = {Fraction(width, site.kind.width) for site, width in members}
+        if shares == {Fraction(1)}:
+            told.add(number)
+            continue
+        key = members[0][0].kind.key
+        if key is None or len(shares) > 1:
+            continue
+        shapes = expected | {name: shape for site, width in members for name, shape in narrowed_shapes(site, width)}
+        trial = next(
+            (
+                found
+                for value in _values(key, members[0][0].kind.width, *shares)
+                if (found := _built(model, config, key, value, shapes)) is not None
+            ),
+            None,
+        )
+        if trial is not None:
+            config, expected = trial, shapes
+            told.add(number)
+    return config, told
+
+
+def _values(key: WidthKey, width: int, share: Fraction) -> Iterator[Any]:
+    """What a key may have to say for FFNs of a width to have a share of it."""
+    if key.value is None:
+        yield int(width * share)
+        return
+    if isinstance(key.value, list):
+        entries = [entry * share for entry in key.value]
+        if all(entry.denominator == 1 for entry in entries):
+            yield [int(entry) for entry in entries]
+        return
+    if isinstance(key.value, float):
+        yield float(key.value * share)
+        return
+    value = key.value * share
+    yield int(value) if value.denominator == 1 else float(value)
+
+
+def _built(model: Any, config: Any, key: WidthKey, value: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any | None:
+    """The config with the key changed, if the model that it describes has the shapes."""
+    from mlp_fusion.families import building
+
+    with building.undisturbed():
+        try:
+            changed = _put(config, key.path.split("."), value)
+            built = building.build(type(model), changed)
+        except Exception:  # noqa: BLE001  (a config with another number may fail in any way)
+            return None
+    same = {name: tuple(p.shape) for name, p in built.named_parameters()} == dict(shapes)
+    return changed if same else None
+
+
+def _put(config: Any, path: Sequence[str], value: Any) -> Any:
+    """A copy of the config, with all that a dict of it would not hold, in which the key at `path` says `value`."""
+    changed = copy.deepcopy(config)
+    holder: Any = changed
+    for name in path[:-1]:
+        holder = holder[name] if isinstance(holder, dict) else getattr(holder, name)
+    if isinstance(holder, dict):
+        holder[path[-1]] = value
+    else:
+        setattr(holder, path[-1], value)
+    return changed
+
+
+def narrowed_shapes(site: FFNSite, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of an FFN's parameters that have a neuron axis, at a width."""
+    for name, axis in _neuron_axes(site).items():
+        shape = list(site.module.get_parameter(name).shape)
+        shape[axis] = shape[axis] // site.kind.width * width
+        yield f"{site.path}.{name}", tuple(shape)
+
+
+def _neuron_axes(site: FFNSite) -> dict[str, int]:
+    """Parameter -> the axis that counts its neurons, of those that have one."""
+    axes: dict[str, int] = {}
+    for p in site.kind.projections:
+        axes[p.parameter] = p.neuron_axis
+        if p.bias is not None and p.role != "w_out":
+            axes[p.bias] = site.module.get_parameter(p.bias).ndim - 1
+    return axes
+
+
+@torch.no_grad()
+def build_narrow(model: nn.Module, architecture: Architecture, widths: Mapping[str, int]) -> None:
+    """Give a newly built model the widths that only its record states; weights are loaded, or drawn, afterwards.
+
+    Args:
+        model: of the original widths, or part of one.
+        architecture: of its record.
+        widths: path of an FFN below the base model -> neurons.
+
+    Raises:
+        InputError: a width is not less than the FFN's own.
+    """
+    for site in architecture.sites(model):
+        width = widths.get(architecture.relative(site.path))
+        now = bundle_width(site)
+        if width is None or width == now:
+            continue
+        if width > now:
+            raise InputError(f"{site.path} has {now} neurons, the record of its fusion says {width}: it is damaged")
+        shapes = dict(narrowed_shapes(site, width))
+        tensors = {}
+        for name in _neuron_axes(site):
+            old = site.module.get_parameter(name)
+            tensors[name] = old.new_empty(shapes[f"{site.path}.{name}"])
+            if not old.is_meta:
+                corner = tuple(slice(0, size) for size in tensors[name].shape)
+                tensors[name].copy_(old[corner])
+        put_parameters(site, tensors, width)
