@@ -8,6 +8,9 @@ what the original FFN makes of the bent inputs, but what leads the stream back t
 
     target = original stream after the FFN - (stream at hand after the FFN - its outputs)
 
+Where a layer does not get what the layer before it put out (a decoder behind its encoder, a stage of a vision model
+behind its downsampling), it starts on the original's hidden states; decoders attend to the original encoder's.
+
 Where outputs are normalised before they are added (Gemma 2), this comes to what the original FFN put out in the
 original model.
 
@@ -63,32 +66,41 @@ def reduce_sequentially(
     """
     batches = take_calibration(model, calibration)
     plan = RowPlan(batches, seed)
-    first, last = sites[0].index, sites[-1].index
+    first, last = min(site.index for site in sites), max(site.index for site in sites)
     between = [site for site in architecture.sites(model) if first <= site.index <= last]
-    numbers = {site.index: number for number, site in enumerate(sites)}
+    numbers = {site.path: number for number, site in enumerate(sites)}
+    reduced: dict[int, ReducedFFN] = {}
     with Runner(model, "the calibration text") as runner:
-        calls = _record(runner, between, batches)
         # Hidden states of the model with the FFNs reduced so far, and of the original.
-        states = exact = [_hidden_of(call) for call in calls[0]]
-        reduced: list[ReducedFFN] = []
-        for site, site_calls in zip(between, calls, strict=True):
+        states: list[Tensor] = []
+        exact: list[Tensor] = []
+        for site, site_calls in _record(runner, between, batches):
+            given = [_hidden_of(call) for call in site_calls]
+            if all(x.numel() > 0 for x in given):
+                states = exact = given
             runs = [_streamed(architecture, site, call, x) for call, x in zip(site_calls, exact, strict=True)]
             exact, wanted = [output for output, _ in runs], [stream for _, stream in runs]
-            if site.index not in numbers:
+            if site.path not in numbers:
                 states = [_run(site, call, x) for call, x in zip(site_calls, states, strict=True)]
                 continue
             inputs = architecture.read(site, model.config).w_in
             sample = RowSample(plan, row_capacity(rows, inputs.shape[-1], inputs.element_size()))
             statistics = _statistics(architecture, site, site_calls, states, wanted, batches, sample)
-            reduced.append(reduce(numbers[site.index], statistics))
-            with replaced(architecture, site, reduced[-1].reduction.bundle):
+            number = numbers[site.path]
+            reduced[number] = reduce(number, statistics)
+            with replaced(architecture, site, reduced[number].reduction.bundle):
                 states = [_run(site, call, x) for call, x in zip(site_calls, states, strict=True)]
-    return reduced
+    return [reduced[number] for number in range(len(sites))]
 
 
-def _record(runner: Runner, layers: Sequence[FFNSite], batches: Sequence[Batch]) -> list[list[_Call]]:
-    """Per layer and batch, what the layer was called with; hidden states of the first layer only."""
-    calls: list[list[_Call]] = [[] for _ in layers]
+def _record(runner: Runner, layers: Sequence[FFNSite], batches: Sequence[Batch]) -> list[tuple[FFNSite, list[_Call]]]:
+    """The layers as they run, each with what it was called with, per batch.
+
+    Hidden states only of those that did not get, in every batch, what the layer before them put out; else empty.
+    """
+    calls: dict[int, list[_Call]] = {}
+    chained = dict.fromkeys(range(len(layers)), True)
+    before: list[Tensor] = []
 
     def recorder(number: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -97,22 +109,33 @@ def _record(runner: Runner, layers: Sequence[FFNSite], batches: Sequence[Batch])
                 tuple(None if isinstance(value, Cache) else value for value in args),
                 {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()},
             )
-            calls[number].append(call if number == 0 else _with_hidden(call, torch.empty(0)))
+            calls.setdefault(number, []).append(call)
+            hidden = _hidden_of(call)
+            chained[number] &= bool(before) and before[-1].shape == hidden.shape and torch.equal(before[-1], hidden)
+            if chained[number]:
+                calls[number][-1] = _with_hidden(call, torch.empty(0))
 
         return record
+
+    def note(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        before[:] = [output[0] if isinstance(output, tuple) else output]
 
     handles = [
         site.layer.register_forward_pre_hook(recorder(number), with_kwargs=True) for number, site in enumerate(layers)
     ]
+    handles += [site.layer.register_forward_hook(note) for site in layers]
     try:
         for batch in batches:
+            before.clear()
             runner.base(batch)
     finally:
         for handle in handles:
             handle.remove()
-    if any(len(found) != len(batches) for found in calls):
-        raise InputError("a layer did not run once per batch: sequential calibration cannot repeat it")
-    return calls
+    counts = [len(calls.get(number, ())) for number in range(len(layers))]
+    kept = [{_hidden_of(call).numel() > 0 for call in found} for found in calls.values()]
+    if any(count != len(batches) for count in counts) or any(len(found) > 1 for found in kept):
+        raise InputError("a layer did not run once per batch, or alike: sequential calibration cannot repeat it")
+    return [(layers[number], found) for number, found in calls.items()]
 
 
 def _hidden_of(call: _Call) -> Tensor:
