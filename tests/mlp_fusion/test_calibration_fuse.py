@@ -17,7 +17,6 @@ from families import FAMILIES, WIDTH, tiny_model, token_batch
 from mlp_fusion import FusedMLP, FusionReport, InputError, fuse, restore
 from mlp_fusion.calibration import FFNStatistics, collect
 from mlp_fusion.calibration.text import calibration_batches
-from mlp_fusion.families import ARCHITECTURES
 from mlp_fusion.measure import relative_error
 from mlp_fusion.methods import get_method
 from mlp_fusion.neurons import NeuronBundle
@@ -26,6 +25,7 @@ from mlp_fusion.reducing.pipeline import Recipe, reduce_ffns
 from mlp_fusion.reducing.sequential import reduce_sequentially
 from mlp_fusion.reducing.widths import hidden_state_changes
 from mlp_fusion.running.taps import capture_activations
+from mlp_fusion.store.record import architecture_of
 
 pytestmark = pytest.mark.slow
 
@@ -68,9 +68,9 @@ def test_the_model_computes_the_corrected_bundles(optimizer: str | None) -> None
     original = copy.deepcopy(model)
     match = None if optimizer is None else "auto"
     report = fuse(model, 16, layers=[0, 2], optimizer=optimizer, seed=2, calibration=TEXT, sample=HELD_OUT, match=match)
-    architecture = ARCHITECTURES["llama"]
+    architecture = architecture_of(model.config)
     sites = [architecture.sites(original)[n] for n in (0, 2)]
-    bundles = [architecture.read(site, original.config) for site in sites]
+    bundles = [architecture.read(site) for site in sites]
     statistics = collect(original, architecture, sites, TEXT, seed=2)
     form: Any = report.parameterization
     recipe = Recipe(get_method("fusion"), 2, form, refit=True, match={"scaled": "sign", "split": "gd"}.get(form))  # type: ignore[arg-type]
@@ -106,7 +106,7 @@ def test_matching_lowers_the_reported_kernel_error_and_not_the_outputs(optimizer
 def test_sequential_calibration_sees_what_the_reduced_ffns_before_produce(family: str) -> None:
     """The statistics of each layer are those of the model in which the layers before are already fused."""
     model = tiny_model(family, dtype=torch.float64)
-    architecture = ARCHITECTURES[model.config.model_type]
+    architecture = architecture_of(model.config)
     sites = architecture.sites(model)
     chosen = [sites[0], sites[2]]
     seen = []
@@ -114,7 +114,7 @@ def test_sequential_calibration_sees_what_the_reduced_ffns_before_produce(family
 
     def reduce(number: int, statistics: Any) -> Any:
         seen.append(statistics)
-        bundle = architecture.read(chosen[number], model.config)
+        bundle = architecture.read(chosen[number])
         return reduce_ffns(recipe, [bundle], [16], [statistics])[0]
 
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -144,13 +144,13 @@ def test_sequential_targets_lead_back_to_the_original_model(family: str, chunk: 
     model = tiny_model(family, dtype=torch.float64)
     for layer in model.bert.encoder.layer if chunk else ():
         layer.chunk_size_feed_forward = chunk
-    architecture = ARCHITECTURES[model.config.model_type]
+    architecture = architecture_of(model.config)
     sites = architecture.sites(model)
     seen: dict[int, Any] = {}
 
     def reduce(number: int, statistics: Any) -> Any:
         seen[number] = statistics
-        bundle = architecture.read(sites[[0, 2][number]], model.config)
+        bundle = architecture.read(sites[[0, 2][number]])
         return reduce_ffns(Recipe(get_method("published"), 0, "scaled"), [bundle], [8], [statistics])[0]
 
     reduced = reduce_sequentially(model, architecture, [sites[0], sites[2]], TEXT, reduce, seed=0)
@@ -192,9 +192,9 @@ def test_sequential_targets_lead_back_to_the_original_model(family: str, chunk: 
 def test_automatic_widths_keep_the_budget_and_favour_what_is_hard() -> None:
     model = tiny_model("bert")
     # Layer 1 holds 8 neurons eight times over: it needs no more.
-    architecture = ARCHITECTURES["bert"]
+    architecture = architecture_of(model.config)
     site = architecture.sites(model)[1]
-    bundle = architecture.read(site, model.config)
+    bundle = architecture.read(site)
     architecture.install(site, bundle.with_vectors(bundle.vectors()[:, :8].repeat(1, 8, 1), None), "folded")
     report = fuse(model, "auto", budget=0.5, calibration=TEXT, sample=HELD_OUT, seed=0)
     widths = [row.neurons_after for row in report.rows]
@@ -224,9 +224,9 @@ def test_an_ffn_that_a_budget_leaves_whole_is_not_fused(tmp_path: Path) -> None:
 
 def test_effects_are_those_of_a_model_with_one_ffn_replaced() -> None:
     model = tiny_model("gpt2", dtype=torch.float64)
-    architecture = ARCHITECTURES["gpt2"]
+    architecture = architecture_of(model.config)
     sites = architecture.sites(model)
-    bundles = [get_method("published")(architecture.read(s, model.config), 8, seed=0).bundle for s in sites]
+    bundles = [get_method("published")(architecture.read(s), 8, seed=0).bundle for s in sites]
     found = hidden_state_changes(model, architecture, sites, HELD_OUT, bundles)
     exact = _hidden(model)
     for number, bundle in enumerate(bundles):

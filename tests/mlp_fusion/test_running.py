@@ -267,10 +267,10 @@ def test_a_batch_without_tokens_is_passed_over() -> None:
 
 
 def test_tuning_meets_token_ids_as_well() -> None:
-    from mlp_fusion.families import ARCHITECTURES
+    from mlp_fusion.store.record import architecture_of
 
     model = tiny_model("bert")
-    architecture = ARCHITECTURES["bert"]
+    architecture = architecture_of(model.config)
     with pytest.raises(InputError, match="the calibration text holds token 99, the model knows 0 to 96"):
         output_sensitivities(
             model, architecture, architecture.sites(model), [{"input_ids": torch.tensor([[99, 1]])}], seed=0

@@ -34,7 +34,7 @@ def check_config(config: Any) -> Architecture:
     """The architecture of a model that can be fused.
 
     Raises:
-        InputError: quantised, fused already, or FFNs that are not found, or not proved.
+        InputError: quantised, fused already, of layers that have configs of their own, or FFNs that are not found, or not proved.
     """
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is not None:
@@ -47,6 +47,8 @@ def check_config(config: Any) -> Architecture:
         raise InputError(f"config.json says dtype {str(dtype)[6:]}, in which no model can be loaded: mend it")
     if fusion_record(config) is not None:
         raise InputError("the model is fused already: start again from the original, fusing twice compounds the loss")
+    if config.is_heterogeneous:
+        raise InputError("the model's layers differ already (per_layer_config): only models of equal layers are fused")
     return architecture_of(config)
 
 
