@@ -14,13 +14,15 @@ from transformers import AutoModelForSequenceClassification
 
 import checkpoints as ck
 from families import FAMILIES, WIDTH, tiny_model, token_batch
-from mlp_fusion import FusedMLP, FusionReport, InputError, fuse, restore
+from mlp_fusion import FusionReport, InputError, fuse, restore
 from mlp_fusion.calibration import FFNStatistics, collect
 from mlp_fusion.calibration.text import calibration_batches
+from mlp_fusion.families.exchange import install, narrow
 from mlp_fusion.measure import relative_error
 from mlp_fusion.methods import get_method
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing import pipeline
+from mlp_fusion.reducing.layers import layers_of
 from mlp_fusion.reducing.pipeline import Recipe, reduce_ffns
 from mlp_fusion.reducing.sequential import reduce_sequentially
 from mlp_fusion.reducing.widths import hidden_state_changes
@@ -124,7 +126,7 @@ def test_sequential_calibration_sees_what_the_reduced_ffns_before_produce(family
     together = collect(model, architecture, chosen, TEXT, seed=0)
     torch.testing.assert_close(seen[0].x, together[0].x)
     assert not torch.allclose(seen[1].x, together[1].x)
-    architecture.install(chosen[0], reduced[0].reduction.bundle, "folded")
+    install(chosen[0], reduced[0].reduction.bundle, "folded")
     after = collect(model, architecture, chosen, TEXT, seed=0)
     torch.testing.assert_close(seen[1].x, after[1].x)
     torch.testing.assert_close(seen[1].hidden_variance, after[1].hidden_variance)
@@ -146,6 +148,8 @@ def test_sequential_targets_lead_back_to_the_original_model(family: str, chunk: 
         layer.chunk_size_feed_forward = chunk
     architecture = architecture_of(model.config)
     sites = architecture.sites(model)
+    layer = layers_of(model, sites)[2].module
+    assert sites[2].module in layer.modules()
     seen: dict[int, Any] = {}
 
     def reduce(number: int, statistics: Any) -> Any:
@@ -158,7 +162,7 @@ def test_sequential_targets_lead_back_to_the_original_model(family: str, chunk: 
     def outputs() -> list[Tensor]:
         """Of layer 2, at the tokens of every batch."""
         found: list[Tensor] = []
-        handle = sites[2].layer.register_forward_hook(lambda _m, _a, y: found.append(y[0] if type(y) is tuple else y))
+        handle = layer.register_forward_hook(lambda _m, _a, y: found.append(y[0] if type(y) is tuple else y))
         base: Any = model.base_model
         with torch.no_grad():
             for batch in TEXT:
@@ -170,7 +174,7 @@ def test_sequential_targets_lead_back_to_the_original_model(family: str, chunk: 
         torch.testing.assert_close(seen[1].y, collect(model, architecture, sites, TEXT, seed=0)[2].y)
         return
     wanted = torch.cat(outputs())
-    architecture.install(sites[0], reduced[0].reduction.bundle, "folded")
+    install(sites[0], reduced[0].reduction.bundle, "folded")
     bent = torch.cat(outputs())
     assert relative_error(bent, wanted) > 1e-3
     pieces = TEXT[0]["input_ids"].shape[1] // chunk if chunk else 1
@@ -195,7 +199,7 @@ def test_automatic_widths_keep_the_budget_and_favour_what_is_hard() -> None:
     architecture = architecture_of(model.config)
     site = architecture.sites(model)[1]
     bundle = architecture.read(site)
-    architecture.install(site, bundle.with_vectors(bundle.vectors()[:, :8].repeat(1, 8, 1), None), "folded")
+    narrow(site, bundle.with_vectors(bundle.vectors()[:, :8].repeat(1, 8, 1), None))
     report = fuse(model, "auto", budget=0.5, calibration=TEXT, sample=HELD_OUT, seed=0)
     widths = [row.neurons_after for row in report.rows]
     assert widths[1] == 8
@@ -213,9 +217,9 @@ def test_an_ffn_that_a_budget_leaves_whole_is_not_fused(tmp_path: Path) -> None:
     whole = [row.layer for row in report.rows if row.neurons_after == WIDTH]
     assert whole
     assert model.config.mlp_fusion["fused_layers"] == sorted({0, 1, 2} - set(whole))
-    assert [isinstance(layer.intermediate, FusedMLP) for layer in model.bert.encoder.layer] == [
-        n not in whole for n in range(3)
-    ]
+    architecture = architecture_of(model.config)
+    fused = [architecture.fused(site) is not None for site in architecture.sites(model)]
+    assert fused == [n not in whole for n in range(3)]
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     restore(loaded, tmp_path)
@@ -231,7 +235,7 @@ def test_effects_are_those_of_a_model_with_one_ffn_replaced() -> None:
     exact = _hidden(model)
     for number, bundle in enumerate(bundles):
         changed = copy.deepcopy(model)
-        architecture.install(architecture.sites(changed)[number], bundle, "folded")
+        install(architecture.sites(changed)[number], bundle, "folded")
         assert found[number] == pytest.approx(relative_error(_hidden(changed), exact) ** 2)
     torch.testing.assert_close(_hidden(model), exact, rtol=0, atol=0)
 

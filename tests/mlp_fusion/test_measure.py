@@ -22,7 +22,7 @@ from mlp_fusion.store.record import architecture_of
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_every_architecture_entry_computes_what_the_model_does(family: str) -> None:
+def test_every_architecture_computes_what_the_model_does(family: str) -> None:
     """The numeric self-test: rebuild each FFN from its bundle, compare with the model's own forward."""
     model = tiny_model(family, dtype=torch.float64)
     architecture = architecture_of(model.config)
@@ -32,7 +32,7 @@ def test_every_architecture_entry_computes_what_the_model_does(family: str) -> N
     for site, rows in zip(sites, captured, strict=True):
         bundle = architecture.read(site)
         assert bundle.width == 64
-        assert architecture.width(model.config) == 64
+        assert site.kind.width == architecture.neurons(site) == 64
         assert rows.y.abs().max() > 0.1
         torch.testing.assert_close(bundle.forward(rows.x)[0], rows.y, rtol=1e-9, atol=1e-9)
 
@@ -73,7 +73,7 @@ def test_capturing_leaves_the_model_as_it_was() -> None:
 
 def test_chunked_feed_forward_is_captured_whole() -> None:
     whole, chunked = tiny_model("bert"), tiny_model("bert", chunk_size_feed_forward=3)
-    architecture = architecture_of(model.config)
+    architecture = architecture_of(whole.config)
     batch = token_batch(length=9)
     found = [
         capture_activations(m, architecture, architecture.sites(m), batch, rows=99, seed=0) for m in (whole, chunked)
