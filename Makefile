@@ -11,7 +11,7 @@ TRITON := 'triton==3.6.0; platform_system == "Linux"'
 MARKED = not benchmark
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: demo test quick coverage suite checks mutants resources lint types bench families clean
+.PHONY: demo test quick coverage suite checks mutants resources lint types bench families families-roundtrip clean
 
 $(VENV)/.base: constraints.txt pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
@@ -76,6 +76,10 @@ bench: $(VENV)/.test
 # Every model type of transformers: an hour of one core; what is in build/families.jsonl is not repeated.
 families: $(VENV)/.test
 	$(BIN)/python bench/families.py
+
+# A small real model of every type that has FFNs, there and back; what is in build/families_roundtrip.jsonl is not repeated.
+families-roundtrip: $(VENV)/.test
+	$(BIN)/python bench/families_roundtrip.py
 
 clean:
 	rm -rf build $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage *.egg-info fusion_kernels/*.so

@@ -8,18 +8,14 @@ run.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import json
-import platform
 import re
-import signal
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+from census import TooLongError, limited, parser, recorded, walk, write
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families.catalogue import default_config, model_types
@@ -29,22 +25,13 @@ from mlp_fusion.families.sites import Description
 DONE, FOLDER = Path("build/families.jsonl"), Path("build/families")
 
 
-class TooLongError(BaseException):
-    """A type took longer than it may; no `except Exception` within stops it."""
-
-
-def _late(*_: Any) -> None:
-    raise TooLongError
-
-
 def one_type(model_type: str, limit: int) -> dict[str, Any]:
     """The line of a type; its description is written to `FOLDER`."""
     started = time.perf_counter()
-    signal.signal(signal.SIGALRM, _late)
-    signal.alarm(limit)
     line: dict[str, Any] = {"type": model_type}
     try:
-        found = describe(default_config(model_type))
+        with limited(limit):
+            found = describe(default_config(model_type))
     except TooLongError:
         line |= {"status": "too long", "reason": f"more than {limit} s"}
     except InputError as error:
@@ -53,12 +40,9 @@ def one_type(model_type: str, limit: int) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001  (a fault of discovery: it is counted, and the others are run)
         line |= {"status": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     else:
-        signal.alarm(0)
         FOLDER.mkdir(parents=True, exist_ok=True)
         (FOLDER / f"{model_type}.json").write_text(json.dumps(found.to_dict()) + "\n", encoding="utf-8")
         line |= {"status": "built", **summarised(found)}
-    finally:
-        signal.alarm(0)
     return {**line, "seconds": round(time.perf_counter() - started, 2)}
 
 
@@ -75,14 +59,6 @@ def summarised(found: Description) -> dict[str, Any]:
         "set apart": len(found.set_apart),
         "complete": found.complete,
     }
-
-
-def recorded() -> dict[str, dict[str, Any]]:
-    """Lines by type; the last one of a type counts."""
-    if not DONE.is_file():
-        return {}
-    lines = (json.loads(line) for line in DONE.read_text(encoding="utf-8").splitlines())
-    return {line["type"]: line for line in lines}
 
 
 def counts(lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -118,42 +94,20 @@ def _kinds(line: dict[str, Any]) -> set[str]:
     return {re.sub(r"\d[\d,.e+-]*", "N", reason).split(": ")[0] for reason in line["refused"].values()}
 
 
-def write(out: Path, lines: list[dict[str, Any]]) -> None:
-    """The summary: one line a type."""
-    described = {
-        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "counts": counts(lines),
-    }  # fmt: skip
-    rows = ",\n".join(json.dumps(line) for line in sorted(lines, key=lambda line: line["type"]))
-    head = json.dumps(described)[:-1]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(f'{head}, "types": [\n{rows}\n]}}\n', encoding="utf-8")
-
-
 def main() -> None:
     """Run what is missing, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--types", help="these only, whether done or not: a,b,c")
-    parser.add_argument("--limit-seconds", type=int, default=120, help="longest time for a type")
-    parser.add_argument(
+    options = parser(__doc__, 120, "bench/results/families-cpu.json")
+    options.add_argument(
         "--again", action="store_true", help="repeat types that failed, took too long or were not built"
     )
-    parser.add_argument("--out", type=Path, default=Path("bench/results/families-cpu.json"))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    done = recorded()
-    keep = {kind for kind in ("failed", "too long", "not built") if options.again}
-    wanted = options.types.split(",") if options.types else [
+    asked = options.parse_args()
+    done = recorded(DONE)
+    keep = {kind for kind in ("failed", "too long", "not built") if asked.again}
+    wanted = asked.types.split(",") if asked.types else [
         name for name in model_types() if name not in done or done[name]["status"] in keep
     ]  # fmt: skip
-    DONE.parent.mkdir(parents=True, exist_ok=True)
-    for number, name in enumerate(wanted, 1):
-        line = one_type(name, options.limit_seconds)
-        with DONE.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        print(f"{number}/{len(wanted)} {name}: {line['status']}, {line['seconds']} s", flush=True)
-    lines = [line for name, line in recorded().items() if name in model_types()]
-    write(options.out, lines)
+    lines = walk(DONE, wanted, lambda name: one_type(name, asked.limit_seconds))
+    write(asked.out, counts(lines), lines)
     print(json.dumps(counts(lines), indent=1))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fusion_kernels.activations import ACTIVATIONS
+from fusion_kernels.gates import Gate
 from mlp_fusion.errors import InputError
 from mlp_fusion.families.sites import Clamp, Function, WidthKey
 from mlp_fusion.modules import Scaled
@@ -24,8 +25,8 @@ from mlp_fusion.modules.layouts import read_parameter
 from mlp_fusion.modules.stored import Projection, bundle_of, count_neurons, parameters_of
 from mlp_fusion.neurons import UNNAMED, NeuronBundle
 
-#: How a narrower FFN stands in the model: a module of this package, of a dense FFN or a stack of experts; its activation
-#: wrapped; its output projection wrapped; or the module that holds its weights wrapped.
+#: How a narrower FFN stands in the model: a module of this package (of a dense FFN, or of a stack of experts); its
+#: activation wrapped; its output projection wrapped; or the module that holds its weights wrapped.
 FORMS = ("module", "experts", "activation", "projection", "weights")
 
 
@@ -69,8 +70,15 @@ class Kind:
     def name(self) -> str:
         """The activation's name in `fusion_kernels.activations`; `UNNAMED` where the function is not the kernels'."""
         f = self.function
-        plain = f.clamp is None and f.up_offset == 0.0 and f.factor == 1.0
-        return f.activation if plain and f.activation in ACTIVATIONS else UNNAMED
+        return f.activation if f.activation in ACTIVATIONS and f.factor == 1.0 else UNNAMED
+
+    @property
+    def gating(self) -> Gate:
+        """Limits and offset of a gated FFN."""
+        f = self.function
+        if f.clamp is None:
+            return Gate(up_offset=f.up_offset)
+        return Gate(f.clamp.limit, f.clamp.gate, f.up_offset)  # type: ignore[arg-type]
 
     @functools.cached_property
     def parameters(self) -> list[str]:
@@ -167,6 +175,17 @@ class FFNSite:
         """Its path, and the expert's number."""
         return self.path if self.expert is None else f"{self.path}[{self.expert}]"
 
+    @property
+    def is_expert(self) -> bool:
+        """Whether it sees only the tokens that are routed to it, which may be none."""
+        return self.expert is not None or bool(re.search(r"(?:^|[._])experts?(?=[._])", f"{self.path}."))
+
+    def channels(self) -> tuple[int, int, int]:
+        """Inputs, neurons and outputs, of one expert."""
+        tensors = {name: self.module.get_parameter(name) for name in self.kind.parameters}
+        bundle = bundle_of(tensors, self.kind.projections, self.kind.name, experts=max(self.kind.experts, 1))
+        return bundle.w_in.shape[2], bundle.width, bundle.w_out.shape[2]
+
     def below(self, path: str) -> nn.Module:
         """The submodule at a path below the FFN's own; itself for an empty one."""
         try:
@@ -262,8 +281,9 @@ class Architecture:
             raise InputError(f"{site.path}: {error}") from error
         scale, exponent = (None, 0.0) if fused is None else (fused.scale, fused.scale_exponent)
         bundle = bundle_of(
-            tensors, kind.projections, kind.name, experts=max(kind.experts, 1), scale=scale, scale_exponent=exponent
-        )
+            tensors, kind.projections, kind.name, gating=kind.gating, experts=max(kind.experts, 1), scale=scale,
+            scale_exponent=exponent,
+        )  # fmt: skip
         return bundle if site.expert is None else bundle.select(site.expert)
 
 

@@ -14,7 +14,7 @@ from mlp_fusion.families.base import FFNSite
 from mlp_fusion.modules import Scaled, ScaledActivation, ScaledWeights
 from mlp_fusion.modules.ffn import FusedFFN, FusedGLU, FusedMLP
 from mlp_fusion.modules.stored import count_neurons, tensors_of
-from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.neurons import UNNAMED, NeuronBundle
 
 
 @torch.no_grad()
@@ -34,6 +34,12 @@ def install(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> Scale
         "weights": _weights,
     }  # fmt: skip
     b = bundle.parameterized(parameterization)
+    limited = site.kind.form == "activation" and b.gated and not (b.activation != UNNAMED and b.gating.plain)
+    if limited and parameterization == "split" and b.scale is not None:
+        raise InputError(
+            f"{site.path}: this FFN limits or shifts its up projection: it has no form for SGD-like optimisers: "
+            "use optimizer='adamw' or none"
+        )
     if site.kind.form == "projection" and parameterization == "split" and b.scale is not None:
         raise InputError(
             f"{site.path}: this FFN's activation is a function that no module holds, so that it has no form for "

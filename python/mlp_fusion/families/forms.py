@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fusion_kernels.activations import ACTIVATIONS
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import building
 from mlp_fusion.families.base import Architecture, FFNSite, Kind
@@ -85,13 +84,11 @@ def _candidates(site: Site, kind: Kind, module: nn.Module, way: Way) -> Iterator
 
 def _is_plain(site: Site, kind: Kind, module: nn.Module) -> bool:
     """Whether a module is an FFN and nothing else, with projections of its own and a function of the kernels'."""
-    function = kind.function
     owners = [p.parameter.removesuffix(".weight") for p in kind.projections]
     return (
         site.own_module
         and not site.shared
-        and function == dataclasses.replace(function, own=None, clamp=None, up_offset=0.0, factor=1.0)
-        and function.activation in ACTIVATIONS
+        and kind.name != UNNAMED
         and all(p.part == "whole" for p in kind.projections)
         and all(name in module._modules and type(module._modules[name]) in (nn.Linear, Conv1D) for name in owners)
         and {name for name, _ in module.named_parameters()} == set(kind.parameters)

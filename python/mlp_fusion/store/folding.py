@@ -69,8 +69,8 @@ def fold_state_dict(
     for name, module in model.named_modules():
         if isinstance(module, Scaled) and module.scale is not None and f"{name}.scale" in plain:
             raise InputError(
-                f"{name} holds a scale, which no plain checkpoint has, where the model has no FFN to fold it into: call "
-                "its merge_scale() before saving"
+                f"{name} holds a scale, which no plain checkpoint has, where the model has no FFN to fold it into: "
+                "call its merge_scale() before saving"
             )
     return plain, scales
 

@@ -1,0 +1,336 @@
+"""Round trips of small models: neurons made equal, merged by `fuse`, saved, loaded plain, restored, trained.
+
+Neurons that are equal merge without an error, so that every output must stay, to rounding. A wrong layout, axis, role,
+bias or scale cannot pass: `controls` shows it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from guessing import Inputs, Probe, find_probes, tensors
+from shrinking import Small, Steps, only_candidate, small_configs, steps_of
+from torch import Tensor, nn
+from tying import difference, instances, kept, merged, neurons, real_model, tie, wrong
+
+import mlp_fusion
+from mlp_fusion.errors import InputError
+from mlp_fusion.families import building
+from mlp_fusion.families import describe as discovery
+from mlp_fusion.families.sites import Description
+
+__all__ = ["DifferentError", "Trip", "controls", "prepare", "round_trip", "steps_of"]
+
+#: Relative differences of outputs and of parameters that are rounding.
+SAME = 1e-5
+#: Those that show a mistake.
+OTHER = 1e-3
+#: Candidates that are tried, if none runs whole.
+_CANDIDATES, _SECONDS = 10, 12.0
+_STEPS, _RATE = 3, 1e-3
+
+
+class DifferentError(Exception):
+    """Something is not what it was, or not what it should be."""
+
+
+@dataclass
+class Trip:
+    """What a round trip starts from.
+
+    Attributes:
+        small: the config, and how it was made.
+        description: of its FFNs.
+        model: with tied neurons.
+        probes: what it is run on.
+        problems: what guesses at inputs met.
+        wide: outputs before anything is merged.
+        figures: what was measured; filled as the trip goes on.
+        done: stages that passed.
+    """
+
+    small: Small
+    description: Description
+    model: Any
+    probes: list[Probe]
+    problems: list[str]
+    wide: dict[str, Tensor] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    done: list[str] = field(default_factory=list)
+
+    @property
+    def paths(self) -> set[str]:
+        """Paths of all FFNs' modules."""
+        return {path for _, path in instances(self.description)}
+
+    @property
+    def reached(self) -> set[str]:
+        """Those that run on the probes."""
+        return {path for probe in self.probes for path in probe.reached}
+
+    @property
+    def sample(self) -> Inputs | None:
+        """What the whole model runs on."""
+        whole = [probe.inputs for probe in self.probes if not probe.path]
+        return whole[0] if whole else None
+
+
+def prepare(model_type: str, known: Steps | None = None) -> Trip:
+    """A small model of a type with tied neurons, and inputs on which it runs.
+
+    Args:
+        model_type: of transformers.
+        known: steps that have made a good config before.
+
+    Raises:
+        InputError: no small config has everything that the default config's model has, or none builds.
+    """
+    candidates = small_configs(model_type) if known is None else iter([only_candidate(model_type, known)])
+    best: Trip | None = None
+    until = time.perf_counter() + _SECONDS
+    for number, small in enumerate(candidates):
+        trip = _built(small)
+        if best is None or _rank(trip) > _rank(best):
+            best = trip
+        full = bool(best.probes) and best.paths <= best.reached
+        if full or number + 1 == _CANDIDATES or time.perf_counter() > until:
+            break
+    if best is None:
+        raise InputError(f"{model_type}: no small config has every kind of parameter of the default config's model")
+    tie(best.model, best.description)
+    best.wide = outputs(best.model, best.probes)
+    return best
+
+
+def _rank(trip: Trip) -> tuple[int, bool]:
+    return len(trip.reached), trip.sample is not None
+
+
+def _built(small: Small) -> Trip:
+    description = discovery.describe(small.config)
+    model = real_model(small.config)
+    probes, problems = find_probes(model, {path for _, path in instances(description)})
+    return Trip(small, description, model, probes, problems)
+
+
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+
+def fuse(trip: Trip) -> None:
+    """Halve every FFN; outputs stay."""
+    _fuse(trip.model, trip)
+    error = largest_difference(outputs(trip.model, trip.probes), trip.wide)
+    trip.figures["in memory"] = error
+    _check("outputs in memory", error)
+
+
+def _fuse(model: Any, trip: Trip) -> None:
+    mlp_fusion.fuse(model, width=0.5, optimizer="adamw", seed=0, sample=trip.sample)
+
+
+def save_and_load(trip: Trip, folder: str) -> Any:
+    """Save, load with the model's own class, and compare every parameter and the outputs.
+
+    Returns:
+        The model that was loaded.
+    """
+    original = real_model(trip.small.config)
+    tie(original, trip.description)
+    trip.model.save_pretrained(folder)
+    loaded, info = type(trip.model).from_pretrained(folder, output_loading_info=True)
+    wrong_names = {key: sorted(map(str, names))[:3] for key, names in info.items() if names}
+    if wrong_names:
+        raise DifferentError(f"loading says {wrong_names}")
+    ours = [path for path, module in loaded.named_modules() if type(module).__module__.startswith("mlp_fusion")]
+    if ours:
+        raise DifferentError(f"{ours[0]} of the loaded model is no module of transformers")
+    error = parameters_difference(loaded.eval(), original, trip.description)
+    trip.figures["parameters"] = error
+    _check("parameters after loading", error)
+    error = largest_difference(outputs(loaded, trip.probes), outputs(trip.model, trip.probes))
+    trip.figures["loaded"] = error
+    _check("outputs after loading", error)
+    return loaded
+
+
+def restore(trip: Trip, loaded: Any, folder: str) -> None:
+    """Restore what was loaded; outputs stay."""
+    mlp_fusion.restore(loaded, folder)
+    error = largest_difference(outputs(loaded, trip.probes), trip.wide)
+    trip.figures["restored"] = error
+    _check("outputs after restoring", error)
+
+
+def train(trip: Trip) -> None:
+    """A few steps of AdamW on the fused model: finite, and every FFN that ran changes."""
+    before = {name: p.detach().clone() for name, p in trip.model.named_parameters()}
+    optimizer = torch.optim.AdamW(trip.model.parameters(), lr=_RATE, weight_decay=0.0)
+    for _ in range(_STEPS):
+        loss = _loss(trip)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if not bool(loss.isfinite()):
+            raise DifferentError(f"the loss is {float(loss)} in training")
+    changed = {name for name, p in trip.model.named_parameters() if not torch.equal(p, before[name])}
+    for _, path in instances(trip.description):
+        if path in trip.reached and not any(name.startswith(f"{path}.") for name in changed):
+            raise DifferentError(f"nothing in {path} is trained")
+    if not all(bool(p.isfinite().all()) for p in trip.model.parameters()):
+        raise DifferentError("a parameter is not finite after training")
+    trip.figures["changed"] = len(changed)
+
+
+def _loss(trip: Trip) -> Tensor:
+    terms = []
+    for probe in trip.probes:
+        torch.manual_seed(0)
+        found = tensors(_part(trip.model, probe)(**probe.inputs))
+        terms += [t.square().mean() for t in found.values() if t.requires_grad]
+    if not terms:
+        raise DifferentError("no output of the model has a gradient")
+    return torch.stack(terms).sum()
+
+
+def controls(trip: Trip) -> dict[str, str]:
+    """Fuse with descriptions that have a mistake: who reports it, and how.
+
+    Raises:
+        DifferentError: nobody does.
+    """
+    found: dict[str, str] = {}
+    for name, description in wrong(trip.description):
+        model = real_model(trip.small.config)
+        tie(model, trip.description)
+        try:
+            with described_as(description) as asked:
+                _fuse(model, trip)
+            if not asked:
+                found[name] = "not asked: the entry of this type is written by hand"
+                continue
+            error = largest_difference(outputs(model, trip.probes), trip.wide)
+        except Exception as reported:  # noqa: BLE001  (whoever reports it)
+            found[name] = f"{type(reported).__name__}: {' '.join(str(reported).split())[:160]}"
+            continue
+        found[name] = f"outputs differ by {error:.1e}"
+        if not error > OTHER:
+            raise DifferentError(f"with a wrong {name} in the description, {found[name]} only")
+    trip.figures["controls"] = found
+    return found
+
+
+@contextlib.contextmanager
+def described_as(description: Description) -> Iterator[list[Any]]:
+    """Discovery finds `description`, whatever there is; what is yielded grows when it is asked."""
+    asked: list[Any] = []
+
+    def run(found: Any) -> Description:
+        asked.append(found)
+        return description
+
+    _forget()
+    try:
+        with mock.patch.object(discovery._Discovery, "run", run):
+            yield asked
+    finally:
+        _forget()
+
+
+def _forget() -> None:
+    """Empty the product's caches of what was found."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mlp_fusion."):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+
+
+def round_trip(trip: Trip) -> None:
+    """All stages, in order; `trip.done` says how far it came.
+
+    Raises:
+        InputError: the product refuses the model.
+        DifferentError: a comparison fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="trip_") as folder:
+        fuse(trip)
+        trip.done.append("fused")
+        loaded = save_and_load(trip, folder)
+        trip.done.append("loaded")
+        restore(trip, loaded, folder)
+        trip.done.append("restored")
+    train(trip)
+    trip.done.append("trained")
+    controls(trip)
+    trip.done.append("controlled")
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def _part(model: nn.Module, probe: Probe) -> nn.Module:
+    return model.get_submodule(probe.path) if probe.path else model
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, probes: list[Probe]) -> dict[str, Tensor]:
+    """Everything that a model and its parts put out on the probes, by name."""
+    found: dict[str, Tensor] = {}
+    for probe in probes:
+        torch.manual_seed(0)
+        for name, value in tensors(_part(model, probe)(**copy.deepcopy(probe.inputs))).items():
+            found[f"{probe.path}:{name}"] = value.clone()
+    return found
+
+
+def largest_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """Largest relative difference of outputs; infinite where one is missing or of another shape."""
+    if found.keys() != wanted.keys() or any(found[name].shape != wanted[name].shape for name in wanted):
+        return math.inf
+    errors = [_difference(found[name], wanted[name]) for name in wanted]
+    return max(errors, default=0.0)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    error = float((a - b).double().norm() / b.double().norm().clamp(min=1e-6))
+    return error if math.isfinite(error) else math.inf
+
+
+def parameters_difference(loaded: nn.Module, original: nn.Module, description: Description) -> float:
+    """Largest relative difference of a loaded model's parameters from what a tied model's must become.
+
+    Neurons may come in any order. Everything else must be the same in every bit.
+
+    Raises:
+        DifferentError: a parameter has come, gone or changed that belongs to no FFN.
+    """
+    inside = set()
+    worst = 0.0
+    first = building.first_names(original)
+    for site, path in instances(description):
+        names = [n for p in site.projections for n in (p.parameter, p.bias if p.role != "w_out" else None) if n]
+        inside |= {first[f"{path}.{name}" if path else name] for name in names}
+        wanted = merged(neurons(original, site, path, site.width), kept(site))
+        worst = max(worst, difference(neurons(loaded, site, path, kept(site)), wanted))
+    before, after = dict(original.named_parameters()), dict(loaded.named_parameters())
+    if before.keys() != after.keys():
+        raise DifferentError(f"parameters came or went: {sorted(before.keys() ^ after.keys())[:3]}")
+    for name, parameter in before.items():
+        if name not in inside and not torch.equal(parameter, after[name]):
+            raise DifferentError(f"{name}, which belongs to no FFN, is not what it was")
+    return worst
+
+
+def _check(what: str, error: float) -> None:
+    if not error <= SAME:
+        raise DifferentError(f"{what} differ by {error:.1e}")
