@@ -86,9 +86,8 @@ def test_embeddings_are_not_made_up(tmp_path: Path) -> None:
 
 def test_what_transformers_cannot_load_is_bad_input(tmp_path: Path) -> None:
     folder = ck.edit_config(ck.save_tiny(tmp_path / "source"), num_attention_heads=5)
-    with pytest.raises(
-        InputError, match=r"transformers builds no BertForSequence.* from this config: ValueError: .*multiple of"
-    ):
+    why = r"transformers builds no BertForSequence.* from this config: ValueError: .*multiple of"
+    with pytest.raises(InputError, match=why):
         mlp_fusion.compress(folder, tmp_path / "out", 16)
 
 

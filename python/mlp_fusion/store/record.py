@@ -39,7 +39,7 @@ def check_config(config: Any, *, stored: bool = False) -> Architecture:
         stored: it is that of a checkpoint, whose weights may be quantised in a way that can be read as plain ones.
 
     Raises:
-        InputError: quantised, fused already, of layers that have configs of their own, or FFNs that are not found, or not proved.
+        InputError: quantised, fused already, of layers that differ, or with FFNs that are not found or not proved.
     """
     check_readable(config)
     if not stored and (method := quantisation(config)) is not None:
