@@ -257,7 +257,10 @@ def guesses(model: Any) -> Iterator[Inputs]:
         codebooks = next(_numbers(config, "num_codebooks", "num_channels", "n_codebooks"), 0)
         if codebooks and "pixel_values" not in names:
             main_ids = "decoder_input_ids" if "decoder_input_ids" in text else "input_ids"
-            yield {**text, main_ids: text[main_ids][..., None].expand(1, _TOKENS, codebooks) if main_ids in text else None}
+            yield {
+                **text,
+                main_ids: text[main_ids][..., None].expand(1, _TOKENS, codebooks) if main_ids in text else None,
+            }
         yield text
         yield {name: value for name, value in text.items() if name.endswith("input_ids")}
     yield from ({**_decoders(text), **image} for image in images if text)
@@ -466,7 +469,11 @@ def _hidden(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterat
     if "query_embeds" in names or "encoder_hidden_states" in names:
         width = next(_numbers(config, "hidden_size", "d_model"), 8)
         seen = next(_numbers(config, "encoder_hidden_size"), width)
-        name = next(name for name in ("query_embeds", "inputs_embeds", "hidden_states", "encoder_hidden_states") if name in names)
+        name = next(
+            name
+            for name in ("query_embeds", "inputs_embeds", "hidden_states", "encoder_hidden_states")
+            if name in names
+        )
         yield {
             name: torch.randn(1, 8, width, generator=g),
             "encoder_hidden_states": torch.randn(1, 12, seen, generator=g),
