@@ -17,6 +17,8 @@ from mlp_fusion.running.positions import counted
 from mlp_fusion.running.runner import Runner
 from mlp_fusion.running.taps import capture_activations
 
+#: Inputs with random entries.
+DRAWN = ("input_ids", "decoder_input_ids", "pixel_values", "input_values", "input_features")
 MODELS = [kind for kind in KINDS if "'" not in kind]
 
 
@@ -41,7 +43,7 @@ def test_every_model_runs_on_a_random_batch(kind: str) -> None:
         torch.equal(batch[name], value) for name, value in random_batch(model, seed=3, batch=4, length=12).items()
     )
     other = random_batch(model, seed=4, batch=4, length=12)
-    assert not any(torch.equal(batch[n], value) for n, value in other.items() if "mask" not in n)
+    assert not any(torch.equal(batch[n], value) for n, value in other.items() if n in DRAWN)
     own = batch if kind not in ("t5", "bart") else {**batch, "decoder_input_ids": batch["input_ids"]}
     with torch.no_grad(), Runner(model) as runner:
         outputs = runner.whole(batch)
@@ -89,6 +91,8 @@ def test_images_beside_text_keep_their_numbers_per_sample() -> None:
     assert torch.equal(taken["input_ids"][1, :7], batch["input_ids"][1, 2:])
     [choices] = take_batches({"input_ids": torch.ones(2, 3, 5), "boxes": torch.ones(2, 3, 5, 4)}, 1)
     assert {name: tuple(value.shape) for name, value in choices.items()} == {"input_ids": (6, 5), "boxes": (6, 5, 4)}
+    [choices] = take_batches({"input_ids": torch.ones(2, 3, 5), "mc_token_ids": torch.ones(2, 3)}, 1)
+    assert choices["mc_token_ids"].shape == (2, 3)
 
 
 def test_a_decoders_text_moves_by_its_own_mask() -> None:
@@ -186,6 +190,20 @@ def test_a_model_of_images_and_text_padded_in_front() -> None:
         for site, rows in zip(sites, found, strict=True):
             x = watched(model, f"{site.path}.{projection}", batch)
             assert torch.equal(rows.x, x[batch["attention_mask"].bool()] if "text" in kind else x.flatten(0, 1))
+
+
+def test_patches_of_all_images_in_one_row() -> None:
+    model = tiny("qwen2_vl")
+    architecture, sites = ffns("qwen2_vl", model)
+    [batch] = take_batches(processed("qwen2_vl"), 1)
+    found = capture_activations(model, architecture, sites, batch, rows=10_000, seed=0)
+    for site, rows in zip(sites, found, strict=True):
+        x = watched(model, f"{site.path}.mlp.fc1", batch)
+        assert x.shape == (32, 32)
+        assert torch.equal(rows.x, x)
+    drawn = random_batch(model, seed=0, batch=3, length=10)
+    assert torch.equal(drawn["mm_token_type_ids"], (drawn["input_ids"] == IMAGE_TOKEN).long())
+    assert drawn["mm_token_type_ids"].sum(1).tolist() == [4, 4]
 
 
 def test_a_sequence_in_front_and_layers_that_share_their_ffn() -> None:

@@ -144,7 +144,8 @@ def test_sensitivities_of_images_and_of_encoders() -> None:
         torch.testing.assert_close(found[n], sensitivity._factor(g.T @ g), rtol=1e-3, atol=1e-5)
     bart = tiny("bart").double()
     architecture, sites = ffns("bart", bart)
-    own, other = text(0, (5, 7, 2), 7), text(1, (3, 4, 1), 4)
+    # As long as one another: the path tells whose mask it is.
+    own, other = text(0, (5, 7, 2), 7), text(1, (3, 4, 7), 7)
     batch = {**own, **{f"decoder_{name}": value for name, value in other.items()}}
     found = output_sensitivities(bart, architecture, sites, [batch], seed=5)
     decoded = other["attention_mask"].double()
@@ -276,7 +277,8 @@ def test_embeddings_are_means_over_what_counts() -> None:
     model, [batch] = tiny("vit"), batches_of("vit", 1)
     torch.testing.assert_close(embed(model, [batch]), model.vit(**batch).last_hidden_state.mean(1))
     torch.testing.assert_close(pooled(model, batch), model.vit(**batch).last_hidden_state.mean(1))
-    model, [batch] = tiny("bart"), batches_of("bart", 1)
+    model = tiny("bart")
+    batch = {**text(0, (5, 7, 2), 7), **{f"decoder_{k}": v for k, v in text(1, (3, 4, 7), 7).items()}}
     states, mask = model(**batch).last_hidden_state, batch["decoder_attention_mask"].unsqueeze(-1)
     for found in (embed(model, [batch]), pooled(model, batch)):
         torch.testing.assert_close(found, (states * mask).sum(1) / mask.sum(1))

@@ -80,6 +80,17 @@ KINDS: dict[str, Kind] = {
         r"model\.language_model\.layers\.\d",
         ("mlp.up_proj", "mlp.down_proj", "mlp.gate_proj"),
     ),
+    "qwen2_vl": Kind(
+        "Qwen2VLForConditionalGeneration",
+        {"model_type": "qwen2_vl",
+         "text_config": {**_TEXT, "num_key_value_heads": 2,
+                         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+         "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 4,
+                           "mlp_ratio": 2},
+         "image_token_id": IMAGE_TOKEN, "video_token_id": 58, "vision_start_token_id": 56, "vision_end_token_id": 57},
+        r"model\.visual\.blocks\.\d",
+        _MLP,
+    ),
     "xlnet": Kind(
         "XLNetModel",
         {"model_type": "xlnet", "vocab_size": 60, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64},
@@ -146,9 +157,22 @@ def processed(kind: str, seed: int = 0) -> Any:
             "input_values": torch.randn(3, 400, generator=g),
             "attention_mask": (torch.arange(400) < torch.tensor([[400], [300], [200]])).long(),
         },
+        # Images of 4 x 4, 2 x 4 and 4 x 2 patches, four of which make one token.
+        "qwen2_vl": lambda: {
+            "pixel_values": torch.randn(32, 96, generator=g),
+            "image_grid_thw": torch.tensor([[1, 4, 4], [1, 2, 4], [1, 4, 2]]),
+            **_of_unequal_images(text(seed, (9, 7, 8), 9)),
+        },
         "llava": lambda: {**pixels, **_with_images(text(seed, (9, 7, 8), 9, "left"))},
     }.get(kind, lambda: text(seed, (5, 7, 2), 7))()
     return UserDict({**found, "labels": torch.zeros(3, 2), "names": ["a", "b", "c"]})
+
+
+def _of_unequal_images(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A placeholder in front for each token of an image, and what says which they are."""
+    for row, count in enumerate((4, 2, 2)):
+        batch["input_ids"][row, :count] = IMAGE_TOKEN
+    return {**batch, "mm_token_type_ids": (batch["input_ids"] == IMAGE_TOKEN).long()}
 
 
 def _with_images(batch: dict[str, Tensor]) -> dict[str, Tensor]:
