@@ -78,10 +78,14 @@ constexpr ScalarType kSums = std::is_same_v<T, double> ? ScalarType::Double : Sc
 template <class T>
 FFN<T> make_ffn(const Tensor& x, const Tensor& w_in, const Tensor& w_out, const std::optional<Tensor>& w_gate,
                 const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_gate,
-                const std::optional<Tensor>& b_out, const std::optional<Tensor>& scale, const std::string& activation) {
+                const std::optional<Tensor>& b_out, const std::optional<Tensor>& scale, const std::string& activation,
+              const std::optional<double>& limit, const std::string& clamp, double up_offset) {
   STD_TORCH_CHECK(x.dim() == 2 && w_in.dim() == 2 && w_out.dim() == 2, "mlp: x and the weights must be matrices");
   const std::optional<Activation> phi = activation_named(activation);
   STD_TORCH_CHECK(phi.has_value(), "mlp: unknown activation ", activation);
+  const std::optional<Gate<Wide<T>>> gate = gate_of<Wide<T>, T>(limit, clamp, up_offset);
+  STD_TORCH_CHECK(gate.has_value(), "mlp: unknown clamp ", clamp);
+  STD_TORCH_CHECK(gate->plain() || w_gate.has_value(), "mlp: a plain block has no gate");
   const int64_t h = w_in.size(0), d = x.size(1), d_out = w_out.size(1);
   const ScalarType dtype = x.scalar_type();
   FFN<T> ffn{*phi,
@@ -92,7 +96,8 @@ FFN<T> make_ffn(const Tensor& x, const Tensor& w_in, const Tensor& w_out, const 
              bias<T>(b_gate, "b_gate", dtype, h),
              bias<T>(b_out, "b_out", dtype, d_out),
              nullptr,
-             nullptr};
+             nullptr,
+             *gate};
   if (w_gate) ffn.w_gate = matrix<T>(*w_gate, "w_gate", dtype, h, d);
   if (scale && h > 0) {
     const bool both = scale->dim() == 2;
@@ -109,10 +114,13 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Outputs forward(const Tensor x, const Tensor w_in, const Tensor w_out, const std::optional<Tensor> w_gate,
                 const std::optional<Tensor> b_in, const std::optional<Tensor> b_gate, const std::optional<Tensor> b_out,
-                const std::optional<Tensor> scale, const std::string activation, int64_t checkpoint_level) {
+                const std::optional<Tensor> scale, const std::string activation,
+                const std::optional<double> limit, const std::string clamp, double up_offset,
+                int64_t checkpoint_level) {
   return with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const FFN<T> ffn = make_ffn<T>(x, w_in, w_out, w_gate, b_in, b_gate, b_out, scale, activation);
+    const FFN<T> ffn = make_ffn<T>(x, w_in, w_out, w_gate, b_in, b_gate, b_out, scale, activation, limit,
+                                     clamp, up_offset);
     const int64_t rows = x.size(0), h = w_in.size(0), d_out = w_out.size(1);
     const auto dtype = x.scalar_type();
     const auto hidden = [&](bool keep) { return keep ? allocate<2>({rows, h}, dtype) : allocate<1>({0}, dtype); };
@@ -128,10 +136,12 @@ Outputs forward(const Tensor x, const Tensor w_in, const Tensor w_out, const std
 // y alone, for where nothing is kept.
 Tensor output(const Tensor x, const Tensor w_in, const Tensor w_out, const std::optional<Tensor> w_gate,
               const std::optional<Tensor> b_in, const std::optional<Tensor> b_gate, const std::optional<Tensor> b_out,
-              const std::optional<Tensor> scale, const std::string activation) {
+              const std::optional<Tensor> scale, const std::string activation,
+              const std::optional<double> limit, const std::string clamp, double up_offset) {
   return with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const FFN<T> ffn = make_ffn<T>(x, w_in, w_out, w_gate, b_in, b_gate, b_out, scale, activation);
+    const FFN<T> ffn = make_ffn<T>(x, w_in, w_out, w_gate, b_in, b_gate, b_out, scale, activation, limit,
+                                     clamp, up_offset);
     const int64_t rows = x.size(0);
     Tensor y = allocate<2>({rows, w_out.size(1)}, x.scalar_type());
     if (rows > 0) {
@@ -149,11 +159,13 @@ Gradients backward(const Tensor dy, const Tensor x, const Tensor w_in, const Ten
                    const std::optional<Tensor> w_gate, const std::optional<Tensor> b_in,
                    const std::optional<Tensor> b_gate, const std::optional<Tensor> b_out,
                    const std::optional<Tensor> scale, const Tensor z, const Tensor g, const Tensor a,
-                   const std::string activation, int64_t needs) {
+                   const std::string activation,
+                   const std::optional<double> limit, const std::string clamp, double up_offset, int64_t needs) {
   return with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     using S = Wide<T>;
-    const FFN<T> ffn = make_ffn<T>(x, w_in, w_out, w_gate, b_in, b_gate, b_out, scale, activation);
+    const FFN<T> ffn = make_ffn<T>(x, w_in, w_out, w_gate, b_in, b_gate, b_out, scale, activation, limit,
+                                     clamp, up_offset);
     const int64_t rows = x.size(0), d = x.size(1), h = w_in.size(0), d_out = w_out.size(1);
     const auto dtype = x.scalar_type();
     const auto sums = kSums<T>;
@@ -190,13 +202,14 @@ Gradients backward(const Tensor dy, const Tensor x, const Tensor w_in, const Ten
 STABLE_TORCH_LIBRARY_FRAGMENT(fusion_kernels_native, m) {
   m.def(
       "mlp(Tensor x, Tensor w_in, Tensor w_out, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, Tensor? b_out, "
-      "Tensor? scale, str activation, int checkpoint_level) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? scale, str activation, float? limit, str clamp, float up_offset, int checkpoint_level) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "mlp_output(Tensor x, Tensor w_in, Tensor w_out, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, Tensor? b_out, "
-      "Tensor? scale, str activation) -> Tensor");
+      "Tensor? scale, str activation, float? limit, str clamp, float up_offset) -> Tensor");
   m.def(
       "mlp_backward(Tensor dy, Tensor x, Tensor w_in, Tensor w_out, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, "
-      "Tensor? b_out, Tensor? scale, Tensor z, Tensor g, Tensor a, str activation, int needs) "
+      "Tensor? b_out, Tensor? scale, Tensor z, Tensor g, Tensor a, str activation, float? limit, str clamp, "
+      "float up_offset, int needs) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

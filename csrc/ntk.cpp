@@ -16,7 +16,8 @@ namespace {
 std::tuple<Tensor, Tensor> factors(const Tensor x, const Tensor w_in, const std::optional<Tensor> w_gate,
                                    const std::optional<Tensor> b_in, const std::optional<Tensor> b_gate,
                                    const std::optional<Tensor> shrink, const Tensor of_hidden, const Tensor of_in,
-                                   const std::optional<Tensor> of_gate, std::string activation, bool signs) {
+                                   const std::optional<Tensor> of_gate, std::string activation,
+                                   std::optional<double> limit, std::string clamp, double up_offset, bool signs) {
   STD_TORCH_CHECK(x.dim() == 2 && w_in.dim() == 2, "ntk_factors: x must be (N, d) and w_in (h, d)");
   const ScalarType dtype = x.scalar_type();
   const int64_t n = x.size(0), d = x.size(1), h = w_in.size(0);
@@ -34,9 +35,11 @@ std::tuple<Tensor, Tensor> factors(const Tensor x, const Tensor w_in, const std:
   Tensor hidden = new_tensor({n, h}, dtype), slopes = new_tensor({n, w_gate ? 2 * h : h}, dtype);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
+    const std::optional<Gate<T>> gate = gate_of<T, T>(limit, clamp, up_offset);
+    STD_TORCH_CHECK(gate.has_value(), "ntk_factors: unknown clamp ", clamp);
     const Neurons<T> neurons{data<T>(w_in),   data<T>(w_gate),    data<T>(b_in),  data<T>(b_gate),
                              data<T>(shrink), data<T>(of_hidden), data<T>(of_in), data<T>(of_gate),
-                             d,               h,                  *phi, signs};
+                             d,               h,                  *phi, *gate, signs};
     block_factors(neurons, data<T>(x), n, mutable_data<T>(hidden), mutable_data<T>(slopes));
   });
   return {hidden, slopes};
@@ -115,7 +118,8 @@ std::tuple<Tensor, Tensor, Tensor> sums(
 STABLE_TORCH_LIBRARY_FRAGMENT(fusion_kernels_native, m) {
   m.def(
       "ntk_factors(Tensor x, Tensor w_in, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, Tensor? shrink, "
-      "Tensor of_hidden, Tensor of_in, Tensor? of_gate, str activation, bool signs) -> (Tensor, Tensor)");
+      "Tensor of_hidden, Tensor of_in, Tensor? of_gate, str activation, float? limit, str clamp, float up_offset, "
+      "bool signs) -> (Tensor, Tensor)");
   m.def(
       "ntk_gram(Tensor x1, Tensor x2, Tensor? hidden1, Tensor? hidden2, Tensor slopes1, Tensor slopes2, int[] terms, "
       "float constant, bool symmetric, int tile, Tensor(a!) out) -> ()");

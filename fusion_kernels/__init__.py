@@ -1,6 +1,7 @@
 """Operators for shrinking feed-forward layers: weighted k-means, empirical-NTK products, and the small layers."""
 
 from fusion_kernels.experts import experts_backend, fused_experts
+from fusion_kernels.gates import Gate
 from fusion_kernels.kmeans import KMeansResult, Status, kmeans, kmeans_assign
 from fusion_kernels.library import BackendUnavailableError, backends
 from fusion_kernels.mlp import fused_glu_mlp, fused_mlp, mlp_backend, split_gate_up
@@ -21,6 +22,7 @@ from fusion_kernels.ntk import (
 
 __all__ = [
     "BackendUnavailableError",
+    "Gate",
     "KMeansResult",
     "NTKComparison",
     "NTKOperator",

@@ -46,6 +46,15 @@ def _relu2_derivative(z: Tensor) -> Tensor:
     return 2.0 * torch.relu(z)
 
 
+def _quick_gelu(z: Tensor) -> Tensor:
+    return z * torch.sigmoid(1.702 * z)
+
+
+def _quick_gelu_derivative(z: Tensor) -> Tensor:
+    s, rest = torch.sigmoid(1.702 * z), torch.sigmoid(-1.702 * z)
+    return s + z * s * (1.702 * rest)  # whose factors are finite in float16 as well
+
+
 def _silu_derivative(z: Tensor) -> Tensor:
     s = torch.sigmoid(z)
     return s * (1.0 + z * (1.0 - s))
@@ -56,6 +65,7 @@ ACTIVATIONS: dict[str, Activation] = {
     for a in (
         Activation("gelu", F.gelu, _gelu_derivative),
         Activation("gelu_tanh", lambda z: F.gelu(z, approximate="tanh"), _gelu_tanh_derivative),
+        Activation("quick_gelu", _quick_gelu, _quick_gelu_derivative),
         Activation("relu", torch.relu, _relu_derivative),
         Activation("relu2", lambda z: torch.relu(z).square(), _relu2_derivative),
         Activation("silu", F.silu, _silu_derivative),
@@ -67,7 +77,8 @@ def get_activation(name: str) -> Activation:
     """Return the activation called `name`.
 
     Raises:
-        ValueError: `name` is not one of `gelu` (exact, by erf), `gelu_tanh`, `relu`, `relu2` (squared ReLU), `silu`.
+        ValueError: `name` is not one of `gelu` (exact, by erf), `gelu_tanh`, `quick_gelu` (z sigmoid(1.702 z)), `relu`,
+            `relu2` (squared ReLU), `silu`.
     """
     check_name("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]

@@ -18,11 +18,14 @@ SIGNATURES: dict[Any, str] = {
     ),
     fusion_kernels.kmeans_assign: "x centroids metric backend",
     fusion_kernels.fused_mlp: "x w1 b1 w2 b2 scale activation checkpoint_level backend",
-    fusion_kernels.fused_glu_mlp: "x w_gate w_up w_down b_gate b_up b_down scale activation checkpoint_level backend",
+    fusion_kernels.fused_glu_mlp: (
+        "x w_gate w_up w_down b_gate b_up b_down scale activation checkpoint_level gating backend"
+    ),
     fusion_kernels.split_gate_up: "weight layout",
     fusion_kernels.mlp_backend: "name",
     fusion_kernels.fused_experts: (
-        "x top_k_index top_k_weights w_in w_out w_gate b_in b_out b_gate scale activation checkpoint_level backend"
+        "x top_k_index top_k_weights w_in w_out w_gate b_in b_out b_gate scale activation gating checkpoint_level "
+        "backend"
     ),
     fusion_kernels.experts_backend: "name",
     fusion_kernels.ntk_gram: "block x1 x2 reduce params metric kernel precision block_size out backend",
@@ -54,7 +57,7 @@ SIGNATURES: dict[Any, str] = {
         "seed device resume teacher original columns tokenizer progress"
     ),
     mlp_fusion.FusedMLP.from_mlp: "fc1 fc2 activation scale parameterization checkpoint_level",
-    mlp_fusion.FusedGLU.from_mlp: "gate up down activation scale parameterization checkpoint_level",
+    mlp_fusion.FusedGLU.from_mlp: "gate up down activation scale parameterization checkpoint_level gating",
     mlp_fusion.FusedExperts.from_experts: "experts scale parameterization checkpoint_level",
     mlp_fusion.FusedMLP.from_bundle: "bundle parameterization names kind dropout checkpoint_level",
 }

@@ -176,13 +176,14 @@ int64_t rows_per_chunk(int64_t rows, int64_t h) {
   return std::max<int64_t>(1, (rows + chunks - 1) / chunks);
 }
 
-// The block's factors around phi, ones where only the other is there; the one behind where it is asked for.
+// The block's factors around phi, ones where only the other is there or a gate wants them; the one behind where it is asked
+// for.
 template <class T>
 class Around {
  public:
   Around(const FFN<T>& ffn, bool with_behind) {
     const Wide<T>* behind = with_behind ? ffn.behind : nullptr;
-    if (ffn.before == nullptr && behind == nullptr) return;
+    if (ffn.before == nullptr && behind == nullptr && ffn.limits() == nullptr) return;
     ones_.assign(ffn.w_in.rows, Wide<T>{1});
     factors = {ffn.before == nullptr ? ones() : ffn.before, behind == nullptr ? ones() : behind};
   }
@@ -215,7 +216,7 @@ void mlp_forward(const FFN<T>& ffn, Matrix<T> x, T* y, T* z, T* g, T* a) {
     project(contiguous(zs, rows, h), tokens, ffn.w_in, ffn.b_in);
     if (gated) project(contiguous(gs, rows, h), tokens, ffn.w_gate, ffn.b_gate);
     in_pieces(rows, h, [&](int64_t i, int64_t count) {
-      activate<T>(ffn.phi, zs + i * h, at(gs, i * h), count, h, around.factors, as + i * h);
+      activate<T>(ffn.phi, zs + i * h, at(gs, i * h), count, h, around.factors, ffn.limits(), as + i * h);
       if (apart) scale_columns<T>(as + i * h, count, h, ffn.behind, scaled + i * h);
     });
     project(contiguous(y + begin * d_out, rows, d_out), contiguous(scaled, rows, h), ffn.w_out.transposed(), ffn.b_out);
@@ -254,15 +255,18 @@ void mlp_backward(const FFN<T>& ffn, Matrix<T> dy, Matrix<T> x, T* z, T* g, T* a
       T *dzs = dz_tile.data(), *dgs = dg_tile.data(), *of_phi = gated ? dgs : dzs;
       multiply(contiguous(dzs, rows, h), upstream, ffn.w_out.transposed());
       in_pieces(rows, h, [&](int64_t i, int64_t count) {
-        activate_backward<T>(ffn.phi, dzs + i * h, zs + i * h, at(gs, i * h), count, h, around.factors,
+        activate_backward<T>(ffn.phi, dzs + i * h, zs + i * h, at(gs, i * h), count, h, around.factors, ffn.limits(),
                              d_before ? around.ones() : around.factors.before, dzs + i * h, at(dgs, i * h),
                              needs_a ? as + i * h : nullptr);
       });
       const Matrix<T> dz = contiguous(dzs, rows, h), dg = contiguous(dgs, rows, h);
       if (d_before) {
+        const bool both = ffn.limits() != nullptr;
         d_before.add(gated ? dg : dz, gated ? gs : zs);
+        if (both) d_before.add(dz, zs);
         in_pieces(rows, h, [&](int64_t i, int64_t count) {
           scale_columns<T>(of_phi + i * h, count, h, ffn.before, of_phi + i * h);
+          if (both) scale_columns<T>(dzs + i * h, count, h, ffn.before, dzs + i * h);
         });
       }
       if (out.dx != nullptr) {
@@ -276,7 +280,7 @@ void mlp_backward(const FFN<T>& ffn, Matrix<T> dy, Matrix<T> x, T* z, T* g, T* a
       db_gate.add(dg);
     } else if (needs_a) {
       in_pieces(rows, h, [&](int64_t i, int64_t count) {
-        activate<T>(ffn.phi, zs + i * h, at(gs, i * h), count, h, around.factors, as + i * h);
+        activate<T>(ffn.phi, zs + i * h, at(gs, i * h), count, h, around.factors, ffn.limits(), as + i * h);
       });
     }
     k.add(upstream, contiguous(as, rows, h), first);

@@ -23,13 +23,17 @@ struct Matrix {
 
 // The block of fusion_kernels/ffn.py, its weights in the dtype of x and in the order and orientation of that type: w_in
 // (h, d), w_out (h, d_out), w_gate (h, d) or null. The scale is the factors of the h columns around phi; null stands for
-// ones.
+// ones. The gate is plain where w_gate is null.
 template <class T>
 struct FFN {
   Activation phi;
   Matrix<T> w_in, w_out, w_gate;
   T *b_in = nullptr, *b_gate = nullptr, *b_out = nullptr;
   const Wide<T>*before = nullptr, *behind = nullptr;
+  Gate<Wide<T>> gate;
+
+  // Null for a plain one.
+  const Gate<Wide<T>>* limits() const { return gate.plain() ? nullptr : &gate; }
 };
 
 // y (T, d_out) of x (T, d). Whichever of z, g, a (T, h) are not null are kept, without the factors; all are contiguous.

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "../activation.h"
+#include "../gate.h"
 
 namespace mlp_fusion {
 
@@ -27,16 +28,18 @@ struct Factors {
   explicit operator bool() const { return before != nullptr; }
 };
 
-// a = behind phi(before z), or behind phi(before g) z unless g is null; all (rows, columns), contiguous.
+// a = behind phi(before z), or behind phi(before g) z unless g is null; all (rows, columns), contiguous. With a gate, whose
+// limits and offset are then computed, there are factors, and z is multiplied by `before` as well.
 template <class T>
-void activate(Activation phi, const T* z, const T* g, int64_t rows, int64_t columns, const Factors<T>& factors, T* a);
+void activate(Activation phi, const T* z, const T* g, int64_t rows, int64_t columns, const Factors<T>& factors,
+              const Gate<Wide<T>>* gate, T* a);
 
 // The gradients of that for da: dz, and dg unless g is null; and a without its factor behind again unless a is null. dz
-// may be da. Where there are factors, the gradient of phi's argument is multiplied by those of `chain`: `before`, or ones
-// for what d before is made of.
+// may be da. Where there are factors, the gradients of what `before` multiplies are multiplied by those of `chain`:
+// `before`, or ones for what d before is made of.
 template <class T>
 void activate_backward(Activation phi, const T* da, const T* z, const T* g, int64_t rows, int64_t columns,
-                       const Factors<T>& factors, const Wide<T>* chain, T* dz, T* dg, T* a);
+                       const Factors<T>& factors, const Gate<Wide<T>>* gate, const Wide<T>* chain, T* dz, T* dg, T* a);
 
 // out = x with every column times its factor; both (rows, columns), contiguous. out may be x.
 template <class T>

@@ -146,10 +146,12 @@ MLP_INLINE void evaluate(V x, V& value, V& slope) {
     value = positive * positive;
     slope = T{2} * positive;
   } else {
+    static_assert(Phi == Activation::quick_gelu || Phi == Activation::silu);
+    constexpr T c = Phi == Activation::quick_gelu ? T(kQuickGelu) : T(1);
     V s, rest;
-    sigmoid(x, s, rest);
+    sigmoid(c * x, s, rest);
     value = x * s;
-    slope = s * (T{1} + x * rest);
+    slope = s * (T{1} + c * x * rest);
   }
 }
 
@@ -192,9 +194,32 @@ struct Padded {
   }
 };
 
+// What a row computes: phi(z), phi(g) z, or that with the limits and the offset of a gate.
+enum class Form { plain, gated, limited };
+
+template <class V>
+MLP_INLINE V at_most(V x, Element<V> high) {
+  return x > high ? V{} + high : x;
+}
+template <class V>
+MLP_INLINE V within(V x, Element<V> low, Element<V> high) {
+  return at_most(x < low ? V{} + low : x, high);
+}
+
+// phi(x) and its derivative within the limits of a gate.
+template <Activation Phi, class V>
+MLP_INLINE void evaluate_within(const Gate<Element<V>>& gate, V x, V& value, V& slope) {
+  evaluate<Phi>(within(x, gate.low, gate.high), value, slope);
+  slope = (x >= gate.low) & (x <= gate.high) & (value <= gate.highest) ? slope : V{};
+  value = at_most(value, gate.highest);
+}
+
 // One row, the vectors first and then, by the same code, the elements that are left.
-template <Activation Phi, bool Gated, bool Scaled, class V, class T>
-MLP_INLINE void forward_row(const T* z, const T* g, const Wide<T>* before, const Wide<T>* behind, int64_t n, T* a) {
+template <Activation Phi, Form F, bool Scaled, class V, class T>
+MLP_INLINE void forward_row(const T* z, const T* g, const Wide<T>* before, const Wide<T>* behind,
+                            const Gate<Wide<T>>* gate, int64_t n, T* a) {
+  constexpr bool Gated = F != Form::plain, Limited = F == Form::limited;
+  static_assert(Scaled || !Limited);
   constexpr int64_t width = kWidth<V>;
   const int64_t whole = n / width * width, rest = n - whole;
   T* const last = a + whole;
@@ -204,8 +229,13 @@ MLP_INLINE void forward_row(const T* z, const T* g, const Wide<T>* before, const
     for (int64_t i = 0; i < end; i += width) {
       V value, slope, argument = read<V>((Gated ? g : z) + i);
       if constexpr (Scaled) argument *= load<V>(before + i);
-      evaluate<Phi>(argument, value, slope);
-      if constexpr (Gated) value *= read<V>(z + i);
+      if constexpr (Limited) {
+        evaluate_within<Phi>(*gate, argument, value, slope);
+        value *= within(read<V>(z + i) * load<V>(before + i), -gate->limit, gate->limit) + gate->offset;
+      } else {
+        evaluate<Phi>(argument, value, slope);
+        if constexpr (Gated) value *= read<V>(z + i);
+      }
       if constexpr (Scaled) value *= load<V>(behind + i);
       write(a + i, value);
     }
@@ -216,9 +246,11 @@ MLP_INLINE void forward_row(const T* z, const T* g, const Wide<T>* before, const
   if (rest != 0) last_a.to(last, rest);
 }
 
-template <Activation Phi, bool Gated, bool Scaled, class V, class T>
-MLP_INLINE void backward_row(const T* da, const T* z, const T* g, const Factors<T>& factors, const Wide<T>* chain,
-                             int64_t n, T* dz, T* dg, T* a) {
+template <Activation Phi, Form F, bool Scaled, class V, class T>
+MLP_INLINE void backward_row(const T* da, const T* z, const T* g, const Factors<T>& factors, const Gate<Wide<T>>* gate,
+                             const Wide<T>* chain, int64_t n, T* dz, T* dg, T* a) {
+  constexpr bool Gated = F != Form::plain, Limited = F == Form::limited;
+  static_assert(Scaled || !Limited);
   constexpr int64_t width = kWidth<V>;
   const int64_t whole = n / width * width, rest = n - whole;
   const Wide<T>*before = factors.before, *behind = factors.behind;
@@ -232,9 +264,20 @@ MLP_INLINE void backward_row(const T* da, const T* z, const T* g, const Factors<
         argument *= load<V>(before + i);
         upstream *= load<V>(behind + i);
       }
-      evaluate<Phi>(argument, value, slope);
+      if constexpr (Limited) {
+        evaluate_within<Phi>(*gate, argument, value, slope);
+      } else {
+        evaluate<Phi>(argument, value, slope);
+      }
       if constexpr (Scaled) slope *= load<V>(chain + i);
-      if constexpr (Gated) {
+      if constexpr (Limited) {
+        const V up = read<V>(z + i) * load<V>(before + i);
+        const V input = within(up, -gate->limit, gate->limit) + gate->offset;
+        write(dg + i, upstream * input * slope);
+        const V through = upstream * value * load<V>(chain + i);
+        write(dz + i, (up >= -gate->limit) & (up <= gate->limit) ? through : V{});
+        value *= input;
+      } else if constexpr (Gated) {
         const V input = read<V>(z + i);
         write(dg + i, upstream * input * slope);
         write(dz + i, upstream * value);
@@ -258,35 +301,44 @@ MLP_INLINE void backward_row(const T* da, const T* z, const T* g, const Factors<
 }
 
 template <Activation Phi, int Bytes, class T>
-MLP_INLINE void forward_body(const T* z, const T* g, int64_t rows, int64_t columns, const Factors<T>& factors, T* a) {
+MLP_INLINE void forward_body(const T* z, const T* g, int64_t rows, int64_t columns, const Factors<T>& factors,
+                             const Gate<Wide<T>>* gate, T* a) {
   using V = Vec<Wide<T>, Bytes>;
+  const Wide<T>*before = factors.before, *behind = factors.behind;
   if (!factors) {  // one long row
-    if (g == nullptr) return forward_row<Phi, false, false, V>(z, g, factors.before, factors.behind, rows * columns, a);
-    return forward_row<Phi, true, false, V>(z, g, factors.before, factors.behind, rows * columns, a);
+    if (g == nullptr) return forward_row<Phi, Form::plain, false, V>(z, g, before, behind, gate, rows * columns, a);
+    return forward_row<Phi, Form::gated, false, V>(z, g, before, behind, gate, rows * columns, a);
   }
   for (int64_t i = 0; i < rows * columns; i += columns) {
     if (g == nullptr) {
-      forward_row<Phi, false, true, V>(z + i, g, factors.before, factors.behind, columns, a + i);
+      forward_row<Phi, Form::plain, true, V>(z + i, g, before, behind, gate, columns, a + i);
+    } else if (gate == nullptr) {
+      forward_row<Phi, Form::gated, true, V>(z + i, g + i, before, behind, gate, columns, a + i);
     } else {
-      forward_row<Phi, true, true, V>(z + i, g + i, factors.before, factors.behind, columns, a + i);
+      forward_row<Phi, Form::limited, true, V>(z + i, g + i, before, behind, gate, columns, a + i);
     }
   }
 }
 
 template <Activation Phi, int Bytes, class T>
 MLP_INLINE void backward_body(const T* da, const T* z, const T* g, int64_t rows, int64_t columns,
-                              const Factors<T>& factors, const Wide<T>* chain, T* dz, T* dg, T* a) {
+                              const Factors<T>& factors, const Gate<Wide<T>>* gate, const Wide<T>* chain, T* dz, T* dg,
+                              T* a) {
   using V = Vec<Wide<T>, Bytes>;
   const int64_t n = rows * columns;
   if (!factors) {
-    if (g == nullptr) return backward_row<Phi, false, false, V>(da, z, g, factors, chain, n, dz, dg, a);
-    return backward_row<Phi, true, false, V>(da, z, g, factors, chain, n, dz, dg, a);
+    if (g == nullptr) return backward_row<Phi, Form::plain, false, V>(da, z, g, factors, gate, chain, n, dz, dg, a);
+    return backward_row<Phi, Form::gated, false, V>(da, z, g, factors, gate, chain, n, dz, dg, a);
   }
   for (int64_t i = 0; i < n; i += columns) {
     if (g == nullptr) {
-      backward_row<Phi, false, true, V>(da + i, z + i, g, factors, chain, columns, dz + i, dg, at(a, i));
+      backward_row<Phi, Form::plain, true, V>(da + i, z + i, g, factors, gate, chain, columns, dz + i, dg, at(a, i));
+    } else if (gate == nullptr) {
+      backward_row<Phi, Form::gated, true, V>(da + i, z + i, g + i, factors, gate, chain, columns, dz + i, dg + i,
+                                              at(a, i));
     } else {
-      backward_row<Phi, true, true, V>(da + i, z + i, g + i, factors, chain, columns, dz + i, dg + i, at(a, i));
+      backward_row<Phi, Form::limited, true, V>(da + i, z + i, g + i, factors, gate, chain, columns, dz + i, dg + i,
+                                                at(a, i));
     }
   }
 }
@@ -340,12 +392,13 @@ MLP_INLINE void accumulate_body(const T* part, int64_t n, float* sum) {
 // Function multiversioning takes no templates: one function for every activation and element type.
 #define MLP_ACTIVATION_ON(Target, Bytes, Name, T)                                                                      \
   Target static void forward_##Name##_##T(const T* z, const T* g, int64_t rows, int64_t columns,                       \
-                                          const Factors<T>& factors, T* a) {                                           \
-    forward_body<Activation::Name, Bytes>(z, g, rows, columns, factors, a);                                            \
+                                          const Factors<T>& factors, const Gate<Wide<T>>* gate, T* a) {                \
+    forward_body<Activation::Name, Bytes>(z, g, rows, columns, factors, gate, a);                                      \
   }                                                                                                                    \
   Target static void backward_##Name##_##T(const T* da, const T* z, const T* g, int64_t rows, int64_t columns,         \
-                                           const Factors<T>& factors, const Wide<T>* chain, T* dz, T* dg, T* a) {      \
-    backward_body<Activation::Name, Bytes>(da, z, g, rows, columns, factors, chain, dz, dg, a);                        \
+                                           const Factors<T>& factors, const Gate<Wide<T>>* gate, const Wide<T>* chain, \
+                                           T* dz, T* dg, T* a) {                                                       \
+    backward_body<Activation::Name, Bytes>(da, z, g, rows, columns, factors, gate, chain, dz, dg, a);                  \
   }
 #define MLP_ACTIVATION(Name, T) MLP_EACH_TARGET(MLP_ACTIVATION_ON, Name, T)
 
@@ -353,6 +406,7 @@ MLP_INLINE void accumulate_body(const T* part, int64_t n, float* sum) {
   switch (phi) {                                                                                                       \
     case Activation::gelu: return direction##_gelu_##T arguments;                                                      \
     case Activation::gelu_tanh: return direction##_gelu_tanh_##T arguments;                                            \
+    case Activation::quick_gelu: return direction##_quick_gelu_##T arguments;                                          \
     case Activation::relu: return direction##_relu_##T arguments;                                                      \
     case Activation::relu2: return direction##_relu2_##T arguments;                                                    \
     case Activation::silu: return direction##_silu_##T arguments;                                                      \
@@ -361,6 +415,7 @@ MLP_INLINE void accumulate_body(const T* part, int64_t n, float* sum) {
 #define MLP_ELEMENT_TYPE(T)                                                                                            \
   MLP_ACTIVATION(gelu, T)                                                                                              \
   MLP_ACTIVATION(gelu_tanh, T)                                                                                         \
+  MLP_ACTIVATION(quick_gelu, T)                                                                                        \
   MLP_ACTIVATION(relu, T)                                                                                              \
   MLP_ACTIVATION(relu2, T)                                                                                             \
   MLP_ACTIVATION(silu, T)                                                                                              \
@@ -376,13 +431,14 @@ MLP_INLINE void accumulate_body(const T* part, int64_t n, float* sum) {
   }                                                                                                                    \
   template <>                                                                                                          \
   void activate<T>(Activation phi, const T* z, const T* g, int64_t rows, int64_t columns, const Factors<T>& factors,   \
-                   T* a) {                                                                                             \
-MLP_FOR_ACTIVATION(forward, T, (z, g, rows, columns, factors, a))                                                      \
+                   const Gate<Wide<T>>* gate, T* a) {                                                                  \
+MLP_FOR_ACTIVATION(forward, T, (z, g, rows, columns, factors, gate, a))                                                \
   }                                                                                                                    \
   template <>                                                                                                          \
   void activate_backward<T>(Activation phi, const T* da, const T* z, const T* g, int64_t rows, int64_t columns,        \
-                            const Factors<T>& factors, const Wide<T>* chain, T* dz, T* dg, T* a) {                     \
-MLP_FOR_ACTIVATION(backward, T, (da, z, g, rows, columns, factors, chain, dz, dg, a))                                  \
+                            const Factors<T>& factors, const Gate<Wide<T>>* gate, const Wide<T>* chain, T* dz, T* dg,  \
+                            T* a) {                                                                                    \
+MLP_FOR_ACTIVATION(backward, T, (da, z, g, rows, columns, factors, gate, chain, dz, dg, a))                            \
   }                                                                                                                    \
   template <>                                                                                                          \
   void add_columns<T>(const T* x, int64_t rows, int64_t columns, int64_t stride, double* sum) {                        \

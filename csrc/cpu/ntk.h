@@ -12,21 +12,23 @@
 #include <vector>
 
 #include "../activation.h"
+#include "../gate.h"
 
 namespace mlp_fusion {
 
-// A block's input side: z = x w_inᵀ + b_in and, in a gated block, g = x w_gateᵀ + b_gate. What goes through the
-// activation phi is multiplied by `shrink` first. The three factors are multiplied, neuron by neuron, to
+// A block's input side: z = x w_inᵀ + b_in and, in a gated block, g = x w_gateᵀ + b_gate, both times `shrink`. The three
+// factors are multiplied, neuron by neuron, to
 //
 //   plain   hidden = of_hidden phi(z)     slopes = of_in phi'(z)
 //   gated   hidden = of_hidden phi(g) z   slopes = of_in phi(g) | of_gate phi'(g) z
 //
-// and replaced by their signs where `signs` says so. Null: no bias, no shrinking, a plain block (of_gate).
+// with the limits and the offset of the gate, and replaced by their signs where `signs` says so. Null: no bias, no shrinking, a plain block (of_gate).
 template <class T>
 struct Neurons {
   const T *w_in, *w_gate, *b_in, *b_gate, *shrink, *of_hidden, *of_in, *of_gate;
   int64_t d, h;
   Activation activation;
+  Gate<T> gate;
   bool signs;
 };
 

@@ -48,6 +48,9 @@ MLP_INLINE void arguments_body(Activation activation, const T* z, int64_t n, T* 
     case Activation::gelu_tanh:
       for (int64_t i = 0; i < n; ++i) value[i] = T(kTanhScale) * (z[i] + T(kTanhCube) * z[i] * z[i] * z[i]);
       break;
+    case Activation::quick_gelu:
+      for (int64_t i = 0; i < n; ++i) value[i] = T(kQuickGelu) * z[i];
+      break;
     case Activation::silu:
       for (int64_t i = 0; i < n; ++i) value[i] = z[i];
       break;
@@ -73,6 +76,13 @@ MLP_INLINE void results_body(Activation activation, const T* z, int64_t n, T* va
         const T t = value[i], inner = T(kTanhScale) * (T(1) + T(3 * kTanhCube) * z[i] * z[i]);
         value[i] = T(0.5) * z[i] * (T(1) + t);
         slope[i] = T(0.5) * (T(1) + t) + T(0.5) * z[i] * (T(1) - t * t) * inner;
+      }
+      break;
+    case Activation::quick_gelu:
+      for (int64_t i = 0; i < n; ++i) {
+        const T s = value[i];
+        value[i] = z[i] * s;
+        slope[i] = s * (T(1) + T(kQuickGelu) * z[i] * (T(1) - s));
       }
       break;
     case Activation::silu:
@@ -130,6 +140,32 @@ MLP_INLINE void gated_body(const T* of_hidden, const T* of_in, const T* of_gate,
   }
 }
 
+// g within the limits of phi's argument, in place; `raw` is what it was.
+template <class T>
+MLP_INLINE void inside_body(T low, T high, int64_t n, T* g, T* raw) {
+  for (int64_t i = 0; i < n; ++i) {
+    raw[i] = g[i];
+    g[i] = g[i] < low ? low : g[i] > high ? high : g[i];
+  }
+}
+
+// From phi and its derivative within the limits, and z: what multiplies z, what z's slopes are, and both derivatives.
+template <class T>
+MLP_INLINE void limited_body(const Gate<T>& gate, const T* of_hidden, const T* of_in, const T* of_gate, const T* raw,
+                             const T* value, const T* slope, const T* z, int64_t n, int64_t h, T* hidden, T* slopes) {
+  for (int64_t i = 0; i < n; ++i, raw += h, value += h, slope += h, z += h, hidden += h, slopes += 2 * h) {
+    for (int64_t j = 0; j < h; ++j) {
+      const bool through_gate = raw[j] >= gate.low && raw[j] <= gate.high && value[j] <= gate.highest;
+      const bool through_up = z[j] >= -gate.limit && z[j] <= gate.limit;
+      const T s = value[j] > gate.highest ? gate.highest : value[j];
+      const T up = (z[j] < -gate.limit ? -gate.limit : z[j] > gate.limit ? gate.limit : z[j]) + gate.offset;
+      hidden[j] = of_hidden[j] * s * up;
+      slopes[j] = through_up ? of_in[j] * s : T(0);
+      slopes[h + j] = through_gate ? of_gate[j] * slope[j] * up : T(0);
+    }
+  }
+}
+
 template <class T>
 MLP_INLINE void signs_body(T* values, int64_t n) {
   for (int64_t i = 0; i < n; ++i) values[i] = T(values[i] > T(0)) - T(values[i] < T(0));
@@ -153,6 +189,11 @@ MLP_INLINE void signs_body(T* values, int64_t n) {
                         const T* z, int64_t n, int64_t h, T* hidden, T* slopes) {                                    \
     gated_body(of_hidden, of_in, of_gate, value, slope, z, n, h, hidden, slopes);                                    \
   }                                                                                                                  \
+  MLP_CLONES void inside(T low, T high, int64_t n, T* g, T* raw) { inside_body(low, high, n, g, raw); }              \
+  MLP_CLONES void limited(const Gate<T>& gate, const T* of_hidden, const T* of_in, const T* of_gate, const T* raw,   \
+                          const T* value, const T* slope, const T* z, int64_t n, int64_t h, T* hidden, T* slopes) {  \
+    limited_body(gate, of_hidden, of_in, of_gate, raw, value, slope, z, n, h, hidden, slopes);                       \
+  }                                                                                                                  \
   MLP_CLONES void take_signs(T* values, int64_t n) { signs_body(values, n); }
 MLP_FOR_BOTH(MLP_DEFINE)
 #undef MLP_DEFINE
@@ -167,7 +208,7 @@ void activate(Activation activation, const T* z, int64_t n, T* value, T* slope) 
     apply("aten::exp_", slope, n);
   } else if (activation == Activation::gelu_tanh) {
     apply("aten::tanh_", value, n);
-  } else if (activation == Activation::silu) {
+  } else if (activation == Activation::quick_gelu || activation == Activation::silu) {
     apply("aten::sigmoid_", value, n);
   }
   results(activation, z, n, value, slope);
@@ -179,23 +220,30 @@ template <class T>
 void block_factors(const Neurons<T>& neurons, const T* x, int64_t n, T* hidden, T* slopes) {
   const int64_t d = neurons.d, h = neurons.h, blocks = (n + kRows - 1) / kRows;
   // Not by w_gate, which is null as well where d is 0.
-  const bool gated_block = neurons.of_gate != nullptr;
+  const bool gated_block = neurons.of_gate != nullptr, limited_block = gated_block && !neurons.gate.plain();
   const int64_t width = gated_block ? 2 * h : h;
   if (h == 0) return;
   for_each_alone(blocks, [&](int64_t block) {
     const int64_t begin = block * kRows, rows = std::min(kRows, n - begin), count = rows * h;
     const T* const inputs = x + begin * d;
     T *const to_hidden = hidden + begin * h, *const to_slopes = slopes + begin * width;
-    const std::unique_ptr<T[]> scratch(new T[(gated_block ? 4 : 1) * count]);
+    const std::unique_ptr<T[]> scratch(new T[(limited_block ? 5 : gated_block ? 4 : 1) * count]);
     T* const z = scratch.get();
     multiply_transposed(inputs, rows, d, neurons.w_in, h, d, d, z, h);
     if (gated_block) {
       T *const g = z + count, *const value = g + count, *const slope = value + count;
-      affine(neurons.b_in, static_cast<const T*>(nullptr), rows, h, z);
+      affine(neurons.b_in, neurons.shrink, rows, h, z);
       multiply_transposed(inputs, rows, d, neurons.w_gate, h, d, d, g, h);
       affine(neurons.b_gate, neurons.shrink, rows, h, g);
+      T* const raw = slope + count;
+      if (limited_block) inside(neurons.gate.low, neurons.gate.high, count, g, raw);
       activate(neurons.activation, g, count, value, slope);
-      gated(neurons.of_hidden, neurons.of_in, neurons.of_gate, value, slope, z, rows, h, to_hidden, to_slopes);
+      if (limited_block) {
+        limited(neurons.gate, neurons.of_hidden, neurons.of_in, neurons.of_gate, raw, value, slope, z, rows, h, to_hidden,
+                to_slopes);
+      } else {
+        gated(neurons.of_hidden, neurons.of_in, neurons.of_gate, value, slope, z, rows, h, to_hidden, to_slopes);
+      }
     } else {
       affine(neurons.b_in, neurons.shrink, rows, h, z);
       activate(neurons.activation, z, count, to_hidden, to_slopes);

@@ -39,7 +39,7 @@ Format format_named(const std::string& precision) {
 
 Tensor operand(const Tensor x, const Tensor z, const std::optional<Tensor> g, const std::optional<Tensor> shrink,
                const Tensor of_hidden, const Tensor of_in, const std::optional<Tensor> of_gate, std::string activation,
-               bool signs, bool with_inputs, bool with_in, bool with_gate, bool with_hidden, std::string precision) {
+               std::optional<double> limit, std::string clamp, double up_offset, bool signs, bool with_inputs, bool with_in, bool with_gate, bool with_hidden, std::string precision) {
   STD_TORCH_CHECK(x.dim() == 2 && z.dim() == 2, "ntk_operand: x must be (N, d) and z (N, h)");
   const ScalarType dtype = x.scalar_type();
   const int64_t n = x.size(0), d = x.size(1), h = z.size(1);
@@ -68,9 +68,11 @@ Tensor operand(const Tensor x, const Tensor z, const std::optional<Tensor> g, co
       torch::stable::new_empty(x, {shape.data(), shape.size()}, low ? ScalarType::BFloat16 : dtype);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
+    const std::optional<Gate<T>> gate = gate_of<T, T>(limit, clamp, up_offset);
+    STD_TORCH_CHECK(gate.has_value(), "ntk_operand: unknown clamp ", clamp);
     const Factors<T> factors{data<T>(x),     data<T>(z),       data<T>(g), data<T>(shrink), data<T>(of_hidden),
                              data<T>(of_in), data<T>(of_gate), n,          d,               h,
-                             columns,        *phi,             signs};
+                             columns,        *phi,             *gate,      signs};
     STD_CUDA_CHECK(write_operand(factors, format, result.data_ptr(), current_stream(device)));
   });
   return result;
@@ -172,8 +174,8 @@ void strip(const Tensor a, const Tensor b, int64_t first, bool symmetric, Tensor
 STABLE_TORCH_LIBRARY_FRAGMENT(fusion_kernels_cuda, m) {
   m.def(
       "ntk_operand(Tensor x, Tensor z, Tensor? g, Tensor? shrink, Tensor of_hidden, Tensor of_in, Tensor? of_gate, "
-      "str activation, bool signs, bool inputs, bool slopes_in, bool slopes_gate, bool hidden, str precision) -> "
-      "Tensor");
+      "str activation, float? limit, str clamp, float up_offset, bool signs, bool inputs, bool slopes_in, "
+      "bool slopes_gate, bool hidden, str precision) -> Tensor");
   m.def(
       "ntk_tiles(Tensor left, Tensor right, int inputs, int neurons, int slopes, bool hidden, float bias, "
       "float constant, bool accumulate, bool symmetric, Tensor(a!) out) -> ()");

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "../activation.h"
+#include "../gate.h"
 #include "layout.h"
 
 namespace mlp_fusion::cuda {
@@ -26,6 +27,7 @@ struct Factors {
   int64_t n, d, h;
   Columns columns;
   Activation activation;
+  Gate<T> gate;
   bool signs;
 };
 
@@ -36,6 +38,8 @@ MLP_HD T activated(Activation activation, T z) {
       return T(0.5) * z * (T(1) + std::erf(z * T(0.70710678118654752440)));
     case Activation::gelu_tanh:
       return T(0.5) * z * (T(1) + std::tanh(T(0.79788456080286535588) * (z + T(0.044715) * z * z * z)));
+    case Activation::quick_gelu:
+      return z / (T(1) + std::exp(T(-kQuickGelu) * z));
     case Activation::relu:
       return z > T(0) ? z : T(0);
     case Activation::relu2:
@@ -57,6 +61,10 @@ MLP_HD T derivative(Activation activation, T z) {
       const T inner = T(0.79788456080286535588) * (T(1) + T(3 * 0.044715) * z * z);
       return T(0.5) * (T(1) + t) + T(0.5) * z * (T(1) - t * t) * inner;
     }
+    case Activation::quick_gelu: {
+      const T s = T(1) / (T(1) + std::exp(T(-kQuickGelu) * z));
+      return s * (T(1) + T(kQuickGelu) * z * (T(1) - s));
+    }
     case Activation::relu:
       return z > T(0) ? T(1) : T(0);
     case Activation::relu2:
@@ -66,6 +74,11 @@ MLP_HD T derivative(Activation activation, T z) {
   }
   const T s = T(1) / (T(1) + std::exp(-z));
   return s * (T(1) + z * (T(1) - s));
+}
+
+template <class T>
+MLP_HD T within(T x, T low, T high) {
+  return x < low ? low : x > high ? high : x;
 }
 
 // The value in `column` of `row`; 0 where a range is padded.
@@ -82,15 +95,21 @@ MLP_HD T operand_value(const Factors<T>& f, int64_t row, int64_t column) {
     if (!of_in && !of_gate) column -= f.columns.gate;
     if (column < f.h) {
       const int64_t at = row * f.h + column;
-      const T z = f.z[at], shrink = f.shrink == nullptr ? T(1) : f.shrink[column];
+      const T shrink = f.shrink == nullptr ? T(1) : f.shrink[column], z = f.z[at] * shrink;
       if (f.g == nullptr) {
-        value = of_in ? f.of_in[column] * derivative(f.activation, z * shrink)
-                      : f.of_hidden[column] * activated(f.activation, z * shrink);
+        value = of_in ? f.of_in[column] * derivative(f.activation, z) : f.of_hidden[column] * activated(f.activation, z);
       } else {
-        const T g = f.g[at] * shrink;
-        value = of_in     ? f.of_in[column] * activated(f.activation, g)
-                : of_gate ? f.of_gate[column] * derivative(f.activation, g) * z
-                          : f.of_hidden[column] * activated(f.activation, g) * z;
+        const Gate<T>& gate = f.gate;
+        const T g = f.g[at] * shrink, inside = within(g, gate.low, gate.high), phi = activated(f.activation, inside);
+        const T s = phi > gate.highest ? gate.highest : phi, up = within(z, -gate.limit, gate.limit) + gate.offset;
+        if (of_in) {
+          value = z >= -gate.limit && z <= gate.limit ? f.of_in[column] * s : T(0);
+        } else if (of_gate) {
+          const bool through = g >= gate.low && g <= gate.high && phi <= gate.highest;
+          value = through ? f.of_gate[column] * derivative(f.activation, inside) * up : T(0);
+        } else {
+          value = f.of_hidden[column] * s * up;
+        }
       }
     }
   }

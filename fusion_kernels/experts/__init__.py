@@ -17,6 +17,7 @@ from fusion_kernels.experts import grouped_mm_backend, loop_backend, triton_back
 from fusion_kernels.experts import reference as reference
 from fusion_kernels.experts.operators import EXPERTS
 from fusion_kernels.ffn import FFN
+from fusion_kernels.gates import PLAIN, Gate, plain_only
 from fusion_kernels.mlp.checks import check_options, check_tensors
 from fusion_kernels.pinning import Pin
 
@@ -25,7 +26,7 @@ __all__ = ["experts_backend", "fused_experts"]
 EXPERTS.register("loop", loop_backend.forward, loop_backend.backward, ("cpu", "cuda"))
 EXPERTS.register("grouped_mm", grouped_mm_backend.forward, grouped_mm_backend.backward, ("cpu", "cuda"))
 # Behind the others, and so by name only, until it has been measured on a GPU.
-EXPERTS.register("triton", triton_backend.forward, triton_backend.backward, ("cuda",), gpu.why_not)
+EXPERTS.register("triton", triton_backend.forward, triton_backend.backward, ("cuda",), gpu.why_not, takes=plain_only)
 
 #: The process-wide choice of a backend of :func:`fused_experts`: `with experts_backend("triton"):`.
 experts_backend = Pin(EXPERTS.forward_operator)
@@ -44,6 +45,7 @@ def fused_experts(
     b_gate: Tensor | None = None,
     scale: Tensor | None = None,
     activation: str = "silu",
+    gating: Gate = PLAIN,
     checkpoint_level: int = 1,
     backend: str = "auto",
 ) -> Tensor:
@@ -65,6 +67,7 @@ def fused_experts(
         b_gate: (E, h) or None.
         scale: (E, h) cluster sizes of fused neurons, or None for ones.
         activation: a name in `fusion_kernels.activations`.
+        gating: limits and offset of gated blocks, see :class:`Gate`; none by default.
         checkpoint_level: what is kept for the backward, as in `fused_mlp`.
         backend: `"auto"` (or what :data:`experts_backend` pins), `"loop"` (expert by expert), `"grouped_mm"` (torch's
             grouped products: float32, bfloat16 or float16, sizes multiples of 16 bytes), or on CUDA `"triton"`
@@ -91,7 +94,7 @@ def fused_experts(
     check_options(x, activation, checkpoint_level)
     if w_in.ndim != 3 or w_out.ndim != 3:
         raise ValueError("w_in must be (experts, h, d) and w_out (experts, d_out, h)")
-    ffn = FFN.of_linears(stored, activation)
+    ffn = FFN.of_linears(stored, activation, gating)
     _check(x, top_k_index, top_k_weights, ffn)
     if backend == "auto":
         backend = experts_backend.name
@@ -109,7 +112,7 @@ def fused_experts(
         else:
             trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *ffn.named().values()))
             rows, level = _Routed.apply(x, order, inverse, k), checkpoint_level if trains else 2
-            y = EXPERTS.run(rows, stored, activation, level, backend, ends.int(), trains=trains)
+            y = EXPERTS.run(rows, stored, activation, gating, level, backend, ends.int(), trains=trains)
             y = _Routed.apply(y, inverse, order, 1)
         return (y.unflatten(0, (T, k)) * top_k_weights.unsqueeze(2)).sum(1).to(x.dtype)
 

@@ -15,7 +15,7 @@ from fusion_kernels.experts.operators import owned, rows_of_experts, sum_of_rows
 from fusion_kernels.ffn import FFN
 from fusion_kernels.mlp.folding import fold_scale
 from fusion_kernels.mlp.operators import saved
-from fusion_kernels.mlp.torch_backend import act_backward, output_gradients
+from fusion_kernels.mlp.torch_backend import act_backward, gated_backward, output_gradients
 from fusion_kernels.mlp.types import Gradients, Needs, Outputs, Saved
 
 
@@ -33,9 +33,9 @@ def forward(x: Tensor, ends: Tensor, ffn: FFN, checkpoint_level: int) -> Outputs
         )
     ends = ends.int()
     owner = rows_of_experts(ends, len(x))
-    phi = get_activation(ffn.activation).function
+    phi, gate = get_activation(ffn.activation).function, ffn.gating
     z, g = _hidden(x, ffn, ends, owner)
-    a = phi(z) if g is None else phi(g) * z
+    a = phi(z) if g is None else gate.after(phi(gate.inside(g))) * gate.up(z)
     y = _project(a, fold_scale(ffn.w_out, ffn.scale, x.dtype).mT, ffn.b_out, ends, owner)
     return owned(saved(y, z, g, a, checkpoint_level), owner, len(ffn.w_in))
 
@@ -50,15 +50,16 @@ def backward(
     if checkpoint_level == 2:
         z, again = _hidden(x, ffn, ends, owner)
         g = g if again is None else again
-    phi = get_activation(ffn.activation).function
-    if checkpoint_level != 0:
-        a = phi(g) * z if ffn.gated else phi(z)
+    phi, gate = get_activation(ffn.activation).function, ffn.gating
     da = F.grouped_mm(dy, fold_scale(ffn.w_out, ffn.scale, x.dtype).mT, offs=ends)
     dg = None
     if ffn.gated:
-        dz, dg = da * phi(g), act_backward(da * z, g, ffn.activation)
+        value = phi(gate.inside(g))
+        dg, dz = gated_backward(da, g, z, value, ffn)
+        a = a if checkpoint_level == 0 else gate.after(value) * gate.up(z)
     else:
         dz = act_backward(da, z, ffn.activation)
+        a = a if checkpoint_level == 0 else phi(z)
     dx = dw_in = dw_gate = dw_out = dp = None
     if needs.x:
         dx = F.grouped_mm(dz, ffn.w_in.to(x.dtype), offs=ends)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fusion_kernels import gpu, native, transforms
 from fusion_kernels.activations import ACTIVATIONS
 from fusion_kernels.ffn import FFN
+from fusion_kernels.gates import PLAIN, Gate, plain_only
 from fusion_kernels.mlp import cpu_backend, gpu_backend, reference_backend, torch_backend
 from fusion_kernels.mlp import reference as reference
 from fusion_kernels.mlp.checks import FLOATS, SCALES, check_options, check_tensors
@@ -37,7 +38,7 @@ for _name, _forward, _backward in (
     ("epilogue", gpu_backend.epilogue_forward, gpu_backend.epilogue_backward),
     ("resident", gpu_backend.resident_forward, gpu_backend.epilogue_backward),
 ):
-    MLP.register(_name, *with_one_factor(_forward, _backward), ("cuda",), gpu.why_not)
+    MLP.register(_name, *with_one_factor(_forward, _backward), ("cuda",), gpu.why_not, takes=plain_only)
 
 #: The process-wide choice of a backend of :func:`fused_mlp` and :func:`fused_glu_mlp`: `with mlp_backend("torch"):`.
 mlp_backend = Pin(MLP.forward_operator)
@@ -75,7 +76,8 @@ def fused_mlp(
         b2: (d_out,) or None.
         scale: (h,) of a floating-point or integer dtype, or None for ones; differentiable where floating. Or (2, h),
             whose second row multiplies what goes into phi: phi(scale[1] * (x w1ᵀ + b1)) * scale[0].
-        activation: phi, one of `gelu` (exact, by erf), `gelu_tanh`, `relu`, `relu2` (squared ReLU), `silu`.
+        activation: phi, one of `gelu` (exact, by erf), `gelu_tanh`, `quick_gelu` (z sigmoid(1.702 z)), `relu`, `relu2`
+            (squared ReLU), `silu`.
         checkpoint_level: which hidden tensors (tokens, h) are kept for the backward besides x: 0 the pre-activations
             and the activations; 1 the pre-activations; 2 none, at the price of computing the first product again.
             Nothing is kept where no gradient is needed.
@@ -103,7 +105,7 @@ def fused_mlp(
     stored = (w1, w2, None, b1, None, b2, scale)
     if not _fits(x, stored, activation, checkpoint_level):
         _check(x, stored, activation, checkpoint_level, {"w_in": "w1", "b_in": "b1", "w_out": "w2", "b_out": "b2"})
-    return _run(x, stored, activation, checkpoint_level, backend)
+    return _run(x, stored, activation, PLAIN, checkpoint_level, backend)
 
 
 def fused_glu_mlp(
@@ -118,12 +120,13 @@ def fused_glu_mlp(
     activation: str = "silu",
     checkpoint_level: int = 1,
     *,
+    gating: Gate = PLAIN,
     backend: str = "auto",
 ) -> Tensor:
     """Return y = (phi(x w_gateᵀ + b_gate) * (x w_upᵀ + b_up) * scale) w_downᵀ + b_down, a gated feed-forward block.
 
     SwiGLU with `silu`, GeGLU with `gelu` or `gelu_tanh`, ReGLU with `relu` (Shazeer 2020, arXiv 2002.05202). What is
-    said of :func:`fused_mlp` holds here.
+    said of :func:`fused_mlp` holds here. Limits of gate and up, and an offset of up, are those of `gating`.
 
     Args:
         x: (..., d).
@@ -133,9 +136,11 @@ def fused_glu_mlp(
         b_gate: (h,) or None.
         b_up: (h,) or None.
         b_down: (d_out,) or None.
-        scale: (h,) or None; or (2, h), whose second row multiplies what goes into phi, which is the gate.
+        scale: (h,) or None; or (2, h), whose second row multiplies what goes into phi, which is the gate, and up as
+            well where `gating` has limits or an offset.
         activation: phi.
         checkpoint_level: as in :func:`fused_mlp`; level 0 keeps three hidden tensors, level 1 two.
+        gating: limits and offset, see :class:`Gate`; none by default.
         backend: as in :func:`fused_mlp`.
 
     Returns:
@@ -156,7 +161,7 @@ def fused_glu_mlp(
     if not _fits(x, stored, activation, checkpoint_level):
         names = {"w_in": "w_up", "b_in": "b_up", "w_out": "w_down", "b_out": "b_down"}
         _check(x, stored, activation, checkpoint_level, names)
-    return _run(x, stored, activation, checkpoint_level, backend)
+    return _run(x, stored, activation, gating, checkpoint_level, backend)
 
 
 def split_gate_up(weight: Tensor, layout: str = "concatenated") -> tuple[Tensor, Tensor]:
@@ -196,7 +201,7 @@ def split_gate_up(weight: Tensor, layout: str = "concatenated") -> tuple[Tensor,
     return gate, up
 
 
-def _run(x: Tensor, stored: Stored, activation: str, checkpoint_level: int, backend: str) -> Tensor:
+def _run(x: Tensor, stored: Stored, activation: str, gating: Gate, checkpoint_level: int, backend: str) -> Tensor:
     """The block by the operator or, where that cannot be differentiated as is asked, by its specification."""
     if torch._C._is_any_autocast_enabled():
         device_type = x.device.type
@@ -206,14 +211,15 @@ def _run(x: Tensor, stored: Stored, activation: str, checkpoint_level: int, back
         backend = mlp_backend.name
     trains = torch.is_grad_enabled() and _requires_grad(x, *stored)
     if transforms.active():
-        return _composed(x, FFN.of_linears(stored, activation))
+        return _composed(x, FFN.of_linears(stored, activation, gating))
     # Level 2 asks for no more than y, so that nothing is made to be saved where no gradient is needed.
     level = checkpoint_level if trains else 2
     ndim = x.ndim
     if ndim == 2:
-        return MLP.run(x, stored, activation, level, backend, trains=trains)
+        return MLP.run(x, stored, activation, gating, level, backend, trains=trains)
     leading = x.shape[:-1]
-    y = MLP.run(x.reshape(math.prod(leading), x.shape[-1]), stored, activation, level, backend, trains=trains)
+    rows = x.reshape(math.prod(leading), x.shape[-1])
+    y = MLP.run(rows, stored, activation, gating, level, backend, trains=trains)
     return y.reshape((*leading, y.shape[1]))
 
 

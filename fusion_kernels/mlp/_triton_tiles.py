@@ -31,6 +31,10 @@ def activation(z, ACTIVATION: tl.constexpr):
         share, rest = sigmoids(1.5957691216057308 * (z + 0.044715 * z * z * z))
         value = z * share
         slope = share + value * rest * (1.5957691216057308 + 0.21406444881780076 * z * z)
+    elif ACTIVATION == "quick_gelu":
+        share, rest = sigmoids(1.702 * z)
+        value = z * share
+        slope = share * (1.0 + 1.702 * z * rest)
     elif ACTIVATION == "silu":
         share, rest = sigmoids(z)
         value = z * share

@@ -50,3 +50,5 @@ def check_tensors(x: Tensor, ffn: FFN, names: Mapping[str, str], *, both_factors
             raise ValueError(f"{name} is on {t.device}, x is on {x.device}")
     if ffn.b_gate is not None and ffn.w_gate is None:
         raise ValueError("b_gate is there without w_gate")
+    if not ffn.gating.plain and ffn.w_gate is None:
+        raise ValueError("gating has limits or an offset, and there is no w_gate")

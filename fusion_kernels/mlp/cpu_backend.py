@@ -21,20 +21,20 @@ from fusion_kernels.mlp.types import Gradients, Needs, Outputs, Saved
 
 def forward(x: Tensor, ffn: FFN, checkpoint_level: int) -> Outputs:
     """See `fusion_kernels.mlp.operators`."""
-    outputs: Outputs = native.operators().mlp.default(x, *_tensors(ffn, x), ffn.activation, checkpoint_level)
+    outputs: Outputs = native.operators().mlp.default(x, *_tensors(ffn, x), *ffn.function, checkpoint_level)
     return outputs
 
 
 def output(x: Tensor, ffn: FFN) -> Tensor:
     """y of the forward, which keeps nothing."""
-    y: Tensor = native.operators().mlp_output.default(x, *_tensors(ffn, x), ffn.activation)
+    y: Tensor = native.operators().mlp_output.default(x, *_tensors(ffn, x), *ffn.function)
     return y
 
 
 def backward(dy: Tensor, x: Tensor, ffn: FFN, kept: Saved, checkpoint_level: int, needs: Needs) -> Gradients:
     """See `fusion_kernels.mlp.operators`."""
     found = native.operators().mlp_backward.default(
-        dy if dy.stride(1) == 1 else dy.contiguous(), x, *_tensors(ffn, x), *kept, ffn.activation,
+        dy if dy.stride(1) == 1 else dy.contiguous(), x, *_tensors(ffn, x), *kept, *ffn.function,
         needs.bits,
     )  # fmt: skip
     return Gradients(*found).asked(x, ffn, needs)

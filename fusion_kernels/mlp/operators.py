@@ -21,7 +21,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fusion_kernels.ffn import FFN, SCHEMA, TENSORS
+from fusion_kernels.ffn import FFN, FUNCTION, SCHEMA, TENSORS
+from fusion_kernels.gates import LIMITED, Gate
 from fusion_kernels.library import NAMESPACE, Backend, operator
 from fusion_kernels.mlp import heuristics
 from fusion_kernels.mlp import reference as reference
@@ -106,7 +107,7 @@ class BlockOperator:
     """The operator `fusion_kernels::<name>`, `fusion_kernels::<name>_backward`, and the backends of both.
 
     Attributes:
-        forward_operator: takes x, the extra inputs, the block's tensors, the activation, the level and a backend.
+        forward_operator: takes x, the extra inputs, the block's tensors, `FFN.function`, the level and a backend.
         backward_operator: takes dy, the same tensors, what the forward kept, and the rest as the forward does; then
             `needs`, whether x and each of the block's tensors need their gradients.
     """
@@ -132,19 +133,23 @@ class BlockOperator:
         self._inputs = self._before + len(TENSORS)
         self._functions: dict[str, Functions] = {}
         inputs = ", ".join(["Tensor x", *(f"Tensor {extra}" for extra in extra_inputs), SCHEMA])
-        options = "str activation, int checkpoint_level, str backend"
+        options = f"{FUNCTION}, int checkpoint_level, str backend"
         gradients = ", ".join("Tensor" for _ in Gradients._fields)
         self.forward_operator = operator(
             name,
             f"({inputs}, {options}) -> (Tensor, Tensor, Tensor, Tensor)",
             self._fake_forward,
             self._choose_forward,
+            options=lambda *arguments: _asked(self._parse_forward(arguments)[1]),
+            variants=(LIMITED,),
         )
         self.backward_operator = operator(
             f"{name}_backward",
             f"(Tensor dy, {inputs}, Tensor z, Tensor g, Tensor a, {options}, bool[] needs) -> ({gradients})",
             self._fake_backward,
             self._choose_backward,
+            options=lambda dy, *arguments: _asked(self._parse_backward(arguments)[1]),
+            variants=(LIMITED,),
         )
         for of, differentiate, save in (
             (self.forward_operator, self._differentiate, self._save_forward),
@@ -161,10 +166,12 @@ class BlockOperator:
         why_not: Callable[[], str | None] = lambda: None,
         *,
         output: Callable[..., Tensor] | None = None,
+        takes: Callable[[Gate], str | None] = lambda _: None,
     ) -> None:
         """Add a backend of both operators; its functions are as in `Functions`.
 
-        `output` is the forward at level 2 with y alone, where that costs less than the forward.
+        `output` is the forward at level 2 with y alone, where that costs less than the forward. `takes` is asked about
+        gates that are not plain.
 
         They run with autocast off, whatever it was where the operator was called: what they compute in is the dtype of
         x.
@@ -184,8 +191,8 @@ class BlockOperator:
             return packed(rows[0], functions.backward(dy, *rows, ffn, kept, checkpoint_level, needs))
 
         self._functions[name] = functions
-        self.forward_operator.register(Backend(name, forward_of_schema, device_types, why_not))
-        self.backward_operator.register(Backend(name, backward_of_schema, device_types, why_not))
+        self.forward_operator.register(Backend(name, forward_of_schema, device_types, why_not, takes))
+        self.backward_operator.register(Backend(name, backward_of_schema, device_types, why_not, takes))
 
     def functions(self, x: Tensor, ffn: FFN, checkpoint_level: int, backend: str) -> Functions:
         """Those of the backend that answers for a call.
@@ -194,13 +201,14 @@ class BlockOperator:
             ValueError, BackendUnavailableError: as `Operator.select` does.
         """
         chosen = self._choose(x, ffn, checkpoint_level, backend)
-        return self._functions[self.forward_operator.select(chosen, x.device).name]
+        return self._functions[self.forward_operator.select(chosen, x.device, _asked(ffn)).name]
 
     def run(
         self,
         x: Tensor,
         stored: Stored,
         activation: str,
+        gating: Gate,
         checkpoint_level: int,
         backend: str,
         *extra: Tensor,
@@ -215,26 +223,27 @@ class BlockOperator:
             trains: whether anything does.
         """
         if not is_direct((x, *extra, *stored)):
-            tensors = FFN.of_linears(stored, activation).tensors
-            y: Tensor = self.forward_operator.overload(x, *extra, *tensors, activation, checkpoint_level, backend)[0]
+            ffn = FFN.of_linears(stored, activation, gating)
+            options = (*ffn.function, checkpoint_level, backend)
+            y: Tensor = self.forward_operator.overload(x, *extra, *ffn.tensors, *options)[0]
             return y
         if trains:
-            return _Direct.apply(x, *extra, *stored, self, (activation, checkpoint_level, backend))
-        ffn = FFN.of_linears(stored, activation)
+            return _Direct.apply(x, *extra, *stored, self, (activation, gating, checkpoint_level, backend))
+        ffn = FFN.of_linears(stored, activation, gating)
         return self.functions(x, ffn, checkpoint_level, backend).output(x, *extra, ffn)
 
     # --- what the schemas take ---------------------------------------------------------------------------------------
 
     def _parse_forward(self, arguments: Sequence[Any]) -> tuple[Sequence[Tensor], FFN, int, str]:
         """x and the extra inputs, the block, the level and the backend."""
-        activation, checkpoint_level, backend = arguments[self._inputs :]
-        ffn = FFN.of(arguments[self._before : self._inputs], activation)
+        *function, checkpoint_level, backend = arguments[self._inputs :]
+        ffn = _of_function(arguments[self._before : self._inputs], function)
         return arguments[: self._before], ffn, checkpoint_level, backend
 
     def _parse_backward(self, arguments: Sequence[Any]) -> tuple[Sequence[Tensor], FFN, Saved, int, str, Needs]:
         """The same behind dy, with what the forward kept behind the block, and the needs at the end."""
-        z, g, a, activation, checkpoint_level, backend, needs = arguments[self._inputs :]
-        ffn = FFN.of(arguments[self._before : self._inputs], activation)
+        z, g, a, *function, checkpoint_level, backend, needs = arguments[self._inputs :]
+        ffn = _of_function(arguments[self._before : self._inputs], function)
         return arguments[: self._before], ffn, (z, g, a), checkpoint_level, backend, Needs(*needs)
 
     def _fake_forward(self, *arguments: Any) -> Outputs:
@@ -299,7 +308,7 @@ class BlockOperator:
         ctx.mark_non_differentiable(*(t for t, need in zip(output, ctx.needs, strict=True) if not need))
         tensors = 1 + self._inputs
         ctx.save_for_backward(*inputs[:tensors])
-        ctx.activation = inputs[tensors + 3]
+        ctx.function = inputs[tensors + 3 : -3]
         ctx.unused = len(inputs) - tensors
 
     def _differentiate_twice(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -308,7 +317,7 @@ class BlockOperator:
             # Views, because dy usually depends on the other inputs: what leads from one to another is not ours to
             # count.
             inputs: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-            ffn = FFN.of(inputs[1 + self._before :], ctx.activation)
+            ffn = _of_function(inputs[1 + self._before :], ctx.function)
             outputs = self._specified(*inputs[: 1 + self._before], ffn, ctx.needs)
         # A gradient that no input reaches has nothing to differentiate, e.g. that of b_out when dy is constant.
         pairs = [
@@ -341,8 +350,8 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *tensors, of, options = inputs
-        activation, checkpoint_level, backend = options
-        rows, ffn = tensors[: of._before], FFN.of_linears(tensors[of._before :], activation)
+        activation, gating, checkpoint_level, backend = options
+        rows, ffn = tensors[: of._before], FFN.of_linears(tensors[of._before :], activation, gating)
         functions = of.functions(rows[0], ffn, checkpoint_level, backend)
         y, z, g, a = functions.forward(*rows, ffn, checkpoint_level)
         ctx.set_materialize_grads(False)
@@ -357,17 +366,32 @@ class _Direct(torch.autograd.Function):
         if dy is None:
             return (None,) * (of._inputs + 2)
         needs, rows, kept = of._needs(ctx), saved[: of._before], saved[of._inputs :]
-        ffn = FFN.of_linears(saved[of._before : of._inputs], options[0])
+        activation, gating, checkpoint_level, backend = options
+        ffn = FFN.of_linears(saved[of._before : of._inputs], activation, gating)
         if torch.is_grad_enabled() or not is_direct((dy, *saved)):
-            found = of._derivative(dy, (*rows, *ffn.tensors, *kept), options, needs)
+            flat = (*ffn.function, checkpoint_level, backend)
+            found = of._derivative(dy, (*rows, *ffn.tensors, *kept), flat, needs)
         else:
-            found = functions.backward(dy, *rows, ffn, kept, options[1], needs)
+            found = functions.backward(dy, *rows, ffn, kept, checkpoint_level, needs)
         dx, dw_in, dw_out, *others = found
         dw_out = None if dw_out is None else dw_out.mT
         return (dx, *(None,) * (of._before - 1), dw_in, dw_out, *others, None, None)
 
 
+def _asked(ffn: FFN) -> Gate | None:
+    """What `Backend.takes` is asked about: a gate that is not plain."""
+    return None if ffn.gating.plain else ffn.gating
+
+
+def _of_function(tensors: Sequence[Any], function: Sequence[Any]) -> FFN:
+    """A block of its tensors and of `FFN.function`."""
+    activation, *gate = function
+    return FFN.of(tensors, activation, gating=Gate(*gate))
+
+
 def _on_gpu(x: Tensor, ffn: FFN, checkpoint_level: int) -> str:
+    if not ffn.gating.plain:
+        return heuristics.UNMEASURED
     neurons, d_out = ffn.w_out.shape
     shape = heuristics.Shape(x.shape[0], x.shape[1], neurons, d_out, ffn.gated, checkpoint_level)
     return heuristics.path(torch.cuda.get_device_name(x.device), x.dtype, shape)

@@ -5,12 +5,16 @@ g = x W_gateᵀ + b_gate,
 
     a = phi(q z)   or   a = phi(q g) z            y = (a p) W_out + b_out
 
+or, where the gate has limits or an offset (`fusion_kernels.gates`), a = s(q g) up(q z), with s the limited phi,
+
 p may be folded into W_out, then costs nothing per token, and its gradient comes from the product that gives the one of
 W_out; q may be folded into W_in or W_gate:
 
     dA = dY W_outᵀ diag(p)         K = aᵀ dY          dW_out = diag(p) K          dp = sum_o W_out o K
     plain   dZ = q dA phi'(q z)    gated   dZ = dA phi(q g)      dG = q dA z phi'(q g)
             dq = sum_t z dA phi'(q z)              dq = sum_t g dA z phi'(q g)
+    limits  dZ = q dA s(q g) up'(q z)              dG = q dA up(q z) s'(q g)
+            dq = sum_t z dA s(q g) up'(q z) + g dA up(q z) s'(q g)
     dX = dZ W_in + dG W_gate       dW_in = dZᵀ X      db_in = sum_t dZ            (likewise W_gate, b_gate with dG)
 
 All of it is made of differentiable torch operations: `mlp` is also what runs under `torch.func`, and derivatives of
@@ -59,8 +63,13 @@ def hidden(x: Tensor, ffn: FFN, before: Tensor | None = None) -> tuple[Tensor, T
     z = project(x, ffn.w_in, ffn.b_in)
     if ffn.w_gate is None:
         return z, None, phi(times(z, before))
-    g = project(x, ffn.w_gate, ffn.b_gate)
-    return z, g, phi(times(g, before)) * z
+    g, gate = project(x, ffn.w_gate, ffn.b_gate), ffn.gating
+    return z, g, gate.after(phi(gate.inside(times(g, before)))) * gate.up(times(z, before_up(ffn, before)))
+
+
+def before_up(ffn: FFN, before: Tensor | None) -> Tensor | None:
+    """The factor `before` phi for the up projection too: where that is more than a factor."""
+    return None if ffn.up_multiplies else before
 
 
 def mlp(x: Tensor, ffn: FFN) -> Tensor:
@@ -77,14 +86,18 @@ def mlp_backward(dy: Tensor, x: Tensor, ffn: FFN, needs: Needs) -> Gradients:
     z, g, a = hidden(x, ffn, before)
     da = times(dy @ ffn.w_out.mT.to(x.dtype), behind)
     dg: Tensor | None = None
+    dup: Tensor | None = None
     if g is None:
         inside = z
         inner = da * phi.derivative(times(z, before))
         dz = times(inner, before)
     else:
-        inside, argument = g, times(g, before)
-        dz = da * phi.function(argument)
-        inner = da * z * phi.derivative(argument)
+        inside, argument, up_factor, gate = g, times(g, before), before_up(ffn, before), ffn.gating
+        up, value = times(z, up_factor), phi.function(gate.inside(argument))
+        dup = gate.through_up(da * gate.after(value), up)
+        dz = times(dup, up_factor)
+        slope = phi.derivative(gate.inside(argument))
+        inner = gate.through_gate(da * gate.up(up) * slope, argument, value)
         dg = times(inner, before)
     dx = dz @ ffn.w_in.to(x.dtype)
     if dg is not None and ffn.w_gate is not None:
@@ -95,7 +108,10 @@ def mlp_backward(dy: Tensor, x: Tensor, ffn: FFN, needs: Needs) -> Gradients:
     if needs.scale and ffn.scale is not None:
         dscale = (k.to(wide) * ffn.w_out.to(wide)).sum(1)
         if before is not None:
-            dscale = torch.stack([dscale, (inner.to(wide) * inside.to(wide)).sum(0)])
+            d_before = (inner.to(wide) * inside.to(wide)).sum(0)
+            if dup is not None and not ffn.up_multiplies:
+                d_before = d_before + (dup.to(wide) * z.to(wide)).sum(0)
+            dscale = torch.stack([dscale, d_before])
     found = Gradients(
         x=dx,
         w_in=dz.mT @ x,

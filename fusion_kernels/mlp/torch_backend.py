@@ -28,19 +28,21 @@ def backward(dy: Tensor, x: Tensor, ffn: FFN, kept: Saved, checkpoint_level: int
         z = reference.project(x, ffn.w_in, ffn.b_in)
         g = g if ffn.w_gate is None else reference.project(x, ffn.w_gate, ffn.b_gate)
     before, behind = reference.factors(ffn.scale)
-    inside = g if gated else z
-    argument, phi = reference.times(inside, before), get_activation(ffn.activation).function
-    dz = dg = inner = None
+    argument, phi = reference.times(g if gated else z, before), get_activation(ffn.activation).function
+    da = dz = dg = inner = dup = None
     if needs_inside(needs) or (needs.scale and before is not None):
         da = dy @ fold_scale(ffn.w_out, behind, x.dtype).mT
-        inner = act_backward(da * z if gated else da, argument, ffn.activation)
     if gated:
-        value = phi(argument)
-        if inner is not None:
-            dz, dg = da * value, reference.times(inner, before)
-        a = a if checkpoint_level == 0 else value * z
+        factor = reference.before_up(ffn, before)
+        up, value = reference.times(z, factor), phi(ffn.gating.inside(argument))
+        if da is not None:
+            inner, dup = gated_backward(da, argument, up, value, ffn)
+            dz, dg = reference.times(dup, factor), reference.times(inner, before)
+        a = a if checkpoint_level == 0 else ffn.gating.after(value) * ffn.gating.up(up)
     else:
-        dz = None if inner is None else reference.times(inner, before)
+        if da is not None:
+            inner = act_backward(da, argument, ffn.activation)
+            dz = reference.times(inner, before)
         if checkpoint_level != 0 and (needs.w_out or needs.scale):
             a = phi(argument)
     one_factor = ffn if before is None else dataclasses.replace(ffn, scale=behind)
@@ -48,7 +50,9 @@ def backward(dy: Tensor, x: Tensor, ffn: FFN, kept: Saved, checkpoint_level: int
     if found.scale is None or inner is None or before is None:
         return found
     wide = torch.promote_types(x.dtype, torch.float32)
-    d_before = (inner.to(wide) * inside.to(wide)).sum(0)
+    d_before = (inner.to(wide) * (g if gated else z).to(wide)).sum(0)
+    if dup is not None and not ffn.up_multiplies:
+        d_before = d_before + (dup.to(wide) * z.to(wide)).sum(0)
     return found._replace(scale=torch.stack([found.scale, d_before.to(found.scale.dtype)]))
 
 
@@ -68,6 +72,19 @@ def act_backward(da: Tensor, z: Tensor, activation: str) -> Tensor:
     if activation == "relu":
         return _aten.threshold_backward(da, z, 0)
     return da * get_activation(activation).derivative(z)
+
+
+def gated_backward(da: Tensor, gate: Tensor, up: Tensor, value: Tensor, ffn: FFN) -> tuple[Tensor, Tensor]:
+    """The gradients of a gated block's hidden values by `gate` and `up`, which the scale does not enter any more.
+
+    Args:
+        da: by the hidden values.
+        value: phi of the gate inside its limits.
+    """
+    form = ffn.gating
+    # Beyond the limits, where phi takes another argument, nothing goes through.
+    inner = act_backward(da * form.up(up), gate, ffn.activation)
+    return form.through_gate(inner, gate, value), form.through_up(da * form.after(value), up)
 
 
 def gradients(

@@ -59,8 +59,8 @@ class Prepared:
         return self.ffn.w_out.shape[1]
 
     def described(self) -> tuple[Tensor | float | str | None, ...]:
-        """The block's tensors, a and the activation, as every operator takes them behind its rows."""
-        return (*self.ffn.tensors, self.ffn.scale_exponent, self.ffn.activation)
+        """The block's tensors, a and `FFN.function`, as every operator takes them behind its rows."""
+        return (*self.ffn.tensors, self.ffn.scale_exponent, *self.ffn.function)
 
 
 def all_finite(t: Tensor) -> bool:
@@ -113,7 +113,7 @@ def prepare(
     if metric is not None and bool((metric < 0).any()):
         raise ValueError("metric must not be negative")
     exponent = float(ffn.scale_exponent)
-    single = FFN.of([tensors.pop(name, None) for name in TENSORS], ffn.activation, exponent)
+    single = FFN.of([tensors.pop(name, None) for name in TENSORS], ffn.activation, exponent, ffn.gating)
     kept = _kept(single)
     if kept is not None:
         neurons: dict[str, Any] = {name: t[kept] for name, t in single.named().items() if name != "b_out"}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.ffn import FFN
+from fusion_kernels.gates import Gate
 from fusion_kernels.library import Backend, check_name, operator
 from fusion_kernels.ntk import cpu_backend, cuda_backend
 from fusion_kernels.ntk import reference as reference
@@ -34,23 +35,24 @@ def _fake(x1: Tensor, x2: Tensor | None, *_: object) -> tuple[Tensor, Tensor, Te
 
 _NTK_SUMS = operator(
     "ntk_sums",
-    "(Tensor x1, Tensor? x2, Tensor?[] a, float a_exponent, str a_activation, str[] a_params, Tensor?[] b, "
-    "float b_exponent, str b_activation, str[] b_params, str kernel, Tensor? direction=None, int? block_size=None) "
-    "-> (Tensor, Tensor, Tensor)",
+    "(Tensor x1, Tensor? x2, "
+    "Tensor?[] a, float a_exponent, str a_activation, float? a_limit, str a_clamp, float a_up_offset, str[] a_params, "
+    "Tensor?[] b, float b_exponent, str b_activation, float? b_limit, str b_clamp, float b_up_offset, str[] b_params, "
+    "str kernel, Tensor? direction=None, int? block_size=None) -> (Tensor, Tensor, Tensor)",
     _fake,
 )
 
 
 def _of_blocks(sums: Callable[..., Any]) -> Callable[..., Any]:
-    """`sums` of two blocks as the operator calls it, with their members in four arguments each."""
+    """`sums` of two blocks as the operator calls it, with their members in seven arguments each."""
     run = exactly(sums)
 
     def flat(x1: Tensor, x2: Tensor | None, *given: Any) -> Any:
         blocks = [
-            Differentiated(FFN.of(tensors, activation, exponent), params, metric)
-            for (*tensors, metric), exponent, activation, params in (given[:4], given[4:8])
+            Differentiated(FFN.of(tensors, activation, exponent, Gate(*gate)), params, metric)
+            for (*tensors, metric), exponent, activation, *gate, params in (given[:7], given[7:14])
         ]
-        return run(x1, x2, *blocks, *given[8:])
+        return run(x1, x2, *blocks, *given[14:])
 
     return flat
 
@@ -208,7 +210,9 @@ def ntk_compare(
     named, direction = _contraction(both[0], both[1], reduce)
     rows, n = both[0].rows["x"], len(x)
     columns = _columns(columns, n, kernel)
-    described = [i for p in both for i in ([*p.ffn.tensors, p.metric], p.ffn.scale_exponent, p.ffn.activation, p.parts)]
+    described = [
+        part for p in both for part in ([*p.ffn.tensors, p.metric], p.ffn.scale_exponent, *p.ffn.function, p.parts)
+    ]
 
     def sums_with(second: Tensor | None) -> Any:
         return function(rows, second, *described, kernel, direction, block_size)

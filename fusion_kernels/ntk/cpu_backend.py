@@ -68,7 +68,7 @@ def _sides(
 
     def side(x: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
         weights = (w.of_hidden, w.of_in, w.of_gate)
-        return native.operators().ntk_factors(x, *tensors, shrink, *weights, ffn.activation, w.signs)
+        return native.operators().ntk_factors(x, *tensors, shrink, *weights, *ffn.function, w.signs)
 
     first = side(x1, left)
     second = first if x2 is None and kernel == "gd" else side(x1 if x2 is None else x2, right)

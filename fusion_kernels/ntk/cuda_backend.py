@@ -83,7 +83,7 @@ def _left_and_right(
 
     def operand(of: tuple[Tensor, Tensor, Tensor | None], w: Weights, wanted: tuple[bool | str, ...]) -> Tensor:
         weights = (w.of_hidden, w.of_in, w.of_gate)
-        return native.cuda_operators().ntk_operand(*of, shrink, *weights, ffn.activation, w.signs, *wanted)
+        return native.cuda_operators().ntk_operand(*of, shrink, *weights, *ffn.function, w.signs, *wanted)
 
     first = rows(x1)
     second = first if x2 is None else rows(x2)

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from fusion_kernels import native
-from fusion_kernels.ffn import FFN, SCHEMA, TENSORS
+from fusion_kernels.ffn import FFN, FUNCTION, SCHEMA, TENSORS
+from fusion_kernels.gates import Gate
 from fusion_kernels.library import Backend, Operator, operator
 from fusion_kernels.ntk import reference as reference
 from fusion_kernels.ntk import torch_backend
 
 #: A block in an operator's schema.
-FFN_ARGUMENTS = f"{SCHEMA}, float scale_exponent, str activation"
+FFN_ARGUMENTS = f"{SCHEMA}, float scale_exponent, {FUNCTION}"
 
 
 def exactly(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,8 +43,9 @@ def of_ffn(function: Callable[..., Any], before: int) -> Callable[..., Any]:
     end = before + len(TENSORS)
 
     def flat(*given: Any) -> Any:
-        exponent, activation, *rest = given[end:]
-        return function(*given[:before], FFN.of(given[before:end], activation, exponent), *rest)
+        exponent, activation, limit, clamp, up_offset, *rest = given[end:]
+        ffn = FFN.of(given[before:end], activation, exponent, Gate(limit, clamp, up_offset))
+        return function(*given[:before], ffn, *rest)
 
     return flat
 

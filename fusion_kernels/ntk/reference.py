@@ -3,14 +3,18 @@
 With p the scale (1 where there is none), a its exponent and x an input row, the block is
 
     plain   F_o(x) = sum_j p_j^(1-a)  phi(z_j) v_jo + c_o              z_j = (u_j.x + b_j) / p_j^a
-    gated   F_o(x) = sum_j p_j^(1-2a) phi(g_j) z_j v_jo + c_o          g_j = (t_j.x + e_j) / p_j^a,  z_j = u_j.x + b_j
+    gated   F_o(x) = sum_j p_j^(1-a)  phi(g_j) z_j v_jo + c_o          g_j = (t_j.x + e_j) / p_j^a,  z_j likewise
 
 and its Jacobian has rank-one pieces, so that no derivative is ever formed:
 
     dF_o/dv_jq = [o = q] A_j      dF_o/db_j = S_j v_jo      dF_o/du_jk = S_j v_jo x_k      (likewise e, t with T_j)
 
     plain   A = p^(1-a) phi(z)        S = p^(1-2a) phi'(z)
-    gated   A = p^(1-2a) phi(g) z     S = p^(1-2a) phi(g)         T = p^(1-3a) phi'(g) z
+    gated   A = p^(1-a) phi(g) z      S = p^(1-2a) phi(g)         T = p^(1-2a) phi'(g) z
+
+and where the gate has limits or an offset (`fusion_kernels.gates`), with s the limited phi,
+
+    gated   A = p^(1-a) s(g) up(z)    S = p^(1-2a) s(g) up'(z)    T = p^(1-2a) s'(g) up(z)
 
 The kernels are the products of those factors over two sets of rows, with m the metric (1 where there is none):
 
@@ -51,13 +55,13 @@ def factors(ffn: FFN, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """
     phi, a = get_activation(ffn.activation), ffn.scale_exponent
     p = ffn.w_in.new_ones(ffn.w_in.shape[0]) if ffn.scale is None else ffn.scale
-    z = F.linear(x, ffn.w_in, ffn.b_in)
+    z, of_hidden, of_slopes = F.linear(x, ffn.w_in, ffn.b_in) / p**a, p ** (1 - a), p ** (1 - 2 * a)
     if ffn.w_gate is None:
-        z = z / p**a
-        return p ** (1 - a) * phi.function(z), {"in": p ** (1 - 2 * a) * phi.derivative(z)}
-    g = F.linear(x, ffn.w_gate, ffn.b_gate) / p**a
-    s = p ** (1 - 2 * a) * phi.function(g)
-    return s * z, {"in": s, "gate": p ** (1 - 3 * a) * phi.derivative(g) * z}
+        return of_hidden * phi.function(z), {"in": of_slopes * phi.derivative(z)}
+    g, gate = F.linear(x, ffn.w_gate, ffn.b_gate) / p**a, ffn.gating
+    value = phi.function(gate.inside(g))
+    s, up, slope = gate.after(value), gate.up(z), gate.through_gate(phi.derivative(gate.inside(g)), g, value)
+    return of_hidden * s * up, {"in": of_slopes * gate.through_up(s, z), "gate": of_slopes * slope * up}
 
 
 def contraction(w_out: Tensor, direction: Tensor | None, kernel: str) -> tuple[Tensor, Tensor, float]:

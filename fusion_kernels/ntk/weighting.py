@@ -35,7 +35,7 @@ class Weights:
 def weigh(
     ffn: FFN, metric: Tensor | None, kernel: str, direction: Tensor | None
 ) -> tuple[Weights, Weights, Tensor | None, float]:
-    """Return the weights of both sets of rows, the factor of what goes through the activation, and `[o = o']`.
+    """Return the weights of both sets of rows, the factor of pre-activations, and `[o = o']`.
 
     In `"gd"` the weights are the same, so that the kernel of one set of rows with itself is a Gram matrix. Arguments
     as in `fusion_kernels.ntk.reference.ntk_gram`.
@@ -46,8 +46,8 @@ def weigh(
     weight1, weight2, coefficient = contraction(w_out, direction, kernel)
 
     def weights(of_hidden: Tensor, of_slopes: Tensor, signs: bool) -> Weights:
-        gate = of_slopes * p ** (1 - 3 * a) if ffn.gated else None
-        return Weights(of_hidden * p ** (1 - (2 if ffn.gated else 1) * a), of_slopes * p ** (1 - 2 * a), gate, signs)
+        of_slopes = of_slopes * p ** (1 - 2 * a)
+        return Weights(of_hidden * p ** (1 - a), of_slopes, of_slopes if ffn.gated else None, signs)
 
     if kernel == "gd":
         root = m.sqrt()

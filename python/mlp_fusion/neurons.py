@@ -2,7 +2,8 @@
 
 Notation: B problems (layers or experts of one shape), N neurons, `d` inputs, `d_out` outputs, D the length of a
 neuron's vector. A plain FFN is `y = sum_j act(w_in_j . x + b_in_j) w_out_j + b_out`; a gated one multiplies
-`act(w_gate_j . x + b_gate_j)` by `w_in_j . x + b_in_j`, so that `w_in` is the up projection.
+`act(w_gate_j . x + b_gate_j)` by `w_in_j . x + b_in_j`, so that `w_in` is the up projection; within limits and with an
+offset where it has a `fusion_kernels.Gate` that says so.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class NeuronBundle(FFN):
         scale: `(B, N)` size-scaling vector p (how many neurons each one stands for), or None for all ones.
         scale_exponent: the exponent a: the stored weights are p^a times the canonical ones, and the forward pass
             divides that out again. 0 is the explicit-P form, 1/2 the sqrt(P) split.
+        gating: a `fusion_kernels.Gate`, limits and offset of a gated FFN; none by default.
 
     Raises:
         ValueError: shapes disagree, or the activation is unknown.
@@ -95,10 +97,10 @@ class NeuronBundle(FFN):
 
     @property
     def layout(self) -> tuple[object, ...]:
-        """What two bundles must share to be stacked: shapes, dtypes, which tensors there are, and the activation."""
+        """What two bundles must share to be stacked: shapes, dtypes, which tensors there are, and the function."""
         own = self.named()
         shapes = tuple((f, (tuple(own[f].shape[1:]), own[f].dtype) if f in own else None) for f in TENSORS)
-        return (*shapes, self.activation, self.scale_exponent)
+        return (*shapes, *self.function, self.scale_exponent)
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> NeuronBundle:
         """The bundle in another dtype or on another device. The scale keeps at least float32: it holds counts."""
@@ -263,19 +265,22 @@ class NeuronBundle(FFN):
         """
         act = get_activation(self.activation).function
 
-        def project(weight: Tensor, bias: Tensor | None) -> Tensor:
+        def project(weight: Tensor, bias: Tensor | None, divided: bool = True) -> Tensor:
             z = x @ weight.transpose(1, 2)
-            return z if bias is None else z + bias.unsqueeze(1)
+            z = z if bias is None else z + bias.unsqueeze(1)
+            if not divided or self.scale is None or self.scale_exponent == 0.0:
+                return z
+            return (z * scale_power(self.scale, -self.scale_exponent).unsqueeze(1)).to(z.dtype)
 
-        z = project(self.w_in, self.b_in) if self.w_gate is None else project(self.w_gate, self.b_gate)
-        if self.scale is not None and self.scale_exponent != 0.0:
-            z = (z * scale_power(self.scale, -self.scale_exponent).unsqueeze(1)).to(z.dtype)
-        hidden = act(z)
-        if self.w_gate is not None:
-            hidden = hidden * project(self.w_in, self.b_in)
+        if self.w_gate is None:
+            hidden = act(project(self.w_in, self.b_in))
+        else:
+            up = project(self.w_in, self.b_in, divided=not self.up_multiplies)
+            hidden = self.gating.after(act(self.gating.inside(project(self.w_gate, self.b_gate)))) * self.gating.up(up)
         if self.scale is not None:
             # The scale may be float32 beside bfloat16 weights; the second product wants the weights' dtype.
-            hidden = (hidden * output_factor(self.scale, self.scale_exponent, self.gated).unsqueeze(1)).to(z.dtype)
+            factor = output_factor(self.scale, self.scale_exponent, self.up_multiplies)
+            hidden = (hidden * factor.unsqueeze(1)).to(hidden.dtype)
         return hidden
 
     def forward(self, x: Tensor) -> Tensor:
@@ -291,8 +296,8 @@ class NeuronBundle(FFN):
         return y if self.b_out is None else y + self.b_out.unsqueeze(1)
 
 
-def output_factor(scale: Tensor, exponent: float, gated: bool) -> Tensor:
-    """What multiplies the hidden activations: p^(1-a), or p^(1-2a) when an up projection carries a p^a of its own."""
+def output_factor(scale: Tensor, exponent: float, up_multiplies: bool) -> Tensor:
+    """What multiplies the hidden activations: p^(1-a), or p^(1-2a) when they carry the p^a of an up projection."""
     if exponent == 0.0:
         return scale  # whatever its sign: a scale that is trained may pass through 0
-    return scale_power(scale, 1.0 - (2.0 if gated else 1.0) * exponent)
+    return scale_power(scale, 1.0 - (2.0 if up_multiplies else 1.0) * exponent)

@@ -26,6 +26,7 @@ from torch import Tensor  # noqa: E402
 
 from fusion_kernels import fused_mlp, native  # noqa: E402
 from fusion_kernels.activations import ACTIVATIONS, get_activation  # noqa: E402
+from fusion_kernels.gates import PLAIN  # noqa: E402
 from fusion_kernels.mlp import torch_backend  # noqa: E402
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
@@ -39,9 +40,9 @@ def compiled_block(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """`csrc/cpu/mlp_pointwise_body.h`: neurons of one input, which is 1, with the values as weights."""
     one, w_in, w_out = z.new_ones(1, 1), z[:, None], z.new_ones(len(z), 1)
     ffn = (w_in, w_out, None, None, None, None, None)
-    _, pre, gate, a = native.operators().mlp(one, *ffn, activation, 0)
+    _, pre, gate, a = native.operators().mlp(one, *ffn, activation, *PLAIN.arguments, 0)
     bias = (w_in, w_out, None, torch.zeros_like(z), None, None, None)
-    found = native.operators().mlp_backward(one, one, *bias, pre, gate, a, activation, 1 << 4)
+    found = native.operators().mlp_backward(one, one, *bias, pre, gate, a, activation, *PLAIN.arguments, 1 << 4)
     return a[0], found[4].to(z.dtype)
 
 
@@ -50,7 +51,7 @@ def compiled_factors(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     ones = torch.ones_like(z)
     none = (None, None, None, None)
     hidden, slopes = native.operators().ntk_factors(
-        z.new_ones(1, 1), z[:, None].contiguous(), *none, ones, ones, None, activation, False
+        z.new_ones(1, 1), z[:, None].contiguous(), *none, ones, ones, None, activation, *PLAIN.arguments, False
     )
     return hidden[0], slopes[0]
 
@@ -151,7 +152,7 @@ def test_values_and_derivatives_on_a_gpu(emulation: Emulation, dtype: torch.dtyp
     z, ones = grid(dtype)[None], torch.ones_like(grid(dtype))
     flags = {"signs": False, "inputs": False, "slopes_in": True, "slopes_gate": False, "hidden": True}
     operand = emulation.ntk_operand(
-        z.new_ones(1, 1), z, None, None, ones, ones, None, activation, **flags, precision="highest"
+        z.new_ones(1, 1), z, None, None, ones, ones, None, activation, *PLAIN.arguments, **flags, precision="highest"
     )
     slope, value = operand[0, 0].chunk(2)
     assert_is_the_table((value[: len(ones)], slope[: len(ones)]), z[0], activation)

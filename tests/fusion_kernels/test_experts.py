@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from fusion_kernels import experts_backend, fused_experts
 from fusion_kernels.experts import loop_backend
 from fusion_kernels.ffn import FFN
+from fusion_kernels.gates import PLAIN
 
 BACKENDS = ("loop", "grouped_mm")
 #: What a backend is compared in, and how closely.
@@ -25,6 +26,7 @@ EXACT = {"loop": (torch.float64, 1e-10), "grouped_mm": (torch.float32, 2e-5)}
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
     "relu": F.relu,
     "relu2": lambda z: F.relu(z) ** 2,
     "silu": F.silu,
@@ -318,14 +320,15 @@ def test_as_operators(backend: str) -> None:
     x = torch.randn(7, 4, dtype=dtype, requires_grad=True)
     ends = torch.tensor([2, 2, 6], dtype=torch.int32)
     blocks = FFN(**{**p, "w_out": p["w_out"].mT}, activation="silu").tensors
-    arguments = (x, ends, *blocks, "silu", 1, backend)
+    arguments = (x, ends, *blocks, "silu", *PLAIN.arguments, 1, backend)
     torch.library.opcheck(torch.ops.fusion_kernels.experts.default, arguments)
     with torch.no_grad():
         _, z, g, a = torch.ops.fusion_kernels.experts(*arguments)
     detached = (t.detach() for t in (x, ends, *blocks))
     dy = torch.randn(7, 4, dtype=dtype)
     torch.library.opcheck(
-        torch.ops.fusion_kernels.experts_backward.default, (dy, *detached, z, g, a, "silu", 1, backend, [True] * 8)
+        torch.ops.fusion_kernels.experts_backward.default,
+        (dy, *detached, z, g, a, "silu", *PLAIN.arguments, 1, backend, [True] * 8),
     )
 
 

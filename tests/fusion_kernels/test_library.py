@@ -174,7 +174,8 @@ def test_activation_derivatives_match_autograd(name: str) -> None:
 
 
 def test_unknown_activation() -> None:
-    with pytest.raises(ValueError, match="unknown activation 'tanh': use one of gelu, gelu_tanh, relu, relu2, silu"):
+    known = "gelu, gelu_tanh, quick_gelu, relu, relu2, silu"
+    with pytest.raises(ValueError, match=f"unknown activation 'tanh': use one of {known}$"):
         get_activation("tanh")
 
 

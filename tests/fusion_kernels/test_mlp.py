@@ -3,50 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from blocks import MLPCall, make_block
+from blocks import BACKENDS, DTYPES, check, make_block
 from hypothesis import given
 from hypothesis import strategies as st
-from rounding import MANY, assert_rounding
+from rounding import assert_rounding
 from torch import Tensor
 
 from fusion_kernels import fused_glu_mlp, fused_mlp, native, split_gate_up
 from fusion_kernels.activations import ACTIVATIONS
+from fusion_kernels.gates import PLAIN
 from fusion_kernels.mlp.operators import MLP
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-BACKENDS = [
-    pytest.param("cpu", marks=pytest.mark.skipif(native.UNAVAILABLE is not None, reason="no compiled library")),
-    "torch",
-    "reference",
-]
-
-
-def computed(block: MLPCall, run: Callable[[MLPCall], Tensor]) -> dict[str, Tensor]:
-    """y and the gradients for dy, by name, each in the dtype of what it belongs to."""
-    block = block.to(block.x.dtype).training()
-    y = run(block)
-    found = block.gradients(y) | {"y": y.detach()}
-    leaves = block.leaves() | {"y": block.x}
-    assert {name: t.dtype for name, t in found.items()} == {name: leaves[name].dtype for name in found}
-    return found
-
-
-def check(block: MLPCall, backend: str, dtype: torch.dtype, levels: Sequence[int] = (0, 1, 2)) -> None:
-    """The fused block in `dtype` is what rounding makes of float64, and as near to it as ordinary layers are."""
-    low = block.to(dtype)
-    exact, bounds = computed(low.to(torch.float64), MLPCall.eager), low.bounds(dtype)
-    # float64 has nothing to be compared with; of few hidden values torch's errors would be luck.
-    many = dtype != torch.float64 and low.x[..., 0].numel() * len(low.w_in) >= MANY
-    torchs = [computed(low, run) for run in (MLPCall.eager, MLPCall.folded)] if many else []
-    for level in levels:
-        found = computed(low, lambda b, level=level: b.fused(level, backend))
-        assert_rounding(found, exact, {name: bounds[name] for name in exact}, *torchs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -212,10 +183,10 @@ def test_frozen_tensors_have_no_gradient_and_change_no_other(scale: str, level: 
 def test_frozen_tensors_return_nothing_from_the_operator() -> None:
     block = make_block(5, h=9)
     inputs = (block.x, block.w_in, block.w_out.mT, None, None, None, None, None)
-    _, z, g, a = MLP.forward_operator.overload(*inputs, "gelu", 1, "auto")
+    _, z, g, a = MLP.forward_operator.overload(*inputs, "gelu", *PLAIN.arguments, 1, "auto")
     assert g.numel() == a.numel() == 0
     needs = [False, True, False, False, False, False, False, False]
-    out = MLP.backward_operator.overload(block.dy, *inputs, z, g, a, "gelu", 1, "auto", needs)
+    out = MLP.backward_operator.overload(block.dy, *inputs, z, g, a, "gelu", *PLAIN.arguments, 1, "auto", needs)
     assert [t.numel() for t in out] == [0, 9 * 12, 0, 0, 0, 0, 0, 0]
 
 
@@ -296,7 +267,7 @@ def test_hidden_tensors_that_are_saved(gated: bool, compiled: bool) -> None:
         if not compiled:
             return block.fused(level)
         order = (block.x, *block.ffn.tensors)
-        y: Tensor = MLP.forward_operator.overload(*order, "gelu", level, "auto")[0]
+        y: Tensor = MLP.forward_operator.overload(*order, "gelu", *PLAIN.arguments, level, "auto")[0]
         return y
 
     hidden = {level: saved_sizes(lambda level=level: run(level)).count(T * h) for level in (0, 1, 2)}
@@ -316,7 +287,11 @@ def test_nothing_is_saved_or_made_without_a_gradient(gated: bool) -> None:
     with torch.inference_mode():
         torch.testing.assert_close(block.fused(1), y)
     with torch.no_grad():
-        assert [t.numel() for t in MLP.forward_operator.overload(*order, "gelu", 2, "auto")[1:]] == [0, 0, 0]
+        assert [t.numel() for t in MLP.forward_operator.overload(*order, "gelu", *PLAIN.arguments, 2, "auto")[1:]] == [
+            0,
+            0,
+            0,
+        ]
     torch.testing.assert_close(y, block.eager().detach())
 
 

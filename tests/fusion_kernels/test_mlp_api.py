@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fusion_kernels import BackendUnavailableError, fused_mlp, mlp_backend, native
 from fusion_kernels.ffn import FFN
+from fusion_kernels.gates import PLAIN
 from fusion_kernels.mlp import heuristics, reference_backend, torch_backend
 from fusion_kernels.mlp.folding import with_one_factor
 from fusion_kernels.mlp.heuristics import Shape
@@ -43,9 +44,9 @@ def assert_same(found: dict[str, Tensor], ideal: dict[str, Tensor], **tolerance:
 @pytest.mark.parametrize(("level", "gated"), [(0, True), (1, False), (2, True)])
 def test_opcheck(level: int, gated: bool) -> None:
     block = make_block(5, gated=gated, scale=("both", "float", "int")[level]).training()
-    torch.library.opcheck(MLP.forward_operator.overload, (*order(block), "gelu", level, "auto"))
+    torch.library.opcheck(MLP.forward_operator.overload, (*order(block), "gelu", *PLAIN.arguments, level, "auto"))
     bare = make_block(5, gated=gated, bias=False, scale=None, dtype=torch.float32)
-    torch.library.opcheck(MLP.forward_operator.overload, (*order(bare), "silu", level, "torch"))
+    torch.library.opcheck(MLP.forward_operator.overload, (*order(bare), "silu", *PLAIN.arguments, level, "torch"))
 
 
 @pytest.mark.slow
@@ -53,12 +54,16 @@ def test_opcheck(level: int, gated: bool) -> None:
 def test_opcheck_backward(level: int, gated: bool) -> None:
     block = make_block(5, gated=gated, scale="both" if level == 1 else "float").training()
     with torch.no_grad():
-        _, z, g, a = MLP.forward_operator.overload(*order(block), "gelu", level, "auto")
+        _, z, g, a = MLP.forward_operator.overload(*order(block), "gelu", *PLAIN.arguments, level, "auto")
     needs = [t is not None for t in order(block)]
     dy = block.dy.requires_grad_()
-    torch.library.opcheck(MLP.backward_operator.overload, (dy, *order(block), z, g, a, "gelu", level, "auto", needs))
+    torch.library.opcheck(
+        MLP.backward_operator.overload, (dy, *order(block), z, g, a, "gelu", *PLAIN.arguments, level, "auto", needs)
+    )
     frozen = [True, False, *(False for _ in needs[2:])]
-    torch.library.opcheck(MLP.backward_operator.overload, (dy, *order(block), z, g, a, "gelu", level, "auto", frozen))
+    torch.library.opcheck(
+        MLP.backward_operator.overload, (dy, *order(block), z, g, a, "gelu", *PLAIN.arguments, level, "auto", frozen)
+    )
 
 
 @pytest.mark.slow
@@ -162,7 +167,9 @@ def test_higher_derivatives(activation: str, scale: str, tokens: int, gated: boo
     ideal = second(block.eager())
     for level in (0, 1, 2):
         assert_same(second(block.fused(level, "torch")), ideal)
-        assert_same(second(MLP.forward_operator.overload(*order(block), activation, level, "auto")[0]), ideal)
+        assert_same(
+            second(MLP.forward_operator.overload(*order(block), activation, *PLAIN.arguments, level, "auto")[0]), ideal
+        )
     assert_same(second(block.fused()), ideal)
 
 
@@ -403,13 +410,13 @@ def test_the_dispatcher_asks_for_the_path_on_a_gpu(monkeypatch: pytest.MonkeyPat
     block = (x, w_in, w_out, None, None, None, None, None)
     for level in (0, 2):
         expected = ("GPU 1", torch.bfloat16, Shape(5, 6, 7, 8, False, level))
-        how = ("gelu", level, "auto")
+        how = ("gelu", *PLAIN.arguments, level, "auto")
         assert MLP.forward_operator.choose(*block, *how) == "epilogue"
         assert MLP.backward_operator.choose(x, *block, None, None, None, *how, [True] * 8) == "epilogue"
         assert asked == [expected, expected]
         asked.clear()
     # A name, from the caller or a pin, is not for the table to judge.
-    assert MLP.forward_operator.choose(*block, "gelu", 1, "cublas") == "cublas"
+    assert MLP.forward_operator.choose(*block, "gelu", *PLAIN.arguments, 1, "cublas") == "cublas"
     assert not asked
 
 

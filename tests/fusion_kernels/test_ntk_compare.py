@@ -15,6 +15,7 @@ from tensor_sizes import LargestTensor
 from torch import Tensor
 
 from fusion_kernels import native, ntk_compare, ntk_gram, ntk_operator
+from fusion_kernels.gates import PLAIN
 from fusion_kernels.ntk import Kernel
 from fusion_kernels.ntk import compare as module
 from fusion_kernels.ntk import reference as reference
@@ -41,7 +42,7 @@ def described_blocks(*bundles: Bundle) -> list[Any]:
     """Gated blocks as the operator takes them."""
     blocks: list[Any] = []
     for bundle in bundles:
-        blocks += [[*bundle.at(0).tensors, None], 0.0, "gelu", list(bundle.parts())]
+        blocks += [[*bundle.at(0).tensors, None], 0.0, "gelu", *PLAIN.arguments, list(bundle.parts())]
     return blocks
 
 

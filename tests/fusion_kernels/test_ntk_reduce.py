@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from rounding import Arithmetic, assert_rounding
 
 from fusion_kernels import native, ntk_gram
+from fusion_kernels.gates import PLAIN
 from fusion_kernels.ntk import Kernel, heuristics
 from fusion_kernels.ntk import gram as module
 
@@ -333,7 +334,7 @@ def test_opcheck(reduce: str, with_out: bool) -> None:
     arguments = (
         *(torch.randn(4, 5), torch.randn(2, 5)),
         *bundle.at(0).tensors,
-        *(0.0, "gelu", list(bundle.parts()), "gd", reduce, direction, torch.rand(6), "highest", 3),
+        *(0.0, "gelu", *PLAIN.arguments, list(bundle.parts()), "gd", reduce, direction, torch.rand(6), "highest", 3),
     )
     if with_out:
         torch.library.opcheck(module._NTK_GRAM_OUT.overload, (torch.zeros(4, 2, *axes), *arguments))

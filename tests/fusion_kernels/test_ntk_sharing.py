@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 from fusion_kernels.ffn import FFN
+from fusion_kernels.gates import PLAIN
 from fusion_kernels.ntk import (
     cpu_backend,
     cuda_backend,
@@ -187,7 +188,7 @@ def test_weights_that_are_computed_are_refused(norm: Callable[[nn.Module], nn.Mo
 @pytest.mark.parametrize("name", ["torch", "reference"])
 def test_operators_refuse_unknown_names(name: str) -> None:
     w, other, c = randn(6, 5), randn(6, 5, seed=1), randn(2, 3, 5)
-    ffn = (*FFN(w, other, "gelu").tensors, 0.0, "gelu")
+    ffn = (*FFN(w, other, "gelu").tensors, 0.0, "gelu", *PLAIN.arguments)
 
     def of(op: Any) -> Any:
         return next(backend.function for backend in op.backends if backend.name == name)
@@ -207,7 +208,7 @@ def test_operators_refuse_unknown_names(name: str) -> None:
 
 
 def test_the_kernel_operator_refuses_unknown_names() -> None:
-    ffn = (*FFN(randn(6, 5), randn(6, 5, seed=1), "gelu").tensors, 0.0, "gelu")
+    ffn = (*FFN(randn(6, 5), randn(6, 5, seed=1), "gelu").tensors, 0.0, "gelu", *PLAIN.arguments)
     op = torch.ops.fusion_kernels.ntk_gram
     for arguments, message in (
         (("adam",), "unknown kernel 'adam'"),
@@ -226,7 +227,7 @@ def test_a_new_name_is_computed_as_no_other(names: str, monkeypatch: pytest.Monk
         if hasattr(module, names):
             monkeypatch.setattr(module, names, (*getattr(module, names), "new"))
     ffn, c = FFN(randn(6, 5), randn(6, 5, seed=1), "gelu"), randn(2, 3, 5)
-    blocks = (*ffn.tensors, 0.0, "gelu")
+    blocks = (*ffn.tensors, 0.0, "gelu", *PLAIN.arguments)
     kernel, reduce = ("new", "trace") if names == "KERNELS" else ("gd", "new")
     calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
     if names == "VIAS":

@@ -18,10 +18,10 @@ from fusion_kernels import ntk_gram
 from mlp_fusion import InputError
 from mlp_fusion.calibration import collect, match_ntk, nnls, refit
 from mlp_fusion.calibration.refit import _moments
-from mlp_fusion.calibration.statistics import StreamPlan
 from mlp_fusion.families import ARCHITECTURES
 from mlp_fusion.measure import ffn_errors, relative_error
 from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.running.sampling import RowPlan, RowSample
 from mlp_fusion.running.taps import capture_activations
 
 
@@ -101,12 +101,12 @@ def test_every_position_is_kept_equally_often(sizes: list[int]) -> None:
     batches = [{"input_ids": torch.ones(size, 1), "attention_mask": torch.ones(size, 1)} for size in sizes]
     kept = torch.zeros(total)
     for seed in range(300):
-        plan = StreamPlan(batches, capacity, seed)
-        assert plan.capacity == min(capacity, total)
-        starts = torch.tensor([0, *sizes]).cumsum(0)
-        present = torch.cat([start + taken for start, taken in zip(starts, plan.taken, strict=False)])
-        assert len(set(present.tolist())) == plan.capacity
-        assert torch.equal(plan.sequence, present)
+        sample, row = RowSample(RowPlan(batches, seed), capacity), iter(torch.arange(total).split(sizes))
+        for batch in batches:
+            sample.add(batch["attention_mask"].bool(), next(row))
+        [[present], sequence] = sample.finish()
+        assert len(present) == len(present.unique()) == min(capacity, total)
+        assert torch.equal(sequence, present)
         kept[present] += 1
     expected = 300 * min(capacity, total) / total
     assert float((kept - expected).abs().max()) <= 5 * expected**0.5

@@ -75,7 +75,7 @@ def test_weights_are_the_clusters_sums(source: Path, tmp_path: Path) -> None:
         assert before[name].dtype == after[name].dtype
     for layer in range(3):
         path = f"bert.encoder.layer.{layer}"
-        scale = scales[f"{path}.intermediate.scale"]
+        scale = scales[f"{path}.{ck.HOLDER}.scale"]
         assert scale.shape == (16,)
         assert scale.sum() == WIDTH
         assert scale.min() >= 1
@@ -201,12 +201,15 @@ def test_real_model(tmp_path: Path) -> None:
 
 def test_config_is_the_source_s_but_for_widths(source: Path, fused: Path) -> None:
     before, after = ck.read_config(source), ck.read_config(fused)
-    assert after.pop("mlp_fusion") == {
+    record = after.pop("mlp_fusion")
+    (kind,) = record.pop("kinds")
+    assert (kind["path"], kind["width"], kind["key"]["path"]) == ("encoder.layer.#", WIDTH, "intermediate_size")
+    assert record == {
         "format": FORMAT_VERSION,
         "method": "fusion",
         "parameterization": "scaled",
         "fused_layers": [0, 1, 2],
-        "original_width": WIDTH,
+        "base": "bert",
     }
     assert after.pop("intermediate_size") == 16
     assert before.pop("intermediate_size") == WIDTH
@@ -214,12 +217,11 @@ def test_config_is_the_source_s_but_for_widths(source: Path, fused: Path) -> Non
     assert list(after) == list(before)
 
 
-def test_config_with_one_width_per_layer(source: Path, uneven: Path) -> None:
+def test_widths_that_no_key_states_are_in_the_record(source: Path, uneven: Path) -> None:
     before, after = ck.read_config(source), ck.read_config(uneven)
-    assert after.pop("mlp_fusion")["fused_layers"] == [2]
-    widths = dict.fromkeys("012", after["intermediate_size"])
-    widths |= {layer: changed["intermediate_size"] for layer, changed in after.pop("per_layer_config").items()}
-    assert widths == {"0": WIDTH, "1": WIDTH, "2": 16}
+    record = after.pop("mlp_fusion")
+    assert record["fused_layers"] == [2]
+    assert record["widths"] == {"encoder.layer.2": 16}
     assert after == before
 
 
@@ -228,7 +230,7 @@ def test_gpt2_s_width_is_written_out(tmp_path: Path) -> None:
     assert ck.read_config(tmp_path / "source")["n_inner"] is None
     mlp_fusion.compress(tmp_path / "source", tmp_path / "out", 24)
     before, after = ck.read_config(tmp_path / "source"), ck.read_config(tmp_path / "out")
-    assert after.pop("mlp_fusion")["original_width"] == WIDTH
+    assert after.pop("mlp_fusion")["kinds"][0]["width"] == WIDTH
     assert after == {**before, "n_inner": 24}
 
 

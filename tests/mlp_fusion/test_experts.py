@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -35,6 +35,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
         **_SIZES, moe_intermediate_size=8, shared_expert_intermediate_size=8, num_experts=5, intermediate_size=24
     ),
     "qwen3_moe": Qwen3MoeConfig(**_SIZES, moe_intermediate_size=8, num_experts=5, intermediate_size=24, head_dim=8),
+    "gpt_oss": GptOssConfig(
+        **_SIZES, intermediate_size=24, num_local_experts=4, head_dim=8, layer_types=["full_attention"] * 2
+    ),
 }
 FORMS = ("folded", "scaled", "split")
 
@@ -156,14 +159,30 @@ def test_from_experts_with_cluster_sizes_copies() -> None:
         FusedExperts.from_experts(experts, sizes[:, :3], "scaled")
 
 
+def changed(experts: nn.Module, gated: Callable[[Tensor, Tensor], Any]) -> nn.Module:
+    """Experts of another class, which gates as is given."""
+    apply = lambda self, values: gated(values[..., ::2], values[..., 1::2])  # noqa: E731
+    other = copy.copy(experts)
+    other.__class__ = type("Offset", (type(experts),), {"_apply_gate": apply})
+    return other
+
+
 def test_experts_that_are_more_than_blocks_are_refused() -> None:
-    model = AutoModelForCausalLM.from_config(
-        GptOssConfig(
-            **_SIZES, intermediate_size=24, num_local_experts=4, head_dim=8, layer_types=["full_attention"] * 2
-        )
-    )
-    with pytest.raises(InputError, match="GptOssExperts gates in a way of its own"):
-        read_experts(experts_of(model)[0])
+    own = experts_of(model_of("gpt_oss"))[0]
+    own.num_experts = 2.5  # a number is no limit unless it is where the limit is
+    assert read_experts(own).gating.limit == 7.0
+    with pytest.raises(
+        InputError, match="Offset gates in a way of its own, which is no form that there is a kernel for"
+    ):
+        read_experts(changed(own, lambda gate, up: gate.clamp(max=7) * (up + 0.5)))
+    with pytest.raises(
+        InputError, match="Offset gates in a way of its own, which is no form that there is a kernel for"
+    ):
+        read_experts(changed(own, lambda gate, up: gate.clamp(max=5000.0).relu() * up))
+    with pytest.raises(InputError, match="Offset gates in a way of its own, which raises ZeroDivisionError when it is"):
+        read_experts(changed(own, lambda gate, up: 1 // 0))
+    with pytest.raises(InputError, match="which returns no hidden values of one gate and one up each"):
+        read_experts(changed(own, lambda gate, up: gate.sum()))
     plain = experts_of(model_of("mixtral"))[0]
     plain.act_fn = nn.Tanh()
     with pytest.raises(InputError, match="MixtralExperts has the activation Tanh"):

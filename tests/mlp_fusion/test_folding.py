@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, Trainer,
 import checkpoints as ck
 from families import FAMILIES, tiny_model, token_batch
 from mlp_fusion import InputError, fuse, restore, state_form
-from mlp_fusion.modules import FusedFFN
+from mlp_fusion.modules import Scaled
 
 BATCH = token_batch()
 LABELS = torch.tensor([0, 1, 0, 1])
@@ -54,7 +54,7 @@ def test_round_trip_after_training(family: str, layers: str, optimizer: str | No
 
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
-    assert not any(isinstance(m, FusedFFN) for m in loaded.modules())
+    assert not any(isinstance(m, Scaled) for m in loaded.modules())
     hidden = loaded(**BATCH, output_hidden_states=True).hidden_states
     assert len(hidden) == 4
 
@@ -89,12 +89,12 @@ def test_restore_for_another_optimizer(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     restore(loaded, tmp_path, optimizer="sgd")
-    assert {m.parameterization for m in loaded.modules() if isinstance(m, FusedFFN)} == {"split"}
+    assert {m.parameterization for m in loaded.modules() if isinstance(m, Scaled)} == {"split"}
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
     loaded.save_pretrained(tmp_path / "again")
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
     restore(again, tmp_path / "again")
-    assert {m.parameterization for m in again.modules() if isinstance(m, FusedFFN)} == {"split"}
+    assert {m.parameterization for m in again.modules() if isinstance(m, Scaled)} == {"split"}
 
 
 def test_restore_of_the_bare_encoder_of_a_task_model(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_restore_of_the_bare_encoder_of_a_task_model(tmp_path: Path) -> None:
     encoder = AutoModel.from_pretrained(tmp_path).eval()
     before = encoder(**BATCH).last_hidden_state
     restore(encoder, tmp_path)
-    assert sum(isinstance(m, FusedFFN) for m in encoder.modules()) == 3
+    assert sum(isinstance(m, Scaled) for m in encoder.modules()) == 3
     torch.testing.assert_close(encoder(**BATCH).last_hidden_state, before, rtol=1e-5, atol=1e-5)
 
 
@@ -125,10 +125,10 @@ def test_restore_refusals(tmp_path: Path) -> None:
     ck.put_scales(tmp_path / "wrong", wrong)
     with pytest.raises(InputError, match="layer 0 has 15 entries, the layer 16 neurons"):
         restore(loaded, tmp_path / "wrong")
-    ck.put_scales(tmp_path / "wrong", {"encoder.layer.9.intermediate.scale": torch.ones(16)})
+    ck.put_scales(tmp_path / "wrong", {f"encoder.layer.9.{ck.HOLDER}.scale": torch.ones(16)})
     with pytest.raises(InputError, match=r"layer\.9.* fits no layer"):
         restore(loaded, tmp_path / "wrong")
-    assert not any(isinstance(m, FusedFFN) for m in loaded.modules())
+    assert not any(isinstance(m, Scaled) for m in loaded.modules())
     restore(loaded, tmp_path / "fused")
     with pytest.raises(InputError, match="has its fused FFNs already"):
         restore(loaded, tmp_path / "fused")

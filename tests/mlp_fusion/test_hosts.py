@@ -16,6 +16,8 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertModel,
+    BertPreTrainedModel,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -23,7 +25,7 @@ from transformers import (
 import checkpoints as ck
 from families import FAMILIES, tiny_model, token_batch
 from mlp_fusion import FusedMLP, InputError, fuse, restore
-from mlp_fusion.modules import FusedFFN
+from mlp_fusion.modules import FusedFFN, Scaled
 from mlp_fusion.store.record import REFERENCE_FILE, REPORT_FILE
 
 BATCH = token_batch()
@@ -76,6 +78,27 @@ def test_every_way_to_save_folds(family: str, tmp_path: Path) -> None:
     assert not hasattr(wrapped, "save_pretrained")
     wrapped.inner.save_pretrained(tmp_path / "wrapped")
     check_saved(wrapped.inner, tmp_path / "wrapped")
+    # The key states the width, whatever stands around the model.
+    assert [ck.read_config(folder)["intermediate_size"] for folder in sorted(tmp_path.iterdir())] == [16] * 4
+
+
+def test_a_model_class_of_the_users_own_is_described_by_its_base(tmp_path: Path) -> None:
+    class Own(BertPreTrainedModel):
+        def __init__(self, config: Any, answers: int) -> None:
+            super().__init__(config)
+            self.bert, self.last = BertModel(config), nn.Linear(24, answers)
+            self.post_init()
+
+        def forward(self, **batch: Tensor) -> Any:
+            return self.last(self.bert(**batch).last_hidden_state)
+
+    model = Own(tiny_model("bert").config, 3).eval()
+    fuse(model, 16, sample=BATCH)
+    model.save_pretrained(tmp_path)
+    assert ck.read_config(tmp_path)["intermediate_size"] == 16
+    assert "widths" not in ck.read_config(tmp_path)["mlp_fusion"]
+    loaded = Own.from_pretrained(tmp_path, answers=3).eval()
+    torch.testing.assert_close(loaded(**BATCH), model(**BATCH), rtol=1e-5, atol=1e-5)
 
 
 def test_unfused_models_are_saved_as_ever(tmp_path: Path) -> None:
@@ -146,7 +169,7 @@ def test_restore_wants_every_fused_layer_and_a_whole_file(tmp_path: Path) -> Non
     (tmp_path / ck.SCALE).write_bytes((tmp_path / ck.SCALE).read_bytes()[:-7])
     with pytest.raises(InputError, match="damaged or cut short"):
         restore(loaded, tmp_path)
-    assert not any(isinstance(m, FusedFFN) for m in loaded.modules())
+    assert not any(isinstance(m, Scaled) for m in loaded.modules())
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
@@ -162,7 +185,6 @@ def test_replicas_use_their_own_projections(family: str) -> None:
         dense.weight.mul_(2.0)
     replica.output._modules = {**layer.output._modules, "dense": dense}
     replica.intermediate._modules = dict(layer.intermediate._modules)
-    replica.intermediate._buffers = dict(layer.intermediate._buffers)
     x = torch.randn(2, 3, 24)
     expected = copy.deepcopy(layer)
     expected.output.dense = dense
@@ -184,12 +206,13 @@ def test_a_shared_config_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_per_layer_configs_can_be_read_by_the_base_class(family: str, tmp_path: Path) -> None:
+def test_configs_of_uneven_widths_can_be_read_by_the_base_class(family: str, tmp_path: Path) -> None:
     """As `Trainer` does when it resumes."""
     model = tiny_model(family)
     fuse(model, 16, layers=[1], sample=BATCH)
     model.save_pretrained(tmp_path)
-    assert PreTrainedConfig.from_json_file(tmp_path / "config.json").num_hidden_layers == 3
+    read = PreTrainedConfig.from_json_file(tmp_path / "config.json")
+    assert list(read.mlp_fusion["widths"].values()) == [16]
     check_saved(model, tmp_path)
 
 
@@ -266,6 +289,6 @@ def test_frozen_projections_stay_frozen() -> None:
 def test_a_model_that_disagrees_with_its_config_is_refused() -> None:
     model = tiny_model("llama", num_hidden_layers=4)
     model.config.num_hidden_layers = 3
-    with pytest.raises(InputError, match="has 4 FFNs, its config says 3"):
+    with pytest.raises(InputError, match="has 4 FFNs, its config describes 3: mend the config"):
         fuse(model, 16, [3])
-    assert not any(isinstance(m, FusedFFN) for m in model.modules())
+    assert not any(isinstance(m, Scaled) for m in model.modules())

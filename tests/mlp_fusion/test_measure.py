@@ -16,7 +16,7 @@ from mlp_fusion.families import ARCHITECTURES
 from mlp_fusion.measure import FFNRow, ffn_errors, relative_error
 from mlp_fusion.measure.report import EmbeddingSimilarity, format_bytes
 from mlp_fusion.neurons import NeuronBundle
-from mlp_fusion.running.batches import random_batch
+from mlp_fusion.running.drawing import random_batch
 from mlp_fusion.running.taps import capture_activations
 from mlp_fusion.settings import FuseSettings
 

@@ -37,7 +37,7 @@ def _module(gated: bool, form: str = "scaled", **options: Any) -> tuple[FusedFFN
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "relu2", "silu"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "silu"])
 def test_forward_equals_the_bundle(gated: bool, bias: bool, form: str, activation: str) -> None:
     module, bundle = _module(gated, form, bias=bias, activation=activation)
     for shape in [(1, 5), (17, 5), (2, 3, 5), (0, 5), (5,)]:

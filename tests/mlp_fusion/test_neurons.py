@@ -18,6 +18,7 @@ from mlp_fusion.neurons import NeuronBundle
 _NAIVE = {
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
     "relu": F.relu,
     "relu2": lambda z: F.relu(z) ** 2,
     "silu": F.silu,

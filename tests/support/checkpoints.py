@@ -19,8 +19,9 @@ from families import WIDTH, tiny_model
 WEIGHTS = "model.safetensors"
 SCALE = "mlp_fusion/scale.safetensors"
 REFERENCE = "mlp_fusion/reference.safetensors"
-#: A BERT layer's FFN.
+#: A BERT layer's FFN, and where a fused one's scale lies.
 W_IN, B_IN, W_OUT = "intermediate.dense.weight", "intermediate.dense.bias", "output.dense.weight"
+HOLDER = "intermediate.intermediate_act_fn"
 
 
 def save_tiny(folder: Path, family: str = "bert", **options: Any) -> Path:

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fusion_kernels import Gate
 from fusion_kernels.ffn import FFN, PARTS
+from fusion_kernels.gates import PLAIN
 from fusion_kernels.ntk import Kernel
 
 # Not the engine's own table: the oracle shares nothing with what it checks.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "quick_gelu": lambda z: z / (1 + torch.exp(-1.702 * z)),
     "relu": F.relu,
     "relu2": lambda z: F.relu(z) ** 2,
     "silu": F.silu,
@@ -43,20 +46,25 @@ def make_bundle(
     scale: bool = False,
     scale_exponent: float = 0.0,
     activation: str = "gelu",
+    gating: Gate = PLAIN,
+    spread: float = 1.0,
 ) -> Bundle:
+    """A random block; of rows of unit variance its pre-activations have about that of `spread`."""
+
     def randn(*shape: int) -> Tensor:
         return torch.randn(1, *shape, dtype=torch.float64)
 
     return Bundle(
-        w_in=randn(neurons, d) / d**0.5,
+        w_in=spread * randn(neurons, d) / d**0.5,
         w_out=randn(neurons, outputs) / neurons**0.5,
-        w_gate=randn(neurons, d) / d**0.5 if gated else None,
+        w_gate=spread * randn(neurons, d) / d**0.5 if gated else None,
         b_in=randn(neurons) if bias else None,
         b_gate=randn(neurons) if bias and gated else None,
         b_out=randn(outputs) if bias else None,
         scale=torch.randint(1, 12, (1, neurons)).double() if scale else None,
         scale_exponent=scale_exponent,
         activation=activation,
+        gating=gating,
     )
 
 
@@ -67,8 +75,13 @@ def forward(bundle: Bundle, parts: dict[str, Tensor], x: Tensor) -> Tensor:
     p = torch.ones_like(parts["w_in"][:, 0]) if bundle.scale is None else bundle.scale[0]
     z = x @ parts["w_in"].T + parts.get("b_in", 0.0)
     if "w_gate" in parts:
-        g = x @ parts["w_gate"].T + parts.get("b_gate", 0.0)
-        hidden = p ** (1 - 2 * a) * phi(g / p**a) * z
+        g = (x @ parts["w_gate"].T + parts.get("b_gate", 0.0)) / p**a
+        limit, clamp, offset = bundle.gating.arguments
+        if clamp in ("above", "both"):
+            g = torch.clamp(g, -limit if clamp == "both" else None, limit)
+        s = torch.clamp(phi(g), max=limit) if clamp == "after" else phi(g)
+        up = z / p**a if limit is None else torch.clamp(z / p**a, -limit, limit)
+        hidden = p ** (1 - a) * s * (up + offset)
     else:
         hidden = p ** (1 - a) * phi(z / p**a)
     return hidden @ parts["w_out"] + parts.get("b_out", 0.0)

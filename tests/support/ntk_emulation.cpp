@@ -306,11 +306,14 @@ extern "C" int activation_number(const char* name) {
 
 // `tensors`: x, z, g, shrink, of_hidden, of_in, of_gate; `sizes`: n, d, h and the columns.
 #define MLP_ENTRY(T, name)                                                                                             \
-  extern "C" void operand_##name(const T* const* tensors, const int64_t* sizes, const char* activation, bool signs,    \
-                                 Format format, void* to) {                                                            \
+  extern "C" void operand_##name(const T* const* tensors, const int64_t* sizes, const char* activation,                \
+                                 const double* limit, const char* clamp, double up_offset, bool signs, Format format,  \
+                                 void* to) {                                                           \
     const Factors<T> factors{tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], tensors[5], tensors[6],       \
                              sizes[0], sizes[1], sizes[2], {sizes[3], sizes[4], sizes[5], sizes[6]},                   \
-                             *activation_named(activation), signs};                                                    \
+                             *activation_named(activation),                                                            \
+                             *gate_of<T, T>(limit == nullptr ? std::nullopt : std::optional(*limit), clamp, up_offset), \
+                             signs};                                                                                   \
     operand(factors, format, to);                                                                                      \
   }                                                                                                                    \
   extern "C" void tiles_##name(const void* left, const void* right, const int64_t* sizes, double bias,                 \

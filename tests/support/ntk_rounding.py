@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from ffn_blocks import Bundle
-from rounding import MANY, Arithmetic, Rounded
+from rounding import MANY, Arithmetic, Rounded, gated
 from torch import Tensor
 
 from fusion_kernels.ntk import Kernel
@@ -30,10 +30,10 @@ def factors(by: Arithmetic, bundle: Bundle, x: Tensor) -> tuple[Rounded, dict[st
     if "w_gate" not in parts:
         value, slope = (z * power(-a)).activated(bundle.activation)
         return power(1 - a) * value, {"in": power(1 - 2 * a) * slope}
-    g = _linear(rows, parts["w_gate"], parts.get("b_gate")) * power(-a)
-    value, slope = g.activated(bundle.activation)
-    s = power(1 - 2 * a) * value
-    return s * z, {"in": s, "gate": power(1 - 3 * a) * slope * z}
+    g, z = _linear(rows, parts["w_gate"], parts.get("b_gate")) * power(-a), z * power(-a)
+    value, slope, up, passes = gated(g, z, bundle.activation, bundle.gating)
+    of_slopes = power(1 - 2 * a)
+    return power(1 - a) * value * up, {"in": of_slopes * value * passes, "gate": of_slopes * slope * up}
 
 
 def _of_outputs(

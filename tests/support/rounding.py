@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.activations import get_activation
+from fusion_kernels.gates import Gate
 
 #: Entries of which an RMS error says something, alone and beside others.
 MANY, SOME = 200, 32
@@ -35,7 +36,7 @@ RATIO = 2.0
 #: Units within which an activation is evaluated, relative to its argument, and its derivative, absolute.
 EVALUATION = 8
 #: The largest curvature of each activation. That of relu is in its kink.
-CURVATURE = {"gelu": 0.8, "gelu_tanh": 0.85, "relu": 0.0, "relu2": 2.0, "silu": 0.5}
+CURVATURE = {"gelu": 0.8, "gelu_tanh": 0.85, "quick_gelu": 0.86, "relu": 0.0, "relu2": 2.0, "silu": 0.5}
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,21 @@ class Rounded:
         """The same value, computed in either way."""
         return Rounded(self.value, torch.maximum(self.error, other.error), self.by)
 
+    def clamp(self, low: float | None, high: float | None) -> tuple[Rounded, Rounded]:
+        """The value within limits, and 1 where they let it through; either where it may come to both sides of one."""
+        v, e = self.value, self.error
+        clamped, error, unsure, inside = v, e, torch.zeros_like(v, dtype=torch.bool), torch.ones_like(v)
+        for limit, sign in ((low, -1.0), (high, 1.0)):
+            if limit is None:
+                continue
+            own = self.by.unit * abs(limit)  # the limit is one of the dtype
+            beyond = sign * (v - limit)
+            clamped = torch.where(beyond > 0, limit, clamped)
+            error = torch.where(beyond > e + own, own, torch.where(beyond >= -e - own, error + own, error))
+            unsure |= beyond.abs() <= e + own
+            inside = torch.where(beyond > 0, 0.0, inside)
+        return Rounded(clamped, error, self.by), Rounded(inside, unsure.double(), self.by)
+
     def sign(self) -> Rounded:
         """A sign is right, or anything where a computation may come to the other side of 0."""
         unsure = (self.value.abs() <= self.error) & (self.error > self.by.tiny)
@@ -158,6 +174,23 @@ class Rounded:
             return Rounded(value, value_error + self.by.unit * value, self.by), Rounded(slope, curvature * e, self.by)
         value = Rounded(phi.function(z), value_error + unit * self.largest, self.by)
         return value, Rounded(slope, curvature * e + unit, self.by)
+
+
+def gated(gate: Rounded, up: Rounded, activation: str, gating: Gate) -> tuple[Rounded, Rounded, Rounded, Rounded]:
+    """Of a gated block: what multiplies up, its derivative, the limited up with its offset, and that one's derivative.
+
+    Args:
+        gate: of a plain block, what goes into the activation.
+    """
+    limit, clamp, offset = gating.arguments
+    low, high = (-limit if clamp == "both" else None, limit) if clamp in ("above", "both") else (None, None)
+    gate, inside = gate.clamp(low, high)
+    value, slope = gate.activated(activation)
+    value, below = value.stored().clamp(None, limit if clamp == "after" else None)
+    up, passes = up.clamp(*((None, None) if limit is None else (-limit, limit)))
+    if offset:
+        up = (up + up.by.exact(torch.full_like(up.value, offset)).stored()).stored()
+    return value, slope.stored() * inside * below, up, passes
 
 
 def within_bound(found: Tensor, exact: Tensor, bound: Rounded) -> Tensor:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from fusion_kernels import ntk_gram
-from fusion_kernels.activations import get_activation
 from fusion_kernels.ntk import Kernel
+from fusion_kernels.ntk import reference as reference
 from mlp_fusion.calibration.nnls import nnls
 from mlp_fusion.neurons import SCALE_EXPONENTS, NeuronBundle
 
@@ -139,20 +139,13 @@ class _Factors:
     """The factors of the folded FFN's kernel: `M_r * (S_r c1 S'_r^T)` summed over projections, plus `H c2 H'^T`."""
 
     def __init__(self, folded: NeuronBundle, x: Tensor, kernel: Kernel) -> None:
-        phi = get_activation(folded.activation)
         sign = kernel == "sign"
         weight = folded.w_out[0].abs().sum(1) if sign else torch.linalg.vector_norm(folded.w_out[0], dim=1)
-        hidden = folded.hidden(x)[0]
-        z = x @ folded.w_in[0].T + (0.0 if folded.b_in is None else folded.b_in[0])
-        if folded.w_gate is None:
-            slopes = [(phi.derivative(z), folded.b_in)]
-        else:
-            gate = x @ folded.w_gate[0].T + (0.0 if folded.b_gate is None else folded.b_gate[0])
-            slopes = [(phi.function(gate), folded.b_in), (phi.derivative(gate) * z, folded.b_gate)]
+        hidden, slopes = reference.factors(folded.at(0), x)
         products = x @ (x.sign() if sign else x).T
         self._inputs = [
-            (products + (0.0 if bias is None else 1.0), s * weight, s.sign() if sign else s * weight)
-            for s, bias in slopes
+            (products + float(f"b_{name}" in folded.named()), s * weight, s.sign() if sign else s * weight)
+            for name, s in slopes.items()
         ]
         outputs = folded.w_out.shape[2]
         self._hidden = hidden * outputs, hidden.sign() if sign else hidden

@@ -25,7 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mlp_fusion.calibration.statistics import take_calibration
 from mlp_fusion.errors import InputError, named
 from mlp_fusion.families import Architecture, FFNSite
-from mlp_fusion.running.batches import Batch, token_mask
+from mlp_fusion.running.batches import Batch, positions, samples, token_mask
+from mlp_fusion.running.positions import by_sequence
 from mlp_fusion.running.runner import Runner
 
 #: Tokens that gradients are taken at, positions of one run at most, and of one sequence.
@@ -63,7 +64,7 @@ def output_sensitivities(
         InputError: there is no batch or no token, the model cannot run on one, skips an FFN, or cannot be
             differentiated, or its gradients are not finite.
     """
-    batches = take_calibration(calibration)
+    batches = take_calibration(model, calibration)
     outputs: list[list[Tensor]] = [[] for _ in sites]
     sums: list[Tensor | None] = [None] * len(sites)
     generator = torch.Generator().manual_seed(seed)
@@ -73,22 +74,24 @@ def output_sensitivities(
     with runner, _frozen(model), _caught(architecture, sites, outputs), torch.enable_grad(), exact:
         for batch in _probes(batches, chunk=getattr(model.config, "chunk_size_feed_forward", 0) or 1):
             try:
-                hidden = runner.hidden_states(batch)
+                states = runner.counted_states(batch)
                 if not all(outputs):
                     raise InputError("an FFN did not run on the calibration text: the model skips it")
-                mask = token_mask(batch)
-                probe = torch.randn(hidden.shape, generator=generator).to(hidden)
-                loss = (hidden * probe * mask.unsqueeze(-1).to(hidden.device)).sum()
-                gradients = iter(torch.autograd.grad(loss, [y for ys in outputs for y in ys]))
+                probed = (
+                    (hidden * torch.randn(hidden.shape, generator=generator).to(hidden) * mask.unsqueeze(-1).to(hidden))
+                    for hidden, mask in states
+                )
+                loss = torch.stack([part.sum() for part in probed]).sum()
+                # Nothing of an FFN whose outputs no state depends on (the last of a tower that is read before it).
+                wanted = [y for ys in outputs for y in ys]
+                gradients = iter(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
             except InputError:
                 raise
             except (ValueError, IndexError, TypeError, RuntimeError) as error:
                 raise InputError(f"tuning needs gradients through the model, which fails ({named(error)})") from error
             for number, ys in enumerate(outputs):
-                # In chunks along the sequence, where the FFN runs in chunks.
-                parts = [next(gradients).reshape(len(mask), -1, y.shape[-1]) for y in ys]
-                rows = torch.cat(parts, dim=1)
-                rows = rows[mask.to(rows.device)]
+                mask, laid = by_sequence({"gradients": [next(gradients) for _ in ys]}, batch, sites[number].path)
+                rows = laid["gradients"][mask.to(laid["gradients"].device)]
                 _check_finite(rows)
                 product = (rows.float().T @ rows.float()).double()
                 known = sums[number]
@@ -111,7 +114,41 @@ def _factor(total: Tensor) -> Tensor:
     return torch.linalg.cholesky(mixed).float()
 
 
-def _probes(batches: Sequence[Batch], chunk: int) -> Iterator[dict[str, Tensor]]:
+def _probes(batches: Sequence[Batch], chunk: int) -> Iterator[Batch]:
+    """What gradients are taken on: :func:`_windows` of texts, else :func:`_pieces`."""
+    return _windows(batches, chunk) if all(_cuttable(batch) for batch in batches) else _pieces(batches)
+
+
+def _cuttable(batch: Batch) -> bool:
+    """Whether a batch is one text per row, every tensor token by token."""
+    ids = batch.get("input_ids")
+    return ids is not None and all(
+        value.shape in (ids.shape, (1, ids.shape[1])) and not name.startswith("decoder_")
+        for name, value in batch.items()
+    )
+
+
+def _pieces(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """Whole samples spread evenly over the batches, with about 4,096 positions in all, at most 1,024 at a time.
+
+    At least one sample at a time, or one batch where its samples cannot be told apart.
+    """
+    step = -(-sum(positions(batch) for batch in batches) // _TOKENS)
+    seen = 0
+    for batch in batches:
+        count = samples(batch)
+        if count is None:
+            if seen % step == 0:
+                yield batch
+            seen += 1
+            continue
+        chosen = torch.arange(count)[(seen + torch.arange(count)) % step == 0]
+        seen += count
+        for part in chosen.split(max(1, _RUN * count // positions(batch))):
+            yield {name: value[part.to(value.device)] for name, value in batch.items()}
+
+
+def _windows(batches: Sequence[Batch], chunk: int) -> Iterator[dict[str, Tensor]]:
     """Sequences spread evenly over the batches, with about 4,096 tokens in all, cut to what they have of tokens.
 
     At most 1,024 positions at a time, where a sequence allows; a multiple of `chunk` in length, as that of a batch is.

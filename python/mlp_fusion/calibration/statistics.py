@@ -6,7 +6,6 @@ sample of its input and output rows, from which fits are made.
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.neurons import NeuronBundle
-from mlp_fusion.running.batches import Batch, take_batches, token_mask
+from mlp_fusion.running.batches import Batch, main_input, take_batches
 from mlp_fusion.running.runner import not_finite
+from mlp_fusion.running.sampling import RowPlan, RowSample
 from mlp_fusion.running.taps import Taps, stream_activations
 
 #: Most input rows kept per FFN, and the most bytes that they may take, unless the caller asks for a number of rows.
@@ -34,11 +34,11 @@ class FFNStatistics:
     """What calibration knows of one FFN with `d` inputs and N neurons.
 
     Attributes:
-        tokens: token positions seen.
+        tokens: token positions seen; 0 of an expert that none was routed to.
         input_moment: `(d + 1, d + 1)` float64, E[[x, 1] [x, 1]^T] over all of them.
         hidden_mean, hidden_variance: `(N,)` float64, of what the output projection gets, over all of them.
         x, y: `(R, d)` inputs and `(R, d_out)` outputs, a uniform sample without replacement of the positions, in
-            order; the same positions at every FFN; in the model's dtype, on its device.
+            order; the same positions at every FFN that sees the text's tokens; in the model's dtype, on its device.
         sequence: `(R,)` int64, on the CPU, which sequence a row comes from, counted over the calibration text.
         sensitivity: `(d_out, d_out)` L with `|e L|^2` what an error e of the outputs does to the model, as
             :func:`mlp_fusion.calibration.output_sensitivities` returns it; None: all errors count alike.
@@ -89,26 +89,21 @@ class FFNStatistics:
 class Collector:
     """Accumulates the statistics of one FFN; `add` every batch, then `finish`."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.tokens = self._filled = 0
+    def __init__(self, sample: RowSample, *, may_be_empty: bool = False) -> None:
+        self._sample, self._may_be_empty = sample, may_be_empty
+        self.tokens = 0
         self._moment = self._mean = self._squares = torch.zeros(())
-        self._rows: tuple[Tensor, Tensor] | None = None
 
-    def add(self, x: Tensor, hidden: Tensor, y: Tensor, taken: Tensor) -> None:
-        """Add rows `x (T, d)`, `hidden (T, N)`, `y (T, d_out)`; those numbered `taken` are kept."""
+    def add(self, mask: Tensor, x: Tensor, hidden: Tensor, y: Tensor) -> None:
+        """Add the rows `x (T, d)`, `hidden (T, N)`, `y (T, d_out)` of the T positions in `mask`; some are kept."""
         count = len(x)
-        if self._rows is None:
-            self._rows = x.new_zeros(self.capacity, x.shape[1]), y.new_zeros(self.capacity, y.shape[1])
+        self._sample.add(mask, x, y)
+        if self._moment.ndim == 0:
             side, N = x.shape[1] + 1, hidden.shape[1]
             self._moment = x.new_zeros(side, side, dtype=torch.float64)
             self._mean, self._squares = (x.new_zeros(N, dtype=torch.float64) for _ in range(2))
         if count == 0:
             return
-        end = self._filled + len(taken)
-        for kept, new in zip(self._rows, (x, y), strict=True):
-            kept[self._filled : end] = new[taken.to(x.device)]
-        self._filled = end
         ones = torch.nn.functional.pad(x.to(torch.promote_types(x.dtype, torch.float32)), (0, 1), value=1.0)
         self._moment += ones.T @ ones
         # Chan, Golub and LeVeque's pairwise update: sums of squares lose the variance of a large mean. Both sums are
@@ -123,57 +118,34 @@ class Collector:
         self._mean += shift * (count / total)
         self.tokens = total
 
-    def finish(self, sequence: Tensor) -> FFNStatistics:
-        """The statistics; `sequence` says what each row that was kept comes from.
+    def finish(self) -> FFNStatistics:
+        """The statistics.
 
         Raises:
-            InputError: something that passed through the FFN is not finite.
+            InputError: no position counts, or something that passed through the FFN is not finite.
         """
-        assert self._rows is not None
-        x, y = self._rows
+        (x, y), sequence = self._sample.finish(may_be_empty=self._may_be_empty)
         if not all(bool(t.isfinite().all()) for t in (self._moment, self._squares, y)):
             raise not_finite("on the calibration text, an FFN's inputs or outputs", y.dtype)
         return FFNStatistics(
             tokens=self.tokens,
-            input_moment=self._moment / self.tokens,
+            input_moment=self._moment / max(self.tokens, 1),
             hidden_mean=self._mean,
-            hidden_variance=self._squares / self.tokens,
+            hidden_variance=self._squares / max(self.tokens, 1),
             x=x,
             y=y,
             sequence=sequence,
         )
 
 
-class StreamPlan:
-    """Which positions of which batch are kept as rows: drawn once, uniformly, and the same for every FFN.
-
-    Attributes:
-        capacity: rows kept of each FFN.
-        taken: per batch, which of its unmasked positions, in order.
-        sequence: `(capacity,)` int64, which sequence of the text each row comes from.
-    """
-
-    def __init__(self, batches: Sequence[Batch], capacity: int, seed: int) -> None:
-        masks = [token_mask(batch) for batch in batches]
-        counts = [int(mask.sum()) for mask in masks]
-        total = sum(counts)
-        self.capacity = min(capacity, total)
-        chosen = torch.zeros(total, dtype=torch.bool)
-        chosen[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[: self.capacity]] = True
-        self.taken = [part.nonzero().squeeze(1) for part in chosen.split(counts)]
-        owners = [mask.nonzero()[:, 0] for mask in masks]
-        first = [0, *itertools.accumulate(len(mask) for mask in masks)]
-        self.sequence = torch.cat([n + o[t] for n, o, t in zip(first, owners, self.taken, strict=False)])
-
-
-def take_calibration(calibration: Batch | Iterable[Batch]) -> list[dict[str, Tensor]]:
-    """The batches of a calibration text: a list to its end, any other iterable for 262,144 tokens.
+def take_calibration(model: nn.Module, calibration: Batch | Iterable[Batch]) -> list[dict[str, Tensor]]:
+    """The batches that `model` is calibrated on: a list to its end, any other iterable for 262,144 tokens.
 
     Raises:
         InputError: there is no batch or no token.
     """
-    finite = isinstance(calibration, Sequence)
-    return take_batches(calibration, sys.maxsize if finite else CALIBRATION_TOKENS, "calibration")
+    tokens = sys.maxsize if isinstance(calibration, Sequence) else CALIBRATION_TOKENS
+    return take_batches(calibration, tokens, "calibration", main=main_input(model))
 
 
 def row_capacity(rows: int | None, d: int, itemsize: int) -> int:
@@ -199,8 +171,9 @@ def collect(
     Args:
         model: an unfused model.
         architecture, sites: its architecture and the FFNs wanted.
-        calibration: batches as a tokenizer returns them; masked positions are left out. A list is read to its end,
-            any other iterable for 262,144 tokens.
+        calibration: batches as a tokenizer or the model's processor returns them; masked positions are left out, see
+            :func:`mlp_fusion.running.positions.counted`. A list is read to its end, any other iterable for 262,144
+            tokens, or about as many patches or frames.
         seed: of the rows that are kept.
         rows: how many of those are kept, or all there are; None for 16,384, or fewer that fit into 256 MiB.
 
@@ -210,16 +183,17 @@ def collect(
     Raises:
         InputError: there is no batch or no token, or the model cannot run on one.
     """
-    batches = take_calibration(calibration)
-    inputs = architecture.read(sites[0]).w_in
-    plan = StreamPlan(batches, row_capacity(rows, inputs.shape[-1], inputs.element_size()), seed)
-    collectors = [Collector(plan.capacity) for _ in sites]
-    done = [0] * len(sites)
+    batches = take_calibration(model, calibration)
+    plan = RowPlan(batches, seed)
+    collectors = []
+    for site in sites:
+        inputs = architecture.read(site).w_in
+        capacity = row_capacity(rows, inputs.shape[-1], inputs.element_size())
+        collectors.append(Collector(RowSample(plan, capacity), may_be_empty=site.is_expert))
 
     def visit(number: int, mask: Tensor, taps: Taps) -> None:
-        mask = mask.to(taps.x.device)
-        collectors[number].add(taps.x[mask], taps.hidden[mask], taps.y[mask], plan.taken[done[number]])
-        done[number] += 1
+        counted = mask.to(taps.x.device)
+        collectors[number].add(mask, taps.x[counted], taps.hidden[counted], taps.y[counted])
 
     stream_activations(model, architecture, sites, batches, visit)
-    return [collector.finish(plan.sequence) for collector in collectors]
+    return [collector.finish() for collector in collectors]

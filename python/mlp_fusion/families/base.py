@@ -1,7 +1,7 @@
-"""`Architecture`: where the FFNs of a model are, in memory and on disk, as its description or a checkpoint's record says.
+"""`Architecture`: where the FFNs of a model are, as discovery has found or a checkpoint's record says.
 
-An entry is data: patterns of paths, names of parameters below them and how neurons lie there. Tensor names in memory are
-the module paths, so one set of paths serves modules and state dicts.
+An entry is data: patterns of paths, names of parameters below them and how neurons lie there. Tensor names in memory
+are the module paths, so that one set of paths serves modules and state dicts.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from fusion_kernels.activations import ACTIVATIONS
+from fusion_kernels.gates import Gate
 from mlp_fusion.errors import InputError
 from mlp_fusion.families.sites import Clamp, Function, WidthKey
-from mlp_fusion.modules import ScaleHolder
+from mlp_fusion.modules import Scaled
 from mlp_fusion.modules.ffn import FusedFFN
 from mlp_fusion.modules.layouts import read_parameter
 from mlp_fusion.modules.stored import Projection, bundle_of, count_neurons, parameters_of
 from mlp_fusion.neurons import UNNAMED, NeuronBundle
 
-#: How a narrower FFN stands in the model: a module of its own; its activation wrapped; its output projection wrapped;
-#: or the module that holds its weights wrapped.
-FORMS = ("module", "activation", "projection", "weights")
+#: How a narrower FFN stands in the model: a module of this package (of a dense FFN, or of a stack of experts); its
+#: activation wrapped; its output projection wrapped; or the module that holds its weights wrapped.
+FORMS = ("module", "experts", "activation", "projection", "weights")
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,15 @@ class Kind:
     def name(self) -> str:
         """The activation's name in `fusion_kernels.activations`; `UNNAMED` where the function is not the kernels'."""
         f = self.function
-        plain = f.clamp is None and f.up_offset == 0.0 and f.factor == 1.0
-        return f.activation if plain and f.activation in ACTIVATIONS else UNNAMED
+        return f.activation if f.activation in ACTIVATIONS and f.factor == 1.0 else UNNAMED
+
+    @property
+    def gating(self) -> Gate:
+        """Limits and offset of a gated FFN."""
+        f = self.function
+        if f.clamp is None:
+            return Gate(up_offset=f.up_offset)
+        return Gate(f.clamp.limit, f.clamp.gate, f.up_offset)  # type: ignore[arg-type]
 
     @functools.cached_property
     def parameters(self) -> list[str]:
@@ -167,6 +175,17 @@ class FFNSite:
         """Its path, and the expert's number."""
         return self.path if self.expert is None else f"{self.path}[{self.expert}]"
 
+    @property
+    def is_expert(self) -> bool:
+        """Whether it sees only the tokens that are routed to it, which may be none."""
+        return self.expert is not None or bool(re.search(r"(?:^|[._])experts?(?=[._])", f"{self.path}."))
+
+    def channels(self) -> tuple[int, int, int]:
+        """Inputs, neurons and outputs, of one expert."""
+        tensors = {name: self.module.get_parameter(name) for name in self.kind.parameters}
+        bundle = bundle_of(tensors, self.kind.projections, self.kind.name, experts=max(self.kind.experts, 1))
+        return bundle.w_in.shape[2], bundle.width, bundle.w_out.shape[2]
+
     def below(self, path: str) -> nn.Module:
         """The submodule at a path below the FFN's own; itself for an empty one."""
         try:
@@ -238,10 +257,10 @@ class Architecture:
         p = site.kind.projection("w_in")
         return count_neurons(_parameter(site, p.parameter).shape, p, site.kind.experts)
 
-    def fused(self, site: FFNSite) -> ScaleHolder | None:
+    def fused(self, site: FFNSite) -> Scaled | None:
         """The module that holds the scale of the FFN at `site`, or None where the model's own FFN stands."""
         module = site.below(site.kind.holder)
-        return module if isinstance(module, ScaleHolder) else None
+        return module if isinstance(module, Scaled) else None
 
     def read(self, site: FFNSite) -> NeuronBundle:
         """The FFN at `site` as a bundle (views of the weights): B = 1, or the number of experts of a whole stack.
@@ -262,8 +281,9 @@ class Architecture:
             raise InputError(f"{site.path}: {error}") from error
         scale, exponent = (None, 0.0) if fused is None else (fused.scale, fused.scale_exponent)
         bundle = bundle_of(
-            tensors, kind.projections, kind.name, experts=max(kind.experts, 1), scale=scale, scale_exponent=exponent
-        )
+            tensors, kind.projections, kind.name, gating=kind.gating, experts=max(kind.experts, 1), scale=scale,
+            scale_exponent=exponent,
+        )  # fmt: skip
         return bundle if site.expert is None else bundle.select(site.expert)
 
 

@@ -20,7 +20,6 @@ from mlp_fusion.errors import InputError
 #: Activations by name: those of the kernels, and further ones that FFNs of transformers have. Compared in this order.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     **{name: activation.function for name, activation in KERNELS.items()},
-    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
     "relu6": F.relu6,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,

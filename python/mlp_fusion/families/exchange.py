@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families.base import FFNSite
-from mlp_fusion.modules import ScaledActivation, ScaledWeights, ScaleHolder
+from mlp_fusion.modules import Scaled, ScaledActivation, ScaledWeights
 from mlp_fusion.modules.ffn import FusedFFN, FusedGLU, FusedMLP
 from mlp_fusion.modules.stored import count_neurons, tensors_of
-from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.neurons import UNNAMED, NeuronBundle
 
 
 @torch.no_grad()
-def install(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> ScaleHolder:
+def install(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> Scaled:
     """Put `bundle` in place of the FFN at `site`; device, dtype, training mode and `requires_grad` are kept.
 
     Args:
@@ -29,10 +29,17 @@ def install(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> Scale
     Raises:
         InputError: the form in which this kind can hold a scale is not that of the parameterization.
     """
-    forms: dict[str, Callable[[FFNSite, NeuronBundle, str], ScaleHolder]] = {
-        "module": _module, "activation": _activation, "projection": _projection, "weights": _weights,
+    forms: dict[str, Callable[[FFNSite, NeuronBundle, str], Scaled]] = {
+        "module": _module, "experts": _experts, "activation": _activation, "projection": _projection,
+        "weights": _weights,
     }  # fmt: skip
     b = bundle.parameterized(parameterization)
+    limited = site.kind.form == "activation" and b.gated and not (b.activation != UNNAMED and b.gating.plain)
+    if limited and parameterization == "split" and b.scale is not None:
+        raise InputError(
+            f"{site.path}: this FFN limits or shifts its up projection: it has no form for SGD-like optimisers: "
+            "use optimizer='adamw' or none"
+        )
     if site.kind.form == "projection" and parameterization == "split" and b.scale is not None:
         raise InputError(
             f"{site.path}: this FFN's activation is a function that no module holds, so that it has no form for "
@@ -58,6 +65,20 @@ def _module(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> Fused
     _finish(site, fused, old["w_in"].weight)  # type: ignore[arg-type]
     fused.train(site.module.training)
     site.root.set_submodule(site.path, fused)
+    return fused
+
+
+def _experts(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> Scaled:
+    """The module of this package for stacks of experts instead of the model's own."""
+    from mlp_fusion.modules import FusedExperts  # imports transformers' experts, which plans do without
+
+    old = site.module
+    like = old.get_parameter(site.kind.projection("w_in").parameter)
+    fused = FusedExperts(bundle, parameterization).to(device=like.device, dtype=like.dtype)
+    for name in site.kind.parameters:
+        fused.get_parameter(name).requires_grad_(old.get_parameter(name).requires_grad)
+    _finish(site, fused, like)
+    site.root.set_submodule(site.path, fused.train(old.training))
     return fused
 
 
@@ -100,7 +121,7 @@ def _weights(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> Scal
     return scaled
 
 
-def _finish(site: FFNSite, fused: ScaleHolder, like: Tensor) -> None:
+def _finish(site: FFNSite, fused: Scaled, like: Tensor) -> None:
     if fused.scale is not None:
         fused.scale = fused.scale.to(like.device)
 

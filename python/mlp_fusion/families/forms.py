@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fusion_kernels.activations import ACTIVATIONS
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import building
 from mlp_fusion.families.base import Architecture, FFNSite, Kind
@@ -25,7 +24,8 @@ from mlp_fusion.families.calls import AS_CALLED, Way, ways_to_call
 from mlp_fusion.families.exchange import install, put_parameters
 from mlp_fusion.families.recording import record_arguments
 from mlp_fusion.families.sites import Site
-from mlp_fusion.modules.stored import take_half, tensors_of
+from mlp_fusion.modules.stored import Projection, take_half, tensors_of
+from mlp_fusion.neurons import UNNAMED
 
 #: Neurons of the module that is watched, and relative error of outputs that are those wanted.
 _WIDTH, _LIMIT = 24, 1e-4
@@ -51,7 +51,7 @@ def with_form(config: Any, site: Site, kind: Kind, counts: dict[str, int]) -> Ki
     """
     kind = dataclasses.replace(kind, counts=counts)
     if kind.experts:
-        return dataclasses.replace(kind, form="weights")
+        return dataclasses.replace(kind, form="experts" if _is_stack(site, kind) else "weights")
     with building.undisturbed():
         module, way = _small(config, site)
         if not kind.counts:
@@ -84,16 +84,29 @@ def _candidates(site: Site, kind: Kind, module: nn.Module, way: Way) -> Iterator
 
 def _is_plain(site: Site, kind: Kind, module: nn.Module) -> bool:
     """Whether a module is an FFN and nothing else, with projections of its own and a function of the kernels'."""
-    function = kind.function
     owners = [p.parameter.removesuffix(".weight") for p in kind.projections]
     return (
         site.own_module
         and not site.shared
-        and function == dataclasses.replace(function, own=None, clamp=None, up_offset=0.0, factor=1.0)
-        and function.activation in ACTIVATIONS
+        and kind.name != UNNAMED
         and all(p.part == "whole" for p in kind.projections)
         and all(name in module._modules and type(module._modules[name]) in (nn.Linear, Conv1D) for name in owners)
         and {name for name, _ in module.named_parameters()} == set(kind.parameters)
+    )
+
+
+def _is_stack(site: Site, kind: Kind) -> bool:
+    """Whether a module is a stack of experts that lie as in `FusedExperts`, with a function of the kernels'."""
+    first = {"w_gate": "first", "w_in": "second"} if kind.gated else {"w_in": "whole"}
+    name = "gate_up_proj" if kind.gated else "up_proj"
+    wanted = [Projection(name, role, part, 1, 0) for role, part in first.items()]
+    lies = [dataclasses.replace(p, bias=None) for p in kind.projections]
+    biases = {p.parameter: p.bias for p in kind.projections if p.bias is not None}
+    return (
+        bool(site.proof.experts)
+        and kind.name != UNNAMED
+        and lies == [*wanted, Projection("down_proj", "w_out", "whole", 2, 0)]
+        and biases in ({}, {name: f"{name}_bias", "down_proj": "down_proj_bias"})
     )
 
 
@@ -123,7 +136,7 @@ def _channels(module: nn.Module, kind: Kind) -> dict[str, int]:
     """Numbers of channels that the projections' layers keep, of a kind without a key."""
     found: dict[str, int] = {}
     for p in kind.projections:
-        path, _, name = p.parameter.rpartition(".")
+        path, _, _ = p.parameter.rpartition(".")
         size = module.get_parameter(p.parameter).shape[p.neuron_axis]
         times = size // kind.width if size % kind.width == 0 else 1
         for attribute in _CHANNELS:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from mlp_fusion.errors import InputError, one_line
-from mlp_fusion.modules import ScaleHolder
+from mlp_fusion.modules import Scaled
 from mlp_fusion.running.runner import Runner
 from mlp_fusion.selection import parameterization_for
 from mlp_fusion.store.record import adopt_fused_config, architecture_of, fusion_record
@@ -122,7 +122,7 @@ def _check_in_memory(model: Any, name: str, optimizer: str) -> None:
     adopt_fused_config(model)
     wanted = parameterization_for(optimizer)
     for module in model.modules():
-        if isinstance(module, ScaleHolder) and module.scale is not None and module.parameterization != wanted:
+        if isinstance(module, Scaled) and module.scale is not None and module.parameterization != wanted:
             raise InputError(
                 f"{name} was fused for another optimizer: it is {module.parameterization}, {optimizer} needs {wanted}: "
                 f"fuse it with optimizer={optimizer!r}, or save it and pass the folder"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mlp_fusion.errors import InputError
 from mlp_fusion.measure.report import EmbeddingSimilarity
 from mlp_fusion.running.batches import Batch
 from mlp_fusion.running.runner import Runner, not_finite
@@ -16,17 +17,25 @@ from mlp_fusion.running.runner import Runner, not_finite
 def embed(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     """Mean of the last hidden states over each sentence's tokens: `(sentences, hidden)`, float32, on the CPU.
 
+    Over all positions of an image or a sound. The means of towers side by side (CLIP) stand one behind the other.
+
     Raises:
         InputError: the model cannot run on a batch, or its hidden states are not finite.
     """
     pooled = []
     with Runner(model, "the text") as runner:
         for batch in batches:
-            states = runner.hidden_states(batch)
-            mask = batch["attention_mask"].to(states.device).unsqueeze(-1).float()
-            pooled.append(((states.float() * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu())
-            if not bool(pooled[-1].isfinite().all()):
-                raise not_finite("on the text, the model's hidden states", states.dtype)
+            means = []
+            for found, counted in runner.counted_states(batch):
+                states, mask = found.flatten(1, -2), counted.flatten(1).to(found.device).unsqueeze(-1).float()
+                means.append(((states.float() * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu())
+                if not bool(means[-1].isfinite().all()):
+                    raise not_finite("on the text, the model's hidden states", states.dtype)
+            if len({len(mean) for mean in means}) > 1:
+                raise InputError(
+                    f"a batch has {' and '.join(str(len(m)) for m in means)} samples: give as many of each"
+                )
+            pooled.append(torch.cat(means, dim=1))
     return torch.cat(pooled)
 
 

@@ -17,7 +17,7 @@ from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.measure.errors import ffn_parts, relative_error
 from mlp_fusion.measure.report import finite
-from mlp_fusion.running.batches import POOL, Batch, take_batches
+from mlp_fusion.running.batches import POOL, Batch, has_other_inputs, main_input, samples, take_batches
 from mlp_fusion.running.runner import Runner
 from mlp_fusion.running.taps import capture_activations
 from mlp_fusion.store.record import architecture_of
@@ -135,7 +135,7 @@ def compare_models(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     architecture, pairs = _matching_sites(original, other)
     # As many as the rows are drawn from, for the network's kernel as well.
-    batches = take_batches(sample, POOL * rows)
+    batches = take_batches(sample, POOL * rows, main=main_input(original))
     activations = capture_activations(
         original, architecture, [site for site, _ in pairs], batches, rows=rows, seed=seed
     )  # fmt: skip
@@ -186,28 +186,37 @@ def _matching_sites(original: nn.Module, other: nn.Module) -> tuple[Architecture
 
 
 def pooled(model: nn.Module, batch: Batch) -> Tensor:
-    """(samples, hidden): means of the last hidden states over each sequence's tokens."""
+    """(samples, hidden): means of the last hidden states over each sequence's tokens, or whatever positions it has."""
     with Runner(model) as runner:
-        hidden = runner.hidden_states(batch)
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return hidden.mean(1)
-    weight = mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+        found = runner.counted_states(batch)
+    means = []
+    for states, counted in found:
+        hidden, mask = states.flatten(1, -2), counted.flatten(1).to(states.device)
+        if "attention_mask" not in batch and bool(mask.all()):
+            means.append(hidden.mean(1))
+            continue
+        weight = mask.unsqueeze(-1).to(hidden.dtype)
+        means.append((hidden * weight).sum(1) / weight.sum(1).clamp(min=1))
+    return torch.cat(means, dim=1)
 
 
-def _first_samples(batches: Sequence[Batch], samples: int) -> list[dict[str, Tensor]]:
-    """Single sequences, without their padding where that is at the end."""
+def _first_samples(batches: Sequence[Batch], wanted: int) -> list[dict[str, Tensor]]:
+    """Single samples; sequences without their padding where that is at the end."""
     found: list[dict[str, Tensor]] = []
     for batch in batches:
-        for i in range(len(batch["input_ids"])):
-            one = {name: value[i : i + 1] for name, value in batch.items()}
+        text = "input_ids" in batch and not has_other_inputs(batch)
+        count = len(batch["input_ids"]) if text else samples(batch)
+        if count is None and len(batch["input_ids"]) > 1:
+            raise InputError("images and texts of a batch cannot be told apart by samples: give batches of one sample")
+        for i in range(count or 1):
+            one = {name: value if count is None else value[i : i + 1] for name, value in batch.items()}
             mask = one.get("attention_mask")
-            if mask is not None and bool(mask.any()):
+            if text and mask is not None and bool(mask.any()):
                 length = int(mask[0].nonzero().max()) + 1
-                one = {name: value[:, :length] for name, value in one.items()}
+                width = mask.shape[1]
+                one = {k: value[:, :length] if value.shape[1] == width else value for k, value in one.items()}
             found.append(one)
-            if len(found) == samples:
+            if len(found) == wanted:
                 return found
     return found
 

@@ -6,16 +6,14 @@ from typing import TYPE_CHECKING
 
 from mlp_fusion.deferred import on_demand
 from mlp_fusion.modules.ffn import FusedFFN, FusedGLU, FusedMLP
+from mlp_fusion.modules.scaled import Scaled
 from mlp_fusion.modules.scaled_activation import ScaledActivation
 from mlp_fusion.modules.scaled_weights import ScaledWeights
-
-#: What a fused FFN's scale lies in: the FFN itself, or the activation or the weights of one narrowed in place.
-ScaleHolder = FusedFFN | ScaledActivation | ScaledWeights
 
 if TYPE_CHECKING:
     from mlp_fusion.modules.experts import FusedExperts
 
-__all__ = ["FusedExperts", "FusedFFN", "FusedGLU", "FusedMLP", "ScaleHolder", "ScaledActivation", "ScaledWeights"]
+__all__ = ["FusedExperts", "FusedFFN", "FusedGLU", "FusedMLP", "Scaled", "ScaledActivation", "ScaledWeights"]
 
 # What experts need of transformers takes seconds to import, and plans do not need it.
 __getattr__ = on_demand(__name__, {"FusedExperts": "experts"})

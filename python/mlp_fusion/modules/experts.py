@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
-from fusion_kernels import fused_experts, split_gate_up
+from fusion_kernels import Gate, fused_experts, split_gate_up
+from fusion_kernels.gates import PLAIN
 from mlp_fusion.errors import InputError
 from mlp_fusion.modules.activations import CONFIG_ACTIVATIONS
+from mlp_fusion.modules.gates import form_of
 from mlp_fusion.modules.scaled import ScaledModule
 from mlp_fusion.neurons import NeuronBundle
 
@@ -32,17 +34,20 @@ def read_experts(module: nn.Module) -> NeuronBundle:
     """The experts of a module of transformers' experts interface, with B = the number of experts; views of its weights.
 
     Raises:
-        InputError: the experts do more than a feed-forward block (a gate of their own, a norm behind it), have an
-            activation that the kernels do not know, or weights that are not plain floating-point parameters.
+        InputError: the experts do more than a feed-forward block (a gate of their own that is no `Gate`, a norm behind
+            it), have an activation that the kernels do not know, or weights that are not plain floating-point
+            parameters.
     """
     m: Any = module
     name = type(module).__qualname__
     if getattr(m, "has_post_expert_norm", False):
         raise InputError(f"{name} has a norm behind every expert: its experts are not plain feed-forward blocks")
+    layout = "concatenated" if m.is_concatenated else "interleaved"
     if m.has_gate and type(module)._apply_gate is not _default_apply_gate:  # type: ignore[attr-defined]
-        raise InputError(f"{name} gates in a way of its own: use another experts_implementation")
-    activation = _ACTIVATIONS.get(type(m.act_fn))
-    if activation is None:
+        activation, gating = _own_gate(module, layout)
+    elif type(m.act_fn) in _ACTIVATIONS:
+        activation, gating = _ACTIVATIONS[type(m.act_fn)], PLAIN
+    else:
         raise InputError(f"{name} has the activation {type(m.act_fn).__qualname__}, for which there is no kernel")
     first = m.gate_up_proj if m.has_gate else m.up_proj
     biases = (m.gate_up_proj_bias if m.has_gate else m.up_proj_bias, m.down_proj_bias) if m.has_bias else (None, None)
@@ -54,13 +59,28 @@ def read_experts(module: nn.Module) -> NeuronBundle:
     w_gate = b_gate = None
     w_in, b_in = first, biases[0]
     if m.has_gate:
-        layout = "concatenated" if m.is_concatenated else "interleaved"
         w_gate, w_in = _gate_and_up(first, layout)
         if b_in is not None:
             b_gate, b_in = _gate_and_up(b_in, layout)
     return NeuronBundle(
-        w_in=w_in, w_gate=w_gate, w_out=down.mT, b_in=b_in, b_gate=b_gate, b_out=biases[1], activation=activation
-    )
+        w_in=w_in, w_gate=w_gate, w_out=down.mT, b_in=b_in, b_gate=b_gate, b_out=biases[1], activation=activation,
+        gating=gating,
+    )  # fmt: skip
+
+
+def _own_gate(module: nn.Module, layout: str) -> tuple[str, Gate]:
+    """Activation and gate of a module that gates in a way of its own.
+
+    Raises:
+        InputError: no kernel gates in this way.
+    """
+    found = form_of(module, "_apply_gate", layout)
+    if isinstance(found, str):
+        raise InputError(
+            f"{type(module).__qualname__} gates in a way of its own, which {found}: use another experts_implementation"
+        )
+    activation, limit, clamp, up_offset = found
+    return activation, Gate(limit, clamp, up_offset)  # type: ignore[arg-type]
 
 
 def _gate_and_up(stored: Tensor, layout: str) -> tuple[Tensor, Tensor]:
@@ -74,7 +94,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     b = read_experts(self)
     return fused_experts(
         hidden_states, top_k_index, top_k_weights, b.w_in, b.w_out.mT, b.w_gate, b_in=b.b_in, b_out=b.b_out,
-        b_gate=b.b_gate, activation=b.activation,
+        b_gate=b.b_gate, activation=b.activation, gating=b.gating,
     )  # fmt: skip
 
 
@@ -111,7 +131,8 @@ class FusedExperts(ScaledModule):
             ValueError: unknown parameterization or level.
         """
         b = bundle.parameterized(parameterization)
-        super().__init__(b.activation, None if b.scale is None else b.scale.clone(), parameterization, checkpoint_level)
+        scale = None if b.scale is None else b.scale.clone()
+        super().__init__(b.activation, scale, parameterization, checkpoint_level, b.gating)
         self.num_experts = b.batch
         self.down_proj = nn.Parameter(b.w_out.mT.clone(memory_format=torch.contiguous_format))
         self.register_parameter("down_proj_bias", None if b.b_out is None else nn.Parameter(b.b_out.clone()))
@@ -181,6 +202,7 @@ class FusedExperts(ScaledModule):
             w_out=self.down_proj.detach().mT,
             b_out=None if self.down_proj_bias is None else self.down_proj_bias.detach(),
             activation=self.activation,
+            gating=self.gating,
             scale=None if self.scale is None else self.scale.detach(),
             scale_exponent=0.0 if self.scale is None else self.scale_exponent,
             **blocks,  # type: ignore[arg-type]
@@ -215,15 +237,16 @@ class FusedExperts(ScaledModule):
         blocks = self._blocks()
         before, behind = self._factors()
         if before is not None:
-            weight, bias = ("w_gate", "b_gate") if self.gated else ("w_in", "b_in")
-            blocks[weight] = blocks[weight] * before.unsqueeze(2)  # type: ignore[operator]
-            blocks[bias] = None if blocks[bias] is None else blocks[bias] * before  # type: ignore[operator]
+            for role in ("in",) if not self.gated else ("gate",) if self.up_multiplies else ("gate", "in"):
+                weight, bias = blocks[f"w_{role}"], blocks[f"b_{role}"]
+                blocks[f"w_{role}"] = weight * before.unsqueeze(2)  # type: ignore[operator]
+                blocks[f"b_{role}"] = None if bias is None else bias * before
         w_in = blocks["w_in"]
         assert w_in is not None
         return fused_experts(
             hidden_states, top_k_index, top_k_weights, w_in, self.down_proj, blocks["w_gate"], b_in=blocks["b_in"],
             b_out=self.down_proj_bias, b_gate=blocks["b_gate"], scale=behind,
-            activation=self.activation, checkpoint_level=self.checkpoint_level,
+            activation=self.activation, gating=self.gating, checkpoint_level=self.checkpoint_level,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fusion_kernels import fused_glu_mlp, fused_mlp
 from fusion_kernels.activations import get_activation
+from fusion_kernels.gates import PLAIN, Gate
 from mlp_fusion.modules.layouts import make_projection, obstacle, read_bundle, read_projection, weights_of
 from mlp_fusion.modules.scaled import ScaledModule
 from mlp_fusion.neurons import NeuronBundle
@@ -45,8 +46,8 @@ class FusedFFN(ScaledModule):
         parameterization: str = "folded",
         names: Mapping[str, str] | None = None,
         dropout: float = 0.0,
-        borrowed: Mapping[str, nn.Module] | None = None,
         checkpoint_level: int = 1,
+        gating: Gate = PLAIN,
     ) -> None:
         """Build from ready projections whose weights already are in `parameterization`.
 
@@ -57,21 +58,19 @@ class FusedFFN(ScaledModule):
             parameterization: see the class.
             names: role -> child name, where the host model calls them otherwise.
             dropout: probability of the dropout behind the output projection.
-            borrowed: role -> module that owns that projection under `names[role]`: a sibling in the host model, which
-                keeps the parameter's name. Borrowed projections are not children of this module; the host passes a
-                function that returns the output projection to `forward`.
             checkpoint_level: see the class.
+            gating: limits and offset of a gated FFN, a `fusion_kernels.Gate`.
 
         Raises:
-            ValueError: unknown activation, parameterization or level, or a scale where there can be none.
+            ValueError: unknown activation, parameterization or level, a scale where there can be none, or limits where
+                there is no gate.
         """
-        super().__init__(activation, scale, parameterization, checkpoint_level)
+        super().__init__(activation, scale, parameterization, checkpoint_level, gating)
+        if not gating.plain and not self.gated:
+            raise ValueError("gating has limits or an offset, and a plain FFN has no gate")
         self.projection_names = dict(self.ROLES if names is None else names)
-        # In a dict, so outside the module tree, on purpose: the owner holds these parameters, this module calls them.
-        self._borrowed = dict(borrowed or {})
         for role, module in projections.items():
-            if role not in self._borrowed:
-                self.add_module(self.projection_names[role], module)
+            self.add_module(self.projection_names[role], module)
         self.dropout = nn.Dropout(dropout)
 
     @property
@@ -79,11 +78,10 @@ class FusedFFN(ScaledModule):
         return "w_gate" in self.ROLES
 
     def projection(self, role: str) -> nn.Module:
-        """The child (or borrowed) projection in `role`, with whatever adapter has been put around it."""
-        owner = self._borrowed.get(role, self)
-        return owner._modules[self.projection_names[role]]  # type: ignore[return-value]
+        """The child projection in `role`, with whatever adapter has been put around it."""
+        return self._modules[self.projection_names[role]]  # type: ignore[return-value]
 
-    def _weights(self, x: Tensor, w_out: nn.Module | None) -> list[tuple[Tensor, Tensor | None]] | None:
+    def _weights(self, x: Tensor) -> list[tuple[Tensor, Tensor | None]] | None:
         """Weight `(out, in)` and bias of every projection, as in `ROLES`, or None where one of them has to be called.
 
         None as well when x has another dtype than the weights, outside autocast: torch then raises a clear error. And
@@ -93,7 +91,7 @@ class FusedFFN(ScaledModule):
             return None
         found = []
         for role in self.ROLES:
-            projection = w_out if w_out is not None and role == "w_out" else self.projection(role)
+            projection = self.projection(role)
             reason = obstacle(projection)
             if reason is not None:
                 if not torch.compiler.is_compiling():
@@ -104,9 +102,10 @@ class FusedFFN(ScaledModule):
         return found if same else None
 
     def _activated(self, projection: nn.Module, x: Tensor, factor: Tensor | None) -> Tensor:
-        """act(projection(x) * factor)."""
+        """What act makes of projection(x) * factor, within the limits of a gate."""
         z = projection(x)
-        return get_activation(self.activation).function(z if factor is None else _times(z, factor))
+        z = self.gating.inside(z if factor is None else _times(z, factor))
+        return self.gating.after(get_activation(self.activation).function(z))
 
     def _projected(self, hidden: Tensor, factor: Tensor | None, projection: nn.Module) -> Tensor:
         """dropout(projection(hidden * factor))."""
@@ -161,6 +160,7 @@ class FusedFFN(ScaledModule):
             names=names,
             dropout=dropout,
             checkpoint_level=checkpoint_level,
+            gating=bundle.gating,
         )
 
     @classmethod
@@ -189,7 +189,7 @@ class FusedFFN(ScaledModule):
             InputError: a projection is not a plain `Linear` or `Conv1D` (an adapter, a quantised layer).
         """
         projections = {role: self.projection(role) for role in self.ROLES}
-        return read_bundle(projections, self.activation, self.scale, self.scale_exponent)
+        return read_bundle(projections, self.activation, self.scale, self.scale_exponent, gating=self.gating)
 
     def trainable_parts(self) -> tuple[str, ...]:
         """Which of the bundle's tensors require grad: the parameters that count in this module's tangent kernel."""
@@ -279,7 +279,7 @@ class FusedMLP(FusedFFN):
 
         Args:
             fc1, fc2: projections d -> h and h -> d_out, with or without bias.
-            activation: `gelu` (exact), `gelu_tanh`, `relu`, `relu2` or `silu`.
+            activation: `gelu` (exact), `gelu_tanh`, `quick_gelu`, `relu`, `relu2` or `silu`.
             scale: `(h,)` cluster sizes, integer or floating; None for all ones. A `torch.nn.Parameter` stays one.
             parameterization: how the module stores the scale: `folded`, `scaled` or `split`; the outputs are the same.
             checkpoint_level: what is kept for the backward, see the class.
@@ -297,23 +297,17 @@ class FusedMLP(FusedFFN):
             [True, True, True]
         """
         projections = {"w_in": fc1, "w_out": fc2}
-        return _from_projections(cls, projections, activation, scale, parameterization, checkpoint_level)
+        return _from_projections(cls, projections, activation, scale, parameterization, checkpoint_level, PLAIN)
 
-    def forward(self, x: Tensor, w_out: Callable[[], nn.Module] | None = None) -> Tensor:
-        """`(..., d)` -> `(..., d_out)`; `w_out` returns the output projection where it is not this module's own.
-
-        It is a function, because hooks that look at arguments (accelerate's, those of parallel wrappers) move or cast
-        the modules among them.
-        """
-        output = self.projection("w_out") if w_out is None else w_out()
-        weights = self._weights(x, output)
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self._weights(x)
         if weights is None:
             before, behind = self._factors()
             hidden = self._activated(self.projection("w_in"), x, before)
-            return self._projected(hidden, behind, output)
-        (w_in, b_in), (w_out_, b_out) = weights
+            return self._projected(hidden, behind, self.projection("w_out"))
+        (w_in, b_in), (w_out, b_out) = weights
         scale = self._scale_of_operator()
-        y = fused_mlp(x, w_in, b_in, w_out_, b_out, scale, self.activation, self.checkpoint_level)
+        y = fused_mlp(x, w_in, b_in, w_out, b_out, scale, self.activation, self.checkpoint_level)
         return self._dropped(y)
 
 
@@ -344,8 +338,11 @@ class FusedGLU(FusedFFN):
         scale: Tensor | None = None,
         parameterization: str = "folded",
         checkpoint_level: int = 1,
+        gating: Gate = PLAIN,
     ) -> FusedGLU:
         """Take over the weights of `y = down(act(gate(x)) * up(x) * scale)`; arguments as in `FusedMLP.from_mlp`.
+
+        `gating` says within which limits, and with which offset of up.
 
         Examples:
             >>> gate, up, down = torch.nn.Linear(8, 16), torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
@@ -356,17 +353,19 @@ class FusedGLU(FusedFFN):
             True
         """
         projections = {"w_gate": gate, "w_in": up, "w_out": down}
-        return _from_projections(cls, projections, activation, scale, parameterization, checkpoint_level)
+        return _from_projections(cls, projections, activation, scale, parameterization, checkpoint_level, gating)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = self._weights(x, None)
+        weights = self._weights(x)
         if weights is None:
             before, behind = self._factors()
-            gate = self._activated(self.projection("w_gate"), x, before)
-            return self._projected(gate * self.projection("w_in")(x), behind, self.projection("w_out"))
+            gate, up = self._activated(self.projection("w_gate"), x, before), self.projection("w_in")(x)
+            up = up if before is None or self.up_multiplies else _times(up, before)
+            return self._projected(gate * self.gating.up(up), behind, self.projection("w_out"))
         (w_gate, b_gate), (w_up, b_up), (w_down, b_down) = weights
         biases, scale = (b_gate, b_up, b_down), self._scale_of_operator()
-        y = fused_glu_mlp(x, w_gate, w_up, w_down, *biases, scale, self.activation, self.checkpoint_level)
+        options = (self.activation, self.checkpoint_level)
+        y = fused_glu_mlp(x, w_gate, w_up, w_down, *biases, scale, *options, gating=self.gating)
         return self._dropped(y)
 
 
@@ -377,10 +376,11 @@ def _from_projections(
     scale: Tensor | None,
     parameterization: str,
     checkpoint_level: int,
+    gating: Gate,
 ) -> Self_:
     if isinstance(scale, nn.Parameter) and parameterization == "folded":
         raise ValueError("a trainable scale cannot be folded into the weights: use scaled or split")
-    bundle = read_bundle(projections, activation, scale)
+    bundle = read_bundle(projections, activation, scale, gating=gating)
     module = cls.from_bundle(bundle, parameterization, checkpoint_level=checkpoint_level)
     for role, source in projections.items():
         for name, parameter in source.named_parameters(recurse=False):

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
+from fusion_kernels.gates import PLAIN, Gate
 from mlp_fusion.errors import InputError
 from mlp_fusion.neurons import NeuronBundle
 
@@ -77,6 +78,7 @@ def read_bundle(
     activation: str,
     scale: Tensor | None = None,
     scale_exponent: float = 0.0,
+    gating: Gate = PLAIN,
 ) -> NeuronBundle:
     """The FFN made of `projections` (role -> module; roles `w_in`, `w_out` and, when gated, `w_gate`), with B = 1.
 
@@ -85,6 +87,7 @@ def read_bundle(
         activation: a name in `fusion_kernels.activations.ACTIVATIONS`.
         scale: `(N,)` cluster sizes, integer or floating, or None.
         scale_exponent: the a with which the projections carry the scale.
+        gating: limits and offset of a gated FFN.
 
     Raises:
         InputError: see :func:`read_projection`.
@@ -99,7 +102,7 @@ def read_bundle(
         scale = scale.detach().unsqueeze(0)
         scale = scale if scale.is_floating_point() else scale.float()
     exponent = 0.0 if scale is None else scale_exponent
-    return NeuronBundle(activation=activation, scale=scale, scale_exponent=exponent, **tensors)
+    return NeuronBundle(activation=activation, scale=scale, scale_exponent=exponent, gating=gating, **tensors)
 
 
 def obstacle(module: nn.Module) -> str | None:

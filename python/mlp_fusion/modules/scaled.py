@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion_kernels.activations import get_activation
+from fusion_kernels.gates import PLAIN, Gate
 from mlp_fusion.neurons import SCALE_EXPONENTS, check_parameterization, output_factor, scale_power
 
 Self_ = TypeVar("Self_", bound="Scaled")
@@ -60,12 +61,20 @@ class Scaled(nn.Module):
     def gated(self) -> bool:
         """Whether the activation of a gate projection multiplies an up projection."""
 
+    @property
+    def up_multiplies(self) -> bool:
+        """Whether an up projection is a factor of the hidden values as it is, with the p^a that it carries."""
+        return self.gated
+
     def _factors(self) -> tuple[Tensor | None, Tensor | None]:
-        """What multiplies pre-activations (the gate's in a gated block) and what multiplies activations; None for 1."""
+        """What multiplies pre-activations and what multiplies activations; None for 1.
+
+        Of a gated block, the former are the gate's, and up's where that does not just multiply.
+        """
         scale, a = self.scale, self.scale_exponent
         if scale is None or a == 0.0:
             return None, scale
-        return scale_power(scale, -a), output_factor(scale, a, self.gated)
+        return scale_power(scale, -a), output_factor(scale, a, self.up_multiplies)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if self.scale is None and f"{prefix}scale" in state_dict:
@@ -96,6 +105,7 @@ class ScaledModule(Scaled):
 
     Attributes:
         activation: a name in `fusion_kernels.activations`.
+        gating: the `fusion_kernels.Gate` of a gated module.
         scale, parameterization: see :class:`Scaled`.
         checkpoint_level: which hidden tensors are kept for the backward: 0 pre-activations and activations, 1
             pre-activations, 2 none, at the price of computing the first product again. May be changed at any time. On
@@ -105,14 +115,25 @@ class ScaledModule(Scaled):
     #: A copy of the scale and what :meth:`_scale_of_operator` made of it.
     _kept: tuple[Tensor, Tensor] | None = None
 
-    def __init__(self, activation: str, scale: Tensor | None, parameterization: str, checkpoint_level: int) -> None:
+    def __init__(
+        self,
+        activation: str,
+        scale: Tensor | None,
+        parameterization: str,
+        checkpoint_level: int,
+        gating: Gate = PLAIN,
+    ) -> None:
         """Raises ValueError: unknown activation, parameterization or level, or a scale where there can be none."""
         super().__init__(scale, parameterization)
         get_activation(activation)
-        self.activation = activation
+        self.activation, self.gating = activation, gating
         if checkpoint_level not in (0, 1, 2):
             raise ValueError(f"checkpoint_level must be 0, 1 or 2, got {checkpoint_level!r}")
         self.checkpoint_level = checkpoint_level
+
+    @property
+    def up_multiplies(self) -> bool:
+        return self.gated and self.gating.plain
 
     def _scale_of_operator(self) -> Tensor | None:
         """:meth:`_factors` as `fusion_kernels.fused_mlp` takes them: None, (h,), or (2, h) with what is behind first.
@@ -141,7 +162,8 @@ class ScaledModule(Scaled):
         return {**self.__dict__, "_kept": None}
 
     def extra_repr(self) -> str:
+        gating = "" if self.gating.plain else f"gating={self.gating}, "
         return (
-            f"activation={self.activation}, parameterization={self.parameterization}, "
+            f"activation={self.activation}, {gating}parameterization={self.parameterization}, "
             f"checkpoint_level={self.checkpoint_level}"
         )

@@ -1,4 +1,4 @@
-"""`ScaledWeights`: the scale of fused neurons inside the weights of a module, for FFNs that have no activation to hold it.
+"""`ScaledWeights`: the scale of fused neurons inside a module's weights, where no activation can hold it.
 
 Stacks of experts are called with all of their tokens at once, and an activation between them does not know whose
 neurons it sees. There, and where an activation is a function that no module holds, the scale multiplies the weights
@@ -51,7 +51,7 @@ class ScaledWeights(Scaled):
         """Stand in for a module, whose parameters are taken over.
 
         Args:
-            module: whose own parameters hold the projections; its weights already are in `parameterization`.
+            module: whose parameters, or its submodules', hold the projections; they already are in `parameterization`.
             projections: those that the scale belongs to, by names of its parameters.
             scale: cluster sizes; None for ones, and for `folded`.
             parameterization: `scaled`, `split` or `folded`.
@@ -82,15 +82,16 @@ class ScaledWeights(Scaled):
         return super().train(mode)
 
     def multiplied(self) -> dict[str, Tensor]:
-        """The module's own parameters as it is called with them, and its buffers."""
+        """The module's parameters as it is called with them, and its own buffers."""
         tensors: dict[str, Any] = {
             n: t for n, t in (*self._parameters.items(), *self._buffers.items()) if t is not None
         }
         scale = tensors.pop("scale", None)
         if scale is not None:
             for name, exponent in exponents(self.projections, -self.scale_exponent, 1.0 - self.scale_exponent).items():
-                factor = spread(power(scale, exponent), self.projections, name, tensors[name])
-                tensors[name] = (tensors[name] * factor).to(tensors[name].dtype)
+                tensor = self.get_parameter(name)
+                factor = spread(power(scale, exponent), self.projections, name, tensor)
+                tensors[name] = (tensor * factor).to(tensor.dtype)
         return tensors
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

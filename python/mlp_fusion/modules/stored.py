@@ -1,8 +1,8 @@
 """How the neurons of an FFN lie in a model's parameters, and the way there and back.
 
 Every layout comes down to a few numbers: which axis counts neurons, which counts experts, and which part of an axis
-holds the gate. `torch.nn.Linear`, GPT-2's `Conv1D`, pointwise convolutions, gate and up in one projection, and stacks of
-experts in all their orders are read and written by the same few lines.
+holds the gate. `torch.nn.Linear`, GPT-2's `Conv1D`, pointwise convolutions, gate and up in one projection, and stacks
+of experts in all their orders are read and written by the same few lines.
 
 Notation: E experts (1 of a dense FFN), N neurons.
 """
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusion_kernels.gates import PLAIN, Gate
 from mlp_fusion.neurons import NeuronBundle
 
 _HALVES = {"first": 0, "second": 1, "even": 0, "odd": 1}
@@ -76,6 +77,7 @@ def bundle_of(
     projections: Sequence[Projection],
     activation: str,
     *,
+    gating: Gate = PLAIN,
     experts: int = 1,
     scale: Tensor | None = None,
     scale_exponent: float = 0.0,
@@ -86,7 +88,8 @@ def bundle_of(
         tensors: by the names that `projections` give them.
         projections: where it lies.
         activation: a name in `fusion_kernels.activations.ACTIVATIONS`.
-        experts: E.
+        gating: limits and offset of a gated FFN.
+        experts: E; input projections may have more, of which nothing comes out.
         scale: `(N,)` or `(E, N)` cluster sizes, integer or floating, or None.
         scale_exponent: the a with which the tensors carry the scale.
 
@@ -95,7 +98,7 @@ def bundle_of(
     """
     found: dict[str, Any] = {}
     for p in projections:
-        found[p.role] = take_half(_by_neuron(tensors[p.parameter], p, experts), p.part, 1)
+        found[p.role] = take_half(_by_neuron(tensors[p.parameter], p, experts), p.part, 1)[:experts]
         if p.bias is not None:
             bias = tensors[p.bias].reshape(experts, -1)
             found[p.role.replace("w_", "b_")] = bias if p.role == "w_out" else take_half(bias, p.part, 1)
@@ -103,7 +106,7 @@ def bundle_of(
         scale = scale.detach().reshape(experts, -1)
         scale = scale if scale.is_floating_point() else scale.float()
     exponent = 0.0 if scale is None else scale_exponent
-    return NeuronBundle(activation=activation, scale=scale, scale_exponent=exponent, **found)
+    return NeuronBundle(activation=activation, gating=gating, scale=scale, scale_exponent=exponent, **found)
 
 
 def tensors_of(
@@ -115,7 +118,7 @@ def tensors_of(
         held = [p for p in projections if name in p.tensors]
         first = held[0]
         if name == first.parameter:
-            rows = _joined({p.part: getattr(bundle, p.role) for p in held})
+            rows = _joined({p.part: _with_idle(getattr(bundle, p.role), like[name], p) for p in held})
             written[name] = _as_stored(rows, like[name].shape, first)
         else:
             roles = {p.part: getattr(bundle, p.role.replace("w_", "b_")) for p in held}
@@ -134,7 +137,10 @@ def spread(scale: Tensor, projections: Sequence[Projection], name: str, like: Te
         like: that parameter.
     """
     held = [p for p in projections if name in p.tensors]
-    factors = _joined({p.part: scale.reshape(-1, scale.shape[-1]) for p in held})
+    scale = scale.reshape(-1, scale.shape[-1])
+    if name == held[0].parameter and (idle := _idle(len(scale), like, held[0])):
+        scale = torch.cat([scale, scale.new_ones(idle, scale.shape[1])])
+    factors = _joined({p.part: scale for p in held})
     if name == held[0].bias:
         return factors.reshape(like.shape)
     return _as_stored(factors.unsqueeze(-1), like.shape, held[0])
@@ -148,6 +154,19 @@ def _by_neuron(parameter: Tensor, p: Projection, experts: int) -> Tensor:
     elif expert == neuron:
         parameter, neuron = parameter.unflatten(neuron, (experts, -1)), neuron + 1
     return parameter.movedim((expert, neuron), (0, 1)).flatten(2)
+
+
+def _idle(experts: int, parameter: Tensor, p: Projection) -> int:
+    """How many experts a stack has beyond those that have an output."""
+    return 0 if p.expert_axis in (None, p.neuron_axis) else parameter.shape[p.expert_axis] - experts
+
+
+def _with_idle(values: Tensor, like: Tensor, p: Projection) -> Tensor:
+    """`(E, N, ...)` values, and behind them the first N neurons of the experts in `like` that have no output."""
+    if not _idle(len(values), like, p):
+        return values
+    behind = take_half(_by_neuron(like, p, len(values)), p.part, 1)[len(values) :, : values.shape[1]]
+    return torch.cat([values, behind.to(values.dtype)])
 
 
 def _joined(parts: Mapping[str, Tensor]) -> Tensor:

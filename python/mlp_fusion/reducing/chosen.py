@@ -21,6 +21,7 @@ from mlp_fusion.selection import Layers, Width, resolve_layers
 from mlp_fusion.settings import FuseSettings
 from mlp_fusion.store.record import check_config, fused_config, replace_config
 from mlp_fusion.store.states import know_forms
+from mlp_fusion.store.widths import described
 
 #: An entry's forward pass must agree with the model's own to this many units of rounding, and to this share at most.
 _SELF_TEST_ULPS, _SELF_TEST_SHARE = 64, 0.05
@@ -120,6 +121,12 @@ def find_ffns(model: nn.Module) -> tuple[Architecture, list[FFNSite]]:
     sites = architecture.sites(model)
     if not sites:
         raise InputError(f"no FFN found in {type(model).__name__} where the {model_type!r} architecture has them")
+    # A checkpoint is loaded into what its config describes.
+    path, _, built = described(model)
+    paths = {site.path.removeprefix(f"{path}.") for site in sites}
+    expected = {site.path for site in architecture.sites(built)}
+    if paths != expected:
+        raise InputError(f"the model has {len(paths)} FFNs, its config describes {len(expected)}: mend the config")
     for site in sites:
         now = architecture.neurons(site)
         if now != site.kind.width:

@@ -1,4 +1,4 @@
-"""The layers of a model that hold FFNs, and runs of them one by one on hidden states that a run of the model has shown."""
+"""The layers of a model that hold FFNs, and how each is called: what it takes to run them one by one."""
 
 from __future__ import annotations
 

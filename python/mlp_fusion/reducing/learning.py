@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ from mlp_fusion.calibration import FFNStatistics, collect, output_sensitivities
 from mlp_fusion.calibration.statistics import take_calibration
 from mlp_fusion.measure.report import CalibrationRecord
 from mlp_fusion.reducing.chosen import ChosenFFNs
-from mlp_fusion.running.batches import Batch, random_batch, token_mask
-from mlp_fusion.running.taps import Activations, capture_activations
+from mlp_fusion.running.batches import Batch, main_input, token_mask
+from mlp_fusion.running.drawing import random_batch
+from mlp_fusion.running.taps import Activations, capture_activations, stream_activations
 from mlp_fusion.settings import FuseSettings
 
 #: Token positions that errors are measured on; the kernels need this many squared numbers.
@@ -29,6 +30,7 @@ class Learnt:
 
     Attributes:
         batches: the calibration text; None without.
+        positions: how many of its positions count, at the first FFN where they are no tokens.
         statistics: per FFN, or None without text and where it is gathered layer by layer.
         sensitivities: per FFN; None where nothing is tuned.
         activations: per FFN, the rows that errors are measured on.
@@ -37,6 +39,7 @@ class Learnt:
     """
 
     batches: list[dict[str, Tensor]] | None
+    positions: int
     statistics: list[FFNStatistics] | None
     sensitivities: list[Tensor | None]
     activations: list[Activations]
@@ -47,7 +50,7 @@ class Learnt:
         """For the report."""
         if self.batches is None:
             return None
-        return CalibrationRecord(sum(int(token_mask(batch).sum()) for batch in self.batches), self.seconds)
+        return CalibrationRecord(self.positions, self.seconds)
 
     def complete(self) -> list[FFNStatistics] | None:
         """The statistics with the sensitivities."""
@@ -64,20 +67,24 @@ def learn(ffns: ChosenFFNs, settings: FuseSettings, calibration: Any, sample: Ba
         ffns: the FFNs.
         settings: resolved.
         calibration: batches, or None.
-        sample: batches that errors are measured on; None for the calibration text, or else random token ids.
+        sample: batches that errors are measured on; None for the calibration text, or else random inputs.
 
     Raises:
         InputError: the text cannot be used.
     """
     model, architecture, sites, seed = ffns.model, ffns.architecture, ffns.sites, settings.seed
-    batches = None if calibration is None else take_calibration(calibration)
+    batches = None if calibration is None else take_calibration(model, calibration)
     started = time.perf_counter()
     statistics = None
     if batches is not None and (not settings.sequential or settings.budget is not None):
         statistics = collect(model, architecture, sites, batches, seed=seed, rows=settings.calibration_rows)
     sensitivities: list[Tensor | None] = [None] * len(sites)
     if batches is not None and settings.refit and settings.tune_steps > 0:
-        sensitivities = [*output_sensitivities(model, architecture, sites, batches, seed=seed)]
+        # Experts' outputs are weighed by a router: their errors count alike.
+        dense = [number for number, site in enumerate(sites) if not site.is_expert]
+        found = output_sensitivities(model, architecture, [sites[n] for n in dense], batches, seed=seed)
+        for number, sensitivity in zip(dense, found, strict=True):
+            sensitivities[number] = sensitivity
     seconds = time.perf_counter() - started if statistics is not None else None
     if sample is None and statistics is not None:
         activations = [_sampled(known, seed) for known in statistics]
@@ -85,10 +92,28 @@ def learn(ffns: ChosenFFNs, settings: FuseSettings, calibration: Any, sample: Ba
         shown = sample if sample is not None else batches
         shown = random_batch(model, seed=seed) if shown is None else shown
         activations = capture_activations(model, architecture, sites, shown, rows=SAMPLE_ROWS, seed=seed)
-    described = "the given sample" if sample is not None else "random token ids"
+    described = "the given sample" if sample is not None else f"random {_kind(model)}"
     if sample is None and batches is not None:
         described = "the calibration text, which was fitted to"
-    return Learnt(batches, statistics, sensitivities, activations, described, seconds)
+    count = _positions(ffns, batches, statistics)
+    return Learnt(batches, count, statistics, sensitivities, activations, described, seconds)
+
+
+def _kind(model: Any) -> str:
+    return "token ids" if main_input(model) == "input_ids" else "inputs"
+
+
+def _positions(ffns: ChosenFFNs, batches: Sequence[Batch] | None, statistics: Sequence[FFNStatistics] | None) -> int:
+    """How many positions of the batches count: their tokens, or else what the first FFN sees."""
+    if batches is None or all("input_ids" in batch for batch in batches):
+        return sum(int(token_mask(batch).sum()) for batch in batches or ())
+    if statistics is not None:
+        return statistics[0].tokens
+    seen: list[int] = []
+    stream_activations(
+        ffns.model, ffns.architecture, ffns.sites[:1], batches, lambda _n, mask, _taps: seen.append(int(mask.sum()))
+    )
+    return sum(seen)
 
 
 def _sampled(statistics: FFNStatistics, seed: int) -> Activations:

@@ -99,11 +99,17 @@ def reduce_ffns(
 ) -> list[ReducedFFN]:
     """Reduce FFNs (each with B = 1) to their widths; FFNs of one shape and width go through the method side by side.
 
-    An FFN whose width is what it has already keeps its neurons. `statistics` holds one entry per FFN.
+    An FFN whose width is what it has already keeps its neurons. `statistics` holds one entry per FFN; one that has seen
+    no token is reduced without. Tuned side by side are those whose rows are of the same sequences, as an encoder's and
+    a decoder's are not.
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     for number, (bundle, width) in enumerate(zip(bundles, widths, strict=True)):
-        groups.setdefault((bundle.layout, bundle.w_in.device, width), []).append(number)
+        rows: object = None
+        if statistics is not None:
+            tuned = recipe.refit and recipe.tune_steps > 0
+            rows = statistics[number].sequence.numpy().tobytes() if tuned else statistics[number].tokens > 0
+        groups.setdefault((bundle.layout, bundle.w_in.device, width, rows), []).append(number)
     results: dict[int, ReducedFFN] = {}
     done, units = 0, progress_units(recipe)
 
@@ -122,6 +128,8 @@ def reduce_ffns(
             started = time.perf_counter()
             stacked = working_precision(NeuronBundle.stack([bundles[n] for n in chunk]))
             known = None if statistics is None else [statistics[n] for n in chunk]
+            if known is not None and known[0].tokens == 0:
+                known = None
             if widths[chunk[0]] == first.width:
                 reduction = Reduction.plain(stacked)
             else:

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from mlp_fusion.calibration.statistics import (
     Collector,
     FFNStatistics,
-    StreamPlan,
     row_capacity,
     take_calibration,
 )
@@ -39,8 +38,10 @@ from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing.layers import Call, Layer, Recorder, hidden_of, layers_of, run_layer, segments
 from mlp_fusion.reducing.pipeline import ReducedFFN
-from mlp_fusion.running.batches import Batch, token_mask
+from mlp_fusion.running.batches import Batch
+from mlp_fusion.running.positions import by_sequence
 from mlp_fusion.running.runner import Runner
+from mlp_fusion.running.sampling import RowPlan, RowSample
 from mlp_fusion.running.taps import Taps, replaced, tapped
 
 
@@ -67,13 +68,12 @@ def reduce_sequentially(
     Raises:
         InputError: the calibration text cannot be used, or a layer is called in a way that cannot be repeated.
     """
-    batches = take_calibration(calibration)
-    inputs = architecture.read(sites[0]).w_in
-    plan = StreamPlan(batches, row_capacity(rows, inputs.shape[-1], inputs.element_size()), seed)
+    batches = take_calibration(model, calibration)
+    plan = RowPlan(batches, seed)
     chosen = {site.index for site in sites}
     first, last = min(chosen), max(chosen)
     layers = layers_of(model, [site for site in architecture.sites(model) if first <= site.index <= last])
-    run = _Sequence(architecture, sites, batches, reduce, plan)
+    run = _Sequence(architecture, sites, batches, reduce, plan, rows)
     with Runner(model, "the calibration text") as runner:
         recorded = Recorder(layers).run(runner, batches)
         for number, members in enumerate(segments(recorded.order, recorded.chained)):
@@ -96,7 +96,8 @@ class _Sequence:
     sites: Sequence[FFNSite]
     batches: Sequence[Batch]
     reduce: Callable[[int, FFNStatistics], ReducedFFN]
-    plan: StreamPlan
+    plan: RowPlan
+    rows: int | None
     #: Number of an FFN among `sites` -> what became of it; FFNs (stacks of experts in one) and their bundles.
     results: dict[int, ReducedFFN] = field(default_factory=dict)
     done: list[tuple[FFNSite, NeuronBundle]] = field(default_factory=list)
@@ -147,26 +148,37 @@ class _Sequence:
         wanted: Sequence[Tensor],
     ) -> Iterator[tuple[FFNStatistics, int]]:
         """Statistics of a layer's FFNs on `states`; of one alone, with targets that lead to the streams `wanted`."""
-        collectors = [Collector(self.plan.capacity) for _ in numbers]
         sites = [self.sites[n] for n in numbers]
+        collectors = [self._collector(site) for site in sites]
         seen: list[tuple[int, Tensor, Taps]] = []
         with tapped(self.architecture, sites, lambda *found: seen.append(found)) as taps:
-            for call, hidden, stream, batch, taken in zip(
-                calls, states, wanted, self.batches, self.plan.taken, strict=True
-            ):
-                taps.start(token_mask(batch))
+            for call, hidden, stream, batch in zip(calls, states, wanted, self.batches, strict=True):
+                taps.start(batch)
                 _, present = _streamed(self.architecture, layer, call, hidden)
                 taps.finish()
                 for number, mask, found in seen:
                     chosen = mask.to(found.x.device)
                     y = found.y[chosen]
                     if len(sites) == 1:
-                        working = torch.promote_types(y.dtype, torch.float32)
-                        y = (y.to(working) + (stream[chosen].to(working) - present[chosen].to(working))).to(y.dtype)
-                    collectors[number].add(found.x[chosen], found.hidden[chosen], y, taken)
+                        y = _target(y, {"wanted": [stream], "present": [present]}, batch, sites[0].path)
+                    collectors[number].add(mask, found.x[chosen], found.hidden[chosen], y)
                 seen.clear()
         for collector, number in zip(collectors, numbers, strict=True):
-            yield collector.finish(self.plan.sequence), number
+            yield collector.finish(), number
+
+    def _collector(self, site: FFNSite) -> Collector:
+        inputs = self.architecture.read(site).w_in
+        capacity = row_capacity(self.rows, inputs.shape[-1], inputs.element_size())
+        return Collector(RowSample(self.plan, capacity), may_be_empty=site.is_expert)
+
+
+def _target(y: Tensor, streams: dict[str, list[Tensor]], batch: Batch, path: str) -> Tensor:
+    """What an FFN should put out for the stream at hand to become the one that is wanted."""
+    working = torch.promote_types(y.dtype, torch.float32)
+    # The layer may have another form than what the FFN sees: as many rows, in the same order.
+    mask, found = by_sequence(streams, batch, path)
+    wanted, present = (found[name][mask.to(y.device)].to(working) for name in ("wanted", "present"))
+    return (y.to(working) + (wanted - present)).to(y.dtype)
 
 
 def _streamed(architecture: Architecture, layer: Layer, call: Call, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.measure.errors import relative_error
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing.pipeline import Progress, Recipe, ReducedFFN, reduce_ffns
-from mlp_fusion.running.batches import Batch, token_mask
+from mlp_fusion.running.batches import Batch
 from mlp_fusion.running.runner import Runner
 from mlp_fusion.running.taps import replaced
 from mlp_fusion.selection import resolve_width
@@ -48,7 +48,9 @@ def allocate_widths(
     stacks: Sequence[Sequence[int]],
     progress: Progress | None = None,
 ) -> list[int]:
-    """A width for every FFN, one for the experts of a stack, so that together their neurons keep at most the share `budget` of their parameters.
+    """A width for every FFN, one for the experts of a stack, within a budget.
+
+    Together their neurons keep at most the share `budget` of their parameters.
 
     Every FFN is reduced to a few widths, by the recipe without its tuning and its matching (which leaves outputs
     alone); the errors are those of its outputs on held-out calibration rows.
@@ -102,14 +104,14 @@ def hidden_state_changes(
 ) -> list[float]:
     """Squared relative change of the model's last hidden states when one FFN alone is replaced, for each in `sites`.
 
-    The experts of a stack are replaced together. Measured on up to eight of the batches, spread evenly over them; the model runs once per FFN on those.
+    The experts of a stack are replaced together. Measured on up to eight of the batches, spread evenly over them; the
+    model runs once per FFN on those.
     """
     probes = batches[:: max(1, len(batches) // _PROBES)][:_PROBES]
-    masks = [token_mask(batch) for batch in probes]
 
     def states(runner: Runner) -> Tensor:
-        runs = [runner.hidden_states(batch) for batch in probes]
-        return torch.cat([run[mask.to(run.device)] for run, mask in zip(runs, masks, strict=True)])
+        runs = [pair for batch in probes for pair in runner.counted_states(batch)]
+        return torch.cat([run[mask.to(run.device)].flatten() for run, mask in runs])
 
     changes = []
     with Runner(model, "the calibration text") as runner:

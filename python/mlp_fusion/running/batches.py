@@ -1,4 +1,4 @@
-"""Batches of token ids: taken from what callers give, padded behind their tokens, or drawn at random."""
+"""Batches of a model's inputs: taken from what callers give, texts padded behind their tokens."""
 
 from __future__ import annotations
 
@@ -6,88 +6,142 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlp_fusion.errors import InputError
 
 Batch = Mapping[str, Tensor]
 #: Rows are drawn from so many times as many tokens: enough to mix sentences, and an end to endless samples.
 POOL = 64
+#: Numbers of an image or of sound for one position in the model: 764 in ViT, 160 in Whisper, 320 in wav2vec 2.0.
+_NUMBERS = 256
 
 
-def random_batch(model: nn.Module, *, seed: int, batch: int = 8, length: int = 64) -> dict[str, Tensor]:
-    """Uniformly drawn token ids `(batch, length)` for `model`, for when there is no text at hand."""
-    config: Any = model.config
-    positions = getattr(config, "max_position_embeddings", None) or length
-    # RoBERTa counts positions from its padding id on, so that a few of the table's rows are never reached.
-    length = min(length, max(1, int(positions) - 2))
-    chunk = getattr(config, "chunk_size_feed_forward", 0) or 1
-    length = max(chunk, length - length % chunk)
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, int(config.vocab_size), (batch, length), generator=generator)
-    pad = getattr(config, "pad_token_id", None)
-    if pad is not None:
-        ids[ids == pad] = (int(pad) + 1) % int(config.vocab_size)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+def main_input(model: Any) -> str:
+    """The input that a model cannot do without, as its class says: `input_ids`, `pixel_values`, `input_features`."""
+    return str(getattr(model, "main_input_name", "input_ids"))
 
 
-def take_batches(sample: Batch | Iterable[Batch], tokens: int, name: str = "sample") -> list[dict[str, Tensor]]:
+def take_batches(
+    sample: Batch | Iterable[Batch], tokens: int, name: str = "sample", *, main: str = "input_ids"
+) -> list[dict[str, Tensor]]:
     """Batches from one batch or an iterable of them, until they hold `tokens` tokens, with their padding at the end.
 
-    `name` is what the caller calls them.
+    Without token ids, positions are counted as :func:`positions` does.
+
+    Args:
+        sample: a batch or batches, as the model's tokenizer or processor returns them.
+        tokens: where to stop.
+        name: what the caller calls them.
+        main: what each must hold, see :func:`main_input`.
 
     Raises:
-        InputError: there is none, a batch is not a mapping of tensors with `input_ids`, or no token is left unmasked.
+        InputError: there is none, a batch is not a mapping of tensors with `main`, or no token is left unmasked.
     """
+    maker = "a tokenizer" if main == "input_ids" else "the model's processor"
     # A tokenizer's BatchEncoding is a UserDict: a mapping by behaviour, not by type.
     batches: Iterable[Any] = [sample] if hasattr(sample, "keys") else sample
     if not hasattr(batches, "__iter__"):
-        raise InputError(f"{name} is {batches!r}: give a batch, or an iterable of batches, as a tokenizer returns them")
+        raise InputError(f"{name} is {batches!r}: give a batch, or an iterable of batches, as {maker} returns them")
     taken: list[dict[str, Tensor]] = []
     seen = 0
     for batch in batches:
-        if not hasattr(batch, "keys") or not isinstance(batch.get("input_ids"), Tensor):
-            raise InputError(
-                f'a batch of {name} must map input_ids to a tensor, as a tokenizer with return_tensors="pt"'
-            )
-        if batch["input_ids"].numel() == 0:
+        value = batch.get(main) if hasattr(batch, "keys") else None
+        if not isinstance(value, Tensor):
+            raise InputError(f'a batch of {name} must map {main} to a tensor, as {maker} with return_tensors="pt"')
+        if value.ndim < 2:
+            raise InputError(f"{main} in a batch of {name} is {tuple(value.shape)}: give a row for each sample")
+        if value.numel() == 0:
             continue  # a text without tokens
-        # Labels are a head's business, and text columns nobody's; extra leading dimensions (choices) are flattened.
-        tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim >= 2 and k != "labels"}
-        taken.append(padded_behind({k: v.reshape(-1, v.shape[-1]) for k, v in tensors.items()}))
-        seen += int(token_mask(taken[-1]).sum())
+        taken.append(padded_behind(_tensors(batch)))
+        seen += positions(taken[-1])
         if seen >= tokens:
             break
     if not taken:
-        raise InputError(f"{name} needs at least one batch: a mapping with input_ids, as a tokenizer returns it")
+        raise InputError(f"{name} needs at least one batch: a mapping with {main}, as {maker} returns it")
     if seen == 0:
         raise InputError(f"{name} has no token: every attention mask is zero")
     return taken
+
+
+def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors that are a model's inputs: labels are a head's business, and text columns nobody's."""
+    found = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim > 0 and k != "labels"}
+    ids = found.get("input_ids")
+    if not has_other_inputs(found):
+        # Of text alone, one number per sequence is something to predict; beside images it may be a length.
+        found = {k: v for k, v in found.items() if v.ndim >= 2}
+    elif "label" in found:
+        del found["label"]
+    if ids is None or ids.ndim == 2:
+        return found
+    # Extra leading dimensions (choices) are flattened.
+    lead = ids.shape[:-1]
+    return {
+        k: v.reshape(-1, *v.shape[len(lead) :]) if v.shape[: len(lead)] == lead and v.ndim > len(lead) else v
+        for k, v in found.items()
+    }
+
+
+def has_other_inputs(batch: Batch) -> bool:
+    """Whether a batch holds more than text: a floating-point tensor that is neither a mask nor a number per sample."""
+    return any(v.is_floating_point() and v.ndim > 1 and "mask" not in name for name, v in batch.items())
 
 
 def padded_behind(batch: Batch) -> dict[str, Tensor]:
     """`batch` with its sequences moved to the front of their rows, where padding stands before them.
 
     Models with absolute positions count them from the first column on, padding included: behind padding, every token
-    would get the position, and with it the hidden states, of another one.
+    would get the position, and with it the hidden states, of another one. A decoder's sequences move by their own mask.
     """
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    if mask is None or mask.shape != ids.shape or bool(mask[:, :1].all()):
-        return dict(batch)
+    own = {name: value for name, value in batch.items() if not name.startswith("decoder_")}
+    decoders = {name: value for name, value in batch.items() if name.startswith("decoder_")}
+    moved = {**_moved(own, ""), **_moved(decoders, "decoder_")}
+    return {name: moved[name] for name in batch}
+
+
+def _moved(batch: Batch, prefix: str) -> Batch:
+    ids, mask = batch.get(f"{prefix}input_ids"), batch.get(f"{prefix}attention_mask")
+    if ids is None or mask is None or mask.shape != ids.shape or bool(mask[:, :1].all()):
+        return batch
+    shape = ids.shape
     # Of a row without any token, all is padding: argmax is 0, and it stays.
     start = mask.bool().int().argmax(dim=1, keepdim=True)
-    columns = (torch.arange(ids.shape[1], device=mask.device) + start) % ids.shape[1]
+    columns = (torch.arange(shape[1], device=mask.device) + start) % shape[1]
 
     def moved(tensor: Tensor) -> Tensor:
         # Positions may come once for all sequences.
-        if tensor.shape not in (ids.shape, (1, ids.shape[1])):
+        if tensor.shape not in (shape, (1, shape[1])):
             return tensor
-        return tensor.expand(ids.shape).gather(1, columns.to(tensor.device))
+        return tensor.expand(shape).gather(1, columns.to(tensor.device))
 
     return {name: moved(tensor) for name, tensor in batch.items()}
 
 
 def token_mask(batch: Batch) -> Tensor:
-    """`(batch, length)` bool, on the CPU: which positions are tokens."""
+    """`(batch, length)` bool, on the CPU: which positions of a batch with `input_ids` are tokens."""
     mask = batch.get("attention_mask")
     return (torch.ones_like(batch["input_ids"]) if mask is None else mask).bool().cpu()
+
+
+def positions(batch: Batch) -> int:
+    """How many positions a batch has: its tokens.
+
+    Without token ids, one for every 256 numbers of its largest input: about what a patch of an image or a frame of
+    sound holds, and near enough to know when there are enough of them.
+    """
+    if "input_ids" in batch:
+        return int(token_mask(batch).sum())
+    largest = max(batch.values(), key=Tensor.numel)
+    return max(len(largest), largest.numel() // _NUMBERS)
+
+
+def samples(batch: Batch) -> int | None:
+    """How many samples a batch has, where every tensor has one row for each; None where rows cannot be told apart.
+
+    Beside token ids, images may be several to a sample, or none: such a batch stays in one piece.
+    """
+    if "input_ids" in batch and has_other_inputs(batch):
+        return None
+    lengths = {len(value) for value in batch.values()}
+    return lengths.pop() if len(lengths) == 1 else None

@@ -86,7 +86,7 @@ class _StackTap:
         ]
 
     def _enter(self, module: nn.Module, _args: Any) -> None:
-        owners = {p.untyped_storage().data_ptr(): (name, p) for name, p in module.named_parameters(recurse=False)}
+        owners = {p.untyped_storage().data_ptr(): (name, p) for name, p in module.named_parameters()}
         self._traces.append(Trace(owners))
         self._traces[-1].__enter__()
 
@@ -102,21 +102,12 @@ class _StackTap:
         for expert, number in self._numbers.items():
             x, hidden = (found[expert][0] if expert in found else None for found in (inputs, outputs))
             if x is None or hidden is None:
-                shapes = self._shapes()
-                self._visit(number, *(like.new_zeros(0, size) for size in shapes))
+                self._visit(number, *(like.new_zeros(0, size) for size in self._site.channels()))
                 continue
             y, added = outputs[expert][1:]
             if last.bias is not None and not added:
                 y = y + module.get_parameter(last.bias)[expert].to(y.dtype)
             self._visit(number, x, hidden, y)
-
-    def _shapes(self) -> tuple[int, int, int]:
-        from mlp_fusion.modules.stored import bundle_of
-
-        kind, module = self._site.kind, self._site.module
-        tensors = {name: module.get_parameter(name) for name in kind.parameters}
-        bundle = bundle_of(tensors, kind.projections, kind.name, experts=kind.experts)
-        return bundle.w_in.shape[2], bundle.width, bundle.w_out.shape[2]
 
     def _by_expert(self, products: Sequence[Product], parameter: str) -> dict[int, tuple[Tensor, Tensor, bool]]:
         """Expert -> what its product with a parameter got and returned, and whether a bias is in that."""
@@ -131,8 +122,8 @@ class _StackTap:
                 pairs = [(n, x, y) for n, (x, y) in enumerate(zip(product.x, product.y, strict=True))]
             else:
                 raise InputError(
-                    f"{self._site.path}: its experts are not run one by one or all in turn, so that they cannot be told "
-                    "apart: set the model's experts implementation to eager"
+                    f"{self._site.path}: its experts are not run one by one, so that they cannot be told apart: set "
+                    "the model's experts implementation to eager"
                 )
             for expert, x, y in pairs:
                 rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])

@@ -1,7 +1,9 @@
-"""`Runner`: a model on text, in the mode, on the device and with the errors that all of the package shares."""
+"""`Runner`: a model on batches, in the mode, on the device and with the errors that all of the package shares."""
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from mlp_fusion.errors import InputError, named
-from mlp_fusion.running.batches import Batch
+from mlp_fusion.running.batches import Batch, has_other_inputs
+from mlp_fusion.running.positions import by_sequence
 
 #: What a model raises on inputs that do not suit it.
 _UNFIT = (ValueError, IndexError, TypeError, RuntimeError, AttributeError)
+#: Keys of configs for the tokens in whose place images and sounds are put; they may lie beyond the vocabulary.
+_PLACEHOLDER = re.compile(r"(.+_)?(image|video|audio|vision|speech).*_token_(id|index)")
 
 
 class Runner:
@@ -21,11 +26,11 @@ class Runner:
 
     Every module's own mode is back afterwards, whatever happens inside. Outputs have names, whether or not the model's
     config asks for tuples. Encoder-decoder models whose batches lack `decoder_input_ids` read the encoder's text in the
-    decoder, too. Gradients are recorded or not as around the call.
+    decoder, too. Images and sounds get the model's dtype. Gradients are recorded or not as around the call.
 
     Args:
         model: the model.
-        text: what the caller calls the text that it runs on, for errors.
+        text: what the caller calls the text, or whatever it runs on, for errors.
     """
 
     def __init__(self, model: nn.Module, text: str = "the sample") -> None:
@@ -52,20 +57,47 @@ class Runner:
         """
         base: Any = getattr(self.model, "base_model", self.model)
         self._check_vocabulary(base, batch)
-        return self._call(base, self._complete(base, batch))
+        return self.call(base, self._complete(base, batch))
 
-    def hidden_states(self, batch: Batch) -> Tensor:
-        """`(batch, length, d)`: the last hidden states.
+    def final_states(self, batch: Batch) -> list[Tensor]:
+        """`(batch, ..., d)`: the last hidden states; of a model with towers side by side (CLIP), those of each.
 
         Raises:
-            InputError: the model cannot run on the batch.
+            InputError: the model cannot run on the batch, or puts out no hidden states.
         """
         outputs = self.base(batch)
-        if "last_hidden_state" not in outputs:  # a model that has no base by itself, such as T5 with its head
-            outputs = self.base({**batch, "output_hidden_states": True})
-            outputs = {"last_hidden_state": (outputs.get("decoder_hidden_states") or outputs["hidden_states"])[-1]}
-        states: Tensor = outputs["last_hidden_state"]
-        return states
+        if "last_hidden_state" in outputs:
+            return [outputs["last_hidden_state"]]
+        parts = [part for part in outputs.values() if isinstance(part, Mapping)]
+        towers = [part["last_hidden_state"] for part in parts if part.get("last_hidden_state") is not None]
+        if towers and "logits" not in outputs:
+            return towers
+        # A model that has no base by itself, such as T5 with its head.
+        outputs = self.base({**batch, "output_hidden_states": True})
+        for part in (outputs, *(part for part in outputs.values() if isinstance(part, Mapping) and "logits" in part)):
+            if states := part.get("decoder_hidden_states") or part.get("hidden_states"):
+                return [states[-1]]
+        raise InputError(f"{type(self.model).__name__} puts out no hidden states to compare: load its base model")
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """`(batch, length, d)`: the last hidden states of a model that has them in one piece.
+
+        Raises:
+            InputError: as :meth:`final_states`, or there are several.
+        """
+        states = self.final_states(batch)
+        if len(states) > 1:
+            raise InputError(f"{type(self.model).__name__} has {len(states)} towers side by side: load one of them")
+        return states[0]
+
+    def counted_states(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """Each of :meth:`final_states`, and which of its positions count, `(batch, ...)` bool on the CPU."""
+        decodes = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        found = []
+        for states in self.final_states(batch):
+            mask, laid = by_sequence({"states": [states]}, batch, "decoder" if decodes else "")
+            found.append((laid["states"], mask))
+        return found
 
     def whole(self, batch: Batch) -> Any:
         """Outputs of the model with its head, by their names.
@@ -73,13 +105,24 @@ class Runner:
         Raises:
             InputError: it cannot run on the batch.
         """
-        return self._call(self.model, self._complete(self.model, batch))
+        return self.call(self.model, self._complete(self.model, batch))
 
-    def _call(self, module: Any, batch: Mapping[str, Any]) -> Any:
+    def call(self, module: Any, batch: Mapping[str, Any]) -> Any:
+        """What `module`, the model or a part or method of it, makes of tensors, on the device and in the dtype.
+
+        Raises:
+            InputError: it cannot run on them.
+        """
         device = next(self.model.parameters()).device
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+
+        def moved(name: str, value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.to(device, dtype if value.is_floating_point() and "mask" not in name else None)
+
         try:
-            return module(**moved)
+            return module(**{name: moved(name, value) for name, value in batch.items()})
         except InputError:
             raise
         except _UNFIT as error:
@@ -89,6 +132,17 @@ class Runner:
         config = getattr(module, "config", None)
         if not getattr(config, "is_encoder_decoder", False) or "decoder_input_ids" in batch:
             return batch
+        if "input_ids" not in batch:
+            # Decoders of other things than text (DETR's queries) need none.
+            if (
+                "decoder_input_ids" in inspect.signature(module.forward).parameters
+                and "decoder_inputs_embeds" not in batch
+            ):
+                raise InputError(
+                    f"{self.text} has no decoder_input_ids, and the decoder cannot read {', '.join(batch)}: add them, "
+                    "the tokens that the decoder is to read"
+                )
+            return batch
         decoder = {"decoder_input_ids": batch["input_ids"]}
         if "attention_mask" in batch:
             decoder["decoder_attention_mask"] = batch["attention_mask"]
@@ -96,12 +150,24 @@ class Runner:
 
     def _check_vocabulary(self, base: Any, batch: Mapping[str, Any]) -> None:
         known = _vocabulary(base)
-        largest, least = int(batch["input_ids"].max()), int(batch["input_ids"].min())
-        if known is not None and not 0 <= least <= largest < known:
+        if known is None or "input_ids" not in batch:
+            return
+        ids = batch["input_ids"]
+        if has_other_inputs({name: value for name, value in batch.items() if isinstance(value, Tensor)}):
+            ids = ids[~torch.isin(ids, torch.tensor(placeholders(base.config), device=ids.device))]
+        if ids.numel() == 0:
+            return
+        largest, least = int(ids.max()), int(ids.min())
+        if not 0 <= least <= largest < known:
             raise InputError(
                 f"{self.text} holds token {largest if least >= 0 else least}, the model knows 0 to {known - 1}: "
                 "tokenise it with the model's own tokenizer"
             )
+
+
+def placeholders(config: Any) -> list[int]:
+    """Tokens in whose place images and sounds are put, as a config names them."""
+    return [v for k, v in vars(config).items() if type(v) is int and _PLACEHOLDER.fullmatch(k)]
 
 
 def _vocabulary(base: Any) -> int | None:

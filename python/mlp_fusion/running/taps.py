@@ -13,11 +13,14 @@ from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.families.exchange import narrowed
 from mlp_fusion.neurons import UNNAMED, NeuronBundle
-from mlp_fusion.running.batches import POOL, Batch, take_batches, token_mask
+from mlp_fusion.running.batches import POOL, Batch, main_input, take_batches
 from mlp_fusion.running.expert_taps import experts_tapped
+from mlp_fusion.running.positions import by_sequence
 from mlp_fusion.running.runner import Runner, not_finite
+from mlp_fusion.running.sampling import RowPlan, RowSample
 
-#: Called as `visit(site number, token mask (batch, length), taps)`; see :func:`stream_activations`.
+#: Called as `visit(site number, mask of the rows that count (sequences, positions, ...), taps)`; see
+#: :func:`stream_activations` and, for the mask, :func:`mlp_fusion.running.positions.counted`.
 Visitor = Callable[[int, Tensor, "Taps"], None]
 
 
@@ -33,10 +36,12 @@ class Activations:
 class Taps:
     """What passes through one FFN on one batch, padding included, in the model's dtype and on its device.
 
+    The leading dimensions are those of the mask: `(batch, length)` of text, whatever an FFN sees of anything else.
+
     Attributes:
-        x: `(batch, length, d)` inputs.
-        hidden: `(batch, length, N)` what the output projection gets: the activations, gated where the FFN is.
-        y: `(batch, length, d_out)` outputs of the output projection.
+        x: `(sequences, positions, ..., d)` inputs.
+        hidden: `(..., N)` what the output projection gets: the activations, gated where the FFN is.
+        y: `(..., d_out)` outputs of the output projection.
     """
 
     x: Tensor
@@ -62,7 +67,7 @@ def stream_activations(
     """
     with Runner(model) as runner, tapped(architecture, sites, visit) as taps:
         for batch in batches:
-            taps.start(token_mask(batch))
+            taps.start(batch)
             runner.base(batch)
             taps.finish()
 
@@ -76,10 +81,11 @@ def capture_activations(
     rows: int,
     seed: int,
 ) -> list[Activations]:
-    """Run `model` over `sample` and keep up to `rows` token positions of every FFN in `sites`.
+    """Run `model` over `sample` and keep up to `rows` positions of every FFN in `sites`.
 
-    The same positions are kept at every FFN, drawn uniformly from those that the attention masks leave. Memory: `rows`
-    rows per FFN and one batch's activations. The model is put in evaluation mode for the run and back afterwards.
+    Drawn uniformly from those that count, see :func:`mlp_fusion.running.positions.counted`: the same at every FFN that
+    sees the sample's tokens, and at all that see as much of something else. Memory: `rows` rows per FFN and one batch's
+    activations. The model is put in evaluation mode for the run and back afterwards.
 
     Returns:
         One `Activations` per site, in their order.
@@ -87,23 +93,18 @@ def capture_activations(
     Raises:
         InputError: the sample has no token, or an FFN did not run, or overflows.
     """
-    batches = take_batches(sample, POOL * rows)
-    total = sum(int(token_mask(b).sum()) for b in batches)
-    chosen = torch.zeros(total, dtype=torch.bool)
-    chosen[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:rows]] = True
-    kept: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in sites]
-    starts = [0] * len(sites)
+    batches = take_batches(sample, POOL * rows, main=main_input(model))
+    plan = RowPlan(batches, seed)
+    kept = [RowSample(plan, rows) for _ in sites]
 
     def keep(number: int, mask: Tensor, taps: Taps) -> None:
-        count = int(mask.sum())
-        positions = torch.zeros_like(mask)
-        positions[mask] = chosen[starts[number] : starts[number] + count]
-        starts[number] += count
-        for store, rows_of in zip(kept[number], (taps.x, taps.y), strict=True):
-            store.append(rows_of[positions.to(rows_of.device)].clone())
+        counted = mask.to(taps.x.device)
+        kept[number].add(mask, taps.x[counted], taps.y[counted])
 
     stream_activations(model, architecture, sites, batches, keep)
-    found = [Activations(torch.cat(xs), torch.cat(ys)) for xs, ys in kept]
+    found = [
+        Activations(*sample.finish(may_be_empty=site.is_expert)[0]) for site, sample in zip(sites, kept, strict=True)
+    ]
     for site, rows_of in zip(sites, found, strict=True):
         if not bool(rows_of.x.isfinite().all() and rows_of.y.isfinite().all()):
             raise not_finite(f"{site.path}: this FFN's inputs or outputs", rows_of.y.dtype)
@@ -113,7 +114,7 @@ def capture_activations(
 @contextmanager
 def tapped(architecture: Architecture, sites: Sequence[FFNSite], visit: Visitor) -> Iterator[TapStore]:
     """Show `visit` what passes through the FFNs in `sites` while the modules run inside; see :class:`TapStore`."""
-    taps = TapStore(visit, len(sites))
+    taps = TapStore(visit, sites)
     handles = []
     experts = {number: site for number, site in enumerate(sites) if site.expert is not None}
     for number, site in enumerate(sites):
@@ -138,29 +139,31 @@ class TapStore:
     complete when another one begins, or the batch ends.
     """
 
-    def __init__(self, visit: Visitor, sites: int) -> None:
+    def __init__(self, visit: Visitor, sites: Sequence[FFNSite]) -> None:
         self._visit, self._sites = visit, sites
         self._current: int | None = None
         self._parts: dict[str, list[Tensor]] = {}
-        self._mask = torch.empty(0)
-        self._seen = 0
+        self._batch: Batch = {}
+        self._seen: set[int] = set()
 
-    def start(self, mask: Tensor) -> None:
-        """Begin a batch with the `(batch, length)` token mask."""
-        self._mask, self._seen, self._current = mask, 0, None
+    def start(self, batch: Batch) -> None:
+        """Begin a batch."""
+        self._batch, self._current = batch, None
+        self._seen.clear()
 
     def before(self, name: str, number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _module, args: self._add(name, number, args[0])
 
     def after(self, name: str, number: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _module, _args, y: self._add(name, number, y)
+        # A copy: some models add the residual to an FFN's outputs in place.
+        return lambda _module, _args, y: self._add(name, number, y.clone())
 
     def complete(self, number: int, x: Tensor, hidden: Tensor, y: Tensor) -> None:
         """All rows of an FFN at once, an expert's: those that were routed to it, `(rows, channels)` each."""
         self._flush()
         mask = torch.ones(1, len(x), dtype=torch.bool)
         self._visit(number, mask, Taps(x.unsqueeze(0), hidden.unsqueeze(0), y.unsqueeze(0)))
-        self._seen += 1
+        self._seen.add(number)
 
     def finish(self) -> None:
         """End the batch.
@@ -169,8 +172,15 @@ class TapStore:
             InputError: an FFN did not run.
         """
         self._flush()
-        if self._seen != self._sites:
-            raise InputError("an FFN did not run on the sample: the model skips it")
+        for number, site in enumerate(self._sites):
+            if number in self._seen:
+                continue
+            if not site.is_expert:
+                raise InputError(
+                    f"{site.path}: this FFN did not run on the sample: give inputs that reach it, or leave it out"
+                )
+            like = site.module.get_parameter(site.kind.parameters[0])
+            self.complete(number, *(like.new_zeros(0, size) for size in site.channels()))
 
     def _add(self, name: str, number: int, tensor: Tensor) -> None:
         if number != self._current:
@@ -183,11 +193,10 @@ class TapStore:
             return
         if not all(self._parts.values()):
             raise InputError("an FFN did not run on the sample: the model skips it")
-        batch = len(self._mask)
-        joined = {k: torch.cat([p.reshape(batch, -1, p.shape[-1]) for p in v], 1) for k, v in self._parts.items()}
-        self._visit(self._current, self._mask, Taps(**joined))
+        mask, joined = by_sequence(self._parts, self._batch, self._sites[self._current].path)
+        self._visit(self._current, mask, Taps(**joined))
+        self._seen.add(self._current)
         self._current, self._parts = None, {}
-        self._seen += 1
 
 
 @contextmanager

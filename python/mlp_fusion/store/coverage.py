@@ -9,6 +9,7 @@ from typing import Any
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.store.naming import Place, places
+from mlp_fusion.store.quantised import quantisation
 from mlp_fusion.store.record import architecture_of
 from mlp_fusion.store.reference import checkpoint_class
 from mlp_fusion.store.source import Headers
@@ -61,7 +62,7 @@ def claimed_tensors(
         info = headers.tensors[name]
         found = architecture.locate(place.parameter)
         if found is not None:
-            if not info.floating and len(info.shape) > 1:
+            if not info.floating and len(info.shape) > 1 and quantisation(headers.config) is None:
                 raise InputError(
                     f"{headers.name}: {name} is stored as {info.dtype}: start from the unquantised checkpoint"
                 )
@@ -94,7 +95,8 @@ def _refuse_strays(headers: Headers, architecture: Architecture, placed: Mapping
         )
     raise InputError(
         f"{headers.name}: {first} looks like part of an FFN, but the {architecture.model_type!r} model of config.json "
-        f"has no place for it ({len(strays)} such tensors): this model is not supported"
+        f"has no place for it ({len(strays)} such tensors, as of layers for multi-token prediction, which transformers "
+        "drops): take them out of the checkpoint"
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture
-from mlp_fusion.modules import ScaleHolder
+from mlp_fusion.modules import Scaled
 from mlp_fusion.store.record import (
     REFERENCE_FILE,
     REPORT_FILE,
@@ -43,7 +43,7 @@ def fold_state_dict(
     plain = dict(state)
     scales: dict[str, Tensor] = {}
     sites = architecture.sites(model)
-    if not sites and any(isinstance(module, ScaleHolder) and module.scale is not None for module in model.modules()):
+    if not sites and any(isinstance(module, Scaled) and module.scale is not None for module in model.modules()):
         raise InputError(
             f"{type(model).__name__} is a part of a fused model, in which FFNs have other names: save the whole model"
         )
@@ -66,6 +66,12 @@ def fold_state_dict(
             check_whole(key, plain[key])
         scales[name] = plain.pop(name)
         folding.apply(plain, scales[name])
+    for name, module in model.named_modules():
+        if isinstance(module, Scaled) and module.scale is not None and f"{name}.scale" in plain:
+            raise InputError(
+                f"{name} holds a scale, which no plain checkpoint has, where the model has no FFN to fold it into: "
+                "call its merge_scale() before saving"
+            )
     return plain, scales
 
 

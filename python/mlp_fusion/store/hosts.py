@@ -3,7 +3,7 @@
 - `PreTrainedModel.post_init`, with which constructors end: a model whose config holds the record of a fusion, with
   widths that no key of the config states, gets them, before its weights are loaded. Other models are built as ever.
 - `PreTrainedModel.save_pretrained`: a model that contains fused FFNs is saved folded, whichever of its modules the call
-  is made on; one with fused experts that hold a scale is refused. Other models are saved as ever.
+  is made on. Other models are saved as ever.
 - `PreTrainedModel.from_pretrained` and `load_state_dict` of its models: a state in which a fused FFN has a scale, or
   lacks one, without the model being able to tell what it means, is refused (see `store.states`).
 - `Trainer`, `load_sharded_checkpoint` and accelerate's `load_checkpoint_in_model` say of the folder that they read
@@ -65,15 +65,10 @@ def _wrap(owner: Any, name: str, wrapper: Callable[[_Method], _Method]) -> None:
 
 def _saving(save: _Method) -> _Method:
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
-        from mlp_fusion.modules import FusedExperts, ScaleHolder
+        from mlp_fusion.modules import Scaled
         from mlp_fusion.store.folding import save_folded
 
-        if any(isinstance(module, FusedExperts) and module.scale is not None for module in self.modules()):
-            raise InputError(
-                "the model holds fused experts with a scale, which no plain checkpoint has: "
-                "call merge_scale() on every FusedExperts before saving"
-            )
-        if any(isinstance(module, ScaleHolder) for module in self.modules()):
+        if any(isinstance(module, Scaled) for module in self.modules()):
             save_folded(self, save, *args, **kwargs)
         else:
             save(self, *args, **kwargs)

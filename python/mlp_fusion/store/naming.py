@@ -9,6 +9,8 @@ from typing import Any
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from mlp_fusion.store.quantised import plain_names, quantisation
+
 
 @dataclass(frozen=True)
 class Place:
@@ -16,7 +18,7 @@ class Place:
 
     Attributes:
         parameter: name in the model; of several that one tensor becomes, the first.
-        converted: it does not go there as it is: it is stacked, split, transposed or joined with others.
+        converted: it does not go there as it is: it is stacked, split, transposed, joined with others or dequantised.
     """
 
     parameter: str
@@ -35,10 +37,11 @@ def places(model: Any, names: Iterable[str]) -> dict[str, Place]:
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     known: dict[str, Any] = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     found = {}
-    for name in names:
-        own, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+    for name, plain in plain_names(model.config, names).items():
+        own, pattern = rename_source_key(plain, renamings, converters, model.base_model_prefix, known)
+        quantised = quantisation(model.config) is not None
         if own in known:
-            found[name] = Place(own, pattern is not None)
-        elif name in known:
-            found[name] = Place(name, False)
+            found[name] = Place(own, pattern is not None or quantised)
+        elif plain in known:
+            found[name] = Place(plain, quantised)
     return found

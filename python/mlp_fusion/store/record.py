@@ -15,6 +15,7 @@ from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite, Kind
 from mlp_fusion.families.discovered import discovered
 from mlp_fusion.neurons import Parameterization
+from mlp_fusion.store.quantised import check_readable, quantisation
 from mlp_fusion.store.widths import width_keys
 
 #: Key in config.json. Readers that do not know it keep it and pass over it.
@@ -30,18 +31,19 @@ REPORT_FILE = f"{SIDE_FOLDER}/report.json"
 DTYPE_KEY = "dtype"
 
 
-def check_config(config: Any) -> Architecture:
+def check_config(config: Any, *, stored: bool = False) -> Architecture:
     """The architecture of a model that can be fused.
+
+    Args:
+        config: of the model.
+        stored: it is that of a checkpoint, whose weights may be quantised in a way that can be read as plain ones.
 
     Raises:
         InputError: quantised, fused already, or FFNs that are not found, or not proved.
     """
-    quantisation = getattr(config, "quantization_config", None)
-    if quantisation is not None:
-        kind = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else quantisation.quant_method
-        raise InputError(
-            f"the weights are quantised ({getattr(kind, 'value', kind)}): start from the unquantised checkpoint"
-        )
+    check_readable(config)
+    if not stored and (method := quantisation(config)) is not None:
+        raise InputError(f"the weights are quantised ({method}): load the model with dequantize=True, or compress it")
     dtype = getattr(config, "dtype", None)
     if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
         raise InputError(f"config.json says dtype {str(dtype)[6:]}, in which no model can be loaded: mend it")
@@ -87,9 +89,9 @@ def fused_config(
 ) -> Any:
     """A copy of the config of `model` that states the new widths and how they came about.
 
-    A copy, because models share config objects (a teacher and its student, say). Where the config has keys that lead to
-    the widths, they say them, so that the checkpoint is an ordinary one. Widths that no key can state are in the record,
-    and models are built by it once `mlp_fusion` is imported.
+    A copy, because models share config objects (a teacher and its student, say). Where the config has keys that lead
+    to the widths, they say them, so that the checkpoint is an ordinary one. Widths that no key can state are in the
+    record, and models are built by it once `mlp_fusion` is imported.
 
     Args:
         model: unfused; on any device, meta included.

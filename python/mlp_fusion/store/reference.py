@@ -11,12 +11,16 @@ import transformers
 from torch import Tensor
 
 from mlp_fusion.errors import InputError, named
-from mlp_fusion.running.batches import random_batch
+from mlp_fusion.running.batches import Batch
+from mlp_fusion.running.drawing import random_batch
 from mlp_fusion.running.runner import Runner, not_finite
+from mlp_fusion.store.quantised import forget, quantisation, reading_options
 from mlp_fusion.store.weights import COMPUTING, TensorInfo, widest_dtype
 
-#: Tokens of the random sequence whose outputs travel with the checkpoint for `verify`.
+#: Tokens of the random text whose outputs travel with the checkpoint for `verify`.
 _REFERENCE_TOKENS = 16
+#: What stands before the names of inputs that are not `input_ids` alone: outputs may have the same names.
+_INPUT = "inputs."
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in COMPUTING.values()}
 
 
@@ -65,7 +69,7 @@ def checkpoint_class(config: Any) -> Any:
 
 
 def load_checkpoint(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The model in `folder`, in evaluation mode, and what transformers says of its tensors.
+    """The model in `folder`, in evaluation mode and dequantised, and what transformers says of its tensors.
 
     Raises:
         InputError: it cannot be loaded.
@@ -73,43 +77,64 @@ def load_checkpoint(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any,
     try:
         model, info = model_class(config).from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True, **reading_options(config),
         )  # fmt: skip
+    except InputError:
+        raise
     except Exception as error:  # whatever a config of somebody else's makes of transformers' code
         raise InputError(f"{folder}: transformers cannot load it ({named(error, 300)})") from error
+    if quantisation(config) is not None:
+        forget(model)
     return model.eval(), info
 
 
 def reference_outputs(model: Any, seed: int, *, head: bool) -> dict[str, Tensor]:
-    """Outputs of `model` on one random sequence, as :func:`model_outputs`, and the `input_ids`.
+    """Random inputs of one sample, by the names that :func:`split_reference` knows, and the outputs for them.
 
     Raises:
-        InputError: it cannot run on token ids alone, or its outputs are not finite.
+        InputError: there is no guess at what it takes, it cannot run on it, or its outputs are not finite.
     """
-    ids = random_batch(model, seed=seed, batch=1, length=_REFERENCE_TOKENS)["input_ids"]
-    outputs = model_outputs(model, ids, head=head)
+    inputs = random_batch(model, seed=seed, batch=1, length=_REFERENCE_TOKENS)
+    if _is_text(inputs):
+        inputs = {"input_ids": inputs["input_ids"]}
+    outputs = model_outputs(model, inputs, head=head)
     for name, tensor in outputs.items():
         if not bool(tensor.isfinite().all()):
             raise not_finite(f"the model's {name.replace('_', ' ')}", model.dtype)
-    return {"input_ids": ids, **outputs}
+    if _is_text(inputs):
+        return {**inputs, **outputs}
+    return {**{f"{_INPUT}{name}": tensor for name, tensor in inputs.items()}, **outputs}
+
+
+def split_reference(reference: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The inputs of a reference file by the model's own names, and the outputs: `input_ids` alone, or `inputs.NAME`."""
+    inputs = {name.removeprefix(_INPUT): t for name, t in reference.items() if name.startswith(_INPUT)}
+    if not inputs:
+        inputs = {"input_ids": reference["input_ids"]}
+        return inputs, {name: tensor for name, tensor in reference.items() if name != "input_ids"}
+    return inputs, {name: tensor for name, tensor in reference.items() if not name.startswith(_INPUT)}
+
+
+def _is_text(inputs: Mapping[str, Tensor]) -> bool:
+    return inputs.keys() <= {"input_ids", "attention_mask"}
 
 
 @torch.no_grad()
-def model_outputs(model: Any, input_ids: Tensor, *, head: bool) -> dict[str, Tensor]:
-    """What `model` puts out; float32 on the CPU.
+def model_outputs(model: Any, inputs: Tensor | Batch, *, head: bool) -> dict[str, Tensor]:
+    """What `model` puts out for a batch, or for token ids alone; float32 on the CPU.
 
     Logits of any kind (`logits`, `start_logits`), `last_hidden_state` where there are none or `head` is False, or
     whatever tensors there are. A head that the checkpoint has no weights for is drawn anew on every load: there is
     nothing to compare.
 
     Raises:
-        InputError: it cannot run on token ids alone.
+        InputError: it cannot run on them.
     """
-    ids = input_ids
+    batch = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     if head and type(model).__name__.endswith("ForMultipleChoice"):
-        ids = ids.unsqueeze(1)  # a single choice
-    with Runner(model, "token ids alone") as runner:
-        outputs = (runner.whole if head else runner.base)({"input_ids": ids})
+        batch = {name: tensor.unsqueeze(1) for name, tensor in batch.items()}  # a single choice
+    with Runner(model, "token ids alone" if batch.keys() == {"input_ids"} else "random inputs") as runner:
+        outputs = (runner.whole if head else runner.base)(batch)
     tensors = {name: value for name, value in outputs.items() if isinstance(value, Tensor) and value.ndim > 0}
     logits = [name for name in tensors if name.endswith("logits")]
     names = logits or [name for name in tensors if name == "last_hidden_state"] or list(tensors)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, Kind
-from mlp_fusion.modules import ScaleHolder
+from mlp_fusion.modules import Scaled
 from mlp_fusion.store.record import FUSION_KEY, known_architecture
 from mlp_fusion.store.scale import SCALE_FILE, Rescaling, is_sound, read_scale_file
 
@@ -97,7 +97,7 @@ def _plain_folder(file: Path) -> Iterator[None]:
         _scales.reset(token)
 
 
-def _scale_for(key: str, fused: ScaleHolder) -> Tensor:
+def _scale_for(key: str, fused: Scaled) -> Tensor:
     """The scale that plain weights are taken apart with: the one they were folded with, if it is known and fits."""
     assert fused.scale is not None
     saved = _scales.get().get(key)
@@ -125,9 +125,9 @@ class StateForm:
             state[key] = scale
 
 
-def _holder(kind: Kind, module: nn.Module) -> ScaleHolder | None:
+def _holder(kind: Kind, module: nn.Module) -> Scaled | None:
     found = module.get_submodule(kind.holder)
-    return found if isinstance(found, ScaleHolder) else None
+    return found if isinstance(found, Scaled) else None
 
 
 def check_form(kind: Kind, module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> Form:
@@ -216,7 +216,7 @@ def dropped_scale(keys: list[str]) -> InputError:
 
 def has_forms(model: nn.Module) -> bool:
     """Whether `model` holds fused FFNs whose own weights are not the plain ones."""
-    return any(isinstance(module, ScaleHolder) and module.scale is not None for module in model.modules())
+    return any(isinstance(module, Scaled) and module.scale is not None for module in model.modules())
 
 
 def as_own(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -9,11 +9,34 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from mlp_fusion.errors import InputError
+from mlp_fusion.errors import InputError, named
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.families.exchange import bundle_width, put_parameters
 from mlp_fusion.families.sites import WidthKey
+
+
+def described(model: nn.Module) -> tuple[str, Any, Any]:
+    """The outermost part of a model that its config describes: the model itself, or what it wraps.
+
+    Returns:
+        `(path, part, built)`; `built` is what the config makes of the part's class, on the meta device.
+
+    Raises:
+        InputError: there is none.
+    """
+    from mlp_fusion.families import building
+
+    failed = "there is no Hugging Face model in it"
+    with building.undisturbed():
+        for path, part in model.named_modules():
+            if isinstance(part, PreTrainedModel) and part.config is model.config:
+                try:
+                    return path, part, building.build(type(part), part.config)
+                except Exception as error:  # noqa: BLE001  (a class of somebody else's wants more than a config)
+                    failed = named(error, 300)
+    raise InputError(f"{type(model).__name__}: no model can be built from its config ({failed})")
 
 
 def width_keys(model: Any, config: Any, sites: Sequence[FFNSite], widths: Sequence[int]) -> tuple[Any, set[int]]:
@@ -29,11 +52,12 @@ def width_keys(model: Any, config: Any, sites: Sequence[FFNSite], widths: Sequen
     Returns:
         The changed config, and the groups of kinds whose widths it states.
     """
+    prefix, own, _ = described(model)
     groups: dict[int, list[tuple[FFNSite, int]]] = {}
     for site, width in zip(sites, widths, strict=True):
         groups.setdefault(site.kind.group, []).append((site, width))
     told: set[int] = set()
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    expected = {name: tuple(p.shape) for name, p in own.named_parameters()}
     for number, members in groups.items():
         shares = {Fraction(width, site.kind.width) for site, width in members}
         if shares == {Fraction(1)}:
@@ -42,18 +66,14 @@ def width_keys(model: Any, config: Any, sites: Sequence[FFNSite], widths: Sequen
         key = members[0][0].kind.key
         if key is None or len(shares) > 1:
             continue
-        shapes = expected | {name: shape for site, width in members for name, shape in narrowed_shapes(site, width)}
-        trial = next(
-            (
-                found
-                for value in _values(key, members[0][0].kind.width, *shares)
-                if (found := _built(model, config, key, value, shapes)) is not None
-            ),
-            None,
-        )
-        if trial is not None:
-            config, expected = trial, shapes
-            told.add(number)
+        narrow = {name: shape for site, width in members for name, shape in narrowed_shapes(site, width)}
+        shapes = expected | {name.removeprefix(f"{prefix}."): shape for name, shape in narrow.items()}
+        for value in _values(key, members[0][0].kind.width, *shares):
+            trial = _built(own, config, key, value, shapes)
+            if trial is not None:
+                config, expected = trial, shapes
+                told.add(number)
+                break
     return config, told
 
 

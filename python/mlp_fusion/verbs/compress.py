@@ -29,6 +29,7 @@ from mlp_fusion.store.coverage import meta_model
 from mlp_fusion.store.folding import fold_state_dict
 from mlp_fusion.store.naming import Place, places
 from mlp_fusion.store.output import appears_when_complete, check_output, output_path, taken
+from mlp_fusion.store.quantised import quantisation
 from mlp_fusion.store.record import (
     DTYPE_KEY,
     FUSION_KEY,
@@ -41,7 +42,7 @@ from mlp_fusion.store.reference import compute_dtype, load_checkpoint, reference
 from mlp_fusion.store.scale import write_scales
 from mlp_fusion.store.source import companion_files, local_folder, read_config
 from mlp_fusion.store.tokenizers import tokenize
-from mlp_fusion.store.weights import read_tensors, safetensors_name
+from mlp_fusion.store.weights import COMPUTING, read_tensors, safetensors_name
 from mlp_fusion.store.writing import copy_companions, save_converted, write_weights
 from mlp_fusion.verbs.fuse import fuse
 from mlp_fusion.verbs.plan import FusionPlan, plan
@@ -158,7 +159,9 @@ def _open(folder: Path, dtype: str | None, device: torch.device) -> _Source:
     architecture = architecture_of(config)
     placed = places(meta_model(config), tensors)
     ffns = {name for name, place in placed.items() if architecture.locate(place.parameter) is not None}
-    working = compute_dtype(ffns, tensors, dtype)
+    method = quantisation(config)
+    plain = {name: t for name, t in tensors.items() if method is None or (t.dtype in COMPUTING and t.dtype != "F32")}
+    working = compute_dtype(ffns, plain, dtype)
     model, head = _load(folder, config, working)
     check_finite(model)
     widened = {tensor.dtype for tensor in tensors.values() if tensor.parameter} != {safetensors_name(working)}
@@ -184,7 +187,7 @@ def _write(
     plain, scales = fold_state_dict(source.model, source.architecture, source.model.state_dict())
     fused = _fused_tensors(source, plain, chosen)
     with appears_when_complete(out) as staging:
-        if any(source.placed[name].converted for name in fused):
+        if any(place.converted for place in source.placed.values()):
             save_converted(source.model, plain, staging)
         else:
             write_weights(source.folder, staging, fused)
@@ -238,6 +241,7 @@ def _write_config(source: Path, target: Path, fused: Any) -> None:
         if said.get(path[-1]) is not None:
             inner[path[-1]] = said[path[-1]]
     config[FUSION_KEY] = record
+    config.pop("quantization_config", None)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -38,8 +38,8 @@ def fuse(
     checkpoint. Build the optimiser after this call: the FFNs' parameters are new.
 
     Args:
-        model: a `PreTrainedModel` in memory, unquantised, without adapters. Its FFNs are found by what they compute, and
-            proved; experts of a Mixture-of-Experts model are FFNs, each by itself.
+        model: a `PreTrainedModel` in memory, unquantised, without adapters. Its FFNs are found by what they compute,
+            and proved; experts of a Mixture-of-Experts model are FFNs, each by itself.
         width: neurons to keep in each FFN: a count (`768`) or a share (`0.25`), the share rounded to a multiple that
             engines can serve; `"auto"` gives each FFN what its errors on the calibration text call for, within
             `budget`.

@@ -20,6 +20,7 @@ from mlp_fusion.reducing.chosen import choose_sites, find_ffns
 from mlp_fusion.selection import Layers, Width
 from mlp_fusion.settings import PlanSettings, make, takes
 from mlp_fusion.store.coverage import claimed_tensors, meta_model
+from mlp_fusion.store.quantised import quantisation
 from mlp_fusion.store.record import FUSION_KEY, check_config, fused_config
 from mlp_fusion.store.source import model_headers, read_headers
 from mlp_fusion.store.weights import TensorInfo
@@ -147,7 +148,7 @@ def plan(
         model: Any = model_or_path
         held = {name: [info] for name, info in headers.tensors.items()}
     else:
-        architecture = check_config(headers.config)
+        architecture = check_config(headers.config, stored=True)
         model = meta_model(headers.config)
         sites = architecture.sites(model)
         held = claimed_tensors(headers, model, architecture, sites)
@@ -172,7 +173,7 @@ def plan(
         bytes_after=size - saved_bytes,
         uniform=plain,
         loads_in=_loads_in(plain, headers.config.model_type),
-        warnings=_warnings(ffns, automatic=budget is not None),
+        warnings=_warnings(ffns, automatic=budget is not None) + _quantised(headers.config),
     )
 
 
@@ -218,6 +219,13 @@ def _loads_in(uniform: bool, model_type: str) -> str:
         "transformers' AutoModel*.from_pretrained after `import mlp_fusion`: widths differ by layer or no key of the "
         "config states them, so that other engines do not read them"
     )
+
+
+def _quantised(config: Any) -> list[str]:
+    method = quantisation(config)
+    if method is None:
+        return []
+    return [f"the weights are quantised ({method}): they are read and written in 16 bits, larger than the bytes above"]
 
 
 def _warnings(ffns: list[PlannedFFN], *, automatic: bool) -> list[str]:
