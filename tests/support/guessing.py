@@ -274,7 +274,8 @@ def guesses(model: Any) -> Iterator[Inputs]:
     yield from ({**_decoders(text), **image} for image in images if text)
     yield from _hidden(names, config, g)
     if first == "hidden_states":
-        yield from ({first: image["pixel_values"]} for image in itertools.islice(_images(names, config, g), 4))
+        found = (image["pixel_values"] for image in _images(names, config, g) if "pixel_values" in image)
+        yield from ({first: pixels} for pixels in itertools.islice(found, 4))
 
 
 def _decoders(text: Inputs) -> Inputs:

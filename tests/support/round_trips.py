@@ -81,6 +81,11 @@ class Trip:
         return {path for probe in self.probes for path in probe.reached}
 
     @property
+    def even(self) -> bool:
+        """Whether every width has a half that is served, so that FFNs that one ratio moves can be halved together."""
+        return all(2 * kept(site) == site.width for site in self.description.sites)
+
+    @property
     def sample(self) -> Inputs | None:
         """What the whole model runs on."""
         whole = [probe.inputs for probe in self.probes if not probe.path]
@@ -104,7 +109,7 @@ def prepare(model_type: str, known: Steps | None = None) -> Trip:
         trip = _built(small)
         if best is None or _rank(trip) > _rank(best):
             best = trip
-        full = bool(best.probes) and best.paths <= best.reached
+        full = bool(best.probes) and best.paths <= best.reached and best.even
         if full or number + 1 == _CANDIDATES or time.perf_counter() > until:
             break
     if best is None:
@@ -114,8 +119,8 @@ def prepare(model_type: str, known: Steps | None = None) -> Trip:
     return best
 
 
-def _rank(trip: Trip) -> tuple[int, bool]:
-    return len(trip.reached), trip.sample is not None
+def _rank(trip: Trip) -> tuple[float, bool, bool]:
+    return len(trip.reached) / max(len(trip.paths), 1), trip.even, trip.sample is not None
 
 
 def _built(small: Small) -> Trip:
@@ -174,30 +179,44 @@ def restore(trip: Trip, loaded: Any, folder: str) -> None:
 
 
 def train(trip: Trip) -> None:
-    """A few steps of AdamW on the fused model: finite, and every FFN that ran changes."""
+    """A few steps of AdamW on the fused model: finite, and every FFN changes that has a gradient in the wide model."""
     before = {name: p.detach().clone() for name, p in trip.model.named_parameters()}
     optimizer = torch.optim.AdamW(trip.model.parameters(), lr=_RATE, weight_decay=0.0)
     for _ in range(_STEPS):
-        loss = _loss(trip)
         optimizer.zero_grad()
+        loss = _loss(trip.model, trip)
         loss.backward()
         optimizer.step()
         if not bool(loss.isfinite()):
             raise DifferentError(f"the loss is {float(loss)} in training")
     changed = {name for name, p in trip.model.named_parameters() if not torch.equal(p, before[name])}
-    for _, path in instances(trip.description):
-        if path in trip.reached and not any(name.startswith(f"{path}.") for name in changed):
+    expected = _with_gradient(trip)
+    for path in expected:
+        if not any(name.startswith(f"{path}.") for name in changed):
             raise DifferentError(f"nothing in {path} is trained")
     if not all(bool(p.isfinite().all()) for p in trip.model.parameters()):
         raise DifferentError("a parameter is not finite after training")
-    trip.figures["changed"] = len(changed)
+    trip.figures["trained"] = len(expected)
 
 
-def _loss(trip: Trip) -> Tensor:
+def _with_gradient(trip: Trip) -> list[str]:
+    """Paths of FFNs that have a gradient in the wide model: not every output of every layer is used."""
+    model = real_model(trip.small.config)
+    tie(model, trip.description)
+    _loss(model, trip).backward()
+    found = []
+    for site, path in instances(trip.description):
+        gradient = model.get_parameter(f"{path}.{site.projections[-1].parameter}".strip(".")).grad
+        if gradient is not None and bool(gradient.any()):
+            found.append(path)
+    return found
+
+
+def _loss(model: Any, trip: Trip) -> Tensor:
     terms = []
     for probe in trip.probes:
         torch.manual_seed(0)
-        found = tensors(_part(trip.model, probe)(**probe.inputs))
+        found = tensors(_part(model, probe)(**copy.deepcopy(probe.inputs)))
         terms += [t.square().mean() for t in found.values() if t.requires_grad]
     if not terms:
         raise DifferentError("no output of the model has a gradient")
