@@ -21,15 +21,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-_TOKENS, _SAMPLES = 24, 16000
+_TOKENS, _SAMPLES = 16, 15360
 #: Ids that are rarely special.
 _LEAST_ID, _MOST_ID = 20, 40
 _PARTS = (
     "text_config", "vision_config", "audio_config", "backbone_config", "encoder", "decoder", "thinker_config",
-    "language_config", "speech_config", "vision_encoder_config", "audio_encoder_config", "image_encoder",
+    "language_config", "decoder_config", "encoder_config", "speech_config", "vision_encoder_config",
+    "audio_encoder_config", "image_encoder",
 )  # fmt: skip
 Inputs = dict[str, Any]
 _GUESSES = 120
+_INFINITE = 1e4
 #: How often a guess is mended by what an error says.
 _REPAIRS = 5
 #: Errors that name a size that was given and one that was wanted, and which groups those are.
@@ -108,7 +110,7 @@ def _tried(part: Any, path: str, inputs: Inputs, wanted: set[str], problems: lis
                 message = " ".join(str(error).split())
                 problems.append(f"{type(error).__name__}: {message[:160]} ({', '.join(inputs)})")
             else:
-                if outputs and all(bool(t.isfinite().all()) for t in outputs.values()):
+                if outputs and not any(bool(t.isnan().any()) for t in outputs.values()):
                     return Probe(path, inputs, frozenset(reached))
                 problems.append("no output, or one that is not finite")
                 return None
@@ -210,9 +212,11 @@ def _beside_text(inputs: Inputs, ids: Tensor, placed: list[int]) -> Inputs:
 
 
 def tensors(outputs: Any, prefix: str = "") -> dict[str, Tensor]:
-    """All floating-point tensors of a model's outputs by name, but for caches."""
+    """All floating-point tensors of a model's outputs by name, but for caches; what is masked by infinity is large."""
     if isinstance(outputs, Tensor):
-        return {prefix or "output": outputs.float()} if outputs.is_floating_point() and outputs.numel() else {}
+        if not outputs.is_floating_point() or not outputs.numel():
+            return {}
+        return {prefix or "output": outputs.float().clamp(-_INFINITE, _INFINITE)}
     if isinstance(outputs, Mapping):
         items = list(outputs.items())
     elif isinstance(outputs, (tuple, list)):
@@ -242,17 +246,21 @@ def guesses(model: Any) -> Iterator[Inputs]:
     images = list(itertools.islice(_images(names, config, g), 24)) if "pixel_values" in names else []
     if "image" in names and not images:
         images = [{"image": image["pixel_values"]} for image in _images(names, config, g)][:8]
+    first = next((name for name, p in names.items() if p.default is p.empty), None)
     videos = list(itertools.islice(_videos(names, config, g), 8))
     sounds = list(itertools.islice(_sounds(names, config, g), 24))
     main = model.main_input_name if isinstance(model.main_input_name, str) else ""
     if not text or (main in ("input_features", "input_values")):
         yield from ({**_decoders(text), **sound} for sound in sounds)
+    if "input_values" in names and "input_features" in names:
+        waves = [sound for sound in sounds if "input_values" in sound]
+        yield from ({**a, **b} for a in waves for b in sounds if "input_features" in b)
     if images and sounds:
         yield from ({**text, **a, **b} for a, b in itertools.product(images[:6], sounds[:6]))
     yield from ({**text, **image} for image in images)
     yield from ({**text, **sound} for sound in sounds)
     yield from ({**text, **video} for video in videos)
-    yield from _others(names, config, g)
+    yield from _others(names, config, g, text)
     if text:
         codebooks = next(_numbers(config, "num_codebooks", "num_channels", "n_codebooks"), 0)
         if codebooks and "pixel_values" not in names:
@@ -265,6 +273,9 @@ def guesses(model: Any) -> Iterator[Inputs]:
         yield {name: value for name, value in text.items() if name.endswith("input_ids")}
     yield from ({**_decoders(text), **image} for image in images if text)
     yield from _hidden(names, config, g)
+    if first == "hidden_states":
+        found = (image["pixel_values"] for image in _images(names, config, g) if "pixel_values" in image)
+        yield from ({first: pixels} for pixels in itertools.islice(found, 4))
 
 
 def _decoders(text: Inputs) -> Inputs:
@@ -293,7 +304,15 @@ def _text(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Inputs:
     def ids() -> Tensor:
         return torch.randint(low, high, (1, _TOKENS), generator=g)
 
-    made = {name: ids() for name in names if re.fullmatch(r"(decoder_|qformer_|tasks_)?input_ids", name)}
+    made = {name: ids() for name in names if re.fullmatch(r"(decoder_|qformer_|tasks_)?input_ids|task_inputs", name)}
+    if "task_inputs" in made:
+        made["task_inputs"] = torch.randint(
+            low, high, (1, next(_numbers(config, "task_seq_len"), _TOKENS)), generator=g
+        )
+    if "cross_attention_states" in names:
+        made["cross_attention_states"] = torch.randn(1, 8, next(_numbers(config, "hidden_size"), 8), generator=g)
+    if "moe_mm_token_type_ids" in names:
+        made["moe_mm_token_type_ids"] = torch.arange(_TOKENS)[None] % 2
     if "visual_feats" in names:
         made["visual_feats"] = torch.randn(1, 4, next(_numbers(config, "visual_feat_dim"), 8), generator=g)
         made["visual_pos"] = torch.rand(1, 4, next(_numbers(config, "visual_pos_dim"), 4), generator=g)
@@ -304,7 +323,7 @@ def _text(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Inputs:
 
 def _images(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterator[Inputs]:
     channels = list(dict.fromkeys([*_numbers(config, "num_channels", "in_channels", "in_chans"), 3]))
-    sizes = list(dict.fromkeys([64, *_numbers(config, "image_size", "crop_size", "img_size"), 224, 640]))[:4]
+    sizes = list(dict.fromkeys([*_numbers(config, "image_size", "crop_size", "img_size"), 64, 224, 640]))[:4]
     patches = list(dict.fromkeys([*_numbers(config, "patch_size"), 14, 16]))
     patch = patches[0]
     if "grid_thw" in names or "image_grid_thw" in names or "grid_hw" in names or "image_grid_hw" in names:
@@ -312,10 +331,15 @@ def _images(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterat
     if "spatial_shapes" in names or "pixel_position_ids" in names or "image_position_ids" in names:
         for p in patches[:2]:
             yield from _patch_lists(names, channels[0], p, g)
+    pair = getattr(config, "image_size", None)
+    if isinstance(pair, (list, tuple)) and len(pair) == 2:
+        yield {"pixel_values": torch.randn(1, channels[0], *pair, generator=g)}
     for c, size in itertools.product(channels[:2], sizes):
         pixels = torch.randn(1, c, size, size, generator=g)
         yield {"pixel_values": pixels}
         yield _beside_pixels(names, pixels, size)
+        if "target_sizes" in names:
+            yield {"pixel_values": pixels, "target_sizes": torch.tensor([[size // patch, size // patch]])}
     tiled = {"image_sizes", "pixel_attention_mask", "num_tiles", "image_attention_mask"} & names.keys()
     for size, tiles in itertools.product(sizes, (1, 2, 3, 5)) if tiled else ():
         yield _beside_pixels(names, torch.randn(1, tiles, channels[0], size, size, generator=g), size)
@@ -330,6 +354,7 @@ def _images(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterat
     yield {"pixel_values": torch.randn(1, 2, channels[0], size, size, generator=g)}
     yield {"pixel_values": torch.randn(1, 16, channels[0], size, size, generator=g)}
     yield {"pixel_values": torch.randn(4, channels[0] * patch * patch, generator=g)}
+    yield {"pixel_values": torch.randn(1, (size // patch) ** 2, channels[0] * patch * patch, generator=g)}
 
 
 def _beside_pixels(names: Mapping[str, Any], pixels: Tensor, size: int) -> Inputs:
@@ -439,7 +464,7 @@ def _sounds(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterat
             yield made
 
 
-def _others(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterator[Inputs]:
+def _others(names: Mapping[str, Any], config: Any, g: torch.Generator, text: Inputs) -> Iterator[Inputs]:
     """Series of numbers, patches of documents, states of games."""
     if "past_values" in names:
         lags = max([*(getattr(config, "lags_sequence", None) or [0])])
@@ -461,8 +486,12 @@ def _others(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterat
                 made[name] = torch.zeros(1, 1, dtype=torch.long)
         yield made
     if "flattened_patches" in names:
-        width = next(_numbers(config, "patch_embed_hidden_size"), 768)
-        yield {"flattened_patches": torch.rand(1, 16, width, generator=g), "decoder_input_ids": torch.full((1, 4), 5)}
+        patch = next(_numbers(config, "patch_size"), 16)
+        for width in (*_numbers(config, "patch_embed_hidden_size"), 3 * patch * patch + 2):
+            patches = torch.rand(1, _TOKENS, width, generator=g)
+            patches[..., :2] = torch.arange(_TOKENS)[:, None] % 4 + 1  # row and column
+            yield {**text, "flattened_patches": patches}
+            yield {**text, "flattened_patches": patches, "decoder_input_ids": torch.full((1, 4), 5)}
 
 
 def _hidden(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterator[Inputs]:
@@ -490,4 +519,7 @@ def _hidden(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterat
                 yield {name: torch.randn(1, _TOKENS, size, generator=g)}
     required = [name for name, p in names.items() if p.default is p.empty]
     for size in sizes:
-        yield {name: torch.randn(1, _TOKENS, size, generator=g) for name in required}
+        yield {
+            name: torch.ones(1, _TOKENS) if "mask" in name else torch.randn(1, _TOKENS, size, generator=g)
+            for name in required
+        }
