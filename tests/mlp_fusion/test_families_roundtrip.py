@@ -9,18 +9,18 @@ import copy
 from typing import Any
 
 import pytest
+import round_trips
+import shrinking
 import torch
+import tying
+from guessing import find_probes, tensors
+from round_trips import SAME, DifferentError, Trip, prepare, round_trip
+from tiny_configs import TINY, tiny
 from transformers import CONFIG_MAPPING
 
 import mlp_fusion
-import round_trips
-import shrinking
-import tying
-from guessing import find_probes, tensors
 from mlp_fusion.families import building
 from mlp_fusion.families.describe import describe
-from round_trips import SAME, DifferentError, Trip, prepare, round_trip
-from tiny_configs import TINY, tiny
 
 #: One for each way: what lies there.
 TYPES = {
