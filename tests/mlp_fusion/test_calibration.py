@@ -18,11 +18,11 @@ from fusion_kernels import ntk_gram
 from mlp_fusion import InputError
 from mlp_fusion.calibration import collect, match_ntk, nnls, refit
 from mlp_fusion.calibration.refit import _moments
-from mlp_fusion.families import ARCHITECTURES
 from mlp_fusion.measure import ffn_errors, relative_error
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.running.sampling import RowPlan, RowSample
 from mlp_fusion.running.taps import capture_activations
+from mlp_fusion.store.record import architecture_of
 
 
 def rows(count: int, d: int = 5, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -37,14 +37,14 @@ def rows(count: int, d: int = 5, seed: int = 0, dtype: torch.dtype = torch.float
 def test_statistics_are_those_of_all_tokens(family: str) -> None:
     model = tiny_model(family, dtype=torch.float64)
     model.train()
-    architecture = ARCHITECTURES[model.config.model_type]
+    architecture = architecture_of(model.config)
     sites = architecture.sites(model)
     batches = [token_batch(seed=n, batch=3, length=5 + n) for n in range(4)]
     found = collect(model, architecture, sites, iter(batches), seed=0)
     assert model.training
     everything = capture_activations(model, architecture, sites, batches, rows=10_000, seed=0)
     for site, s, rows_of in zip(sites, found, everything, strict=True):
-        bundle = architecture.read(site, model.config)
+        bundle = architecture.read(site)
         naive = statistics_of(bundle, rows_of.x)
         assert s.tokens == len(rows_of.x)
         torch.testing.assert_close(s.input_moment, naive.input_moment)
@@ -65,11 +65,11 @@ def test_large_means_do_not_drown_the_variance() -> None:
     model = tiny_model("bert", hidden_act="relu")
     with torch.no_grad():
         model.bert.encoder.layer[0].intermediate.dense.bias += 3e4
-    architecture = ARCHITECTURES["bert"]
+    architecture = architecture_of(model.config)
     sites = architecture.sites(model)[:1]
     batches = [token_batch(seed=n) for n in range(3)]
     (found,) = collect(model, architecture, sites, batches, seed=0)
-    bundle = architecture.read(sites[0], model.config)
+    bundle = architecture.read(sites[0])
     hidden = bundle.hidden(found.x)[0].double()
     assert relative_error(found.hidden_variance, hidden.var(0, correction=0)) < 1e-3
 
@@ -77,7 +77,7 @@ def test_large_means_do_not_drown_the_variance() -> None:
 def test_sampled_rows_are_uniform_and_the_same_at_every_ffn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlp_fusion.calibration.statistics.CALIBRATION_ROWS", 13)
     model = tiny_model("bert", dtype=torch.float64)
-    architecture = ARCHITECTURES["bert"]
+    architecture = architecture_of(model.config)
     sites = architecture.sites(model)
     batches = [token_batch(seed=n) for n in range(4)]
     everything = capture_activations(model, architecture, sites, batches, rows=10_000, seed=0)
@@ -119,7 +119,7 @@ def test_few_sequences_hold_out_their_end() -> None:
 
 def test_bad_calibration() -> None:
     model = tiny_model("bert")
-    architecture = ARCHITECTURES["bert"]
+    architecture = architecture_of(model.config)
     with pytest.raises(InputError, match="at least one batch"):
         collect(model, architecture, architecture.sites(model), [], seed=0)
     far = {"input_ids": torch.full((1, 90), 3)}

@@ -14,18 +14,20 @@ from transformers import AutoModelForSequenceClassification
 
 import checkpoints as ck
 from families import FAMILIES, WIDTH, tiny_model, token_batch
-from mlp_fusion import FusedMLP, FusionReport, InputError, fuse, restore
+from mlp_fusion import FusionReport, InputError, fuse, restore
 from mlp_fusion.calibration import FFNStatistics, collect
 from mlp_fusion.calibration.text import calibration_batches
-from mlp_fusion.families import ARCHITECTURES
+from mlp_fusion.families.exchange import install, narrow
 from mlp_fusion.measure import relative_error
 from mlp_fusion.methods import get_method
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing import pipeline
+from mlp_fusion.reducing.layers import layers_of
 from mlp_fusion.reducing.pipeline import Recipe, reduce_ffns
 from mlp_fusion.reducing.sequential import reduce_sequentially
 from mlp_fusion.reducing.widths import hidden_state_changes
 from mlp_fusion.running.taps import capture_activations
+from mlp_fusion.store.record import architecture_of
 
 pytestmark = pytest.mark.slow
 
@@ -68,9 +70,9 @@ def test_the_model_computes_the_corrected_bundles(optimizer: str | None) -> None
     original = copy.deepcopy(model)
     match = None if optimizer is None else "auto"
     report = fuse(model, 16, layers=[0, 2], optimizer=optimizer, seed=2, calibration=TEXT, sample=HELD_OUT, match=match)
-    architecture = ARCHITECTURES["llama"]
+    architecture = architecture_of(model.config)
     sites = [architecture.sites(original)[n] for n in (0, 2)]
-    bundles = [architecture.read(site, original.config) for site in sites]
+    bundles = [architecture.read(site) for site in sites]
     statistics = collect(original, architecture, sites, TEXT, seed=2)
     form: Any = report.parameterization
     recipe = Recipe(get_method("fusion"), 2, form, refit=True, match={"scaled": "sign", "split": "gd"}.get(form))  # type: ignore[arg-type]
@@ -106,7 +108,7 @@ def test_matching_lowers_the_reported_kernel_error_and_not_the_outputs(optimizer
 def test_sequential_calibration_sees_what_the_reduced_ffns_before_produce(family: str) -> None:
     """The statistics of each layer are those of the model in which the layers before are already fused."""
     model = tiny_model(family, dtype=torch.float64)
-    architecture = ARCHITECTURES[model.config.model_type]
+    architecture = architecture_of(model.config)
     sites = architecture.sites(model)
     chosen = [sites[0], sites[2]]
     seen = []
@@ -114,7 +116,7 @@ def test_sequential_calibration_sees_what_the_reduced_ffns_before_produce(family
 
     def reduce(number: int, statistics: Any) -> Any:
         seen.append(statistics)
-        bundle = architecture.read(chosen[number], model.config)
+        bundle = architecture.read(chosen[number])
         return reduce_ffns(recipe, [bundle], [16], [statistics])[0]
 
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -124,7 +126,7 @@ def test_sequential_calibration_sees_what_the_reduced_ffns_before_produce(family
     together = collect(model, architecture, chosen, TEXT, seed=0)
     torch.testing.assert_close(seen[0].x, together[0].x)
     assert not torch.allclose(seen[1].x, together[1].x)
-    architecture.install(chosen[0], reduced[0].reduction.bundle, "folded")
+    install(chosen[0], reduced[0].reduction.bundle, "folded")
     after = collect(model, architecture, chosen, TEXT, seed=0)
     torch.testing.assert_close(seen[1].x, after[1].x)
     torch.testing.assert_close(seen[1].hidden_variance, after[1].hidden_variance)
@@ -144,13 +146,15 @@ def test_sequential_targets_lead_back_to_the_original_model(family: str, chunk: 
     model = tiny_model(family, dtype=torch.float64)
     for layer in model.bert.encoder.layer if chunk else ():
         layer.chunk_size_feed_forward = chunk
-    architecture = ARCHITECTURES[model.config.model_type]
+    architecture = architecture_of(model.config)
     sites = architecture.sites(model)
+    layer = layers_of(model, sites)[2].module
+    assert sites[2].module in layer.modules()
     seen: dict[int, Any] = {}
 
     def reduce(number: int, statistics: Any) -> Any:
         seen[number] = statistics
-        bundle = architecture.read(sites[[0, 2][number]], model.config)
+        bundle = architecture.read(sites[[0, 2][number]])
         return reduce_ffns(Recipe(get_method("published"), 0, "scaled"), [bundle], [8], [statistics])[0]
 
     reduced = reduce_sequentially(model, architecture, [sites[0], sites[2]], TEXT, reduce, seed=0)
@@ -158,7 +162,7 @@ def test_sequential_targets_lead_back_to_the_original_model(family: str, chunk: 
     def outputs() -> list[Tensor]:
         """Of layer 2, at the tokens of every batch."""
         found: list[Tensor] = []
-        handle = sites[2].layer.register_forward_hook(lambda _m, _a, y: found.append(y[0] if type(y) is tuple else y))
+        handle = layer.register_forward_hook(lambda _m, _a, y: found.append(y[0] if type(y) is tuple else y))
         base: Any = model.base_model
         with torch.no_grad():
             for batch in TEXT:
@@ -170,7 +174,7 @@ def test_sequential_targets_lead_back_to_the_original_model(family: str, chunk: 
         torch.testing.assert_close(seen[1].y, collect(model, architecture, sites, TEXT, seed=0)[2].y)
         return
     wanted = torch.cat(outputs())
-    architecture.install(sites[0], reduced[0].reduction.bundle, "folded")
+    install(sites[0], reduced[0].reduction.bundle, "folded")
     bent = torch.cat(outputs())
     assert relative_error(bent, wanted) > 1e-3
     pieces = TEXT[0]["input_ids"].shape[1] // chunk if chunk else 1
@@ -192,10 +196,10 @@ def test_sequential_targets_lead_back_to_the_original_model(family: str, chunk: 
 def test_automatic_widths_keep_the_budget_and_favour_what_is_hard() -> None:
     model = tiny_model("bert")
     # Layer 1 holds 8 neurons eight times over: it needs no more.
-    architecture = ARCHITECTURES["bert"]
+    architecture = architecture_of(model.config)
     site = architecture.sites(model)[1]
-    bundle = architecture.read(site, model.config)
-    architecture.install(site, bundle.with_vectors(bundle.vectors()[:, :8].repeat(1, 8, 1), None), "folded")
+    bundle = architecture.read(site)
+    narrow(site, bundle.with_vectors(bundle.vectors()[:, :8].repeat(1, 8, 1), None))
     report = fuse(model, "auto", budget=0.5, calibration=TEXT, sample=HELD_OUT, seed=0)
     widths = [row.neurons_after for row in report.rows]
     assert widths[1] == 8
@@ -213,9 +217,9 @@ def test_an_ffn_that_a_budget_leaves_whole_is_not_fused(tmp_path: Path) -> None:
     whole = [row.layer for row in report.rows if row.neurons_after == WIDTH]
     assert whole
     assert model.config.mlp_fusion["fused_layers"] == sorted({0, 1, 2} - set(whole))
-    assert [isinstance(layer.intermediate, FusedMLP) for layer in model.bert.encoder.layer] == [
-        n not in whole for n in range(3)
-    ]
+    architecture = architecture_of(model.config)
+    fused = [architecture.fused(site) is not None for site in architecture.sites(model)]
+    assert fused == [n not in whole for n in range(3)]
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     restore(loaded, tmp_path)
@@ -224,14 +228,14 @@ def test_an_ffn_that_a_budget_leaves_whole_is_not_fused(tmp_path: Path) -> None:
 
 def test_effects_are_those_of_a_model_with_one_ffn_replaced() -> None:
     model = tiny_model("gpt2", dtype=torch.float64)
-    architecture = ARCHITECTURES["gpt2"]
+    architecture = architecture_of(model.config)
     sites = architecture.sites(model)
-    bundles = [get_method("published")(architecture.read(s, model.config), 8, seed=0).bundle for s in sites]
+    bundles = [get_method("published")(architecture.read(s), 8, seed=0).bundle for s in sites]
     found = hidden_state_changes(model, architecture, sites, HELD_OUT, bundles)
     exact = _hidden(model)
     for number, bundle in enumerate(bundles):
         changed = copy.deepcopy(model)
-        architecture.install(architecture.sites(changed)[number], bundle, "folded")
+        install(architecture.sites(changed)[number], bundle, "folded")
         assert found[number] == pytest.approx(relative_error(_hidden(changed), exact) ** 2)
     torch.testing.assert_close(_hidden(model), exact, rtol=0, atol=0)
 

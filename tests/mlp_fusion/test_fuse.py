@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import BitsAndBytesConfig
 
 from families import FAMILIES, WIDTH, tiny_model, token_batch
 from mlp_fusion import FusedGLU, FusedMLP, InputError, fuse, methods
-from mlp_fusion.families.exchange import install
+from mlp_fusion.families.exchange import narrow
 from mlp_fusion.modules import Scaled, ScaledActivation
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.running.taps import capture_activations
@@ -95,7 +96,7 @@ def test_tied_neurons_cost_nothing() -> None:
         for site in architecture.sites(model):
             bundle = architecture.read(site)
             rows = bundle.vectors()[:, :16].repeat(1, 4, 1)
-            install(site, bundle.with_vectors(rows, None), "folded")
+            narrow(site, bundle.with_vectors(rows, None))
         before = _logits(model)
         report = fuse(model, 16, sample=token_batch(), optimizer="sgd")
         torch.testing.assert_close(_logits(model), before)
@@ -163,6 +164,30 @@ def test_dropout_of_the_family_is_kept() -> None:
         x = torch.randn(2, 3, 16 if family == "gpt2" else 24)
         zeros = (model.get_submodule(where)(x) == 0).float().mean()
         assert 0.05 < zeros < 0.6
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_functions_that_the_kernels_do_not_know(family: str) -> None:
+    """Neurons are merged and chosen by their weights; the model's own activation computes."""
+    model = tiny_model(family, dtype=torch.float64, hidden_act="tanh")
+    architecture = architecture_of(model.config)
+    for site in architecture.sites(model):
+        bundle = architecture.read(site)
+        narrow(site, bundle.with_vectors(bundle.vectors()[:, :16].repeat(1, 4, 1), None))
+    before = _logits(model)
+    pruned = copy.deepcopy(model)
+    report = fuse(model, 16, sample=token_batch(), optimizer="sgd")
+    torch.testing.assert_close(_logits(model), before)
+    assert [type(module) for module in _ffns(model)] == [ScaledActivation] * 3
+    assert all(math.isnan(row.output_error) for row in report.rows)
+    fuse(pruned, 16, method="prune", sample=token_batch())
+    assert not torch.allclose(_logits(pruned), before)
+    for options in (
+        {"calibration": [token_batch()], "refit": True},
+        {"calibration": [token_batch()], "sequential": True},
+    ):
+        with pytest.raises(InputError, match="the function of the model's FFNs is not among those of the kernels"):
+            fuse(tiny_model(family, hidden_act="tanh"), **{"width": 16, **options})
 
 
 def test_lora_by_the_familys_own_names() -> None:

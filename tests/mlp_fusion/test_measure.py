@@ -12,34 +12,34 @@ from bundles import random_bundle, tie
 from families import FAMILIES, tiny_model, token_batch
 from fusion_kernels import ntk_gram
 from mlp_fusion import FusionReport, InputError
-from mlp_fusion.families import ARCHITECTURES
 from mlp_fusion.measure import FFNRow, ffn_errors, relative_error
 from mlp_fusion.measure.report import EmbeddingSimilarity, format_bytes
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.running.drawing import random_batch
 from mlp_fusion.running.taps import capture_activations
 from mlp_fusion.settings import FuseSettings
+from mlp_fusion.store.record import architecture_of
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_every_architecture_entry_computes_what_the_model_does(family: str) -> None:
+def test_every_architecture_computes_what_the_model_does(family: str) -> None:
     """The numeric self-test: rebuild each FFN from its bundle, compare with the model's own forward."""
     model = tiny_model(family, dtype=torch.float64)
-    architecture = ARCHITECTURES[model.config.model_type]
+    architecture = architecture_of(model.config)
     sites = architecture.sites(model)
     assert [site.index for site in sites] == [0, 1, 2]
     captured = capture_activations(model, architecture, sites, token_batch(), rows=99, seed=0)
     for site, rows in zip(sites, captured, strict=True):
-        bundle = architecture.read(site, model.config)
+        bundle = architecture.read(site)
         assert bundle.width == 64
-        assert architecture.width(model.config) == 64
+        assert site.kind.width == architecture.neurons(site) == 64
         assert rows.y.abs().max() > 0.1
         torch.testing.assert_close(bundle.forward(rows.x)[0], rows.y, rtol=1e-9, atol=1e-9)
 
 
 def test_captured_rows_are_the_unmasked_positions_of_a_plain_run() -> None:
     model = tiny_model("llama")
-    architecture = ARCHITECTURES["llama"]
+    architecture = architecture_of(model.config)
     sites = architecture.sites(model)
     batches = [token_batch(seed=1, batch=3), token_batch(seed=2, batch=2, length=5)]
     seen: list[torch.Tensor] = []
@@ -65,7 +65,7 @@ def test_capturing_leaves_the_model_as_it_was() -> None:
     model.train()
     model.bert.encoder.layer[0].eval()
     modes = [m.training for m in model.modules()]
-    architecture = ARCHITECTURES["bert"]
+    architecture = architecture_of(model.config)
     capture_activations(model, architecture, architecture.sites(model), random_batch(model, seed=0), rows=9, seed=0)
     assert [m.training for m in model.modules()] == modes
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -73,7 +73,7 @@ def test_capturing_leaves_the_model_as_it_was() -> None:
 
 def test_chunked_feed_forward_is_captured_whole() -> None:
     whole, chunked = tiny_model("bert"), tiny_model("bert", chunk_size_feed_forward=3)
-    architecture = ARCHITECTURES["bert"]
+    architecture = architecture_of(whole.config)
     batch = token_batch(length=9)
     found = [
         capture_activations(m, architecture, architecture.sites(m), batch, rows=99, seed=0) for m in (whole, chunked)
@@ -84,7 +84,7 @@ def test_chunked_feed_forward_is_captured_whole() -> None:
 
 def test_bad_samples() -> None:
     model = tiny_model("bert")
-    architecture = ARCHITECTURES["bert"]
+    architecture = architecture_of(model.config)
     sites = architecture.sites(model)
     for sample in ([], [{"tokens": torch.ones(1, 3)}], {"attention_mask": torch.ones(1, 3)}):
         with pytest.raises(InputError, match="input_ids"):

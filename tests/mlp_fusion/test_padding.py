@@ -14,10 +14,10 @@ import checkpoints as ck
 import mlp_fusion
 from families import FAMILIES, tiny_model
 from mlp_fusion.calibration import collect
-from mlp_fusion.families import ARCHITECTURES
 from mlp_fusion.measure import compare_models
 from mlp_fusion.running.batches import padded_behind, take_batches
 from mlp_fusion.running.taps import capture_activations
+from mlp_fusion.store.record import architecture_of
 
 Batch = dict[str, Tensor]
 LENGTHS = (9, 4, 6)
@@ -64,7 +64,7 @@ def test_padding_moves_behind() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_way_of_running_a_sample_sees_each_sequence_as_it_is_alone(family: str) -> None:
     model = tiny_model(family, dtype=torch.float64)
-    architecture = ARCHITECTURES[model.config.model_type]
+    architecture = architecture_of(model.config)
     sites = architecture.sites(model)
     alone = capture_activations(model, architecture, sites, sequences(), rows=99, seed=0)
     known = collect(model, architecture, sites, sequences(), seed=0)

@@ -16,7 +16,7 @@ import mlp_fusion
 from families import WIDTH, tiny_model
 from mlp_fusion import InputError
 from mlp_fusion.store import source as source_module
-from mlp_fusion.verbs.plan import looks_like_ffn
+from mlp_fusion.store.coverage import looks_like_ffn
 
 Damage = Callable[[Path], object]
 
@@ -26,7 +26,7 @@ Damage = Callable[[Path], object]
 def test_names_of_a_wrapped_model(prefix: str, inner: bool, bert: Path) -> None:
     ck.rename_tensors(bert, lambda name: f"{prefix}.{name if inner else name.removeprefix('bert.')}")
     message = refused(bert)
-    assert f"tensors are named {prefix}.{'bert.' if inner else ''}encoder.layer..., as a wrapped model" in message
+    assert f"tensors are named {prefix}.{'bert.' if inner else ''}encoder.layer.0..., as a wrapped model" in message
     assert message.endswith("save the one inside")
 
 
@@ -67,12 +67,18 @@ def test_config_that_is_none(content: bytes, bert: Path) -> None:
     assert refused(bert).startswith(f"{bert}: config.json cannot be used (")
 
 
-def test_model_type_that_only_transformers_knows(bert: Path) -> None:
+def test_model_type_of_another_model(bert: Path) -> None:
     ck.edit_config(bert, model_type="albert")
     message = refused(bert)
-    assert message.startswith("albert: the FFNs at ")
-    assert " do not lie in one stack of layers, which " in message
-    assert "`mlp-fusion families albert`" in message
+    assert message.startswith(f"{bert}: bert.encoder.layer.0.intermediate.dense.weight looks like part of an FFN")
+    assert "but the 'albert' model of config.json has no place for it (3 such tensors)" in message
+
+
+def test_model_without_ffns(bert: Path) -> None:
+    ck.edit_config(bert, num_hidden_layers=0)
+    message = refused(bert)
+    assert message.startswith("bert: no FFN was found in it, which is not supported")
+    assert "`mlp-fusion families bert`" in message
 
 
 def test_model_type_that_nobody_knows(bert: Path) -> None:
@@ -217,7 +223,9 @@ def test_widths_refused(width: Any, words: str, saved: Path) -> None:
         ("", "layers '' cannot be read"),
         ("some", "layers 'some' cannot be read"),
         ("0,,1", "layers '' cannot be read"),
-        ("1.5", "layers '1.5' cannot be read"),
+        ("1.5", "layers '1.5': no FFN lies there; the first is encoder.layer.0"),
+        ("decoder.*", "layers 'decoder.*': no FFN lies there; the first is encoder.layer.0"),
+        ("encoder.layer.1,bert.*", "layers 'bert.*': no FFN lies there"),
         ("-1", "layers '-1' cannot be read"),
         ("0-", "layers '0-' cannot be read"),
         ("2-1", "layers '2-1': the range runs backwards"),
@@ -248,6 +256,9 @@ def test_layers_refused(layers: Any, words: str, saved: Path) -> None:
         (range(1, 3), [1, 2]),
         ((2, 2), [2]),
         (iter([1]), [1]),
+        ("encoder.*", [0, 1, 2]),
+        ("*.1", [1]),
+        ("encoder.layer.2,0", [0, 2]),
     ],
 )
 def test_layers_accepted(layers: Any, chosen: list[int], saved: Path) -> None:
@@ -267,7 +278,9 @@ def test_layers_accepted(layers: Any, chosen: list[int], saved: Path) -> None:
 def test_a_tensor_that_looks_like_an_ffn_and_belongs_to_none(name: str, bert: Path) -> None:
     ck.edit_tensors(bert, lambda state: {**state, name: torch.ones(8, 24)})
     message = refused(bert)
-    assert message.startswith(f"{bert}: {name} looks like part of an FFN, but the 'bert' architecture has no place")
+    assert message.startswith(
+        f"{bert}: {name} looks like part of an FFN, but the 'bert' model of config.json has no place"
+    )
 
 
 def test_other_unknown_tensors_are_no_ffn(bert: Path) -> None:
@@ -309,7 +322,8 @@ def test_incomplete_gated_ffn(role: str, saved: Path, tmp_path: Path) -> None:
 
 def test_checkpoint_without_any_ffn(bert: Path) -> None:
     ck.drop_tensor(bert, "encoder.")
-    assert refused(bert) == f"{bert}: no FFN found where the 'bert' architecture has them"
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    assert refused(bert) == f"{bert}: {name} is missing: the checkpoint is incomplete"
 
 
 @pytest.mark.parametrize(
@@ -322,9 +336,9 @@ def test_ffn_weights_that_are_no_floating_point(dtype: torch.dtype, stored: str,
     assert refused(bert) == f"{bert}: {name} is stored as {stored}: start from the unquantised checkpoint"
 
 
-def test_activation_without_an_entry(bert: Path) -> None:
+def test_activations_that_the_kernels_do_not_know_are_no_obstacle(saved: Path, bert: Path) -> None:
     ck.edit_config(bert, hidden_act="tanh")
-    assert refused(bert).startswith("bert: activation 'tanh' is not supported")
+    assert mlp_fusion.plan(bert, 16).ffns == mlp_fusion.plan(saved / "bert", 16).ffns
 
 
 @pytest.mark.parametrize("module", [nn.Linear(2, 2), nn.Sequential()])

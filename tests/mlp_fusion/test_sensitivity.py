@@ -15,10 +15,10 @@ from bundles import random_bundle, statistics_of
 from families import FAMILIES, tiny_model, token_batch
 from mlp_fusion import InputError, fuse
 from mlp_fusion.calibration import output_sensitivities, refit, sensitivity, train_locally
-from mlp_fusion.families import ARCHITECTURES
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing import pipeline
 from mlp_fusion.running.batches import token_mask
+from mlp_fusion.store.record import architecture_of
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,7 @@ WHOLE = {name: torch.cat([batch[name] for batch in TEXT]) for name in TEXT[0]}
 
 
 def _found(model: Any, text: Sequence[Any] = TEXT, seed: int = 0) -> list[Tensor]:
-    architecture = ARCHITECTURES[model.config.model_type]
+    architecture = architecture_of(model.config)
     return output_sensitivities(model, architecture, architecture.sites(model), text, seed=seed)
 
 
@@ -40,11 +40,11 @@ def _masked_states(model: Any, batch: Any) -> Tensor:
 @torch.no_grad()
 def _by_perturbing(model: Any, layer: int, step: float = 1e-5) -> Tensor:
     """Mean over tokens of `J^T J`, every column of every J a difference quotient."""
-    architecture = ARCHITECTURES[model.config.model_type]
+    architecture = architecture_of(model.config)
     projection = architecture.projection(architecture.sites(model)[layer], "w_out")
     added = torch.zeros(())
     hook = projection.register_forward_hook(lambda _module, _args, y: y + added)
-    d = architecture.read(architecture.sites(model)[layer], model.config).w_out.shape[-1]
+    d = architecture.read(architecture.sites(model)[layer]).w_out.shape[-1]
     mask, total = token_mask(WHOLE), torch.zeros(d, d, dtype=torch.float64)
     for position in range(mask.shape[1]):
         columns = []
@@ -103,7 +103,7 @@ def test_chunks_layers_and_padding_make_no_difference() -> None:
     for one, other in zip(plain, chunked, strict=True):
         torch.testing.assert_close(one, other)
     model: Any = tiny_model("bert", dtype=torch.float64)
-    architecture = ARCHITECTURES["bert"]
+    architecture = architecture_of(model.config)
     alone = output_sensitivities(model, architecture, architecture.sites(model)[1:2], TEXT, seed=0)
     torch.testing.assert_close(alone[0], plain[1])
     # Ids behind the padding are not looked at.
@@ -165,7 +165,7 @@ def test_models_without_gradients_are_refused() -> None:
             _found(model)
     model = tiny_model("bert")
     model.base_model.encoder.layer = model.base_model.encoder.layer[:2]
-    architecture = ARCHITECTURES["bert"]
+    architecture = architecture_of(model.config)
     skipped = architecture.sites(tiny_model("bert"))[2:]
     with pytest.raises(InputError, match=r"^an FFN did not run"):
         output_sensitivities(model, architecture, [*architecture.sites(model), *skipped], TEXT, seed=0)

@@ -114,15 +114,19 @@ def test_width_in_the_config_changed(broken: Path) -> None:
     ck.edit_config(broken, intermediate_size=24)
     verified = mlp_fusion.verify(broken)
     assert failed(verified) == {"shapes", "loads", "outputs", "scale"}
-    assert f"{W_IN} has 16 neurons, expected 24" in detail(verified, "shapes")
+    name = f"bert.encoder.layer.0.{B_IN}"
+    assert detail(verified, "shapes") == f"{broken}: {name} is (16,), but config.json makes it (24,)"
     assert "has another shape than config.json says" in detail(verified, "loads")
 
 
-def test_per_layer_width_in_the_config_lost(uneven: Path, tmp_path: Path) -> None:
-    folder = ck.edit_config(ck.copy(uneven, tmp_path / "x"), per_layer_config=None)
+def test_widths_of_the_record_lost(uneven: Path, tmp_path: Path) -> None:
+    record = ck.read_config(uneven)["mlp_fusion"]
+    del record["widths"]
+    folder = ck.edit_config(ck.copy(uneven, tmp_path / "x"), mlp_fusion=record)
     verified = mlp_fusion.verify(folder)
     assert failed(verified) == {"shapes", "loads", "outputs", "scale"}
-    assert detail(verified, "shapes") == f"bert.encoder.layer.2.{W_IN} has 16 neurons, expected {WIDTH}"
+    name = f"bert.encoder.layer.2.{B_IN}"
+    assert detail(verified, "shapes") == f"{folder}: {name} is (16,), but config.json makes it ({WIDTH},)"
     assert "bert.encoder.layer.2." in detail(verified, "loads")
 
 
@@ -131,7 +135,8 @@ def test_one_ffn_narrower_than_the_config_says(broken: Path) -> None:
         ck.replace_tensor(broken, f"bert.encoder.layer.1.{rest}", lambda tensor, axis=axis: tensor.narrow(axis, 0, 8))
     verified = mlp_fusion.verify(broken)
     assert failed(verified) == {"shapes", "loads", "outputs"}
-    assert detail(verified, "shapes") == f"bert.encoder.layer.1.{W_IN} has 8 neurons, expected 16"
+    name = f"bert.encoder.layer.1.{B_IN}"
+    assert detail(verified, "shapes") == f"{broken}: {name} is (8,), but config.json makes it (16,)"
 
 
 @pytest.mark.parametrize("rest", [W_IN, B_IN, W_OUT, "output.dense.bias"])

@@ -71,7 +71,7 @@ def model_class(config: Any) -> type[PreTrainedModel]:
         InputError: transformers has none.
     """
     for name in getattr(config, "architectures", None) or ():
-        named: Any = getattr(transformers, name, None)
+        named: Any = getattr(transformers, str(name), None)
         if inspect.isclass(named) and issubclass(named, PreTrainedModel):
             cls: Any = named
             if cls.config_class is type(config):

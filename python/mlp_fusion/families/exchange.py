@@ -14,7 +14,7 @@ from mlp_fusion.families.base import FFNSite
 from mlp_fusion.modules import Scaled, ScaledActivation, ScaledWeights
 from mlp_fusion.modules.ffn import FusedFFN, FusedGLU, FusedMLP
 from mlp_fusion.modules.stored import count_neurons, tensors_of
-from mlp_fusion.neurons import UNNAMED, NeuronBundle
+from mlp_fusion.neurons import NeuronBundle
 
 
 @torch.no_grad()
@@ -34,18 +34,27 @@ def install(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> Scale
         "weights": _weights,
     }  # fmt: skip
     b = bundle.parameterized(parameterization)
-    limited = site.kind.form == "activation" and b.gated and not (b.activation != UNNAMED and b.gating.plain)
-    if limited and parameterization == "split" and b.scale is not None:
+    if b.scale is not None:
+        check_form(site, parameterization)
+    return forms[site.kind.form](site, b, parameterization)
+
+
+def check_form(site: FFNSite, parameterization: str) -> None:
+    """Raise InputError where the form in which the FFN at `site` can hold a scale is not that of `parameterization`."""
+    if parameterization != "split":
+        return
+    kind = site.kind
+    limited = kind.gated and (kind.function.activation is None or not kind.gating.plain)
+    if kind.form == "activation" and limited:
         raise InputError(
             f"{site.path}: this FFN limits or shifts its up projection: it has no form for SGD-like optimisers: "
             "use optimizer='adamw' or none"
         )
-    if site.kind.form == "projection" and parameterization == "split" and b.scale is not None:
+    if kind.form == "projection":
         raise InputError(
             f"{site.path}: this FFN's activation is a function that no module holds, so that it has no form for "
             "SGD-like optimisers: use optimizer='adamw' or none"
         )
-    return forms[site.kind.form](site, b, parameterization)
 
 
 def _module(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> FusedFFN:

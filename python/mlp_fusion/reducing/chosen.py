@@ -11,7 +11,7 @@ from torch import nn
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
-from mlp_fusion.families.exchange import install
+from mlp_fusion.families.exchange import check_form, install
 from mlp_fusion.families.groups import resolve_widths
 from mlp_fusion.measure.errors import relative_error
 from mlp_fusion.neurons import UNNAMED, NeuronBundle
@@ -83,7 +83,11 @@ class ChosenFFNs:
                 _self_test(self.architecture, site, bundle, rows)
 
     def install(self, reduced: Sequence[ReducedFFN], settings: FuseSettings) -> None:
-        """Put reduced FFNs into the model, and its config right. The one step that changes the model."""
+        """Put reduced FFNs into the model, and its config right. The one step that changes the model.
+
+        Raises:
+            InputError: one has no form for the parameterization; nothing is changed.
+        """
         stacks: dict[int, list[NeuronBundle]] = {}
         for site, ffn in zip(self.sites, reduced, strict=True):
             stacks.setdefault(site.index, []).append(ffn.bundle)
@@ -99,6 +103,9 @@ class ChosenFFNs:
             self.model, self.architecture, self.every, widths, method=settings.method,
             parameterization=settings.parameterization if scaled else "folded",
         )  # fmt: skip
+        for site, stack in narrowed.items():
+            if stack[0].scale is not None:
+                check_form(site, settings.parameterization)
         for site, stack in narrowed.items():
             install(site, NeuronBundle.stack(stack), settings.parameterization)
         replace_config(self.model, changed)

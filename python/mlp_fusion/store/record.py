@@ -39,7 +39,7 @@ def check_config(config: Any, *, stored: bool = False) -> Architecture:
         stored: it is that of a checkpoint, whose weights may be quantised in a way that can be read as plain ones.
 
     Raises:
-        InputError: quantised, fused already, or FFNs that are not found, or not proved.
+        InputError: quantised, fused already, of layers that differ, or with FFNs that are not found or not proved.
     """
     check_readable(config)
     if not stored and (method := quantisation(config)) is not None:
@@ -49,6 +49,8 @@ def check_config(config: Any, *, stored: bool = False) -> Architecture:
         raise InputError(f"config.json says dtype {str(dtype)[6:]}, in which no model can be loaded: mend it")
     if fusion_record(config) is not None:
         raise InputError("the model is fused already: start again from the original, fusing twice compounds the loss")
+    if config.is_heterogeneous:
+        raise InputError("the model's layers differ already (per_layer_config): only models of equal layers are fused")
     return architecture_of(config)
 
 
