@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from many_inputs import IMAGE_TOKEN, KINDS, ffns, processed, text, tiny
 from torch import Tensor
 
@@ -56,6 +57,18 @@ def test_every_model_runs_on_a_random_batch(kind: str) -> None:
             architecture, sites = ffns(part, model)
             rows = capture_activations(model, architecture, sites, batch, rows=10_000, seed=0)
             assert all(len(found.x) >= 4 for found in rows)
+
+
+def test_sounds_are_drawn_short_and_images_few_where_they_are_large() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.Wav2Vec2BertConfig(**sizes, feature_projection_input_dim=16)
+    # The config speaks of 10,000 frames.
+    drawn = random_batch(transformers.Wav2Vec2BertModel(config), seed=0, batch=2)
+    assert drawn["input_features"].shape == (2, 200, 16)
+    # 600 patches' worth of numbers each, where 8 texts of 64 tokens were asked for.
+    large = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=224, patch_size=32))
+    assert random_batch(large, seed=0)["pixel_values"].shape == (2, 3, 224, 224)
+    assert random_batch(large, seed=0, batch=1)["pixel_values"].shape == (1, 3, 224, 224)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
