@@ -41,15 +41,14 @@ def one_type(model_type: str, limit: int, before: dict[str, Any] | None) -> dict
     started = time.perf_counter()
     trips = round_trips()
     line: dict[str, Any] = {"type": model_type}
-    good = before is not None and "config" in before and before["reached"] == before["ffns"]
+    good = before is not None and "config" in before and before["reached"] == before["ffns"] and before["even"]
     known = before["config"] if before is not None and good else None
     trip = None
     try:
         with limited(limit), building.undisturbed():
             trip = trips.prepare(model_type, known and trips.steps_of(known))
             line |= prepared(trip)
-            if trip.probes:
-                trips.round_trip(trip)
+            trips.round_trip(trip, mistakes=1)
             line |= {"status": "done"} if trip.probes else {"status": "not run", "reason": trip.problems[-1:]}
     except TooLongError:
         line |= {"status": "too long", "reason": f"more than {limit} s"}
@@ -68,6 +67,7 @@ def prepared(trip: Any) -> dict[str, Any]:
         "layouts": sorted({layout_of(site) for site in trip.description.sites}),
         "complete": trip.description.complete,
         "keyed": trip.description.keyed,
+        "even": trip.even,
         "ffns": len(trip.paths),
         "reached": len(trip.reached),
         "run": {probe.path: sorted(probe.inputs) for probe in trip.probes},
@@ -107,7 +107,7 @@ def counts(lines: list[dict[str, Any]]) -> dict[str, Any]:
     reasons: dict[str, collections.Counter[str]] = {}
     for line in lines:
         if line["status"] != "done":
-            reasons.setdefault(line["status"], collections.Counter())[_kind(line)] += 1
+            reasons.setdefault(line["status"], collections.Counter())[kind_of(line)] += 1
     return {
         "types": len(lines),
         "small models": len(ready),
@@ -117,6 +117,9 @@ def counts(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "status": {name: status[name] for name in STATUS if status[name]},
         "done": {kind: sum(kind in line["kinds"] for line in lines if line["status"] == "done")
                  for kind in ("dense", "experts", "shared")},
+        "with a mistake unnoticed": sum(
+            unnoticed_mistake(line) for line in lines if line["status"] == "done"
+        ),
         "largest difference": {
             name: max((line["figures"][name] for line in lines if line["status"] == "done"), default=None)
             for name in ("in memory", "parameters", "loaded", "restored")
@@ -125,7 +128,12 @@ def counts(lines: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _kind(line: dict[str, Any]) -> str:
+def unnoticed_mistake(line: dict[str, Any]) -> bool:
+    """Whether a description with a mistake changed no output."""
+    return any(how.startswith("unnoticed") for how in line["figures"].get("controls", {}).values())
+
+
+def kind_of(line: dict[str, Any]) -> str:
     """A reason without what differs from model to model."""
     reason = line["reason"] if isinstance(line["reason"], str) else "".join(line["reason"])
     reason = reason.removeprefix(f"{line['type']}: ").split(": `mlp-fusion")[0]
@@ -147,7 +155,9 @@ def main() -> None:
         name for name in bearing() if name not in done or done[name]["status"] not in left
     ]  # fmt: skip
     lines = walk(DONE, wanted, lambda name: one_type(name, asked.limit_seconds, done.get(name)))
-    write(asked.out, counts(lines), lines)
+    write(asked.out, counts(lines), [
+        line if line["status"] == "done" else {**line, "kind": kind_of(line)} for line in lines
+    ])  # fmt: skip
     print(json.dumps(counts(lines), indent=1))
 
 

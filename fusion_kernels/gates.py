@@ -107,10 +107,3 @@ def _where(inside: Tensor, gradient: Tensor) -> Tensor:
 
 #: No limits, no offset: phi(gate) * up.
 PLAIN = Gate()
-#: One that is not plain, to ask backends about.
-LIMITED = Gate(7.0, "above", 1.0)
-
-
-def plain_only(gating: Gate) -> str | None:
-    """What a backend lacks that computes phi(gate) * up alone: for `Backend.takes`."""
-    return None if gating.plain else "has no limits and offsets of gates"

@@ -281,21 +281,52 @@ def families() -> str:
     return table(("transformers " + results("families-cpu")["transformers"], "number"), rows)
 
 
+def families_roundtrip() -> str:
+    """How many model types come through a round trip of a small real model, and how far others come."""
+    found = results("families-roundtrip-cpu")["counts"]
+    status, done, errors = found["status"], found["done"], found["largest difference"]
+    rows = [
+        ("model types with FFNs", f"{found['types']:,}"),
+        ("a small model has every kind of its parameters", f"{found['small models']:,}"),
+        ("... and runs", f"{found['run']:,}"),
+        ("... and every FFN in it runs", f"{found['every FFN run']:,}"),
+        ("**come through all stages**", f"**{status.get('done', 0):,}**"),
+        ("... with dense FFNs, experts, shared experts", ", ".join(
+            f"{done[kind]:,}" for kind in ("dense", "experts", "shared"))),
+        ("fused in memory, not saved", f"{status.get('in memory only', 0):,}"),
+        ("refused", f"{status.get('refused', 0):,}"),
+        ("no inputs on which it runs, or no small config",
+         f"{status.get('not run', 0) + status.get('no small config', 0):,}"),
+        ("something differs or fails, or the time is up", f"{status.get('failed', 0) + status.get('too long', 0):,}"),
+        ("largest difference of outputs: fused, loaded, restored", ", ".join(
+            f"{errors[name]:.0e}" for name in ("in memory", "loaded", "restored"))),
+        ("largest difference of parameters", f"{errors['parameters']:.0e}"),
+    ]  # fmt: skip
+    return table(("there and back", "number"), rows)
+
+
+def families_left() -> str:
+    """Model types that do not come through, by reason."""
+    return _types_by(
+        "not through", lambda line: [line["kind"]] if line["status"] != "done" else [], "families-roundtrip-cpu"
+    )
+
+
 def families_refused() -> str:
     """Model types in which something is refused, by what was seen."""
-    return _types_by("refused", lambda line: line["refused"].values())
+    return _types_by("refused", lambda line: line["refused"].values() if line["status"] == "built" else ())
 
 
 def families_unsaved() -> str:
     """Model types with an FFN that cannot be saved narrower, by reason."""
-    return _types_by("not to be saved narrower", lambda line: line["unsaved"])
+    return _types_by("not to be saved narrower", lambda line: line["unsaved"] if line["status"] == "built" else ())
 
 
-def _types_by(title: str, reasons: Callable[[Any], Iterable[str]]) -> str:
+def _types_by(title: str, reasons: Callable[[Any], Iterable[str]], name: str = "families-cpu") -> str:
     """Reasons, without what differs from model to model, with the types that have them; the most frequent first."""
     found: dict[str, dict[str, None]] = {}
-    for line in results("families-cpu")["types"]:
-        for reason in reasons(line) if line["status"] == "built" else ():
+    for line in results(name)["types"]:
+        for reason in reasons(line):
             kind = re.sub(r"\d[\d,.e+-]*", "N", reason).split(": ")[0]
             found.setdefault(kind, {})[line["type"]] = None
     rows = [(reason, ", ".join(types), str(len(types))) for reason, types in found.items()]
@@ -316,6 +347,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": training,
     "startup": startup,
     "families": families,
+    "families-left": families_left,
     "families-refused": families_refused,
+    "families-roundtrip": families_roundtrip,
     "families-unsaved": families_unsaved,
 }

@@ -17,7 +17,7 @@ from fusion_kernels.experts import grouped_mm_backend, loop_backend, triton_back
 from fusion_kernels.experts import reference as reference
 from fusion_kernels.experts.operators import EXPERTS
 from fusion_kernels.ffn import FFN
-from fusion_kernels.gates import PLAIN, Gate, plain_only
+from fusion_kernels.gates import PLAIN, Gate
 from fusion_kernels.mlp.checks import check_options, check_tensors
 from fusion_kernels.pinning import Pin
 
@@ -26,7 +26,7 @@ __all__ = ["experts_backend", "fused_experts"]
 EXPERTS.register("loop", loop_backend.forward, loop_backend.backward, ("cpu", "cuda"))
 EXPERTS.register("grouped_mm", grouped_mm_backend.forward, grouped_mm_backend.backward, ("cpu", "cuda"))
 # Behind the others, and so by name only, until it has been measured on a GPU.
-EXPERTS.register("triton", triton_backend.forward, triton_backend.backward, ("cuda",), gpu.why_not, takes=plain_only)
+EXPERTS.register("triton", triton_backend.forward, triton_backend.backward, ("cuda",), gpu.why_not)
 
 #: The process-wide choice of a backend of :func:`fused_experts`: `with experts_backend("triton"):`.
 experts_backend = Pin(EXPERTS.forward_operator)

@@ -50,7 +50,7 @@ def backward(
         )
     else:
         dg, dz, remade, db_gate, db_in = kernels.linear_glu_backward(
-            dy, w, g, z, ffn.activation, need_a=need_a, need_db=sums, offsets=offsets
+            dy, w, g, z, ffn.activation, gating=ffn.gating, need_a=need_a, need_db=sums, offsets=offsets
         )
     dx = dw_in = dw_gate = dw_out = dp = None
     if needs.x:
@@ -90,7 +90,9 @@ def _hidden(x: Tensor, offsets: Tensor, ffn: FFN, keep: bool) -> tuple[Tensor | 
         z, a = kernels.linear_act(x, w, b, activation, save_z=keep, offsets=offsets)
         return z, None, a
     w_gate, b_gate = ffn.w_gate.to(x.dtype), _cast(ffn.b_gate, x)
-    g, z, a = kernels.linear_glu(x, w_gate, w, b_gate, b, activation, save_z=keep, offsets=offsets)
+    g, z, a = kernels.linear_glu(
+        x, w_gate, w, b_gate, b, activation, gating=ffn.gating, save_z=keep, offsets=offsets
+    )  # fmt: skip
     return z, g, a
 
 

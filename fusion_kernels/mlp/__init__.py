@@ -15,7 +15,7 @@ from torch import Tensor
 from fusion_kernels import gpu, native, transforms
 from fusion_kernels.activations import ACTIVATIONS
 from fusion_kernels.ffn import FFN
-from fusion_kernels.gates import PLAIN, Gate, plain_only
+from fusion_kernels.gates import PLAIN, Gate
 from fusion_kernels.mlp import cpu_backend, gpu_backend, reference_backend, torch_backend
 from fusion_kernels.mlp import reference as reference
 from fusion_kernels.mlp.checks import FLOATS, SCALES, check_options, check_tensors
@@ -38,7 +38,7 @@ for _name, _forward, _backward in (
     ("epilogue", gpu_backend.epilogue_forward, gpu_backend.epilogue_backward),
     ("resident", gpu_backend.resident_forward, gpu_backend.epilogue_backward),
 ):
-    MLP.register(_name, *with_one_factor(_forward, _backward), ("cuda",), gpu.why_not, takes=plain_only)
+    MLP.register(_name, *with_one_factor(_forward, _backward), ("cuda",), gpu.why_not)
 
 #: The process-wide choice of a backend of :func:`fused_mlp` and :func:`fused_glu_mlp`: `with mlp_backend("torch"):`.
 mlp_backend = Pin(MLP.forward_operator)

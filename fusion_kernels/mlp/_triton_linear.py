@@ -7,7 +7,17 @@ second outputs that are not wanted are None. Expert e's weight begins `w_stride_
 import triton
 import triton.language as tl
 
-from fusion_kernels.mlp._triton_tiles import accumulate, activation, halves, load, rows_of, stored, tile_of
+from fusion_kernels.mlp._triton_tiles import (
+    accumulate,
+    activation,
+    gated,
+    halves,
+    load,
+    rows_of,
+    stored,
+    through_up,
+    tile_of,
+)
 
 
 @triton.jit
@@ -36,7 +46,7 @@ def _halves(tiles):
 @triton.jit
 def _store(
     tiles, pointers, strides, owner, first, end, first_n, N,
-    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr, PARTS: tl.constexpr,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr, EVEN_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Hand the sums of a tile to an epilogue in PARTS parts of its columns, which take fewer registers.
 
@@ -46,15 +56,16 @@ def _store(
     if PARTS > 1:
         HALF: tl.constexpr = tiles[0].shape[1] // 2
         left, right = _halves(tiles)
-        _store(left, pointers, strides, owner, first, end, first_n, N, EPILOGUE, ACTIVATION, EVEN_N, PARTS // 2)
-        _store(right, pointers, strides, owner, first, end, first_n + HALF, N, EPILOGUE, ACTIVATION, EVEN_N, PARTS // 2)
+        MORE: tl.constexpr = PARTS // 2
+        _store(left, pointers, strides, owner, first, end, first_n, N, EPILOGUE, ACTIVATION, GATE, EVEN_N, MORE)
+        _store(right, pointers, strides, owner, first, end, first_n + HALF, N, EPILOGUE, ACTIVATION, GATE, EVEN_N, MORE)
     else:
         rows, n, mask = _place(tiles[0], first, end, first_n, N, EVEN_N)
-        EPILOGUE(tiles, pointers, strides, owner, rows, n, mask, end, N, ACTIVATION)
+        EPILOGUE(tiles, pointers, strides, owner, rows, n, mask, end, N, ACTIVATION, GATE)
 
 
 @triton.jit
-def _act(tiles, pointers, strides, expert, rows, n, mask, end, N, ACTIVATION: tl.constexpr):
+def _act(tiles, pointers, strides, expert, rows, n, mask, end, N, ACTIVATION: tl.constexpr, GATE: tl.constexpr):
     """z = acc + bias, and a = activation(z). pointers: bias, z, a; strides: none."""
     bias_ptr, z_ptr, a_ptr = pointers
     acc = tiles[0]
@@ -69,7 +80,9 @@ def _act(tiles, pointers, strides, expert, rows, n, mask, end, N, ACTIVATION: tl
 
 
 @triton.jit
-def _act_backward(tiles, pointers, strides, tile_m, rows, n, mask, end, N, ACTIVATION: tl.constexpr):
+def _act_backward(
+    tiles, pointers, strides, tile_m, rows, n, mask, end, N, ACTIVATION: tl.constexpr, GATE: tl.constexpr
+):
     """dz = acc * activation'(z), a = activation(z), and sums of dz. pointers: z, dz, a, partial; strides: of z."""
     z_ptr, dz_ptr, a_ptr, partial_ptr = pointers
     z = tl.load(z_ptr + rows * strides[0] + n[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -85,7 +98,7 @@ def _act_backward(tiles, pointers, strides, tile_m, rows, n, mask, end, N, ACTIV
 
 
 @triton.jit
-def _glu(tiles, pointers, strides, expert, rows, n, mask, end, N, ACTIVATION: tl.constexpr):
+def _glu(tiles, pointers, strides, expert, rows, n, mask, end, N, ACTIVATION: tl.constexpr, GATE: tl.constexpr):
     """zg, zu = the tiles + biases, a = activation(zg) * zu. pointers: both biases, zg, zu, a; strides: none."""
     gate_bias_ptr, up_bias_ptr, zg_ptr, zu_ptr, a_ptr = pointers
     zg, zu = tiles
@@ -95,29 +108,31 @@ def _glu(tiles, pointers, strides, expert, rows, n, mask, end, N, ACTIVATION: tl
         zu += tl.load(up_bias_ptr + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     zg = stored(zg, a_ptr)
     zu = stored(zu, a_ptr)
-    value, _ = activation(zg, ACTIVATION)
     at = rows * N + n[None, :]
     if zg_ptr is not None:
         tl.store(zg_ptr + at, zg.to(zg_ptr.dtype.element_ty), mask=mask)
         tl.store(zu_ptr + at, zu.to(zu_ptr.dtype.element_ty), mask=mask)
-    tl.store(a_ptr + at, (value * zu).to(a_ptr.dtype.element_ty), mask=mask)
+    value, _, up = gated(zg, zu, ACTIVATION, GATE)
+    tl.store(a_ptr + at, (value * up).to(a_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _glu_backward(tiles, pointers, strides, tile_m, rows, n, mask, end, N, ACTIVATION: tl.constexpr):
+def _glu_backward(
+    tiles, pointers, strides, tile_m, rows, n, mask, end, N, ACTIVATION: tl.constexpr, GATE: tl.constexpr
+):
     """dzg, dzu and a of da, the tile, and sums. pointers: zg, zu, dzg, dzu, a, both partials; strides: of zg and zu."""
     zg_ptr, zu_ptr, dzg_ptr, dzu_ptr, a_ptr, gate_partial_ptr, up_partial_ptr = pointers
     da = tiles[0]
     zg = tl.load(zg_ptr + rows * strides[0] + n[None, :], mask=mask, other=0.0).to(tl.float32)
     zu = tl.load(zu_ptr + rows * strides[1] + n[None, :], mask=mask, other=0.0).to(tl.float32)
-    value, slope = activation(zg, ACTIVATION)
-    dzg = da * zu * slope
-    dzu = da * value
+    value, slope, up = gated(zg, zu, ACTIVATION, GATE)
+    dzg = da * up * slope
+    dzu = through_up(da * value, zu, GATE)
     at = rows * N + n[None, :]
     tl.store(dzg_ptr + at, dzg.to(dzg_ptr.dtype.element_ty), mask=mask)
     tl.store(dzu_ptr + at, dzu.to(dzu_ptr.dtype.element_ty), mask=mask)
     if a_ptr is not None:
-        tl.store(a_ptr + at, (value * zu).to(a_ptr.dtype.element_ty), mask=mask)
+        tl.store(a_ptr + at, (value * up).to(a_ptr.dtype.element_ty), mask=mask)
     if gate_partial_ptr is not None:
         at_partial = tile_m.to(tl.int64) * N + n
         tl.store(gate_partial_ptr + at_partial, tl.sum(tl.where(rows < end, dzg, 0.0), 0), mask=n < N)
@@ -170,7 +185,8 @@ def _linear_act_kernel(
                 x_stride, w_stride_n, w_stride_k, PRECISION, EVEN_N, EVEN_K, BM, BK,
             )  # fmt: skip
         _store(
-            (acc,), (bias_ptr, z_ptr, a_ptr), (), expert, first, end, tile_n * BN, N, _act, ACTIVATION, EVEN_N, PARTS
+            (acc,), (bias_ptr, z_ptr, a_ptr), (), expert, first, end, tile_n * BN, N,
+            _act, ACTIVATION, None, EVEN_N, PARTS,
         )  # fmt: skip
 
 
@@ -216,7 +232,7 @@ def _linear_act_backward_kernel(
         )  # fmt: skip
         _store(
             (acc,), (z_ptr, dz_ptr, a_ptr, partial_ptr), (z_stride,), tile_m, first, end, tile_n * BN, N,
-            _act_backward, ACTIVATION, EVEN_N, PARTS,
+            _act_backward, ACTIVATION, None, EVEN_N, PARTS,
         )  # fmt: skip
 
 
@@ -241,6 +257,7 @@ def _linear_glu_kernel(
     w_stride_n,
     w_stride_k,
     ACTIVATION: tl.constexpr,
+    GATE: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -276,7 +293,7 @@ def _linear_glu_kernel(
             up += BK * w_stride_k
         _store(
             (zg, zu), (gate_bias_ptr, up_bias_ptr, zg_ptr, zu_ptr, a_ptr), (), expert, first, end, tile_n * BN, N,
-            _glu, ACTIVATION, EVEN_N, PARTS,
+            _glu, ACTIVATION, GATE, EVEN_N, PARTS,
         )  # fmt: skip
 
 
@@ -304,6 +321,7 @@ def _linear_glu_backward_kernel(
     zg_stride,
     zu_stride,
     ACTIVATION: tl.constexpr,
+    GATE: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -326,5 +344,5 @@ def _linear_glu_backward_kernel(
         )  # fmt: skip
         _store(
             (da,), (zg_ptr, zu_ptr, dzg_ptr, dzu_ptr, a_ptr, gate_partial_ptr, up_partial_ptr), (zg_stride, zu_stride),
-            tile_m, first, end, tile_n * BN, N, _glu_backward, ACTIVATION, EVEN_N, PARTS,
+            tile_m, first, end, tile_n * BN, N, _glu_backward, ACTIVATION, GATE, EVEN_N, PARTS,
         )  # fmt: skip

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fusion_kernels.mlp._triton_tiles import activation, load
+from fusion_kernels.mlp._triton_tiles import activation, gated, load, through_up
 
 
 @triton.jit
@@ -17,14 +17,19 @@ def _block(C, BR: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def _act_kernel(
-    z_ptr, up_ptr, a_ptr, R, C, z_stride, up_stride, ACTIVATION: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
-):
-    """a (R, C) = activation(z), times `up` unless it is None."""
+    z_ptr, up_ptr, a_ptr, R, C, z_stride, up_stride, ACTIVATION: tl.constexpr, GATE: tl.constexpr, BR: tl.constexpr,
+    BC: tl.constexpr,
+):  # fmt: skip
+    """a (R, C) = activation(z), times `up` unless it is None, as GATE limits both."""
     r, c = _block(C, BR, BC)
     mask = (r < R) & (c < C)
-    a, _ = activation(tl.load(z_ptr + r * z_stride + c, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
-    if up_ptr is not None:
-        a *= tl.load(up_ptr + r * up_stride + c, mask=mask, other=0.0).to(tl.float32)
+    z = tl.load(z_ptr + r * z_stride + c, mask=mask, other=0.0).to(tl.float32)
+    if up_ptr is None:
+        a, _ = activation(z, ACTIVATION)
+    else:
+        up = tl.load(up_ptr + r * up_stride + c, mask=mask, other=0.0).to(tl.float32)
+        a, _, up = gated(z, up, ACTIVATION, GATE)
+        a *= up
     tl.store(a_ptr + r * C + c, a.to(a_ptr.dtype.element_ty), mask=mask)
 
 
@@ -42,6 +47,7 @@ def _act_backward_kernel(
     z_stride,
     up_stride,
     ACTIVATION: tl.constexpr,
+    GATE: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
@@ -51,12 +57,14 @@ def _act_backward_kernel(
     at = r * C + c
     da = tl.load(da_ptr + r * da_stride + c, mask=mask, other=0.0).to(tl.float32)
     z = tl.load(z_ptr + r * z_stride + c, mask=mask, other=0.0).to(tl.float32)
-    a, slope = activation(z, ACTIVATION)
-    dz = da * slope
-    if up_ptr is not None:
-        up = tl.load(up_ptr + r * up_stride + c, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dup_ptr + at, (da * a).to(dup_ptr.dtype.element_ty), mask=mask)
-        dz *= up
+    if up_ptr is None:
+        a, slope = activation(z, ACTIVATION)
+        dz = da * slope
+    else:
+        raw = tl.load(up_ptr + r * up_stride + c, mask=mask, other=0.0).to(tl.float32)
+        a, slope, up = gated(z, raw, ACTIVATION, GATE)
+        tl.store(dup_ptr + at, through_up(da * a, raw, GATE).to(dup_ptr.dtype.element_ty), mask=mask)
+        dz = da * slope * up
         a *= up
     tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=mask)
     if a_ptr is not None:

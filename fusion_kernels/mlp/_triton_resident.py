@@ -3,19 +3,21 @@
 import triton
 import triton.language as tl
 
-from fusion_kernels.mlp._triton_tiles import activation, load, stored
+from fusion_kernels.mlp._triton_tiles import activation, gated, load, stored
 
 
 @triton.jit
-def _hidden(z, up, bias_ptr, up_bias_ptr, j, h, like, ACTIVATION: tl.constexpr):
+def _hidden(z, up, bias_ptr, up_bias_ptr, j, h, like, ACTIVATION: tl.constexpr, GATE: tl.constexpr):
     """Activations (BM, BH) of the neurons j, in the dtype of `like`; `up` is None where there is no gate."""
     if bias_ptr is not None:
         z += tl.load(bias_ptr + j, mask=j < h, other=0.0).to(tl.float32)[None, :]
-    a, _ = activation(stored(z, like), ACTIVATION)
-    if up is not None:
+    if up is None:
+        a, _ = activation(stored(z, like), ACTIVATION)
+    else:
         if up_bias_ptr is not None:
             up += tl.load(up_bias_ptr + j, mask=j < h, other=0.0).to(tl.float32)[None, :]
-        a *= stored(up, like)
+        a, _, up = gated(stored(z, like), stored(up, like), ACTIVATION, GATE)
+        a *= up
     return a.to(like.dtype.element_ty)
 
 
@@ -45,6 +47,7 @@ def _resident_kernel(
     up_stride,
     out_w_stride,
     ACTIVATION: tl.constexpr,
+    GATE: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_H: tl.constexpr,
     EVEN_D: tl.constexpr,
@@ -95,9 +98,9 @@ def _resident_kernel(
                 up1 += BK
         x += BK
 
-    a0 = _hidden(z0, u0, bias_ptr, up_bias_ptr, j0, h, y_ptr, ACTIVATION)
+    a0 = _hidden(z0, u0, bias_ptr, up_bias_ptr, j0, h, y_ptr, ACTIVATION, GATE)
     if H1 > 0:
-        a1 = _hidden(z1, u1, bias_ptr, up_bias_ptr, j1, h, y_ptr, ACTIVATION)
+        a1 = _hidden(z1, u1, bias_ptr, up_bias_ptr, j1, h, y_ptr, ACTIVATION, GATE)
 
     rows = m.to(tl.int64)[:, None] * O
     for start in range(0, O, BN):

@@ -55,6 +55,46 @@ def activation(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def gated(gate, up, ACTIVATION: tl.constexpr, GATE: tl.constexpr):
+    """(value, slope, up): what multiplies up, its derivative by `gate`, and the limited up with its offset.
+
+    GATE: None where there are no limits, else the fields of `fusion_kernels.gates.Gate`.
+    """
+    if GATE is None:
+        value, slope = activation(gate, ACTIVATION)
+    else:
+        LIMIT: tl.constexpr = GATE[0]
+        CLAMP: tl.constexpr = GATE[1]
+        inside = gate
+        if CLAMP == "above" or CLAMP == "both":
+            inside = tl.where(inside > LIMIT, LIMIT, inside)
+            if CLAMP == "both":
+                inside = tl.where(inside < -LIMIT, -LIMIT, inside)
+        value, slope = activation(inside, ACTIVATION)
+        if CLAMP == "above" or CLAMP == "both":
+            slope = tl.where(gate <= LIMIT, slope, 0.0)
+            if CLAMP == "both":
+                slope = tl.where(gate >= -LIMIT, slope, 0.0)
+        elif CLAMP == "after":
+            slope = tl.where(value <= LIMIT, slope, 0.0)
+            value = tl.where(value > LIMIT, LIMIT, value)
+        if LIMIT is not None:
+            up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+        up += GATE[2]
+    return value, slope, up
+
+
+@triton.jit
+def through_up(gradient, up, GATE: tl.constexpr):
+    """`gradient` where the limit lets up through, else 0."""
+    if GATE is not None:
+        LIMIT: tl.constexpr = GATE[0]
+        if LIMIT is not None:
+            gradient = tl.where((up >= -LIMIT) & (up <= LIMIT), gradient, 0.0)
+    return gradient
+
+
+@triton.jit
 def stored(value, like):
     """float32 numbers as they would be read back from a tensor of `like`'s dtype.
 

@@ -34,7 +34,7 @@ def fold_scale(w_out: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tenso
 def with_one_factor(forward: Forward, backward: Backward) -> tuple[Forward, Backward]:
     """A backend of blocks with a factor before phi, made of one whose scale is (N,) or None.
 
-    The factor is folded into the projection that feeds phi.
+    The factor is folded into the projection that feeds phi, and into the up projection where that is limited.
     """
 
     @functools.wraps(forward)
@@ -51,42 +51,48 @@ def with_one_factor(forward: Forward, backward: Backward) -> tuple[Forward, Back
             return backward(dy, x, ffn, kept, checkpoint_level, needs)
         inner = needs
         if needs.scale:
-            weight, bias = _fed_by(ffn)
-            inner = needs._replace(**{weight: True, bias: getattr(ffn, bias) is not None})
+            asked = {name: getattr(ffn, name) is not None for pair in _multiplied(ffn) for name in pair}
+            inner = needs._replace(**asked)
         found = backward(dy, x, _folded(x, ffn, before, behind), kept, checkpoint_level, inner)
         return _of_both(found, ffn, before, needs)
 
     return forward_of_both, backward_of_both
 
 
-def _fed_by(ffn: FFN) -> tuple[str, str]:
-    """Weight and bias of the projection whose outputs phi takes: the gate's, or the only one."""
-    return ("w_in", "b_in") if ffn.w_gate is None else ("w_gate", "b_gate")
+def _multiplied(ffn: FFN) -> list[tuple[str, str]]:
+    """Weight and bias of the projections that the factor before phi multiplies: see `FFN.scale`."""
+    up, gate = ("w_in", "b_in"), ("w_gate", "b_gate")
+    return [up] if not ffn.gated else [gate] if ffn.up_multiplies else [gate, up]
 
 
 def _folded(x: Tensor, ffn: FFN, before: Tensor, behind: Tensor | None) -> FFN:
-    """The block with the factor before phi folded into the projection that feeds it."""
-    weight, bias = (getattr(ffn, name) for name in _fed_by(ffn))
-    wide = torch.promote_types(torch.promote_types(weight.dtype, x.dtype), torch.float32)
-    factor = before.to(wide)
-    fed = (weight.to(wide) * factor.unsqueeze(1), None if bias is None else bias.to(wide) * factor)
-    changed: dict[str, Any] = dict(zip(_fed_by(ffn), fed, strict=True))
+    """The block with the factor before phi folded into what it multiplies."""
+    wide = torch.promote_types(torch.promote_types(ffn.w_in.dtype, x.dtype), torch.float32)
+    factor, changed = before.to(wide), dict[str, Any]()
+    for weight, bias in _multiplied(ffn):
+        w, b = getattr(ffn, weight), getattr(ffn, bias)
+        changed |= {weight: w.to(wide) * factor.unsqueeze(1), bias: None if b is None else b.to(wide) * factor}
     return dataclasses.replace(ffn, **changed, scale=behind)
 
 
 def _of_both(found: Gradients, ffn: FFN, before: Tensor, needs: Needs) -> Gradients:
     """The gradients of the block, from those of the one that `_folded` makes of it."""
-    names = _fed_by(ffn)
-    weight, bias = (getattr(ffn, name) for name in names)
-    dw, db = (getattr(found, name) for name in names)
-    wide = weight.dtype if dw is None else dw.dtype
-    changed: dict[str, Tensor | None] = {
-        names[0]: (dw * before.to(wide).unsqueeze(1)).to(weight.dtype) if getattr(needs, names[0]) else None,
-        names[1]: (db * before.to(db.dtype)).to(bias.dtype) if getattr(needs, names[1]) and db is not None else None,
-    }
+    changed: dict[str, Tensor | None] = {}
+    d_before: list[Tensor] = []
+    for names in _multiplied(ffn):
+        weight, bias = (getattr(ffn, name) for name in names)
+        dw, db = (getattr(found, name) for name in names)
+        wide = weight.dtype if dw is None else dw.dtype
+        needed = [getattr(needs, name) for name in names]
+        changed |= {
+            names[0]: (dw * before.to(wide).unsqueeze(1)).to(weight.dtype) if needed[0] else None,
+            names[1]: (db * before.to(db.dtype)).to(bias.dtype) if needed[1] and db is not None else None,
+        }
+        if needs.scale:
+            d_before.append((dw * weight.to(wide)).sum(1))
+            if db is not None:
+                d_before.append(db.to(wide) * bias.to(wide))
     if needs.scale and found.scale is not None and ffn.scale is not None:
-        d_before = (dw * weight.to(wide)).sum(1)
-        if db is not None:
-            d_before = d_before + db.to(wide) * bias.to(wide)
-        changed["scale"] = torch.stack([found.scale.to(wide), d_before]).to(ffn.scale.dtype)
+        total = torch.stack(d_before).sum(0)
+        changed["scale"] = torch.stack([found.scale.to(total.dtype), total]).to(ffn.scale.dtype)
     return found._replace(**changed)

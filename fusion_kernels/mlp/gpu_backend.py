@@ -26,7 +26,10 @@ def cublas_forward(x: Tensor, ffn: FFN, checkpoint_level: int) -> Outputs:
 
     z = project(x, ffn.w_in, ffn.b_in)
     g = None if ffn.w_gate is None else project(x, ffn.w_gate, ffn.b_gate)
-    a = kernels.act_forward(z, ffn.activation) if g is None else kernels.glu_act_forward(g, z, ffn.activation)
+    if g is None:
+        a = kernels.act_forward(z, ffn.activation)
+    else:
+        a = kernels.glu_act_forward(g, z, ffn.activation, ffn.gating)
     return saved(_output(a, ffn), z, g, a, checkpoint_level)
 
 
@@ -41,7 +44,7 @@ def epilogue_forward(x: Tensor, ffn: FFN, checkpoint_level: int) -> Outputs:
         z, a = kernels.linear_act(rows, w_in, b_in, activation, save_z=keep)
     else:
         w_gate, b_gate = _cast(ffn.w_gate, x), _bias(ffn.b_gate, x)
-        g, z, a = kernels.linear_glu(rows, w_gate, w_in, b_gate, b_in, activation, save_z=keep)
+        g, z, a = kernels.linear_glu(rows, w_gate, w_in, b_gate, b_in, activation, gating=ffn.gating, save_z=keep)
     return saved(_output(a, ffn), a if z is None else z, g, a, checkpoint_level)
 
 
@@ -63,7 +66,8 @@ def resident_forward(x: Tensor, ffn: FFN, checkpoint_level: int) -> Outputs:
     if ffn.w_gate is None:
         y = kernels.mlp_resident(rows, w_in, b_in, *output)
     else:
-        y = kernels.glu_resident(rows, _cast(ffn.w_gate, x), w_in, _bias(ffn.b_gate, x), b_in, *output)
+        w_gate, b_gate = _cast(ffn.w_gate, x), _bias(ffn.b_gate, x)
+        y = kernels.glu_resident(rows, w_gate, w_in, b_gate, b_in, *output, gating=ffn.gating)
     return y, y.new_empty((0,)), y.new_empty((0,)), y.new_empty((0,))
 
 
@@ -77,7 +81,7 @@ def cublas_backward(dy: Tensor, x: Tensor, ffn: FFN, kept: Saved, checkpoint_lev
     def gated(
         dy: Tensor, w: Tensor, g: Tensor, z: Tensor, activation: str, need_a: bool, need_db: bool
     ) -> tuple[Any, ...]:
-        return *kernels.glu_act_backward(dy @ w, g, z, activation, need_a), None, None
+        return *kernels.glu_act_backward(dy @ w, g, z, activation, need_a, ffn.gating), None, None
 
     return _backward(plain, gated, dy, x, ffn, kept, checkpoint_level, needs)
 
@@ -92,7 +96,9 @@ def epilogue_backward(dy: Tensor, x: Tensor, ffn: FFN, kept: Saved, checkpoint_l
     def gated(
         dy: Tensor, w: Tensor, g: Tensor, z: Tensor, activation: str, need_a: bool, need_db: bool
     ) -> tuple[Any, ...]:
-        return kernels.linear_glu_backward(_rows(dy), _rows(w), g, z, activation, need_a=need_a, need_db=need_db)
+        return kernels.linear_glu_backward(
+            _rows(dy), _rows(w), g, z, activation, gating=ffn.gating, need_a=need_a, need_db=need_db
+        )
 
     return _backward(plain, gated, dy, x, ffn, kept, checkpoint_level, needs)
 

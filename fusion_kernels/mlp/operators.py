@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.ffn import FFN, FUNCTION, SCHEMA, TENSORS
-from fusion_kernels.gates import LIMITED, Gate
+from fusion_kernels.gates import Gate
 from fusion_kernels.library import NAMESPACE, Backend, operator
 from fusion_kernels.mlp import heuristics
 from fusion_kernels.mlp import reference as reference
@@ -140,16 +140,12 @@ class BlockOperator:
             f"({inputs}, {options}) -> (Tensor, Tensor, Tensor, Tensor)",
             self._fake_forward,
             self._choose_forward,
-            options=lambda *arguments: _asked(self._parse_forward(arguments)[1]),
-            variants=(LIMITED,),
         )
         self.backward_operator = operator(
             f"{name}_backward",
             f"(Tensor dy, {inputs}, Tensor z, Tensor g, Tensor a, {options}, bool[] needs) -> ({gradients})",
             self._fake_backward,
             self._choose_backward,
-            options=lambda dy, *arguments: _asked(self._parse_backward(arguments)[1]),
-            variants=(LIMITED,),
         )
         for of, differentiate, save in (
             (self.forward_operator, self._differentiate, self._save_forward),
@@ -166,12 +162,10 @@ class BlockOperator:
         why_not: Callable[[], str | None] = lambda: None,
         *,
         output: Callable[..., Tensor] | None = None,
-        takes: Callable[[Gate], str | None] = lambda _: None,
     ) -> None:
         """Add a backend of both operators; its functions are as in `Functions`.
 
-        `output` is the forward at level 2 with y alone, where that costs less than the forward. `takes` is asked about
-        gates that are not plain.
+        `output` is the forward at level 2 with y alone, where that costs less than the forward.
 
         They run with autocast off, whatever it was where the operator was called: what they compute in is the dtype of
         x.
@@ -191,8 +185,8 @@ class BlockOperator:
             return packed(rows[0], functions.backward(dy, *rows, ffn, kept, checkpoint_level, needs))
 
         self._functions[name] = functions
-        self.forward_operator.register(Backend(name, forward_of_schema, device_types, why_not, takes))
-        self.backward_operator.register(Backend(name, backward_of_schema, device_types, why_not, takes))
+        self.forward_operator.register(Backend(name, forward_of_schema, device_types, why_not))
+        self.backward_operator.register(Backend(name, backward_of_schema, device_types, why_not))
 
     def functions(self, x: Tensor, ffn: FFN, checkpoint_level: int, backend: str) -> Functions:
         """Those of the backend that answers for a call.
@@ -201,7 +195,7 @@ class BlockOperator:
             ValueError, BackendUnavailableError: as `Operator.select` does.
         """
         chosen = self._choose(x, ffn, checkpoint_level, backend)
-        return self._functions[self.forward_operator.select(chosen, x.device, _asked(ffn)).name]
+        return self._functions[self.forward_operator.select(chosen, x.device).name]
 
     def run(
         self,
@@ -378,11 +372,6 @@ class _Direct(torch.autograd.Function):
         return (dx, *(None,) * (of._before - 1), dw_in, dw_out, *others, None, None)
 
 
-def _asked(ffn: FFN) -> Gate | None:
-    """What `Backend.takes` is asked about: a gate that is not plain."""
-    return None if ffn.gating.plain else ffn.gating
-
-
 def _of_function(tensors: Sequence[Any], function: Sequence[Any]) -> FFN:
     """A block of its tensors and of `FFN.function`."""
     activation, *gate = function
@@ -390,8 +379,6 @@ def _of_function(tensors: Sequence[Any], function: Sequence[Any]) -> FFN:
 
 
 def _on_gpu(x: Tensor, ffn: FFN, checkpoint_level: int) -> str:
-    if not ffn.gating.plain:
-        return heuristics.UNMEASURED
     neurons, d_out = ffn.w_out.shape
     shape = heuristics.Shape(x.shape[0], x.shape[1], neurons, d_out, ffn.gated, checkpoint_level)
     return heuristics.path(torch.cuda.get_device_name(x.device), x.dtype, shape)

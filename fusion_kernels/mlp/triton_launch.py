@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusion_kernels.gates import Gate
 from fusion_kernels.gpu import device_guard, launch, shared_memory
 from fusion_kernels.mlp.triton_heuristics import HALF, IEEE, TF32, Gpu
 
@@ -32,6 +33,14 @@ def kind(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         raise ValueError(f"the Triton kernels take float16, bfloat16 and float32, not {dtype}: convert x first")
     return TF32 if torch.backends.cuda.matmul.fp32_precision == "tf32" else IEEE
+
+
+def gate_of(gating: Gate, dtype: torch.dtype) -> tuple[float | None, str, float] | None:
+    """What a kernel is told of a gate: None of a plain one, else its fields, the limit as one of the dtype."""
+    if gating.plain:
+        return None
+    limit, clamp, up_offset = gating.arguments
+    return None if limit is None else torch.tensor(limit, dtype=dtype, device="cpu").item(), clamp, up_offset
 
 
 def row_stride(x: Tensor) -> int:

@@ -18,11 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusion_kernels.gates import PLAIN, Gate
 from fusion_kernels.mlp import _triton_linear as kernels
 from fusion_kernels.mlp import _triton_pointwise as pointwise_kernels
 from fusion_kernels.mlp import triton_heuristics
 from fusion_kernels.mlp.triton_heuristics import TileConfig
-from fusion_kernels.mlp.triton_launch import ceil_div, contiguous, gpu, input_precision, kind, row_stride, start
+from fusion_kernels.mlp.triton_launch import (
+    ceil_div,
+    contiguous,
+    gate_of,
+    gpu,
+    input_precision,
+    kind,
+    row_stride,
+    start,
+)
 from fusion_kernels.mlp.triton_pointwise import column_sums
 
 
@@ -130,12 +140,13 @@ def linear_glu(
     activation: str,
     *,
     save_z: bool,
+    gating: Gate = PLAIN,
     offsets: Tensor | None = None,
     config: TileConfig | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """zg = x w_gateᵀ + b_gate and zu = x w_upᵀ + b_up if `save_z`, else None, and activation(zg) * zu.
 
-    w_gate and w_up are (h, d); where their strides differ they are copied.
+    w_gate and w_up are (h, d); where their strides differ they are copied. `gating` says within which limits.
     """
     if w_gate.stride() != w_up.stride():
         w_gate, w_up = w_gate.contiguous(), w_up.contiguous()
@@ -154,6 +165,7 @@ def linear_glu(
         zu_ptr=zu,
         a_ptr=a,
         ACTIVATION=activation,
+        GATE=gate_of(gating, x.dtype),
     )
     return zg, zu, a
 
@@ -167,13 +179,14 @@ def linear_glu_backward(
     *,
     need_a: bool,
     need_db: bool,
+    gating: Gate = PLAIN,
     offsets: Tensor | None = None,
     config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """dzg = da * zu * activation'(zg), dzu = da * activation(zg), a = activation(zg) * zu, sums of dzg and of dzu.
 
-    da = dy wd_s with wd_s (d_out, h); zg and zu are (T, h). a is None unless `need_a`; the column sums (float32) are
-    None unless `need_db`.
+    da = dy wd_s with wd_s (d_out, h); zg and zu are (T, h). All is within the limits of `gating`. a is None unless
+    `need_a`; the column sums (float32) are None unless `need_db`.
     """
     run = _Product.of(dy, wd_s, offsets, config, wide=True)
     dzg, dzu, a = run.empty(), run.empty(), run.empty() if need_a else None
@@ -193,6 +206,7 @@ def linear_glu_backward(
         zg_stride=row_stride(zg),
         zu_stride=row_stride(zu),
         ACTIVATION=activation,
+        GATE=gate_of(gating, dy.dtype),
     )
     return dzg, dzu, a, run.total(gate), run.total(up)
 

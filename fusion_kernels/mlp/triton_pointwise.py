@@ -11,34 +11,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusion_kernels.gates import PLAIN, Gate
 from fusion_kernels.mlp import _triton_pointwise as kernels
 from fusion_kernels.mlp import triton_heuristics
-from fusion_kernels.mlp.triton_launch import ceil_div, kind, row_stride, start
+from fusion_kernels.mlp.triton_launch import ceil_div, gate_of, kind, row_stride, start
 
 _SUM_BLOCK = 64
 
 
 def act_forward(z: Tensor, activation: str) -> Tensor:
     """activation(z)."""
-    return _forward(z, None, activation)
+    return _forward(z, None, activation, PLAIN)
 
 
 def act_backward(da: Tensor, z: Tensor, activation: str, need_a: bool) -> tuple[Tensor, Tensor | None]:
     """da * activation'(z), and activation(z) if `need_a`."""
-    dz, _, a = _backward(da, z, None, activation, need_a)
+    dz, _, a = _backward(da, z, None, activation, need_a, PLAIN)
     return dz, a
 
 
-def glu_act_forward(zg: Tensor, zu: Tensor, activation: str) -> Tensor:
-    """activation(zg) * zu."""
-    return _forward(zg, zu, activation)
+def glu_act_forward(zg: Tensor, zu: Tensor, activation: str, gating: Gate = PLAIN) -> Tensor:
+    """activation(zg) * zu, within the limits of `gating`."""
+    return _forward(zg, zu, activation, gating)
 
 
 def glu_act_backward(
-    da: Tensor, zg: Tensor, zu: Tensor, activation: str, need_a: bool
+    da: Tensor, zg: Tensor, zu: Tensor, activation: str, need_a: bool, gating: Gate = PLAIN
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """da * zu * activation'(zg), da * activation(zg), and activation(zg) * zu if `need_a`."""
-    dzg, dzu, a = _backward(da, zg, zu, activation, need_a)
+    """da * zu * activation'(zg), da * activation(zg), and activation(zg) * zu if `need_a`, within `gating`'s limits."""
+    dzg, dzu, a = _backward(da, zg, zu, activation, need_a, gating)
     assert dzu is not None
     return dzg, dzu, a
 
@@ -76,25 +77,26 @@ def column_sums(x: Tensor, offsets: Tensor | None = None, tile: int = 1) -> Tens
     return out
 
 
-def _forward(z: Tensor, up: Tensor | None, activation: str) -> Tensor:
+def _forward(z: Tensor, up: Tensor | None, activation: str, gating: Gate) -> Tensor:
     kind(z.dtype)
     a = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    _start(kernels._act_kernel, {"z": z, "up": up}, activation, a_ptr=a)
+    _start(kernels._act_kernel, {"z": z, "up": up}, activation, gating, a_ptr=a)
     return a
 
 
 def _backward(
-    da: Tensor, z: Tensor, up: Tensor | None, activation: str, need_a: bool
+    da: Tensor, z: Tensor, up: Tensor | None, activation: str, need_a: bool, gating: Gate
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     kind(z.dtype)
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     dup = None if up is None else torch.empty_like(dz)
     a = torch.empty_like(dz) if need_a else None
-    _start(kernels._act_backward_kernel, {"da": da, "z": z, "up": up}, activation, dz_ptr=dz, dup_ptr=dup, a_ptr=a)
+    inputs = {"da": da, "z": z, "up": up}
+    _start(kernels._act_backward_kernel, inputs, activation, gating, dz_ptr=dz, dup_ptr=dup, a_ptr=a)
     return dz, dup, a
 
 
-def _start(kernel: Any, inputs: dict[str, Any], activation: str, **outputs: Any) -> None:
+def _start(kernel: Any, inputs: dict[str, Any], activation: str, gating: Gate, **outputs: Any) -> None:
     """Launch a kernel on inputs of one shape, which have strides of their own, and contiguous outputs.
 
     Contiguous inputs are one long row.
@@ -115,6 +117,7 @@ def _start(kernel: Any, inputs: dict[str, Any], activation: str, **outputs: Any)
         R=R,
         C=C,
         ACTIVATION=activation,
+        GATE=gate_of(gating, given[0].dtype),
         BR=BR,
         BC=BC,
         num_warps=4,

@@ -5,10 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusion_kernels.gates import PLAIN, Gate
 from fusion_kernels.mlp import _triton_resident as kernels
 from fusion_kernels.mlp import triton_heuristics
 from fusion_kernels.mlp.triton_heuristics import ResidentConfig
-from fusion_kernels.mlp.triton_launch import ceil_div, contiguous, gpu, input_precision, kind, row_stride, start
+from fusion_kernels.mlp.triton_launch import (
+    ceil_div,
+    contiguous,
+    gate_of,
+    gpu,
+    input_precision,
+    kind,
+    row_stride,
+    start,
+)
 
 
 def resident_fits(h: int, d: int, dtype: torch.dtype, sm: int, *, gated: bool = False) -> bool:
@@ -35,7 +45,7 @@ def mlp_resident(
     Raises:
         ValueError: h neurons do not fit on the GPU (see `resident_fits`).
     """
-    return _resident(x, w1, None, b1, None, w2s, b2, activation, config)
+    return _resident(x, w1, None, b1, None, w2s, b2, activation, PLAIN, config)
 
 
 def glu_resident(
@@ -48,10 +58,14 @@ def glu_resident(
     bd: Tensor | None,
     activation: str,
     *,
+    gating: Gate = PLAIN,
     config: ResidentConfig | None = None,
 ) -> Tensor:
-    """(activation(x w_gateᵀ + b_gate) * (x w_upᵀ + b_up)) wd_sᵀ + bd (T, d_out); else as `mlp_resident`."""
-    return _resident(x, w_gate, w_up, b_gate, b_up, wd_s, bd, activation, config)
+    """(activation(x w_gateᵀ + b_gate) * (x w_upᵀ + b_up)) wd_sᵀ + bd (T, d_out); else as `mlp_resident`.
+
+    `gating` says within which limits.
+    """
+    return _resident(x, w_gate, w_up, b_gate, b_up, wd_s, bd, activation, gating, config)
 
 
 def _resident(
@@ -63,6 +77,7 @@ def _resident(
     out_w: Tensor,
     out_bias: Tensor | None,
     activation: str,
+    gating: Gate,
     config: ResidentConfig | None,
 ) -> Tensor:
     (T, d), (O, h) = x.shape, out_w.shape  # noqa: E741
@@ -94,6 +109,7 @@ def _resident(
         up_stride=0 if up is None else row_stride(up),
         out_w_stride=row_stride(out_w),
         ACTIVATION=activation,
+        GATE=gate_of(gating, x.dtype),
         PRECISION=input_precision(precision),
         EVEN_H=h == config.H0 + config.H1,
         EVEN_D=d % config.BK == 0,

@@ -15,11 +15,9 @@ from ntk_emulation import Emulation
 from rounding import Arithmetic, assert_rounding
 from torch import Tensor
 
-from fusion_kernels import Gate, backends, fused_experts, fused_mlp, native, ntk_compare, ntk_gram, ntk_vp
+from fusion_kernels import Gate, fused_experts, fused_mlp, native, ntk_compare, ntk_gram, ntk_vp
 from fusion_kernels.experts.operators import EXPERTS
 from fusion_kernels.ffn import FFN
-from fusion_kernels.library import BackendUnavailableError
-from fusion_kernels.mlp import heuristics
 from fusion_kernels.mlp.operators import MLP
 from fusion_kernels.ntk import cuda_backend
 
@@ -254,21 +252,3 @@ def test_a_plain_block_has_no_gate() -> None:
         replace(block.ffn, w_gate=None).check()
     with pytest.raises(TypeError, match="gating"):
         fused_mlp(block.x, block.w_in, None, block.w_out, None, gating=block.gating)  # type: ignore[call-arg]
-
-
-def test_backends_without_limits_decline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By name, with the reason; what is not named goes on to the next, on a GPU to torch's operations."""
-    monkeypatch.setattr(heuristics, "path", lambda *_: "epilogue")
-    reason = "has no limits and offsets of gates"
-    for name, backend in (("mlp", "epilogue"), ("mlp_backward", "cublas"), ("experts_backward", "triton")):
-        assert backends()[name][f"{backend} declines"] == reason
-    plain, block, x = make_block(3, gated=True).ffn, limited(3).ffn, torch.randn(3, 12)
-    for op in (MLP, EXPERTS):
-        there = [replace(b, why_not=lambda: None, device_types=("cpu",)) for b in op.forward_operator.backends]
-        monkeypatch.setattr(op.forward_operator, "backends", there)
-    with pytest.raises(BackendUnavailableError, match=f"mlp: backend 'epilogue': {reason}"):
-        MLP.functions(x, block, 1, "epilogue")
-    assert MLP.functions(x, plain, 1, "epilogue") is MLP._functions["epilogue"]
-    with pytest.raises(BackendUnavailableError, match=f"experts: backend 'triton': {reason}"):
-        EXPERTS.functions(x, block, 1, "triton")
-    assert MLP._on_gpu(x, block, 1) == heuristics.UNMEASURED

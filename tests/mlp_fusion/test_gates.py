@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from bundles import random_bundle
+from bundles import random_bundle, tie
 from fusion_kernels import Gate, ntk_gram
 from mlp_fusion import FusedExperts, FusedGLU, FusedMLP, NeuronBundle
 from mlp_fusion.calibration import matching
@@ -74,6 +74,18 @@ def test_a_bundle_is_the_same_function_in_every_parameterization(gate: str, form
     torch.testing.assert_close(other.forward(x), expected)
     torch.testing.assert_close(other.canonical().forward(x), expected)
     assert float((dataclasses.replace(bundle, gating=Gate()).forward(x) - expected).norm()) > 0.01 * expected.norm()
+
+
+@forms
+@gates
+def test_fusing_tied_neurons_keeps_the_function(gate: str, form: str) -> None:
+    """The identity that the cluster sizes are for: folded, explicit or split."""
+    one, sizes, x = dataclasses.replace(limited(gate), scale=None), torch.arange(17) % 4 + 1, rows()
+    labels = torch.arange(17).repeat_interleave(sizes)[None]
+    wide = tie(one, sizes)
+    narrow = wide.reduce(labels).parameterized(form)
+    assert narrow.width == 17
+    torch.testing.assert_close(narrow.forward(x), wide.forward(x))
 
 
 @pytest.mark.parametrize("called", [False, True], ids=["operator", "children"])

@@ -1,8 +1,4 @@
-"""Guesses at the inputs of any model, by the names of what its `forward` takes and by numbers of its config.
-
-Values are random, since outputs are compared. What the product guesses while it looks for FFNs is in
-`mlp_fusion.families.recording`; there only the way to a layer counts.
-"""
+"""Inputs on which a model runs, found by trying guesses and mending them by what errors say."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import contextlib
 import copy
 import inspect
 import itertools
-import math
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -18,18 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from guesses import LEAST_ID, MOST_ID, Inputs, guesses, numbers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-_TOKENS, _SAMPLES = 24, 16000
-#: Ids that are rarely special.
-_LEAST_ID, _MOST_ID = 20, 40
-_PARTS = (
-    "text_config", "vision_config", "audio_config", "backbone_config", "encoder", "decoder", "thinker_config",
-    "language_config", "speech_config", "vision_encoder_config", "audio_encoder_config", "image_encoder",
-)  # fmt: skip
-Inputs = dict[str, Any]
-_GUESSES = 120
+#: How many guesses are tried, and what infinite outputs count as: masked ones.
+_GUESSES, _INFINITE = 120, 1e4
 #: How often a guess is mended by what an error says.
 _REPAIRS = 5
 #: Errors that name a size that was given and one that was wanted, and which groups those are.
@@ -108,7 +97,7 @@ def _tried(part: Any, path: str, inputs: Inputs, wanted: set[str], problems: lis
                 message = " ".join(str(error).split())
                 problems.append(f"{type(error).__name__}: {message[:160]} ({', '.join(inputs)})")
             else:
-                if outputs and all(bool(t.isfinite().all()) for t in outputs.values()):
+                if outputs and not any(bool(t.isnan().any()) for t in outputs.values()):
                     return Probe(path, inputs, frozenset(reached))
                 problems.append("no output, or one that is not finite")
                 return None
@@ -193,11 +182,11 @@ def _with_placeholders(config: Any, inputs: Inputs, asked: Mapping[str, int]) ->
         return None
     placed: list[int] = []
     for kind, count in asked.items():
-        token = next(_numbers(config, f"{kind}_token_id", f"{kind}_token_index"), None)
+        token = next(numbers(config, f"{kind}_token_id", f"{kind}_token_index"), None)
         if token is None:
             return None
         placed += [token] * count
-    text = [t for t in ids[0].tolist() if _LEAST_ID <= t < _MOST_ID]
+    text = [t for t in ids[0].tolist() if LEAST_ID <= t < MOST_ID]
     new = torch.tensor([[*text[:4], *placed, *text[4:]]])
     if torch.equal(new, ids):
         return None
@@ -210,9 +199,11 @@ def _beside_text(inputs: Inputs, ids: Tensor, placed: list[int]) -> Inputs:
 
 
 def tensors(outputs: Any, prefix: str = "") -> dict[str, Tensor]:
-    """All floating-point tensors of a model's outputs by name, but for caches."""
+    """All floating-point tensors of a model's outputs by name, but for caches; what is masked by infinity is large."""
     if isinstance(outputs, Tensor):
-        return {prefix or "output": outputs.float()} if outputs.is_floating_point() and outputs.numel() else {}
+        if not outputs.is_floating_point() or not outputs.numel():
+            return {}
+        return {prefix or "output": outputs.float().clamp(-_INFINITE, _INFINITE)}
     if isinstance(outputs, Mapping):
         items = list(outputs.items())
     elif isinstance(outputs, (tuple, list)):
@@ -224,270 +215,3 @@ def tensors(outputs: Any, prefix: str = "") -> dict[str, Tensor]:
         if "past_key_values" not in str(key) and "cache" not in str(key):
             found |= tensors(value, f"{prefix}.{key}".strip("."))
     return found
-
-
-# --- guesses ---------------------------------------------------------------------------------------------------------
-
-
-def guesses(model: Any) -> Iterator[Inputs]:
-    """Guesses at a model's inputs, the fullest first."""
-    names = {
-        name: p
-        for name, p in inspect.signature(model.forward).parameters.items()
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }
-    config = model.config
-    g = torch.Generator().manual_seed(0)
-    text = _text(names, config, g)
-    images = list(itertools.islice(_images(names, config, g), 24)) if "pixel_values" in names else []
-    if "image" in names and not images:
-        images = [{"image": image["pixel_values"]} for image in _images(names, config, g)][:8]
-    videos = list(itertools.islice(_videos(names, config, g), 8))
-    sounds = list(itertools.islice(_sounds(names, config, g), 24))
-    main = model.main_input_name if isinstance(model.main_input_name, str) else ""
-    if not text or (main in ("input_features", "input_values")):
-        yield from ({**_decoders(text), **sound} for sound in sounds)
-    if images and sounds:
-        yield from ({**text, **a, **b} for a, b in itertools.product(images[:6], sounds[:6]))
-    yield from ({**text, **image} for image in images)
-    yield from ({**text, **sound} for sound in sounds)
-    yield from ({**text, **video} for video in videos)
-    yield from _others(names, config, g)
-    if text:
-        codebooks = next(_numbers(config, "num_codebooks", "num_channels", "n_codebooks"), 0)
-        if codebooks and "pixel_values" not in names:
-            main_ids = "decoder_input_ids" if "decoder_input_ids" in text else "input_ids"
-            yield {
-                **text,
-                main_ids: text[main_ids][..., None].expand(1, _TOKENS, codebooks) if main_ids in text else None,
-            }
-        yield text
-        yield {name: value for name, value in text.items() if name.endswith("input_ids")}
-    yield from ({**_decoders(text), **image} for image in images if text)
-    yield from _hidden(names, config, g)
-
-
-def _decoders(text: Inputs) -> Inputs:
-    return {name: value for name, value in text.items() if name.startswith("decoder")}
-
-
-def _numbers(config: Any, *names: str) -> Iterator[int]:
-    """What a config and its parts say under any of `names`; of lists, the first entry."""
-    parts = [config, *(part for key in _PARTS if (part := getattr(config, key, None)) is not None)]
-    parts += [inner for part in parts[1:] for key in _PARTS if (inner := getattr(part, key, None)) is not None]
-    for part in parts:
-        for name in names:
-            value = part.get(name) if isinstance(part, dict) else getattr(part, name, None)
-            while isinstance(value, (list, tuple)) and value:
-                value = value[0]
-            if isinstance(value, dict):
-                value = next(iter(value.values()), None)
-            if type(value) is int:
-                yield value
-
-
-def _text(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Inputs:
-    words = next(_numbers(config, "vocab_size"), _MOST_ID)
-    low, high = (_LEAST_ID, _MOST_ID) if words >= _MOST_ID else (min(3, words - 1), words)
-
-    def ids() -> Tensor:
-        return torch.randint(low, high, (1, _TOKENS), generator=g)
-
-    made = {name: ids() for name in names if re.fullmatch(r"(decoder_|qformer_|tasks_)?input_ids", name)}
-    if "visual_feats" in names:
-        made["visual_feats"] = torch.randn(1, 4, next(_numbers(config, "visual_feat_dim"), 8), generator=g)
-        made["visual_pos"] = torch.rand(1, 4, next(_numbers(config, "visual_pos_dim"), 4), generator=g)
-    if "bbox" in names:
-        made["bbox"] = torch.tensor([[[1, 2, 5, 6]]]).expand(1, _TOKENS, 4)
-    return made
-
-
-def _images(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterator[Inputs]:
-    channels = list(dict.fromkeys([*_numbers(config, "num_channels", "in_channels", "in_chans"), 3]))
-    sizes = list(dict.fromkeys([64, *_numbers(config, "image_size", "crop_size", "img_size"), 224, 640]))[:4]
-    patches = list(dict.fromkeys([*_numbers(config, "patch_size"), 14, 16]))
-    patch = patches[0]
-    if "grid_thw" in names or "image_grid_thw" in names or "grid_hw" in names or "image_grid_hw" in names:
-        yield from _grids(names, config, g, "pixel_values", "image_grid_thw")
-    if "spatial_shapes" in names or "pixel_position_ids" in names or "image_position_ids" in names:
-        for p in patches[:2]:
-            yield from _patch_lists(names, channels[0], p, g)
-    for c, size in itertools.product(channels[:2], sizes):
-        pixels = torch.randn(1, c, size, size, generator=g)
-        yield {"pixel_values": pixels}
-        yield _beside_pixels(names, pixels, size)
-    tiled = {"image_sizes", "pixel_attention_mask", "num_tiles", "image_attention_mask"} & names.keys()
-    for size, tiles in itertools.product(sizes, (1, 2, 3, 5)) if tiled else ():
-        yield _beside_pixels(names, torch.randn(1, tiles, channels[0], size, size, generator=g), size)
-    for size in sizes if "aspect_ratio_ids" in names else ():
-        tiles = next(_numbers(config, "max_num_tiles"), 4)
-        yield {
-            "pixel_values": torch.randn(1, 1, tiles, channels[0], size, size, generator=g),
-            "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
-            "aspect_ratio_mask": torch.ones(1, 1, tiles, dtype=torch.long),
-        }
-    size = sizes[0]
-    yield {"pixel_values": torch.randn(1, 2, channels[0], size, size, generator=g)}
-    yield {"pixel_values": torch.randn(1, 16, channels[0], size, size, generator=g)}
-    yield {"pixel_values": torch.randn(4, channels[0] * patch * patch, generator=g)}
-
-
-def _beside_pixels(names: Mapping[str, Any], pixels: Tensor, size: int) -> Inputs:
-    made: Inputs = {"pixel_values": pixels}
-    if "pixel_mask" in names:
-        made["pixel_mask"] = torch.ones(pixels.shape[0], size, size, dtype=torch.long)
-    if "pixel_attention_mask" in names and pixels.dim() == 5:
-        made["pixel_attention_mask"] = torch.ones(*pixels.shape[:2], size, size, dtype=torch.bool)
-    if "image_attention_mask" in names and pixels.dim() == 5:
-        made["image_attention_mask"] = torch.ones(1, _TOKENS, pixels.shape[1], dtype=torch.long)
-    if "high_res_pixel_values" in names:
-        made["high_res_pixel_values"] = pixels
-    if "image_sizes" in names:
-        made["image_sizes"] = torch.tensor([[size, size]])
-    if "target_sizes" in names:
-        made["target_sizes"] = torch.tensor([[size, size]])
-    return made
-
-
-def _grids(names: Mapping[str, Any], config: Any, g: torch.Generator, pixels: str, grid: str) -> Iterator[Inputs]:
-    """Patches one after another, with the grid that they are on."""
-    channels = next(_numbers(config, "in_channels", "num_channels", "in_chans"), 3)
-    for patch, times in itertools.product(
-        dict.fromkeys([*_numbers(config, "patch_size", "spatial_patch_size"), 14, 16]),
-        dict.fromkeys([*_numbers(config, "temporal_patch_size"), 1, 2]),
-    ):
-        flat = torch.randn(64, channels * times * patch * patch, generator=g)
-        for values in (flat, flat.reshape(64, channels, patch, patch) if times == 1 else None):
-            if values is None:
-                continue
-            made: Inputs = {pixels if pixels in names else "hidden_states": values}
-            for name in names:
-                if name in (grid, "grid_thw"):
-                    made[name] = torch.tensor([[1, 8, 8]])
-                elif name in ("grid_hw", "image_grid_hw"):
-                    made[name] = torch.tensor([[8, 8]])
-                elif name in ("merge_sizes", "image_merge_sizes"):
-                    made[name] = torch.tensor([2])
-            if "mm_token_type_ids" in names:
-                made["mm_token_type_ids"] = torch.zeros(1, _TOKENS, dtype=torch.long)
-            yield made
-
-
-def _patch_lists(names: Mapping[str, Any], channels: int, patch: int, g: torch.Generator) -> Iterator[Inputs]:
-    for count in (36, 144):
-        side = math.isqrt(count)
-        made: Inputs = {"pixel_values": torch.randn(1, count, channels * patch * patch, generator=g)}
-        places = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="xy"), -1).reshape(
-            1, -1, 2
-        )
-        for name in names:
-            if name in ("spatial_shapes", "target_sizes"):
-                made[name] = torch.tensor([[side, side]])
-            elif name in ("pixel_position_ids", "image_position_ids"):
-                made[name] = places
-            elif name in ("pixel_attention_mask",):
-                made[name] = torch.ones(1, count, dtype=torch.long)
-        yield made
-
-
-def _videos(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterator[Inputs]:
-    if "pixel_values_videos" not in names and not ("grid_thw" in names and "pixel_values" not in names):
-        return
-    if "grid_thw" in names or "video_grid_thw" in names:
-        yield from _grids(names, config, g, "pixel_values_videos", "video_grid_thw")
-    channels = next(_numbers(config, "num_channels", "in_channels", "in_chans"), 3)
-    frames = next(_numbers(config, "num_frames", "frames_per_clip"), 4)
-    for size in dict.fromkeys([*_numbers(config, "image_size", "crop_size"), 64]):
-        yield {"pixel_values_videos": torch.randn(1, frames, channels, size, size, generator=g)}
-
-
-def _sounds(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterator[Inputs]:
-    if "input_values" in names:
-        bins = next(_numbers(config, "num_mel_bins"), 128)
-        length = next(_numbers(config, "max_length"), 1024)
-        yield {"input_values": torch.randn(1, _SAMPLES, generator=g)}
-        yield {"input_values": torch.randn(1, 1, _SAMPLES, generator=g)}
-        yield {"input_values": torch.randn(1, length, bins, generator=g)}
-    if "audio_mel" in names:
-        bins = next(_numbers(config, "input_feat_size"), 128)
-        yield {
-            "audio_mel": torch.randn(1, 100, bins, generator=g),
-            "audio_mel_mask": torch.zeros(1, 100, dtype=torch.bool),
-        }
-    if "input_features" not in names:
-        return
-    bins = dict.fromkeys([
-        *_numbers(config, "num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels", "input_dim",
-                  "input_feat_size", "input_size"), 80, 128,
-    ])  # fmt: skip
-    longest = [2 * number for number in _numbers(config, "max_source_positions", "max_position_embeddings")]
-    for b, length in itertools.product(bins, dict.fromkeys([*longest[:1], 3000, 100])):
-        if b * length > 2_000_000:
-            continue
-        for shape in ((1, b, length), (1, length, b), (b, length), (1, 1, length, b)):
-            frames = length
-            made: Inputs = {"input_features": torch.randn(shape, generator=g)}
-            for name in names:
-                if name in ("input_features_mask", "feature_attention_mask"):
-                    made[name] = torch.ones(1, frames, dtype=torch.long)
-                elif name == "is_longer":
-                    made[name] = torch.zeros(1, 1, dtype=torch.bool)
-                elif name == "feature_lens":
-                    made[name] = torch.tensor([frames])
-                elif name == "aftercnn_lens":
-                    made[name] = torch.tensor([frames // 2])
-            yield made
-
-
-def _others(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterator[Inputs]:
-    """Series of numbers, patches of documents, states of games."""
-    if "past_values" in names:
-        lags = max([*(getattr(config, "lags_sequence", None) or [0])])
-        length = next(_numbers(config, "context_length", "prediction_length"), 32) + lags
-        variables = next(_numbers(config, "num_input_channels", "input_size"), 1)
-        shape = (1, length) if variables == 1 else (1, length, variables)
-        made: Inputs = {"past_values": torch.randn(shape, generator=g)}
-        for name in names:
-            if name in ("past_observed_mask", "past_values_padding"):
-                made[name] = torch.ones(shape) if name.endswith("mask") else torch.zeros(shape)
-            elif name == "past_time_features":
-                made[name] = torch.randn(1, length, next(_numbers(config, "num_time_features"), 1), generator=g)
-            elif name == "future_time_features":
-                ahead = next(_numbers(config, "prediction_length"), 8)
-                made[name] = torch.randn(1, ahead, next(_numbers(config, "num_time_features"), 1), generator=g)
-            elif name == "future_values":
-                made[name] = torch.randn(1, next(_numbers(config, "prediction_length"), 8), generator=g)
-            elif name == "freq":
-                made[name] = torch.zeros(1, 1, dtype=torch.long)
-        yield made
-    if "flattened_patches" in names:
-        width = next(_numbers(config, "patch_embed_hidden_size"), 768)
-        yield {"flattened_patches": torch.rand(1, 16, width, generator=g), "decoder_input_ids": torch.full((1, 4), 5)}
-
-
-def _hidden(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterator[Inputs]:
-    if "query_embeds" in names or "encoder_hidden_states" in names:
-        width = next(_numbers(config, "hidden_size", "d_model"), 8)
-        seen = next(_numbers(config, "encoder_hidden_size"), width)
-        name = next(
-            name
-            for name in ("query_embeds", "inputs_embeds", "hidden_states", "encoder_hidden_states")
-            if name in names
-        )
-        yield {
-            name: torch.randn(1, 8, width, generator=g),
-            "encoder_hidden_states": torch.randn(1, 12, seen, generator=g),
-        }
-        if "input_ids" in names:
-            yield {
-                "input_ids": torch.randint(_LEAST_ID, _MOST_ID, (1, _TOKENS), generator=g),
-                "encoder_hidden_states": torch.randn(1, 12, seen, generator=g),
-            }
-    sizes = list(dict.fromkeys(_numbers(config, "hidden_size", "d_model", "embed_dim", "dim")))[:4]
-    for name in ("inputs_embeds", "hidden_states", "latents", "embeds"):
-        if name in names:
-            for size in sizes:
-                yield {name: torch.randn(1, _TOKENS, size, generator=g)}
-    required = [name for name, p in names.items() if p.default is p.empty]
-    for size in sizes:
-        yield {name: torch.randn(1, _TOKENS, size, generator=g) for name in required}

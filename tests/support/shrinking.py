@@ -56,7 +56,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config.clip_qkv": 8.0},
     # The sections of the rotary frequencies do not add up to those of a head: the factor that halves them is left out.
     "glm4v_text": _SECTIONS,
-    "glm4v_moe_text": _SECTIONS,
+    "glm4v_moe_text": {"rope_parameters.mrope_section": [1, 1, 0], "head_dim": 8},
     "glm_image_text": _SECTIONS,
     "glmga_text": _SECTIONS,
     # The sections have no default.
@@ -163,7 +163,7 @@ def small_config(config: Any, steps: Steps) -> Any:
 
 def _ladder(layers: int | None) -> Iterator[Steps]:
     for words in (512, None):
-        for experts in (8, None):
+        for experts in (4, None):
             for divisor, heads in (
                 (16, False),
                 (8, False),

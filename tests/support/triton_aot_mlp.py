@@ -16,8 +16,13 @@ import torch
 from torch import Tensor
 from triton_aot import Launch, compile_launch, keep, recorder
 
+from fusion_kernels import Gate
+
 #: Tokens, inputs, neurons: few and many tokens of a small model, a larger one, and rows that are not aligned.
 SHAPES = [(1024, 768, 192), (65536, 768, 192), (65536, 2048, 512), (8192, 123, 50)]
+
+#: Limits on both sides have the most to compute.
+LIMITED = Gate(7.0, "both", 1.0)
 
 
 def mlp_launches(capability: int) -> Iterator[Launch]:
@@ -51,9 +56,12 @@ def _block(T: int, d: int, h: int, dtype: torch.dtype) -> None:
     triton_linear.linear_act_backward(x, out, z, "gelu", need_a=True, need_db1=True)
     triton_linear.linear_glu(x, w, w, b, b, "gelu", save_z=True)
     triton_linear.linear_glu_backward(x, out, z, z, "gelu", need_a=True, need_db=True)
+    triton_linear.linear_glu(x, w, w, b, b, "gelu", gating=LIMITED, save_z=True)
+    triton_linear.linear_glu_backward(x, out, z, z, "gelu", gating=LIMITED, need_a=True, need_db=True)
     triton_pointwise.act_forward(z, "gelu")
     triton_pointwise.act_backward(z, z, "gelu", True)
     triton_pointwise.glu_act_backward(z, z, z, "gelu", True)
+    triton_pointwise.glu_act_backward(z, z, z, "gelu", True, LIMITED)
     if dtype != torch.float32:
         aligned = d % 16 == 0
         gpu = triton_resident.gpu(x.device)
@@ -61,6 +69,7 @@ def _block(T: int, d: int, h: int, dtype: torch.dtype) -> None:
             triton_resident.mlp_resident(x, w, b, out, new(d), "gelu")
         if triton_heuristics.resident_config(T, h, triton_heuristics.HALF, gpu, True, aligned):
             triton_resident.glu_resident(x, w, w, b, b, out, new(d), "gelu")
+            triton_resident.glu_resident(x, w, w, b, b, out, new(d), "gelu", gating=LIMITED)
 
 
 def _experts(T: int, d: int, h: int, E: int, dtype: torch.dtype) -> None:

@@ -34,6 +34,9 @@ def real_model(config: Any, seed: int = 0) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point():
                 parameter.copy_(_values(name, parameter, g))
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0  # as some classes make it when they load
     return model.eval()
 
 

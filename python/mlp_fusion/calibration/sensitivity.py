@@ -144,6 +144,8 @@ def _pieces(batches: Sequence[Batch]) -> Iterator[Batch]:
             continue
         chosen = torch.arange(count)[(seen + torch.arange(count)) % step == 0]
         seen += count
+        if len(chosen) == 0:
+            continue
         for part in chosen.split(max(1, _RUN * count // positions(batch))):
             yield {name: value[part.to(value.device)] for name, value in batch.items()}
 

@@ -1,7 +1,8 @@
-"""Calibration text as batches, whatever form it comes in: batches, a text file, or a `datasets` dataset."""
+"""What is calibrated on as batches, whatever form it comes in: batches, a text file, or a `datasets` dataset."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -12,10 +13,14 @@ from torch import Tensor, nn
 
 from mlp_fusion.choices import CALIBRATION_SENTENCES
 from mlp_fusion.errors import InputError
-from mlp_fusion.running.batches import Batch
+from mlp_fusion.families.inputs import OTHER_INPUTS
+from mlp_fusion.running.batches import Batch, main_input
 from mlp_fusion.running.rows import TEXT_COLUMNS, read_texts
 from mlp_fusion.running.sentences import encode
 from mlp_fusion.store.tokenizers import tokenizer_of
+
+#: Columns of tokens.
+_TEXT = ("input_ids", "attention_mask", "token_type_ids")
 
 Calibration = Batch | Iterable[Batch] | Sequence[str] | str | Path
 
@@ -26,10 +31,12 @@ def calibration_batches(
     """Batches for :func:`mlp_fusion.calibration.collect`.
 
     Args:
-        calibration: a batch or an iterable of batches, as a tokenizer returns them; the path of a text file or table
-            (see :func:`mlp_fusion.running.rows.read_texts`); a list of sentences; or rows, a list of mappings or a
-            dataset of the `datasets` library, with a column `input_ids`, or `text`, `sentence` or `content`.
-        model: whose tokenizer reads text: it is looked up under the name that the model was loaded from.
+        calibration: a batch or an iterable of batches, as a tokenizer or the model's processor returns them; the path
+            of a text file or table (see :func:`mlp_fusion.running.rows.read_texts`); a list of sentences; or rows, a
+            list of mappings or a dataset of the `datasets` library, with a column of the model's main input
+            (`input_ids`, `pixel_values`), or `text`, `sentence` or `content`.
+        model: whose tokenizer reads text: it is looked up under the name that the model was loaded from. Images and
+            sounds come as batches or columns only.
         sentences: how many are read of files, lists and datasets.
 
     Raises:
@@ -37,14 +44,14 @@ def calibration_batches(
     """
     if isinstance(calibration, (str, Path)):
         return _tokenized(read_texts(calibration, limit=sentences), model, str(calibration))
-    listed = isinstance(calibration, (list, tuple))
+    main, listed = main_input(model), isinstance(calibration, (list, tuple))
     if listed and calibration and isinstance(calibration[0], str):
         texts = [text for text in calibration if isinstance(text, str) and text.strip()]
         if len(texts) < len(calibration):
             raise InputError("calibration is a list of sentences of which some are blank or no text")
         return _tokenized(texts[:sentences], model, "calibration")
     if not hasattr(calibration, "column_names"):
-        if listed and calibration and isinstance(calibration[0], Mapping) and "input_ids" not in calibration[0]:
+        if listed and calibration and isinstance(calibration[0], Mapping) and main not in calibration[0]:
             return _tokenized(read_texts(calibration, limit=sentences), model, "calibration")
         return calibration  # type: ignore[no-any-return]
     names = calibration.column_names
@@ -53,11 +60,11 @@ def calibration_batches(
     rows = list(islice(calibration, sentences))
     if not rows:
         raise InputError("calibration is a dataset without rows")
-    if "input_ids" in rows[0]:
-        return [_single(row) for row in rows]
+    if main in rows[0]:
+        return [_single(row, model) for row in rows]
     if not {name.casefold() for name in rows[0]} & set(TEXT_COLUMNS):
         raise InputError(
-            f"calibration is a dataset with the columns {', '.join(rows[0])}: it needs input_ids or one of "
+            f"calibration is a dataset with the columns {', '.join(rows[0])}: it needs {main} or one of "
             f"{', '.join(TEXT_COLUMNS)}"
         )
     return _tokenized(read_texts(rows, limit=sentences), model, "calibration")
@@ -72,7 +79,12 @@ def _tokenized(sentences: list[str], model: Any, source: str) -> list[Batch]:
     return encode(tokenizer, sentences, getattr(model.config, "max_position_embeddings", None))
 
 
-def _single(row: Mapping[str, Any]) -> dict[str, Tensor]:
+def _single(row: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """A dataset's row as a batch of one: rows differ in length, and padding would be the tokenizer's business."""
-    wanted = ("input_ids", "attention_mask", "token_type_ids")
-    return {key: torch.as_tensor(row[key]).reshape(1, -1) for key in wanted if key in row}
+    text = {key: torch.as_tensor(row[key]).reshape(1, -1) for key in _TEXT if key in row}
+    names = inspect.signature(model.forward).parameters
+    others = (key for key in row if key in names and key not in _TEXT and "label" not in key)
+    # Of text alone, other columns are nobody's.
+    if main_input(model) == "input_ids" and not set(OTHER_INPUTS) & set(row):
+        return text
+    return {**text, **{key: torch.as_tensor(row[key]).unsqueeze(0) for key in others}}

@@ -178,7 +178,7 @@ class FFNSite:
     @property
     def is_expert(self) -> bool:
         """Whether it sees only the tokens that are routed to it, which may be none."""
-        return self.expert is not None or bool(re.search(r"(?:^|[._])experts?(?=[._])", f"{self.path}."))
+        return self.expert is not None or bool(re.search(r"(?:^|\.)experts?[._]", f"{self.path}."))
 
     def channels(self) -> tuple[int, int, int]:
         """Inputs, neurons and outputs, of one expert."""

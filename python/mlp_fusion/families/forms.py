@@ -114,17 +114,24 @@ def _small(config: Any, site: Site) -> tuple[nn.Module, Way]:
     """A real module of the kind, with few neurons, and the way in which it was called when it was proved."""
     model = building.build(building.model_class(config), _narrow_config(config, site))
     path = site.instances[0][0]
-    module = building.materialise(model.get_submodule(path), {p.parameter for p in site.projections})
+    # Before the module is copied: running a model may change how it runs (a sparse attention becomes a full one).
     recorded = record_arguments(model, {path}).get(path) if site.proof.call == AS_CALLED else None
+    module = building.materialise(model.get_submodule(path), {p.parameter for p in site.projections})
+    error: Exception | None = None
     for way in ways_to_call(module, False, recorded):
         if way.how == site.proof.call:
+            try:
+                way.call()
+            except Exception as found:  # noqa: BLE001  (one of several ways that are called the same)
+                error = found
+                continue
             return module, way
-    raise InputError("cannot be called again as they were when they were proved")
+    raise InputError("cannot be called again as they were when they were proved") from error
 
 
 def _narrow_config(config: Any, site: Site) -> Any:
     key = site.width_keys[0] if site.width_keys else None
-    if key is None or key.also_moves or key.kind == "ratio" or site.width <= _WIDTH:
+    if key is None or key.also_moves or site.width <= _WIDTH or any(type(n) is float for n in key.numbers):
         return copy.deepcopy(config)
     small: Any = [_WIDTH] * len(key.value) if isinstance(key.value, list) else _WIDTH
     if isinstance(key.value, int) and key.value != site.width:  # a multiplier
@@ -176,10 +183,7 @@ def _getting_the_preactivation(module: nn.Module, way: Way, kind: Kind) -> list[
     """The submodule that gets, in each call, what the (gate) projection has put out; none if there are several."""
     projection = kind.projection("w_gate" if kind.gated else "w_in")
     owner = projection.parameter.rpartition(".")[0]
-    try:
-        passed = _watched({**_without_weights(module), owner: module.get_submodule(owner)}, way.call)
-    except Exception as error:  # whatever a module of somebody else's makes of being called again
-        raise InputError(f"cannot be called again ({type(error).__name__})") from error
+    passed = _watched({**_without_weights(module), owner: module.get_submodule(owner)}, way.call)
     axis = 1 if isinstance(module.get_submodule(owner), (nn.Conv1d, nn.Conv2d)) else -1
     wanted = [take_half(y, projection.part, axis) for _, y in passed.pop(owner)]
     found = [name for name, calls in passed.items() if wanted and _same([x for x, _ in calls], wanted)]

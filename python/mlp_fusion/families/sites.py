@@ -67,6 +67,11 @@ class WidthKey:
     value: Any
     also_moves: tuple[str, ...] = ()
 
+    @property
+    def numbers(self) -> list[Any]:
+        """The numbers in its value."""
+        return list(self.value) if isinstance(self.value, (list, tuple)) else [self.value]
+
 
 @dataclass(frozen=True)
 class Proof:

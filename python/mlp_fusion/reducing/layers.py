@@ -93,7 +93,9 @@ class Recorder:
             for handle in handles:
                 handle.remove()
         if any(len(found) != len(batches) for found in self.calls):
-            raise InputError("a layer did not run once per batch: sequential calibration cannot repeat it")
+            raise InputError(
+                "a layer did not run once per batch: sequential calibration cannot repeat it, leave it out"
+            )
         return self
 
     def _entering(self, number: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

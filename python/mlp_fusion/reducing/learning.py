@@ -82,7 +82,8 @@ def learn(ffns: ChosenFFNs, settings: FuseSettings, calibration: Any, sample: Ba
     if batches is not None and settings.refit and settings.tune_steps > 0:
         # Experts' outputs are weighed by a router: their errors count alike.
         dense = [number for number, site in enumerate(sites) if not site.is_expert]
-        found = output_sensitivities(model, architecture, [sites[n] for n in dense], batches, seed=seed)
+        chosen = [sites[n] for n in dense]
+        found = output_sensitivities(model, architecture, chosen, batches, seed=seed) if dense else []
         for number, sensitivity in zip(dense, found, strict=True):
             sensitivities[number] = sensitivity
     seconds = time.perf_counter() - started if statistics is not None else None

@@ -173,11 +173,16 @@ class _Sequence:
 
 
 def _target(y: Tensor, streams: dict[str, list[Tensor]], batch: Batch, path: str) -> Tensor:
-    """What an FFN should put out for the stream at hand to become the one that is wanted."""
+    """What an FFN should put out for the stream at hand to become the one that is wanted.
+
+    What it puts out, where the layer goes on to something of another shape (a merging of patches).
+    """
     working = torch.promote_types(y.dtype, torch.float32)
     # The layer may have another form than what the FFN sees: as many rows, in the same order.
     mask, found = by_sequence(streams, batch, path)
     wanted, present = (found[name][mask.to(y.device)].to(working) for name in ("wanted", "present"))
+    if wanted.shape != y.shape:
+        return y
     return (y.to(working) + (wanted - present)).to(y.dtype)
 
 

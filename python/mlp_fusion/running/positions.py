@@ -13,7 +13,9 @@ from mlp_fusion.running.batches import Batch, token_mask
 
 #: Components of paths: of a side of an encoder-decoder, and of what reads no text.
 _SIDE = re.compile(r"(?:.*_)?(encoder|decoder)")
-_OTHER = re.compile(r".*(vision|visual|image|video|audio|speech|pixel).*")
+_OTHER = re.compile(
+    r"(.*_)?(vision|visual|image|video|audio|speech|pixel|projector|connector|merger|resampler|perceiver|qformer)(_.*)?"
+)
 
 
 def counted(x: Tensor, batch: Batch, path: str) -> Tensor:

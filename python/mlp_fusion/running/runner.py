@@ -121,8 +121,12 @@ class Runner:
                 return value
             return value.to(device, dtype if value.is_floating_point() and "mask" not in name else None)
 
+        given = {name: moved(name, value) for name, value in batch.items()}
+        # Nothing is generated, and some models (without attention) cannot make a cache.
+        if "use_cache" in inspect.signature(getattr(module, "forward", module)).parameters:
+            given.setdefault("use_cache", False)
         try:
-            return module(**{name: moved(name, value) for name, value in batch.items()})
+            return module(**given)
         except InputError:
             raise
         except _UNFIT as error:

@@ -140,4 +140,5 @@ def model_outputs(model: Any, inputs: Tensor | Batch, *, head: bool) -> dict[str
     names = logits or [name for name in tensors if name == "last_hidden_state"] or list(tensors)
     if not names:
         raise InputError(f"{type(model).__name__} puts out no tensor to compare: load and fuse its base model")
-    return {name: tensors[name].float().cpu().contiguous() for name in names}
+    # Files hold no two views of one tensor (CLIP's logits of images and of texts).
+    return {name: tensors[name].float().cpu().clone(memory_format=torch.contiguous_format) for name in names}

@@ -82,16 +82,16 @@ def _values(key: WidthKey, width: int, share: Fraction) -> Iterator[Any]:
     if key.value is None:
         yield int(width * share)
         return
-    if isinstance(key.value, list):
-        entries = [entry * share for entry in key.value]
-        if all(entry.denominator == 1 for entry in entries):
-            yield [int(entry) for entry in entries]
+    if isinstance(key.value, (list, tuple)):
+        yield [_share(entry, share) for entry in key.value]
         return
-    if isinstance(key.value, float):
-        yield float(key.value * share)
-        return
-    value = key.value * share
-    yield int(value) if value.denominator == 1 else float(value)
+    yield _share(key.value, share)
+
+
+def _share(value: float, share: Fraction) -> float:
+    """A share of a number, whole where the number is and the share comes out even."""
+    found = Fraction(value) * share
+    return int(found) if isinstance(value, int) and found.denominator == 1 else float(found)
 
 
 def _built(model: Any, config: Any, key: WidthKey, value: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any | None:
