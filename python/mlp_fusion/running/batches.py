@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,8 +19,16 @@ _NUMBERS = 256
 
 
 def main_input(model: Any) -> str:
-    """The input that a model cannot do without, as its class says: `input_ids`, `pixel_values`, `input_features`."""
-    return str(getattr(model, "main_input_name", "input_ids"))
+    """The input that a model cannot do without, as its class says: `input_ids`, `pixel_values`, `input_features`.
+
+    Of a part of a model, whose class does not say, the first argument that it must be given.
+    """
+    said = str(getattr(model, "main_input_name", "input_ids"))
+    arguments = inspect.signature(model.forward).parameters
+    if said in arguments:
+        return said
+    needed = [name for name, a in arguments.items() if a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD]
+    return needed[0] if needed else said
 
 
 def take_batches(
