@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mlp_fusion.errors import InputError
+from mlp_fusion.families.inputs import OTHER_INPUTS
 
 Batch = Mapping[str, Tensor]
 #: Rows are drawn from so many times as many tokens: enough to mix sentences, and an end to endless samples.
@@ -20,6 +22,12 @@ _NUMBERS = 256
 def main_input(model: Any) -> str:
     """The input that a model cannot do without, as its class says: `input_ids`, `pixel_values`, `input_features`."""
     return str(getattr(model, "main_input_name", "input_ids"))
+
+
+def takes_text(model: Any) -> bool:
+    """Whether text is all that a model takes: no images or sounds, which other FFNs of it would wait for."""
+    names = inspect.signature(model.forward).parameters
+    return main_input(model) == "input_ids" and not any(name in names for name in OTHER_INPUTS)
 
 
 def take_batches(
