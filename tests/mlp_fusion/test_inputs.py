@@ -12,7 +12,7 @@ from many_inputs import IMAGE_TOKEN, KINDS, ffns, processed, text, tiny
 from torch import Tensor
 
 from mlp_fusion import InputError
-from mlp_fusion.running.batches import main_input, padded_behind, samples, take_batches
+from mlp_fusion.running.batches import main_input, padded_behind, samples, take_batches, takes_text
 from mlp_fusion.running.drawing import random_batch
 from mlp_fusion.running.positions import counted
 from mlp_fusion.running.runner import Runner
@@ -117,6 +117,10 @@ def test_a_decoders_text_moves_by_its_own_mask() -> None:
         assert torch.equal(moved[name], value)
     unmasked = padded_behind({**own, "decoder_input_ids": other["input_ids"]})
     assert torch.equal(unmasked["decoder_input_ids"], other["input_ids"])
+
+
+def test_models_that_text_alone_is_enough_for() -> None:
+    assert [kind for kind in MODELS if takes_text(tiny(kind))] == ["t5", "bart", "xlnet", "albert"]
 
 
 def test_endless_images_come_to_an_end() -> None:
