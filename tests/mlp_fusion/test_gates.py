@@ -113,6 +113,19 @@ def test_a_module_computes_the_bundle(gate: str, form: str, called: bool) -> Non
     torch.testing.assert_close(FusedGLU.from_bundle(module.as_bundle())(x), y)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", ["above", "after"])
+def test_a_module_compiles_whole(gate: str) -> None:
+    module, x = FusedGLU.from_bundle(limited(gate), "split"), rows().requires_grad_()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    leaves = [x, *module.parameters()]
+    expected = module(x)
+    torch.testing.assert_close(compiled(x), expected)
+    wanted = torch.autograd.grad(expected.square().sum(), leaves)
+    for found, ideal in zip(torch.autograd.grad(compiled(x).square().sum(), leaves), wanted, strict=True):
+        torch.testing.assert_close(found, ideal)
+
+
 @forms
 @gates
 def test_the_tangent_kernel_of_a_module_is_that_of_its_parameters(gate: str, form: str) -> None:
