@@ -115,9 +115,20 @@ def test_adapters_on_all_projections_merge_exactly(form: str) -> None:
     assert any(isinstance(part, Scaled) and part.scale is not None for part in merged.modules())
 
 
-@pytest.mark.parametrize("form", ["projection", "weights", "experts"])
-def test_adapters_leave_weights_alone_that_are_scaled_when_they_are_used(form: str) -> None:
-    model = fused_model(form)
+@pytest.mark.parametrize("form", ["weights", "experts"])
+def test_adapters_on_stacks_of_experts_merge_exactly(form: str) -> None:
+    # These change the weights themselves, before the scale multiplies them.
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapters = LoraConfig(target_modules=[], target_parameters=names, init_lora_weights=False)
+    model = get_peft_model(fused_model(form), adapters).eval()
+    before = model(tokens())[0].detach()
+    assert not torch.allclose(before, fused_model(form)(tokens())[0], rtol=1e-2)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(tokens())[0].detach(), before, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_pass_by_a_projection_that_is_scaled_when_it_is_used() -> None:
+    model = fused_model("projection")
     holders = {name for name, part in model.named_modules() if isinstance(part, Scaled)}
     adapted = get_peft_model(model, LoraConfig(target_modules="all-linear"))
     found = {
