@@ -202,7 +202,8 @@ Gradients backward(const Tensor dy, const Tensor x, const Tensor w_in, const Ten
 STABLE_TORCH_LIBRARY_FRAGMENT(fusion_kernels_native, m) {
   m.def(
       "mlp(Tensor x, Tensor w_in, Tensor w_out, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, Tensor? b_out, "
-      "Tensor? scale, str activation, float? limit, str clamp, float up_offset, int checkpoint_level) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? scale, str activation, float? limit, str clamp, float up_offset, int checkpoint_level) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "mlp_output(Tensor x, Tensor w_in, Tensor w_out, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, Tensor? b_out, "
       "Tensor? scale, str activation, float? limit, str clamp, float up_offset) -> Tensor");

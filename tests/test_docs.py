@@ -361,7 +361,7 @@ def test_pictures_are_as_their_scripts_draw_them(theme: str) -> None:
 def test_the_format_page_names_the_version_and_every_key() -> None:
     page = (DOCS / "reference" / "checkpoint-format.md").read_text(encoding="utf-8")
     assert "It describes **format 1**" in page
-    for key in ("format", "method", "parameterization", "fused_layers", "original_width"):
+    for key in ("format", "method", "parameterization", "fused_layers", "base", "kinds", "widths"):
         assert f"| `{key}` |" in page
 
 

@@ -22,7 +22,8 @@ namespace mlp_fusion {
 //   plain   hidden = of_hidden phi(z)     slopes = of_in phi'(z)
 //   gated   hidden = of_hidden phi(g) z   slopes = of_in phi(g) | of_gate phi'(g) z
 //
-// with the limits and the offset of the gate, and replaced by their signs where `signs` says so. Null: no bias, no shrinking, a plain block (of_gate).
+// with the limits and the offset of the gate, and replaced by their signs where `signs` says so. Null: no bias, no
+// shrinking, a plain block (of_gate).
 template <class T>
 struct Neurons {
   const T *w_in, *w_gate, *b_in, *b_gate, *shrink, *of_hidden, *of_in, *of_gate;

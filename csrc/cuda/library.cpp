@@ -39,7 +39,8 @@ Format format_named(const std::string& precision) {
 
 Tensor operand(const Tensor x, const Tensor z, const std::optional<Tensor> g, const std::optional<Tensor> shrink,
                const Tensor of_hidden, const Tensor of_in, const std::optional<Tensor> of_gate, std::string activation,
-               std::optional<double> limit, std::string clamp, double up_offset, bool signs, bool with_inputs, bool with_in, bool with_gate, bool with_hidden, std::string precision) {
+               std::optional<double> limit, std::string clamp, double up_offset, bool signs, bool with_inputs,
+               bool with_in, bool with_gate, bool with_hidden, std::string precision) {
   STD_TORCH_CHECK(x.dim() == 2 && z.dim() == 2, "ntk_operand: x must be (N, d) and z (N, h)");
   const ScalarType dtype = x.scalar_type();
   const int64_t n = x.size(0), d = x.size(1), h = z.size(1);

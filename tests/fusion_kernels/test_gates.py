@@ -65,6 +65,22 @@ def test_nothing_to_compute(shape: tuple[int, ...], backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", ["float", "both"])
+@gates
+def test_frozen_tensors_have_no_gradient_and_change_no_other(gate: str, scale: str, backend: str) -> None:
+    block = limited(5, gate=gate, scale=scale).training()
+    full = block.gradients(block.eager())
+    for frozen in ({"scale"}, {"x", "w_out"}, *(set(full) - {name} for name in full)):
+        for name, t in block.leaves().items():
+            t.requires_grad_(name not in frozen)
+        for level in (0, 1, 2):
+            found = block.gradients(block.fused(level, backend))
+            assert set(found) == set(full) - frozen
+            for name, gradient in found.items():
+                torch.testing.assert_close(gradient, full[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gate", [Gate(7.0, "above"), Gate(7.0, "both", 1.0), Gate(7.0, "after"), Gate(7.0)])
 def test_at_a_limit_the_gradient_is_that_of_the_inside(gate: Gate, dtype: torch.dtype, backend: str) -> None:

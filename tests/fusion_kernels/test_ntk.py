@@ -349,7 +349,7 @@ def test_opcheck(kernel: Kernel, gated: bool, with_x2: bool) -> None:
             torch.randn(3, 5) if with_x2 else None,
             *bundle.at(0).tensors,
             0.5,
-            "gelu",
+            *bundle.function,
             list(bundle.parts()),
             kernel,
         ),

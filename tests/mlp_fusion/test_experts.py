@@ -208,19 +208,27 @@ def test_other_layouts_are_read(transposed: bool, concatenated: bool) -> None:
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
-def test_saving_with_a_scale_is_refused_with_the_remedy(tmp_path: Any) -> None:
+def test_a_scale_is_folded_where_the_model_has_experts_and_refused_elsewhere(tmp_path: Any) -> None:
     model = model_of("mixtral")
     for layer in model.model.layers:
         layer.mlp.experts = FusedExperts.from_experts(layer.mlp.experts, torch.full((4, 24), 2), "scaled")
     expected = model(ids()).logits
-    with pytest.raises(InputError, match=r"call merge_scale\(\) on every FusedExperts before saving"):
-        model.save_pretrained(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "scaled")
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+    model.beside = copy.deepcopy(model.model.layers[0].mlp.experts)
+    with pytest.raises(InputError, match=r"beside holds a scale.* call its merge_scale\(\) before saving"):
+        model.save_pretrained(tmp_path / "beside")
+    assert not (tmp_path / "beside").exists()
+    del model.beside
     for layer in model.model.layers:
         layer.mlp.experts.merge_scale()
-    model.save_pretrained(tmp_path / "out")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64, experts_implementation="fused")
-    torch.testing.assert_close(loaded(ids()).logits, expected, rtol=1e-6, atol=1e-6)
+    model.save_pretrained(tmp_path / "merged")
+    for name in ("scaled", "merged"):
+        loaded = AutoModelForCausalLM.from_pretrained(
+            tmp_path / name, dtype=torch.float64, experts_implementation="fused"
+        )
+        torch.testing.assert_close(loaded(ids()).logits, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_activations_of_configs_are_those_of_the_table() -> None:

@@ -103,14 +103,32 @@ def test_a_module_computes_the_bundle(gate: str, form: str, called: bool) -> Non
     torch.testing.assert_close(module.as_bundle().forward(x)[0], y.detach())
     again = pickle.loads(pickle.dumps(plain))
     torch.testing.assert_close(again(x), y)
-    # By the weights of w_out, which are the same in `folded` and `scaled` but for the scale.
-    (found,) = torch.autograd.grad(y.square().sum(), module.projection("w_out").weight)
-    (ideal,) = torch.autograd.grad(plain(x).square().sum(), plain.projection("w_out").weight)
-    power = {"folded": 0.0, "scaled": 1.0, "split": 0.5}[form]
-    torch.testing.assert_close(found, ideal * bundle.scale[0] ** power)
+    # What is stored as p^a times the folded weights has p^-a times their gradients.
+    power = {"folded": (0.0, 0.0), "scaled": (0.0, -1.0), "split": (0.5, -0.5)}[form]
+    roles, p = ("w_gate", "w_in", "w_out"), bundle.scale[0]
+    found, ideal = (
+        torch.autograd.grad(of(x).square().sum(), [of.projection(role).weight for role in roles])
+        for of in (module, plain)
+    )
+    for stored, folded in zip(found[:2], ideal[:2], strict=True):
+        torch.testing.assert_close(stored, folded * (p ** -power[0])[:, None])
+    torch.testing.assert_close(found[2], ideal[2] * p ** -power[1])
     module.merge_scale()
     assert module.scale is None
     torch.testing.assert_close(FusedGLU.from_bundle(module.as_bundle())(x), y)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", ["above", "after"])
+def test_a_module_compiles_whole(gate: str) -> None:
+    module, x = FusedGLU.from_bundle(limited(gate), "split"), rows().requires_grad_()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    leaves = [x, *module.parameters()]
+    expected = module(x)
+    torch.testing.assert_close(compiled(x), expected)
+    wanted = torch.autograd.grad(expected.square().sum(), leaves)
+    for found, ideal in zip(torch.autograd.grad(compiled(x).square().sum(), leaves), wanted, strict=True):
+        torch.testing.assert_close(found, ideal)
 
 
 @forms

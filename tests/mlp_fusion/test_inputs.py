@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from many_inputs import IMAGE_TOKEN, KINDS, ffns, processed, text, tiny
 from torch import Tensor
 
 from mlp_fusion import InputError
-from mlp_fusion.running.batches import main_input, padded_behind, samples, take_batches
+from mlp_fusion.running.batches import main_input, padded_behind, samples, take_batches, takes_text
 from mlp_fusion.running.drawing import random_batch
 from mlp_fusion.running.positions import counted
 from mlp_fusion.running.runner import Runner
@@ -56,6 +57,18 @@ def test_every_model_runs_on_a_random_batch(kind: str) -> None:
             architecture, sites = ffns(part, model)
             rows = capture_activations(model, architecture, sites, batch, rows=10_000, seed=0)
             assert all(len(found.x) >= 4 for found in rows)
+
+
+def test_sounds_are_drawn_short_and_images_few_where_they_are_large() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.Wav2Vec2BertConfig(**sizes, feature_projection_input_dim=16)
+    # The config speaks of 10,000 frames.
+    drawn = random_batch(transformers.Wav2Vec2BertModel(config), seed=0, batch=2)
+    assert drawn["input_features"].shape == (2, 200, 16)
+    # 600 patches' worth of numbers each, where 8 texts of 64 tokens were asked for.
+    large = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=224, patch_size=32))
+    assert random_batch(large, seed=0)["pixel_values"].shape == (2, 3, 224, 224)
+    assert random_batch(large, seed=0, batch=1)["pixel_values"].shape == (1, 3, 224, 224)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -104,6 +117,10 @@ def test_a_decoders_text_moves_by_its_own_mask() -> None:
         assert torch.equal(moved[name], value)
     unmasked = padded_behind({**own, "decoder_input_ids": other["input_ids"]})
     assert torch.equal(unmasked["decoder_input_ids"], other["input_ids"])
+
+
+def test_models_that_text_alone_is_enough_for() -> None:
+    assert [kind for kind in MODELS if takes_text(tiny(kind))] == ["t5", "bart", "xlnet", "albert"]
 
 
 def test_endless_images_come_to_an_end() -> None:

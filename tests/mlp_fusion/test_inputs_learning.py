@@ -252,6 +252,11 @@ def test_how_much_was_learnt_from(sequential: bool) -> None:
         assert [len(a.x) for a in learnt.activations] == ([45] * 2 if kind == "vit" else [42] * 2 + [24] * 2)
         drawn = learn(chosen, make(FuseSettings, {"width": 16}, "fuse").resolved([0, 1], calibrated=False), None, None)
         assert drawn.sample == ("random inputs" if kind == "vit" else "random token ids")
+    model = tiny("clip")
+    architecture, sites = ffns("clip", model)
+    chosen = SimpleNamespace(model=model, architecture=architecture, sites=sites)
+    drawn = learn(chosen, make(FuseSettings, {"width": 16}, "fuse").resolved([0, 1], calibrated=False), None, None)
+    assert drawn.sample == "random inputs"
 
 
 def test_datasets_with_columns_of_images() -> None:

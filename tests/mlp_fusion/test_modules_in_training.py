@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fused_forms
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -380,6 +381,15 @@ def test_replicas_and_shards(tmp_path: Path) -> None:
         found = torch.load(tmp_path / f"{kind}.pt", weights_only=True)
         for name, p in module.named_parameters():
             torch.testing.assert_close(found[name], p.grad, rtol=1e-5, atol=1e-6, msg=f"{kind}, {name}")
+    for form in fused_forms.FORMS:
+        model = fused_forms.fused_model(form)
+        model(fused_forms.tokens())[0].square().mean().backward()
+        found = torch.load(tmp_path / f"{form}.pt", weights_only=True)
+        # Of all together: the bias of keys, for one, has no gradient but of rounding.
+        limit = 1e-4 * max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=limit, msg=f"{form}, {name}")
 
 
 def test_reading_past_a_child_is_only_for_plain_ones() -> None:

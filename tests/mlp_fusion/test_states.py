@@ -280,7 +280,6 @@ def test_the_side_file_is_looked_at(tmp_path: Path) -> None:
         ({"fused_layers": "all"}, "fused_layers are 'all'"),
         ({"fused_layers": [0.5]}, r"fused_layers are \[0.5\]"),
         ({"method": None}, "does not say the method"),
-        ({"format": FORMAT_VERSION - 1}, "of a version before this one, which writes 2: fuse the original again"),
         ({"kinds": None}, "does not say where the FFNs are"),
         ({"kinds": [{}]}, "does not say where the FFNs are"),
     ],

@@ -1,7 +1,7 @@
-"""One of two processes that train a fused module together: `python parallel.py RANK FOLDER`.
+"""One of two processes that train fused modules and models together: `python parallel.py RANK FOLDER`.
 
-Each takes half of the batch; rank 0 writes the gradients that DDP and FSDP2 reduced to `FOLDER/KIND.pt`. Both kinds in
-the same two processes, which take seconds to start.
+Each takes half of the batch; rank 0 writes the gradients that DDP and FSDP2 reduced to `FOLDER/KIND.pt`, and those of
+fused models of each form, sharded, to `FOLDER/FORM.pt`. All in the same two processes, which take seconds to start.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fused_forms import FORMS, fused_model, tokens
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -42,6 +43,8 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for kind in KINDS:
         train(kind, rank, folder)
+    for form in FORMS:
+        train_model(form, rank, folder)
     dist.barrier()
     # DDP's destructor may wait for ever on a process group that is gone: neither is destroyed.
     os._exit(0)
@@ -61,6 +64,22 @@ def train(kind: str, rank: int, folder: str) -> None:
     gradients = {n: p.grad.full_tensor() if kind == "fsdp2" else p.grad for n, p in module.named_parameters()}
     if rank == 0:
         torch.save(gradients, f"{folder}/{kind}.pt")
+    _kept.append(model)
+
+
+def train_model(form: str, rank: int, folder: str) -> None:
+    """The same with a fused model, sharded layer by layer."""
+    model = fused_model(form)
+    mesh = init_device_mesh("cpu", (2,))
+    for part in model.modules():
+        if isinstance(part, nn.ModuleList):
+            for layer in part:
+                fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model(tokens()[rank * 4 : rank * 4 + 4])[0].square().mean().backward()
+    gradients = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+    if rank == 0:
+        torch.save(gradients, f"{folder}/{form}.pt")
     _kept.append(model)
 
 

@@ -7,6 +7,7 @@ themselves whenever they are used.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +64,7 @@ class ScaledWeights(Scaled):
         super().__init__(scale, parameterization)
         self._gated = gated
         self.projections = tuple(projections)
+        self._held = tuple(n for n, t in (*module._parameters.items(), *module._buffers.items()) if t is not None)
         for name, parameter in module._parameters.items():
             self.register_parameter(name, parameter)
         for name, buffer in module._buffers.items():
@@ -83,13 +85,12 @@ class ScaledWeights(Scaled):
 
     def multiplied(self) -> dict[str, Tensor]:
         """The module's parameters as it is called with them, and its own buffers."""
-        tensors: dict[str, Any] = {
-            n: t for n, t in (*self._parameters.items(), *self._buffers.items()) if t is not None
-        }
-        scale = tensors.pop("scale", None)
+        # As attributes: an adapter or a parametrisation of a parameter takes part.
+        tensors: dict[str, Any] = {name: operator.attrgetter(name)(self) for name in self._held}
+        scale = self.scale
         if scale is not None:
             for name, exponent in exponents(self.projections, -self.scale_exponent, 1.0 - self.scale_exponent).items():
-                tensor = self.get_parameter(name)
+                tensor = operator.attrgetter(name)(self)
                 factor = spread(power(scale, exponent), self.projections, name, tensor)
                 tensors[name] = (tensor * factor).to(tensor.dtype)
         return tensors

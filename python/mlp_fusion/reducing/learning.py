@@ -15,7 +15,7 @@ from mlp_fusion.calibration import FFNStatistics, collect, output_sensitivities
 from mlp_fusion.calibration.statistics import take_calibration
 from mlp_fusion.measure.report import CalibrationRecord
 from mlp_fusion.reducing.chosen import ChosenFFNs
-from mlp_fusion.running.batches import Batch, main_input, token_mask
+from mlp_fusion.running.batches import Batch, takes_text, token_mask
 from mlp_fusion.running.drawing import random_batch
 from mlp_fusion.running.taps import Activations, capture_activations, stream_activations
 from mlp_fusion.settings import FuseSettings
@@ -93,15 +93,11 @@ def learn(ffns: ChosenFFNs, settings: FuseSettings, calibration: Any, sample: Ba
         shown = sample if sample is not None else batches
         shown = random_batch(model, seed=seed) if shown is None else shown
         activations = capture_activations(model, architecture, sites, shown, rows=SAMPLE_ROWS, seed=seed)
-    described = "the given sample" if sample is not None else f"random {_kind(model)}"
+    described = "the given sample" if sample is not None else f"random {'token ids' if takes_text(model) else 'inputs'}"
     if sample is None and batches is not None:
         described = "the calibration text, which was fitted to"
     count = _positions(ffns, batches, statistics)
     return Learnt(batches, count, statistics, sensitivities, activations, described, seconds)
-
-
-def _kind(model: Any) -> str:
-    return "token ids" if main_input(model) == "input_ids" else "inputs"
 
 
 def _positions(ffns: ChosenFFNs, batches: Sequence[Batch] | None, statistics: Sequence[FFNStatistics] | None) -> int:

@@ -1,1 +1,1 @@
-"""A model on text: where batches come from, what passes through its FFNs, and its outputs."""
+"""A model on its inputs: where batches come from, what passes through its FFNs, and its outputs."""

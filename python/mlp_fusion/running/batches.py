@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mlp_fusion.errors import InputError
+from mlp_fusion.families.inputs import OTHER_INPUTS
 
 Batch = Mapping[str, Tensor]
 #: Rows are drawn from so many times as many tokens: enough to mix sentences, and an end to endless samples.
@@ -18,8 +20,22 @@ _NUMBERS = 256
 
 
 def main_input(model: Any) -> str:
-    """The input that a model cannot do without, as its class says: `input_ids`, `pixel_values`, `input_features`."""
-    return str(getattr(model, "main_input_name", "input_ids"))
+    """The input that a model cannot do without, as its class says: `input_ids`, `pixel_values`, `input_features`.
+
+    Of a part of a model, whose class does not say, the first argument that it must be given.
+    """
+    said = str(getattr(model, "main_input_name", "input_ids"))
+    arguments = inspect.signature(model.forward).parameters
+    if said in arguments:
+        return said
+    needed = [name for name, a in arguments.items() if a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD]
+    return needed[0] if needed else said
+
+
+def takes_text(model: Any) -> bool:
+    """Whether text is all that a model takes: no images or sounds, which other FFNs of it would wait for."""
+    names = inspect.signature(model.forward).parameters
+    return main_input(model) == "input_ids" and not any(name in names for name in OTHER_INPUTS)
 
 
 def take_batches(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families.inputs import OTHER_INPUTS, guessed_inputs
-from mlp_fusion.running.batches import main_input, positions
+from mlp_fusion.running.batches import main_input, positions, takes_text
 from mlp_fusion.running.runner import Runner, placeholders
 
 #: What models call the features that stand in the place of placeholders, and the input that those are made of.
@@ -33,9 +33,7 @@ def random_batch(model: nn.Module, *, seed: int, batch: int = 8, length: int = 6
     """
     generator = torch.Generator().manual_seed(seed)
     config: Any = model.config
-    names = inspect.signature(model.forward).parameters
-    others = [name for name in OTHER_INPUTS if name in names]
-    if main_input(model) == "input_ids" and not others:
+    if takes_text(model):
         ids = _tokens(config, generator, batch, _length(config, length))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad(), Runner(model, "random inputs") as runner:

@@ -53,8 +53,9 @@ class RowSample:
         keys, taken = self._drawn(len(owners))
         before = len(self._keys)
         everything = torch.cat([self._keys, keys])
-        stays = torch.zeros(len(everything), dtype=torch.bool)
-        stays[everything.argsort()[: self._capacity]] = True
+        stays = torch.ones(len(everything), dtype=torch.bool)
+        if len(everything) > self._capacity:
+            stays[everything.argsort()[self._capacity :]] = False
         chosen = stays[before:]
         keys, taken = keys[chosen], taken[chosen]
         # Into the places of those that go, then behind the others.

@@ -20,7 +20,7 @@ from mlp_fusion.store.widths import width_keys
 
 #: Key in config.json. Readers that do not know it keep it and pass over it.
 FUSION_KEY = "mlp_fusion"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 
 #: Everything beyond the plain checkpoint is in this subfolder: engines that load every *.safetensors of the top
 #: folder must not meet it.
@@ -174,11 +174,6 @@ def fusion_record(config: Any) -> dict[str, Any] | None:
         raise InputError(
             f"the {FUSION_KEY!r} entry of config.json has format {version}, this version knows {FORMAT_VERSION}: "
             "update mlp-fusion"
-        )
-    if version < FORMAT_VERSION:
-        raise InputError(
-            f"the {FUSION_KEY!r} entry of config.json has format {version}, of a version before this one, which "
-            f"writes {FORMAT_VERSION}: fuse the original again, or remove the entry to go on with the plain model"
         )
     layers, widths = record.get("fused_layers"), record.get("widths", {})
     if record.get("parameterization") not in get_args(Parameterization):

@@ -20,7 +20,7 @@ from mlp_fusion.measure import FusionReport
 from mlp_fusion.measure.embeddings import compare_embeddings, embed
 from mlp_fusion.reducing.chosen import check_finite
 from mlp_fusion.reducing.pipeline import Progress
-from mlp_fusion.running.batches import Batch
+from mlp_fusion.running.batches import Batch, takes_text
 from mlp_fusion.running.runner import resolve_device
 from mlp_fusion.running.sentences import read_sentences
 from mlp_fusion.selection import Layers, Width
@@ -169,7 +169,13 @@ def _open(folder: Path, dtype: str | None, device: torch.device) -> _Source:
 
 
 def _tokenized(source: _Source, texts: list[str], file: str | Path | None) -> list[Batch] | None:
-    """Batches of the texts in `file`; None where the package's own are meant and there is no tokenizer."""
+    """Batches of the texts in `file`; None where the package's own are meant and the model does not read them."""
+    if not takes_text(source.model):
+        if file is not None:
+            raise InputError(
+                f"{source.folder}: the model does not run on text alone: use fuse, with batches of its processor"
+            )
+        return None
     batches = tokenize(source.folder, texts, getattr(source.config, "max_position_embeddings", None))
     if batches is None and file is not None:
         raise InputError(f"{source.folder} has no tokenizer to read {file} with: add its files, or leave out the text")

@@ -46,12 +46,13 @@ def fuse(
         layers: which FFNs, by their numbers (where each layer has one, the layer's): None or `"all"`, a range, a list,
             or a text such as `"4-11"` or `"last:8"`; or by their paths, such as `"decoder.*"`.
         method: name of the compression method.
-        sample: batches that the reported errors are measured on, as a tokenizer returns them. None: the calibration
-            text, or else random token ids, which run the real layers but are not real text.
-        calibration: text that the method and its corrections learn from; a few hundred sentences suffice. Batches, the
-            path of a text file, a list of sentences, or a `datasets` dataset: see
+        sample: batches that the reported errors are measured on, as a tokenizer or the model's own processor returns
+            them (`pixel_values`, `input_features`). None: what was calibrated on, or else random inputs, which run the
+            real layers but are not real text or images.
+        calibration: what the method and its corrections learn from; a few hundred sentences suffice. Batches, the path
+            of a text file, a list of sentences (both need a tokenizer), or a `datasets` dataset: see
             :func:`mlp_fusion.calibration.text.calibration_batches`. An iterable that is no list is read for 262,144
-            tokens. The model runs over the text once (four times when sequential). Memory: see
+            tokens. The model runs over it once (four times when sequential). Memory: see
             :func:`mlp_fusion.calibration.collect`.
         progress: called as `progress(done, total)` with FFNs done, counting steps where they are tuned.
         options: the fields of :class:`mlp_fusion.settings.FuseSettings`.

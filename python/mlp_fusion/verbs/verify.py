@@ -18,7 +18,7 @@ from mlp_fusion.measure import relative_error
 from mlp_fusion.measure.report import render
 from mlp_fusion.store.coverage import claimed_tensors, ffn_tensors, meta_model
 from mlp_fusion.store.record import DTYPE_KEY, FUSION_KEY, REFERENCE_FILE, architecture_of, fusion_record
-from mlp_fusion.store.reference import compute_dtype, load_checkpoint, model_outputs, reference_outputs
+from mlp_fusion.store.reference import compute_dtype, load_checkpoint, model_outputs, reference_outputs, split_reference
 from mlp_fusion.store.restoring import scaled_sites
 from mlp_fusion.store.source import Headers, read_headers
 from mlp_fusion.store.weights import COMPUTING, find_weights, opened
@@ -164,18 +164,19 @@ def _check_loading(config: Any, info: dict[str, Any]) -> Check:
     return Check("loads", True, f"not in the checkpoint: {missing[0]}" if missing else "every weight found its place")
 
 
-def _check_outputs(expected: dict[str, Tensor], model: Any, headers: Headers) -> Check:
-    found = model_outputs(model, expected["input_ids"], head="last_hidden_state" not in expected)
+def _check_outputs(reference: dict[str, Tensor], model: Any, headers: Headers) -> Check:
+    inputs, outputs = split_reference(reference)
+    found = model_outputs(model, inputs, head="last_hidden_state" not in outputs)
     # The model in memory has not seen the rounding of the FFNs to the dtypes that they are stored in.
     ffns = ffn_tensors(headers.config, headers.tensors)
     stored = [COMPUTING[headers.tensors[name].dtype] for name in ffns if headers.tensors[name].floating]
     limit = 0.3 * max(torch.finfo(dtype).eps for dtype in (model.dtype, *stored)) ** 0.5
     details = []
-    for kind in sorted(set(expected) - {"input_ids"}):
-        if kind not in found or found[kind].shape != expected[kind].shape:
+    for kind, expected in sorted(outputs.items()):
+        if kind not in found or found[kind].shape != expected.shape:
             shape = tuple(found[kind].shape) if kind in found else "missing"
-            return Check("outputs", False, f"{kind} is {shape}, in memory it was {tuple(expected[kind].shape)}")
-        details.append((relative_error(found[kind], expected[kind]), kind.replace("_", " ")))
+            return Check("outputs", False, f"{kind} is {shape}, in memory it was {tuple(expected.shape)}")
+        details.append((relative_error(found[kind], expected), kind.replace("_", " ")))
     # NaN, which compares with nothing, is the worst.
     error, kind = max(details, key=lambda pair: (pair[0] != pair[0], pair[0]))
     seen = f"relative difference of {kind} {error:.1e} to the model in memory (limit {limit:.1e})"
