@@ -33,23 +33,25 @@ _PLACES = re.compile(r".*(layers|indexes|layer_ids|index_list|layer_types|block_
 _FIRST = re.compile(r".*(first_k_dense|num_dense_layers|moe_layer_start|first_dense).*")
 #: Numbers that are no sizes of hidden states.
 _NO_SIZE = re.compile(
-    r".*(vocab|head(?!_dim)|token|position|image_size|num_(?!filters)|_size_per|window|length|patch|layers?$|sample|rate|stride"
+    r".*(vocab|head(?!_dim)|token|position|image_size|num_(?!filters)|_size_per|window|length|patch|layers?$|(?<!up)sample|rate|stride"
     r"|kernel|max_|codebook|n_fft|mel|bins|num$|(?<!upsample_)groups?$|rank_?limit|channels_in|in_channels|num_channels|time|context"
     r"|experts|topk|top_k|seq|chunk|period|factor|resolution|pool|embeddings$|downsample|queries|fps|frame|hop|n_group).*"
 )
 _SIZES = re.compile(r".*(dim|size|channels|width|hidden|section|planes|filters).*")
 _NEURONS = re.compile(r".*(intermediate|ffn|mlp_dim|inner|d_ff).*")
+_NEURONS_AT_MOST = 256
 _EXPERTS = re.compile(r"num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_routed_experts|n_experts")
 _CHOSEN = re.compile(
     r"num_experts_per_tok|moe_topk|top_k_experts|moe_k|moe_top_k|num_experts_per_token|num_selected_experts"
 )
 _GROUPS = ("n_group", "topk_group", "num_expert_group", "num_limited_groups")
 _TOKEN = re.compile(r".*(token_ids?|token_index|_token|_id|begin_suppress_tokens|suppress_tokens)")
-_VOCABULARY = re.compile(r".*vocab_size.*|vocabulary_size|n_tokens|num_tokens")
+_VOCABULARY = re.compile(r".*vocab_size.*|.*_vocab|vocabulary_size|n_tokens|num_tokens")
 _NO_SECTIONS = {"id2label", "label2id", "task_specific_params", "quantization_config"}
 _ROPE = {"rope_parameters", "rope_scaling"}
 
 _SECTIONS = {"rope_parameters.mrope_section": [1, 1, 2]}
+_TIMM = {"vision_config.model_args": {"embed_dim": 64, "depth": 2, "num_heads": 4}}
 #: By `model_type`, also of parts of other models: values without which a small model does not run, by dotted keys.
 EXTRA: dict[str, dict[str, Any]] = {
     # The default limit is None, and is used as a number.
@@ -61,6 +63,22 @@ EXTRA: dict[str, dict[str, Any]] = {
     "glmga_text": _SECTIONS,
     # The sections have no default.
     "hunyuan_vl_text": _SECTIONS,
+    # Sizes of the state-space part must fit each other, whatever they are divided by.
+    "falcon_h1": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 1,
+    },  # fmt: skip
+    # Sizes of timm's models are not in the config.
+    "pe_video_encoder": _TIMM,
+    "pe_audio_video_encoder": {f"video_config.{key}": value for key, value in _TIMM.items()},
     # The number of layers is worked out from that of a stack, where it is not given.
     "hrm_text": {"num_layers_per_stack": None, "num_hidden_layers": 2},
 }
@@ -192,7 +210,7 @@ def _sections(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield values
     for key, value in list(values.items()):
         named = isinstance(value, dict) and all(isinstance(inner, str) for inner in value)
-        if named and key not in _NO_SECTIONS and key != "per_layer_config":
+        if named and key not in _NO_SECTIONS:
             yield from _sections(value)
 
 
@@ -278,7 +296,7 @@ def _smaller(section: dict[str, Any], divisor: int, heads: bool) -> None:
         if _NO_SIZE.fullmatch(key) and not key.endswith("d_head"):
             continue
         if _is_int(value) and value >= 64 and _NEURONS.fullmatch(key):
-            section[key] = max(32, value // divisor // 16 * 16)
+            section[key] = min(max(32, value // divisor // 16 * 16), _NEURONS_AT_MOST)
         elif _is_int(value) and value >= 32 and value % divisor == 0:
             section[key] = value // divisor
         elif isinstance(value, (list, tuple)) and _SIZES.fullmatch(key) and all(map(_is_int, value)):
