@@ -75,7 +75,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         "mamba_d_head": 16,
         "mamba_d_state": 16,
         "mamba_n_groups": 1,
-    },  # fmt: skip
+    },
     # Sizes of timm's models are not in the config.
     "pe_video_encoder": _TIMM,
     "pe_audio_video_encoder": {f"video_config.{key}": value for key, value in _TIMM.items()},
