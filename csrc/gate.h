@@ -14,8 +14,9 @@ struct Gate {
   T low = -std::numeric_limits<T>::infinity(), high = std::numeric_limits<T>::infinity();
   T highest = std::numeric_limits<T>::infinity(), limit = std::numeric_limits<T>::infinity();
   T offset = T(0);
+  bool limited = false;  // which a limit beyond the numbers of a type is as well
 
-  bool plain() const { return limit == std::numeric_limits<T>::infinity() && offset == T(0); }
+  bool plain() const { return !limited && offset == T(0); }
 };
 
 // From what operators take; nothing for a clamp that is not known. Limits are rounded to Stored, the type of what they
@@ -26,6 +27,7 @@ std::optional<Gate<T>> gate_of(std::optional<double> limit, std::string_view cla
   Gate<T> gate;
   gate.offset = static_cast<T>(up_offset);
   if (limit) gate.limit = rounded(*limit);
+  gate.limited = limit.has_value();
   if (clamp == "above" || clamp == "both") {
     gate.high = gate.limit;
     if (clamp == "both") gate.low = -gate.limit;

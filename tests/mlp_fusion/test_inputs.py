@@ -12,6 +12,7 @@ from many_inputs import IMAGE_TOKEN, KINDS, ffns, processed, text, tiny
 from torch import Tensor
 
 from mlp_fusion import InputError
+from mlp_fusion.families import FFNSite
 from mlp_fusion.running.batches import main_input, padded_behind, samples, take_batches, takes_text
 from mlp_fusion.running.drawing import random_batch
 from mlp_fusion.running.positions import counted
@@ -31,6 +32,11 @@ def watched(model: Any, module: str, batch: Any) -> Tensor:
         model.base_model(**batch)
     handle.remove()
     return torch.cat(seen)
+
+
+def first(site: FFNSite) -> str:
+    """Path of the module that an FFN's inputs go into."""
+    return f"{site.path}.{site.kind.projection('w_in').parameter.removesuffix('.weight')}"
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -163,7 +169,7 @@ def test_encoder_and_decoder_have_rows_of_their_own(kind: str, decoder: str) -> 
     masks = [full["attention_mask"], full.get("decoder_attention_mask", torch.ones_like(full["decoder_input_ids"]))]
     found = capture_activations(model, architecture, sites, batch, rows=10_000, seed=0)
     for site, rows, mask in zip(sites, found, [masks[0]] * 2 + [masks[1]] * 2, strict=True):
-        x = watched(model, f"{site.path}.{architecture.projections['w_in']}", full)
+        x = watched(model, first(site), full)
         assert torch.equal(rows.x, x[mask.bool()])
 
 
@@ -178,7 +184,7 @@ def test_of_sounds_and_images_everything_counts_and_of_a_decoder_its_text() -> N
         }
         found = capture_activations(model, architecture, sites, batch, rows=10_000, seed=0)
         for site, rows in zip(sites, found, strict=True):
-            x = watched(model, f"{site.path}.{architecture.projections['w_in']}", batch)
+            x = watched(model, first(site), batch)
             expected = x[OTHER["attention_mask"].bool()] if "decoder" in site.path else x.flatten(0, 1)
             assert torch.equal(rows.x, expected)
 
@@ -190,7 +196,7 @@ def test_towers_see_text_and_images() -> None:
     architecture, sites = ffns("clip", model)
     found = capture_activations(model, architecture, sites, batch, rows=10_000, seed=0)
     for site, rows in zip(sites, found, strict=True):
-        x = watched(model, f"{site.path}.mlp.fc1", batch)
+        x = watched(model, first(site), batch)
         assert x.shape[:2] == (3, 5)
         masked = x[batch["attention_mask"].bool()] if "text" in site.path else x.flatten(0, 1)
         assert torch.equal(rows.x, masked)
@@ -200,12 +206,12 @@ def test_a_model_of_images_and_text_padded_in_front() -> None:
     model = tiny("llava")
     [batch] = take_batches(processed("llava"), 1)
     assert int((batch["input_ids"] == IMAGE_TOKEN).sum()) == 12
-    for kind, projection in (("llava", "mlp.fc1"), ("llava's text", "mlp.up_proj")):
+    for kind in ("llava", "llava's text"):
         architecture, sites = ffns(kind, model)
         # A vision tower of which no hidden state beyond its last but one is read still runs whole.
         found = capture_activations(model, architecture, sites, processed(kind), rows=10_000, seed=0)
         for site, rows in zip(sites, found, strict=True):
-            x = watched(model, f"{site.path}.{projection}", batch)
+            x = watched(model, first(site), batch)
             assert torch.equal(rows.x, x[batch["attention_mask"].bool()] if "text" in kind else x.flatten(0, 1))
 
 
@@ -215,7 +221,7 @@ def test_patches_of_all_images_in_one_row() -> None:
     [batch] = take_batches(processed("qwen2_vl"), 1)
     found = capture_activations(model, architecture, sites, batch, rows=10_000, seed=0)
     for site, rows in zip(sites, found, strict=True):
-        x = watched(model, f"{site.path}.mlp.fc1", batch)
+        x = watched(model, first(site), batch)
         assert x.shape == (32, 32)
         assert torch.equal(rows.x, x)
     drawn = random_batch(model, seed=0, batch=3, length=10)

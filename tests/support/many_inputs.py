@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import UserDict
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from mlp_fusion.families import Architecture, FFNSite
+from mlp_fusion.store.record import architecture_of
 
 _PART = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 _TEXT = {**_PART, "vocab_size": 60, "intermediate_size": 96, "max_position_embeddings": 64}
@@ -27,37 +29,31 @@ IMAGE_TOKEN = 59
 
 @dataclass(frozen=True)
 class Kind:
-    """A tiny model's class, config, and where its FFNs are: of layers at paths like `layers`, by their projections."""
+    """A tiny model's class, config, and a pattern of the layers whose FFNs are meant."""
 
     cls: str
     config: dict[str, Any]
     layers: str
-    projections: tuple[str, ...]
 
 
-_FC = ("fc1", "fc2")
-_MLP = ("mlp.fc1", "mlp.fc2")
 KINDS: dict[str, Kind] = {
     "t5": Kind(
         "T5ForConditionalGeneration",
         {"model_type": "t5", "vocab_size": 60, "d_model": 32, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 2},
         r"encoder\.block\.\d\.layer\.1|decoder\.block\.\d\.layer\.2",
-        ("DenseReluDense.wi", "DenseReluDense.wo"),
     ),
-    "bart": Kind("BartModel", {"model_type": "bart", **_SIDES, "max_position_embeddings": 64}, r"\w+\.layers\.\d", _FC),
+    "bart": Kind("BartModel", {"model_type": "bart", **_SIDES, "max_position_embeddings": 64}, r"\w+\.layers\.\d"),
     "whisper": Kind(
         "WhisperForConditionalGeneration",
         {"model_type": "whisper", **_SIDES, **_SPECIAL, "num_mel_bins": 8, "max_source_positions": 20,
          "max_target_positions": 24},
         r"model\.\w+\.layers\.\d",
-        _FC,
     ),
-    "vit": Kind("ViTForImageClassification", {"model_type": "vit", **_VISION}, r"vit\.layers\.\d", _MLP),
+    "vit": Kind("ViTForImageClassification", {"model_type": "vit", **_VISION}, r"vit\.layers\.\d"),
     "clip": Kind(
         "CLIPModel",
         {"model_type": "clip", "text_config": {**_TEXT, "eos_token_id": 2}, "vision_config": _VISION},
         r"\w+\.encoder\.layers\.\d",
-        _MLP,
     ),
     "wav2vec2": Kind(
         "Wav2Vec2ForCTC",
@@ -65,20 +61,17 @@ KINDS: dict[str, Kind] = {
          "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4,
          "num_conv_pos_embedding_groups": 2},
         r"wav2vec2\.encoder\.layers\.\d",
-        ("feed_forward.intermediate_dense", "feed_forward.output_dense"),
     ),
     "llava": Kind(
         "LlavaForConditionalGeneration",
         {"model_type": "llava", "text_config": {"model_type": "llama", **_TEXT, "num_key_value_heads": 2},
          "vision_config": {"model_type": "clip_vision_model", **_VISION}, "image_token_index": IMAGE_TOKEN},
         r"model\.vision_tower\.encoder\.layers\.\d",
-        _MLP,
     ),
     "llava's text": Kind(
         "LlavaForConditionalGeneration",
         {},
         r"model\.language_model\.layers\.\d",
-        ("mlp.up_proj", "mlp.down_proj", "mlp.gate_proj"),
     ),
     "qwen2_vl": Kind(
         "Qwen2VLForConditionalGeneration",
@@ -89,20 +82,17 @@ KINDS: dict[str, Kind] = {
                            "mlp_ratio": 2},
          "image_token_id": IMAGE_TOKEN, "video_token_id": 58, "vision_start_token_id": 56, "vision_end_token_id": 57},
         r"model\.visual\.blocks\.\d",
-        _MLP,
     ),
     "xlnet": Kind(
         "XLNetModel",
         {"model_type": "xlnet", "vocab_size": 60, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64},
         r"layer\.\d",
-        ("ff.layer_1", "ff.layer_2"),
     ),
     "albert": Kind(
         "AlbertModel",
         {"model_type": "albert", "vocab_size": 60, "hidden_size": 32, "embedding_size": 16, "num_hidden_layers": 3,
          "num_attention_heads": 2, "intermediate_size": 64},
         r"encoder\.albert_layer_groups\.0\.albert_layers\.0",
-        ("ffn", "ffn_output"),
     ),
 }  # fmt: skip
 
@@ -119,21 +109,11 @@ def tiny(kind: str, **extra: Any) -> Any:
     return model
 
 
-class StandIn(Architecture):
-    """An entry that knows its activation: configs of several parts have one for each."""
-
-    def activation(self, config: Any) -> str:
-        return "relu" if config.model_type == "t5" else "gelu"
-
-
 def ffns(kind: str, model: Any) -> tuple[Architecture, list[FFNSite]]:
-    """Where its FFNs are."""
-    found = KINDS[kind]
-    roles = dict(zip(("w_in", "w_out", "w_gate"), found.projections, strict=False))
-    module = found.projections[0].rpartition(".")[0]
-    architecture = StandIn((kind,), "", "layers", module, roles, "")
-    paths = [path for path, _ in model.named_modules() if re.fullmatch(found.layers, path)]
-    return architecture, [FFNSite(n, path, model.get_submodule(path)) for n, path in enumerate(paths)]
+    """Its FFNs, those at `layers`."""
+    architecture = architecture_of(model.config)
+    sites = [site for site in architecture.sites(model) if re.match(KINDS[kind].layers, site.path)]
+    return architecture, [dataclasses.replace(site, index=number) for number, site in enumerate(sites)]
 
 
 def text(seed: int, lengths: tuple[int, ...], width: int, side: str = "right") -> dict[str, Tensor]:

@@ -72,8 +72,18 @@ class ScaledWeights(Scaled):
         for name, child in module._modules.items():
             self.add_module(name, child)
         # Out of the module tree on purpose: its code is wanted, its tensors are held here.
-        self._inner = (emptied(module),)
+        self._inner = (_around(module, self),)
         self.training = module.training
+
+    def __getattr__(self, name: str) -> Any:
+        """What code around it asks of a module of its kind: a number of features, of experts."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            inner = self.__dict__.get("_inner")
+            if inner is None or name.startswith("_") or name not in vars(inner[0]):
+                raise
+            return vars(inner[0])[name]
 
     @property
     def gated(self) -> bool:
@@ -82,6 +92,11 @@ class ScaledWeights(Scaled):
     def train(self, mode: bool = True) -> ScaledWeights:
         self._inner[0].training = mode
         return super().train(mode)
+
+    def _replicate_for_data_parallel(self) -> ScaledWeights:
+        replica: ScaledWeights = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call, assignment]
+        replica._inner = (_around(self._inner[0], replica),)
+        return replica
 
     def multiplied(self) -> dict[str, Tensor]:
         """The module's parameters as it is called with them, and its own buffers."""
@@ -127,11 +142,11 @@ def power(scale: Tensor, exponent: float) -> Tensor:
     return scale_power(scale, exponent) if simple is None else simple
 
 
-def emptied(module: nn.Module) -> nn.Module:
-    """A copy of a module for its code: the same submodules, no tensors of its own that take up memory."""
+def _around(module: nn.Module, holder: nn.Module) -> nn.Module:
+    """A copy of a module for its code: the submodules of `holder`, no tensors of its own that take up memory."""
     inner: nn.Module = type(module).__new__(type(module))
     inner.__dict__.update({name: value for name, value in module.__dict__.items() if not name.startswith("_hf_")})
-    inner._modules = dict(module._modules)
+    inner._modules = holder._modules
     inner._parameters = {
         name: None if p is None else nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
         for name, p in module._parameters.items()

@@ -59,11 +59,18 @@ def _length(config: Any, length: int) -> int:
 
 
 def _tokens(config: Any, generator: torch.Generator, batch: int, length: int) -> Tensor:
-    """`(batch, length)` ids, none of them padding."""
-    ids = torch.randint(0, int(config.vocab_size), (batch, length), generator=generator)
+    """`(batch, length)` ids, none of them padding.
+
+    Raises:
+        InputError: the config does not say how many tokens there are.
+    """
+    words = getattr(config, "vocab_size", None)
+    if not isinstance(words, int):
+        raise InputError(f"{config.model_type}: its config has no vocab_size to draw tokens from: give sample")
+    ids = torch.randint(0, words, (batch, length), generator=generator)
     pad = getattr(config, "pad_token_id", None)
     if pad is not None:
-        ids[ids == pad] = (int(pad) + 1) % int(config.vocab_size)
+        ids[ids == pad] = (int(pad) + 1) % words
     return ids
 
 
