@@ -22,7 +22,7 @@ LEAST_ID, MOST_ID = 20, 40
 _PARTS = (
     "text_config", "vision_config", "audio_config", "backbone_config", "encoder", "decoder", "thinker_config",
     "language_config", "decoder_config", "encoder_config", "speech_config", "vision_encoder_config",
-    "audio_encoder_config", "image_encoder",
+    "audio_encoder_config", "image_encoder", "vlm_config", "codec_config",
 )  # fmt: skip
 Inputs = dict[str, Any]
 
@@ -98,7 +98,13 @@ def _text(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Inputs:
     def ids() -> Tensor:
         return torch.randint(low, high, (1, _TOKENS), generator=g)
 
-    made = {name: ids() for name in names if re.fullmatch(r"(decoder_|qformer_|tasks_)?input_ids|task_inputs", name)}
+    made = {
+        name: ids()
+        for name in names
+        if re.fullmatch(r"(decoder_|qformer_|tasks_|protein_)?input_ids|task_inputs", name)
+    }
+    if "protein_attention_mask" in names:
+        made["protein_attention_mask"] = torch.ones(1, _TOKENS, dtype=torch.long)
     if "task_inputs" in made:
         made["task_inputs"] = torch.randint(low, high, (1, next(numbers(config, "task_seq_len"), _TOKENS)), generator=g)
     if "cross_attention_states" in names:
@@ -115,7 +121,7 @@ def _text(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Inputs:
 
 def _images(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterator[Inputs]:
     channels = list(dict.fromkeys([*numbers(config, "num_channels", "in_channels", "in_chans"), 3]))
-    sizes = list(dict.fromkeys([*numbers(config, "image_size", "crop_size", "img_size"), 64, 224, 640]))[:4]
+    sizes = list(dict.fromkeys([*numbers(config, "image_size", "crop_size", "img_size"), 64, 224]))[:3]
     patches = list(dict.fromkeys([*numbers(config, "patch_size"), 14, 16]))
     patch = patches[0]
     if "grid_thw" in names or "image_grid_thw" in names or "grid_hw" in names or "image_grid_hw" in names:
@@ -174,7 +180,7 @@ def _grids(names: Mapping[str, Any], config: Any, g: torch.Generator, pixels: st
         dict.fromkeys([*numbers(config, "temporal_patch_size"), 1, 2]),
     ):
         flat = torch.randn(64, channels * times * patch * patch, generator=g)
-        for values in (flat, flat.reshape(64, channels, patch, patch) if times == 1 else None):
+        for values in (flat, flat.reshape(64, channels, patch, patch) if times == 1 else None, flat[None]):
             if values is None:
                 continue
             made: Inputs = {pixels if pixels in names else "hidden_states": values}
@@ -277,6 +283,12 @@ def _others(names: Mapping[str, Any], config: Any, g: torch.Generator, text: Inp
             elif name == "freq":
                 made[name] = torch.zeros(1, 1, dtype=torch.long)
         yield made
+    if "returns_to_go" in names:
+        sizes = {"states": config.state_dim, "actions": config.act_dim, "rewards": 1, "returns_to_go": 1}
+        yield {
+            **{name: torch.randn(1, 4, size, generator=g) for name, size in sizes.items()},
+            "timesteps": torch.arange(4)[None], "attention_mask": torch.ones(1, 4),
+        }  # fmt: skip
     if "flattened_patches" in names:
         patch = next(numbers(config, "patch_size"), 16)
         for width in (*numbers(config, "patch_embed_hidden_size"), 3 * patch * patch + 2):

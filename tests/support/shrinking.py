@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -79,6 +80,10 @@ EXTRA: dict[str, dict[str, Any]] = {
     # Sizes of timm's models are not in the config.
     "pe_video_encoder": _TIMM,
     "pe_audio_video_encoder": {f"video_config.{key}": value for key, value in _TIMM.items()},
+    # Large images take long in convolutions.
+    "align_vision_model": {"image_size": 64},
+    # As many patches as the small images have.
+    "aria": {"projector_patch_to_query_dict": {49: 16}},
     # The number of layers is worked out from that of a stack, where it is not given.
     "hrm_text": {"num_layers_per_stack": None, "num_hidden_layers": 2},
 }
@@ -94,6 +99,7 @@ class Steps:
         heads: divide numbers of heads too, and leave their size.
         experts: of each layer.
         words: in the vocabulary; ids of special tokens follow.
+        images: make large images small.
     """
 
     layers: int | None
@@ -101,6 +107,7 @@ class Steps:
     heads: bool
     experts: int | None
     words: int | None
+    images: bool = False
 
 
 def steps_of(record: dict[str, Any]) -> Steps:
@@ -170,29 +177,24 @@ def small_config(config: Any, steps: Steps) -> Any:
             _fewer_words(section, steps.words, ids)
         if steps.divisor > 1:
             _smaller(section, steps.divisor, steps.heads)
+        if steps.images:
+            _smaller_images(section)
         for key, value in EXTRA.get(str(section.get("model_type")), {}).items():
             *outer, last = key.split(".")
             functools.reduce(lambda inner, name: inner[name], outer, section)[last] = value
     vision, text = values.get("vision_config"), values.get("text_config")
-    if isinstance(vision, dict) and "out_hidden_size" in vision and isinstance(text, dict):
-        vision["out_hidden_size"] = text.get("hidden_size")  # defaults of parts need not fit together
+    if isinstance(vision, dict) and isinstance(text, dict):
+        # What images lead to is as wide as words: defaults of parts need not fit together.
+        for key in ("out_hidden_size", "hidden_size") if "embed_dim" in vision else ("out_hidden_size",):
+            if key in vision and "hidden_size" in text:
+                vision[key] = text["hidden_size"]
     return type(config).from_dict(values)
 
 
 def _ladder(layers: int | None) -> Iterator[Steps]:
-    for words in (512, None):
-        for experts in (4, None):
-            for divisor, heads in (
-                (16, False),
-                (8, False),
-                (8, True),
-                (4, False),
-                (4, True),
-                (2, False),
-                (2, True),
-                (1, False),
-            ):
-                yield Steps(layers, divisor, heads, experts, words)
+    divisors = ((16, False), (8, False), (8, True), (4, False), (4, True), (2, False), (2, True), (1, False))
+    for words, experts, (divisor, heads), images in itertools.product((512, None), (4, None), divisors, (True, False)):
+        yield Steps(layers, divisor, heads, experts, words, images)
 
 
 def _fits(config: Any, cls: Any, steps: Steps, wanted: set[str]) -> bool:
@@ -301,6 +303,16 @@ def _smaller(section: dict[str, Any], divisor: int, heads: bool) -> None:
             section[key] = value // divisor
         elif isinstance(value, (list, tuple)) and _SIZES.fullmatch(key) and all(map(_is_int, value)):
             section[key] = _smaller_list(list(value), divisor, 1 if "section" in key else 32)
+
+
+def _smaller_images(section: dict[str, Any]) -> None:
+    """Images of few patches: their number, not their size, is what takes time."""
+    size, patch = section.get("image_size"), section.get("patch_size")
+    small = 8 * patch if type(patch) is int else 128
+    if type(size) is int and size > small:
+        section["image_size"] = small
+        if type(section.get("image_embedding_size")) is int and type(patch) is int:
+            section["image_embedding_size"] = small // patch
 
 
 def _smaller_list(values: list[int], divisor: int, least: int) -> list[int]:
