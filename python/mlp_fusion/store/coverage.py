@@ -103,8 +103,8 @@ def _refuse_strays(headers: Headers, architecture: Architecture, placed: Mapping
         )
     raise InputError(
         f"{headers.name}: {first} looks like part of an FFN, but the {architecture.model_type!r} model of config.json "
-        f"has no place for it ({len(strays)} such tensors, as of layers for multi-token prediction, which transformers "
-        "drops): take them out of the checkpoint"
+        f"has no place for it ({len(strays)} such tensors): this model is not supported (layers for multi-token "
+        "prediction, which transformers drops, can be taken out of the checkpoint)"
     )
 
 

@@ -226,11 +226,13 @@ def _load(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, bool]:
 
 def _fused_tensors(source: _Source, plain: Mapping[str, Tensor], chosen: list[int]) -> dict[str, Tensor]:
     """Name on disk -> the folded tensor of the model that it becomes, for the fused FFNs."""
-    sites = {site.path: site.index for site in source.architecture.sites(source.model)}
+    sites = {
+        (site.path, site.kind.path, site.kind.scale): site.index for site in source.architecture.sites(source.model)
+    }
     found = {}
     for name, place in source.placed.items():
         located = source.architecture.locate(place.parameter)
-        if located is not None and sites[located[1]] in chosen:
+        if located is not None and sites[located[1], located[0].path, located[0].scale] in chosen:
             found[name] = plain[place.parameter]
     return found
 
