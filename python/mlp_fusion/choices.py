@@ -16,21 +16,23 @@ class MethodEntry:
         text: calibration text is `unused`, `helps`, or is `needed`.
         narrows: the result has fewer neurons. Otherwise it keeps them all and spends the same number of parameters in
             another way, so that it can be measured but not put into a model.
+        scales: its neurons have a scale, the number of neurons that each stands for.
     """
 
     file: str
     does: str
     text: Literal["unused", "helps", "needed"] = "unused"
     narrows: bool = True
+    scales: bool = False
 
 
 #: The compression methods by name, sorted. A method is its file and its line here.
 METHODS = {
     "cluster": MethodEntry("fusion", "the function of `published` with the scale folded"),
-    "fusion": MethodEntry("fusion", "clusters of neurons, each fused into one; the default", text="helps"),
-    "mmd": MethodEntry("mmd", "neurons whose distribution is like the original's"),
+    "fusion": MethodEntry("fusion", "clusters of neurons, each fused into one; the default", text="helps", scales=True),
+    "mmd": MethodEntry("mmd", "neurons whose distribution is like the original's", scales=True),
     "prune": MethodEntry("prune", "keeps neurons by joint importance", text="helps"),
-    "published": MethodEntry("fusion", "the paper's clustering"),
+    "published": MethodEntry("fusion", "the paper's clustering", scales=True),
     "random": MethodEntry("subset", "keeps neurons drawn at random: what every other method should beat"),
     "select": MethodEntry("select", "keeps neurons by greedy choice of what they do on the text", text="needed"),
     "sketch": MethodEntry("sketch", "a random projection of the neurons"),

@@ -296,11 +296,15 @@ def test_chosen_neurons_have_no_scale(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(auto(name).from_pretrained(tmp_path)), logits(model))
 
 
-def test_forms_that_cannot_hold_a_scale_for_sgd_are_refused_before_anything_changes() -> None:
+def test_forms_that_cannot_hold_a_scale_for_sgd_are_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("EsmConfig")
+    # Not even the model is run.
+    monkeypatch.setattr("mlp_fusion.verbs.fuse.learn", None)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(InputError, match=r"a function that no module holds.* use optimizer='adamw' or none"):
-        mlp_fusion.fuse(model, 16, optimizer="sgd")
+    matched = {"method": "prune", "match": "auto", "calibration": [token_batch()]}
+    for options in ({}, {"method": "mmd"}, matched):
+        with pytest.raises(InputError, match=r"a function that no module holds.* use optimizer='adamw' or none"):
+            mlp_fusion.fuse(model, 16, optimizer="sgd", **options)
     assert not any(isinstance(module, Scaled) for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -83,6 +83,7 @@ def test_methods_reduce_every_problem_as_alone_and_to_the_same_bits(
     again = method(bundle, 8, seed=1, statistics=known)
     assert found.bundle.width == (8 if method.narrows else 30)
     assert found.bundle.batch == 3
+    assert (found.bundle.scale is not None) is METHODS[name].scales
     assert found.bundle.w_in.dtype == dtype
     assert found.status == ("ok",) * 3
     for part in ("w_in", "w_out", "w_gate", "b_in", "b_gate", "b_out", "scale"):

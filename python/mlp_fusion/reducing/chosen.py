@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mlp_fusion.choices import METHODS
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.families.exchange import check_form, install
@@ -72,6 +73,12 @@ class ChosenFFNs:
         """
         return resolve_widths(width, self.sites)
 
+    def check(self, settings: FuseSettings) -> None:
+        """Raise InputError where one has no form for the scale that the method, or matching, gives its neurons."""
+        if METHODS[settings.method].scales or settings.match is not None:
+            for site in self.sites:
+                check_form(site, settings.parameterization)
+
     def self_test(self, activations: Sequence[Activations]) -> None:
         """Compare what was read with the model's own FFNs on real inputs: a wrong entry must not pass unnoticed.
 
@@ -83,11 +90,7 @@ class ChosenFFNs:
                 _self_test(self.architecture, site, bundle, rows)
 
     def install(self, reduced: Sequence[ReducedFFN], settings: FuseSettings) -> None:
-        """Put reduced FFNs into the model, and its config right. The one step that changes the model.
-
-        Raises:
-            InputError: one has no form for the parameterization; nothing is changed.
-        """
+        """Put reduced FFNs into the model, and its config right. The one step that changes the model."""
         stacks: dict[int, list[NeuronBundle]] = {}
         for site, ffn in zip(self.sites, reduced, strict=True):
             stacks.setdefault(site.index, []).append(ffn.bundle)
@@ -103,9 +106,6 @@ class ChosenFFNs:
             self.model, self.architecture, self.every, widths, method=settings.method,
             parameterization=settings.parameterization if scaled else "folded",
         )  # fmt: skip
-        for site, stack in narrowed.items():
-            if stack[0].scale is not None:
-                check_form(site, settings.parameterization)
         for site, stack in narrowed.items():
             install(site, NeuronBundle.stack(stack), settings.parameterization)
         replace_config(self.model, changed)

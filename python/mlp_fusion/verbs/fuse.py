@@ -79,6 +79,7 @@ def fuse(
     ffns = ChosenFFNs.find(model, layers)
     chosen = sorted({site.index for site in ffns.sites})
     settings = asked.resolved(chosen, calibrated=calibration is not None, named=ffns.named)
+    ffns.check(settings)
     widths = [] if isinstance(width, str) else ffns.widths(width)
     check_finite(model)
     before = count_parameters(model)
