@@ -137,9 +137,9 @@ def _watching(part: nn.Module, path: str, wanted: set[str]) -> Iterator[set[str]
     handles = []
     for name, module in part.named_modules():
         full = f"{path}.{name}".strip(".")
-        owner = next((w for w in wanted if full == w or full.startswith(f"{w}.")), None)
-        if owner is not None:
-            handles.append(module.register_forward_pre_hook(lambda *_, owner=owner: reached.add(owner)))
+        owners = {w for w in wanted if full == w or full.startswith(f"{w}.")}
+        if owners:
+            handles.append(module.register_forward_pre_hook(lambda *_, owners=owners: reached.update(owners)))
     try:
         yield reached
     finally:
