@@ -248,7 +248,7 @@ def _sounds(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterat
                   "input_feat_size", "input_size"), 80, 128,
     ])  # fmt: skip
     longest = [2 * number for number in numbers(config, "max_source_positions", "max_position_embeddings")]
-    for b, length in itertools.product(bins, dict.fromkeys([*longest[:1], 3000, 100])):
+    for b, length in itertools.product(bins, dict.fromkeys([*longest[:1], 128, 3000])):
         if b * length > 2_000_000:
             continue
         for shape in ((1, b, length), (1, length, b), (b, length), (1, 1, length, b)):

@@ -26,6 +26,7 @@ _SIZES_IN_ERRORS = (
     (r"mat1 and mat2 shapes cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)", (1, 2)),
     (r"to have (\d+) channels, but got (\d+) channels", (2, 1)),
     (r"Given normalized_shape=\[(\d+)\].*got input of size\[[\d, ]*?(\d+)\]", (2, 1)),
+    (r"Input height \((\d+)\) doesn't match model \((\d+)\)", (1, 2)),
     (r"image size \((\d+)\*\d+\) doesn't match model \((\d+)\*", (1, 2)),
 )
 

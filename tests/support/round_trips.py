@@ -38,7 +38,7 @@ SAME = 1e-5
 OTHER = 1e-3
 UNNOTICED = "unnoticed"
 #: Candidates that are tried, if none runs whole.
-_CANDIDATES, _SECONDS = 10, 15.0
+_CANDIDATES, _SECONDS = 10, 10.0
 _STEPS, _RATE = 3, 1e-3
 
 

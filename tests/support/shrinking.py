@@ -82,6 +82,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     "pe_audio_video_encoder": {f"video_config.{key}": value for key, value in _TIMM.items()},
     # Large images take long in convolutions.
     "align_vision_model": {"image_size": 64},
+    # Its class reads what the config lacks.
+    "pix2struct_text_model": {"initializer_range": 0.02},
     # The token that stands for an image has no default.
     "blip-2": {"image_token_index": 500},
     "instructblip": {"image_token_index": 500},
@@ -184,6 +186,7 @@ def small_config(config: Any, steps: Steps) -> Any:
             _smaller(section, steps.divisor, steps.heads)
         if steps.images:
             _smaller_images(section)
+    for section in _sections(values):
         for key, value in EXTRA.get(str(section.get("model_type")), {}).items():
             *outer, last = key.split(".")
             functools.reduce(lambda inner, name: inner[name], outer, section)[last] = value
