@@ -35,15 +35,16 @@ from fusion_kernels.ntk import Kernel
 from mlp_fusion.calibration import FFNStatistics, collect, match_ntk, refit
 from mlp_fusion.calibration.matching import MATCHING_ROWS
 from mlp_fusion.choices import METHODS
+from mlp_fusion.families.exchange import install
 from mlp_fusion.measure import ffn_errors, relative_error
 from mlp_fusion.measure.embeddings import compare_embeddings, embed
 from mlp_fusion.methods import get_method
 from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.reducing.chosen import find_ffns
 from mlp_fusion.running.batches import Batch, token_mask
 from mlp_fusion.running.sentences import read_sentences
 from mlp_fusion.running.taps import Activations, capture_activations
 from mlp_fusion.store.tokenizers import tokenize
-from mlp_fusion.verbs.fuse import find_ffns
 
 #: Held-out rows for the outputs' error, and for the kernels (whose cost grows with the square).
 ROWS, NTK_ROWS = 8192, 512
@@ -69,7 +70,7 @@ class Bench:
         # Batches are sorted by length: any slice would be of sentences of one length.
         chosen = torch.randperm(len(self.rows[0].x), generator=torch.Generator().manual_seed(0))[:NTK_ROWS]
         self.kernel_rows = [rows.x[chosen] for rows in self.rows]
-        self.originals = [self.architecture.read(site, self.model.config) for site in self.sites]
+        self.originals = [self.architecture.read(site) for site in self.sites]
         self.bundle = NeuronBundle.stack(self.originals)
         self.embeddings = embed(self.model, held_out)
 
@@ -93,7 +94,7 @@ class Bench:
     def cosine(self, bundles: Sequence[NeuronBundle]) -> dict[str, float]:
         model = copy.deepcopy(self.model)
         for site, bundle in zip(self.architecture.sites(model), bundles, strict=True):
-            self.architecture.install(site, bundle, "folded")
+            install(site, bundle, "folded")
         found = compare_embeddings(embed(model, self.held_out), self.embeddings)
         return {"mean": found.mean, "smallest": found.minimum}
 

@@ -278,15 +278,16 @@ def recorded(file: Path) -> list[dict[str, Any]]:
 def low_rank(model: Any, share: float) -> None:
     """Every projection of the FFNs as a product of two, of the rank whose parameters match the narrower width."""
     architecture = architecture_of(model.config)
-    if architecture.transposed:
-        sys.exit("svd is measured on models whose projections are nn.Linear")
     for site in architecture.sites(model):
-        bundle = architecture.read(site, model.config)
+        bundle = architecture.read(site)
         reduced = get_method("svd")(bundle, int(bundle.width * share), seed=0, statistics=None).bundle
-        for role, path in architecture.projections.items():
-            linear = site.layer.get_submodule(path)
-            weight = getattr(reduced, role)[0]
-            if role == "w_out":
+        for projection in site.kind.projections:
+            path = projection.parameter.removesuffix(".weight")
+            linear = site.below(path)
+            if not isinstance(linear, nn.Linear) or projection.part != "whole":
+                sys.exit("svd is measured on models whose projections are nn.Linear")
+            weight = getattr(reduced, projection.role)[0]
+            if projection.role == "w_out":
                 weight = weight.T
             u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
             rank = int((s > s[0] * 1e-5).sum())
@@ -298,7 +299,7 @@ def low_rank(model: Any, share: float) -> None:
                 second.weight.copy_(u[:, :rank] * root)
                 if linear.bias is not None:
                     second.bias.copy_(linear.bias)
-            site.layer.set_submodule(path, nn.Sequential(first, second))
+            site.module.set_submodule(path, nn.Sequential(first, second))
 
 
 def summary(file: Path) -> None:

@@ -36,7 +36,7 @@ from transformers import AutoModel
 from fusion_kernels import backends, kmeans, kmeans_assign
 from fusion_kernels.kmeans.seeding import random_seeds
 from mlp_fusion.neurons import NeuronBundle
-from mlp_fusion.verbs.fuse import find_ffns
+from mlp_fusion.reducing.chosen import find_ffns
 
 #: Shapes N, K, D, and how often scikit-learn runs with ten seedings: once where that takes a minute or less.
 SHAPES: dict[str, tuple[int, int, int, bool]] = {
@@ -70,7 +70,7 @@ def minilm_rows() -> Tensor:
     """(1536, 769): the neurons of the first layer of all-MiniLM-L6-v2."""
     model = AutoModel.from_pretrained(model_folder()).eval()
     architecture, sites = find_ffns(model)
-    return NeuronBundle.stack([architecture.read(sites[0], model.config)]).vectors()[0].detach().float().contiguous()
+    return NeuronBundle.stack([architecture.read(sites[0])]).vectors()[0].detach().float().contiguous()
 
 
 def product_rate() -> float:

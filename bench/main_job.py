@@ -26,9 +26,9 @@ from fusion_kernels import backends
 from mlp_fusion.measure import ffn_errors
 from mlp_fusion.methods import get_method
 from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.reducing.chosen import find_ffns
 from mlp_fusion.running.sentences import read_sentences
 from mlp_fusion.running.taps import capture_activations
-from mlp_fusion.verbs.fuse import find_ffns
 
 WIDTH = 384
 #: Inputs for the outputs' error, and for the kernels (whose cost grows with the square).
@@ -41,7 +41,7 @@ def errors_over_seeds(sentences: list[str], seeds: int) -> list[dict[str, object
     batch = AutoTokenizer.from_pretrained(model_folder())(sentences, padding=True, return_tensors="pt")
     architecture, sites = find_ffns(model)
     inputs = capture_activations(model, architecture, sites, batch, rows=ROWS, seed=0)
-    bundle = NeuronBundle.stack([architecture.read(site, model.config) for site in sites])
+    bundle = NeuronBundle.stack([architecture.read(site) for site in sites])
     runs = [get_method("published")(bundle, WIDTH, seed=seed) for seed in range(seeds)]
     rows: list[dict[str, object]] = []
     for n, site in enumerate(sites):

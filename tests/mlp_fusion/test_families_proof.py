@@ -153,8 +153,8 @@ def test_the_proof_catches_gate_and_up_in_the_wrong_order_and_a_wrong_axis() -> 
 def test_the_proof_of_a_stack_catches_a_wrong_axis(model_type: str) -> None:
     config = CONFIG_MAPPING[model_type](**{**TINY[model_type], "intermediate_size": 32})
     model = building.build(building.model_class(config), config)
-    building.let_experts_run_eagerly(model)
-    module = building.materialise(model.layers[0].mlp.experts, set())
+    with building.eager_experts(model):
+        module = building.materialise(model.layers[0].mlp.experts, set())
     way = next(way for way in ways_to_call(module, True) if way.x.shape[-1] == 32)
     probe = Probe(module, way.call, way.x, way.how, way.arguments)
     (found,) = probe_module(module, set(), Log())

@@ -233,20 +233,28 @@ class Architecture:
                 return ".".join(path.split(".")[-(kind.path.count(".") + 1) :]) if kind.path else path
         return path
 
+    def name(self, site: FFNSite) -> str:
+        """What an FFN is called in a record: its path, and its output projection where others have that path too."""
+        path = self.relative(site.path)
+        if sum(kind.path == site.kind.path for kind in self.kinds) == 1 or site.kind.instances:
+            return path
+        return f"{path}.{site.kind.projection('w_out').parameter.removesuffix('.weight')}"
+
     def sites(self, model: nn.Module) -> list[FFNSite]:
         """The model's FFNs, fused ones too, in the order in which its modules stand; a stack of experts is one."""
-        found: dict[str, Kind] = {}
+        found: dict[tuple[str, int], str] = {}
         names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
         for name in names:
-            for kind in self.kinds:
+            for number, kind in enumerate(self.kinds):
                 first = kind.projection("w_in").parameter
                 located = kind.locate(name)
                 if located is not None and located[1] in (first, first.removesuffix(".weight")):
-                    found.setdefault(located[0], kind)
+                    found.setdefault((located[0], number), name)
                     break
         order = {name: number for number, name in enumerate(names)}
-        paths = sorted(found, key=order.__getitem__)
-        return [FFNSite(index, path, model, found[path]) for index, path in enumerate(paths)]
+        # A layer may hold two FFNs of its own: of text and layout, of text and queries.
+        keys = sorted(found, key=lambda key: (order[key[0]], order[found[key]]))
+        return [FFNSite(index, path, model, self.kinds[n]) for index, (path, n) in enumerate(keys)]
 
     def projection(self, site: FFNSite, role: str) -> nn.Module:
         """The module that multiplies by the weight in `role`."""

@@ -197,13 +197,20 @@ def _fewer_experts(values: dict[str, Any], most: int) -> None:
                 values[key] = [min(entry, most) for entry in value]
 
 
-def let_experts_run_eagerly(model: nn.Module) -> None:
-    """Let experts run their own forward, whose products are seen one by one."""
-    for module in model.modules():
-        config = vars(module).get("config")
-        for key in _IMPLEMENTATIONS if config is not None else ():
-            with contextlib.suppress(Exception):  # a config that checks what it is told
-                setattr(config, key, "eager")
+@contextlib.contextmanager
+def eager_experts(model: nn.Module) -> Iterator[None]:
+    """Inside, experts run their own forward, whose products are seen one by one, whatever the config asks for."""
+    configs = {id(c): c for part in model.modules() if (c := vars(part).get("config")) is not None}
+    before = [(config, key, getattr(config, key, None)) for config in configs.values() for key in _IMPLEMENTATIONS]
+    for config, key, _ in before:
+        with contextlib.suppress(Exception):  # a config that checks what it is told
+            setattr(config, key, "eager")
+    try:
+        yield
+    finally:
+        for config, key, value in before:
+            with contextlib.suppress(Exception):
+                setattr(config, key, value)
 
 
 def materialise(meta: nn.Module, moved: set[str], *, large: bool | None = None) -> nn.Module:

@@ -97,8 +97,8 @@ class _Discovery:
         moves = [move for path in self.keys.likely if (move := self.keys.move(path)) is not None]
         suspects = {name for move in moves if move.pure for name in move.axes}
         small = self._small(moves)
-        building.let_experts_run_eagerly(small)
-        self._probe(small, suspects)
+        with building.eager_experts(small):
+            self._probe(small, suspects)
         found = claims(self.units, small, self.model, self._experts_of_flat_stacks(moves), moves)
         return described(self.config.model_type, self.cls.__name__, found, self.keys, moves, self.logs)
 

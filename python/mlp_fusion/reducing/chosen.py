@@ -147,7 +147,7 @@ def choose_sites(architecture: Architecture, every: Sequence[FFNSite], layers: L
     Raises:
         InputError: it cannot be read, or the model lacks one.
     """
-    paths = [architecture.relative(site.path) for site in every]
+    paths = [architecture.name(site) for site in every]
     indices = set(resolve_layers(layers, [site.index for site in every], paths))
     return [site for site in every if site.index in indices]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ Batch = Mapping[str, Tensor]
 POOL = 64
 #: Numbers of an image or of sound for one position in the model: 764 in ViT, 160 in Whisper, 320 in wav2vec 2.0.
 _NUMBERS = 256
+#: Arguments that go with an input and are none: masks, places, kinds, caches, labels.
+_BESIDES = re.compile(
+    r".*(mask|position|type_ids|labels?|cache|past_|_grid_|use_|output_|return_|decoder_).*|kwargs|args"
+)
 
 
 def main_input(model: Any) -> str:
@@ -38,8 +43,19 @@ def takes_text(model: Any) -> bool:
     return main_input(model) == "input_ids" and not any(name in names for name in OTHER_INPUTS)
 
 
+def other_inputs(model: Any) -> frozenset[str]:
+    """Arguments of a model that may stand in the place of its main input: embeddings, frames, another tower's input."""
+    names = inspect.signature(model.forward).parameters
+    return frozenset(name for name in names if not _BESIDES.fullmatch(name))
+
+
 def take_batches(
-    sample: Batch | Iterable[Batch], tokens: int, name: str = "sample", *, main: str = "input_ids"
+    sample: Batch | Iterable[Batch],
+    tokens: int,
+    name: str = "sample",
+    *,
+    main: str = "input_ids",
+    others: Collection[str] = (),
 ) -> list[dict[str, Tensor]]:
     """Batches from one batch or an iterable of them, until they hold `tokens` tokens, with their padding at the end.
 
@@ -50,6 +66,7 @@ def take_batches(
         tokens: where to stop.
         name: what the caller calls them.
         main: what each must hold, see :func:`main_input`.
+        others: or one of these instead, see :func:`other_inputs`.
 
     Raises:
         InputError: there is none, a batch is not a mapping of tensors with `main`, or no token is left unmasked.
@@ -62,7 +79,10 @@ def take_batches(
     taken: list[dict[str, Tensor]] = []
     seen = 0
     for batch in batches:
-        value = batch.get(main) if hasattr(batch, "keys") else None
+        held = batch if hasattr(batch, "keys") else {}
+        value = held.get(main)
+        if value is None:
+            value = next((held[key] for key in held if key in others and isinstance(held[key], Tensor)), None)
         if not isinstance(value, Tensor):
             raise InputError(f'a batch of {name} must map {main} to a tensor, as {maker} with return_tensors="pt"')
         if value.ndim < 2:

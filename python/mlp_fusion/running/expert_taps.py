@@ -6,9 +6,8 @@ discovery does.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ from torch import Tensor, nn
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import FFNSite
+from mlp_fusion.families.building import eager_experts
 from mlp_fusion.families.trace import Product, Trace
 
-#: Attributes of configs that say which implementation runs stacks of experts.
-_IMPLEMENTATIONS = ("_experts_implementation", "_experts_implementation_internal")
 #: Called as `visit(site number, x (n, d), hidden (n, N), y (n, d_out))`.
 ExpertVisitor = Callable[[int, Tensor, Tensor, Tensor], None]
 
@@ -38,8 +36,10 @@ def experts_tapped(sites: Mapping[int, FFNSite], visit: ExpertVisitor) -> Iterat
     for number, site in sites.items():
         assert site.expert is not None
         stacks.setdefault(site.path, {})[site.expert] = number
-    handles = []
-    with _eagerly([site.root for site in sites.values()][:1]):
+    handles: list[Any] = []
+    with ExitStack() as inside:
+        for root in [site.root for site in sites.values()][:1]:
+            inside.enter_context(eager_experts(root))
         for path, numbers in stacks.items():
             tap = _StackTap(next(site for site in sites.values() if site.path == path), numbers, visit)
             handles += tap.attach()
@@ -48,27 +48,6 @@ def experts_tapped(sites: Mapping[int, FFNSite], visit: ExpertVisitor) -> Iterat
         finally:
             for handle in handles:
                 handle.remove()
-
-
-@contextmanager
-def _eagerly(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Experts run their own forward inside, whatever the config asks for."""
-    configs = {id(c): c for m in models for part in m.modules() if (c := vars(part).get("config")) is not None}
-    before = [
-        (config, key, getattr(config, key))
-        for config in configs.values()
-        for key in _IMPLEMENTATIONS
-        if hasattr(config, key)
-    ]
-    for config, key, _ in before:
-        with contextlib.suppress(ValueError):  # a config that checks what it is told
-            setattr(config, key, "eager")
-    try:
-        yield
-    finally:
-        for config, key, value in before:
-            with contextlib.suppress(ValueError):
-                setattr(config, key, value)
 
 
 class _StackTap:

@@ -56,6 +56,9 @@ class Runner:
             InputError: it cannot run on the batch.
         """
         base: Any = getattr(self.model, "base_model", self.model)
+        # Of some models the attribute with the prefix's name is a part that takes something else.
+        if not any(name in inspect.signature(base.forward).parameters for name in batch):
+            base = self.model
         self._check_vocabulary(base, batch)
         return self.call(base, self._complete(base, batch))
 

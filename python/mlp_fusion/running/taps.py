@@ -13,12 +13,13 @@ from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.families.exchange import narrowed
 from mlp_fusion.neurons import UNNAMED, NeuronBundle
-from mlp_fusion.running.batches import POOL, Batch, main_input, take_batches
+from mlp_fusion.running.batches import POOL, Batch, main_input, other_inputs, take_batches
 from mlp_fusion.running.expert_taps import experts_tapped
 from mlp_fusion.running.positions import by_sequence
 from mlp_fusion.running.runner import Runner, not_finite
 from mlp_fusion.running.sampling import RowPlan, RowSample
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 #: Called as `visit(site number, mask of the rows that count (sequences, positions, ...), taps)`; see
 #: :func:`stream_activations` and, for the mask, :func:`mlp_fusion.running.positions.counted`.
 Visitor = Callable[[int, Tensor, "Taps"], None]
@@ -93,7 +94,7 @@ def capture_activations(
     Raises:
         InputError: the sample has no token, or an FFN did not run, or overflows.
     """
-    batches = take_batches(sample, POOL * rows, main=main_input(model))
+    batches = take_batches(sample, POOL * rows, main=main_input(model), others=other_inputs(model))
     plan = RowPlan(batches, seed)
     kept = [RowSample(plan, rows) for _ in sites]
 
@@ -152,11 +153,11 @@ class TapStore:
         self._seen.clear()
 
     def before(self, name: str, number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, args: self._add(name, number, args[0])
+        return lambda module, args: self._add(name, number, _channels_last(module, args[0]))
 
     def after(self, name: str, number: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         # A copy: some models add the residual to an FFN's outputs in place.
-        return lambda _module, _args, y: self._add(name, number, y.clone())
+        return lambda module, _args, y: self._add(name, number, _channels_last(module, y).clone())
 
     def complete(self, number: int, x: Tensor, hidden: Tensor, y: Tensor) -> None:
         """All rows of an FFN at once, an expert's: those that were routed to it, `(rows, channels)` each."""
@@ -199,6 +200,11 @@ class TapStore:
         self._current, self._parts = None, {}
 
 
+def _channels_last(module: nn.Module, values: Tensor) -> Tensor:
+    """What goes into or comes out of a projection, channels last; pointwise convolutions have them behind the batch."""
+    return values.movedim(1, -1) if isinstance(module, _CONVOLUTIONS) else values
+
+
 @contextmanager
 def replaced(architecture: Architecture, site: FFNSite, bundle: NeuronBundle) -> Iterator[None]:
     """While inside, the FFN at `site` outputs what `bundle` does; its own weights are back afterwards.
@@ -208,7 +214,8 @@ def replaced(architecture: Architecture, site: FFNSite, bundle: NeuronBundle) ->
         site: a dense FFN, or a whole stack of experts.
         bundle: with B = 1, or the number of experts.
     """
-    if site.kind.experts or bundle.activation == UNNAMED:
+    convolved = not site.kind.experts and isinstance(architecture.projection(site, "w_in"), _CONVOLUTIONS)
+    if site.kind.experts or convolved or bundle.activation == UNNAMED:
         with narrowed(site, bundle):
             yield
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mlp_fusion.errors import InputError
@@ -12,7 +13,7 @@ from mlp_fusion.store.naming import Place, places
 from mlp_fusion.store.quantised import quantisation
 from mlp_fusion.store.record import architecture_of
 from mlp_fusion.store.reference import checkpoint_class
-from mlp_fusion.store.source import Headers
+from mlp_fusion.store.source import Headers, read_headers
 from mlp_fusion.store.weights import TensorInfo
 
 #: Parts of a tensor's name that speak of a feed-forward layer, in the families that transformers knows.
@@ -81,6 +82,13 @@ def claimed_tensors(
     return held
 
 
+def check_written(folder: Path) -> None:
+    """Raise InputError unless the weights in a fused checkpoint have the shapes that its config says."""
+    headers = read_headers(folder)
+    model, architecture = meta_model(headers.config), architecture_of(headers.config)
+    claimed_tensors(headers, model, architecture, architecture.sites(model))
+
+
 def _refuse_strays(headers: Headers, architecture: Architecture, placed: Mapping[str, Place]) -> None:
     strays = [n for n, t in headers.tensors.items() if n not in placed and len(t.shape) >= 2 and looks_like_ffn(n)]
     if not strays:
@@ -95,8 +103,8 @@ def _refuse_strays(headers: Headers, architecture: Architecture, placed: Mapping
         )
     raise InputError(
         f"{headers.name}: {first} looks like part of an FFN, but the {architecture.model_type!r} model of config.json "
-        f"has no place for it ({len(strays)} such tensors, as of layers for multi-token prediction, which transformers "
-        "drops): take them out of the checkpoint"
+        f"has no place for it ({len(strays)} such tensors): this model is not supported (layers for multi-token "
+        "prediction, which transformers drops, can be taken out of the checkpoint)"
     )
 
 

@@ -49,8 +49,6 @@ def check_config(config: Any, *, stored: bool = False) -> Architecture:
         raise InputError(f"config.json says dtype {str(dtype)[6:]}, in which no model can be loaded: mend it")
     if fusion_record(config) is not None:
         raise InputError("the model is fused already: start again from the original, fusing twice compounds the loss")
-    if config.is_heterogeneous:
-        raise InputError("the model's layers differ already (per_layer_config): only models of equal layers are fused")
     return architecture_of(config)
 
 
@@ -116,7 +114,7 @@ def fused_config(
         "kinds": [kind.to_dict() for kind in architecture.kinds],
     }
     untold = {
-        architecture.relative(site.path): width
+        architecture.name(site): width
         for site, width in zip(sites, widths, strict=True)
         if site.kind.group not in told and site in fused
     }

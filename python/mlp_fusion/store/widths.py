@@ -146,13 +146,13 @@ def build_narrow(model: nn.Module, architecture: Architecture, widths: Mapping[s
     Args:
         model: of the original widths, or part of one.
         architecture: of its record.
-        widths: path of an FFN below the base model -> neurons.
+        widths: name of an FFN below the base model -> neurons.
 
     Raises:
         InputError: a width is not less than the FFN's own.
     """
     for site in architecture.sites(model):
-        width = widths.get(architecture.relative(site.path))
+        width = widths.get(architecture.name(site))
         now = bundle_width(site)
         if width is None or width == now:
             continue

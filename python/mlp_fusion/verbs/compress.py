@@ -25,7 +25,7 @@ from mlp_fusion.running.runner import resolve_device
 from mlp_fusion.running.sentences import read_sentences
 from mlp_fusion.selection import Layers, Width
 from mlp_fusion.settings import CompressSettings, make, takes
-from mlp_fusion.store.coverage import meta_model
+from mlp_fusion.store.coverage import check_written, meta_model
 from mlp_fusion.store.folding import fold_state_dict
 from mlp_fusion.store.naming import Place, places
 from mlp_fusion.store.output import appears_when_complete, check_output, output_path, taken
@@ -198,6 +198,7 @@ def _write(
         else:
             write_weights(source.folder, staging, fused)
         _write_config(source.folder, staging, source.model.config)
+        check_written(staging)
         copy_companions(source.folder, staging)
         write_scales(staging, scales)
         metadata = {DTYPE_KEY: str(source.dtype).removeprefix("torch.")}
@@ -225,11 +226,13 @@ def _load(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, bool]:
 
 def _fused_tensors(source: _Source, plain: Mapping[str, Tensor], chosen: list[int]) -> dict[str, Tensor]:
     """Name on disk -> the folded tensor of the model that it becomes, for the fused FFNs."""
-    sites = {site.path: site.index for site in source.architecture.sites(source.model)}
+    sites = {
+        (site.path, site.kind.path, site.kind.scale): site.index for site in source.architecture.sites(source.model)
+    }
     found = {}
     for name, place in source.placed.items():
         located = source.architecture.locate(place.parameter)
-        if located is not None and sites[located[1]] in chosen:
+        if located is not None and sites[located[1], located[0].path, located[0].scale] in chosen:
             found[name] = plain[place.parameter]
     return found
 
