@@ -41,7 +41,7 @@ def one_type(model_type: str, limit: int, before: dict[str, Any] | None) -> dict
     started = time.perf_counter()
     trips = round_trips()
     line: dict[str, Any] = {"type": model_type}
-    good = before is not None and "config" in before and before["reached"] == before["ffns"] and before["even"]
+    good = before is not None and "config" in before and before.get("whole") and before["even"]
     known = before["config"] if before is not None and good else None
     trip = None
     try:
@@ -68,6 +68,7 @@ def prepared(trip: Any) -> dict[str, Any]:
         "complete": trip.description.complete,
         "keyed": trip.description.keyed,
         "even": trip.even,
+        "whole": trip.whole,
         "ffns": len(trip.paths),
         "reached": len(trip.reached),
         "run": {probe.path: sorted(probe.inputs) for probe in trip.probes},

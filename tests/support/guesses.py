@@ -135,12 +135,15 @@ def _images(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterat
     for c, size in itertools.product(channels[:2], sizes):
         pixels = torch.randn(1, c, size, size, generator=g)
         yield {"pixel_values": pixels}
-        yield _beside_pixels(names, pixels, size)
+        yield _beside_pixels(names, config, pixels, size)
         if "target_sizes" in names:
             yield {"pixel_values": pixels, "target_sizes": torch.tensor([[size // patch, size // patch]])}
     tiled = {"image_sizes", "pixel_attention_mask", "num_tiles", "image_attention_mask"} & names.keys()
     for size, tiles in itertools.product(sizes, (1, 2, 3, 5)) if tiled else ():
-        yield _beside_pixels(names, torch.randn(1, tiles, channels[0], size, size, generator=g), size)
+        if "pixel_attention_mask" in names and tiles < 3:
+            several = torch.randn(1, tiles, channels[0], size, size, generator=g)
+            yield {"pixel_values": several, "pixel_attention_mask": torch.ones(1, tiles, dtype=torch.bool)}
+        yield _beside_pixels(names, config, torch.randn(1, tiles, channels[0], size, size, generator=g), size)
     for size in sizes if "aspect_ratio_ids" in names else ():
         tiles = next(numbers(config, "max_num_tiles"), 4)
         yield {
@@ -155,7 +158,7 @@ def _images(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterat
     yield {"pixel_values": torch.randn(1, (size // patch) ** 2, channels[0] * patch * patch, generator=g)}
 
 
-def _beside_pixels(names: Mapping[str, Any], pixels: Tensor, size: int) -> Inputs:
+def _beside_pixels(names: Mapping[str, Any], config: Any, pixels: Tensor, size: int) -> Inputs:
     made: Inputs = {"pixel_values": pixels}
     if "pixel_mask" in names:
         made["pixel_mask"] = torch.ones(pixels.shape[0], size, size, dtype=torch.long)
@@ -164,7 +167,8 @@ def _beside_pixels(names: Mapping[str, Any], pixels: Tensor, size: int) -> Input
     if "image_attention_mask" in names and pixels.dim() == 5:
         made["image_attention_mask"] = torch.ones(1, _TOKENS, pixels.shape[1], dtype=torch.long)
     if "high_res_pixel_values" in names:
-        made["high_res_pixel_values"] = pixels
+        high = getattr(getattr(config, "high_res_vision_config", None), "image_size", size)
+        made["high_res_pixel_values"] = torch.ones(1, 3, high, high)
     if "image_sizes" in names:
         made["image_sizes"] = torch.tensor([[size, size]])
     if "target_sizes" in names:
@@ -244,7 +248,7 @@ def _sounds(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterat
                   "input_feat_size", "input_size"), 80, 128,
     ])  # fmt: skip
     longest = [2 * number for number in numbers(config, "max_source_positions", "max_position_embeddings")]
-    for b, length in itertools.product(bins, dict.fromkeys([*longest[:1], 3000, 100])):
+    for b, length in itertools.product(bins, dict.fromkeys([*longest[:1], 128, 3000])):
         if b * length > 2_000_000:
             continue
         for shape in ((1, b, length), (1, length, b), (b, length), (1, 1, length, b)):

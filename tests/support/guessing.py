@@ -26,6 +26,7 @@ _SIZES_IN_ERRORS = (
     (r"mat1 and mat2 shapes cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)", (1, 2)),
     (r"to have (\d+) channels, but got (\d+) channels", (2, 1)),
     (r"Given normalized_shape=\[(\d+)\].*got input of size\[[\d, ]*?(\d+)\]", (2, 1)),
+    (r"Input height \((\d+)\) doesn't match model \((\d+)\)", (1, 2)),
     (r"image size \((\d+)\*\d+\) doesn't match model \((\d+)\*", (1, 2)),
 )
 
@@ -137,9 +138,9 @@ def _watching(part: nn.Module, path: str, wanted: set[str]) -> Iterator[set[str]
     handles = []
     for name, module in part.named_modules():
         full = f"{path}.{name}".strip(".")
-        owner = next((w for w in wanted if full == w or full.startswith(f"{w}.")), None)
-        if owner is not None:
-            handles.append(module.register_forward_pre_hook(lambda *_, owner=owner: reached.add(owner)))
+        owners = {w for w in wanted if full == w or full.startswith(f"{w}.")}
+        if owners:
+            handles.append(module.register_forward_pre_hook(lambda *_, owners=owners: reached.update(owners)))
     try:
         yield reached
     finally:

@@ -38,7 +38,7 @@ SAME = 1e-5
 OTHER = 1e-3
 UNNOTICED = "unnoticed"
 #: Candidates that are tried, if none runs whole.
-_CANDIDATES, _SECONDS = 10, 15.0
+_CANDIDATES, _SECONDS = 10, 10.0
 _STEPS, _RATE = 3, 1e-3
 
 
@@ -81,6 +81,11 @@ class Trip:
         return {path for probe in self.probes for path in probe.reached}
 
     @property
+    def whole(self) -> bool:
+        """Whether one run of the whole model reaches all of them."""
+        return len(self.probes) == 1 and not self.probes[0].path and self.paths <= self.reached
+
+    @property
     def even(self) -> bool:
         """Whether every width has a half that is served, so that FFNs that one ratio moves can be halved together."""
         return all(2 * kept(site) == site.width for site in self.description.sites)
@@ -109,7 +114,7 @@ def prepare(model_type: str, known: Steps | None = None) -> Trip:
         trip = _built(small)
         if best is None or _rank(trip) > _rank(best):
             best = trip
-        full = bool(best.probes) and best.paths <= best.reached and best.even
+        full = best.whole and best.even
         if full or number + 1 == _CANDIDATES or time.perf_counter() > until:
             break
     if best is None:
@@ -120,7 +125,7 @@ def prepare(model_type: str, known: Steps | None = None) -> Trip:
 
 
 def _rank(trip: Trip) -> tuple[float, bool, bool]:
-    return len(trip.reached) / max(len(trip.paths), 1), trip.even, trip.sample is not None
+    return len(trip.reached) / max(len(trip.paths), 1), trip.whole, trip.even
 
 
 def _built(small: Small) -> Trip:

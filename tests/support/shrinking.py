@@ -82,7 +82,14 @@ EXTRA: dict[str, dict[str, Any]] = {
     "pe_audio_video_encoder": {f"video_config.{key}": value for key, value in _TIMM.items()},
     # Large images take long in convolutions.
     "align_vision_model": {"image_size": 64},
-    # As many patches as the small images have.
+    # Its class reads what the config lacks.
+    "pix2struct_text_model": {"initializer_range": 0.02},
+    # The token that stands for an image has no default.
+    "blip-2": {"image_token_index": 500},
+    "instructblip": {"image_token_index": 500},
+    "instructblipvideo": {"video_token_index": 500},
+    # As many patches, and parts of an image, as the small images have.
+    "gemma3": {"mm_tokens_per_image": 16},
     "aria": {"projector_patch_to_query_dict": {49: 16}},
     # The number of layers is worked out from that of a stack, where it is not given.
     "hrm_text": {"num_layers_per_stack": None, "num_hidden_layers": 2},
@@ -179,6 +186,7 @@ def small_config(config: Any, steps: Steps) -> Any:
             _smaller(section, steps.divisor, steps.heads)
         if steps.images:
             _smaller_images(section)
+    for section in _sections(values):
         for key, value in EXTRA.get(str(section.get("model_type")), {}).items():
             *outer, last = key.split(".")
             functools.reduce(lambda inner, name: inner[name], outer, section)[last] = value
@@ -288,6 +296,18 @@ def _fewer_words(section: dict[str, Any], words: int, ids: dict[int, int]) -> No
 
 
 def _smaller(section: dict[str, Any], divisor: int, heads: bool) -> None:
+    whole = _heads_fit(section)
+    _divide(section, divisor, heads)
+    if whole and not _heads_fit(section):
+        raise ValueError("the heads do not divide the hidden size")
+
+
+def _heads_fit(section: dict[str, Any]) -> bool:
+    size, heads = section.get("hidden_size"), section.get("num_attention_heads", section.get("num_heads"))
+    return type(size) is int and type(heads) is int and heads > 0 and size % heads == 0
+
+
+def _divide(section: dict[str, Any], divisor: int, heads: bool) -> None:
     for key, value in list(section.items()):
         if heads and re.search(r"head", key):
             if _is_int(value) and "dim" not in key and "size" not in key:
