@@ -267,6 +267,10 @@ class FuseSettings(PlanSettings):
         0, least=0, flag="--tune", metavar="STEPS",
     )  # fmt: skip
     sequential: bool = option("Calibrate each FFN on what the reduced ones before it produce.", False)
+    unmeasured: bool = option(
+        "Do not run the model: its FFNs are not compared with what was read of them, and their errors stay unknown.",
+        False,
+    )
 
     @property
     def parameterization(self) -> Any:
@@ -289,6 +293,8 @@ class FuseSettings(PlanSettings):
             raise InputError("match needs an optimizer: a model for inference has no tangent kernel to match")
         if self.tune_steps > 0 and self.refit is False:
             raise InputError("tune_steps starts from a refit and ends in one: leave refit to itself")
+        if self.unmeasured and calibrated:
+            raise InputError("calibration runs the model: leave out unmeasured")
         if calibrated is False and (wanting := self._wants_text()) is not None:
             raise InputError(f"{wanting} needs calibration text: pass calibration (--calibration FILE)")
 

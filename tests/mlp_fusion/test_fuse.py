@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
+import mlp_fusion
 from families import FAMILIES, WIDTH, tiny_model, token_batch
 from mlp_fusion import FusedGLU, FusedMLP, InputError, fuse, methods
 from mlp_fusion.families.exchange import narrow
@@ -315,3 +316,23 @@ def test_refusals_leave_the_model_as_it_was(make: Any, options: dict[str, Any], 
 def test_architectures_know_what_stands_before_their_names(family: str) -> None:
     model = tiny_model(family)
     assert architecture_of(model.config).base == model.base_model_prefix
+
+
+def test_a_model_that_is_not_run_is_fused_alike_and_its_errors_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, unmeasured = tiny_model("llama"), tiny_model("llama")
+    fuse(measured, 16)
+
+    def run(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(type(unmeasured.model), "forward", run)
+    report = fuse(unmeasured, 16, unmeasured=True)
+    monkeypatch.undo()
+    for name, tensor in measured.state_dict().items():
+        assert torch.equal(unmeasured.state_dict()[name], tensor), name
+    assert all(math.isnan(row.output_error) for row in report.rows)
+    assert report.sample_rows == 0
+    assert "nan" in report.table()
+    assert mlp_fusion.FusionReport.from_dict(report.to_dict()).rows[0].path == report.rows[0].path
+    with pytest.raises(InputError, match="calibration runs the model: leave out unmeasured"):
+        fuse(tiny_model("llama"), 16, unmeasured=True, calibration=token_batch())

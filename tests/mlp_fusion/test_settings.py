@@ -127,7 +127,7 @@ def test_records_are_plain_and_say_nothing_of_places() -> None:
     assert settings.recorded() == {
         "width": 0.5, "budget": None, "layers": [0, 1], "method": "fusion", "optimizer": "adamw", "seed": 0,
         "calibration_sentences": CALIBRATION_SENTENCES, "calibration_rows": None, "refit": None, "match": None,
-        "tune_steps": 0, "sequential": False,
+        "tune_steps": 0, "sequential": False, "unmeasured": False,
     }  # fmt: skip
     assert FuseSettings(**settings.recorded()).method == "fusion"
 

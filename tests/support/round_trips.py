@@ -147,7 +147,9 @@ def fuse(trip: Trip) -> None:
 
 
 def _fuse(model: Any, trip: Trip) -> None:
-    mlp_fusion.fuse(model, width=0.5, optimizer="adamw", seed=0, sample=trip.sample)
+    # What the whole model runs on may be past guessing; then its parts are what is compared.
+    unmeasured = trip.sample is None or not trip.paths <= trip.reached
+    mlp_fusion.fuse(model, width=0.5, optimizer="adamw", seed=0, sample=trip.sample, unmeasured=unmeasured)
 
 
 def save_and_load(trip: Trip, folder: str) -> Any:

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from mlp_fusion.calibration import FFNStatistics, collect, output_sensitivities
 from mlp_fusion.calibration.statistics import take_calibration
+from mlp_fusion.families import FFNSite
 from mlp_fusion.measure.report import CalibrationRecord
+from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing.chosen import ChosenFFNs
 from mlp_fusion.running.batches import Batch, takes_text, token_mask
 from mlp_fusion.running.drawing import random_batch
@@ -87,17 +89,38 @@ def learn(ffns: ChosenFFNs, settings: FuseSettings, calibration: Any, sample: Ba
         for number, sensitivity in zip(dense, found, strict=True):
             sensitivities[number] = sensitivity
     seconds = time.perf_counter() - started if statistics is not None else None
-    if sample is None and statistics is not None:
-        activations = [_sampled(known, seed) for known in statistics]
-    else:
-        shown = sample if sample is not None else batches
-        shown = random_batch(model, seed=seed) if shown is None else shown
-        activations = capture_activations(model, architecture, sites, shown, rows=SAMPLE_ROWS, seed=seed)
-    described = "the given sample" if sample is not None else f"random {'token ids' if takes_text(model) else 'inputs'}"
-    if sample is None and batches is not None:
-        described = "the calibration text, which was fitted to"
+    activations, described = _measured_on(ffns, settings, sample, batches, statistics)
     count = _positions(ffns, batches, statistics)
     return Learnt(batches, count, statistics, sensitivities, activations, described, seconds)
+
+
+def _measured_on(
+    ffns: ChosenFFNs,
+    settings: FuseSettings,
+    sample: Batch | Iterable[Batch] | None,
+    batches: Sequence[Batch] | None,
+    statistics: Sequence[FFNStatistics] | None,
+) -> tuple[list[Activations], str]:
+    """Per FFN, the rows that errors are measured on; and what those are, in words."""
+    model, architecture, sites, seed = ffns.model, ffns.architecture, ffns.sites, settings.seed
+    if settings.unmeasured:
+        nothing = [_nothing(site, bundle) for site, bundle in zip(sites, ffns.originals, strict=True)]
+        return nothing, "nothing, as the model was not run"
+    if sample is None and statistics is not None:
+        return [_sampled(known, seed) for known in statistics], "the calibration text, which was fitted to"
+    shown, described = sample, "the given sample"
+    if shown is None:
+        shown, described = batches, "the calibration text, which was fitted to"
+    if shown is None:
+        shown = random_batch(model, seed=seed)
+        described = f"random {'token ids' if takes_text(model) else 'inputs'}"
+    return capture_activations(model, architecture, sites, shown, rows=SAMPLE_ROWS, seed=seed), described
+
+
+def _nothing(site: FFNSite, bundle: NeuronBundle) -> Activations:
+    """No row of an FFN."""
+    like = site.module.get_parameter(site.kind.parameters[0])
+    return Activations(like.new_zeros(0, bundle.w_in.shape[2]), like.new_zeros(0, bundle.w_out.shape[2]))
 
 
 def _positions(ffns: ChosenFFNs, batches: Sequence[Batch] | None, statistics: Sequence[FFNStatistics] | None) -> int:
