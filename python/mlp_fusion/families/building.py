@@ -74,7 +74,7 @@ def model_class(config: Any) -> type[PreTrainedModel]:
         named: Any = getattr(transformers, str(name), None)
         if inspect.isclass(named) and issubclass(named, PreTrainedModel):
             cls: Any = named
-            if cls.config_class is type(config):
+            if cls.config_class is not None and isinstance(config, cls.config_class):
                 return named
     for mapping in _auto_mappings():
         with contextlib.suppress(Exception):  # a class whose libraries are missing

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mlp_fusion.errors import InputError
-from mlp_fusion.families import Architecture, FFNSite
+from mlp_fusion.families import Architecture, FFNSite, building
 from mlp_fusion.store.naming import Place, places
 from mlp_fusion.store.quantised import quantisation
 from mlp_fusion.store.record import architecture_of
-from mlp_fusion.store.reference import checkpoint_class
 from mlp_fusion.store.source import Headers, read_headers
 from mlp_fusion.store.weights import TensorInfo
 
@@ -30,11 +29,9 @@ def meta_model(config: Any) -> Any:
     Raises:
         InputError: transformers builds none.
     """
-    from mlp_fusion.families import building
-
     with building.undisturbed():
         try:
-            return building.build(checkpoint_class(config), config)
+            return building.build(building.model_class(config), config)
         except Exception as error:
             raise InputError(f"{config.model_type}: transformers builds no model from this config: {error}") from error
 

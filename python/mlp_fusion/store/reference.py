@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from mlp_fusion.errors import InputError, named
+from mlp_fusion.families import building
 from mlp_fusion.running.batches import Batch
 from mlp_fusion.running.drawing import random_batch
 from mlp_fusion.running.runner import Runner, not_finite
@@ -45,29 +45,6 @@ def compute_dtype(ffns: Container[str], tensors: Mapping[str, TensorInfo], asked
     return _DTYPES[asked]
 
 
-def model_class(config: Any) -> Any:
-    """The transformers class that the checkpoint was saved from, so that no head is lost."""
-    for name in getattr(config, "architectures", None) or []:
-        found: Any = getattr(transformers, str(name), None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            expected = getattr(found, "config_class", None)
-            if expected is not None and isinstance(config, expected):
-                return found
-    return transformers.AutoModel
-
-
-def checkpoint_class(config: Any) -> Any:
-    """The same with the class that `AutoModel` chooses, where it does.
-
-    Raises:
-        InputError: there is none.
-    """
-    from mlp_fusion.families import building
-
-    found = model_class(config)
-    return building.model_class(config) if found is transformers.AutoModel else found
-
-
 def load_checkpoint(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """The model in `folder`, in evaluation mode and dequantised, and what transformers says of its tensors.
 
@@ -75,7 +52,7 @@ def load_checkpoint(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any,
         InputError: it cannot be loaded.
     """
     try:
-        model, info = model_class(config).from_pretrained(
+        model, info = building.model_class(config).from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
             ignore_mismatched_sizes=True, **reading_options(config),
         )  # fmt: skip
