@@ -86,7 +86,7 @@ def matched_scales(scales: Mapping[str, Tensor], sites: Mapping[str, FFNSite]) -
     # A task model saved and its bare encoder loaded, or the reverse, differ in a leading `bert.` and the like.
     found: dict[str, Tensor] = {}
     for key, scale in scales.items():
-        matches = [n for n in sites if n == key or n.endswith(f".{key}") or key.endswith(f".{n}")]
+        matches = [key] if key in sites else [n for n in sites if n.endswith(f".{key}") or key.endswith(f".{n}")]
         if len(matches) != 1 or matches[0] in found:
             raise InputError(f"{SCALE_FILE}: {key} fits no layer of the model")
         found[matches[0]] = scale
