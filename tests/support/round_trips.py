@@ -34,6 +34,8 @@ __all__ = ["DifferentError", "Trip", "controls", "prepare", "round_trip", "steps
 
 #: Relative differences of outputs and of parameters that are rounding.
 SAME = 1e-5
+#: Of outputs before and after merging: another order of sums, which deep models with random weights make more of.
+MERGED = 1e-4
 #: Those that show a mistake.
 OTHER = 1e-3
 UNNOTICED = "unnoticed"
@@ -143,7 +145,7 @@ def fuse(trip: Trip) -> None:
     _fuse(trip.model, trip)
     error = largest_difference(outputs(trip.model, trip.probes), trip.wide)
     trip.figures["in memory"] = error
-    _check("outputs in memory", error)
+    _check("outputs in memory", error, MERGED)
 
 
 def _fuse(model: Any, trip: Trip) -> None:
@@ -182,7 +184,7 @@ def restore(trip: Trip, loaded: Any, folder: str) -> None:
     mlp_fusion.restore(loaded, folder)
     error = largest_difference(outputs(loaded, trip.probes), trip.wide)
     trip.figures["restored"] = error
-    _check("outputs after restoring", error)
+    _check("outputs after restoring", error, MERGED)
 
 
 def train(trip: Trip) -> None:
@@ -358,6 +360,6 @@ def parameters_difference(loaded: nn.Module, original: nn.Module, description: D
     return worst
 
 
-def _check(what: str, error: float) -> None:
-    if not error <= SAME:
+def _check(what: str, error: float, limit: float = SAME) -> None:
+    if not error <= limit:
         raise DifferentError(f"{what} differ by {error:.1e}")
