@@ -38,13 +38,18 @@ def _discovered(config_class: type[PreTrainedConfig], content: str) -> Architect
     if not description.sites:
         raise _unsupported(config, "no FFN was found in it")
     prefix = _prefix(description)
-    kinds = tuple(_kind(config, site, description, prefix) for site in description.sites)
+    found = (_kind(config, site, description, prefix) for site in description.sites)
+    kinds = [kind for kind in found if kind is not None]
     ordered = sorted(kinds, key=lambda kind: -kind.path.count("."))
     return Architecture(config.model_type, prefix, tuple(ordered))
 
 
-def _kind(config: Any, site: Site, description: Description, prefix: str) -> Kind:
-    """The kind that a site of the description is."""
+def _kind(config: Any, site: Site, description: Description, prefix: str) -> Kind | None:
+    """The kind that a site of the description is.
+
+    None where nobody names what lies between two projections, no key moves it, and it fails when it is narrowed: that
+    was seen once, on one input, and is no FFN (an attention with a head for each channel).
+    """
     from mlp_fusion.families.forms import with_form
 
     if site.shared:
@@ -69,6 +74,8 @@ def _kind(config: Any, site: Site, description: Description, prefix: str) -> Kin
     try:
         return with_form(config, site, kind, {} if key is None else _counts(config, site, key))
     except InputError as error:
+        if site.function.activation is None and not site.width_keys:
+            return None
         raise _unsupported(config, f"the FFNs at {site.path} {error}") from error
 
 
