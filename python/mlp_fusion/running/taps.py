@@ -134,22 +134,24 @@ def tapped(architecture: Architecture, sites: Sequence[FFNSite], visit: Visitor)
 
 
 class TapStore:
-    """Collects the calls of one FFN at a time; `start` every batch and `finish` it.
+    """Collects the calls of FFNs; `start` every batch and `finish` it.
 
-    A model that chunks its FFN (`chunk_size_feed_forward`) calls it several times, along the sequence: an FFN is
-    complete when another one begins, or the batch ends.
+    A model that chunks its FFN (`chunk_size_feed_forward`) calls it several times, along the sequence, and one with two
+    towers may begin an FFN of one before it ends that of the other: an FFN is complete when all of its calls have ended
+    and another one begins, or the batch ends.
     """
 
     def __init__(self, visit: Visitor, sites: Sequence[FFNSite]) -> None:
         self._visit, self._sites = visit, sites
-        self._current: int | None = None
-        self._parts: dict[str, list[Tensor]] = {}
+        #: Number of an FFN that has begun -> what has passed through it.
+        self._parts: dict[int, dict[str, list[Tensor]]] = {}
         self._batch: Batch = {}
         self._seen: set[int] = set()
 
     def start(self, batch: Batch) -> None:
         """Begin a batch."""
-        self._batch, self._current = batch, None
+        self._batch = batch
+        self._parts.clear()
         self._seen.clear()
 
     def before(self, name: str, number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -161,7 +163,7 @@ class TapStore:
 
     def complete(self, number: int, x: Tensor, hidden: Tensor, y: Tensor) -> None:
         """All rows of an FFN at once, an expert's: those that were routed to it, `(rows, channels)` each."""
-        self._flush()
+        self._flush(but=number)
         mask = torch.ones(1, len(x), dtype=torch.bool)
         self._visit(number, mask, Taps(x.unsqueeze(0), hidden.unsqueeze(0), y.unsqueeze(0)))
         self._seen.add(number)
@@ -176,7 +178,7 @@ class TapStore:
         for number, site in enumerate(self._sites):
             if number in self._seen:
                 continue
-            if not site.is_expert:
+            if number in self._parts or not site.is_expert:
                 raise InputError(
                     f"{site.path}: this FFN did not run on the sample: give inputs that reach it, or leave it out"
                 )
@@ -184,20 +186,16 @@ class TapStore:
             self.complete(number, *(like.new_zeros(0, size) for size in site.channels()))
 
     def _add(self, name: str, number: int, tensor: Tensor) -> None:
-        if number != self._current:
-            self._flush()
-            self._current, self._parts = number, {"x": [], "hidden": [], "y": []}
-        self._parts[name].append(tensor)
+        self._flush(but=number)
+        self._parts.setdefault(number, {"x": [], "hidden": [], "y": []})[name].append(tensor)
 
-    def _flush(self) -> None:
-        if self._current is None:
-            return
-        if not all(self._parts.values()):
-            raise InputError("an FFN did not run on the sample: the model skips it")
-        mask, joined = by_sequence(self._parts, self._batch, self._sites[self._current].path)
-        self._visit(self._current, mask, Taps(**joined))
-        self._seen.add(self._current)
-        self._current, self._parts = None, {}
+    def _flush(self, but: int | None = None) -> None:
+        """Show the FFNs all of whose calls have ended, `but` one that may be called again."""
+        ended = [n for n, parts in self._parts.items() if n != but and len({len(p) for p in parts.values()}) == 1]
+        for number in ended:
+            mask, joined = by_sequence(self._parts.pop(number), self._batch, self._sites[number].path)
+            self._visit(number, mask, Taps(**joined))
+            self._seen.add(number)
 
 
 def _channels_last(module: nn.Module, values: Tensor) -> Tensor:
