@@ -318,8 +318,8 @@ def families_refused() -> str:
 
 
 def families_unsaved() -> str:
-    """Model types with an FFN that cannot be saved narrower, by reason."""
-    return _types_by("not to be saved narrower", lambda line: line["unsaved"] if line["status"] == "built" else ())
+    """Model types with an FFN whose width no config key states, by reason."""
+    return _types_by("stated by no key", lambda line: line["unsaved"] if line["status"] == "built" else ())
 
 
 def _types_by(title: str, reasons: Callable[[Any], Iterable[str]], name: str = "families-cpu") -> str:

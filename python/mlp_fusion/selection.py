@@ -99,7 +99,9 @@ def _parse_part(part: str, available: list[int], paths: Mapping[int, str]) -> li
         # One that is out of range is enough to say so.
         return list(range(first, min(last, max(first, *available) + _SHOWN + 1) + 1))
     if paths and ("*" in part or "." in part):
-        matched = [index for index, path in paths.items() if fnmatch.fnmatchcase(path, part)]
+        # Below the base model, or with what a head puts before it.
+        patterns = (part, f"*.{part}")
+        matched = [i for i, path in paths.items() if any(fnmatch.fnmatchcase(path, p) for p in patterns)]
         if not matched:
             raise InputError(f"layers {part!r}: no FFN lies there; the first is {next(iter(paths.values()))}")
         return matched

@@ -223,7 +223,7 @@ class PlanSettings(Settings):
     budget: float | None = option(
         "With width auto: the share of the FFNs' parameters to keep.", None, above=0.0, below=1.0
     )
-    layers: Layers = option("all, 4-11, last:8, first:4, or 0,2,5.", "all")
+    layers: Layers = option("all, 4-11, last:8, first:4, 0,2,5, or a pattern of paths such as decoder.*.", "all")
 
     def check(self) -> None:
         """Raise InputError as :class:`Settings` does; the width is compared with each FFN's later."""

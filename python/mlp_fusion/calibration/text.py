@@ -51,7 +51,9 @@ def calibration_batches(
             raise InputError("calibration is a list of sentences of which some are blank or no text")
         return _tokenized(texts[:sentences], model, "calibration")
     if not hasattr(calibration, "column_names"):
-        if listed and calibration and isinstance(calibration[0], Mapping) and main not in calibration[0]:
+        first = calibration[0] if listed and calibration and isinstance(calibration[0], Mapping) else None
+        batch = first is not None and any(isinstance(value, Tensor) and value.ndim > 1 for value in first.values())
+        if first is not None and not batch and main not in first:
             return _tokenized(read_texts(calibration, limit=sentences), model, "calibration")
         return calibration  # type: ignore[no-any-return]
     names = calibration.column_names

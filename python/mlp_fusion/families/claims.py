@@ -25,7 +25,7 @@ _BLOCK = "pointwise convolutions of a convolutional block, with a function betwe
 _BOTTLENECK = "a bottleneck beside a wider FFN of the same layer, such as an adapter's or a gate's"
 _SQUEEZE = "convolutions to fewer channels, as in squeeze and excitation"
 _HEAD = "a projector or a head: it stands in no list of layers, or its outputs are not as many as its inputs"
-_NO_KEY = "its width is hard-coded: no config key moves it, so that a narrower one can be used but not saved"
+_NO_KEY = "its width is hard-coded: no config key moves it"
 #: How many names of parameters a key that moves too much is recorded with.
 _MOST_NAMES = 4
 

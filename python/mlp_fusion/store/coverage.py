@@ -70,13 +70,31 @@ def claimed_tensors(
                 )
         held.setdefault(place.parameter, []).append(info)
     # One tensor may become several parameters, of which only the first is known.
-    converted = any(place.converted for place in placed.values())
+    if not any(place.converted for place in placed.values()):
+        _refuse_gaps(headers, model, held)
     for site in sites:
-        for name in (f"{site.path}.{below}" for below in site.kind.parameters):
-            if name not in held and not converted:
-                raise InputError(f"{headers.name}: {name} is missing: the checkpoint is incomplete")
-            held.setdefault(name, [])
+        for name in site.kind.parameters:
+            held.setdefault(f"{site.path}.{name}", [])
     return held
+
+
+def _refuse_gaps(headers: Headers, model: Any, held: Mapping[str, Sequence[TensorInfo]]) -> None:
+    """Raise InputError where a parameter is not on disk; heads and poolers may be drawn anew."""
+    base = model.base_model
+    prefix = "" if base is model else f"{model.base_model_prefix}."
+    ignored = [re.compile(words) for words in model._keys_to_ignore_on_load_missing or ()]
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for name, _ in base.named_parameters():
+        full = f"{prefix}{name}"
+        known = full in held or full in tied or name.startswith("pooler.")
+        if not known and not any(words.search(full) for words in ignored):
+            raise InputError(f"{headers.name}: {full} is missing: the checkpoint is incomplete")
+
+
+def stored_buffers(headers: Headers, model: Any) -> set[str]:
+    """Names on disk of a model's buffers."""
+    buffers = {name for name, _ in model.named_buffers()}
+    return {name for name, place in places(model, headers.tensors).items() if place.parameter in buffers}
 
 
 def check_written(folder: Path) -> None:

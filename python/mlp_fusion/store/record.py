@@ -138,9 +138,15 @@ def adopt_fused_config(model: nn.Module) -> None:
         return
     for module in model.modules():
         config = module.__dict__.get("config")
-        if getattr(config, FUSION_KEY, None) is not None:
-            replace_config(model, config)
-            return
+        if getattr(config, FUSION_KEY, None) is None:
+            continue
+        if type(config) is not type(model.config):
+            raise InputError(
+                f"{type(module).__name__}, a part of the model, was fused by itself: fuse the whole model with layers set "
+                "to its paths, or save the part"
+            )
+        replace_config(model, config)
+        return
 
 
 def update_record(model: Any, architecture: Architecture) -> None:

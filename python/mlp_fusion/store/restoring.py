@@ -46,7 +46,7 @@ def restore(model: nn.Module, path: str | os.PathLike[str], optimizer: str | Non
     if record is None:
         raise InputError(
             f"the model was not loaded from a fused checkpoint, its config has no {FUSION_KEY!r} entry: "
-            f"load {path} with from_pretrained and restore that"
+            f"load {path} with the class that it was saved from, and restore that"
         )
     config: Any = model.config
     architecture = architecture_of(config)

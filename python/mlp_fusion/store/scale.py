@@ -88,7 +88,7 @@ def matched_scales(scales: Mapping[str, Tensor], sites: Mapping[str, FFNSite]) -
     for key, scale in scales.items():
         matches = [key] if key in sites else [n for n in sites if n.endswith(f".{key}") or key.endswith(f".{n}")]
         if len(matches) != 1 or matches[0] in found:
-            raise InputError(f"{SCALE_FILE}: {key} fits no layer of the model")
+            raise InputError(f"{SCALE_FILE}: {key} fits no layer of the model: load the class that was saved")
         found[matches[0]] = scale
     return found
 

@@ -57,7 +57,7 @@ class FoundFFNs:
         return {"name": self.name, **found.to_dict(), "complete": found.complete, "keyed": found.keyed}
 
     def table(self) -> str:
-        """A row per kind of FFN; then what cannot be saved, what is refused, and what is set apart."""
+        """A row per kind of FFN; then what no key states, what is refused, and what is set apart."""
         found = self.description
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for title in ("FFNs", "kind", "layers", "width", "projections", "function", "key", "group", "proof"):
@@ -71,7 +71,9 @@ class FoundFFNs:
             )  # fmt: skip
         lines = [f"{self.name} ({found.model_type}, {found.model_class})"]
         lines += [render(table)] if found.sites else ["no FFN was found"]
-        lines += [f"not to be saved narrower: {site.path}: {site.unsaved}" for site in found.sites if site.unsaved]
+        lines += [
+            f"loads only after `import mlp_fusion`: {site.path}: {site.unsaved}" for site in found.sites if site.unsaved
+        ]
         lines += [
             f"refused: {refusal.parameter} ({refusal.count}, {_mover(refusal.key)}): {refusal.reason}"
             for refusal in found.refused

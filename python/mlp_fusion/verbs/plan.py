@@ -19,7 +19,7 @@ from mlp_fusion.measure.report import format_bytes, render
 from mlp_fusion.reducing.chosen import choose_sites, find_ffns
 from mlp_fusion.selection import Layers, Width
 from mlp_fusion.settings import PlanSettings, make, takes
-from mlp_fusion.store.coverage import claimed_tensors, meta_model
+from mlp_fusion.store.coverage import claimed_tensors, meta_model, stored_buffers
 from mlp_fusion.store.quantised import quantisation
 from mlp_fusion.store.record import FUSION_KEY, check_config, fused_config
 from mlp_fusion.store.source import model_headers, read_headers
@@ -146,12 +146,12 @@ def plan(
     if isinstance(model_or_path, nn.Module):
         architecture, sites = find_ffns(model_or_path)
         model: Any = model_or_path
-        held = {name: [info] for name, info in headers.tensors.items()}
+        held, buffers = {name: [info] for name, info in headers.tensors.items()}, set()
     else:
         architecture = check_config(headers.config, stored=True)
         model = meta_model(headers.config)
         sites = architecture.sites(model)
-        held = claimed_tensors(headers, model, architecture, sites)
+        held, buffers = claimed_tensors(headers, model, architecture, sites), stored_buffers(headers, model)
     chosen = choose_sites(architecture, sites, layers)
     after = dict(zip((site.index for site in chosen), _widths_after(width, budget, chosen), strict=True))
     widths = [after.get(site.index, site.kind.width) for site in sites]
@@ -160,8 +160,8 @@ def plan(
     plain = budget is None and "widths" not in getattr(changed, FUSION_KEY)
     saved_parameters = sum(f.parameters_before - f.parameters_after for f in ffns)
     saved_bytes = sum(f.bytes_before - f.bytes_after for f in ffns)
-    # Integer tensors are buffers (position ids): they take bytes, but are no parameters.
-    parameters = sum(t.numel for t in headers.tensors.values() if t.parameter)
+    # Buffers (position ids, frequencies) take bytes, but are no parameters.
+    parameters = sum(t.numel for name, t in headers.tensors.items() if t.parameter and name not in buffers)
     size = sum(t.nbytes for t in headers.tensors.values())
     return FusionPlan(
         name=headers.name,
