@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,12 +239,31 @@ def load_original(original: Model, student: Student) -> tuple[nn.Module, list[in
     else:
         loaded = _another(original, student).base_model
     _check_vocabulary("original", loaded, student)
-    for key in ("hidden_size", "num_hidden_layers"):
-        if getattr(loaded.config, key) != getattr(student.model.config, key):
-            raise InputError(
-                f"the original has {key} {getattr(loaded.config, key)}, the model {getattr(student.model.config, key)}"
-            )
-    return loaded, list(record["fused_layers"])
+    for key in ("model_type", "hidden_size", "num_hidden_layers"):
+        theirs, ours = (getattr(config, key, None) for config in (loaded.config, student.model.config))
+        if theirs != ours:
+            raise InputError(f"the original has {key} {theirs}, the model {ours}")
+    return loaded, _layers_of(student.model, record["fused_layers"])
+
+
+def _layers_of(model: Any, numbers: Sequence[int]) -> list[int]:
+    """The layers whose FFNs have these numbers among the model's: a layer may have several, or none.
+
+    Raises:
+        InputError: the FFNs do not lie in one stack of layers.
+    """
+    architecture = architecture_of(model.config)
+    places = [
+        re.fullmatch(r"(.*?)(?:^|\.)(\d+)(?:\..*)?", architecture.relative(site.path))
+        for site in architecture.sites(model)
+        if site.index in numbers
+    ]
+    if None in places or len({place[1] for place in places if place}) > 1:
+        raise InputError(
+            "the original's hidden states are fitted layer by layer, and the model's FFNs lie in several stacks of "
+            "layers: leave out the original"
+        )
+    return sorted({int(place[2]) for place in places if place})
 
 
 def _another(teacher: Any, student: Student) -> Any:
@@ -259,11 +279,11 @@ def _check_vocabulary(role: str, model: Any, student: Student) -> None:
         raise InputError(f"the {role} has a vocabulary of {theirs}, the model one of {ours}: they must share it")
 
 
-def fused_parameters(model: Any, layers: Sequence[int]) -> list[nn.Parameter]:
-    """Weights and biases of the FFNs in `layers`, their scale excepted."""
+def fused_parameters(model: Any, numbers: Sequence[int]) -> list[nn.Parameter]:
+    """Weights and biases of the FFNs with these numbers among the model's, their scale excepted."""
     architecture = architecture_of(model.config)
     found = []
     for site in architecture.sites(model):
-        if site.index in layers:
+        if site.index in numbers:
             found += [site.module.get_parameter(name) for name in site.kind.parameters]
     return found

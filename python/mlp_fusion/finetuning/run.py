@@ -166,7 +166,9 @@ class Run:
                 layers=original[1],
                 **self._common("layerwise", original[0], s.layerwise_learning_rate, s.layerwise_epochs, evaluate=False),
             )
-            with _only_trains(model, fused_parameters(model, original[1])):
+            record = fusion_record(model.config)
+            assert record is not None
+            with _only_trains(model, fused_parameters(model, record["fused_layers"])):
                 self._go(layerwise, last_checkpoint(self.work / "layerwise"))
             loss = [[entry["step"], entry["loss"]] for entry in layerwise.state.log_history if "loss" in entry]
             self._note(layerwise={"steps": layerwise.state.global_step, "loss": loss})

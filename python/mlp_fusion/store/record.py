@@ -142,8 +142,8 @@ def adopt_fused_config(model: nn.Module) -> None:
             continue
         if type(config) is not type(model.config):
             raise InputError(
-                f"{type(module).__name__}, a part of the model, was fused by itself: fuse the whole model with layers set "
-                "to its paths, or save the part"
+                f"{type(module).__name__}, a part of the model, was fused by itself: fuse the whole model with layers "
+                "set to its paths, or save the part"
             )
         replace_config(model, config)
         return
