@@ -358,8 +358,8 @@ def parameters_difference(loaded: nn.Module, original: nn.Module, description: D
     return worst
 
 
-def _check(what: str, error: float) -> None:
-    if not error <= SAME:
+def _check(what: str, error: float, limit: float = SAME) -> None:
+    if not error <= limit:
         raise DifferentError(f"{what} differ by {error:.1e}")
 
 
