@@ -239,6 +239,11 @@ def load_original(original: Model, student: Student) -> tuple[nn.Module, list[in
     else:
         loaded = _another(original, student).base_model
     _check_vocabulary("original", loaded, student)
+    if getattr(student.model.config, "is_encoder_decoder", False):
+        raise InputError(
+            "the original's hidden states are fitted layer by layer, and a model with an encoder and a decoder has two "
+            "stacks of them: leave out the original"
+        )
     for key in ("model_type", "hidden_size", "num_hidden_layers"):
         theirs, ours = (getattr(config, key, None) for config in (loaded.config, student.model.config))
         if theirs != ours:
