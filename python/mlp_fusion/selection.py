@@ -44,7 +44,9 @@ def parameterization_for(optimizer: str | None) -> Parameterization:
     # Trainer's names carry an implementation: adamw_torch_fused, paged_lion_8bit.
     named = [part for part in optimizer.lower().split("_") if part in OPTIMIZERS]
     if not named:
-        raise InputError(f"unknown optimizer {optimizer!r}: use one of {known}, or None for inference (none on the command line)")
+        raise InputError(
+            f"unknown optimizer {optimizer!r}: use one of {known}, or None for inference (none on the command line)"
+        )
     return OPTIMIZERS[named[0]]
 
 
