@@ -110,6 +110,7 @@ def counts(lines: list[dict[str, Any]]) -> dict[str, Any]:
         if line["status"] != "done":
             reasons.setdefault(line["status"], collections.Counter())[kind_of(line)] += 1
     return {
+        "with FFNs": len(bearing()),
         "types": len(lines),
         "small models": len(ready),
         "run": len(run),
@@ -136,9 +137,12 @@ def unnoticed_mistake(line: dict[str, Any]) -> bool:
 
 def kind_of(line: dict[str, Any]) -> str:
     """A reason without what differs from model to model."""
-    reason = line["reason"] if isinstance(line["reason"], str) else "".join(line["reason"])
-    reason = reason.removeprefix(f"{line['type']}: ").split(": `mlp-fusion")[0]
-    reason = re.sub(r"[\w.#]*\.[\w.#]+", "PATH", reason)
+    known = {"not run": "no guess at its inputs is taken", "too long": "it takes longer than it may"}
+    if line["status"] in known:
+        return known[line["status"]]
+    reason = str(line["reason"]).removeprefix(f"{line['type']}: ").split(": `mlp-fusion")[0]
+    reason = re.sub(r"[\w.#\[\]]*\.[\w.#]+", "PATH", reason).removeprefix("PATH: ")
+    reason = re.sub(r"^\w+: what it takes besides \w+", "what it takes besides its main input", reason)
     return re.sub(r"\d[\d,.e+-]*", "N", reason)[:160]
 
 
