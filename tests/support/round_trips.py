@@ -149,7 +149,7 @@ def fuse(trip: Trip) -> None:
 
 def _fuse(model: Any, trip: Trip) -> None:
     # What the whole model runs on may be past guessing; then its parts are what is compared.
-    unmeasured = trip.sample is None or not trip.paths <= trip.reached
+    unmeasured = not any(not probe.path and trip.paths <= set(probe.reached) for probe in trip.probes)
     mlp_fusion.fuse(model, width=0.5, optimizer="adamw", seed=0, sample=trip.sample, unmeasured=unmeasured)
 
 
