@@ -357,3 +357,7 @@ def _interrupt(_number: int, _frame: Any) -> NoReturn:
 def _fail(message: str, code: int) -> NoReturn:
     click.echo(f"mlp-fusion: {message}", err=True)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

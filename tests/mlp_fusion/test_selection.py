@@ -106,3 +106,13 @@ def test_optimizers() -> None:
     assert {parameterization_for(n) for n in ("sgd", "SGD", "momentum", "muon")} == {"split"}
     with pytest.raises(InputError, match="unknown optimizer 'adamm'"):
         parameterization_for("adamm")
+
+
+def test_patterns_of_paths_and_lists_of_them() -> None:
+    paths = ["model.encoder.layers.0", "model.encoder.layers.1", "model.decoder.layers.0"]
+    assert resolve_layers("encoder.*", [0, 1, 2], paths) == [0, 1]
+    assert resolve_layers("model.decoder.layers.0", [0, 1, 2], paths) == [2]
+    assert resolve_layers("*.layers.0", [0, 1, 2], paths) == [0, 2]
+    assert resolve_layers(["decoder.*", 1], [0, 1, 2], paths) == [1, 2]
+    with pytest.raises(InputError, match=r"no FFN lies there; the first is model\.encoder\.layers\.0"):
+        resolve_layers("vision.*", [0, 1, 2], paths)

@@ -117,7 +117,8 @@ def compress(
         if batches is not None and originals is not None:
             changes["embeddings"] = compare_embeddings(embed(source.model, batches), originals)
             changes["sample"] = "the package's sentences" if settings.text is None else Path(settings.text).name
-        if source.widened:
+        # Of quantised weights, bytes are those of the 16 bits that they are read and written in.
+        if source.widened and quantisation(source.config) is None:
             changes.update(bytes_before=planned.bytes_before, bytes_after=planned.bytes_after)
         report = dataclasses.replace(report, **changes)
         reference = reference_outputs(source.model, settings.seed, head=source.head)
@@ -126,6 +127,8 @@ def compress(
 
 
 def _file(name: str | Path | None) -> Path | None:
+    if name is not None and not isinstance(name, (str, Path)):
+        raise InputError(f"a {type(name).__name__} of text: compress reads files, use fuse for batches and sentences")
     return None if name is None else Path(name).expanduser()
 
 
