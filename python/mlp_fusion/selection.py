@@ -72,7 +72,7 @@ def resolve_layers(layers: Layers, available: list[int], paths: Sequence[str] = 
             chosen.update(_parse_part(part.strip(), sorted(available), dict(zip(available, paths, strict=False))))
     else:
         for index in layers:
-            if isinstance(index, str):
+            if isinstance(index, str) and ("*" in index or "." in index):
                 chosen.update(_parse_part(index, sorted(available), dict(zip(available, paths, strict=False))))
                 continue
             if isinstance(index, bool) or not isinstance(index, Integral):
