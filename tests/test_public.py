@@ -41,12 +41,12 @@ SIGNATURES: dict[Any, str] = {
     fusion_kernels.backends: "",
     mlp_fusion.fuse: (
         "model width layers method budget optimizer seed calibration_sentences calibration_rows refit match "
-        "tune_steps sequential sample calibration progress"
+        "tune_steps sequential unmeasured sample calibration progress"
     ),
     mlp_fusion.plan: "model_or_path width layers budget",
     mlp_fusion.compress: (
         "path out width layers method budget optimizer seed calibration_sentences calibration_rows refit match "
-        "tune_steps sequential text calibration device dtype progress"
+        "tune_steps sequential unmeasured text calibration device dtype progress"
     ),
     mlp_fusion.verify: "out against",
     mlp_fusion.restore: "model path optimizer",
