@@ -196,6 +196,7 @@ def finetune(
                     f"interrupted; --resume goes on from the last checkpoint in {out}"
                 ) from error
             raise
+    _part()
     if silent:
         return
     _emit(report, as_json)
@@ -316,6 +317,15 @@ def _hush() -> None:
 
 def _emit(result: Any, as_json: bool) -> None:
     click.echo(json.dumps(result.to_dict(), allow_nan=False) if as_json else result.table())
+
+
+def _part() -> None:
+    """End the group of processes, if there is one, before any of them ends: the peer of one that is gone may abort."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def main() -> None:
