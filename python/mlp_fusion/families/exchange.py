@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -71,7 +72,7 @@ def _module(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> Fused
         new.to(device=weight.device, dtype=weight.dtype).train(module.training)
         for name, parameter in new.named_parameters():
             parameter.requires_grad_(module.get_parameter(name).requires_grad)
-    _finish(site, fused, old["w_in"].weight)  # type: ignore[arg-type]
+    _move_scale(fused, old["w_in"].weight)  # type: ignore[arg-type]
     fused.train(site.module.training)
     site.root.set_submodule(site.path, fused)
     return fused
@@ -86,7 +87,7 @@ def _experts(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> Scal
     fused = FusedExperts(bundle, parameterization).to(device=like.device, dtype=like.dtype)
     for name in site.kind.parameters:
         fused.get_parameter(name).requires_grad_(old.get_parameter(name).requires_grad)
-    _finish(site, fused, like)
+    _move_scale(fused, like)
     site.root.set_submodule(site.path, fused.train(old.training))
     return fused
 
@@ -97,7 +98,7 @@ def _activation(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> S
     activation: Any = site.below(site.kind.activation)
     scale = None if bundle.scale is None else bundle.scale[0].clone()
     scaled = ScaledActivation(activation, scale, parameterization, gated=bundle.gated)
-    _finish(site, scaled, site.below(_owner(site)).weight)  # type: ignore[arg-type]
+    _move_scale(scaled, site.below(_owner(site)).weight)  # type: ignore[arg-type]
     site.module.set_submodule(site.kind.activation, scaled.train(activation.training))
     return scaled
 
@@ -107,15 +108,13 @@ def _projection(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> S
     narrow(site, bundle)
     path = site.kind.holder
     last = site.kind.projection("w_out")
-    own = last.__class__(
-        last.parameter.rpartition(".")[2], last.role, last.part, last.neuron_axis, last.expert_axis,
-        None if last.bias is None else last.bias.rpartition(".")[2],
-    )  # fmt: skip
+    bias = None if last.bias is None else last.bias.rpartition(".")[2]
+    own = dataclasses.replace(last, parameter=last.parameter.rpartition(".")[2], bias=bias)
     old = site.below(path)
     scaled = ScaledWeights(
         old, [own], None if bundle.scale is None else bundle.scale[0].clone(), parameterization, gated=bundle.gated
     )
-    _finish(site, scaled, scaled.weight)  # type: ignore[arg-type]
+    _move_scale(scaled, scaled.weight)  # type: ignore[arg-type]
     site.module.set_submodule(path, scaled)
     return scaled
 
@@ -125,12 +124,13 @@ def _weights(site: FFNSite, bundle: NeuronBundle, parameterization: str) -> Scal
     narrow(site, bundle)
     scale = None if bundle.scale is None else bundle.scale.clone()
     scaled = ScaledWeights(site.module, site.kind.projections, scale, parameterization, gated=bundle.gated)
-    _finish(site, scaled, scaled.get_parameter(site.kind.projection("w_in").parameter))
+    _move_scale(scaled, scaled.get_parameter(site.kind.projection("w_in").parameter))
     site.root.set_submodule(site.path, scaled)
     return scaled
 
 
-def _finish(site: FFNSite, fused: Scaled, like: Tensor) -> None:
+def _move_scale(fused: Scaled, like: Tensor) -> None:
+    """Put the scale where the weights are."""
     if fused.scale is not None:
         fused.scale = fused.scale.to(like.device)
 
