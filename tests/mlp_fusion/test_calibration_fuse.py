@@ -205,7 +205,7 @@ def test_automatic_widths_keep_the_budget_and_favour_what_is_hard() -> None:
     assert widths[1] == 8
     assert widths[0] + widths[2] > 64
     assert sum(widths) <= 0.5 * 3 * WIDTH
-    assert [architecture.neurons(site) for site in architecture.sites(model)] == widths
+    assert [site.neurons for site in architecture.sites(model)] == widths
     assert report.rows[1].output_error < 1e-3
     even = fuse(tiny_model("bert"), "auto", budget=0.5, calibration=TEXT, sample=HELD_OUT, layers=[0])
     assert even.rows[0].neurons_after == 32

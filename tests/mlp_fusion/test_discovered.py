@@ -58,7 +58,7 @@ def test_a_family_goes_all_the_way(name: str, tmp_path: Path) -> None:
 
     model(**batch_of(model)).loss.backward()
     for site in sites:
-        assert architecture.neurons(site) == site.kind.width // 2
+        assert site.neurons == site.kind.width // 2
         for below in site.kind.parameters:
             gradient = site.module.get_parameter(below).grad
             assert gradient is not None, f"{site.path}.{below}"
@@ -188,7 +188,7 @@ def test_layers_of_different_widths(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = auto(name).from_pretrained(tmp_path)
     architecture = architecture_of(loaded.config)
-    assert [architecture.neurons(site) for site in architecture.sites(loaded)] == [64, 32]
+    assert [site.neurons for site in architecture.sites(loaded)] == [64, 32]
     assert planned.parameters_after == sum(p.numel() for p in loaded.parameters())
     close(logits(loaded), exact)
     mlp_fusion.restore(loaded, tmp_path)

@@ -228,7 +228,7 @@ def test_sequential_calibration_goes_on_in_the_decoder(kind: str) -> None:
         return ReducedFFN(Reduction.plain(bundle), 0.0)
 
     found = reduce_sequentially(model, architecture, sites, batches, reduce, seed=0)
-    assert [ffn.bundle.width for ffn in found] == [architecture.neurons(site) for site in sites]
+    assert [ffn.bundle.width for ffn in found] == [site.neurons for site in sites]
     # What comes behind a layer that was changed: all of a decoder, which attends to the encoder.
     assert sorted(changed) == [n for n, site in enumerate(sites) if layer_of(site) == 1 or "decoder" in site.path]
 

@@ -35,7 +35,7 @@ def stated(config: Any, shares: list[float]) -> Any:
     changed = fused_config(model, architecture, sites, widths, method="fusion", parameterization="folded")
     assert config.to_dict() == before
     built = meta(changed)
-    assert [architecture.neurons(site) for site in architecture.sites(built)] == widths
+    assert [site.neurons for site in architecture.sites(built)] == widths
     return changed
 
 

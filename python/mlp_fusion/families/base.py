@@ -186,6 +186,12 @@ class FFNSite:
         bundle = bundle_of(tensors, self.kind.projections, self.kind.name, experts=max(self.kind.experts, 1))
         return bundle.w_in.shape[2], bundle.width, bundle.w_out.shape[2]
 
+    @property
+    def neurons(self) -> int:
+        """Its width, as it stands in the model now; of one expert."""
+        p = self.kind.projection("w_in")
+        return count_neurons(_parameter(self, p.parameter).shape, p, self.kind.experts)
+
     def below(self, path: str) -> nn.Module:
         """The submodule at a path below the FFN's own; itself for an empty one."""
         try:
@@ -259,11 +265,6 @@ class Architecture:
     def projection(self, site: FFNSite, role: str) -> nn.Module:
         """The module that multiplies by the weight in `role`."""
         return site.below(site.kind.projection(role).parameter.rpartition(".")[0])
-
-    def neurons(self, site: FFNSite) -> int:
-        """The width of the FFN at `site`."""
-        p = site.kind.projection("w_in")
-        return count_neurons(_parameter(site, p.parameter).shape, p, site.kind.experts)
 
     def fused(self, site: FFNSite) -> Scaled | None:
         """The module that holds the scale of the FFN at `site`, or None where the model's own FFN stands."""

@@ -14,7 +14,7 @@ from mlp_fusion.errors import InputError
 from mlp_fusion.families.base import FFNSite
 from mlp_fusion.modules import Scaled, ScaledActivation, ScaledWeights
 from mlp_fusion.modules.ffn import FusedFFN, FusedGLU, FusedMLP
-from mlp_fusion.modules.stored import count_neurons, tensors_of
+from mlp_fusion.modules.stored import tensors_of
 from mlp_fusion.neurons import NeuronBundle
 
 
@@ -153,7 +153,7 @@ def narrowed(site: FFNSite, bundle: NeuronBundle) -> Iterator[None]:
     """Inside, the FFN at `site` has the weights of `bundle`, folded; its own parameters are back afterwards."""
     kind = site.kind
     old = {name: site.module.get_parameter(name) for name in kind.parameters}
-    width = bundle_width(site)
+    width = site.neurons
     narrow(site, bundle.parameterized("folded"))
     try:
         yield
@@ -162,12 +162,6 @@ def narrowed(site: FFNSite, bundle: NeuronBundle) -> Iterator[None]:
             path, _, own = name.rpartition(".")
             site.below(path).register_parameter(own, parameter)
         _tell(site, width)
-
-
-def bundle_width(site: FFNSite) -> int:
-    """Neurons of the FFN at `site`, as its parameters are now."""
-    p = site.kind.projection("w_in")
-    return count_neurons(site.module.get_parameter(p.parameter).shape, p, site.kind.experts)
 
 
 def put_parameters(site: FFNSite, tensors: Mapping[str, Tensor], width: int) -> None:

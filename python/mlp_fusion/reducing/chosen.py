@@ -99,9 +99,7 @@ class ChosenFFNs:
         narrowed = {site: stack for site, stack in narrowed.items() if stack[0].width < site.kind.width}
         # Methods that choose neurons give them no scale: there is no form to go on training in, and none to restore.
         scaled = any(bundle.scale is not None for stack in narrowed.values() for bundle in stack)
-        widths = [
-            narrowed[site][0].width if site in narrowed else self.architecture.neurons(site) for site in self.every
-        ]
+        widths = [narrowed[site][0].width if site in narrowed else site.neurons for site in self.every]
         changed = fused_config(
             self.model, self.architecture, self.every, widths, method=settings.method,
             parameterization=settings.parameterization if scaled else "folded",
@@ -135,7 +133,7 @@ def find_ffns(model: nn.Module) -> tuple[Architecture, list[FFNSite]]:
     if paths != expected:
         raise InputError(f"the model has {len(paths)} FFNs, its config describes {len(expected)}: mend the config")
     for site in sites:
-        now = architecture.neurons(site)
+        now = site.neurons
         if now != site.kind.width:
             raise InputError(f"{site.path} has {now} neurons, its config says {site.kind.width}: mend the config")
     return architecture, sites

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from mlp_fusion.errors import InputError, named
 from mlp_fusion.families import Architecture, FFNSite
-from mlp_fusion.families.exchange import bundle_width, put_parameters
+from mlp_fusion.families.exchange import put_parameters
 from mlp_fusion.families.sites import WidthKey
 
 
@@ -153,7 +153,7 @@ def build_narrow(model: nn.Module, architecture: Architecture, widths: Mapping[s
     """
     for site in architecture.sites(model):
         width = widths.get(architecture.name(site))
-        now = bundle_width(site)
+        now = site.neurons
         if width is None or width == now:
             continue
         if width > now:
