@@ -54,7 +54,7 @@ class ChosenFFNs:
                 lacks.
         """
         architecture, every = find_ffns(model)
-        chosen = choose_sites(architecture, every, layers)
+        chosen = choose_sites(every, layers)
         sites = [expert for site in chosen for expert in site.experts()]
         read = {site.index: architecture.read(site) for site in chosen}
         originals = [read[s.index] if s.expert is None else read[s.index].select(s.expert) for s in sites]
@@ -139,7 +139,7 @@ def find_ffns(model: nn.Module) -> tuple[Architecture, list[FFNSite]]:
     return architecture, sites
 
 
-def choose_sites(architecture: Architecture, every: Sequence[FFNSite], layers: Layers) -> list[FFNSite]:
+def choose_sites(every: Sequence[FFNSite], layers: Layers) -> list[FFNSite]:
     """The FFNs that `layers` means.
 
     Raises:

@@ -38,8 +38,8 @@ def experts_tapped(sites: Mapping[int, FFNSite], visit: ExpertVisitor) -> Iterat
         stacks.setdefault(site.path, {})[site.expert] = number
     handles: list[Any] = []
     with ExitStack() as inside:
-        for root in [site.root for site in sites.values()][:1]:
-            inside.enter_context(eager_experts(root))
+        if sites:
+            inside.enter_context(eager_experts(next(iter(sites.values())).root))
         for path, numbers in stacks.items():
             tap = _StackTap(next(site for site in sites.values() if site.path == path), numbers, visit)
             handles += tap.attach()
