@@ -66,6 +66,7 @@ def prepared(trip: Any) -> dict[str, Any]:
         "kinds": dict(collections.Counter(site.kind for site in trip.description.sites)),
         "layouts": sorted({layout_of(site) for site in trip.description.sites}),
         "complete": trip.description.complete,
+        "unproved": list(trip.unproved),
         "keyed": trip.description.keyed,
         "even": trip.even,
         "whole": trip.whole,
@@ -89,8 +90,10 @@ def said(error: Exception, trip: Any) -> dict[str, Any]:
     if not isinstance(error, InputError):
         return {"status": "failed", "reason": reason}
     reason = reason.removeprefix("InputError: ")
-    if trip is None:
+    if trip is None and "is not supported" not in reason:
         return {"status": "no small config", "reason": reason}
+    if trip is None:
+        return {"status": "refused", "reason": reason}
     return {"status": "in memory only" if "fused" in trip.done else "refused", "reason": reason}
 
 
@@ -119,6 +122,9 @@ def counts(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "status": {name: status[name] for name in STATUS if status[name]},
         "done": {kind: sum(kind in line["kinds"] for line in lines if line["status"] == "done")
                  for kind in ("dense", "experts", "shared")},
+        "done but for what is not proved": sum(
+            bool(line.get("unproved")) for line in lines if line["status"] == "done"
+        ),
         "with a mistake unnoticed": sum(
             unnoticed_mistake(line) for line in lines if line["status"] == "done"
         ),

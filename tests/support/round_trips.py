@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import math
 import sys
@@ -28,6 +29,7 @@ import mlp_fusion
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import building
 from mlp_fusion.families import describe as discovery
+from mlp_fusion.families.discovered import discovered
 from mlp_fusion.families.sites import Description
 
 __all__ = ["DifferentError", "Trip", "controls", "prepare", "round_trip", "steps_of"]
@@ -52,7 +54,8 @@ class Trip:
 
     Attributes:
         small: the config, and how it was made.
-        description: of its FFNs.
+        description: of its FFNs that can be narrowed.
+        unproved: what is like an FFN and is left as it is.
         model: with tied neurons.
         probes: what it is run on.
         problems: what guesses at inputs met.
@@ -63,6 +66,7 @@ class Trip:
 
     small: Small
     description: Description
+    unproved: tuple[str, ...]
     model: Any
     probes: list[Probe]
     problems: list[str]
@@ -130,10 +134,22 @@ def _rank(trip: Trip) -> tuple[float, bool, bool]:
 
 
 def _built(small: Small) -> Trip:
-    description = discovery.describe(small.config)
+    description, unproved = _narrowed(small)
     probes, problems = find_probes(real_model(small.config), {path for _, path in instances(description)})
     # A model of its own for the trip: guesses leave traces in some, such as the size of a window.
-    return Trip(small, description, real_model(small.config), probes, problems)
+    return Trip(small, description, unproved, real_model(small.config), probes, problems)
+
+
+def _narrowed(small: Small) -> tuple[Description, tuple[str, ...]]:
+    """The FFNs that the product narrows, and what it leaves as it is."""
+    description, architecture = discovery.describe(small.config), discovered(small.config)
+    kinds = [(kind.path, kind.projections, kind.width) for kind in architecture.kinds]
+    sites = tuple(
+        site
+        for site in description.sites
+        if (site.path.removeprefix(f"{architecture.base}."), site.projections, site.width) in kinds
+    )
+    return dataclasses.replace(description, sites=sites), architecture.unproved
 
 
 # --- stages ----------------------------------------------------------------------------------------------------------
@@ -150,7 +166,10 @@ def fuse(trip: Trip) -> None:
 def _fuse(model: Any, trip: Trip) -> None:
     # What the whole model runs on may be past guessing; then its parts are what is compared.
     unmeasured = not any(not probe.path and trip.paths <= set(probe.reached) for probe in trip.probes)
-    mlp_fusion.fuse(model, width=0.5, optimizer="adamw", seed=0, sample=trip.sample, unmeasured=unmeasured)
+    layers = "*" if trip.unproved else None
+    mlp_fusion.fuse(
+        model, width=0.5, layers=layers, optimizer="adamw", seed=0, sample=trip.sample, unmeasured=unmeasured
+    )
 
 
 def save_and_load(trip: Trip, folder: str) -> Any:

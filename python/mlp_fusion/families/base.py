@@ -214,11 +214,13 @@ class Architecture:
         model_type: `config.model_type`.
         base: what stands before the names of the base model's tensors in a model with a head.
         kinds: the kinds of FFNs, longer paths first.
+        unproved: what looks like an FFN, or part of one, and is none of them: a sentence each. None in a record.
     """
 
     model_type: str
     base: str
     kinds: tuple[Kind, ...]
+    unproved: tuple[str, ...] = ()
 
     def locate(self, name: str) -> tuple[Kind, str, str] | None:
         """Split the name of a tensor of an FFN into kind, path of the FFN and what stands below it, or None.
@@ -294,6 +296,11 @@ class Architecture:
             scale_exponent=exponent,
         )  # fmt: skip
         return bundle if site.expert is None else bundle.select(site.expert)
+
+
+def unsupported(model_type: str, reason: str) -> str:
+    """The message that FFNs of a model type cannot be narrowed."""
+    return f"{model_type}: {reason}, which is not supported: `mlp-fusion families {model_type}` shows all"
 
 
 def _parameter(site: FFNSite, name: str) -> Any:

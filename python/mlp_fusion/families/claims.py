@@ -76,6 +76,7 @@ def claims(
         moves: of likely width keys.
     """
     sizes, first = shapes(model), first_names(model)
+    others = [name for name in first if first[name] != name]
     kinds: dict[Any, list[Unit]] = {}
     for unit in units:
         kinds.setdefault(_alike(unit, sizes, first), []).append(unit)
@@ -88,8 +89,10 @@ def claims(
         size = sizes[first[f"{paths[0]}.{name}"]]
         stack = _stack(unit, size, experts.get(pattern(f"{paths[0]}.{name}"), 1))
         d_in, d_out = unit.found.inputs[0].n_in, unit.found.output.n_out
-        shared = tuple(path for path in paths if path not in own)
-        made.append(Claim(unit, tuple(own), shared, stack[0], d_in, d_out, stack[1], None))
+        shared = [path for path in paths if path not in own]
+        # In a module of another kind, perhaps: a decoder that is tied to an encoder.
+        shared += [other.removesuffix(f".{name}") for other in others if first[other].removesuffix(f".{name}") in own]
+        made.append(Claim(unit, tuple(own), tuple(dict.fromkeys(shared)), stack[0], d_in, d_out, stack[1], None))
     made = [claim for claim in made if claim.paths]
     widest = _widest(made, sizes, moves)
     moved = {name for move in moves if move.pure for name in move.axes}

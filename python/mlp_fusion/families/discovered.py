@@ -10,15 +10,17 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from mlp_fusion.errors import InputError
-from mlp_fusion.families.base import Architecture, Kind
-from mlp_fusion.families.sites import Description, Site, WidthKey
+from mlp_fusion.families.base import Architecture, Kind, unsupported
+from mlp_fusion.families.sites import Description, Refusal, Site, WidthKey
 
 
 def discovered(config: Any) -> Architecture:
     """The entry for the model that `config` describes; found and proved once per config.
 
+    What is like an FFN and is not proved, or has no form for a narrower one, is named in `Architecture.unproved`.
+
     Raises:
-        InputError: no FFN is found, something like one is not proved, or there is no form for a narrower one.
+        InputError: there is no FFN that could be narrowed; the message says what stands there.
     """
     plain = {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "dtype")}
     config_class: Any = type(config)
@@ -32,16 +34,22 @@ def _discovered(config_class: type[PreTrainedConfig], content: str) -> Architect
 
     config = config_class.from_dict(json.loads(content))
     description = describe(config)
-    if description.refused:
-        first = description.refused[0]
-        raise _unsupported(config, f"{first.parameter} belongs to no FFN that could be proved ({first.reason})")
-    if not description.sites:
-        raise _unsupported(config, "no FFN was found in it")
     prefix = _prefix(description)
-    found = (_kind(config, site, description, prefix) for site in description.sites)
-    kinds = [kind for kind in found if kind is not None]
+    kinds = []
+    unproved = [f"{refusal.parameter} belongs to no FFN that could be proved ({refusal.reason})"
+                for refusal in description.refused]  # fmt: skip
+    for site in description.sites:
+        try:
+            kind = _kind(config, site, description, prefix)
+        except InputError as error:
+            unproved.append(str(error))
+            continue
+        if kind is not None:
+            kinds.append(kind)
+    if not kinds:
+        raise InputError(unsupported(config.model_type, [*unproved, "no FFN was found in it"][0]))
     ordered = sorted(kinds, key=lambda kind: -kind.path.count("."))
-    return Architecture(config.model_type, prefix, tuple(ordered))
+    return Architecture(config.model_type, prefix, tuple(ordered), tuple(unproved))
 
 
 def _kind(config: Any, site: Site, description: Description, prefix: str) -> Kind | None:
@@ -49,17 +57,23 @@ def _kind(config: Any, site: Site, description: Description, prefix: str) -> Kin
 
     None where nobody names what lies between two projections, no key moves it, and it fails when it is narrowed: that
     was seen once, on one input, and is no FFN (an attention with a head for each channel).
+
+    Raises:
+        InputError: it cannot be narrowed; the message says why.
     """
     from mlp_fusion.families.forms import with_form
 
     if site.shared:
-        raise _unsupported(config, f"the FFNs at {site.path} share their weights with those at {site.shared[0]}")
-    alike = [
+        raise InputError(f"the FFNs at {site.path} share their weights with those at {site.shared[0]}")
+    if (beside := _moved_beside(site, description)) is not None:
+        raise InputError(f"{beside.parameter} would have to be narrowed with the FFNs at {site.path}: {beside.reason}")
+    alike: list[Any] = [
         other
         for other in description.sites
         if other.path == site.path
         and {p.parameter for p in other.projections} & {p.parameter for p in site.projections}
     ]
+    alike += [refusal for refusal in description.refused if refusal.parameter in site.parameters]
     key = site.width_keys[0] if site.width_keys and not site.width_keys[0].also_moves else None
     kind = Kind(
         path=site.path.removeprefix(f"{prefix}."),
@@ -76,7 +90,16 @@ def _kind(config: Any, site: Site, description: Description, prefix: str) -> Kin
     except InputError as error:
         if site.function.activation is None and not site.width_keys:
             return None
-        raise _unsupported(config, f"the FFNs at {site.path} {error}") from error
+        raise InputError(f"the FFNs at {site.path} {error}") from error
+
+
+def _moved_beside(site: Site, description: Description) -> Refusal | None:
+    """What has the width of an FFN's neurons and stands among its projections, but is none: norms, copies."""
+    for refusal in description.refused:
+        below = refusal.parameter.startswith(f"{site.path}.")
+        if below and refusal.key is not None and refusal.parameter not in site.parameters:
+            return refusal
+    return None
 
 
 def _counts(config: Any, site: Site, key: WidthKey) -> dict[str, int]:
@@ -127,9 +150,3 @@ def _prefix(description: Description) -> str:
 
     cls: Any = getattr(transformers, description.model_class, None)
     return str(getattr(cls, "base_model_prefix", "") or "model")
-
-
-def _unsupported(config: Any, reason: str) -> InputError:
-    return InputError(
-        f"{config.model_type}: {reason}, which is not supported: `mlp-fusion families {config.model_type}` shows all"
-    )

@@ -12,6 +12,7 @@ from torch import nn
 from mlp_fusion.choices import METHODS
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
+from mlp_fusion.families.base import unsupported
 from mlp_fusion.families.exchange import check_form, install
 from mlp_fusion.families.groups import resolve_widths
 from mlp_fusion.measure.errors import relative_error
@@ -54,7 +55,7 @@ class ChosenFFNs:
                 lacks.
         """
         architecture, every = find_ffns(model)
-        chosen = choose_sites(every, layers)
+        chosen = choose_sites(architecture, every, layers)
         sites = [expert for site in chosen for expert in site.experts()]
         read = {site.index: architecture.read(site) for site in chosen}
         originals = [read[s.index] if s.expert is None else read[s.index].select(s.expert) for s in sites]
@@ -139,12 +140,19 @@ def find_ffns(model: nn.Module) -> tuple[Architecture, list[FFNSite]]:
     return architecture, sites
 
 
-def choose_sites(every: Sequence[FFNSite], layers: Layers) -> list[FFNSite]:
+def choose_sites(architecture: Architecture, every: Sequence[FFNSite], layers: Layers) -> list[FFNSite]:
     """The FFNs that `layers` means.
 
     Raises:
-        InputError: it cannot be read, or the model lacks one.
+        InputError: it cannot be read, the model lacks one, or it means all of them and something like an FFN is not
+            proved: that would be left behind silently.
     """
+    if architecture.unproved and (layers is None or layers == "all"):
+        paths = sorted({site.kind.path for site in every})
+        raise InputError(
+            f"{unsupported(architecture.model_type, architecture.unproved[0])}; to leave it as it is, choose among the "
+            f"FFNs that are proved ({', '.join(paths)}) with layers: a pattern of paths, or '*' for all of them"
+        )
     paths = [site.path for site in every]
     indices = set(resolve_layers(layers, [site.index for site in every], paths))
     return [site for site in every if site.index in indices]

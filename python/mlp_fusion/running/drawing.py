@@ -117,7 +117,7 @@ def _with_placeholders(runner: Runner, drawn: dict[str, Tensor]) -> dict[str, Te
             taken = inspect.signature(make).parameters
             features = runner.call(make, {key: value for key, value in drawn.items() if key in taken or key == name})
             if isinstance(features, Mapping):
-                features = features["pooler_output"]
+                features = features["pooler_output" if "pooler_output" in features else "last_hidden_state"]
             parts = [features] if isinstance(features, Tensor) else features
             count = sum(part.numel() // part.shape[-1] for part in parts) // len(ids)
             ids = torch.cat([torch.full((len(ids), count), int(token)), ids], dim=1)

@@ -152,7 +152,7 @@ def plan(
         model = meta_model(headers.config)
         sites = architecture.sites(model)
         held, buffers = claimed_tensors(headers, model, architecture, sites), stored_buffers(headers, model)
-    chosen = choose_sites(sites, layers)
+    chosen = choose_sites(architecture, sites, layers)
     after = dict(zip((site.index for site in chosen), _widths_after(width, budget, chosen), strict=True))
     widths = [after.get(site.index, site.kind.width) for site in sites]
     ffns = [_planned(site, site.index in after, width, held) for site, width in zip(sites, widths, strict=True)]
@@ -173,7 +173,11 @@ def plan(
         bytes_after=size - saved_bytes,
         uniform=plain,
         loads_in=_loads_in(plain, headers.config.model_type),
-        warnings=_warnings(ffns, automatic=budget is not None) + _quantised(headers.config),
+        warnings=[
+            *_warnings(ffns, automatic=budget is not None),
+            *_quantised(headers.config),
+            *(f"left as it is: {reason}" for reason in architecture.unproved),
+        ],
     )
 
 
