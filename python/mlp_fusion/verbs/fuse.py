@@ -44,8 +44,8 @@ def fuse(
             engines can serve; `"auto"` gives each FFN what its errors on the calibration text call for, within
             `budget`.
         layers: which FFNs, by their numbers (where each layer has one, the layer's): None or `"all"`, a range, a list,
-            or a text such as `"4-11"` or `"last:8"`; or by their paths, such as `"decoder.*"`. Where something like an FFN is
-            not proved, the proved ones have to be chosen so; `"*"` is all of them.
+            or a text such as `"4-11"` or `"last:8"`; or by their paths, such as `"decoder.*"`. Where something like an
+            FFN is not proved, the proved ones have to be chosen so; `"*"` is all of them.
         method: name of the compression method.
         sample: batches that the reported errors are measured on, as a tokenizer or the model's own processor returns
             them (`pixel_values`, `input_features`). None: what was calibrated on, or else random inputs, which run the
