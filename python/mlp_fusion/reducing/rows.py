@@ -33,12 +33,14 @@ def fused_rows(
     """
     members: dict[int, list[tuple[FFNSite, FFNRow, int]]] = {}
     for site, original, ffn, rows in zip(ffns.sites, ffns.originals, reduced, activations, strict=True):
-        row = _row(site, original, ffn, parameterization, rows)
+        row = fused_row(site, original, ffn, parameterization, rows)
         members.setdefault(site.index, []).append((site, row, len(rows.x)))
-    return [group[0][1] if group[0][0].expert is None else _together(group) for group in members.values()]
+    return [group[0][1] if group[0][0].expert is None else together(group) for group in members.values()]
 
 
-def _row(site: FFNSite, original: NeuronBundle, ffn: ReducedFFN, parameterization: str, sampled: Activations) -> FFNRow:
+def fused_row(
+    site: FFNSite, original: NeuronBundle, ffn: ReducedFFN, parameterization: str, sampled: Activations
+) -> FFNRow:
     fused = ffn.reduction.bundle.parameterized(parameterization)
     original = working_precision(original)
     x = sampled.x if site.expert is None else sampled.x[:_EXPERT_ROWS]
@@ -71,7 +73,7 @@ def _unknown() -> FFNErrors:
     return FFNErrors(math.nan, {kernel: {"total": math.nan} for kernel in KERNELS}, {})
 
 
-def _together(group: Sequence[tuple[FFNSite, FFNRow, int]]) -> FFNRow:
+def together(group: Sequence[tuple[FFNSite, FFNRow, int]]) -> FFNRow:
     """One row of a stack of experts."""
     rows = [row for _, row, _ in group]
     known = [(row, count) for _, row, count in group if count and not math.isnan(row.output_error)]

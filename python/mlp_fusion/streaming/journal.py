@@ -1,0 +1,86 @@
+"""What a streamed run has done, so that it can go on where it ended: a line for each task, once it is on the disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlp_fusion.errors import InputError
+from mlp_fusion.measure import FFNRow
+
+
+def fingerprint(content: Mapping[str, Any]) -> str:
+    """A digest of JSON types."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def files_as_they_are(files: Iterable[Path]) -> list[list[Any]]:
+    """Names, sizes and times of change of files: another source has others."""
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)]
+
+
+class Journal:
+    """The file that says what is done.
+
+    Args:
+        file: beside the folder that is written.
+        parts: what the run depends on, in words -> its fingerprint.
+    """
+
+    def __init__(self, file: Path, parts: Mapping[str, str]) -> None:
+        self.file = file
+        self._parts = dict(parts)
+        #: Name of a task that is done -> its rows.
+        self.done: dict[str, list[tuple[int, FFNRow]]] = {}
+
+    def begin(self) -> None:
+        """Start anew."""
+        self.done.clear()
+        unfinished = self.file.with_name(f"{self.file.name}.new")
+        with unfinished.open("w", encoding="utf-8") as handle:
+            handle.write(json.dumps({"parts": self._parts}) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        unfinished.rename(self.file)
+
+    def resume(self) -> None:
+        """Read what is done.
+
+        Raises:
+            InputError: it is that of another run.
+        """
+        lines = self.file.read_bytes().split(b"\n")
+        try:
+            found = json.loads(lines[0])["parts"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.file}: damaged: start again with --force") from error
+        changed = [name for name, digest in self._parts.items() if found.get(name) != digest]
+        if changed:
+            raise InputError(
+                f"{self.file}: the unfinished run had another {changed[0]}: go on with what it was started with, or "
+                "start again with --force"
+            )
+        whole = 0
+        for line in lines[1:]:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break  # the last one, cut short
+            self.done[entry["task"]] = [(number, FFNRow(**row)) for number, row in entry["rows"]]
+            whole += 1
+        with self.file.open("r+b") as handle:
+            handle.truncate(sum(len(line) + 1 for line in lines[: whole + 1]))
+
+    def add(self, task: str, rows: list[tuple[int, FFNRow]]) -> None:
+        """Note that a task is done, its bytes on the disk."""
+        line = json.dumps({"task": task, "rows": [(number, dataclasses.asdict(row)) for number, row in rows]})
+        with self.file.open("a", encoding="utf-8") as handle:
+            handle.write(line + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        self.done[task] = rows
