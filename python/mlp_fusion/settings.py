@@ -358,9 +358,27 @@ class CompressSettings(FuseSettings):
         "auto", recorded=False,
     )  # fmt: skip
 
+    stream: bool | None = option(
+        "From disk to disk, a few FFNs in memory at a time: any size, nothing is run or measured.", None,
+        default_help="for weights of more than a third of the memory, without text", recorded=False,
+    )  # fmt: skip
+    engine: str = option(
+        "Who does a streamed run: local (this process) or ray.", "local", choices=("local", "ray"), recorded=False
+    )  # fmt: skip
+    resume: bool = option(
+        "Go on with an unfinished streamed run of OUT, if there is one.", False, recorded=False
+    )  # fmt: skip
+    force: bool = option(
+        "Start again, and replace OUT if it is a checkpoint that mlp-fusion wrote.", False, recorded=False
+    )  # fmt: skip
+
     def check(self, *, calibrated: bool | None = None) -> None:
-        """Raise InputError as :class:`FuseSettings` does."""
+        """Raise InputError as :class:`FuseSettings` does, or for what a streamed run cannot do."""
         super().check(calibrated=self.calibration is not None if calibrated is None else calibrated)
+        if self.resume and self.force:
+            raise InputError("resume goes on with a run and force starts it again: choose one")
+        if self.stream and (self.calibration is not None or self.text is not None or self.budget is not None):
+            raise InputError("a streamed run reads no text: leave out calibration, text and width auto, or stream")
 
     def fusing(self) -> FuseSettings:
         """What of it is the fusion's."""

@@ -35,7 +35,11 @@ def fused_rows(
     for site, original, ffn, rows in zip(ffns.sites, ffns.originals, reduced, activations, strict=True):
         row = fused_row(site, original, ffn, parameterization, rows)
         members.setdefault(site.index, []).append((site, row, len(rows.x)))
-    return [group[0][1] if group[0][0].expert is None else together(group) for group in members.values()]
+    found = []
+    for group in members.values():
+        each, seen = [row for _, row, _ in group], [count for _, _, count in group]
+        found.append(each[0] if group[0][0].expert is None else together(each, seen))
+    return found
 
 
 def fused_row(
@@ -73,10 +77,16 @@ def _unknown() -> FFNErrors:
     return FFNErrors(math.nan, {kernel: {"total": math.nan} for kernel in KERNELS}, {})
 
 
-def together(group: Sequence[tuple[FFNSite, FFNRow, int]]) -> FFNRow:
-    """One row of a stack of experts."""
-    rows = [row for _, row, _ in group]
-    known = [(row, count) for _, row, count in group if count and not math.isnan(row.output_error)]
+def together(rows: Sequence[FFNRow], seen: Sequence[int]) -> FFNRow:
+    """One row of a stack of experts.
+
+    Args:
+        rows: of each expert.
+        seen: how many rows its errors were measured on.
+    """
+    known = [
+        (row, count) for row, count in zip(rows, seen, strict=True) if count and not math.isnan(row.output_error)
+    ]  # fmt: skip
 
     def mean(values: Sequence[float], counts: Sequence[int]) -> float:
         total = sum(counts)

@@ -9,8 +9,9 @@ from typing import Any
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite, building
-from mlp_fusion.store.naming import Place, places
-from mlp_fusion.store.quantised import quantisation
+from mlp_fusion.store.disk import DiskFFN, disk_ffns, dropped_ffns, unknown_strays
+from mlp_fusion.store.naming import Conversion, places
+from mlp_fusion.store.quantised import plain_names, quantisation
 from mlp_fusion.store.record import architecture_of
 from mlp_fusion.store.source import Headers, read_headers
 from mlp_fusion.store.weights import TensorInfo
@@ -49,11 +50,9 @@ def claimed_tensors(
     """Parameter of an FFN -> the tensors on disk that it consists of.
 
     Raises:
-        InputError: one is missing, quantised, or of another shape than the config says; or a tensor looks like part of
-            an FFN and belongs to none: it would be left behind silently.
+        InputError: one is missing, quantised, or of another shape than the config says.
     """
     placed = places(model, headers.tensors)
-    _refuse_strays(headers, architecture, placed)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     held: dict[str, list[TensorInfo]] = {}
     for name, place in placed.items():
@@ -101,26 +100,57 @@ def check_written(folder: Path) -> None:
     """Raise InputError unless the weights in a fused checkpoint have the shapes that its config says."""
     headers = read_headers(folder)
     model, architecture = meta_model(headers.config), architecture_of(headers.config)
-    claimed_tensors(headers, model, architecture, architecture.sites(model))
+    sites = architecture.sites(model)
+    claimed_tensors(headers, model, architecture, sites)
+    dropped_layers(headers, model, architecture, sites)
 
 
-def _refuse_strays(headers: Headers, architecture: Architecture, placed: Mapping[str, Place]) -> None:
-    strays = [n for n, t in headers.tensors.items() if n not in placed and len(t.shape) >= 2 and looks_like_ffn(n)]
+def dropped_layers(headers: Headers, model: Any, architecture: Architecture, sites: Sequence[FFNSite]) -> list[DiskFFN]:
+    """FFNs on disk that transformers does not load, of layers for multi-token prediction: engines load them.
+
+    Raises:
+        InputError: a tensor looks like part of an FFN and is neither one of the model's nor of such a layer.
+    """
+    shapes = plain_shapes(headers)
+    conversion = Conversion(model)
+    strays = [
+        n for n, shape in shapes.items() if len(shape) > 1 and looks_like_ffn(n) and conversion.place(n) is None
+    ]  # fmt: skip
     if not strays:
-        return
+        return []
+    placed = {name for name in shapes if conversion.place(name) is not None}
+    _refuse_wrapped(headers, architecture, strays, placed)
+    found: list[DiskFFN] = []
+    if any(architecture.locate(place[0]) for name in placed if (place := conversion.place(name)) is not None):
+        ffns = disk_ffns(model, architecture, sites, shapes)
+        found = dropped_ffns(model, ffns, shapes)
+        strays = sorted(set(unknown_strays(model, [*ffns, *found], shapes)) & set(strays))
+    if strays:
+        raise InputError(
+            f"{headers.name}: {strays[0]} looks like part of an FFN, but the {architecture.model_type!r} model of "
+            f"config.json has no place for it ({len(strays)} such tensors), and it is like none that has: this model "
+            "is not supported (what transformers drops can be taken out of the checkpoint)"
+        )
+    return found
+
+
+def plain_shapes(headers: Headers) -> dict[str, tuple[int, ...]]:
+    """Shapes of a checkpoint's tensors by their unquantised names; of packed values, those of the packed ones."""
+    names = plain_names(headers.config, headers.tensors)
+    held = {plain: headers.tensors[name].shape for name, plain in names.items()}
+    return held | {name: headers.tensors[name].shape for name, plain in names.items() if name == plain}
+
+
+def _refuse_wrapped(headers: Headers, architecture: Architecture, strays: Sequence[str], placed: Iterable[str]) -> None:
+    """Raise InputError where FFNs have the names of a model inside another one."""
     kinds = [found for name in strays if (found := architecture.locate(name)) is not None]
     first = strays[0]
-    if kinds and not any(architecture.locate(place.parameter) for place in placed.values()):
+    if kinds and not any(architecture.locate(name) for name in placed):
         prefix = first[: first.index(architecture.relative(kinds[0][1]))] if kinds[0][0].path else first
         raise InputError(
             f"{headers.name}: tensors are named {prefix}{architecture.relative(kinds[0][1])}..., as a wrapped model "
             "(DataParallel, torch.compile) saves them, and transformers would not find them: save the one inside"
         )
-    raise InputError(
-        f"{headers.name}: {first} looks like part of an FFN, but the {architecture.model_type!r} model of config.json "
-        f"has no place for it ({len(strays)} such tensors): this model is not supported (layers for multi-token "
-        "prediction, which transformers drops, can be taken out of the checkpoint)"
-    )
 
 
 def looks_like_ffn(tensor_name: str) -> bool:

@@ -70,6 +70,23 @@ class DiskFFN:
         """Its tensors on disk, by the names of the unquantised ones."""
         return [name for piece in self.pieces for name in piece.names]
 
+    def narrowed(self, shapes: Mapping[str, tuple[int, ...]], width: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of its tensors when it has `width` neurons.
+
+        Args:
+            shapes: of them, or of all.
+            width: of one expert.
+        """
+        found = {name: shapes[name] for name in self.names}
+        for p in (projection for piece in self.pieces for projection in piece.projections):
+            axes = {p.parameter: p.neuron_axis}
+            if p.bias is not None and p.role != "w_out":
+                axes[p.bias] = len(shapes[p.bias]) - 1
+            for name, axis in axes.items():
+                size = shapes[name][axis] // self.kind.width * width
+                found[name] = (*shapes[name][:axis], size, *shapes[name][axis + 1 :])
+        return found
+
 
 def disk_ffns(
     model: Any, architecture: Architecture, sites: Sequence[FFNSite], shapes: Mapping[str, tuple[int, ...]]

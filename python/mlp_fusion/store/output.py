@@ -3,12 +3,14 @@
 While a run works, `.NAME.lock` stands beside the folder NAME and is locked by its process, so that a lock file which a
 killed process has left means nothing. What is written stands in `.NAME.partial` beside it, and gets its name at the
 end. A folder that exists (it may be a mount point, which cannot be exchanged, or lie where nothing can be made) is
-filled from a hidden folder inside it instead.
+filled from a hidden folder inside it instead. A run that can be resumed keeps a journal beside what it has written:
+where there is one, nothing is cleared unasked.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -17,11 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mlp_fusion.errors import InputError
+from mlp_fusion.store.record import FUSION_KEY, REPORT_FILE
 
 #: Where they lie inside the folder itself.
-_LOCK, _PARTIAL = ".mlp_fusion.lock", ".mlp_fusion.partial"
+_LOCK, _PARTIAL, _JOURNAL = ".mlp_fusion.lock", ".mlp_fusion.partial", ".mlp_fusion.journal"
 #: No content of a folder: ours, and what every new file system has at its top.
-_NOTHING = {_LOCK, _PARTIAL, "lost+found"}
+_NOTHING = {_LOCK, _PARTIAL, _JOURNAL, f"{_JOURNAL}.new", "lost+found"}
 
 
 def output_path(out: str | Path) -> Path:
@@ -40,24 +43,63 @@ def output_path(out: str | Path) -> Path:
     return path
 
 
-def check_output(out: Path) -> None:
-    """Raise InputError unless `out` can be made, or is an empty folder that can be filled."""
+def check_output(out: Path, *, replace: bool = False) -> None:
+    """Raise InputError unless `out` can be made, is an empty folder that can be filled, or may be replaced.
+
+    Args:
+        out: the folder.
+        replace: a checkpoint that was fused by this program may stand there.
+    """
     for path in (out, *out.parents):
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is a file: choose another folder")
-    if out.is_dir() and any(path.name not in _NOTHING for path in out.iterdir()):
-        raise InputError(f"{out} exists and is not empty: choose another folder or empty it")
+    if out.is_dir() and not _is_empty_folder(out):
+        if not replace:
+            raise InputError(f"{out} exists and is not empty: choose another folder or empty it")
+        if not _is_ours(out):
+            raise InputError(f"{out} is no checkpoint that was fused by this program: it is not replaced, remove it")
     place = next(path for path in (out, *out.parents) if path.is_dir())
     if not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"{place} cannot be written to: choose another folder")
 
 
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint that this program has written."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    record = content.get(FUSION_KEY) if isinstance(content, dict) else None
+    return isinstance(record, dict) and "format" in record and (folder / REPORT_FILE).is_file()
+
+
+def staging_of(out: Path) -> Path:
+    """The folder that becomes `out`, or that it is filled from."""
+    return out / _PARTIAL if _is_empty_folder(out) else out.parent / f".{out.name}.partial"
+
+
+def journal_of(out: Path) -> Path:
+    """The journal of a run that can be resumed."""
+    return out / _JOURNAL if _is_empty_folder(out) else out.parent / f".{out.name}.journal"
+
+
+def _is_empty_folder(out: Path) -> bool:
+    """Whether a folder is there to be filled; one that has a journal is being filled."""
+    return out.is_dir() and ((out / _JOURNAL).exists() or all(path.name in _NOTHING for path in out.iterdir()))
+
+
 @contextmanager
-def taken(out: Path) -> Iterator[None]:
+def taken(out: Path, *, resume: bool = False, force: bool = False) -> Iterator[None]:
     """Keep other runs out of `out`, which need not exist, and remove what a run that was killed left unfinished.
 
+    Args:
+        out: the folder.
+        resume: keep what such a run has left, if it can be resumed.
+        force: remove it even so.
+
     Raises:
-        InputError: another run is writing to it, or no lock can be made there.
+        InputError: another run is writing to it, no lock can be made there, or what was left can be resumed and neither
+            was asked for.
     """
     inside = out.is_dir() and (os.path.ismount(out) or not os.access(out.parent, os.W_OK))
     lock = out / _LOCK if inside else out.parent / f".{out.name}.lock"
@@ -66,7 +108,13 @@ def taken(out: Path) -> Iterator[None]:
         lock.parent.mkdir(parents=True, exist_ok=True)
         handle = _locked(lock, out)
         try:
-            _remove_leftovers(out)
+            journal = journal_of(out)
+            if journal.exists() and not resume and not force:
+                raise InputError(
+                    f"an unfinished run has left {journal}: go on with --resume, or start again with --force"
+                )
+            if force or not journal.exists():
+                _remove_leftovers(out)
             yield
         finally:
             # While it is held: whoever opens it from now on makes a new one.
@@ -107,37 +155,48 @@ def _is_at(handle: int, path: Path) -> bool:
 
 def _remove_leftovers(out: Path) -> None:
     # Earlier versions put eight random digits into the name.
-    left = re.compile(rf"\.{re.escape(out.name)}\.([0-9a-f]{{8}}\.)?partial")
+    left = re.compile(rf"\.{re.escape(out.name)}\.([0-9a-f]{{8}}\.|old\.)?partial")
     beside = [path for path in out.parent.iterdir() if left.fullmatch(path.name)] if out.parent.is_dir() else []
     for path in (*beside, out / _PARTIAL):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
+    journal_of(out).unlink(missing_ok=True)
 
 
 @contextmanager
-def appears_when_complete(out: Path) -> Iterator[Path]:
+def appears_when_complete(out: Path, *, keep: bool = False, replace: bool = False) -> Iterator[Path]:
     """A folder to write into, whose content is that of `out` at the end, or vanishes on any error or interrupt.
 
     To be called with `out` taken.
+
+    Args:
+        out: the folder.
+        keep: what is written may be there already, and stays on errors, to go on with.
+        replace: a checkpoint that was fused by this program may stand there, and gives way at the end.
     """
-    exists = out.is_dir()
-    staging = out / _PARTIAL if exists else out.parent / f".{out.name}.partial"
+    staging = staging_of(out)
+    filled = staging.parent == out
     moved: list[Path] = []
     try:
-        staging.mkdir()
+        staging.mkdir(exist_ok=keep)
         yield staging
-        if exists:
-            check_output(out)
+        check_output(out, replace=replace)
+        if filled:
             # The config last: without it, nobody takes the folder for a checkpoint.
             for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
                 moved.append(out / path.name)
                 path.rename(moved[-1])
             staging.rmdir()
+        elif replace and out.is_dir() and any(out.iterdir()):
+            old = out.parent / f".{out.name}.old.partial"
+            out.rename(old)
+            staging.rename(out)
+            shutil.rmtree(old)
         else:
             # Replaces an empty folder in one step, and fails if one has been filled in the meantime.
             staging.rename(out)
     except BaseException:
-        for path in (*moved, staging):
+        for path in () if keep else (*moved, staging):
             if path.is_dir():
                 shutil.rmtree(path)
             else:

@@ -96,6 +96,7 @@ class Shards:
             )
         for shard in missing:
             unfinished = self.folder / f"{shard.name}.new"
+            unfinished.parent.mkdir(parents=True, exist_ok=True)
             with unfinished.open("wb") as handle:
                 handle.write(shard.header)
                 handle.truncate(len(shard.header) + shard.nbytes)

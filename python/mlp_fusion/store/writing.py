@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mlp_fusion.errors import InputError
+from mlp_fusion.store.record import FUSION_KEY
+from mlp_fusion.store.shards import Shards
 from mlp_fusion.store.source import companion_files
 from mlp_fusion.store.weights import find_weights, opened
 
@@ -52,6 +54,46 @@ def write_weights(source: Path, target: Path, fused: Mapping[str, Tensor]) -> No
         # Where each tensor is, rather than where the source's index says: transformers does not look, others do.
         content["weight_map"] = places
         (target / weights.index.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_index(source: Path, target: Path, shards: Shards) -> None:
+    """Write an index of shards where the source has one.
+
+    Args:
+        source, target: checkpoint folders.
+        shards: that were written.
+    """
+    index = find_weights(source).index
+    if index is None:
+        return
+    content = json.loads(index.read_text(encoding="utf-8"))
+    total = sum(shard.nbytes for shard in shards.shards)
+    content["metadata"] = {**(content.get("metadata") or {}), "total_size": total}
+    content["metadata"].pop("total_parameters", None)
+    content["weight_map"] = {name: shard.name for shard in shards.shards for name in shard.tensors}
+    (target / index.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_config(source: Path, target: Path, fused: Any) -> None:
+    """Write the source's own config.json with the widths changed: rewriting it would rename keys that others need.
+
+    Args:
+        source, target: checkpoint folders.
+        fused: the config, changed.
+    """
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    described = fused.to_dict()
+    record = described[FUSION_KEY]
+    for key in {kind["key"]["path"] for kind in record["kinds"] if kind["key"] is not None}:
+        path = key.split(".")
+        inner, said = config, described
+        for name in path[:-1]:
+            inner, said = inner.setdefault(name, {}), said[name]
+        if said.get(path[-1]) is not None:
+            inner[path[-1]] = said[path[-1]]
+    config[FUSION_KEY] = record
+    config.pop("quantization_config", None)
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def save_converted(model: Any, plain: Mapping[str, Tensor], target: Path) -> None:

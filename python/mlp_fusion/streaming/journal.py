@@ -37,6 +37,8 @@ class Journal:
         self._parts = dict(parts)
         #: Name of a task that is done -> its rows.
         self.done: dict[str, list[tuple[int, FFNRow]]] = {}
+        #: Whether everything is written, and only has to get its name.
+        self.complete = False
 
     def begin(self) -> None:
         """Start anew."""
@@ -71,16 +73,27 @@ class Journal:
                 entry = json.loads(line)
             except ValueError:
                 break  # the last one, cut short
-            self.done[entry["task"]] = [(number, FFNRow(**row)) for number, row in entry["rows"]]
+            if entry.get("complete"):
+                self.complete = True
+            else:
+                self.done[entry["task"]] = [(number, FFNRow(**row)) for number, row in entry["rows"]]
             whole += 1
         with self.file.open("r+b") as handle:
             handle.truncate(sum(len(line) + 1 for line in lines[: whole + 1]))
 
     def add(self, task: str, rows: list[tuple[int, FFNRow]]) -> None:
         """Note that a task is done, its bytes on the disk."""
-        line = json.dumps({"task": task, "rows": [(number, dataclasses.asdict(row)) for number, row in rows]})
+        self._append({"task": task, "rows": [(number, dataclasses.asdict(row)) for number, row in rows]})
+        self.done[task] = rows
+
+    def close(self) -> None:
+        """Note that everything is written."""
+        self._append({"complete": True})
+        self.complete = True
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        line = json.dumps(entry)
         with self.file.open("a", encoding="utf-8") as handle:
             handle.write(line + "\n")
             handle.flush()
             os.fsync(handle.fileno())
-        self.done[task] = rows

@@ -68,30 +68,14 @@ def shards_of(tensors: Tensors, ffns: Sequence[DiskFFN], widths: Sequence[int]) 
         ffns: all of its FFNs.
         widths: of each, afterwards.
     """
-    shapes = dict(tensors.shapes)
+    before = tensors.shapes
+    shapes = dict(before)
     for ffn, width in zip(ffns, widths, strict=True):
-        for name, axis, shape in _neuron_axes(ffn, tensors):
-            narrow = list(shape)
-            narrow[axis] = shape[axis] // ffn.kind.width * width
-            shapes[name] = tuple(narrow)
+        shapes.update(ffn.narrowed(before, width))
     return [
         Shard(file.name, {name: (tensors[name].dtype, shapes[name]) for name in names}, tensors.metadata[file])
         for file, names in tensors.files.items()
     ]
-
-
-def _neuron_axes(ffn: DiskFFN, tensors: Mapping[str, Plain]) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-    """Tensors of an FFN with an axis that counts its neurons, each once; the axis; and the shape."""
-    seen = set()
-    for piece in ffn.pieces:
-        for p in piece.projections:
-            held = [(p.parameter, p.neuron_axis)]
-            if p.bias is not None and p.role != "w_out":
-                held.append((p.bias, len(tensors[p.bias].shape) - 1))
-            for name, axis in held:
-                if name not in seen:
-                    seen.add(name)
-                    yield name, axis, tensors[name].shape
 
 
 def tasks_of(tensors: Tensors, ffns: Sequence[DiskFFN], widths: Sequence[int]) -> list[Task]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture
-from mlp_fusion.measure import FusionReport
+from mlp_fusion.measure import FFNRow, FusionReport
 from mlp_fusion.measure.embeddings import compare_embeddings, embed
 from mlp_fusion.reducing.chosen import check_finite
 from mlp_fusion.reducing.pipeline import Progress
@@ -32,7 +34,6 @@ from mlp_fusion.store.output import appears_when_complete, check_output, output_
 from mlp_fusion.store.quantised import quantisation
 from mlp_fusion.store.record import (
     DTYPE_KEY,
-    FUSION_KEY,
     REFERENCE_FILE,
     REPORT_FILE,
     architecture_of,
@@ -43,7 +44,8 @@ from mlp_fusion.store.scale import write_scales
 from mlp_fusion.store.source import companion_files, local_folder, read_config
 from mlp_fusion.store.tokenizers import tokenize
 from mlp_fusion.store.weights import COMPUTING, read_tensors, safetensors_name
-from mlp_fusion.store.writing import copy_companions, save_converted, write_weights
+from mlp_fusion.store.writing import copy_companions, save_converted, write_config, write_weights
+from mlp_fusion.streaming.run import prepare
 from mlp_fusion.verbs.fuse import fuse
 from mlp_fusion.verbs.plan import FusionPlan, plan
 
@@ -87,8 +89,8 @@ def compress(
         True
     """
     out = output_path(out)
-    check_output(out)
     settings = make(CompressSettings, {"width": width, "layers": layers, "method": method, **options}, "compress")
+    check_output(out, replace=settings.force)
     device = resolve_device(settings.device)
     sentences = read_sentences(_file(settings.text))
     settings.check()
@@ -100,8 +102,13 @@ def compress(
     if folder.resolve() in out.parents:
         raise InputError(f"{out} lies inside {folder}: choose a folder elsewhere")
     companion_files(folder)  # what it refuses, it refuses before the work
-    with taken(out):
-        check_output(out)
+    streamed = _is_streamed(settings, planned)
+    if settings.engine != "local" and not streamed:
+        raise InputError(f"engine {settings.engine} does streamed runs: pass stream (--stream)")
+    with taken(out, resume=settings.resume and streamed, force=settings.force):
+        check_output(out, replace=settings.force)
+        if streamed:
+            return _stream(folder, out, settings, planned, device, progress)
         source = _open(folder, settings.dtype, device)
         # What the end needs is tried before the work.
         reference_outputs(source.model, settings.seed, head=source.head)
@@ -122,8 +129,72 @@ def compress(
             changes.update(bytes_before=planned.bytes_before, bytes_after=planned.bytes_after)
         report = dataclasses.replace(report, **changes)
         reference = reference_outputs(source.model, settings.seed, head=source.head)
-        _write(out, source, chosen, planned, report, reference)
+        _write(out, source, chosen, planned, report, reference, replace=settings.force)
     return report
+
+
+def _is_streamed(settings: CompressSettings, planned: FusionPlan) -> bool:
+    """Whether a run goes from disk to disk.
+
+    Raises:
+        InputError: it has to, and was asked for something else.
+    """
+    if settings.stream:
+        return True
+    text = settings.calibration is not None or settings.text is not None or settings.budget is not None
+    dropped = [ffn.path for ffn in planned.ffns if not ffn.loaded]
+    if dropped and (text or settings.stream is False):
+        raise InputError(
+            f"{dropped[0]} is of a layer that transformers does not load, and that only a streamed run can narrow: "
+            "use stream without text, or take the layer out of the checkpoint"
+        )
+    if settings.stream is None and not text:
+        return bool(dropped) or planned.bytes_before > _memory() / 3
+    return False
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _stream(
+    folder: Path,
+    out: Path,
+    settings: CompressSettings,
+    planned: FusionPlan,
+    device: torch.device,
+    progress: Progress | None,
+) -> FusionReport:
+    """Compress from disk to disk."""
+    started = time.perf_counter()
+    widths = {ffn.layer: ffn.neurons_after for ffn in planned.ffns if ffn.loaded}
+    each = [widths[number] for number in range(len(widths))]
+    stream = prepare(folder, settings.fusing(), each, device, settings.dtype)
+
+    def reported(rows: list[FFNRow]) -> FusionReport:
+        used = stream.work.settings
+        return FusionReport(
+            model_type=planned.model_type,
+            settings=used,
+            parameterization=used.parameterization,
+            sample="nothing, as the model was not run",
+            sample_rows=0,
+            parameters_before=planned.parameters_before,
+            parameters_after=planned.parameters_after,
+            bytes_before=planned.bytes_before,
+            bytes_after=sum(shard.nbytes for shard in stream.work.shards),
+            seconds=time.perf_counter() - started,
+            rows=rows,
+        )
+
+    def finish(staging: Path, rows: list[FFNRow]) -> None:
+        check_written(staging)
+        copy_companions(folder, staging)
+        _write_report(staging, planned, reported(rows))
+
+    rows = stream.run(out, finish, engine=settings.engine, replace=settings.force, progress=progress)
+    return reported(rows)
 
 
 def _file(name: str | Path | None) -> Path | None:
@@ -192,23 +263,23 @@ def _write(
     planned: FusionPlan,
     report: FusionReport,
     reference: dict[str, Tensor],
+    *,
+    replace: bool,
 ) -> None:
     plain, scales = fold_state_dict(source.model, source.architecture, source.model.state_dict())
     fused = _fused_tensors(source, plain, chosen)
-    with appears_when_complete(out) as staging:
+    with appears_when_complete(out, replace=replace) as staging:
         if any(place.converted for place in source.placed.values()):
             save_converted(source.model, plain, staging)
         else:
             write_weights(source.folder, staging, fused)
-        _write_config(source.folder, staging, source.model.config)
+        write_config(source.folder, staging, source.model.config)
         check_written(staging)
         copy_companions(source.folder, staging)
         write_scales(staging, scales)
         metadata = {DTYPE_KEY: str(source.dtype).removeprefix("torch.")}
         save_file(reference, side_path(staging, REFERENCE_FILE), metadata=metadata)
-        described = json.dumps(report.to_dict(), indent=2, allow_nan=False)
-        side_path(staging, REPORT_FILE).write_text(described + "\n", encoding="utf-8")
-        _write_card(staging, planned, report)
+        _write_report(staging, planned, report)
 
 
 def _load(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, bool]:
@@ -240,21 +311,10 @@ def _fused_tensors(source: _Source, plain: Mapping[str, Tensor], chosen: list[in
     return found
 
 
-def _write_config(source: Path, target: Path, fused: Any) -> None:
-    """The source's own config.json with the widths changed: rewriting it would rename keys that old readers need."""
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    described = fused.to_dict()
-    record = described[FUSION_KEY]
-    for key in {kind["key"]["path"] for kind in record["kinds"] if kind["key"] is not None}:
-        path = key.split(".")
-        inner, said = config, described
-        for name in path[:-1]:
-            inner, said = inner.setdefault(name, {}), said[name]
-        if said.get(path[-1]) is not None:
-            inner[path[-1]] = said[path[-1]]
-    config[FUSION_KEY] = record
-    config.pop("quantization_config", None)
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def _write_report(folder: Path, planned: FusionPlan, report: FusionReport) -> None:
+    described = json.dumps(report.to_dict(), indent=2, allow_nan=False)
+    side_path(folder, REPORT_FILE).write_text(described + "\n", encoding="utf-8")
+    _write_card(folder, planned, report)
 
 
 def _write_card(folder: Path, planned: FusionPlan, report: FusionReport) -> None:

@@ -19,17 +19,21 @@ from mlp_fusion.measure.report import format_bytes, render
 from mlp_fusion.reducing.chosen import choose_sites, find_ffns
 from mlp_fusion.selection import Layers, Width
 from mlp_fusion.settings import PlanSettings, make, takes
-from mlp_fusion.store.coverage import claimed_tensors, meta_model, stored_buffers
+from mlp_fusion.store.coverage import claimed_tensors, dropped_layers, meta_model, plain_shapes, stored_buffers
+from mlp_fusion.store.disk import DiskFFN
 from mlp_fusion.store.quantised import quantisation
 from mlp_fusion.store.record import FUSION_KEY, check_config, fused_config
-from mlp_fusion.store.source import model_headers, read_headers
+from mlp_fusion.store.source import Headers, model_headers, read_headers
 from mlp_fusion.store.weights import TensorInfo
 from mlp_fusion.store.widths import narrowed_shapes
 
 
 @dataclass(frozen=True)
 class PlannedFFN:
-    """One FFN of the plan; parameters and bytes are those of the FFN alone."""
+    """One FFN of the plan; parameters and bytes are those of the FFN alone.
+
+    Layers for multi-token prediction are not `loaded` by transformers: engines build them by the config of the others.
+    """
 
     layer: int
     path: str
@@ -42,6 +46,7 @@ class PlannedFFN:
     bytes_after: int
     divisible_by_128: bool
     divisible_by_256: bool
+    loaded: bool = True
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,7 @@ def plan(
     settings.check()
     budget = settings.budget
     headers = model_headers(model_or_path) if isinstance(model_or_path, nn.Module) else read_headers(model_or_path)
+    dropped: list[DiskFFN] = []
     if isinstance(model_or_path, nn.Module):
         architecture, sites = find_ffns(model_or_path)
         model: Any = model_or_path
@@ -152,10 +158,12 @@ def plan(
         model = meta_model(headers.config)
         sites = architecture.sites(model)
         held, buffers = claimed_tensors(headers, model, architecture, sites), stored_buffers(headers, model)
+        dropped = dropped_layers(headers, model, architecture, sites)
     chosen = choose_sites(architecture, sites, layers)
     after = dict(zip((site.index for site in chosen), _widths_after(width, budget, chosen), strict=True))
     widths = [after.get(site.index, site.kind.width) for site in sites]
     ffns = [_planned(site, site.index in after, width, held) for site, width in zip(sites, widths, strict=True)]
+    ffns += [_dropped(ffn, ffn.index in after, widths, sites, headers) for ffn in dropped]
     changed = fused_config(model, architecture, sites, widths, method="", parameterization="folded")
     plain = budget is None and "widths" not in getattr(changed, FUSION_KEY)
     saved_parameters = sum(f.parameters_before - f.parameters_after for f in ffns)
@@ -214,6 +222,21 @@ def _planned(site: FFNSite, chosen: bool, after: int, held: Mapping[str, Sequenc
         divisible_by_128=after % 128 == 0,
         divisible_by_256=after % 256 == 0,
     )
+
+
+def _dropped(
+    ffn: DiskFFN, chosen: bool, widths: Sequence[int], sites: Sequence[FFNSite], headers: Headers
+) -> PlannedFFN:
+    """The row of an FFN that transformers does not load: it has the width of its like."""
+    after = next(width for site, width in zip(sites, widths, strict=True) if site.index == ffn.index)
+    before = ffn.kind.width
+    shapes = plain_shapes(headers)
+    counts = [sum(map(math.prod, ffn.narrowed(shapes, width).values())) for width in (before, after)]
+    size = sum(headers.tensors[name].nbytes for name in ffn.names)
+    return PlannedFFN(
+        ffn.index, ffn.path, chosen, before, after, counts[0], counts[1], size, size * counts[1] // counts[0],
+        after % 128 == 0, after % 256 == 0, loaded=False,
+    )  # fmt: skip
 
 
 def _loads_in(uniform: bool, model_type: str) -> str:

@@ -1,0 +1,190 @@
+"""A streamed run: prepared from headers alone, done task by task, resumable, and finished under its own name."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mlp_fusion
+from mlp_fusion.choices import METHODS
+from mlp_fusion.families.exchange import check_form
+from mlp_fusion.measure import FFNRow
+from mlp_fusion.neurons import UNNAMED
+from mlp_fusion.reducing.pipeline import Progress
+from mlp_fusion.reducing.rows import together
+from mlp_fusion.settings import FuseSettings
+from mlp_fusion.store.coverage import dropped_layers, meta_model
+from mlp_fusion.store.disk import DiskFFN, disk_ffns
+from mlp_fusion.store.output import appears_when_complete, journal_of
+from mlp_fusion.store.record import check_config, fused_config
+from mlp_fusion.store.reference import compute_dtype
+from mlp_fusion.store.scale import SCALE_FILE
+from mlp_fusion.store.shards import Shard
+from mlp_fusion.store.source import read_headers
+from mlp_fusion.store.tensors import Tensors
+from mlp_fusion.store.weights import TensorInfo
+from mlp_fusion.store.writing import write_config, write_index
+from mlp_fusion.streaming.engines import ENGINES
+from mlp_fusion.streaming.journal import Journal, files_as_they_are, fingerprint
+from mlp_fusion.streaming.tasks import Task, shards_of, tasks_of
+from mlp_fusion.streaming.work import Work
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A run, prepared.
+
+    Attributes:
+        work: what is to be done, by anyone.
+        tasks: all of them.
+        changed: the config of what is written.
+    """
+
+    work: Work
+    tasks: list[Task]
+    changed: Any
+
+    def run(
+        self,
+        out: Path,
+        finish: Callable[[Path, list[FFNRow]], None],
+        *,
+        engine: str,
+        replace: bool,
+        progress: Progress | None = None,
+    ) -> list[FFNRow]:
+        """Do what is left to do, and give the result its name.
+
+        To be called with `out` taken.
+
+        Args:
+            out: folder to make.
+            finish: called with the folder that becomes it, and the report's rows, when all weights are written.
+            engine: one of :data:`mlp_fusion.streaming.engines.ENGINES`.
+            replace: a checkpoint that was fused by this program may stand there.
+            progress: called with FFNs and experts done, of all.
+
+        Raises:
+            InputError: the unfinished run was another one, or a tensor cannot be used. What is done stays.
+        """
+        journal = Journal(journal_of(out), self._fingerprints())
+        if journal.file.exists():
+            journal.resume()
+        with appears_when_complete(out, keep=True, replace=replace) as staging:
+            work = dataclasses.replace(self.work, target=staging)
+            if not journal.file.exists():
+                journal.begin()
+            if not journal.complete:
+                self._do(work, journal, engine, progress)
+                rows = self._rows(journal)
+                write_index(work.source, staging, work.weights_out)
+                write_config(work.source, staging, self.changed)
+                finish(staging, rows)
+                journal.close()
+        journal.file.unlink(missing_ok=True)
+        return self._rows(journal)
+
+    def _do(self, work: Work, journal: Journal, engine: str, progress: Progress | None) -> None:
+        work.weights_out.create()
+        work.scales_out.create()
+        left = [task for task in self.tasks if task.name not in journal.done]
+        total = sum(_experts(task) for task in self.tasks)
+        done = total - sum(_experts(task) for task in left)
+
+        def finished(task: Task, rows: list[tuple[int, FFNRow]]) -> None:
+            nonlocal done
+            journal.add(task.name, rows)
+            done += _experts(task)
+            if progress is not None:
+                progress(done, total)
+
+        ENGINES[engine](work, left, finished)
+
+    def _rows(self, journal: Journal) -> list[FFNRow]:
+        """The report's rows: the experts of a stack in one."""
+        found = [pair for task in self.tasks for pair in journal.done[task.name]]
+        rows = []
+        for number, members in itertools.groupby(sorted(found, key=lambda pair: pair[0]), key=lambda pair: pair[0]):
+            each = [row for _, row in members]
+            ffn = self.work.ffns[number]
+            rows.append(together(each, [0] * len(each)) if ffn.kind.experts else each[0])
+        return rows
+
+    def _fingerprints(self) -> dict[str, str]:
+        work = self.work
+        files = [*Tensors(work.source, work.config).files, work.source / "config.json"]
+        return {
+            "source": fingerprint({"files": files_as_they_are(files)}),
+            "recipe": fingerprint({"settings": vars(work.settings), "widths": list(work.widths)}),
+            "version": fingerprint({"version": mlp_fusion.__version__, "tasks": [task.name for task in self.tasks]}),
+        }
+
+
+def _experts(task: Task) -> int:
+    return sum(part.count for part in task.parts)
+
+
+def prepare(
+    folder: Path, settings: FuseSettings, widths: Sequence[int], device: torch.device, dtype: str | None
+) -> Stream:
+    """Find out from headers what is to be done.
+
+    Args:
+        folder: the checkpoint.
+        settings: as asked for, without calibration.
+        widths: of all FFNs of the model, by their numbers.
+        device: that FFNs are reduced on.
+        dtype: that weights are rounded to, as for :func:`mlp_fusion.store.reference.compute_dtype`.
+
+    Raises:
+        InputError: the checkpoint cannot be streamed.
+    """
+    headers = read_headers(folder)
+    architecture = check_config(headers.config, stored=True)
+    model = meta_model(headers.config)
+    sites = architecture.sites(model)
+    tensors = Tensors(folder, headers.config)
+    ffns = disk_ffns(model, architecture, sites, tensors.shapes)
+    ffns += dropped_layers(headers, model, architecture, sites)
+    chosen = sorted(site.index for site in sites if widths[site.index] < site.kind.width)
+    named = all(sites[index].kind.name != UNNAMED for index in chosen)
+    settings = dataclasses.replace(settings, unmeasured=True).resolved(chosen, calibrated=False, named=named)
+    scales = METHODS[settings.method].scales
+    for index in chosen if scales else ():
+        check_form(sites[index], settings.parameterization)
+    form = settings.parameterization if scales else "folded"
+    changed = fused_config(
+        model, architecture, sites, widths, method=settings.method, parameterization=form
+    )  # fmt: skip
+    each = [widths[ffn.index] for ffn in ffns]
+    stored = {name: TensorInfo(p.shape, p.values.dtype) for name, p in tensors.items() if p.copied}
+    names = {name for ffn in ffns for name in ffn.names}
+    work = Work(
+        source=folder,
+        config=headers.config,
+        target=folder,
+        shards=shards_of(tensors, ffns, each),
+        scales=_scales(ffns, each) if form != "folded" else [],
+        ffns=ffns,
+        widths=each,
+        settings=settings,
+        dtype=compute_dtype(names, stored, dtype),
+        device=device,
+    )
+    return Stream(work, tasks_of(tensors, ffns, each), changed)
+
+
+def _scales(ffns: Sequence[DiskFFN], widths: Sequence[int]) -> list[Shard]:
+    """The side file of the scales of FFNs that transformers loads."""
+    found = {
+        f"{ffn.path}.{ffn.kind.scale}": (torch.float32, (ffn.kind.experts, width) if ffn.kind.experts else (width,))
+        for ffn, width in zip(ffns, widths, strict=True)
+        if ffn.loaded and width < ffn.kind.width
+    }
+    return [Shard(SCALE_FILE, found, {"format": "pt"})] if found else []
