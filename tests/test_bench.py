@@ -12,6 +12,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
+from transformers import MixtralConfig, SwitchTransformersConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
 from mlp_fusion.settings import FinetuneSettings
 
@@ -19,14 +24,67 @@ BENCH = Path(__file__).parents[1] / "bench"
 SCRIPTS = sorted(BENCH.glob("*.py"))
 
 
-@pytest.fixture(scope="module")
-def finetune() -> Iterator[ModuleType]:
-    """bench/finetune.py, imported as Python does when it is run."""
+@pytest.fixture(scope="module", autouse=True)
+def importable() -> Iterator[None]:
+    """The scripts are imported as Python does when they are run."""
     sys.path.insert(0, str(BENCH))
     try:
-        yield importlib.import_module("finetune")
+        yield
     finally:
         sys.path.remove(str(BENCH))
+
+
+@pytest.fixture(scope="module")
+def finetune(importable: None) -> ModuleType:
+    return importlib.import_module("finetune")
+
+
+@pytest.fixture(scope="module")
+def moe(importable: None) -> ModuleType:
+    return importlib.import_module("moe_experts")
+
+
+class OneBlock(nn.Module):
+    """A block of four experts, of which no token reaches the last one: every token has a 1 in front."""
+
+    def __init__(self, shape: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        if shape == "mixtral":
+            self.config: Any = MixtralConfig(
+                hidden_size=6, intermediate_size=8, num_local_experts=4, num_experts_per_tok=2,
+                experts_implementation="eager",
+            )  # fmt: skip
+            self.block: Any = MixtralSparseMoeBlock(self.config)
+            router = self.block.gate
+        else:
+            self.config = SwitchTransformersConfig(d_model=6, d_ff=8, num_experts=4, dropout_rate=0.0)
+            self.block = SwitchTransformersSparseMLP(self.config)
+            router = self.block.router.classifier
+        with torch.no_grad():
+            for parameter in self.block.parameters():
+                parameter.normal_()
+            router.weight[:, 0] = torch.tensor([0.0, 0.0, 0.0, -1000.0])
+        self.eval()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.block(hidden)
+
+    @staticmethod
+    def tokens() -> Tensor:
+        hidden = torch.randn(2, 20, 6, generator=torch.Generator().manual_seed(1))
+        hidden[..., 0] = 1
+        return hidden
+
+    def parts(self, moe: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
+        """Every expert's outputs `[N, E, D]`, and who reaches whom and with what weight, `[N, E]`."""
+        seen: list[Any] = []
+        handle = self.block.experts.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
+        self(self.tokens())
+        handle.remove()
+        experts, hidden = self.block.experts, self.tokens().view(-1, 6)
+        outputs = torch.stack([moe.expert_output(experts, index, hidden) for index in range(4)], dim=1)
+        return outputs, *moe.routing(experts, *seen[0])
 
 
 def report(final: float) -> dict[str, Any]:
@@ -79,3 +137,67 @@ def test_the_kept_runs_are_as_a_new_run_would_write_them(finetune: ModuleType) -
     assert {frozenset(run) for run in runs} == {frozenset(expected)}
     assert len(file.read_text(encoding="utf-8").splitlines()) == len(runs) + 2
     assert json.loads(file.read_text(encoding="utf-8")).keys() == {"runs"}
+
+
+@pytest.mark.parametrize("shape", ["mixtral", "switch"])
+@torch.no_grad()
+def test_experts_are_scored_by_what_they_do_with_their_tokens(moe: ModuleType, shape: str) -> None:
+    model = OneBlock(shape)
+    outputs, mask, weights = model.parts(moe)
+    torch.testing.assert_close((weights.unsqueeze(2) * outputs).sum(1), model(model.tokens()).view(-1, 6))
+    halves = [{"hidden": half} for half in model.tokens().split(1)]
+    (known,) = moe.expert_statistics(model, halves)
+    assert known.tokens.tolist() == mask.sum(0).tolist()
+    assert known.tokens[3] == known.saliency[3] == known.redundancy[3] == 0
+    for index in range(3):
+        mine = outputs[mask[:, index], index]
+        weighed = (weights[mask[:, index], index] * mine.norm(dim=1)).mean()
+        torch.testing.assert_close(known.saliency[index].float(), weighed)
+        torch.testing.assert_close(known.mean[index].float(), mine.mean(0))
+        torch.testing.assert_close(known.deviation[index].float(), mine.var(0).sum().sqrt())
+        used = mask[:, index].sum() / mask.sum()
+        torch.testing.assert_close(known.redundancy[index].float(), used * mine.var(0).sum().sqrt())
+
+
+@pytest.mark.parametrize("shape", ["mixtral", "switch"])
+@torch.no_grad()
+def test_an_expert_that_no_token_reaches_is_dropped_first_and_changes_nothing(moe: ModuleType, shape: str) -> None:
+    for dropped_as in ("reap", "mone"):
+        model = OneBlock(shape)
+        before = model(model.tokens())
+        known = moe.expert_statistics(model, [{"hidden": model.tokens()}])
+        scores = known[0].saliency if dropped_as == "reap" else known[0].redundancy
+        kept = moe.highest(scores, 3)
+        assert kept == [0, 1, 2]
+        if dropped_as == "reap":
+            moe.drop_experts(model, [kept])
+            assert model.config.num_experts == 3 if shape == "switch" else model.config.num_local_experts == 3
+        else:
+            moe.constant_experts(model, [kept], known)
+        torch.testing.assert_close(model(model.tokens()), before)
+
+
+@pytest.mark.parametrize("shape", ["mixtral", "switch"])
+@torch.no_grad()
+def test_a_constant_expert_answers_with_its_mean_and_its_weight(moe: ModuleType, shape: str) -> None:
+    model = OneBlock(shape)
+    outputs, mask, weights = model.parts(moe)
+    known = moe.expert_statistics(model, [{"hidden": model.tokens()}])
+    moe.constant_experts(model, [[0, 2]], known)
+    outputs[:, 1] = outputs[mask[:, 1], 1].mean(0)
+    assert mask[:, 1].any()
+    torch.testing.assert_close(model(model.tokens()).view(-1, 6), (weights.unsqueeze(2) * outputs).sum(1))
+
+
+@torch.no_grad()
+def test_dropped_experts_leave_their_tokens_to_the_others(moe: ModuleType) -> None:
+    model = OneBlock("mixtral")
+    outputs, _, _ = model.parts(moe)
+    logits = model.tokens().view(-1, 6) @ model.block.gate.weight.T
+    moe.drop_experts(model, [[1]])
+    assert model.block.gate.top_k == model.config.num_experts_per_tok == 1
+    torch.testing.assert_close(model(model.tokens()).view(-1, 6), outputs[:, 1])
+    model = OneBlock("mixtral")
+    moe.drop_experts(model, [[0, 2]])
+    expected = (logits[:, [0, 2]].softmax(1).unsqueeze(2) * outputs[:, [0, 2]]).sum(1)
+    torch.testing.assert_close(model(model.tokens()).view(-1, 6), expected)
