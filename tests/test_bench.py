@@ -201,3 +201,18 @@ def test_dropped_experts_leave_their_tokens_to_the_others(moe: ModuleType) -> No
     moe.drop_experts(model, [[0, 2]])
     expected = (logits[:, [0, 2]].softmax(1).unsqueeze(2) * outputs[:, [0, 2]]).sum(1)
     torch.testing.assert_close(model(model.tokens()).view(-1, 6), expected)
+
+
+def test_the_kept_medians_are_those_of_the_kept_runs(importable: None) -> None:
+    quality = importlib.import_module("moe_quality")
+    found = json.loads((BENCH / "results" / "moe-quality-cpu.json").read_text(encoding="utf-8"))
+    assert found["medians"] == quality.medians(found["runs"])
+    first = {"whole": {"perplexity": 10.0, "parameters": 4}, "shape": "mixtral", "seed": 0, "rows": [
+        {"method": "reap", "share": 0.5, "perplexity": 12.0, "parameters": 2, "tuned": 11.0}]}  # fmt: skip
+    second = {"whole": {"perplexity": 20.0, "parameters": 4}, "shape": "mixtral", "seed": 1, "rows": [
+        {"method": "reap", "share": 0.5, "perplexity": 28.0, "parameters": 2}]}  # fmt: skip
+    whole, reap = quality.medians([first, second])
+    assert (whole["method"], whole["perplexity"], whole["ratio"]) == ("whole", 15.0, 1.0)
+    assert (reap["perplexity"], reap["seeds"], reap["tuned"], reap["tuned_seeds"]) == (20.0, 2, 11.0, 1)
+    assert reap["ratio"] == pytest.approx(1.3)
+    assert reap["ratio_range"] == pytest.approx([1.2, 1.4])

@@ -38,6 +38,18 @@ MODES = {
     "fusion, half": "`fusion`, calibrated and refitted",
     "prune, half": "`prune`, calibrated and refitted",
 }
+#: What the methods of bench/moe_quality.py are called.
+EXPERTS = {
+    "whole": "nothing: the whole model",
+    "fusion, no data": "`fusion`, without text",
+    "fusion": "`fusion`, calibrated",
+    "fusion, sequential": "`fusion`, sequential",
+    "prune": "`prune`, calibrated",
+    "prune, sequential": "`prune`, sequential",
+    "reap": "experts dropped by REAP's score",
+    "mone": "experts replaced by constants, as MoNE does",
+    "random": "random experts dropped",
+}
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -336,6 +348,25 @@ def _types_by(title: str, reasons: Callable[[Any], Iterable[str]], name: str = "
     return table((title, "model types", "number"), rows).replace("| ---: | ---: |", "| --- | ---: |", 1)
 
 
+def experts(shape: str) -> str:
+    """Perplexity of one trained Mixture-of-Experts model, by method and by the share of the experts that is left."""
+    found = {
+        (row["method"], row["share"]): row for row in results("moe-quality-cpu")["medians"] if row["shape"] == shape
+    }
+    whole = found.pop(("whole", 1.0))
+    shares = sorted({share for _, share in found}, reverse=True)
+
+    def tuned(row: dict[str, Any] | None) -> str:
+        return _digits(row["tuned"]) if row and "tuned" in row else ""
+
+    rows = [[EXPERTS["whole"], *[_digits(whole["perplexity"])] * len(shares), tuned(whole)]]
+    for method in (method for method in EXPERTS if (method, 0.5) in found):
+        of_method = [found.get((method, share)) for share in shares]
+        cells = [f"{_digits(row['perplexity'])} ({row['ratio']:.2f}×)" if row else "" for row in of_method]
+        rows.append([EXPERTS[method], *cells, tuned(found[method, 0.5])])
+    return table(("reduced by", *(f"{share:.0%}" for share in shares), "50%, trained 100 steps more"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "sst2": sst2,
     "language-models": language_models,
@@ -353,4 +384,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "families-refused": families_refused,
     "families-roundtrip": families_roundtrip,
     "families-unsaved": families_unsaved,
+    **{
+        f"experts-{shape}": functools.partial(experts, shape)
+        for shape in ("mixtral", "qwen3", "switch", "mixtral-wide")
+    },
 }
