@@ -279,8 +279,9 @@ def _median(rows: list[dict[str, Any]], whole: list[dict[str, Any]]) -> dict[str
         "ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)],
         "parameters": rows[0]["parameters"], "seeds": len(rows),
     }  # fmt: skip
-    if tuned := [row["tuned"] for row in rows if "tuned" in row]:
-        result |= {"tuned": statistics.median(tuned), "tuned_seeds": len(tuned)}
+    # Of fewer seeds than the others, so that only the ratio to the same seed's whole model can stand beside them.
+    if tuned := [row["tuned"] / w["perplexity"] for row, w in zip(rows, whole, strict=True) if "tuned" in row]:
+        result |= {"tuned_ratio": statistics.median(tuned), "tuned_seeds": len(tuned)}
     return result
 
 
@@ -315,7 +316,7 @@ def summary(file: Path) -> None:
     """Print the medians."""
     for row in medians(recorded(file)):
         low, high = row["ratio_range"]
-        tuned = f", tuned {row['tuned']:.2f} ({row['tuned_seeds']})" if "tuned" in row else ""
+        tuned = f", tuned x {row['tuned_ratio']:.3f} ({row['tuned_seeds']})" if "tuned_ratio" in row else ""
         print(
             f"{row['shape']:8} {row['method']:20} {row['share']:.2f}: {row['perplexity']:8.2f}, "
             f"x {row['ratio']:.3f} ({low:.3f} to {high:.3f}), {row['seeds']} seeds{tuned}"

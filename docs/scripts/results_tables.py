@@ -357,7 +357,7 @@ def experts(shape: str) -> str:
     shares = sorted({share for _, share in found}, reverse=True)
 
     def tuned(row: dict[str, Any] | None) -> str:
-        return _digits(row["tuned"]) if row and "tuned" in row else ""
+        return f"{row['tuned_ratio']:.2f}×" if row and "tuned_ratio" in row else ""
 
     rows = [[EXPERTS["whole"], *[_digits(whole["perplexity"])] * len(shares), tuned(whole)]]
     for method in (method for method in EXPERTS if (method, 0.5) in found):
