@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlp_fusion.errors import InputError
 from mlp_fusion.families import FFNSite
 from mlp_fusion.measure import FFNRow
 from mlp_fusion.modules.stored import bundle_of, tensors_of
@@ -89,11 +90,18 @@ class Work:
         return Shards(self.target, self.scales)
 
     def read(self, task: Task) -> list[dict[str, Tensor]]:
-        """The tensors of each part; what is only copied is read when it is written."""
-        return [
-            {name: self._tensors.read(name, *part.rows(self._tensors[name].shape)) for name in part.piece.names}
-            for part in task.parts
-        ]
+        """The tensors of each part; what is only copied is read when it is written.
+
+        Raises:
+            InputError: one is not finite.
+        """
+        return [{name: self._read(part, name) for name in part.piece.names} for part in task.parts]
+
+    def _read(self, part: Part, name: str) -> Tensor:
+        found = self._tensors.read(name, *part.rows(self._tensors[name].shape))
+        if not bool(found.isfinite().all()):
+            raise InputError(f"{name} holds NaN or Inf: the checkpoint is damaged")
+        return found
 
     @torch.no_grad()
     def reduce(self, task: Task, read: Sequence[Mapping[str, Tensor]]) -> Outcome:
