@@ -157,8 +157,8 @@ def plan(
         architecture = check_config(headers.config, stored=True)
         model = meta_model(headers.config)
         sites = architecture.sites(model)
-        held, buffers = claimed_tensors(headers, model, architecture, sites), stored_buffers(headers, model)
         dropped = dropped_layers(headers, model, architecture, sites)
+        held, buffers = claimed_tensors(headers, model, architecture, sites), stored_buffers(headers, model)
     chosen = choose_sites(architecture, sites, layers)
     after = dict(zip((site.index for site in chosen), _widths_after(width, budget, chosen), strict=True))
     widths = [after.get(site.index, site.kind.width) for site in sites]
