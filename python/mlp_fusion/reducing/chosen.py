@@ -88,7 +88,7 @@ class ChosenFFNs:
         """
         for site, bundle, rows in zip(self.sites, self.originals, activations, strict=True):
             if bundle.activation != UNNAMED and len(rows.x):
-                _self_test(self.architecture, site, bundle, rows)
+                self_test(self.architecture, site, bundle, rows)
 
     def install(self, reduced: Sequence[ReducedFFN], settings: FuseSettings) -> None:
         """Put reduced FFNs into the model, and its config right. The one step that changes the model."""
@@ -171,7 +171,7 @@ def check_finite(model: nn.Module) -> None:
             raise InputError(f"{name} holds NaN or Inf: the checkpoint is damaged")
 
 
-def _self_test(architecture: Architecture, site: FFNSite, bundle: NeuronBundle, rows: Activations) -> None:
+def self_test(architecture: Architecture, site: FFNSite, bundle: NeuronBundle, rows: Activations) -> None:
     """Compare the bundle with the model's own FFN on real inputs: a wrong entry must not pass unnoticed."""
     wide = working_precision(bundle)
     exact = wide.forward(rows.x.to(wide.w_in.dtype))[0]

@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from mlp_fusion.errors import InputError
-from mlp_fusion.measure import FFNRow
 from mlp_fusion.store.shards import flush
 from mlp_fusion.streaming.tasks import Task
-from mlp_fusion.streaming.work import Outcome, Work
+from mlp_fusion.streaming.work import Member, Outcome, Work
 
 #: Called in one thread, with a task whose bytes are on the disk.
-Done = Callable[[Task, list[tuple[int, FFNRow]]], None]
+Done = Callable[[Task, list[Member]], None]
 
 
 def run_locally(work: Work, tasks: Sequence[Task], done: Done) -> None:
@@ -102,9 +101,9 @@ def run_on_ray(work: Work, tasks: Sequence[Task], done: Done, *, retries: int = 
             ray.shutdown()
 
 
-def _result(ray: Any, reference: Any) -> list[tuple[int, FFNRow]]:
+def _result(ray: Any, reference: Any) -> list[Member]:
     try:
-        found: list[tuple[int, FFNRow]] = ray.get(reference)
+        found: list[Member] = ray.get(reference)
         return found
     except ray.exceptions.RayTaskError as error:
         cause = error.cause if isinstance(getattr(error, "cause", None), Exception) else error
@@ -113,7 +112,7 @@ def _result(ray: Any, reference: Any) -> list[tuple[int, FFNRow]]:
         raise InputError(f"a worker died again and again ({str(error).splitlines()[0]}): see Ray's logs") from error
 
 
-def _do(work: Work, task: Task) -> list[tuple[int, FFNRow]]:
+def _do(work: Work, task: Task) -> list[Member]:
     """A whole task, in a worker."""
     outcome = work.reduce(task, work.read(task))
     flush(work.write(task, outcome))

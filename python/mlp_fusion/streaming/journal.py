@@ -12,6 +12,7 @@ from typing import Any
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure import FFNRow
+from mlp_fusion.streaming.work import Member
 
 
 def fingerprint(content: Mapping[str, Any]) -> str:
@@ -36,7 +37,7 @@ class Journal:
         self.file = file
         self._parts = dict(parts)
         #: Name of a task that is done -> its rows.
-        self.done: dict[str, list[tuple[int, FFNRow]]] = {}
+        self.done: dict[str, list[Member]] = {}
         #: Whether everything is written, and only has to get its name.
         self.complete = False
 
@@ -76,14 +77,14 @@ class Journal:
             if entry.get("complete"):
                 self.complete = True
             else:
-                self.done[entry["task"]] = [(number, FFNRow(**row)) for number, row in entry["rows"]]
+                self.done[entry["task"]] = [(number, FFNRow(**row), seen) for number, row, seen in entry["rows"]]
             whole += 1
         with self.file.open("r+b") as handle:
             handle.truncate(sum(len(line) + 1 for line in lines[: whole + 1]))
 
-    def add(self, task: str, rows: list[tuple[int, FFNRow]]) -> None:
+    def add(self, task: str, rows: list[Member]) -> None:
         """Note that a task is done, its bytes on the disk."""
-        self._append({"task": task, "rows": [(number, dataclasses.asdict(row)) for number, row in rows]})
+        self._append({"task": task, "rows": [(number, dataclasses.asdict(row), seen) for number, row, seen in rows]})
         self.done[task] = rows
 
     def close(self) -> None:
