@@ -65,7 +65,9 @@ EXTRA: dict[str, dict[str, Any]] = {
     "glm_image_text": _SECTIONS,
     "glmga_text": _SECTIONS,
     # The sections have no default.
-    "hunyuan_vl_text": _SECTIONS,
+    "hunyuan_vl_text": {**_SECTIONS, "head_dim": 8},
+    # Patches of the default length are so few that an FFN over them has no half that is served.
+    "patchtsmixer": {"context_length": 64, "num_patches": 8},
     # Sizes of the state-space part must fit each other, whatever they are divided by.
     "falcon_h1": {
         "hidden_size": 64,
@@ -81,6 +83,21 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     # Sizes of timm's models are not in the config.
     "pe_video_encoder": _TIMM,
+    "fast_vlm": {
+        "vision_config.model_args": {
+            "inference_mode": True,
+            "layers": [1, 1, 1, 1, 1],
+            "embed_dims": [16, 32, 64, 64, 64],
+        },
+        "vision_config.hidden_size": 128,
+    },
+    # Sparse layers come after more dense ones than a small model has.
+    "dots3_note_vision_encoder": {
+        "num_hidden_layers": 2,
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_local_experts": 4,
+        "per_layer_config": {},
+    },
     "pe_audio_video_encoder": {f"video_config.{key}": value for key, value in _TIMM.items()},
     # Large images take long in convolutions, and many of them too.
     "align_vision_model": {"image_size": 64},
