@@ -54,7 +54,11 @@ def guesses(model: Any) -> Iterator[Inputs]:
     if images and sounds:
         yield from ({**text, **a, **b} for a, b in itertools.product(images[:6], sounds[:6]))
     yield from ({**text, **image} for image in images)
-    yield from ({**text, **sound} for sound in sounds)
+    for sound in sounds:
+        # Some read a text instead of the sound, where both are given.
+        if _decoders(text) and "input_ids" in text:
+            yield {**_decoders(text), **sound}
+        yield {**text, **sound}
     yield from ({**text, **video} for video in videos)
     yield from _others(names, config, g, text)
     if "query_embeds" in names and "input_ids" in text:
@@ -255,11 +259,12 @@ def _sounds(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterat
     if "input_features" not in names:
         return
     bins = dict.fromkeys([
-        *numbers(config, "num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels", "input_dim",
-                  "input_feat_size", "input_size"), 80, 128,
+        *numbers(config, "feature_projection_input_dim", "num_mel_bins", "feature_size", "input_feat_per_channel",
+                  "n_mels", "input_dim", "input_feat_size", "input_size"), 80, 128,
     ])  # fmt: skip
     longest = [2 * number for number in numbers(config, "max_source_positions", "max_position_embeddings")]
-    for b, length in itertools.product(bins, dict.fromkeys([*longest[:1], 128, 3000])):
+    # Short ones first: attention over long ones takes minutes.
+    for b, length in itertools.product(bins, sorted({128, *longest[:1], 3000})):
         if b * length > 2_000_000:
             continue
         for shape in ((1, b, length), (1, length, b), (b, length), (1, 1, length, b)):

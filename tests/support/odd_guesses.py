@@ -154,6 +154,12 @@ def _voxtral_text(config: Any, draw: Draw) -> dict[str, Any]:
     return {"inputs_embeds": draw(1, _WORDS, config.hidden_size), "t_cond": draw(1, 1, config.hidden_size)}
 
 
+def _xcodec2(config: Any, draw: Draw) -> dict[str, Any]:
+    # A wave, and as many frames of its spectrum.
+    bins = config.semantic_model_config.feature_projection_input_dim
+    return {"input_values": draw(1, 1, _WORDS * config.hop_length), "input_features": draw(1, _WORDS, bins)}
+
+
 _BY_TYPE: dict[str, Callable[[Any, Draw], dict[str, Any]]] = {
     "blt_local_encoder": _blt_encoder,
     "blt_local_decoder": _blt_decoder,
@@ -172,4 +178,5 @@ _BY_TYPE: dict[str, Callable[[Any, Draw], dict[str, Any]]] = {
     "seggpt": _seggpt,
     "unlimited_ocr_vision_encoder": _unlimited_ocr_vision,
     "voxtral_realtime_text": _voxtral_text,
+    "xcodec2": _xcodec2,
 }
