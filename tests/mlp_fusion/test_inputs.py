@@ -85,6 +85,15 @@ def test_sounds_are_drawn_short_and_images_few_where_they_are_large() -> None:
     assert random_batch(large, seed=0, batch=1)["pixel_values"].shape == (1, 3, 224, 224)
 
 
+def test_series_of_numbers_are_drawn_and_observed() -> None:
+    sizes = {"d_model": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "ffn_dim": 32}
+    model = transformers.PatchTSTModel(transformers.PatchTSTConfig(**sizes, num_input_channels=3, context_length=24))
+    drawn = random_batch(model, seed=0, batch=2)
+    assert drawn["past_values"].shape == (2, 24, 3)
+    assert drawn["past_values"].std() > 0.5
+    assert bool((drawn["past_observed_mask"] == 1).all())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_images_get_the_models_dtype(dtype: torch.dtype) -> None:
     model = tiny("wav2vec2").to(dtype)

@@ -17,6 +17,8 @@ import torch
 from odd_guesses import odd_guesses
 from torch import Tensor
 
+from mlp_fusion.families.inputs import guessed_series
+
 _TOKENS, _SAMPLES = 16, 15360
 #: Ids that are rarely special.
 LEAST_ID, MOST_ID = 20, 40
@@ -284,13 +286,11 @@ def _sounds(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterat
 
 def _others(names: Mapping[str, Any], config: Any, g: torch.Generator, text: Inputs) -> Iterator[Inputs]:
     """Series of numbers, patches of documents, states of games."""
-    if "past_values" in names:
-        lags = max([*(getattr(config, "lags_sequence", None) or [0])])
-        length = next(numbers(config, "context_length", "prediction_length"), 32) + lags
-        variables = next(numbers(config, "num_input_channels", "input_size"), 1)
-        # Some want an axis of variables even for one.
-        for shape in ((1, length), (1, length, variables))[variables > 1 :]:
-            yield _series(names, config, shape, g)
+    for series in guessed_series(names, config):
+        yield {
+            name: torch.randn(value.shape, generator=g) if value.is_floating_point() and "mask" not in name else value
+            for name, value in series.items()
+        }
     if "returns_to_go" in names:
         sizes = {"states": config.state_dim, "actions": config.act_dim, "rewards": 1, "returns_to_go": 1}
         yield {
@@ -304,24 +304,6 @@ def _others(names: Mapping[str, Any], config: Any, g: torch.Generator, text: Inp
             patches[..., :2] = torch.arange(_TOKENS)[:, None] % 4 + 1  # row and column
             yield {**text, "flattened_patches": patches}
             yield {**text, "flattened_patches": patches, "decoder_input_ids": torch.full((1, 4), 5)}
-
-
-def _series(names: Mapping[str, Any], config: Any, shape: tuple[int, ...], g: torch.Generator) -> Inputs:
-    made: Inputs = {"past_values": torch.randn(shape, generator=g)}
-    ahead = next(numbers(config, "prediction_length"), 8)
-    features = next(numbers(config, "num_time_features"), 1)
-    for name in names:
-        if name in ("past_observed_mask", "past_values_padding"):
-            made[name] = torch.ones(shape) if name.endswith("mask") else torch.zeros(shape)
-        elif name == "past_time_features":
-            made[name] = torch.randn(1, shape[1], features, generator=g)
-        elif name == "future_time_features":
-            made[name] = torch.randn(1, ahead, features, generator=g)
-        elif name == "future_values":
-            made[name] = torch.randn(1, ahead, generator=g)
-        elif name == "freq":
-            made[name] = torch.zeros(1, 1, dtype=torch.long)
-    return made
 
 
 def _hidden(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterator[Inputs]:
