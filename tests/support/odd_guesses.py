@@ -178,5 +178,6 @@ _BY_TYPE: dict[str, Callable[[Any, Draw], dict[str, Any]]] = {
     "seggpt": _seggpt,
     "unlimited_ocr_vision_encoder": _unlimited_ocr_vision,
     "voxtral_realtime_text": _voxtral_text,
+    "neucodec": _xcodec2,
     "xcodec2": _xcodec2,
 }

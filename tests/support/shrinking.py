@@ -101,6 +101,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "pe_audio_video_encoder": {f"video_config.{key}": value for key, value in _TIMM.items()},
     # Large images take long in convolutions, and many of them too.
     "align_vision_model": {"image_size": 64},
+    "clap_audio_model": {"spec_size": 256, "patch_embeds_hidden_size": 32, "hidden_size": 256},
     "seggpt": {"image_size": [128, 64], "pretrain_image_size": 64},
     "tvp": {"max_img_size": 64, "num_frames": 2},
     # Its class reads what the config lacks.
@@ -374,8 +375,8 @@ def _divide(section: dict[str, Any], divisor: int, heads: bool) -> None:
             continue
         if _NO_SIZE.fullmatch(key) and not key.endswith("d_head"):
             continue
-        if _is_int(value) and value >= 64 and _NEURONS.fullmatch(key):
-            section[key] = min(max(32, value // divisor // 16 * 16), _NEURONS_AT_MOST)
+        if _is_int(value) and _NEURONS.fullmatch(key):
+            section[key] = min(value, max(32, value // divisor // 16 * 16), _NEURONS_AT_MOST)
         elif _is_int(value) and value >= 32 and value % divisor == 0:
             section[key] = value // divisor
         elif isinstance(value, (list, tuple)) and _SIZES.fullmatch(key) and all(map(_is_int, value)):
