@@ -48,6 +48,14 @@ def reciprocal(scale: Tensor) -> Tensor:
     return torch.where(scale != 0, scale, torch.ones_like(scale)).reciprocal() * (scale != 0)
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry of a tensor is NaN or infinite; in one pass over it, of floating types that are computed in."""
+    if not tensor.numel():
+        return True
+    least, largest = torch.aminmax(tensor)  # NaN where there is one
+    return bool(least.isfinite() & largest.isfinite())
+
+
 @dataclass(frozen=True, eq=False)
 class NeuronBundle(FFN):
     """B feed-forward layers of one shape, neuron by neuron: `FFN` with a batch axis, and what methods do with it.

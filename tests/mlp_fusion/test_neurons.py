@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bundles import bundles, random_bundle, tie
-from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.neurons import NeuronBundle, all_finite
 
 _NAIVE = {
     "gelu": F.gelu,
@@ -228,3 +229,14 @@ def test_bad_calls_are_named() -> None:
         bundle.reduce(torch.zeros(1, 6, dtype=torch.int64), torch.ones(1, 5))
     with pytest.raises(ValueError, match="rows have shape"):
         bundle.with_vectors(torch.zeros(1, 3, 2), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])
+def test_all_finite(value: float | None, dtype: torch.dtype) -> None:
+    for place in (0, 500, 1022):
+        tensor = torch.linspace(-3, 3, 1023).to(dtype).reshape(33, 31)
+        if value is not None:
+            tensor.view(-1)[place] = value
+        assert all_finite(tensor) is (value is None)
+    assert all_finite(torch.empty(0, 3, dtype=dtype))

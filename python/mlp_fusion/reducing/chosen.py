@@ -16,7 +16,7 @@ from mlp_fusion.families.base import unsupported
 from mlp_fusion.families.exchange import check_form, install
 from mlp_fusion.families.groups import resolve_widths
 from mlp_fusion.measure.errors import relative_error
-from mlp_fusion.neurons import UNNAMED, NeuronBundle
+from mlp_fusion.neurons import UNNAMED, NeuronBundle, all_finite
 from mlp_fusion.reducing.pipeline import ReducedFFN, working_precision
 from mlp_fusion.running.taps import Activations
 from mlp_fusion.selection import Layers, Width, resolve_layers
@@ -167,7 +167,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def check_finite(model: nn.Module) -> None:
     """Raise InputError where a weight of `model` is NaN or infinite."""
     for name, parameter in model.named_parameters():
-        if not parameter.is_meta and parameter.is_floating_point() and not bool(parameter.isfinite().all()):
+        if not parameter.is_meta and parameter.is_floating_point() and not all_finite(parameter):
             raise InputError(f"{name} holds NaN or Inf: the checkpoint is damaged")
 
 

@@ -16,7 +16,7 @@ from mlp_fusion.errors import InputError
 from mlp_fusion.families import FFNSite
 from mlp_fusion.measure import FFNRow
 from mlp_fusion.modules.stored import bundle_of, tensors_of
-from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.neurons import NeuronBundle, all_finite
 from mlp_fusion.reducing.pipeline import Recipe, ReducedFFN, reduce_ffns
 from mlp_fusion.reducing.rows import fused_row
 from mlp_fusion.running.taps import Activations
@@ -101,7 +101,7 @@ class Work:
 
     def _read(self, part: Part, name: str) -> Tensor:
         found = self._tensors.read(name, *part.rows(self._tensors[name].shape))
-        if not bool(found.isfinite().all()):
+        if not all_finite(found):
             raise InputError(f"{name} holds NaN or Inf: the checkpoint is damaged")
         return found
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure import relative_error
 from mlp_fusion.measure.report import render
+from mlp_fusion.neurons import all_finite
 from mlp_fusion.store.coverage import claimed_tensors, ffn_tensors, meta_model
 from mlp_fusion.store.record import DTYPE_KEY, FUSION_KEY, REFERENCE_FILE, REPORT_FILE, architecture_of, fusion_record
 from mlp_fusion.store.reference import compute_dtype, load_checkpoint, model_outputs, reference_outputs, split_reference
@@ -181,7 +182,7 @@ def _check_finite(folder: Path) -> Check:
                 tensor = handle.get_tensor(name)
                 if tensor.is_floating_point() and tensor.itemsize == 1:
                     tensor = tensor.float()  # of FP8, torch cannot say
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                if tensor.is_floating_point() and not all_finite(tensor):
                     return Check("finite", False, f"{name} holds NaN or Inf")
     return Check("finite", True, f"{count} tensors")
 
