@@ -25,8 +25,8 @@ from typing import Any
 import torch
 import transformers
 
-import mlp_fusion
 from mlp_fusion.streaming import tasks
+from mlp_fusion.verbs.compress import compress
 from mlp_fusion.verbs.plan import plan
 
 RESULTS = Path("bench/results/kills-cpu.json")
@@ -118,7 +118,7 @@ def _compress(source: Path, out: Path, at: int | None, sender: Any) -> None:
     counter = _Counter(at)
     for name in LASTING:
         setattr(os, name, counter.watched(getattr(os, name)))
-    mlp_fusion.compress(source, out, 0.5, stream=True, resume=True)
+    compress(source, out, 0.5, stream=True, resume=True)
     sender.send(counter.seen)
 
 
