@@ -294,6 +294,40 @@ def test_a_run_that_had_only_to_get_its_name(
     assert len(report.rows) == 3
 
 
+def test_a_run_that_has_its_name_and_had_only_to_clear_up(
+    mixtral: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(self: Path, missing_ok: bool = False) -> None:
+        if self.name == ".out.journal" and self.exists():
+            raise _StoppedError
+        unlink(self, missing_ok=missing_ok)
+
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", stopped)
+    with pytest.raises(_StoppedError):
+        mlp_fusion.compress(mixtral, tmp_path / "out", 0.5, stream=True)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert (tmp_path / ".out.journal").exists()
+    report = mlp_fusion.compress(mixtral, tmp_path / "out", 0.5, stream=True, resume=True)
+    assert files(tmp_path / "out") == whole
+    assert [row.neurons_after for row in report.rows] == [32] * 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_run_that_replaces_a_checkpoint_goes_on_with_that(
+    mixtral: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    mlp_fusion.compress(mixtral, out, 0.25, stream=True)
+    before = files(out)
+    with pytest.raises(_StoppedError):
+        mlp_fusion.compress(mixtral, out, 0.5, stream=True, force=True, progress=stop_after(3))
+    assert files(out) == before
+    mlp_fusion.compress(mixtral, out, 0.5, stream=True, resume=True)
+    assert files(out) == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
 def test_only_checkpoints_of_this_program_are_replaced(mixtral: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     mlp_fusion.compress(mixtral, out, 0.5, stream=True)

@@ -80,7 +80,7 @@ class Stream:
         Raises:
             InputError: the unfinished run was another one, or a tensor cannot be used. What is done stays.
         """
-        journal = Journal(journal_of(out), self._fingerprints())
+        journal = Journal(journal_of(out), self._fingerprints(), replace=replace)
         if journal.file.exists():
             journal.resume()
         with appears_when_complete(out, keep=True, replace=replace) as staging:

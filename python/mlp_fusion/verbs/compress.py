@@ -32,7 +32,7 @@ from mlp_fusion.settings import CompressSettings, make, takes
 from mlp_fusion.store.coverage import check_written, meta_model
 from mlp_fusion.store.folding import fold_state_dict
 from mlp_fusion.store.naming import Place, places
-from mlp_fusion.store.output import appears_when_complete, check_output, output_path, taken
+from mlp_fusion.store.output import appears_when_complete, check_output, journal_of, output_path, staging_of, taken
 from mlp_fusion.store.quantised import quantisation
 from mlp_fusion.store.record import (
     DTYPE_KEY,
@@ -47,6 +47,7 @@ from mlp_fusion.store.source import companion_files, local_folder, read_config
 from mlp_fusion.store.tokenizers import tokenize
 from mlp_fusion.store.weights import COMPUTING, read_tensors, safetensors_name
 from mlp_fusion.store.writing import copy_companions, save_converted, write_config, write_weights
+from mlp_fusion.streaming.journal import left_behind
 from mlp_fusion.streaming.run import prepare
 from mlp_fusion.verbs.fuse import fuse
 from mlp_fusion.verbs.plan import FusionPlan, plan
@@ -92,7 +93,15 @@ def compress(
     """
     out = output_path(out)
     settings = make(CompressSettings, {"width": width, "layers": layers, "method": method, **options}, "compress")
-    check_output(out, replace=settings.force)
+    replace = settings.force
+    if settings.resume:
+        before, complete = left_behind(journal_of(out))
+        replace = before
+        if complete and not staging_of(out).exists():
+            with taken(out, resume=True):
+                journal_of(out).unlink()
+            return FusionReport.from_dict(json.loads((out / REPORT_FILE).read_text(encoding="utf-8")))
+    check_output(out, replace=replace)
     device = resolve_device(settings.device)
     sentences = read_sentences(_file(settings.text))
     settings.check()
@@ -108,9 +117,9 @@ def compress(
     if settings.engine != "local" and not streamed:
         raise InputError(f"engine {settings.engine} does streamed runs: pass stream (--stream)")
     with taken(out, resume=settings.resume and streamed, force=settings.force):
-        check_output(out, replace=settings.force)
+        check_output(out, replace=replace)
         if streamed:
-            return _stream(folder, out, settings, planned, device, learnt, progress)
+            return _stream(folder, out, settings, planned, device, learnt, progress, replace=replace)
         source = _open(folder, settings.dtype, device)
         # What the end needs is tried before the work.
         reference_outputs(source.model, settings.seed, head=source.head)
@@ -168,6 +177,8 @@ def _stream(
     device: torch.device,
     learnt: list[str] | None,
     progress: Progress | None,
+    *,
+    replace: bool,
 ) -> FusionReport:
     """Compress from disk to disk."""
     started = time.perf_counter()
@@ -205,7 +216,7 @@ def _stream(
         copy_companions(folder, staging)
         _write_report(staging, planned, reported(rows))
 
-    rows = stream.run(out, finish, engine=settings.engine, replace=settings.force, progress=progress)
+    rows = stream.run(out, finish, engine=settings.engine, replace=replace, progress=progress)
     return reported(rows)
 
 
