@@ -224,10 +224,15 @@ class PlanSettings(Settings):
         "With width auto: the share of the FFNs' parameters to keep.", None, above=0.0, below=1.0
     )
     layers: Layers = option("all, 4-11, last:8, first:4, 0,2,5, or a pattern of paths such as decoder.*.", "all")
+    multiple: int | None = option(
+        "What widths are to be a multiple of: 256 for GGUF's k-quants, 128 times the ranks of tensor parallelism.",
+        None, least=1, default_help="128 of shares of 1,024 neurons or more, else 8", metavar="N",
+    )  # fmt: skip
 
     def check(self) -> None:
         """Raise InputError as :class:`Settings` does; the width is compared with each FFN's later."""
-        is_automatic(self.width, self.budget)
+        if is_automatic(self.width, self.budget) and self.multiple is not None:
+            raise InputError("width auto has multiples of its own: leave out multiple")
         super().check()
 
 

@@ -66,13 +66,13 @@ class ChosenFFNs:
         """Whether what they compute has a name."""
         return all(bundle.activation != UNNAMED for bundle in self.originals)
 
-    def widths(self, width: Width) -> list[int]:
+    def widths(self, width: Width, multiple: int | None = None) -> list[int]:
         """The neurons that each is to keep.
 
         Raises:
             InputError: the width does not suit one of them.
         """
-        return resolve_widths(width, self.sites)
+        return resolve_widths(width, self.sites, multiple)
 
     def check(self, settings: FuseSettings) -> None:
         """Raise InputError where one has no form for the scale that the method, or matching, gives its neurons."""

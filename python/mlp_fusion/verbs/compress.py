@@ -108,7 +108,7 @@ def compress(
     learnt = None
     if settings.calibration is not None:
         learnt = read_sentences(_file(settings.calibration), limit=settings.calibration_sentences)
-    planned = plan(path, width, layers, budget=settings.budget)
+    planned = plan(path, width, layers, budget=settings.budget, multiple=settings.multiple)
     folder = local_folder(path)
     if folder.resolve() in out.parents:
         raise InputError(f"{out} lies inside {folder}: choose a folder elsewhere")

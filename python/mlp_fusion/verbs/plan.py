@@ -160,7 +160,9 @@ def plan(
         dropped = dropped_layers(headers, model, architecture, sites)
         held, buffers = claimed_tensors(headers, model, architecture, sites), stored_buffers(headers, model)
     chosen = choose_sites(architecture, sites, layers)
-    after = dict(zip((site.index for site in chosen), _widths_after(width, budget, chosen), strict=True))
+    after = dict(
+        zip((site.index for site in chosen), _widths_after(width, budget, chosen, settings.multiple), strict=True)
+    )
     widths = [after.get(site.index, site.kind.width) for site in sites]
     ffns = [_planned(site, site.index in after, width, held) for site, width in zip(sites, widths, strict=True)]
     ffns += [_dropped(ffn, ffn.index in after, widths, sites, headers) for ffn in dropped]
@@ -189,13 +191,15 @@ def plan(
     )
 
 
-def _widths_after(width: Width | str | Mapping[int, int], budget: float | None, chosen: Sequence[FFNSite]) -> list[int]:
+def _widths_after(
+    width: Width | str | Mapping[int, int], budget: float | None, chosen: Sequence[FFNSite], multiple: int | None
+) -> list[int]:
     if isinstance(width, Mapping):
         return [width[site.index] for site in chosen]
     if isinstance(width, str):
         assert budget is not None
         return resolve_widths(float(budget), chosen)
-    return resolve_widths(width, chosen)
+    return resolve_widths(width, chosen, multiple)
 
 
 def _planned(site: FFNSite, chosen: bool, after: int, held: Mapping[str, Sequence[TensorInfo]]) -> PlannedFFN:
