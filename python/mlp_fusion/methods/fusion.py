@@ -81,12 +81,14 @@ def _cluster(
     statuses = tuple(Status(int(s)) for s in found.status)
     if Status.NON_FINITE in statuses:
         raise ValueError("a weight is NaN or Inf: nothing can be clustered")
-    labels = torch.stack([_shared_out(own, x, width) for own, x in zip(found.labels, bundle.vectors(), strict=True)])
+    labels = found.labels
+    if bool((found.counts == 0).any()):
+        labels = torch.stack([_shared_out(own, x, width) for own, x in zip(labels, bundle.vectors(), strict=True)])
     # The one definition of a fused neuron: means of raw rows, whatever the metric that grouped them.
     reduced = bundle.reduce(labels, weights, n_clusters=width)
     return Reduction(
         bundle=reduced,
-        counts=torch.nn.functional.one_hot(labels, width).sum(dim=1),
+        counts=torch.stack([torch.bincount(own, minlength=width) for own in labels]),
         inertia=found.inertia,
         iterations=found.n_iter,
         status=tuple("few_distinct" if s == Status.EMPTY_CLUSTERS else s.name.lower() for s in statuses),
@@ -95,7 +97,7 @@ def _cluster(
 
 def squares_fit(t: Tensor) -> bool:
     """Whether squares of the largest numbers, and sums of such, are normal numbers of float32."""
-    largest = float(t.abs().max()) if t.numel() else 0.0
+    largest = max(abs(float(bound)) for bound in torch.aminmax(t)) if t.numel() else 0.0
     return largest == 0.0 or 1e-14 < largest < 1e14
 
 
@@ -156,8 +158,10 @@ def balanced_rows(bundle: NeuronBundle, statistics: Sequence[FFNStatistics] | No
     for weight, bias in ((bundle.w_gate, bundle.b_gate), (bundle.w_in, bundle.b_in)):
         if weight is None:
             continue
-        column = weight.new_zeros(*weight.shape[:2], 1) if bias is None else bias.unsqueeze(-1)
-        block = torch.cat([weight, column], dim=-1)
+        block = weight
+        if bias is not None or statistics is not None:
+            column = weight.new_zeros(*weight.shape[:2], 1) if bias is None else bias.unsqueeze(-1)
+            block = torch.cat([weight, column], dim=-1)
         if statistics is not None:
             block = block @ torch.stack([_factor(s.input_moment) for s in statistics]).to(block.dtype)
         blocks.append(block)
@@ -176,5 +180,6 @@ def _factor(moment: Tensor) -> Tensor:
 
 def _unit_variance(block: Tensor) -> Tensor:
     wide = in_range(block)
-    spread = (wide - wide.mean(dim=1, keepdim=True)).square().sum(dim=(1, 2), keepdim=True).sqrt().to(block.dtype)
-    return torch.where(spread > 0, block / spread.where(spread > 0, torch.ones_like(spread)), block)
+    centred = wide - wide.mean(dim=1, keepdim=True)
+    spread = torch.linalg.vector_norm(centred, dim=(1, 2), keepdim=True).to(block.dtype)
+    return block / spread.where(spread > 0, torch.ones_like(spread))
