@@ -6,9 +6,11 @@
 
 #include <algorithm>
 #include <array>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
+#include "bfloat16.h"
 #include "parallel.h"
 
 namespace mlp_fusion {
@@ -43,6 +45,14 @@ void mirror(T* g, int64_t n, int64_t stride, int64_t begin, int64_t end) {
 }
 
 template <class T>
+void mirror_all(T* g, int64_t batch, int64_t n, int64_t stride) {
+  for_each(batch * ((n + kPanel - 1) / kPanel), [&](int64_t item) {
+    const int64_t begin = item / batch * kPanel;
+    mirror(g + item % batch * n * stride, n, stride, begin, std::min(begin + kPanel, n));
+  });
+}
+
+template <class T>
 void clear_padding(T* rows, int64_t count, int64_t columns, int64_t stride) {
   for (int64_t i = 0; i < count; ++i) std::fill(rows + i * stride + columns, rows + (i + 1) * stride, T{0});
 }
@@ -73,10 +83,40 @@ void gram_matrices(const T* x, int64_t batch, int64_t n, int64_t k, T* g, int64_
     multiply_transposed(points + begin * k, end - begin, k, points, end, k, k, rows, stride);
     clear_padding(rows, end - begin, n, stride);
   });
-  for_each(batch * panels, [&](int64_t item) {
-    const int64_t begin = item / batch * kPanel;
-    mirror(g + item % batch * n * stride, n, stride, begin, std::min(begin + kPanel, n));
-  });
+  mirror_all(g, batch, n, stride);
+}
+
+void gram_matrices_exact(const float* x, int64_t batch, int64_t n, int64_t k, float* g, int64_t stride) {
+  if (!has_bfloat16_products()) return gram_matrices(x, batch, n, k, g, stride);
+  const int64_t rows = packed_rows(n), columns = packed_columns(k), panels = (n + kPanelRows - 1) / kPanelRows;
+  std::unique_ptr<uint16_t[]> packed(new uint16_t[rows * columns]);
+  std::unique_ptr<char[]> exact(new char[panels]);
+  for (int64_t b = 0; b < batch; ++b) {
+    const float* points = x + b * n * k;
+    float* own = g + b * n * stride;
+    for_each(panels, [&](int64_t panel) {
+      const int64_t begin = panel * kPanelRows, end = std::min(begin + kPanelRows, rows);
+      exact[panel] = 1;
+      for (int64_t i = begin; i < end && exact[panel]; ++i) {
+        uint16_t* row = packed.get() + i * columns;
+        if (i < n) {
+          exact[panel] = pack_bfloat16(points + i * k, k, row);
+        } else {
+          std::fill_n(row, columns, uint16_t{0});
+        }
+      }
+    });
+    if (!std::all_of(exact.get(), exact.get() + panels, [](char all) { return all; })) {
+      gram_matrices(points, 1, n, k, own, stride);
+      continue;
+    }
+    for_each(panels, [&](int64_t item) {
+      const int64_t begin = (panels - 1 - item) * kPanelRows, end = std::min(begin + kPanelRows, n);
+      gram_rows_bfloat16(packed.get(), k, begin, end, n, own, stride);
+      clear_padding(own + begin * stride, end - begin, n, stride);
+    });
+    mirror_all(own, 1, n, stride);
+  }
 }
 
 template <class T>
