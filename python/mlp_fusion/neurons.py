@@ -198,6 +198,12 @@ class NeuronBundle(FFN):
         columns = [t for t in (getattr(bundle, name) for name in _VECTOR_FIELDS) if t is not None]
         return torch.cat([t if t.ndim == 3 else t.unsqueeze(-1) for t in columns], dim=-1)
 
+    @property
+    def vector_length(self) -> int:
+        """D, the columns of :meth:`vectors`."""
+        columns = [t for t in (getattr(self, name) for name in _VECTOR_FIELDS) if t is not None]
+        return sum(t.shape[-1] if t.ndim == 3 else 1 for t in columns)
+
     def with_vectors(self, rows: Tensor, scale: Tensor | None) -> NeuronBundle:
         """A bundle of the neurons `rows`, laid out as :meth:`vectors` does; all else as here.
 
@@ -210,9 +216,8 @@ class NeuronBundle(FFN):
         """
         widths = [(name, getattr(self, name)) for name in _VECTOR_FIELDS]
         sizes = [(n, t.shape[-1] if t.ndim == 3 else 1, t.ndim) for n, t in widths if t is not None]
-        total = sum(size for _, size, _ in sizes)
-        if rows.ndim != 3 or rows.shape[0] != self.batch or rows.shape[2] != total:
-            raise ValueError(f"rows have shape {tuple(rows.shape)}, expected ({self.batch}, K, {total})")
+        if rows.ndim != 3 or rows.shape[0] != self.batch or rows.shape[2] != self.vector_length:
+            raise ValueError(f"rows have shape {tuple(rows.shape)}, expected ({self.batch}, K, {self.vector_length})")
         pieces = rows.to(self.w_in.dtype).split([size for _, size, _ in sizes], dim=-1)
         tensors: dict[str, Any] = {
             name: (piece if ndim == 3 else piece.squeeze(-1)).contiguous()

@@ -214,5 +214,5 @@ def _factor(moment: Tensor) -> Tensor:
 def _unit_variance(block: Tensor) -> Tensor:
     wide = in_range(block)
     centred = wide - wide.mean(dim=1, keepdim=True)
-    spread = torch.linalg.vector_norm(centred, dim=(1, 2), keepdim=True).to(block.dtype)
+    spread = torch.linalg.vector_norm(centred, dim=(1, 2), keepdim=True, dtype=torch.float64).to(block.dtype)
     return block / spread.where(spread > 0, torch.ones_like(spread))
