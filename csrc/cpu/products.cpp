@@ -3,15 +3,18 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <memory>
 #include <type_traits>
 #include <vector>
 
 #include "bfloat16.h"
 #include "parallel.h"
+#include "simd.h"
 
 namespace mlp_fusion {
 namespace {
@@ -52,6 +55,20 @@ void mirror_all(T* g, int64_t batch, int64_t n, int64_t stride) {
   });
 }
 
+// The Gram matrix of one problem, of rows that begin where those of any other problem would: a product's bits can depend
+// on where in memory, and so where in the batch, they lie.
+void gram_of_aligned(const float* x, int64_t n, int64_t k, float* g, int64_t stride) {
+  const int64_t width = padded(k);
+  const std::unique_ptr<float, decltype(&std::free)> rows(
+      static_cast<float*>(std::aligned_alloc(sizeof(float) * kPad, n * width * sizeof(float))), &std::free);
+  STD_TORCH_CHECK(rows != nullptr || n * width == 0, "gram_exact: out of memory");
+  for_each(n, [&](int64_t i) {
+    std::copy_n(x + i * k, k, rows.get() + i * width);
+    std::fill_n(rows.get() + i * width + k, width - k, 0.0f);
+  });
+  gram_matrices(rows.get(), 1, n, width, g, stride);
+}
+
 template <class T>
 void clear_padding(T* rows, int64_t count, int64_t columns, int64_t stride) {
   for (int64_t i = 0; i < count; ++i) std::fill(rows + i * stride + columns, rows + (i + 1) * stride, T{0});
@@ -87,7 +104,10 @@ void gram_matrices(const T* x, int64_t batch, int64_t n, int64_t k, T* g, int64_
 }
 
 void gram_matrices_exact(const float* x, int64_t batch, int64_t n, int64_t k, float* g, int64_t stride) {
-  if (!has_bfloat16_products()) return gram_matrices(x, batch, n, k, g, stride);
+  if (!has_bfloat16_products()) {
+    for (int64_t b = 0; b < batch; ++b) gram_of_aligned(x + b * n * k, n, k, g + b * n * stride, stride);
+    return;
+  }
   const int64_t rows = packed_rows(n), columns = packed_columns(k), panels = (n + kPanelRows - 1) / kPanelRows;
   std::unique_ptr<uint16_t[]> packed(new uint16_t[rows * columns]);
   std::unique_ptr<char[]> exact(new char[panels]);
@@ -107,7 +127,7 @@ void gram_matrices_exact(const float* x, int64_t batch, int64_t n, int64_t k, fl
       }
     });
     if (!std::all_of(exact.get(), exact.get() + panels, [](char all) { return all; })) {
-      gram_matrices(points, 1, n, k, own, stride);
+      gram_of_aligned(points, n, k, own, stride);
       continue;
     }
     for_each(panels, [&](int64_t item) {

@@ -323,7 +323,8 @@ class _SumsByLabel:
 
     def __call__(self, rows: Tensor, weights: Tensor) -> Tensor:
         """(B, K) or (B, K, D) sums of rows (B, N) or (B, N, D) times weights (B, N) of their dtype."""
-        columns = rows.flatten(0, 1) if rows.ndim == 3 else rows.reshape(-1, 1)
+        # Contiguous: other strides are summed by other code, whose bits are others.
+        columns = rows.contiguous().view(-1, rows.shape[2] if rows.ndim == 3 else 1)
         shares = weights.flatten()[self.order]
         sums = torch.nn.functional.embedding_bag(
             self.order, columns, self.offsets, mode="sum", per_sample_weights=shares, include_last_offset=True

