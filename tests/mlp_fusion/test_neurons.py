@@ -130,6 +130,18 @@ def test_fusing_tied_neurons_is_exact(bundle: NeuronBundle, data: st.DataObject)
     torch.testing.assert_close(fused.forward(_inputs(bundle)), tied.forward(_inputs(bundle)), rtol=1e-9, atol=1e-9)
 
 
+def test_reduce_has_the_same_bits_whatever_the_strides() -> None:
+    g = torch.Generator().manual_seed(0)
+    w_in, w_out = torch.randn(2, 60, 33, generator=g), torch.randn(2, 60, 33, generator=g)
+    labels = torch.randint(20, (2, 60), generator=g)
+    weights = torch.rand(2, 60, generator=g)
+    bundle = NeuronBundle(w_in=w_in, w_out=w_out, activation="silu")
+    turned = dataclasses.replace(bundle, w_out=w_out.transpose(1, 2).contiguous().transpose(1, 2))
+    expected = bundle.reduce(labels, weights, 20)
+    assert torch.equal(turned.reduce(labels, weights, 20).w_out, expected.w_out)
+    assert torch.equal(bundle.select(1).reduce(labels[1:], weights[1:], 20).w_out[0], expected.w_out[1])
+
+
 @given(bundles(), st.data())
 def test_reduce_is_the_weighted_mean_per_cluster(bundle: NeuronBundle, data: st.DataObject) -> None:
     K = data.draw(st.integers(1, 5))
