@@ -50,7 +50,7 @@ def workers() -> list[int]:
                 command = (folder / "cmdline").read_bytes()
             except OSError:
                 continue  # it has ended
-            if command.startswith(b"ray::_do"):
+            if command.startswith(b"ray::do"):
                 found.append(int(folder.name))
     return found
 

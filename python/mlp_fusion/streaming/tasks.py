@@ -13,8 +13,9 @@ from mlp_fusion.store.disk import DiskFFN, Piece
 from mlp_fusion.store.shards import Shard
 from mlp_fusion.store.tensors import Plain, Tensors
 
-#: float32 bytes of neurons that one task reads: what a method works on side by side.
-TASK_BYTES = 256 * 2**20
+#: float32 bytes of neurons that one task reads. Small: tasks are what is done side by side, and pages that are used
+#: again need not be cleared.
+TASK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
