@@ -154,6 +154,15 @@ def test_layers_that_transformers_does_not_load_are_narrowed_too(tmp_path: Path)
         mlp_fusion.plan(source, 0.5)
 
 
+def test_a_plan_estimates_what_a_run_takes(mixtral: Path) -> None:
+    half, last = mlp_fusion.plan(mixtral, 0.5), mlp_fusion.plan(mixtral, 0.5, layers="last:1")
+    assert half.operations == 3 * 4 * 64 * 3 * 64 * 64  # layers, experts, neurons, and parameters of an expert
+    assert last.operations == half.operations // 3
+    assert half.seconds > last.seconds > 0
+    assert half.peak_bytes == last.peak_bytes > 500 * 2**20
+    assert "streamed: about 1 s and " in half.table()
+
+
 @pytest.mark.parametrize("method", ["prune", "cluster", "mmd"])
 def test_other_methods(method: str, mixtral: Path, tmp_path: Path) -> None:
     for stream in (False, True):

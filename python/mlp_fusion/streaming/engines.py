@@ -19,6 +19,11 @@ _MOST_WORKERS, _ON_A_GPU = 8, 3
 Done = Callable[[Task, list[Member]], None]
 
 
+def workers_here() -> int:
+    """How many tasks this machine's processors do side by side."""
+    return min(torch.get_num_threads(), _MOST_WORKERS)
+
+
 def run_locally(work: Work, tasks: Sequence[Task], done: Done) -> None:
     """Do tasks in several threads: while some read or write, others reduce.
 
@@ -29,7 +34,7 @@ def run_locally(work: Work, tasks: Sequence[Task], done: Done) -> None:
         InputError: as reading, reducing and writing do; what has not begun is left then.
     """
     threads = torch.get_num_threads()
-    workers = min(threads, _MOST_WORKERS) if work.device.type == "cpu" else _ON_A_GPU
+    workers = workers_here() if work.device.type == "cpu" else _ON_A_GPU
     torch.set_num_threads(max(1, threads // workers))
     pool = ThreadPoolExecutor(workers, "task")
     try:
