@@ -90,10 +90,9 @@ def said(error: Exception, trip: Any) -> dict[str, Any]:
     if not isinstance(error, InputError):
         return {"status": "failed", "reason": reason}
     reason = reason.removeprefix("InputError: ")
-    if trip is None and "is not supported" not in reason:
-        return {"status": "no small config", "reason": reason}
     if trip is None:
-        return {"status": "refused", "reason": reason}
+        status = "refused" if "is not supported" in str(error) else "no small config"
+        return {"status": status, "reason": reason}
     return {"status": "in memory only" if "fused" in trip.done else "refused", "reason": reason}
 
 

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/blocks.h"
 #include "cpu/kmeans.h"
 #include "cpu/parallel.h"
 #include "cpu/points.h"
@@ -53,6 +54,49 @@ Tensor gram(const Tensor points) {
     gram_matrices(data<T>(points), batch, n, D, mutable_data<T>(g), stride);
     return g;
   });
+}
+
+Tensor gram_exact(const Tensor points) {
+  STD_TORCH_CHECK(points.dim() == 3, "gram_exact: points must be (B, n, D)");
+  const int64_t batch = points.size(0), n = points.size(1), D = points.size(2), stride = gram_stride(n, sizeof(float));
+  check(points, "points", ScalarType::Float, {batch, n, D});
+  Tensor g = new_tensor({batch, n, stride}, ScalarType::Float);
+  gram_matrices_exact(data<float>(points), batch, n, D, mutable_data<float>(g), stride);
+  return g;
+}
+
+Tensor balance(const Tensor sum, const Tensor g) {
+  STD_TORCH_CHECK(g.dim() == 3 && g.size(2) >= padded(g.size(1)), "balance: g must be (B, n, stride)");
+  const int64_t batch = g.size(0), n = g.size(1), stride = g.size(2);
+  check(sum, "sum", ScalarType::Float, {batch, n, stride});
+  check(g, "g", ScalarType::Float, {batch, n, stride});
+  Tensor moments = new_tensor({batch, 2}, ScalarType::Double);
+  add_balanced(mutable_data<float>(sum), data<float>(g), batch, n, stride, mutable_data<double>(moments));
+  return moments;
+}
+
+Tensor centre(const Tensor g, const Tensor w) {
+  STD_TORCH_CHECK(g.dim() == 3 && g.size(2) >= padded(g.size(1)), "centre: g must be (B, n, stride)");
+  const int64_t batch = g.size(0), n = g.size(1), stride = g.size(2);
+  check(g, "g", ScalarType::Float, {batch, n, stride});
+  check(w, "w", ScalarType::Double, {batch, n});
+  Tensor moments = new_tensor({batch, 2}, ScalarType::Double);
+  centre_gram(mutable_data<float>(g), data<double>(w), batch, n, stride, mutable_data<double>(moments));
+  return moments;
+}
+
+Tensor inertia(const Tensor g, const Tensor w, const Tensor labels, int64_t n_clusters) {
+  STD_TORCH_CHECK(g.dim() == 3 && g.size(2) >= g.size(1), "inertia: g must be (B, n, stride)");
+  const int64_t batch = g.size(0), n = g.size(1), stride = g.size(2);
+  check(g, "g", ScalarType::Float, {batch, n, stride});
+  check(w, "w", ScalarType::Double, {batch, n});
+  check(labels, "labels", ScalarType::Long, {batch, n});
+  const int64_t* label = data<int64_t>(labels);
+  STD_TORCH_CHECK(std::all_of(label, label + batch * n, [&](int64_t c) { return c >= 0 && c < n_clusters; }),
+                  "inertia: labels: outside");
+  Tensor found = new_tensor({batch}, ScalarType::Double);
+  gram_inertia(data<float>(g), data<double>(w), label, batch, n, stride, n_clusters, mutable_data<double>(found));
+  return found;
 }
 
 Tensor cross(const Tensor centroids, const Tensor points) {
@@ -243,6 +287,10 @@ Tensor decide(const Tensor x, const Tensor centroids, const Tensor labels, const
 STABLE_TORCH_LIBRARY(fusion_kernels_native, m) {
   m.def("prepare(Tensor x, Tensor w) -> (Tensor, Tensor, Tensor)");
   m.def("gram(Tensor points) -> Tensor");
+  m.def("gram_exact(Tensor points) -> Tensor");
+  m.def("balance(Tensor(a!) sum, Tensor g) -> Tensor");
+  m.def("centre(Tensor(a!) g, Tensor w) -> Tensor");
+  m.def("inertia(Tensor g, Tensor w, Tensor labels, int n_clusters) -> Tensor");
   m.def("cross(Tensor centroids, Tensor points) -> Tensor");
   m.def(
       "cluster(Tensor g, Tensor w, Tensor? levels, Tensor? seeds, Tensor? labels, Tensor? products, Tensor? norms, "
@@ -258,6 +306,10 @@ STABLE_TORCH_LIBRARY(fusion_kernels_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(fusion_kernels_native, CPU, m) {
   m.impl("prepare", TORCH_BOX(&mlp_fusion::prepare));
   m.impl("gram", TORCH_BOX(&mlp_fusion::gram));
+  m.impl("gram_exact", TORCH_BOX(&mlp_fusion::gram_exact));
+  m.impl("balance", TORCH_BOX(&mlp_fusion::balance));
+  m.impl("centre", TORCH_BOX(&mlp_fusion::centre));
+  m.impl("inertia", TORCH_BOX(&mlp_fusion::inertia));
   m.impl("cross", TORCH_BOX(&mlp_fusion::cross));
   m.impl("cluster", TORCH_BOX(&mlp_fusion::cluster));
   m.impl("finish", TORCH_BOX(&mlp_fusion::finish));

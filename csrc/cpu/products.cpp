@@ -3,13 +3,18 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
+#include "bfloat16.h"
 #include "parallel.h"
+#include "simd.h"
 
 namespace mlp_fusion {
 namespace {
@@ -43,6 +48,28 @@ void mirror(T* g, int64_t n, int64_t stride, int64_t begin, int64_t end) {
 }
 
 template <class T>
+void mirror_all(T* g, int64_t batch, int64_t n, int64_t stride) {
+  for_each(batch * ((n + kPanel - 1) / kPanel), [&](int64_t item) {
+    const int64_t begin = item / batch * kPanel;
+    mirror(g + item % batch * n * stride, n, stride, begin, std::min(begin + kPanel, n));
+  });
+}
+
+// The Gram matrix of one problem, of rows that begin where those of any other problem would: a product's bits can depend
+// on where in memory, and so where in the batch, they lie.
+void gram_of_aligned(const float* x, int64_t n, int64_t k, float* g, int64_t stride) {
+  const int64_t width = padded(k);
+  const std::unique_ptr<float, decltype(&std::free)> rows(
+      static_cast<float*>(std::aligned_alloc(sizeof(float) * kPad, n * width * sizeof(float))), &std::free);
+  STD_TORCH_CHECK(rows != nullptr || n * width == 0, "gram_exact: out of memory");
+  for_each(n, [&](int64_t i) {
+    std::copy_n(x + i * k, k, rows.get() + i * width);
+    std::fill_n(rows.get() + i * width + k, width - k, 0.0f);
+  });
+  gram_matrices(rows.get(), 1, n, width, g, stride);
+}
+
+template <class T>
 void clear_padding(T* rows, int64_t count, int64_t columns, int64_t stride) {
   for (int64_t i = 0; i < count; ++i) std::fill(rows + i * stride + columns, rows + (i + 1) * stride, T{0});
 }
@@ -73,10 +100,43 @@ void gram_matrices(const T* x, int64_t batch, int64_t n, int64_t k, T* g, int64_
     multiply_transposed(points + begin * k, end - begin, k, points, end, k, k, rows, stride);
     clear_padding(rows, end - begin, n, stride);
   });
-  for_each(batch * panels, [&](int64_t item) {
-    const int64_t begin = item / batch * kPanel;
-    mirror(g + item % batch * n * stride, n, stride, begin, std::min(begin + kPanel, n));
-  });
+  mirror_all(g, batch, n, stride);
+}
+
+void gram_matrices_exact(const float* x, int64_t batch, int64_t n, int64_t k, float* g, int64_t stride) {
+  if (!has_bfloat16_products()) {
+    for (int64_t b = 0; b < batch; ++b) gram_of_aligned(x + b * n * k, n, k, g + b * n * stride, stride);
+    return;
+  }
+  const int64_t rows = packed_rows(n), columns = packed_columns(k), panels = (n + kPanelRows - 1) / kPanelRows;
+  std::unique_ptr<uint16_t[]> packed(new uint16_t[rows * columns]);
+  std::unique_ptr<char[]> exact(new char[panels]);
+  for (int64_t b = 0; b < batch; ++b) {
+    const float* points = x + b * n * k;
+    float* own = g + b * n * stride;
+    for_each(panels, [&](int64_t panel) {
+      const int64_t begin = panel * kPanelRows, end = std::min(begin + kPanelRows, rows);
+      exact[panel] = 1;
+      for (int64_t i = begin; i < end && exact[panel]; ++i) {
+        uint16_t* row = packed.get() + i * columns;
+        if (i < n) {
+          exact[panel] = pack_bfloat16(points + i * k, k, row);
+        } else {
+          std::fill_n(row, columns, uint16_t{0});
+        }
+      }
+    });
+    if (!std::all_of(exact.get(), exact.get() + panels, [](char all) { return all; })) {
+      gram_of_aligned(points, n, k, own, stride);
+      continue;
+    }
+    for_each(panels, [&](int64_t item) {
+      const int64_t begin = (panels - 1 - item) * kPanelRows, end = std::min(begin + kPanelRows, n);
+      gram_rows_bfloat16(packed.get(), k, begin, end, n, own, stride);
+      clear_padding(own + begin * stride, end - begin, n, stride);
+    });
+    mirror_all(own, 1, n, stride);
+  }
 }
 
 template <class T>

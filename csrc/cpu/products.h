@@ -16,6 +16,9 @@ void multiply_transposed(const T* a, int64_t m, int64_t a_stride, const T* b, in
 template <class T>
 void gram_matrices(const T* x, int64_t batch, int64_t n, int64_t k, T* g, int64_t stride);
 
+// The same, faster where bfloat16 holds all numbers of a problem exactly and the processor multiplies those.
+void gram_matrices_exact(const float* x, int64_t batch, int64_t n, int64_t k, float* g, int64_t stride);
+
 // out = a xᵀ of each problem: a (batch, m, k), x (batch, n, k), out (batch, m, stride) with zeros beyond column n.
 template <class T>
 void cross_products(const T* a, const T* x, int64_t batch, int64_t m, int64_t n, int64_t k, T* out, int64_t stride);

@@ -336,7 +336,10 @@ def _solve_gram(
     levels = seeds = labels = products = norms = None
     K = options.n_clusters
     if init is None:
-        draw = {Seeding.PLUS_PLUS: lambda: (_levels(options), None), Seeding.RANDOM: lambda: (None, _drawn(w, options))}
+        draw = {
+            Seeding.PLUS_PLUS: lambda: (level_draws(options), None),
+            Seeding.RANDOM: lambda: (None, _drawn(w, options)),
+        }
         levels, seeds = by_member(draw, options.seeding)()
     elif init.is_floating_point():
         centred = prepared.bring(init)
@@ -373,7 +376,7 @@ def _settle(x: Tensor, w: Tensor, solved: _Solved, b: int, options: Options, dec
     solved.labels[b], solved.centroids[b], solved.inertia[b] = settled.labels, settled.centroids, settled.inertia
 
 
-def _levels(options: Options) -> Tensor:
+def level_draws(options: Options) -> Tensor:
     """(n_init, 1 + (K - 1) trials): what k-means++ draws by, for every problem the same."""
     generator = torch.Generator().manual_seed(options.seed)
     draws = [seeding_levels(options.n_clusters, generator) for _ in range(options.n_init)]

@@ -119,28 +119,50 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
 @_model
 @click.argument("out", type=click.Path(path_type=Path))
 @_options(CompressSettings)
+@click.option("--dry-run", is_flag=True, help="Say what would be done, as plan does, and write nothing.")
 @_json
-def compress(model: str, out: Path, as_json: bool, **options: Any) -> None:
+def compress(model: str, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Fuse the FFNs of MODEL and write a plain checkpoint to OUT, which must not exist or be empty."""
     settings = _read(CompressSettings, options)
+    if dry_run:
+        asked = {field.name: getattr(settings, field.name) for field in fields(PlanSettings)}
+        _emit(mlp_fusion.plan(model, **asked), as_json)
+        return
     with _progress() as bar:
         task = bar.add_task("fusing", total=None)
 
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        report = mlp_fusion.compress(model, out, **vars(settings), progress=show)
+        try:
+            report = mlp_fusion.compress(model, out, **vars(settings), progress=show)
+        except KeyboardInterrupt as interrupted:
+            if _can_go_on(out):
+                message = "interrupted; the same command with --resume goes on"
+                raise _InterruptedRunError(message) from interrupted
+            raise
     _emit(report, as_json)
     if not as_json:
         click.echo(f"written: {out}")
 
 
+def _can_go_on(out: Path) -> bool:
+    """Whether an interrupted run has left what it can go on with."""
+    from mlp_fusion.store.output import journal_of, output_path
+
+    return journal_of(output_path(out)).exists()
+
+
 @cli.command()
 @click.argument("out")
+@click.option("--against", metavar="MODEL", help="The source: compare its tensors, and the outputs of some FFNs.")
 @_json
-def verify(out: str, as_json: bool) -> None:
-    """Reload what compress wrote to OUT and compare it with what was in memory when it was written."""
-    result = mlp_fusion.verify(out)
+def verify(out: str, against: str | None, as_json: bool) -> None:
+    """Reload what compress wrote to OUT and compare it with what was in memory when it was written.
+
+    What was streamed from disk to disk is compared with its config and, with --against, with its source.
+    """
+    result = mlp_fusion.verify(out, against)
     _emit(result, as_json)
     if not result.passed:
         raise SystemExit(1)

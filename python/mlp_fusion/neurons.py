@@ -48,6 +48,14 @@ def reciprocal(scale: Tensor) -> Tensor:
     return torch.where(scale != 0, scale, torch.ones_like(scale)).reciprocal() * (scale != 0)
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry of a tensor is NaN or infinite; in one pass over it, of floating types that are computed in."""
+    if not tensor.numel():
+        return True
+    least, largest = torch.aminmax(tensor)  # NaN where there is one
+    return bool(least.isfinite() & largest.isfinite())
+
+
 @dataclass(frozen=True, eq=False)
 class NeuronBundle(FFN):
     """B feed-forward layers of one shape, neuron by neuron: `FFN` with a batch axis, and what methods do with it.
@@ -198,6 +206,12 @@ class NeuronBundle(FFN):
         columns = [t for t in (getattr(bundle, name) for name in _VECTOR_FIELDS) if t is not None]
         return torch.cat([t if t.ndim == 3 else t.unsqueeze(-1) for t in columns], dim=-1)
 
+    @property
+    def vector_length(self) -> int:
+        """D, the columns of :meth:`vectors`."""
+        columns = [t for t in (getattr(self, name) for name in _VECTOR_FIELDS) if t is not None]
+        return sum(t.shape[-1] if t.ndim == 3 else 1 for t in columns)
+
     def with_vectors(self, rows: Tensor, scale: Tensor | None) -> NeuronBundle:
         """A bundle of the neurons `rows`, laid out as :meth:`vectors` does; all else as here.
 
@@ -210,9 +224,8 @@ class NeuronBundle(FFN):
         """
         widths = [(name, getattr(self, name)) for name in _VECTOR_FIELDS]
         sizes = [(n, t.shape[-1] if t.ndim == 3 else 1, t.ndim) for n, t in widths if t is not None]
-        total = sum(size for _, size, _ in sizes)
-        if rows.ndim != 3 or rows.shape[0] != self.batch or rows.shape[2] != total:
-            raise ValueError(f"rows have shape {tuple(rows.shape)}, expected ({self.batch}, K, {total})")
+        if rows.ndim != 3 or rows.shape[0] != self.batch or rows.shape[2] != self.vector_length:
+            raise ValueError(f"rows have shape {tuple(rows.shape)}, expected ({self.batch}, K, {self.vector_length})")
         pieces = rows.to(self.w_in.dtype).split([size for _, size, _ in sizes], dim=-1)
         tensors: dict[str, Any] = {
             name: (piece if ndim == 3 else piece.squeeze(-1)).contiguous()
@@ -242,15 +255,20 @@ class NeuronBundle(FFN):
         K = n_clusters if n_clusters is not None else (int(labels.max()) + 1 if labels.numel() else 0)
         if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= K):
             raise ValueError(f"labels lie in [{int(labels.min())}, {int(labels.max())}], expected [0, {K})")
-        rows = self.vectors()
-        sizes = torch.ones_like(rows[..., 0]) if self.scale is None else self.scale.to(rows.dtype)
-        weights = sizes if weights is None else weights.to(rows.dtype) * sizes
-        # One-hot products rather than scattered additions: the same bits on every run and every device.
-        members = torch.nn.functional.one_hot(labels.long(), K).to(rows.dtype).transpose(1, 2)
-        mass = members @ weights.unsqueeze(-1)
-        means = members @ (rows * weights.unsqueeze(-1)) / mass.clamp(min=torch.finfo(rows.dtype).tiny)
-        scale = (members @ sizes.unsqueeze(-1)).squeeze(-1)
-        return self.with_vectors(means, scale.to(torch.promote_types(rows.dtype, torch.float32)))
+        bundle = self.canonical()
+        sizes = torch.ones_like(self.w_in[..., 0]) if self.scale is None else self.scale.to(self.w_in.dtype)
+        weights = sizes if weights is None else weights.to(self.w_in.dtype) * sizes
+        sum_by_label = _SumsByLabel(labels, K)
+        mass = sum_by_label(torch.ones_like(weights), weights).clamp(min=torch.finfo(weights.dtype).tiny)
+        means: dict[str, Any] = {}
+        for name in _VECTOR_FIELDS:
+            tensor = getattr(bundle, name)
+            if tensor is not None:
+                sums = sum_by_label(tensor.to(self.w_in.dtype), weights)
+                means[name] = sums.div_(mass.unsqueeze(-1) if tensor.ndim == 3 else mass)
+        scale = sum_by_label(torch.ones_like(sizes), sizes)
+        scale = scale.to(torch.promote_types(scale.dtype, torch.float32))
+        return dataclasses.replace(bundle, **means, scale=scale, scale_exponent=0.0)
 
     # --- the function ------------------------------------------------------------------------------------------------
 
@@ -294,6 +312,32 @@ class NeuronBundle(FFN):
         """
         y = self.hidden(x) @ self.w_out
         return y if self.b_out is None else y + self.b_out.unsqueeze(1)
+
+
+class _SumsByLabel:
+    """Weighted sums of the rows of each label, read once, each in the order of the rows: the same bits on every run.
+
+    Scattered additions have no order on a GPU, and products with one-hot rows cost as much as the Gram matrix.
+    """
+
+    def __init__(self, labels: Tensor, n_clusters: int) -> None:
+        """For labels (B, N) in `[0, n_clusters)`."""
+        self.shape = (len(labels), n_clusters)
+        problem = torch.arange(len(labels), device=labels.device).unsqueeze(-1)
+        bag = (labels.long() + problem * n_clusters).flatten()
+        self.order = bag.argsort(stable=True)
+        ends = torch.bincount(bag, minlength=len(labels) * n_clusters).cumsum(0)
+        self.offsets = torch.cat([ends.new_zeros(1), ends])
+
+    def __call__(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """(B, K) or (B, K, D) sums of rows (B, N) or (B, N, D) times weights (B, N) of their dtype."""
+        # Contiguous: other strides are summed by other code, whose bits are others.
+        columns = rows.contiguous().view(-1, rows.shape[2] if rows.ndim == 3 else 1)
+        shares = weights.flatten()[self.order]
+        sums = torch.nn.functional.embedding_bag(
+            self.order, columns, self.offsets, mode="sum", per_sample_weights=shares, include_last_offset=True
+        )
+        return sums.view(*self.shape, -1) if rows.ndim == 3 else sums.view(self.shape)
 
 
 def output_factor(scale: Tensor, exponent: float, up_multiplies: bool) -> Tensor:

@@ -141,31 +141,35 @@ def is_automatic(width: object, budget: float | None) -> bool:
     return automatic
 
 
-def resolve_width(width: Width, full: int) -> int:
+def resolve_width(width: Width, full: int, multiple: int | None = None) -> int:
     """The number of neurons that an FFN of `full` neurons keeps.
 
     Args:
-        width: a count (int), or a share (float) strictly between 0 and 1, rounded to `width_multiple(full)`.
+        width: a count (int), or a share (float) strictly between 0 and 1, rounded to the multiple.
         full: neurons now.
+        multiple: what the number is to be a multiple of; None for `width_multiple(full)`, and 8 of counts.
 
     Raises:
         InputError: zero, negative, not smaller than `full`, or a count that engines cannot serve (not a multiple of 8
-            where `full` is one).
+            where `full` is one, or not of `multiple`).
     """
     if isinstance(width, bool) or not isinstance(width, Real):
         raise InputError(f"width {width!r}: give a count such as 768 or a share such as 0.25")
+    if multiple is not None and multiple >= full:
+        raise InputError(f"multiple {multiple} leaves no width below the FFN's {full} neurons: use a smaller one")
     if isinstance(width, Integral):
-        count, multiple = int(width), 8 if full % 8 == 0 else 1
+        count, step = int(width), multiple or (8 if full % 8 == 0 else 1)
         if count <= 0:
             raise InputError(f"width {width} must be positive")
-        if count % multiple and count < full:
-            near = min(max(multiple, round(count / multiple) * multiple), full - multiple)
-            raise InputError(f"width {count} is not a multiple of {multiple}, as engines need it: use {near}")
+        if count % step and count < full:
+            near = min(max(step, round(count / step) * step), (full - 1) // step * step)
+            why = "as engines need it" if multiple is None else "as was asked for"
+            raise InputError(f"width {width} is not a multiple of {step}, {why}: use {near}")
     else:
         if not 0.0 < width < 1.0:
             raise InputError(f"width {width} as a share must lie strictly between 0 and 1; a count is an integer")
-        multiple = width_multiple(full)
-        count = max(multiple, round(float(width) * full / multiple) * multiple)
+        step = multiple or width_multiple(full)
+        count = max(step, round(float(width) * full / step) * step)
     if count >= full:
         raise InputError(f"width {width} gives {count} neurons: not smaller than the FFN's {full}")
     return count

@@ -224,10 +224,15 @@ class PlanSettings(Settings):
         "With width auto: the share of the FFNs' parameters to keep.", None, above=0.0, below=1.0
     )
     layers: Layers = option("all, 4-11, last:8, first:4, 0,2,5, or a pattern of paths such as decoder.*.", "all")
+    multiple: int | None = option(
+        "What widths are to be a multiple of: 256 for GGUF's k-quants, 128 times the ranks of tensor parallelism.",
+        None, least=1, default_help="128 of shares of 1,024 neurons or more, else 8", metavar="N",
+    )  # fmt: skip
 
     def check(self) -> None:
         """Raise InputError as :class:`Settings` does; the width is compared with each FFN's later."""
-        is_automatic(self.width, self.budget)
+        if is_automatic(self.width, self.budget) and self.multiple is not None:
+            raise InputError("width auto has multiples of its own: leave out multiple")
         super().check()
 
 
@@ -359,8 +364,8 @@ class CompressSettings(FuseSettings):
     )  # fmt: skip
 
     stream: bool | None = option(
-        "From disk to disk, a few FFNs in memory at a time: any size, nothing is run or measured.", None,
-        default_help="for weights of more than a third of the memory, without text", recorded=False,
+        "From disk to disk, a few FFNs in memory at a time, or with calibration a layer: any size.", None,
+        default_help="for weights of more than a third of the memory", recorded=False,
     )  # fmt: skip
     engine: str = option(
         "Who does a streamed run: local (this process) or ray.", "local", choices=("local", "ray"), recorded=False
@@ -377,8 +382,10 @@ class CompressSettings(FuseSettings):
         super().check(calibrated=self.calibration is not None if calibrated is None else calibrated)
         if self.resume and self.force:
             raise InputError("resume goes on with a run and force starts it again: choose one")
-        if self.stream and (self.calibration is not None or self.text is not None or self.budget is not None):
-            raise InputError("a streamed run reads no text: leave out calibration, text and width auto, or stream")
+        if self.stream and (self.text is not None or self.budget is not None or self.tune_steps > 0):
+            raise InputError("a streamed run has no whole model: leave out text, width auto and tune_steps, or stream")
+        if self.engine != "local" and self.calibration is not None:
+            raise InputError(f"engine {self.engine} carries no hidden states: leave out calibration, or use local")
 
     def fusing(self) -> FuseSettings:
         """What of it is the fusion's."""

@@ -103,7 +103,7 @@ def test_tied_neurons_are_equal_in_the_raw_parameters_and_merge_to_half(model_ty
     fresh = copy.deepcopy(model)
     tying.tie(model, description)
     for site, path in tying.instances(description):
-        half = tying.kept(site)
+        half = tying.kept(site, description.sites)
         before, after = (tying.neurons(m, site, path, site.width) for m in (fresh, model))
         assert torch.equal(after.ins[:, half:], after.ins[:, : site.width - half])
         assert torch.equal(after.outs[:, half:], after.outs[:, : site.width - half])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mlp_fusion import InputError
 from mlp_fusion.families import FFNSite
-from mlp_fusion.running.batches import main_input, padded_behind, samples, take_batches, takes_text
+from mlp_fusion.running.batches import main_input, padded_behind, samples, take_batches, takes_text, token_mask
 from mlp_fusion.running.drawing import random_batch
 from mlp_fusion.running.positions import counted
 from mlp_fusion.running.runner import Runner
@@ -85,6 +85,15 @@ def test_sounds_are_drawn_short_and_images_few_where_they_are_large() -> None:
     assert random_batch(large, seed=0, batch=1)["pixel_values"].shape == (1, 3, 224, 224)
 
 
+def test_series_of_numbers_are_drawn_and_observed() -> None:
+    sizes = {"d_model": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "ffn_dim": 32}
+    model = transformers.PatchTSTModel(transformers.PatchTSTConfig(**sizes, num_input_channels=3, context_length=24))
+    drawn = random_batch(model, seed=0, batch=2)
+    assert drawn["past_values"].shape == (2, 24, 3)
+    assert drawn["past_values"].std() > 0.5
+    assert bool((drawn["past_observed_mask"] == 1).all())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_images_get_the_models_dtype(dtype: torch.dtype) -> None:
     model = tiny("wav2vec2").to(dtype)
@@ -131,6 +140,18 @@ def test_a_decoders_text_moves_by_its_own_mask() -> None:
         assert torch.equal(moved[name], value)
     unmasked = padded_behind({**own, "decoder_input_ids": other["input_ids"]})
     assert torch.equal(unmasked["decoder_input_ids"], other["input_ids"])
+
+
+def test_several_ids_of_one_position_are_no_choices() -> None:
+    ids = torch.arange(2 * 5 * 3).reshape(2, 5, 3)
+    mask = torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
+    [taken] = take_batches({"input_ids": ids, "attention_mask": mask, "boxes": ids + 1}, 1, codebooks=3)
+    assert torch.equal(taken["input_ids"][0], ids[0])
+    # What was padded in front is padded behind, with all of a position's ids.
+    assert torch.equal(taken["input_ids"][1, :3], ids[1, 2:])
+    assert torch.equal(taken["boxes"], taken["input_ids"] + 1)
+    assert token_mask(taken).tolist() == [[True] * 5, [True] * 3 + [False] * 2]
+    assert token_mask({"input_ids": ids}).shape == (2, 5)
 
 
 def test_models_that_text_alone_is_enough_for() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bundles import bundles, random_bundle, tie
-from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.neurons import NeuronBundle, all_finite
 
 _NAIVE = {
     "gelu": F.gelu,
@@ -129,6 +130,18 @@ def test_fusing_tied_neurons_is_exact(bundle: NeuronBundle, data: st.DataObject)
     torch.testing.assert_close(fused.forward(_inputs(bundle)), tied.forward(_inputs(bundle)), rtol=1e-9, atol=1e-9)
 
 
+def test_reduce_has_the_same_bits_whatever_the_strides() -> None:
+    g = torch.Generator().manual_seed(0)
+    w_in, w_out = torch.randn(2, 60, 33, generator=g), torch.randn(2, 60, 33, generator=g)
+    labels = torch.randint(20, (2, 60), generator=g)
+    weights = torch.rand(2, 60, generator=g)
+    bundle = NeuronBundle(w_in=w_in, w_out=w_out, activation="silu")
+    turned = dataclasses.replace(bundle, w_out=w_out.transpose(1, 2).contiguous().transpose(1, 2))
+    expected = bundle.reduce(labels, weights, 20)
+    assert torch.equal(turned.reduce(labels, weights, 20).w_out, expected.w_out)
+    assert torch.equal(bundle.select(1).reduce(labels[1:], weights[1:], 20).w_out[0], expected.w_out[1])
+
+
 @given(bundles(), st.data())
 def test_reduce_is_the_weighted_mean_per_cluster(bundle: NeuronBundle, data: st.DataObject) -> None:
     K = data.draw(st.integers(1, 5))
@@ -228,3 +241,14 @@ def test_bad_calls_are_named() -> None:
         bundle.reduce(torch.zeros(1, 6, dtype=torch.int64), torch.ones(1, 5))
     with pytest.raises(ValueError, match="rows have shape"):
         bundle.with_vectors(torch.zeros(1, 3, 2), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])
+def test_all_finite(value: float | None, dtype: torch.dtype) -> None:
+    for place in (0, 500, 1022):
+        tensor = torch.linspace(-3, 3, 1023).to(dtype).reshape(33, 31)
+        if value is not None:
+            tensor.view(-1)[place] = value
+        assert all_finite(tensor) is (value is None)
+    assert all_finite(torch.empty(0, 3, dtype=dtype))

@@ -39,6 +39,14 @@ def test_base_and_whole_are_the_models_own_outputs() -> None:
         assert torch.equal(logits, model(**batch).logits)
 
 
+def test_the_whole_model_runs_where_a_part_of_its_head_is_to() -> None:
+    model, batch = tiny_model("gpt2", task="CausalLM"), token_batch()
+    with torch.no_grad(), Runner(model) as runner:
+        assert "logits" not in runner.base(batch, ["transformer.h.0.mlp", "transformer"])
+        assert "logits" in runner.base(batch, ["transformer.h.0.mlp", "lm_head"])
+        assert "last_hidden_state" in Runner(model.base_model).base(batch, ["h.0.mlp"])
+
+
 def test_gradients_are_recorded_where_the_caller_wants_them() -> None:
     model = tiny_model("bert")
     with Runner(model) as runner:

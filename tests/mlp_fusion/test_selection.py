@@ -116,3 +116,15 @@ def test_patterns_of_paths_and_lists_of_them() -> None:
     assert resolve_layers(["decoder.*", 1], [0, 1, 2], paths) == [1, 2]
     with pytest.raises(InputError, match=r"no FFN lies there; the first is model\.encoder\.layers\.0"):
         resolve_layers("vision.*", [0, 1, 2], paths)
+
+
+def test_a_multiple_that_was_asked_for() -> None:
+    assert resolve_width(0.5, 1408, 256) == 768
+    assert resolve_width(0.3, 1408, 256) == 512
+    assert resolve_width(0.3, 1408) == 384
+    assert resolve_width(512, 1408, 256) == 512
+    assert resolve_width(0.01, 1408, 256) == 256
+    with pytest.raises(InputError, match="width 700 is not a multiple of 256, as was asked for: use 768"):
+        resolve_width(700, 1408, 256)
+    with pytest.raises(InputError, match="multiple 1408 leaves no width below the FFN's 1408 neurons"):
+        resolve_width(0.5, 1408, 1408)

@@ -92,9 +92,12 @@ def tied(name: str, **changes: Any) -> Any:
     """A model whose FFNs hold every neuron twice: they can be halved without loss."""
     model = model_of(name, **changes)
     sites = [
-        SimpleNamespace(projections=site.kind.projections, width=site.kind.width, instances=[(site.path, site.index)])
+        SimpleNamespace(
+            path=site.path, projections=site.kind.projections, width=site.kind.width, group=site.kind.group,
+            instances=[(site.path, site.index)], width_keys=[] if site.kind.key is None else [site.kind.key],
+        )
         for site in architecture_of(model.config).sites(model)
-    ]
+    ]  # fmt: skip
     tie(model, SimpleNamespace(sites=sites))  # type: ignore[arg-type]
     return model
 

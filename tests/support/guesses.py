@@ -14,7 +14,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from odd_guesses import odd_guesses
 from torch import Tensor
+
+from mlp_fusion.families.inputs import guessed_series
 
 _TOKENS, _SAMPLES = 16, 15360
 #: Ids that are rarely special.
@@ -36,6 +39,7 @@ def guesses(model: Any) -> Iterator[Inputs]:
     }
     config = model.config
     g = torch.Generator().manual_seed(0)
+    yield from odd_guesses(config, torch.Generator().manual_seed(1))
     text = _text(names, config, g)
     images = list(itertools.islice(_images(names, config, g), 24)) if "pixel_values" in names else []
     if "image" in names and not images:
@@ -52,9 +56,15 @@ def guesses(model: Any) -> Iterator[Inputs]:
     if images and sounds:
         yield from ({**text, **a, **b} for a, b in itertools.product(images[:6], sounds[:6]))
     yield from ({**text, **image} for image in images)
-    yield from ({**text, **sound} for sound in sounds)
+    for sound in sounds:
+        # Some read a text instead of the sound, where both are given.
+        if _decoders(text) and "input_ids" in text:
+            yield {**_decoders(text), **sound}
+        yield {**text, **sound}
     yield from ({**text, **video} for video in videos)
     yield from _others(names, config, g, text)
+    if "query_embeds" in names and "input_ids" in text:
+        yield from ({**text, **queries} for queries in _hidden(names, config, g) if "query_embeds" in queries)
     if text:
         codebooks = next(numbers(config, "num_codebooks", "num_channels", "n_codebooks"), 0)
         if codebooks and "pixel_values" not in names:
@@ -67,6 +77,9 @@ def guesses(model: Any) -> Iterator[Inputs]:
         yield {name: value for name, value in text.items() if name.endswith("input_ids")}
     yield from ({**_decoders(text), **image} for image in images if text)
     yield from _hidden(names, config, g)
+    if first == "hidden_states" and main == "input_values":
+        channels = next(numbers(config, "channels", "num_channels"), 1)
+        yield {first: torch.randn(1, channels, _SAMPLES, generator=g)}
     if first == "hidden_states":
         found = (image["pixel_values"] for image in _images(names, config, g) if "pixel_values" in image)
         yield from ({first: pixels} for pixels in itertools.islice(found, 4))
@@ -121,7 +134,7 @@ def _text(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Inputs:
 
 def _images(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterator[Inputs]:
     channels = list(dict.fromkeys([*numbers(config, "num_channels", "in_channels", "in_chans"), 3]))
-    sizes = list(dict.fromkeys([*numbers(config, "image_size", "crop_size", "img_size"), 64, 224]))[:3]
+    sizes = list(dict.fromkeys([*numbers(config, "image_size", "crop_size", "img_size", "max_img_size"), 64, 224]))[:3]
     patches = list(dict.fromkeys([*numbers(config, "patch_size"), 14, 16]))
     patch = patches[0]
     if "grid_thw" in names or "image_grid_thw" in names or "grid_hw" in names or "image_grid_hw" in names:
@@ -151,6 +164,9 @@ def _images(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterat
             "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
             "aspect_ratio_mask": torch.ones(1, 1, tiles, dtype=torch.long),
         }
+    for frames, size in itertools.product(dict.fromkeys(numbers(config, "num_frames", "frames_per_clip")), sizes[:1]):
+        yield {"pixel_values": torch.randn(1, frames, channels[0], size, size, generator=g)}
+        yield {"pixel_values": torch.randn(frames, channels[0], size, size, generator=g)}
     size = sizes[0]
     yield {"pixel_values": torch.randn(1, 2, channels[0], size, size, generator=g)}
     yield {"pixel_values": torch.randn(1, 16, channels[0], size, size, generator=g)}
@@ -184,7 +200,8 @@ def _grids(names: Mapping[str, Any], config: Any, g: torch.Generator, pixels: st
         dict.fromkeys([*numbers(config, "temporal_patch_size"), 1, 2]),
     ):
         flat = torch.randn(64, channels * times * patch * patch, generator=g)
-        for values in (flat, flat.reshape(64, channels, patch, patch) if times == 1 else None, flat[None]):
+        maps = flat.reshape(64, channels, patch, patch) if times == 1 else None
+        for values in (flat, maps, flat[None], None if maps is None else maps[None]):
             if values is None:
                 continue
             made: Inputs = {pixels if pixels in names else "hidden_states": values}
@@ -244,11 +261,12 @@ def _sounds(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterat
     if "input_features" not in names:
         return
     bins = dict.fromkeys([
-        *numbers(config, "num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels", "input_dim",
-                  "input_feat_size", "input_size"), 80, 128,
+        *numbers(config, "feature_projection_input_dim", "num_mel_bins", "feature_size", "input_feat_per_channel",
+                  "n_mels", "input_dim", "input_feat_size", "input_size"), 80, 128,
     ])  # fmt: skip
     longest = [2 * number for number in numbers(config, "max_source_positions", "max_position_embeddings")]
-    for b, length in itertools.product(bins, dict.fromkeys([*longest[:1], 128, 3000])):
+    # Short ones first: attention over long ones takes minutes.
+    for b, length in itertools.product(bins, sorted({128, *longest[:1], 3000})):
         if b * length > 2_000_000:
             continue
         for shape in ((1, b, length), (1, length, b), (b, length), (1, 1, length, b)):
@@ -268,25 +286,11 @@ def _sounds(names: Mapping[str, Any], config: Any, g: torch.Generator) -> Iterat
 
 def _others(names: Mapping[str, Any], config: Any, g: torch.Generator, text: Inputs) -> Iterator[Inputs]:
     """Series of numbers, patches of documents, states of games."""
-    if "past_values" in names:
-        lags = max([*(getattr(config, "lags_sequence", None) or [0])])
-        length = next(numbers(config, "context_length", "prediction_length"), 32) + lags
-        variables = next(numbers(config, "num_input_channels", "input_size"), 1)
-        shape = (1, length) if variables == 1 else (1, length, variables)
-        made: Inputs = {"past_values": torch.randn(shape, generator=g)}
-        for name in names:
-            if name in ("past_observed_mask", "past_values_padding"):
-                made[name] = torch.ones(shape) if name.endswith("mask") else torch.zeros(shape)
-            elif name == "past_time_features":
-                made[name] = torch.randn(1, length, next(numbers(config, "num_time_features"), 1), generator=g)
-            elif name == "future_time_features":
-                ahead = next(numbers(config, "prediction_length"), 8)
-                made[name] = torch.randn(1, ahead, next(numbers(config, "num_time_features"), 1), generator=g)
-            elif name == "future_values":
-                made[name] = torch.randn(1, next(numbers(config, "prediction_length"), 8), generator=g)
-            elif name == "freq":
-                made[name] = torch.zeros(1, 1, dtype=torch.long)
-        yield made
+    for series in guessed_series(names, config):
+        yield {
+            name: torch.randn(value.shape, generator=g) if value.is_floating_point() and "mask" not in name else value
+            for name, value in series.items()
+        }
     if "returns_to_go" in names:
         sizes = {"states": config.state_dim, "actions": config.act_dim, "rewards": 1, "returns_to_go": 1}
         yield {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import itertools
 import re
@@ -133,14 +134,26 @@ def _resized(inputs: Inputs, message: str) -> Inputs | None:
 
 @contextlib.contextmanager
 def _watching(part: nn.Module, path: str, wanted: set[str]) -> Iterator[set[str]]:
-    """Paths of wanted modules that run, or of which a child runs: some are layers of which only methods are called."""
+    """Paths of wanted modules that run, or of which a child runs: some are layers of which only methods are called.
+
+    What runs on no rows at all (an FFN of sounds, on text) has not run.
+    """
     reached: set[str] = set()
+
+    def note(owners: set[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if not given or any(value.numel() for value in given):
+            reached.update(owners)
+
     handles = []
     for name, module in part.named_modules():
         full = f"{path}.{name}".strip(".")
         owners = {w for w in wanted if full == w or full.startswith(f"{w}.")}
         if owners:
-            handles.append(module.register_forward_pre_hook(lambda *_, owners=owners: reached.update(owners)))
+            noting = functools.partial(note, owners)
+            handles.append(
+                module.register_forward_pre_hook(lambda _, *given, noting=noting: noting(*given), with_kwargs=True)
+            )
     try:
         yield reached
     finally:

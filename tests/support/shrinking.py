@@ -53,6 +53,8 @@ _ROPE = {"rope_parameters", "rope_scaling"}
 
 _SECTIONS = {"rope_parameters.mrope_section": [1, 1, 2]}
 _TIMM = {"vision_config.model_args": {"embed_dim": 64, "depth": 2, "num_heads": 4}}
+#: As small as maps of small images are.
+_MAPS = [[32, 32], [16, 16], [8, 8]]
 #: By `model_type`, also of parts of other models: values without which a small model does not run, by dotted keys.
 EXTRA: dict[str, dict[str, Any]] = {
     # The default limit is None, and is used as a number.
@@ -63,7 +65,9 @@ EXTRA: dict[str, dict[str, Any]] = {
     "glm_image_text": _SECTIONS,
     "glmga_text": _SECTIONS,
     # The sections have no default.
-    "hunyuan_vl_text": _SECTIONS,
+    "hunyuan_vl_text": {**_SECTIONS, "head_dim": 8},
+    # Patches of the default length are so few that an FFN over them has no half that is served.
+    "patchtsmixer": {"context_length": 64, "num_patches": 8},
     # Sizes of the state-space part must fit each other, whatever they are divided by.
     "falcon_h1": {
         "hidden_size": 64,
@@ -79,9 +83,27 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     # Sizes of timm's models are not in the config.
     "pe_video_encoder": _TIMM,
+    "fast_vlm": {
+        "vision_config.model_args": {
+            "inference_mode": True,
+            "layers": [1, 1, 1, 1, 1],
+            "embed_dims": [16, 32, 64, 64, 64],
+        },
+        "vision_config.hidden_size": 128,
+    },
+    # Sparse layers come after more dense ones than a small model has.
+    "dots3_note_vision_encoder": {
+        "num_hidden_layers": 2,
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_local_experts": 4,
+        "per_layer_config": {},
+    },
     "pe_audio_video_encoder": {f"video_config.{key}": value for key, value in _TIMM.items()},
-    # Large images take long in convolutions.
+    # Large images take long in convolutions, and many of them too.
     "align_vision_model": {"image_size": 64},
+    "clap_audio_model": {"spec_size": 256, "patch_embeds_hidden_size": 32, "hidden_size": 256},
+    "seggpt": {"image_size": [128, 64], "pretrain_image_size": 64},
+    "tvp": {"max_img_size": 64, "num_frames": 2},
     # Its class reads what the config lacks.
     "pix2struct_text_model": {"initializer_range": 0.02},
     # The token that stands for an image has no default.
@@ -91,6 +113,33 @@ EXTRA: dict[str, dict[str, Any]] = {
     # As many patches, and parts of an image, as the small images have.
     "gemma3": {"mm_tokens_per_image": 16},
     "aria": {"projector_patch_to_query_dict": {49: 16}},
+    # Some layers slide, by default over a window of no size.
+    "step3p5": {"sliding_window": 8},
+    # Its convolutions were worked out from the number of bins, which is no size to divide.
+    "phi4_multimodal_audio": {"input_size": 80},
+    # The sizes of images under another name: they are no sizes of hidden states.
+    "layoutlmv3": {"input_size": 64, "patch_size": 16},
+    # Training wants texts as long as the product of these.
+    "reformer": {"axial_pos_shape": [4, 4], "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4},
+    # A head for each channel would look like an FFN.
+    "lw_detr_vit": {"num_attention_heads": 2},
+    # Numbers of channels in must be those that come out before.
+    "hgnet_v2": {
+        "stem_channels": [3, 8, 8],
+        "stage_in_channels": [8, 16, 32, 32],
+        "stage_mid_channels": [8, 8, 8, 8],
+        "stage_out_channels": [16, 32, 32, 32],
+        "hidden_sizes": [16, 32, 32, 32],
+    },
+    # Of many queries with almost the same score, rounding picks others.
+    "pp_doclayout_v2": {"num_queries": 20, "class_thresholds": [0.0, 0.0], "class_order": [0, 1]},
+    "pp_doclayout_v3": {"x4_feat_dim": 16, "num_queries": 20},
+    "pp_formulanet_vision": {"output_channels": 16, "post_conv_in_channels": 16},
+    # Its adapters are by language, and none is the default.
+    "xmod": {"default_language": "en_XX"},
+    # The default network is another one than that whose channels the default config states.
+    "edgetam_vision_model": {"backbone_channel_list": [1024, 512, 256, 64], "backbone_feature_sizes": _MAPS},
+    "sam2_vision_model": {"backbone_feature_sizes": _MAPS},
     # The number of layers is worked out from that of a stack, where it is not given.
     "hrm_text": {"num_layers_per_stack": None, "num_hidden_layers": 2},
 }
@@ -190,13 +239,22 @@ def small_config(config: Any, steps: Steps) -> Any:
         for key, value in EXTRA.get(str(section.get("model_type")), {}).items():
             *outer, last = key.split(".")
             functools.reduce(lambda inner, name: inner[name], outer, section)[last] = value
-    vision, text = values.get("vision_config"), values.get("text_config")
+    # What the encoder puts out and the decoder takes has one number of channels, under two names.
+    taken, made = values.get("decoder_in_channels"), values.get("encoder_hidden_dim")
+    if isinstance(taken, list) and type(made) is int:
+        values["decoder_in_channels"] = [made] * len(taken)
+    for section in _sections(values):
+        _as_wide_as_words(section)
+    return type(config).from_dict(values)
+
+
+def _as_wide_as_words(section: dict[str, Any]) -> None:
+    """What images lead to is as wide as words: defaults of parts need not fit together."""
+    vision, text = section.get("vision_config"), section.get("text_config")
     if isinstance(vision, dict) and isinstance(text, dict):
-        # What images lead to is as wide as words: defaults of parts need not fit together.
         for key in ("out_hidden_size", "hidden_size") if "embed_dim" in vision else ("out_hidden_size",):
             if key in vision and "hidden_size" in text:
                 vision[key] = text["hidden_size"]
-    return type(config).from_dict(values)
 
 
 def _ladder(layers: int | None) -> Iterator[Steps]:
@@ -317,8 +375,8 @@ def _divide(section: dict[str, Any], divisor: int, heads: bool) -> None:
             continue
         if _NO_SIZE.fullmatch(key) and not key.endswith("d_head"):
             continue
-        if _is_int(value) and value >= 64 and _NEURONS.fullmatch(key):
-            section[key] = min(max(32, value // divisor // 16 * 16), _NEURONS_AT_MOST)
+        if _is_int(value) and _NEURONS.fullmatch(key):
+            section[key] = min(value, max(32, value // divisor // 16 * 16), _NEURONS_AT_MOST)
         elif _is_int(value) and value >= 32 and value % divisor == 0:
             section[key] = value // divisor
         elif isinstance(value, (list, tuple)) and _SIZES.fullmatch(key) and all(map(_is_int, value)):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mlp_fusion.families import building
-from mlp_fusion.families.sites import Description, Projection, Site
-from mlp_fusion.selection import resolve_width
+from mlp_fusion.families.groups import resolve_widths
+from mlp_fusion.families.sites import Description, Projection, Site, WidthKey
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def real_model(config: Any, seed: int = 0) -> PreTrainedModel:
@@ -31,20 +34,22 @@ def real_model(config: Any, seed: int = 0) -> PreTrainedModel:
     model: PreTrainedModel = cls._from_config(copy.deepcopy(config), dtype=torch.float32)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        convolved = {id(m.weight) for m in model.modules() if isinstance(m, _CONVOLUTIONS)}
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point():
-                parameter.copy_(_values(name, parameter, g))
+                parameter.copy_(_values(name, parameter, id(parameter) in convolved, g))
         for module in model.modules():
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 module.weight[module.padding_idx] = 0  # as some classes make it when they load
     return model.eval()
 
 
-def _values(name: str, like: Tensor, g: torch.Generator) -> Tensor:
+def _values(name: str, like: Tensor, convolved: bool, g: torch.Generator) -> Tensor:
     noise = torch.randn(like.shape, generator=g)
     if like.dim() < 2:
         return 0.1 * noise if name.endswith("bias") else 1 + 0.1 * noise
-    fan_in = like.shape[-1] if like.dim() <= 3 else like[0].numel()
+    # What has three axes and is no convolution is a stack of matrices.
+    fan_in = like[0].numel() if convolved or like.dim() > 3 else like.shape[-1]
     return noise / math.sqrt(max(fan_in, 1))
 
 
@@ -55,19 +60,29 @@ def instances(description: Description) -> Iterator[tuple[Site, str]]:
             yield site, path
 
 
-def kept(site: Site) -> int:
-    """Neurons that stay at half the width, about: a width that is served."""
-    return resolve_width(0.5, site.width)
+def kept(site: Site, sites: Sequence[Site]) -> int:
+    """Neurons that stay at half the width, about: a width that is served, as all `sites` of its group share it."""
+    group = [other for other in sites if other.group == site.group]
+    kinds: list[Any] = [
+        SimpleNamespace(kind=SimpleNamespace(path=other.path, width=other.width, group=other.group, key=_key(other)))
+        for other in group
+    ]
+    return resolve_widths(0.5, kinds)[group.index(site)]
+
+
+def _key(site: Site) -> WidthKey | None:
+    return site.width_keys[0] if site.width_keys and not site.width_keys[0].also_moves else None
 
 
 @torch.no_grad()
 def tie(model: nn.Module, description: Description) -> None:
     """Make every FFN's neurons from :func:`kept` on equal to the first ones, in every projection and bias, in place."""
     for site, path in instances(description):
+        first = torch.arange(site.width) % kept(site, description.sites)
         for projection in site.projections:
             for tensor, axis in _tensors(model, path, projection):
                 for block in _blocks(tensor.shape[axis], site.width, projection):
-                    values = tensor.data.index_select(axis, block[torch.arange(site.width) % kept(site)])
+                    values = tensor.data.index_select(axis, block[first])
                     tensor.data.index_copy_(axis, block, values)
 
 

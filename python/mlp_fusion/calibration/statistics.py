@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.neurons import NeuronBundle
-from mlp_fusion.running.batches import Batch, main_input, other_inputs, take_batches
+from mlp_fusion.running.batches import Batch, batches_of
 from mlp_fusion.running.runner import not_finite
 from mlp_fusion.running.sampling import RowPlan, RowSample
 from mlp_fusion.running.taps import Taps, stream_activations
@@ -145,7 +145,7 @@ def take_calibration(model: nn.Module, calibration: Batch | Iterable[Batch]) -> 
         InputError: there is no batch or no token.
     """
     tokens = sys.maxsize if isinstance(calibration, Sequence) else CALIBRATION_TOKENS
-    return take_batches(calibration, tokens, "calibration", main=main_input(model), others=other_inputs(model))
+    return batches_of(model, calibration, tokens, "calibration")
 
 
 def row_capacity(rows: int | None, d: int, itemsize: int) -> int:

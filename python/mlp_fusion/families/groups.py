@@ -10,7 +10,7 @@ from mlp_fusion.families.base import FFNSite, Kind
 from mlp_fusion.selection import Width, resolve_width
 
 
-def resolve_widths(width: Width, sites: Sequence[FFNSite]) -> list[int]:
+def resolve_widths(width: Width, sites: Sequence[FFNSite], multiple: int | None = None) -> list[int]:
     """The number of neurons that each FFN keeps.
 
     Kinds that one key of the config moves (routed and shared experts, the stages of a pyramid) keep one share of their
@@ -18,7 +18,7 @@ def resolve_widths(width: Width, sites: Sequence[FFNSite]) -> list[int]:
     key states, or of the narrowest.
 
     Args:
-        width: as in :func:`mlp_fusion.selection.resolve_width`.
+        width, multiple: as in :func:`mlp_fusion.selection.resolve_width`.
         sites: the chosen FFNs.
 
     Raises:
@@ -28,7 +28,7 @@ def resolve_widths(width: Width, sites: Sequence[FFNSite]) -> list[int]:
     for number in {site.kind.group for site in sites}:
         first = min((site.kind for site in sites if site.kind.group == number), key=_rank)
         try:
-            shares[number] = Fraction(resolve_width(width, first.width), first.width)
+            shares[number] = Fraction(resolve_width(width, first.width, multiple), first.width)
         except InputError as error:
             if len({site.kind.path for site in sites}) == 1:
                 raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 _SAMPLES, _FRAMES = 16000, 3000
 #: Inputs besides token ids that the guesses know.
-OTHER_INPUTS = ("pixel_values", "pixel_values_videos", "input_values", "input_features")
+OTHER_INPUTS = ("pixel_values", "pixel_values_videos", "input_values", "input_features", "past_values")
 
 
 def _numbers(config: Any, *names: str) -> Iterator[int]:
@@ -52,6 +52,7 @@ def guessed_inputs(model: Any, tokens: int = 16) -> Iterator[dict[str, Tensor]]:
     if "pixel_values" in names:
         yield from _sequences_of_images(names, config, text)
     yield from _sounds(names, config, text)
+    yield from guessed_series(names, config)
     for name in ("inputs_embeds", "hidden_states"):
         if name in names:
             for size in dict.fromkeys(_numbers(config, "hidden_size", "d_model", "embed_dim")):
@@ -91,3 +92,26 @@ def _sounds(names: Mapping[str, Any], config: Any, text: dict[str, Tensor]) -> I
                 }  # fmt: skip
                 yield {**text, **features, **lengths}
                 yield {**spoken, **features, **lengths}
+
+
+def guessed_series(names: Collection[str], config: Any) -> Iterator[dict[str, Tensor]]:
+    """Series of numbers over time, all of them observed, with what goes beside them; for the arguments in `names`."""
+    if "past_values" not in names:
+        return
+    length = next(_numbers(config, "context_length", "prediction_length"), 32)
+    length += max(getattr(config, "lags_sequence", None) or [0])
+    ahead = next(_numbers(config, "prediction_length"), 8)
+    variables = next(_numbers(config, "num_input_channels", "input_size"), 1)
+    features = next(_numbers(config, "num_time_features"), 1)
+    # Some want an axis of variables even for one.
+    for shape in ((1, length), (1, length, variables))[variables > 1 :]:
+        known = {
+            "past_values": torch.zeros(shape),
+            "past_observed_mask": torch.ones(shape),
+            "past_values_padding": torch.zeros(shape, dtype=torch.long),
+            "past_time_features": torch.zeros(1, length, features),
+            "future_time_features": torch.zeros(1, ahead, features),
+            "future_values": torch.zeros(1, ahead, *shape[2:]),
+            "freq": torch.zeros(1, 1, dtype=torch.long),
+        }
+        yield {name: value for name, value in known.items() if name in names}

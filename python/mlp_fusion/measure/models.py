@@ -17,7 +17,7 @@ from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.measure.errors import ffn_parts, relative_error
 from mlp_fusion.measure.report import finite
-from mlp_fusion.running.batches import POOL, Batch, has_other_inputs, main_input, samples, take_batches
+from mlp_fusion.running.batches import POOL, Batch, batches_of, has_other_inputs, samples
 from mlp_fusion.running.runner import Runner
 from mlp_fusion.running.taps import capture_activations
 from mlp_fusion.store.record import architecture_of
@@ -135,7 +135,7 @@ def compare_models(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     architecture, pairs = _matching_sites(original, other)
     # As many as the rows are drawn from, for the network's kernel as well.
-    batches = take_batches(sample, POOL * rows, main=main_input(original))
+    batches = batches_of(original, sample, POOL * rows)
     activations = capture_activations(
         original, architecture, [site for site, _ in pairs], batches, rows=rows, seed=seed
     )  # fmt: skip

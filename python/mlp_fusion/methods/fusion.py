@@ -23,11 +23,15 @@ function for every activation but ReLU; `cluster` does not. The metric by the co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusion_kernels import Status, kmeans
+from fusion_kernels.kmeans.blocks import fits as kmeans_blocks_fits
+from fusion_kernels.kmeans.blocks import kmeans_blocks
+from fusion_kernels.kmeans.types import Options
 from mlp_fusion.calibration.statistics import FFNStatistics
 from mlp_fusion.methods import Reduction
 from mlp_fusion.neurons import NeuronBundle
@@ -44,8 +48,8 @@ def fusion(
     Raises:
         ValueError: a weight is NaN or Inf.
     """
-    rows, weights = balanced_rows(bundle, statistics), neuron_weights(bundle, statistics)
-    return _cluster(bundle, rows, weights, width, algorithm="hartigan", seed=seed)
+    weights, blocks = neuron_weights(bundle, statistics), input_and_output_blocks(bundle, statistics)
+    return _fused(bundle, _grouped(blocks, weights, width, seed), weights, width)
 
 
 def published(
@@ -56,7 +60,8 @@ def published(
     Raises:
         ValueError: a weight is NaN or Inf.
     """
-    return _cluster(bundle, bundle.vectors(), None, width, algorithm="lloyd", seed=seed)
+    found = kmeans(in_range(bundle.vectors()), width, init="k-means++", algorithm="lloyd", max_iter=100, seed=seed)
+    return _fused(bundle, _Groups(found.labels, found.inertia, found.n_iter, found.status), None, width)
 
 
 def cluster(
@@ -72,21 +77,47 @@ def cluster(
     return Reduction(folded, found.counts, found.inertia, found.iterations, found.status)
 
 
-def _cluster(
-    bundle: NeuronBundle, rows: Tensor, weights: Tensor | None, width: int, *, algorithm: str, seed: int
-) -> Reduction:
-    rows = in_range(rows)
-    limit = _MOST_ROUNDS if algorithm == "hartigan" else 100
-    found = kmeans(rows, width, sample_weight=weights, init="k-means++", algorithm=algorithm, max_iter=limit, seed=seed)
+class _Groups(NamedTuple):
+    """Labels (B, N), and of each problem what :class:`fusion_kernels.KMeansResult` says."""
+
+    labels: Tensor
+    inertia: Tensor
+    n_iter: Tensor
+    status: Tensor
+
+
+def _grouped(blocks: Sequence[Tensor], weights: Tensor, width: int, seed: int) -> _Groups:
+    """The clusters of balanced rows: from products of the blocks where these decide, else from the rows."""
+    if not kmeans_blocks_fits(blocks, options := Options(width, max_iter=_MOST_ROUNDS, seed=seed)):
+        return _of_rows(blocks, weights, width, seed)
+    found = kmeans_blocks(blocks, weights, options)
+    groups = _Groups(found.labels, found.inertia.to(blocks[0].dtype), found.n_iter, found.status)
+    for n in (~found.settled).nonzero().squeeze(1).tolist():
+        own = _of_rows([block[n : n + 1] for block in blocks], weights[n : n + 1], width, seed)
+        for mine, theirs in zip(groups, own, strict=True):
+            mine[n] = theirs[0]
+    return groups
+
+
+def _of_rows(blocks: Sequence[Tensor], weights: Tensor, width: int, seed: int) -> _Groups:
+    rows = in_range(torch.cat([_unit_variance(block) for block in blocks], dim=-1))
+    found = kmeans(rows, width, sample_weight=weights, init="k-means++", max_iter=_MOST_ROUNDS, seed=seed)
+    return _Groups(found.labels, found.inertia, found.n_iter, found.status)
+
+
+def _fused(bundle: NeuronBundle, found: _Groups, weights: Tensor | None, width: int) -> Reduction:
+    """One neuron for each group."""
     statuses = tuple(Status(int(s)) for s in found.status)
     if Status.NON_FINITE in statuses:
         raise ValueError("a weight is NaN or Inf: nothing can be clustered")
-    labels = torch.stack([_shared_out(own, x, width) for own, x in zip(found.labels, bundle.vectors(), strict=True)])
+    labels = found.labels
+    if any(int(torch.bincount(own, minlength=width).min()) == 0 for own in labels):
+        labels = torch.stack([_shared_out(own, x, width) for own, x in zip(labels, bundle.vectors(), strict=True)])
     # The one definition of a fused neuron: means of raw rows, whatever the metric that grouped them.
     reduced = bundle.reduce(labels, weights, n_clusters=width)
     return Reduction(
         bundle=reduced,
-        counts=torch.nn.functional.one_hot(labels, width).sum(dim=1),
+        counts=torch.stack([torch.bincount(own, minlength=width) for own in labels]),
         inertia=found.inertia,
         iterations=found.n_iter,
         status=tuple("few_distinct" if s == Status.EMPTY_CLUSTERS else s.name.lower() for s in statuses),
@@ -95,7 +126,7 @@ def _cluster(
 
 def squares_fit(t: Tensor) -> bool:
     """Whether squares of the largest numbers, and sums of such, are normal numbers of float32."""
-    largest = float(t.abs().max()) if t.numel() else 0.0
+    largest = max(abs(float(bound)) for bound in torch.aminmax(t)) if t.numel() else 0.0
     return largest == 0.0 or 1e-14 < largest < 1e14
 
 
@@ -151,18 +182,24 @@ def importance(bundle: NeuronBundle, statistics: Sequence[FFNStatistics]) -> Ten
 
 def balanced_rows(bundle: NeuronBundle, statistics: Sequence[FFNStatistics] | None) -> Tensor:
     """`(B, N, D')` rows to cluster: input blocks in the metric of the inputs, then `w_out`, of equal total variance."""
+    return torch.cat([_unit_variance(block) for block in input_and_output_blocks(bundle, statistics)], dim=-1)
+
+
+def input_and_output_blocks(bundle: NeuronBundle, statistics: Sequence[FFNStatistics] | None) -> list[Tensor]:
+    """The blocks of :func:`balanced_rows`, each with the variance that it has."""
     bundle = bundle.canonical()
     blocks = []
     for weight, bias in ((bundle.w_gate, bundle.b_gate), (bundle.w_in, bundle.b_in)):
         if weight is None:
             continue
-        column = weight.new_zeros(*weight.shape[:2], 1) if bias is None else bias.unsqueeze(-1)
-        block = torch.cat([weight, column], dim=-1)
+        block = weight
+        if bias is not None or statistics is not None:
+            column = weight.new_zeros(*weight.shape[:2], 1) if bias is None else bias.unsqueeze(-1)
+            block = torch.cat([weight, column], dim=-1)
         if statistics is not None:
             block = block @ torch.stack([_factor(s.input_moment) for s in statistics]).to(block.dtype)
         blocks.append(block)
-    blocks.append(bundle.w_out)
-    return torch.cat([_unit_variance(block) for block in blocks], dim=-1)
+    return [*blocks, bundle.w_out]
 
 
 def _factor(moment: Tensor) -> Tensor:
@@ -176,5 +213,6 @@ def _factor(moment: Tensor) -> Tensor:
 
 def _unit_variance(block: Tensor) -> Tensor:
     wide = in_range(block)
-    spread = (wide - wide.mean(dim=1, keepdim=True)).square().sum(dim=(1, 2), keepdim=True).sqrt().to(block.dtype)
-    return torch.where(spread > 0, block / spread.where(spread > 0, torch.ones_like(spread)), block)
+    centred = wide - wide.mean(dim=1, keepdim=True)
+    spread = torch.linalg.vector_norm(centred, dim=(1, 2), keepdim=True, dtype=torch.float64).to(block.dtype)
+    return block / spread.where(spread > 0, torch.ones_like(spread))

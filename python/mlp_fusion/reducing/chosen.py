@@ -16,7 +16,7 @@ from mlp_fusion.families.base import unsupported
 from mlp_fusion.families.exchange import check_form, install
 from mlp_fusion.families.groups import resolve_widths
 from mlp_fusion.measure.errors import relative_error
-from mlp_fusion.neurons import UNNAMED, NeuronBundle
+from mlp_fusion.neurons import UNNAMED, NeuronBundle, all_finite
 from mlp_fusion.reducing.pipeline import ReducedFFN, working_precision
 from mlp_fusion.running.taps import Activations
 from mlp_fusion.selection import Layers, Width, resolve_layers
@@ -66,13 +66,13 @@ class ChosenFFNs:
         """Whether what they compute has a name."""
         return all(bundle.activation != UNNAMED for bundle in self.originals)
 
-    def widths(self, width: Width) -> list[int]:
+    def widths(self, width: Width, multiple: int | None = None) -> list[int]:
         """The neurons that each is to keep.
 
         Raises:
             InputError: the width does not suit one of them.
         """
-        return resolve_widths(width, self.sites)
+        return resolve_widths(width, self.sites, multiple)
 
     def check(self, settings: FuseSettings) -> None:
         """Raise InputError where one has no form for the scale that the method, or matching, gives its neurons."""
@@ -88,7 +88,7 @@ class ChosenFFNs:
         """
         for site, bundle, rows in zip(self.sites, self.originals, activations, strict=True):
             if bundle.activation != UNNAMED and len(rows.x):
-                _self_test(self.architecture, site, bundle, rows)
+                self_test(self.architecture, site, bundle, rows)
 
     def install(self, reduced: Sequence[ReducedFFN], settings: FuseSettings) -> None:
         """Put reduced FFNs into the model, and its config right. The one step that changes the model."""
@@ -167,11 +167,11 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def check_finite(model: nn.Module) -> None:
     """Raise InputError where a weight of `model` is NaN or infinite."""
     for name, parameter in model.named_parameters():
-        if not parameter.is_meta and parameter.is_floating_point() and not bool(parameter.isfinite().all()):
+        if not parameter.is_meta and parameter.is_floating_point() and not all_finite(parameter):
             raise InputError(f"{name} holds NaN or Inf: the checkpoint is damaged")
 
 
-def _self_test(architecture: Architecture, site: FFNSite, bundle: NeuronBundle, rows: Activations) -> None:
+def self_test(architecture: Architecture, site: FFNSite, bundle: NeuronBundle, rows: Activations) -> None:
     """Compare the bundle with the model's own FFN on real inputs: a wrong entry must not pass unnoticed."""
     wide = working_precision(bundle)
     exact = wide.forward(rows.x.to(wide.w_in.dtype))[0]

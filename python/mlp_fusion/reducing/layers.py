@@ -88,7 +88,7 @@ class Recorder:
         try:
             for batch in batches:
                 self._last = None
-                runner.base(batch)
+                runner.base(batch, [layer.path for layer in self.layers])
         finally:
             for handle in handles:
                 handle.remove()

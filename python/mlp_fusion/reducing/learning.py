@@ -107,7 +107,7 @@ def _measured_on(
         nothing = [_nothing(site, bundle) for site, bundle in zip(sites, ffns.originals, strict=True)]
         return nothing, "nothing, as the model was not run"
     if sample is None and statistics is not None:
-        return [_sampled(known, seed) for known in statistics], "the calibration text, which was fitted to"
+        return [sampled_rows(known, seed) for known in statistics], "the calibration text, which was fitted to"
     shown, described = sample, "the given sample"
     if shown is None:
         shown, described = batches, "the calibration text, which was fitted to"
@@ -136,7 +136,7 @@ def _positions(ffns: ChosenFFNs, batches: Sequence[Batch] | None, statistics: Se
     return sum(seen)
 
 
-def _sampled(statistics: FFNStatistics, seed: int) -> Activations:
+def sampled_rows(statistics: FFNStatistics, seed: int) -> Activations:
     """Rows to measure errors on from those that calibration has kept: the model need not run again."""
     order = torch.randperm(len(statistics.x), generator=torch.Generator().manual_seed(seed))
     chosen = order[:SAMPLE_ROWS].to(statistics.x.device)

@@ -85,6 +85,14 @@ def working_precision(bundle: NeuronBundle) -> NeuronBundle:
     return bundle.to(dtype=torch.promote_types(bundle.w_in.dtype, torch.float32))
 
 
+def _stacked(bundles: Sequence[NeuronBundle]) -> NeuronBundle:
+    """A contiguous copy of them in working precision; of a single one, that is the copy."""
+    alone = working_precision(bundles[0])
+    if len(bundles) == 1 and alone.w_in.dtype != bundles[0].w_in.dtype:
+        return alone.map(torch.Tensor.contiguous)  # strides must not decide about bits
+    return working_precision(NeuronBundle.stack(bundles))
+
+
 def progress_units(recipe: Recipe) -> int:
     """What one FFN counts in :data:`Progress`."""
     return 1 + (recipe.tune_steps if recipe.refit else 0)
@@ -122,11 +130,11 @@ def reduce_ffns(
 
     for members in groups.values():
         first = bundles[members[0]]
-        problem_bytes = 4 * first.width * first.vectors().shape[-1]
+        problem_bytes = 4 * first.width * first.vector_length
         size = max(1, BATCH_BYTES // problem_bytes)
         for chunk in (members[i : i + size] for i in range(0, len(members), size)):
             started = time.perf_counter()
-            stacked = working_precision(NeuronBundle.stack([bundles[n] for n in chunk]))
+            stacked = _stacked([bundles[n] for n in chunk])
             known = None if statistics is None else [statistics[n] for n in chunk]
             if known is not None and known[0].tokens == 0:
                 known = None

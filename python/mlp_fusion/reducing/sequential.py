@@ -73,7 +73,7 @@ def reduce_sequentially(
     chosen = {site.index for site in sites}
     first, last = min(chosen), max(chosen)
     layers = layers_of(model, [site for site in architecture.sites(model) if first <= site.index <= last])
-    run = _Sequence(architecture, sites, batches, reduce, plan, rows)
+    run = SequentialReduction(architecture, sites, batches, reduce, plan, rows)
     with Runner(model, "the calibration text") as runner:
         recorded = Recorder(layers).run(runner, batches)
         for number, members in enumerate(segments(recorded.order, recorded.chained)):
@@ -89,8 +89,13 @@ def reduce_sequentially(
 
 
 @dataclass
-class _Sequence:
-    """What has been reduced so far, and how to go on."""
+class SequentialReduction:
+    """What has been reduced so far, and how to go on.
+
+    Attributes:
+        architecture, sites, batches, reduce, rows: as of :func:`reduce_sequentially`.
+        plan: of the rows that are kept.
+    """
 
     architecture: Architecture
     sites: Sequence[FFNSite]
@@ -120,18 +125,39 @@ class _Sequence:
         """
         exact, states = ([hidden_of(call) for call in calls[0]] for calls in (original, reduced))
         for layer, calls, calls_now in zip(layers, original, reduced, strict=True):
-            runs = [_streamed(self.architecture, layer, call, x) for call, x in zip(calls, exact, strict=True)]
-            exact, wanted = [output for output, _ in runs], [stream for _, stream in runs]
-            indices = {site.index for site in layer.sites}
-            numbers = [number for number, site in enumerate(self.sites) if site.index in indices]
-            with ExitStack() as stack:
-                if numbers:
-                    for statistics, number in self._statistics(layer, numbers, calls_now, states, wanted):
-                        self.results[number] = self.reduce(number, statistics)
-                    for pair in self._reduced(layer, numbers):
-                        self.done.append(pair)
-                        stack.enter_context(replaced(self.architecture, *pair))
-                states = [run_layer(layer, call, x) for call, x in zip(calls_now, states, strict=True)]
+            exact, states = self.step(layer, calls, calls_now, exact, states)
+
+    def step(
+        self,
+        layer: Layer,
+        original: Sequence[Call],
+        reduced: Sequence[Call],
+        exact: Sequence[Tensor],
+        states: Sequence[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Reduce the FFNs of a layer.
+
+        Args:
+            layer: it.
+            original, reduced: per batch, what it is called with besides hidden states.
+            exact, states: its hidden states in the original model, and with the FFNs reduced so far.
+
+        Returns:
+            Those of the next layer.
+        """
+        runs = [_streamed(self.architecture, layer, call, x) for call, x in zip(original, exact, strict=True)]
+        wanted = [stream for _, stream in runs]
+        indices = {site.index for site in layer.sites}
+        numbers = [number for number, site in enumerate(self.sites) if site.index in indices]
+        with ExitStack() as stack:
+            if numbers:
+                for statistics, number in self._statistics(layer, numbers, reduced, states, wanted):
+                    self.results[number] = self.reduce(number, statistics)
+                for pair in self._reduced(layer, numbers):
+                    self.done.append(pair)
+                    stack.enter_context(replaced(self.architecture, *pair))
+            after = [run_layer(layer, call, x) for call, x in zip(reduced, states, strict=True)]
+        return [output for output, _ in runs], after
 
     def _reduced(self, layer: Layer, numbers: Sequence[int]) -> Iterator[tuple[FFNSite, NeuronBundle]]:
         for site in layer.sites:
@@ -188,7 +214,7 @@ def _target(y: Tensor, streams: dict[str, list[Tensor]], batch: Batch, path: str
 
 def _streamed(architecture: Architecture, layer: Layer, call: Call, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """The layer's output, and the `(batch, length, d)` residual stream with its FFN's outputs just added to it."""
-    if len(layer.sites) > 1 or layer.sites[0].kind.experts:
+    if len(layer.sites) != 1 or layer.sites[0].kind.experts:
         output = run_layer(layer, call, hidden)
         return output, output
     with _normalised(architecture, layer) as entered:

@@ -49,6 +49,22 @@ def other_inputs(model: Any) -> frozenset[str]:
     return frozenset(name for name in names if not _BESIDES.fullmatch(name))
 
 
+def batches_of(
+    model: Any, sample: Batch | Iterable[Batch], tokens: int, name: str = "sample"
+) -> list[dict[str, Tensor]]:
+    """:func:`take_batches` of what `model` takes."""
+    return take_batches(
+        sample, tokens, name, main=main_input(model), others=other_inputs(model), codebooks=_codebooks(model)
+    )
+
+
+def _codebooks(model: Any) -> int:
+    """How many ids a position may have in a model of sounds in codes; 0 in others."""
+    names = ("num_codebooks", "n_codebooks", "num_channels") if takes_text(model) else ("num_codebooks", "n_codebooks")
+    counts = (getattr(getattr(model, "config", None), name, None) for name in names)
+    return next((count for count in counts if type(count) is int), 0)
+
+
 def take_batches(
     sample: Batch | Iterable[Batch],
     tokens: int,
@@ -56,6 +72,7 @@ def take_batches(
     *,
     main: str = "input_ids",
     others: Collection[str] = (),
+    codebooks: int = 0,
 ) -> list[dict[str, Tensor]]:
     """Batches from one batch or an iterable of them, until they hold `tokens` tokens, with their padding at the end.
 
@@ -67,6 +84,7 @@ def take_batches(
         name: what the caller calls them.
         main: what each must hold, see :func:`main_input`.
         others: or one of these instead, see :func:`other_inputs`.
+        codebooks: a last axis of so many token ids is of one position, and not of a choice between texts.
 
     Raises:
         InputError: there is none, a batch is not a mapping of tensors with `main`, or no token is left unmasked.
@@ -89,7 +107,7 @@ def take_batches(
             raise InputError(f"{main} in a batch of {name} is {tuple(value.shape)}: give a row for each sample")
         if value.numel() == 0:
             continue  # a text without tokens
-        taken.append(padded_behind(_tensors(batch)))
+        taken.append(padded_behind(_tensors(batch, codebooks)))
         seen += positions(taken[-1])
         if seen >= tokens:
             break
@@ -100,7 +118,7 @@ def take_batches(
     return taken
 
 
-def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+def _tensors(batch: Mapping[str, Any], codebooks: int) -> dict[str, Tensor]:
     """The tensors that are a model's inputs: labels are a head's business, and text columns nobody's."""
     found = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim > 0 and k != "labels"}
     ids = found.get("input_ids")
@@ -109,7 +127,7 @@ def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
         found = {k: v for k, v in found.items() if v.ndim >= 2}
     elif "label" in found:
         del found["label"]
-    if ids is None or ids.ndim == 2:
+    if ids is None or ids.ndim == 2 or (ids.ndim == 3 and ids.shape[-1] == codebooks):
         return found
     # Extra leading dimensions (choices) are flattened.
     lead = ids.shape[:-1]
@@ -138,18 +156,20 @@ def padded_behind(batch: Batch) -> dict[str, Tensor]:
 
 def _moved(batch: Batch, prefix: str) -> Batch:
     ids, mask = batch.get(f"{prefix}input_ids"), batch.get(f"{prefix}attention_mask")
-    if ids is None or mask is None or mask.shape != ids.shape or bool(mask[:, :1].all()):
+    if ids is None or mask is None or mask.shape != ids.shape[:2] or bool(mask[:, :1].all()):
         return batch
-    shape = ids.shape
+    shape = mask.shape
     # Of a row without any token, all is padding: argmax is 0, and it stays.
     start = mask.bool().int().argmax(dim=1, keepdim=True)
     columns = (torch.arange(shape[1], device=mask.device) + start) % shape[1]
 
     def moved(tensor: Tensor) -> Tensor:
-        # Positions may come once for all sequences.
-        if tensor.shape not in (shape, (1, shape[1])):
+        # Positions may come once for all sequences; a token may have several ids, or the corners of a box.
+        own = tensor.shape in (shape, (1, shape[1])) or (tensor.ndim == 3 and tensor.shape[:2] == shape)
+        if not own or (tensor.ndim == 3 and tensor.is_floating_point()):
             return tensor
-        return tensor.expand(shape).gather(1, columns.to(tensor.device))
+        rows = torch.arange(shape[0], device=tensor.device)[:, None]
+        return tensor.expand(*shape, *tensor.shape[2:])[rows, columns.to(tensor.device)]
 
     return {name: moved(tensor) for name, tensor in batch.items()}
 
@@ -157,7 +177,10 @@ def _moved(batch: Batch, prefix: str) -> Batch:
 def token_mask(batch: Batch) -> Tensor:
     """`(batch, length)` bool, on the CPU: which positions of a batch with `input_ids` are tokens."""
     mask = batch.get("attention_mask")
-    return (torch.ones_like(batch["input_ids"]) if mask is None else mask).bool().cpu()
+    if mask is None:
+        ids = batch["input_ids"]
+        mask = torch.ones_like(ids[..., 0] if ids.ndim == 3 else ids)  # of codes, several ids are one position
+    return mask.bool().cpu()
 
 
 def positions(batch: Batch) -> int:

@@ -88,7 +88,7 @@ def _drawn(runner: Runner, generator: torch.Generator, batch: int, length: int) 
         count = min(batch, max(2, batch * length // positions(inputs)))
         drawn = {name: torch.cat([value] * count) for name, value in guess.items()}
         for name, value in drawn.items():
-            if value.is_floating_point():
+            if value.is_floating_point() and "mask" not in name:
                 drawn[name] = torch.randn(value.shape, generator=generator)
             elif name in ("input_ids", "decoder_input_ids"):
                 drawn[name] = _tokens(text, generator, len(value), length)

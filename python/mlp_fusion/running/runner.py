@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -47,17 +47,23 @@ class Runner:
     def __exit__(self, *_: object) -> None:
         self._inside.close()
 
-    def base(self, batch: Mapping[str, Any]) -> Any:
+    def base(self, batch: Mapping[str, Any], paths: Collection[str] = ()) -> Any:
         """Outputs of the model without its head, by their names.
 
-        The head has no FFN of ours, may ask for more than token ids, and makes the largest tensors of all.
+        The head may ask for more than token ids, and makes the largest tensors of all; few have FFNs.
+
+        Args:
+            batch: what it is run on.
+            paths: of modules that are to run: where one of them is the head's, the whole model runs.
 
         Raises:
             InputError: it cannot run on the batch.
         """
         base: Any = getattr(self.model, "base_model", self.model)
+        inside = {name for name, module in self.model.named_modules() if module is base} if paths else {""}
+        reached = all(any(not name or f"{path}.".startswith(f"{name}.") for name in inside) for path in paths)
         # Of some models the attribute with the prefix's name is a part that takes something else.
-        if not any(name in inspect.signature(base.forward).parameters for name in batch):
+        if not reached or not any(name in inspect.signature(base.forward).parameters for name in batch):
             base = self.model
         self._check_vocabulary(base, batch)
         return self.call(base, self._complete(base, batch))

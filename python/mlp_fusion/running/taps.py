@@ -13,7 +13,7 @@ from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.families.exchange import narrowed
 from mlp_fusion.neurons import UNNAMED, NeuronBundle
-from mlp_fusion.running.batches import POOL, Batch, main_input, other_inputs, take_batches
+from mlp_fusion.running.batches import POOL, Batch, batches_of
 from mlp_fusion.running.expert_taps import experts_tapped
 from mlp_fusion.running.positions import by_sequence
 from mlp_fusion.running.runner import Runner, not_finite
@@ -69,7 +69,7 @@ def stream_activations(
     with Runner(model) as runner, tapped(architecture, sites, visit) as taps:
         for batch in batches:
             taps.start(batch)
-            runner.base(batch)
+            runner.base(batch, [site.path for site in sites])
             taps.finish()
 
 
@@ -94,7 +94,7 @@ def capture_activations(
     Raises:
         InputError: the sample has no token, or an FFN did not run, or overflows.
     """
-    batches = take_batches(sample, POOL * rows, main=main_input(model), others=other_inputs(model))
+    batches = batches_of(model, sample, POOL * rows)
     plan = RowPlan(batches, seed)
     kept = [RowSample(plan, rows) for _ in sites]
 

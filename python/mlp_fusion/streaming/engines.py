@@ -1,75 +1,49 @@
-"""Who does the tasks of a streamed run: threads of this process, of which each keeps the others busy, or Ray."""
+"""Who does the tasks of a streamed run: threads of this process, or Ray."""
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
+import torch
+
 from mlp_fusion.errors import InputError
-from mlp_fusion.measure import FFNRow
 from mlp_fusion.store.shards import flush
 from mlp_fusion.streaming.tasks import Task
-from mlp_fusion.streaming.work import Outcome, Work
+from mlp_fusion.streaming.work import Member, Work
 
+#: Threads that do tasks side by side: on a CPU at most, and where the work itself is done on a GPU.
+_MOST_WORKERS, _ON_A_GPU = 8, 3
 #: Called in one thread, with a task whose bytes are on the disk.
-Done = Callable[[Task, list[tuple[int, FFNRow]]], None]
+Done = Callable[[Task, list[Member]], None]
+
+
+def workers_here() -> int:
+    """How many tasks this machine's processors do side by side."""
+    return min(torch.get_num_threads(), _MOST_WORKERS)
 
 
 def run_locally(work: Work, tasks: Sequence[Task], done: Done) -> None:
-    """Read the next task and write the last one while one is reduced.
+    """Do tasks in several threads: while some read or write, others reduce.
+
+    On the CPU, there are as many as torch has threads, up to eight, which share those among them: tasks side by side
+    wait less for one another than the parts of one task do.
 
     Raises:
-        InputError: as reading, reducing and writing do; nothing is written after that.
+        InputError: as reading, reducing and writing do; what has not begun is left then.
     """
-    with ThreadPoolExecutor(1, "reading") as reader, _writing(work, done) as write:
-        waiting = [(task, reader.submit(work.read, task)) for task in tasks[:1]]
-        for number in range(len(tasks)):
-            task, future = waiting.pop()
-            read = future.result()
-            if number + 1 < len(tasks):
-                waiting.append((tasks[number + 1], reader.submit(work.read, tasks[number + 1])))
-            write(task, work.reduce(task, read))
-            del read
-
-
-@contextmanager
-def _writing(work: Work, done: Done) -> Iterator[Callable[[Task, Outcome], None]]:
-    """A thread that writes; what goes wrong there is raised here, at the next task or at the end."""
-    todo: queue.Queue[tuple[Task, Outcome] | None] = queue.Queue(maxsize=1)
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        while (item := todo.get()) is not None:
-            if failed:
-                continue
-            try:
-                task, outcome = item
-                flush(work.write(task, outcome))
-                done(task, outcome.rows)
-            except BaseException as error:  # noqa: BLE001  (raised in the other thread)
-                failed.append(error)
-            item = None
-
-    thread = threading.Thread(target=run, name="writing")
-    thread.start()
-
-    def write(task: Task, outcome: Outcome) -> None:
-        if not failed:
-            todo.put((task, outcome))
-        if failed:
-            raise failed[0]
-
+    threads = torch.get_num_threads()
+    workers = workers_here() if work.device.type == "cpu" else _ON_A_GPU
+    torch.set_num_threads(max(1, threads // workers))
+    pool = ThreadPoolExecutor(workers, "task")
     try:
-        yield write
+        names = {pool.submit(do, work, task): task for task in tasks}
+        for future in as_completed(names):
+            done(names[future], future.result())
     finally:
-        todo.put(None)
-        thread.join()
-    if failed:
-        raise failed[0]
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def run_on_ray(work: Work, tasks: Sequence[Task], done: Done, *, retries: int = 3) -> None:
@@ -90,7 +64,7 @@ def run_on_ray(work: Work, tasks: Sequence[Task], done: Done, *, retries: int = 
     try:
         shared = ray.put(work)
         gpus = 1 if work.device.type == "cuda" else 0
-        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=retries)(_do)
+        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=retries)(do)
         names = {remote.remote(shared, task): task for task in tasks}
         waiting = list(names)
         while waiting:
@@ -102,9 +76,9 @@ def run_on_ray(work: Work, tasks: Sequence[Task], done: Done, *, retries: int = 
             ray.shutdown()
 
 
-def _result(ray: Any, reference: Any) -> list[tuple[int, FFNRow]]:
+def _result(ray: Any, reference: Any) -> list[Member]:
     try:
-        found: list[tuple[int, FFNRow]] = ray.get(reference)
+        found: list[Member] = ray.get(reference)
         return found
     except ray.exceptions.RayTaskError as error:
         cause = error.cause if isinstance(getattr(error, "cause", None), Exception) else error
@@ -113,17 +87,11 @@ def _result(ray: Any, reference: Any) -> list[tuple[int, FFNRow]]:
         raise InputError(f"a worker died again and again ({str(error).splitlines()[0]}): see Ray's logs") from error
 
 
-def _do(work: Work, task: Task) -> list[tuple[int, FFNRow]]:
-    """A whole task, in a worker."""
+def do(work: Work, task: Task) -> list[Member]:
+    """A whole task; its rows, when its bytes are on the disk."""
     outcome = work.reduce(task, work.read(task))
     flush(work.write(task, outcome))
     return outcome.rows
 
 
 ENGINES: dict[str, Callable[[Work, Sequence[Task], Done], None]] = {"local": run_locally, "ray": run_on_ray}
-
-
-def order(tasks: Iterable[Task], done: Iterable[str]) -> list[Task]:
-    """What is left to do."""
-    known = set(done)
-    return [task for task in tasks if task.name not in known]

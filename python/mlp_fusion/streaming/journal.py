@@ -12,6 +12,7 @@ from typing import Any
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure import FFNRow
+from mlp_fusion.streaming.work import Member
 
 
 def fingerprint(content: Mapping[str, Any]) -> str:
@@ -24,19 +25,37 @@ def files_as_they_are(files: Iterable[Path]) -> list[list[Any]]:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)]
 
 
+def left_behind(file: Path) -> tuple[bool, bool]:
+    """What the journal of a run that has ended says: whether it replaces a checkpoint, and whether all is written.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    if not file.is_file():
+        return False, False
+    lines = file.read_bytes().splitlines()
+    try:
+        return bool(json.loads(lines[0])["replace"]), json.loads(lines[-1]).get("complete", False)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        if lines and b'"replace"' in lines[0]:
+            return bool(json.loads(lines[0])["replace"]), False  # the last line is cut short
+        raise InputError(f"{file}: damaged: start again with --force") from error
+
+
 class Journal:
     """The file that says what is done.
 
     Args:
         file: beside the folder that is written.
         parts: what the run depends on, in words -> its fingerprint.
+        replace: whether a checkpoint gives way to what is written.
     """
 
-    def __init__(self, file: Path, parts: Mapping[str, str]) -> None:
+    def __init__(self, file: Path, parts: Mapping[str, str], *, replace: bool = False) -> None:
         self.file = file
-        self._parts = dict(parts)
+        self._parts, self._replace = dict(parts), replace
         #: Name of a task that is done -> its rows.
-        self.done: dict[str, list[tuple[int, FFNRow]]] = {}
+        self.done: dict[str, list[Member]] = {}
         #: Whether everything is written, and only has to get its name.
         self.complete = False
 
@@ -45,7 +64,7 @@ class Journal:
         self.done.clear()
         unfinished = self.file.with_name(f"{self.file.name}.new")
         with unfinished.open("w", encoding="utf-8") as handle:
-            handle.write(json.dumps({"parts": self._parts}) + "\n")
+            handle.write(json.dumps({"parts": self._parts, "replace": self._replace}) + "\n")
             handle.flush()
             os.fsync(handle.fileno())
         unfinished.rename(self.file)
@@ -76,14 +95,14 @@ class Journal:
             if entry.get("complete"):
                 self.complete = True
             else:
-                self.done[entry["task"]] = [(number, FFNRow(**row)) for number, row in entry["rows"]]
+                self.done[entry["task"]] = [(number, FFNRow(**row), seen) for number, row, seen in entry["rows"]]
             whole += 1
         with self.file.open("r+b") as handle:
             handle.truncate(sum(len(line) + 1 for line in lines[: whole + 1]))
 
-    def add(self, task: str, rows: list[tuple[int, FFNRow]]) -> None:
+    def add(self, task: str, rows: list[Member]) -> None:
         """Note that a task is done, its bytes on the disk."""
-        self._append({"task": task, "rows": [(number, dataclasses.asdict(row)) for number, row in rows]})
+        self._append({"task": task, "rows": [(number, dataclasses.asdict(row), seen) for number, row, seen in rows]})
         self.done[task] = rows
 
     def close(self) -> None:

@@ -13,11 +13,13 @@ import torch
 
 import mlp_fusion
 from mlp_fusion.choices import METHODS
+from mlp_fusion.families import Architecture
 from mlp_fusion.families.exchange import check_form
 from mlp_fusion.measure import FFNRow
 from mlp_fusion.neurons import UNNAMED
 from mlp_fusion.reducing.pipeline import Progress
 from mlp_fusion.reducing.rows import together
+from mlp_fusion.running.batches import Batch
 from mlp_fusion.settings import FuseSettings
 from mlp_fusion.store.coverage import dropped_layers, meta_model
 from mlp_fusion.store.disk import DiskFFN, disk_ffns
@@ -30,10 +32,11 @@ from mlp_fusion.store.source import read_headers
 from mlp_fusion.store.tensors import Tensors
 from mlp_fusion.store.weights import TensorInfo
 from mlp_fusion.store.writing import write_config, write_index
+from mlp_fusion.streaming.calibrated import Calibrated
 from mlp_fusion.streaming.engines import ENGINES
 from mlp_fusion.streaming.journal import Journal, files_as_they_are, fingerprint
 from mlp_fusion.streaming.tasks import Task, shards_of, tasks_of
-from mlp_fusion.streaming.work import Work
+from mlp_fusion.streaming.work import Member, Work
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,15 @@ class Stream:
         work: what is to be done, by anyone.
         tasks: all of them.
         changed: the config of what is written.
+        architecture: of the model.
+        text: what it is calibrated on, or None.
     """
 
     work: Work
     tasks: list[Task]
     changed: Any
+    architecture: Architecture
+    text: Sequence[Batch] | None = None
 
     def run(
         self,
@@ -73,7 +80,7 @@ class Stream:
         Raises:
             InputError: the unfinished run was another one, or a tensor cannot be used. What is done stays.
         """
-        journal = Journal(journal_of(out), self._fingerprints())
+        journal = Journal(journal_of(out), self._fingerprints(), replace=replace)
         if journal.file.exists():
             journal.resume()
         with appears_when_complete(out, keep=True, replace=replace) as staging:
@@ -93,27 +100,35 @@ class Stream:
     def _do(self, work: Work, journal: Journal, engine: str, progress: Progress | None) -> None:
         work.weights_out.create()
         work.scales_out.create()
-        left = [task for task in self.tasks if task.name not in journal.done]
-        total = sum(_experts(task) for task in self.tasks)
-        done = total - sum(_experts(task) for task in left)
+        known = {(number, expert) for task in self.tasks for part in task.parts for number, expert in part.members}
+        chosen = set(work.settings.layers or ())  # type: ignore[arg-type]
+        if self.text is not None:
+            known |= {
+                (n, e) for n, ffn in enumerate(work.ffns) if ffn.loaded and ffn.index in chosen for e in ffn.experts
+            }
+        total = len(known)
 
-        def finished(task: Task, rows: list[tuple[int, FFNRow]]) -> None:
-            nonlocal done
-            journal.add(task.name, rows)
-            done += _experts(task)
+        def finished(task: str, rows: list[Member]) -> None:
+            journal.add(task, rows)
             if progress is not None:
-                progress(done, total)
+                progress(sum(map(len, journal.done.values())), total)
 
-        ENGINES[engine](work, left, finished)
+        if self.text is not None:
+            states = work.target.parent / f"{journal.file.name}.states"
+            run = Calibrated(work, self.architecture, self.text, work.settings.sequential, states)
+            run.run(set(journal.done), finished)
+        left = [task for task in self.tasks if task.name not in journal.done]
+        ENGINES[engine](work, left, lambda task, rows: finished(task.name, rows))
 
     def _rows(self, journal: Journal) -> list[FFNRow]:
         """The report's rows: the experts of a stack in one."""
-        found = [pair for task in self.tasks for pair in journal.done[task.name]]
+        found = [pair for rows_of in journal.done.values() for pair in rows_of]
         rows = []
         for number, members in itertools.groupby(sorted(found, key=lambda pair: pair[0]), key=lambda pair: pair[0]):
-            each = [row for _, row in members]
+            several = list(members)
+            each, seen = [row for _, row, _ in several], [count for _, _, count in several]
             ffn = self.work.ffns[number]
-            rows.append(together(each, [0] * len(each)) if ffn.kind.experts else each[0])
+            rows.append(together(each, seen) if ffn.kind.experts else each[0])
         return rows
 
     def _fingerprints(self) -> dict[str, str]:
@@ -122,25 +137,28 @@ class Stream:
         return {
             "source": fingerprint({"files": files_as_they_are(files)}),
             "recipe": fingerprint({"settings": vars(work.settings), "widths": list(work.widths)}),
+            "text": fingerprint({"text": [batch["input_ids"].tolist() for batch in self.text or ()]}),
             "version": fingerprint({"version": mlp_fusion.__version__, "tasks": [task.name for task in self.tasks]}),
         }
 
 
-def _experts(task: Task) -> int:
-    return sum(part.count for part in task.parts)
-
-
 def prepare(
-    folder: Path, settings: FuseSettings, widths: Sequence[int], device: torch.device, dtype: str | None
+    folder: Path,
+    settings: FuseSettings,
+    widths: Sequence[int],
+    device: torch.device,
+    dtype: str | None,
+    text: Sequence[Batch] | None = None,
 ) -> Stream:
     """Find out from headers what is to be done.
 
     Args:
         folder: the checkpoint.
-        settings: as asked for, without calibration.
+        settings: as asked for.
         widths: of all FFNs of the model, by their numbers.
         device: that FFNs are reduced on.
         dtype: that weights are rounded to, as for :func:`mlp_fusion.store.reference.compute_dtype`.
+        text: to learn from; the model is run on it, layer by layer.
 
     Raises:
         InputError: the checkpoint cannot be streamed.
@@ -154,7 +172,8 @@ def prepare(
     ffns += dropped_layers(headers, model, architecture, sites)
     chosen = sorted(site.index for site in sites if widths[site.index] < site.kind.width)
     named = all(sites[index].kind.name != UNNAMED for index in chosen)
-    settings = dataclasses.replace(settings, unmeasured=True).resolved(chosen, calibrated=False, named=named)
+    settings = dataclasses.replace(settings, unmeasured=text is None)
+    settings = settings.resolved(chosen, calibrated=text is not None, named=named)
     scales = METHODS[settings.method].scales
     for index in chosen if scales else ():
         check_form(sites[index], settings.parameterization)
@@ -177,7 +196,8 @@ def prepare(
         dtype=compute_dtype(names, stored, dtype),
         device=device,
     )
-    return Stream(work, tasks_of(tensors, ffns, each), changed)
+    learning = () if text is None else {number for number, ffn in enumerate(ffns) if ffn.loaded}
+    return Stream(work, tasks_of(tensors, ffns, each, learning), changed, architecture, text)
 
 
 def _scales(ffns: Sequence[DiskFFN], widths: Sequence[int]) -> list[Shard]:

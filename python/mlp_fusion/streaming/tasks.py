@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,9 @@ from mlp_fusion.store.disk import DiskFFN, Piece
 from mlp_fusion.store.shards import Shard
 from mlp_fusion.store.tensors import Plain, Tensors
 
-#: float32 bytes of neurons that one task reads: what a method works on side by side.
-TASK_BYTES = 256 * 2**20
+#: float32 bytes of neurons that one task reads. Small: tasks are what is done side by side, and pages that are used
+#: again need not be cleared.
+TASK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Part:
     def expert(self) -> int:
         """Number of the first one in the whole stack."""
         return self.piece.first + self.first
+
+    @property
+    def members(self) -> list[tuple[int, int]]:
+        """Number of the FFN and of the expert, of each."""
+        return [(self.ffn, self.expert + number) for number in range(self.count)]
 
     def rows(self, shape: Sequence[int]) -> tuple[int, int | None]:
         """Where its part of a tensor's first axis begins, and how long it is; None for all of it."""
@@ -78,13 +84,16 @@ def shards_of(tensors: Tensors, ffns: Sequence[DiskFFN], widths: Sequence[int]) 
     ]
 
 
-def tasks_of(tensors: Tensors, ffns: Sequence[DiskFFN], widths: Sequence[int]) -> list[Task]:
+def tasks_of(
+    tensors: Tensors, ffns: Sequence[DiskFFN], widths: Sequence[int], elsewhere: Container[int] = ()
+) -> list[Task]:
     """Everything that is to be done, in the order of the layers; what is copied, last.
 
     Args:
         tensors: of the source.
         ffns: all of its FFNs.
         widths: of each, afterwards; those that keep their width are copied.
+        elsewhere: numbers of FFNs that are reduced by something else.
     """
     tasks: list[Task] = []
     waiting: list[Part] = []
@@ -104,7 +113,7 @@ def tasks_of(tensors: Tensors, ffns: Sequence[DiskFFN], widths: Sequence[int]) -
         if width == ffn.kind.width:
             continue
         reduced.update(ffn.names)
-        for piece in ffn.pieces:
+        for piece in () if number in elsewhere else ffn.pieces:
             each = _bytes(piece, tensors) // piece.experts
             kind = _alike(number, ffn, piece, width, tensors)
             for first, count in _chunks(piece.experts, max(1, TASK_BYTES // each), whole=not _sliced(piece)):

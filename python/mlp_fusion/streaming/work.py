@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlp_fusion.errors import InputError
 from mlp_fusion.families import FFNSite
 from mlp_fusion.measure import FFNRow
 from mlp_fusion.modules.stored import bundle_of, tensors_of
-from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.neurons import NeuronBundle, all_finite
 from mlp_fusion.reducing.pipeline import Recipe, ReducedFFN, reduce_ffns
 from mlp_fusion.reducing.rows import fused_row
 from mlp_fusion.running.taps import Activations
@@ -31,6 +32,8 @@ _COPIED = 16 * 2**20
 
 #: Name, values, and where on the first axis they begin.
 Written = tuple[str, Tensor, int]
+#: Number of the FFN, its row of the report or an expert's, and how many positions its errors were measured on.
+Member = tuple[int, FFNRow, int]
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,12 @@ class Outcome:
 
     Attributes:
         weights, scales: to write.
-        rows: number of the FFN, row of the report and expert.
+        rows: of the report, of every expert by itself.
     """
 
     weights: list[Written]
     scales: list[Written]
-    rows: list[tuple[int, FFNRow]]
+    rows: list[Member]
 
 
 @dataclass(frozen=True)
@@ -89,11 +92,18 @@ class Work:
         return Shards(self.target, self.scales)
 
     def read(self, task: Task) -> list[dict[str, Tensor]]:
-        """The tensors of each part; what is only copied is read when it is written."""
-        return [
-            {name: self._tensors.read(name, *part.rows(self._tensors[name].shape)) for name in part.piece.names}
-            for part in task.parts
-        ]
+        """The tensors of each part; what is only copied is read when it is written.
+
+        Raises:
+            InputError: one is not finite.
+        """
+        return [{name: self._read(part, name) for name in part.piece.names} for part in task.parts]
+
+    def _read(self, part: Part, name: str) -> Tensor:
+        found = self._tensors.read(name, *part.rows(self._tensors[name].shape))
+        if not all_finite(found):
+            raise InputError(f"{name} holds NaN or Inf: the checkpoint is damaged")
+        return found
 
     @torch.no_grad()
     def reduce(self, task: Task, read: Sequence[Mapping[str, Tensor]]) -> Outcome:
@@ -105,12 +115,12 @@ class Work:
         widths = [self.widths[part.ffn] for part in task.parts for _ in range(part.count)]
         found = reduce_ffns(Recipe.of(self.settings), bundles, widths, None)
         outcome = Outcome([], [], [])
-        for part, tensors in zip(task.parts, read, strict=True):
+        for part in task.parts:
             own, found = found[: part.count], found[part.count :]
             originals, bundles = bundles[: part.count], bundles[part.count :]
-            self._gather(outcome, part, tensors, own)
+            self.gather(outcome, part, own)
             outcome.rows.extend(
-                (part.ffn, self._row(part, number, original, ffn))
+                (part.ffn, self._row(part, number, original, ffn), 0)
                 for number, (original, ffn) in enumerate(zip(originals, own, strict=True))
             )
         return outcome
@@ -120,13 +130,13 @@ class Work:
         moved = {name: tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}
         return bundle_of(moved, part.piece.projections, kind.name, gating=kind.gating, experts=part.count)
 
-    def _gather(self, outcome: Outcome, part: Part, tensors: Mapping[str, Tensor], found: Sequence[ReducedFFN]) -> None:
-        """Weights and scales as a model that was fused in memory would be saved."""
+    def gather(self, outcome: Outcome, part: Part, found: Sequence[ReducedFFN]) -> None:
+        """Add the weights and scales of a part, as a model that was fused in memory would be saved."""
         ffn = self.ffns[part.ffn]
         kind = dataclasses.replace(ffn.kind, projections=part.piece.projections)
         form = self.settings.parameterization
         bundle = NeuronBundle.stack([one.bundle for one in found]).parameterized(form)
-        new = tensors_of(bundle, kind.projections, tensors)
+        new = tensors_of(bundle, kind.projections, self._like(part))
         state = {name: tensor.to(self.dtype) for name, tensor in new.items()}
         if bundle.scale is not None:
             Rescaling.to_plain(kind, "", form).apply(state, bundle.scale)
@@ -136,6 +146,15 @@ class Work:
                 outcome.scales.append((name, scale, part.expert if ffn.kind.experts else 0))
         for name, tensor in state.items():
             outcome.weights.append((name, tensor, self._first(part, name)))
+
+    def _like(self, part: Part) -> dict[str, Tensor]:
+        """Tensors without values, of the shapes of a part's in the source."""
+        found = {}
+        for name in part.piece.names:
+            shape = self._tensors[name].shape
+            _, count = part.rows(shape)
+            found[name] = torch.empty(shape if count is None else (count, *shape[1:]), device="meta")
+        return found
 
     @cached_property
     def _scale_names(self) -> frozenset[str]:

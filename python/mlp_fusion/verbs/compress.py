@@ -20,9 +20,11 @@ from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture
 from mlp_fusion.measure import FFNRow, FusionReport
 from mlp_fusion.measure.embeddings import compare_embeddings, embed
+from mlp_fusion.measure.report import CalibrationRecord
 from mlp_fusion.reducing.chosen import check_finite
+from mlp_fusion.reducing.learning import SAMPLE_ROWS
 from mlp_fusion.reducing.pipeline import Progress
-from mlp_fusion.running.batches import Batch, takes_text
+from mlp_fusion.running.batches import Batch, takes_text, token_mask
 from mlp_fusion.running.runner import resolve_device
 from mlp_fusion.running.sentences import read_sentences
 from mlp_fusion.selection import Layers, Width
@@ -30,7 +32,7 @@ from mlp_fusion.settings import CompressSettings, make, takes
 from mlp_fusion.store.coverage import check_written, meta_model
 from mlp_fusion.store.folding import fold_state_dict
 from mlp_fusion.store.naming import Place, places
-from mlp_fusion.store.output import appears_when_complete, check_output, output_path, taken
+from mlp_fusion.store.output import appears_when_complete, check_output, journal_of, output_path, staging_of, taken
 from mlp_fusion.store.quantised import quantisation
 from mlp_fusion.store.record import (
     DTYPE_KEY,
@@ -45,6 +47,7 @@ from mlp_fusion.store.source import companion_files, local_folder, read_config
 from mlp_fusion.store.tokenizers import tokenize
 from mlp_fusion.store.weights import COMPUTING, read_tensors, safetensors_name
 from mlp_fusion.store.writing import copy_companions, save_converted, write_config, write_weights
+from mlp_fusion.streaming.journal import left_behind
 from mlp_fusion.streaming.run import prepare
 from mlp_fusion.verbs.fuse import fuse
 from mlp_fusion.verbs.plan import FusionPlan, plan
@@ -90,14 +93,22 @@ def compress(
     """
     out = output_path(out)
     settings = make(CompressSettings, {"width": width, "layers": layers, "method": method, **options}, "compress")
-    check_output(out, replace=settings.force)
+    replace = settings.force
+    if settings.resume:
+        before, complete = left_behind(journal_of(out))
+        replace = before
+        if complete and not staging_of(out).exists():
+            with taken(out, resume=True):
+                journal_of(out).unlink()
+            return FusionReport.from_dict(json.loads((out / REPORT_FILE).read_text(encoding="utf-8")))
+    check_output(out, replace=replace)
     device = resolve_device(settings.device)
     sentences = read_sentences(_file(settings.text))
     settings.check()
     learnt = None
     if settings.calibration is not None:
         learnt = read_sentences(_file(settings.calibration), limit=settings.calibration_sentences)
-    planned = plan(path, width, layers, budget=settings.budget)
+    planned = plan(path, width, layers, budget=settings.budget, multiple=settings.multiple)
     folder = local_folder(path)
     if folder.resolve() in out.parents:
         raise InputError(f"{out} lies inside {folder}: choose a folder elsewhere")
@@ -106,9 +117,9 @@ def compress(
     if settings.engine != "local" and not streamed:
         raise InputError(f"engine {settings.engine} does streamed runs: pass stream (--stream)")
     with taken(out, resume=settings.resume and streamed, force=settings.force):
-        check_output(out, replace=settings.force)
+        check_output(out, replace=replace)
         if streamed:
-            return _stream(folder, out, settings, planned, device, progress)
+            return _stream(folder, out, settings, planned, device, learnt, progress, replace=replace)
         source = _open(folder, settings.dtype, device)
         # What the end needs is tried before the work.
         reference_outputs(source.model, settings.seed, head=source.head)
@@ -141,14 +152,14 @@ def _is_streamed(settings: CompressSettings, planned: FusionPlan) -> bool:
     """
     if settings.stream:
         return True
-    text = settings.calibration is not None or settings.text is not None or settings.budget is not None
+    whole = settings.text is not None or settings.budget is not None or settings.tune_steps > 0
     dropped = [ffn.path for ffn in planned.ffns if not ffn.loaded]
-    if dropped and (text or settings.stream is False):
+    if dropped and (whole or settings.stream is False):
         raise InputError(
             f"{dropped[0]} is of a layer that transformers does not load, and that only a streamed run can narrow: "
-            "use stream without text, or take the layer out of the checkpoint"
+            "use stream, or take the layer out of the checkpoint"
         )
-    if settings.stream is None and not text:
+    if settings.stream is None and not whole:
         return bool(dropped) or planned.bytes_before > _memory() / 3
     return False
 
@@ -164,13 +175,24 @@ def _stream(
     settings: CompressSettings,
     planned: FusionPlan,
     device: torch.device,
+    learnt: list[str] | None,
     progress: Progress | None,
+    *,
+    replace: bool,
 ) -> FusionReport:
     """Compress from disk to disk."""
     started = time.perf_counter()
+    config = read_config(folder)
+    text = None
+    if learnt is not None:
+        text = tokenize(folder, learnt, getattr(config, "max_position_embeddings", None))
+        if text is None:
+            raise InputError(f"{folder} has no tokenizer to read {settings.calibration} with: add its files")
     widths = {ffn.layer: ffn.neurons_after for ffn in planned.ffns if ffn.loaded}
     each = [widths[number] for number in range(len(widths))]
-    stream = prepare(folder, settings.fusing(), each, device, settings.dtype)
+    stream = prepare(folder, settings.fusing(), each, device, settings.dtype, text)
+
+    tokens = sum(int(token_mask(batch).sum()) for batch in text or ())
 
     def reported(rows: list[FFNRow]) -> FusionReport:
         used = stream.work.settings
@@ -178,14 +200,15 @@ def _stream(
             model_type=planned.model_type,
             settings=used,
             parameterization=used.parameterization,
-            sample="nothing, as the model was not run",
-            sample_rows=0,
+            sample="nothing, as the model was not run" if text is None else "the calibration text, which was fitted to",
+            sample_rows=0 if text is None else SAMPLE_ROWS,
             parameters_before=planned.parameters_before,
             parameters_after=planned.parameters_after,
             bytes_before=planned.bytes_before,
             bytes_after=sum(shard.nbytes for shard in stream.work.shards),
             seconds=time.perf_counter() - started,
             rows=rows,
+            calibration=None if text is None else CalibrationRecord(tokens, None),
         )
 
     def finish(staging: Path, rows: list[FFNRow]) -> None:
@@ -193,7 +216,7 @@ def _stream(
         copy_companions(folder, staging)
         _write_report(staging, planned, reported(rows))
 
-    rows = stream.run(out, finish, engine=settings.engine, replace=settings.force, progress=progress)
+    rows = stream.run(out, finish, engine=settings.engine, replace=replace, progress=progress)
     return reported(rows)
 
 

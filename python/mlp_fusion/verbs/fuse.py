@@ -81,7 +81,7 @@ def fuse(
     chosen = sorted({site.index for site in ffns.sites})
     settings = asked.resolved(chosen, calibrated=calibration is not None, named=ffns.named)
     ffns.check(settings)
-    widths = [] if isinstance(width, str) else ffns.widths(width)
+    widths = [] if isinstance(width, str) else ffns.widths(width, settings.multiple)
     check_finite(model)
     before = count_parameters(model)
     known = None

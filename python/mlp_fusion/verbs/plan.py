@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from mlp_fusion.store.record import FUSION_KEY, check_config, fused_config
 from mlp_fusion.store.source import Headers, model_headers, read_headers
 from mlp_fusion.store.weights import TensorInfo
 from mlp_fusion.store.widths import narrowed_shapes
+from mlp_fusion.streaming import estimate
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class FusionPlan:
         uniform: all FFNs end up with one width.
         loads_in: who can load the result.
         warnings: what to know beforehand.
+        operations: floating-point operations of clustering.
+        seconds, peak_bytes: of a streamed run without text on this machine, estimated.
 
     Examples:
         >>> plan = mlp_fusion.plan("roberta-base", width=0.25)
@@ -79,6 +82,9 @@ class FusionPlan:
     uniform: bool
     loads_in: str
     warnings: list[str]
+    operations: int = 0
+    seconds: float = field(default=0.0, compare=False)
+    peak_bytes: int = field(default=0, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -106,6 +112,7 @@ class FusionPlan:
             render(table),
             f"parameters: {self.parameters_before:,} → {self.parameters_after:,} ({share:.1%})",
             f"bytes: {format_bytes(self.bytes_before)} → {format_bytes(self.bytes_after)}",
+            f"streamed: about {_duration(self.seconds)} and {format_bytes(self.peak_bytes)} of memory here (estimated)",
             f"loads in: {self.loads_in}",
             *(f"warning: {warning}" for warning in self.warnings),
         ]
@@ -157,12 +164,16 @@ def plan(
         architecture = check_config(headers.config, stored=True)
         model = meta_model(headers.config)
         sites = architecture.sites(model)
-        held, buffers = claimed_tensors(headers, model, architecture, sites), stored_buffers(headers, model)
         dropped = dropped_layers(headers, model, architecture, sites)
+        held, buffers = claimed_tensors(headers, model, architecture, sites), stored_buffers(headers, model)
     chosen = choose_sites(architecture, sites, layers)
-    after = dict(zip((site.index for site in chosen), _widths_after(width, budget, chosen), strict=True))
+    after = dict(
+        zip((site.index for site in chosen), _widths_after(width, budget, chosen, settings.multiple), strict=True)
+    )
     widths = [after.get(site.index, site.kind.width) for site in sites]
     ffns = [_planned(site, site.index in after, width, held) for site, width in zip(sites, widths, strict=True)]
+    lie: list[FFNSite | DiskFFN] = [*sites, *dropped]
+    experts = {ffn.path: max(ffn.kind.experts, 1) for ffn in lie}
     ffns += [_dropped(ffn, ffn.index in after, widths, sites, headers) for ffn in dropped]
     changed = fused_config(model, architecture, sites, widths, method="", parameterization="folded")
     plain = budget is None and "widths" not in getattr(changed, FUSION_KEY)
@@ -171,6 +182,8 @@ def plan(
     # Buffers (position ids, frequencies) take bytes, but are no parameters.
     parameters = sum(t.numel for name, t in headers.tensors.items() if t.parameter and name not in buffers)
     size = sum(t.nbytes for t in headers.tensors.values())
+    reduced = [(f, experts[f.path]) for f in ffns if f.neurons_after < f.neurons_before]
+    work = estimate.operations((f.neurons_before, f.parameters_before) for f, _ in reduced)
     return FusionPlan(
         name=headers.name,
         model_type=headers.config.model_type,
@@ -186,16 +199,29 @@ def plan(
             *_quantised(headers.config),
             *(f"left as it is: {reason}" for reason in architecture.unproved),
         ],
+        operations=work,
+        seconds=estimate.seconds(work, 2 * size - saved_bytes),
+        peak_bytes=estimate.peak_bytes(max((4 * f.parameters_before // n for f, n in reduced), default=0)),
     )
 
 
-def _widths_after(width: Width | str | Mapping[int, int], budget: float | None, chosen: Sequence[FFNSite]) -> list[int]:
+def _duration(seconds: float) -> str:
+    """Seconds, minutes or hours, in two digits."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{max(1, round(seconds))} s"
+
+
+def _widths_after(
+    width: Width | str | Mapping[int, int], budget: float | None, chosen: Sequence[FFNSite], multiple: int | None
+) -> list[int]:
     if isinstance(width, Mapping):
         return [width[site.index] for site in chosen]
     if isinstance(width, str):
         assert budget is not None
         return resolve_widths(float(budget), chosen)
-    return resolve_widths(width, chosen)
+    return resolve_widths(width, chosen, multiple)
 
 
 def _planned(site: FFNSite, chosen: bool, after: int, held: Mapping[str, Sequence[TensorInfo]]) -> PlannedFFN:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure import relative_error
 from mlp_fusion.measure.report import render
+from mlp_fusion.neurons import all_finite
 from mlp_fusion.store.coverage import claimed_tensors, ffn_tensors, meta_model
-from mlp_fusion.store.record import DTYPE_KEY, FUSION_KEY, REFERENCE_FILE, architecture_of, fusion_record
+from mlp_fusion.store.record import DTYPE_KEY, FUSION_KEY, REFERENCE_FILE, REPORT_FILE, architecture_of, fusion_record
 from mlp_fusion.store.reference import compute_dtype, load_checkpoint, model_outputs, reference_outputs, split_reference
 from mlp_fusion.store.restoring import scaled_sites
-from mlp_fusion.store.source import Headers, read_headers
+from mlp_fusion.store.source import Headers, local_folder, read_headers
 from mlp_fusion.store.weights import COMPUTING, find_weights, opened
+from mlp_fusion.streaming import checking
 
 
 @dataclass(frozen=True)
@@ -67,17 +70,22 @@ class Verification:
         return f"{self.checkpoint}\n{render(table)}"
 
 
-def verify(out: str | Path, against: nn.Module | None = None) -> Verification:
+def verify(out: str | Path, against: nn.Module | str | Path | None = None) -> Verification:
     """Reload a fused checkpoint through transformers and compare it with what was in memory when it was written.
+
+    One that was streamed from disk to disk is of any size, and no model of it has ever run: its tensors are compared
+    with what its config says, without loading it, and with those of its source.
 
     Args:
         out: the checkpoint's folder.
-        against: the fused model in memory. None: the outputs that `compress` recorded.
+        against: the fused model in memory, or the folder of the source, which is compared tensor by tensor. None: the
+            outputs that `compress` recorded; of a streamed checkpoint, there are none.
 
     Returns:
         The checks: shapes as config and record state them, every tensor finite, a clean load, equal outputs (relative
         Frobenius difference at most 0.3 sqrt(eps) of the dtype: folding rounds once more than the explicit scale), and
-        a side file from which `restore` can take the scale.
+        a side file from which `restore` can take the scale. Against a source: tensors that are no fused FFN's are the
+        same in every bit, and some fused FFNs do about the same on random inputs.
 
     Raises:
         InputError: not a fused checkpoint, or unreadable, or nothing to compare with.
@@ -97,6 +105,8 @@ def verify(out: str | Path, against: nn.Module | None = None) -> Verification:
     record = fusion_record(headers.config)
     if record is None:
         raise InputError(f"{folder}: not a fused checkpoint: config.json has no {FUSION_KEY!r} entry")
+    if isinstance(against, (str, Path)) or (against is None and _was_streamed(folder)):
+        return _verified_on_disk(folder, record, headers, None if against is None else Path(against).expanduser())
     recorded, dtype = _read_reference(folder) if against is None else (None, None)
     ffns = ffn_tensors(headers.config, headers.tensors)
     working = compute_dtype(ffns, headers.tensors, dtype)
@@ -109,6 +119,32 @@ def verify(out: str | Path, against: nn.Module | None = None) -> Verification:
         _check_outputs(expected, model, headers),
         _check_scale(folder, record, model),
     ]
+    return Verification(str(folder), checks)
+
+
+def _was_streamed(folder: Path) -> bool:
+    """Whether a checkpoint has a report of a run in which no model ran."""
+    if (folder / REFERENCE_FILE).is_file():
+        return False
+    try:
+        report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and report.get("sample_rows") == 0
+
+
+def _verified_on_disk(folder: Path, record: dict[str, Any], headers: Headers, against: Path | None) -> Verification:
+    checks = [_check_shapes(headers, record), _check_finite(folder)]
+    if all(check.passed for check in checks):
+        found = checking.Checkpoint(folder)
+        checks.append(Check("loads", *checking.loading(found)))
+        if record["parameterization"] != "folded":
+            checks.append(Check("scale", *checking.scales(found, folder, record["fused_layers"])))
+        if against is not None:
+            source = checking.Checkpoint(local_folder(against))
+            checks.append(Check("unchanged", *checking.unchanged(found, source)))
+            if checks[-1].passed:
+                checks.append(Check("outputs", *checking.outputs(found, source)))
     return Verification(str(folder), checks)
 
 
@@ -146,7 +182,7 @@ def _check_finite(folder: Path) -> Check:
                 tensor = handle.get_tensor(name)
                 if tensor.is_floating_point() and tensor.itemsize == 1:
                     tensor = tensor.float()  # of FP8, torch cannot say
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                if tensor.is_floating_point() and not all_finite(tensor):
                     return Check("finite", False, f"{name} holds NaN or Inf")
     return Check("finite", True, f"{count} tensors")
 
