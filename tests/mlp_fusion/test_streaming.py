@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,13 @@ import torch
 import transformers
 from discovered_models import ADAM_ONLY, auto, logits, model_of, tied
 from safetensors.torch import load_file, save_file
+from streams import StoppedError, files, stop_after
 
 import checkpoints as ck
 import mlp_fusion
 from mlp_fusion import InputError
 from mlp_fusion.store import shards as shards_module
-from mlp_fusion.streaming import engines, layerwise, tasks
+from mlp_fusion.streaming import engines, tasks
 from mlp_fusion.streaming.journal import Journal
 
 pytestmark = pytest.mark.slow
@@ -49,16 +48,6 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Experts in tensors of their own, in several shards."""
     folder = tmp_path_factory.mktemp("mixtral") / "source"
     return saved(transformers.MixtralConfig(**_MIXTRAL), folder, max_shard_size="100KB")
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """What a checkpoint consists of, but for the times that a report holds."""
-    timed = ("report.json", "README.md")
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in timed
-    }
 
 
 def in_small_tasks(monkeypatch: pytest.MonkeyPatch, size: int = 60_000) -> None:
@@ -184,21 +173,6 @@ def test_chosen_layers(mixtral: Path, tmp_path: Path) -> None:
 # --- what interrupts it ----------------------------------------------------------------------------------------------
 
 
-class _StoppedError(Exception):
-    pass
-
-
-def stop_after(tasks_done: int) -> Callable[[int, int], None]:
-    seen = []
-
-    def progress(done: int, _total: int) -> None:
-        seen.append(done)
-        if len(seen) == tasks_done:
-            raise _StoppedError
-
-    return progress
-
-
 @pytest.fixture
 def whole(mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """What a run that nothing interrupts writes."""
@@ -215,7 +189,7 @@ def test_a_run_that_was_stopped_goes_on(
     out = tmp_path / "out"
     if existing:
         out.mkdir()
-    with pytest.raises(_StoppedError):
+    with pytest.raises(StoppedError):
         mlp_fusion.compress(mixtral, out, 0.5, stream=True, progress=stop_after(tasks_done))
     assert not (out / "config.json").exists()
     with pytest.raises(InputError, match=r"an unfinished run has left .*: go on with --resume, or start again with"):
@@ -238,7 +212,7 @@ def test_another_run_is_not_gone_on_with(
 ) -> None:
     source = ck.copy(mixtral, tmp_path / "source")
     out = tmp_path / "out"
-    with pytest.raises(_StoppedError):
+    with pytest.raises(StoppedError):
         mlp_fusion.compress(source, out, 0.5, stream=True, progress=stop_after(2))
     again: dict[str, Any] = {"stream": True, "resume": True}
     with pytest.raises(InputError, match="the unfinished run had another recipe"):
@@ -265,7 +239,7 @@ def test_a_journal_that_was_cut_short_counts_as_far_as_it_goes(
     mixtral: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(_StoppedError):
+    with pytest.raises(StoppedError):
         mlp_fusion.compress(mixtral, out, 0.5, stream=True, progress=stop_after(4))
     journal = tmp_path / ".out.journal"
     lines = journal.read_bytes().splitlines(keepends=True)
@@ -291,11 +265,11 @@ def test_a_run_that_had_only_to_get_its_name(
 
     def stopped(self: Journal) -> None:
         close(self)
-        raise _StoppedError
+        raise StoppedError
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "close", stopped)
-        with pytest.raises(_StoppedError):
+        with pytest.raises(StoppedError):
             mlp_fusion.compress(mixtral, tmp_path / "out", 0.5, stream=True)
     monkeypatch.setitem(engines.ENGINES, "local", None)  # type: ignore[arg-type]
     report = mlp_fusion.compress(mixtral, tmp_path / "out", 0.5, stream=True, resume=True)
@@ -308,12 +282,12 @@ def test_a_run_that_has_its_name_and_had_only_to_clear_up(
 ) -> None:
     def stopped(self: Path, missing_ok: bool = False) -> None:
         if self.name == ".out.journal" and self.exists():
-            raise _StoppedError
+            raise StoppedError
         unlink(self, missing_ok=missing_ok)
 
     unlink = Path.unlink
     monkeypatch.setattr(Path, "unlink", stopped)
-    with pytest.raises(_StoppedError):
+    with pytest.raises(StoppedError):
         mlp_fusion.compress(mixtral, tmp_path / "out", 0.5, stream=True)
     monkeypatch.setattr(Path, "unlink", unlink)
     assert (tmp_path / ".out.journal").exists()
@@ -329,7 +303,7 @@ def test_a_run_that_replaces_a_checkpoint_goes_on_with_that(
     out = tmp_path / "out"
     mlp_fusion.compress(mixtral, out, 0.25, stream=True)
     before = files(out)
-    with pytest.raises(_StoppedError):
+    with pytest.raises(StoppedError):
         mlp_fusion.compress(mixtral, out, 0.5, stream=True, force=True, progress=stop_after(3))
     assert files(out) == before
     mlp_fusion.compress(mixtral, out, 0.5, stream=True, resume=True)
@@ -407,97 +381,3 @@ def test_options_that_do_not_go_together(options: dict[str, Any], message: str, 
     with pytest.raises(InputError, match=message):
         mlp_fusion.compress(mixtral, tmp_path / "out", **{"width": 0.5, **options})
     assert not (tmp_path / "out").exists()
-
-
-# --- with calibration ------------------------------------------------------------------------------------------------
-
-_SENTENCES = ["the cat sat on a mat", "a dog", "the big dog ran over the cat and the mat"] * 8
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    file = tmp_path / "text.txt"
-    file.write_text("\n".join(_SENTENCES))
-    return file
-
-
-def with_tokenizer(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    model_of(name).to(dtype).save_pretrained(folder)
-    ck.add_tokenizer(folder, pad_token="<pad>")
-    return folder
-
-
-@pytest.mark.parametrize("sequential", [False, True])
-@pytest.mark.parametrize("name", ["Phi3Config", "OPTConfig", "Gemma3TextConfig", "EsmConfig", "Qwen3MoeConfig",
-                                  "GptOssConfig"])  # fmt: skip
-def test_calibrated_the_same_bits_as_in_memory(name: str, sequential: bool, tmp_path: Path, text: Path) -> None:
-    source = with_tokenizer(name, tmp_path / "source", torch.float32 if sequential else torch.bfloat16)
-    reports = [
-        mlp_fusion.compress(
-            source, tmp_path / str(stream), 0.5, stream=stream, calibration=text, sequential=sequential
-        )
-        for stream in (False, True)
-    ]  # fmt: skip
-    memory, streamed = ck.tensors(tmp_path / "False"), ck.tensors(tmp_path / "True")
-    assert memory.keys() == streamed.keys()
-    assert all(torch.equal(memory[key], streamed[key]) for key in memory)
-    scales = [load_file(tmp_path / folder / ck.SCALE) for folder in ("False", "True")]
-    assert all(torch.equal(scales[0][key], scales[1][key]) for key in scales[0])
-    for ours, theirs in zip(reports[1].rows, reports[0].rows, strict=True):
-        assert (ours.path, ours.held_out_error, ours.ridge) == (theirs.path, theirs.held_out_error, theirs.ridge)
-        assert 0 < ours.output_error < 1.5
-    assert reports[1].calibration is not None
-    assert reports[0].calibration is not None
-    assert reports[1].calibration.tokens == reports[0].calibration.tokens
-
-
-@pytest.mark.parametrize("sequential", [False, True])
-def test_a_calibrated_run_goes_on(
-    sequential: bool, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = with_tokenizer("Qwen3MoeConfig", tmp_path / "source")
-    options: dict[str, Any] = {"stream": True, "calibration": text, "sequential": sequential}
-    mlp_fusion.compress(source, tmp_path / "whole", 0.5, **options)
-    with pytest.raises(_StoppedError):
-        mlp_fusion.compress(source, tmp_path / "out", 0.5, progress=stop_after(1), **options)
-    # Other text, other hidden states.
-    text.write_text("\n".join(_SENTENCES[:3]))
-    with pytest.raises(InputError, match="the unfinished run had another text"):
-        mlp_fusion.compress(source, tmp_path / "out", 0.5, resume=True, **options)
-    text.write_text("\n".join(_SENTENCES))
-    with pytest.raises(_StoppedError):
-        # A journal that is ahead of the hidden states: the layer is done again.
-        mlp_fusion.compress(source, tmp_path / "out", 0.5, resume=True, progress=stop_after(1), **options)
-    mlp_fusion.compress(source, tmp_path / "out", 0.5, resume=True, **options)
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source", "text.txt", "whole"]
-
-
-def test_only_one_layer_is_in_memory(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = with_tokenizer("Qwen3MoeConfig", tmp_path / "source")
-    seen: list[int] = []
-    loaded = layerwise.LayerwiseModel.loaded
-
-    @contextlib.contextmanager
-    def watched(self: Any, layer: Any) -> Iterator[None]:
-        with loaded(self, layer):
-            real = {
-                name.split(".")[2] for name, p in self.model.named_parameters() if ".layers." in name and not p.is_meta
-            }
-            seen.append(len(real))
-            yield
-
-    monkeypatch.setattr(layerwise.LayerwiseModel, "loaded", watched)
-    mlp_fusion.compress(source, tmp_path / "out", 0.5, stream=True, calibration=text)
-    assert seen == [1, 1]
-
-
-def test_models_whose_layers_do_not_feed_one_another(tmp_path: Path, text: Path) -> None:
-    source = with_tokenizer("T5Config", tmp_path / "source")
-    with pytest.raises(InputError, match="its layers do not feed one another from the first to the last"):
-        mlp_fusion.compress(source, tmp_path / "out", 0.5, stream=True, calibration=text)
-    bare = ck.copy(source, tmp_path / "bare")
-    for file in bare.glob("*token*"):
-        file.unlink()
-    with pytest.raises(InputError, match="has no tokenizer to read"):
-        mlp_fusion.compress(bare, tmp_path / "other", 0.5, stream=True, calibration=text)

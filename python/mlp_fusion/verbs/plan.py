@@ -182,8 +182,6 @@ def plan(
     # Buffers (position ids, frequencies) take bytes, but are no parameters.
     parameters = sum(t.numel for name, t in headers.tensors.items() if t.parameter and name not in buffers)
     size = sum(t.nbytes for t in headers.tensors.values())
-    reduced = [(f, experts[f.path]) for f in ffns if f.neurons_after < f.neurons_before]
-    work = estimate.operations((f.neurons_before, f.parameters_before) for f, _ in reduced)
     return FusionPlan(
         name=headers.name,
         model_type=headers.config.model_type,
@@ -199,10 +197,18 @@ def plan(
             *_quantised(headers.config),
             *(f"left as it is: {reason}" for reason in architecture.unproved),
         ],
-        operations=work,
-        seconds=estimate.seconds(work, 2 * size - saved_bytes),
-        peak_bytes=estimate.peak_bytes(max((4 * f.parameters_before // n for f, n in reduced), default=0)),
+        **_cost(ffns, experts, 2 * size - saved_bytes),
     )
+
+
+def _cost(ffns: Sequence[PlannedFFN], experts: Mapping[str, int], moved: int) -> dict[str, Any]:
+    """Operations, seconds and memory of a streamed run that moves so many bytes."""
+    reduced = [(f, experts[f.path]) for f in ffns if f.neurons_after < f.neurons_before]
+    work = estimate.operations((f.neurons_before, f.parameters_before) for f, _ in reduced)
+    largest = max((4 * f.parameters_before // n for f, n in reduced), default=0)
+    return {
+        "operations": work, "seconds": estimate.seconds(work, moved), "peak_bytes": estimate.peak_bytes(largest)
+    }  # fmt: skip
 
 
 def _duration(seconds: float) -> str:
