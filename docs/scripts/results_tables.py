@@ -293,6 +293,26 @@ def families() -> str:
     return table(("transformers " + results("families-cpu")["transformers"], "number"), rows)
 
 
+def large() -> str:
+    """Synthetic checkpoints of large Mixture-of-Experts models, from disk to disk."""
+    found = results("moe-cpu")["checkpoints"]
+    rows = []
+    for name, one in found.items():
+        rows.append([
+            f"{name}, {one['layers']} layers",
+            f"{one['bytes'] / 1e9:.1f} GB",
+            f"{one['tasks']['seconds']:.0f} s",
+            f"{one['ratio to reading and writing']:.1f}",
+            f"{one['source GB/s']:.2f}",
+            f"{one['process']['peak bytes'] / 1e9:.2f} GB",
+            f"{one['peak over largest group']:.2f}",
+            f"{one['minutes of all published layers, extrapolated']:.0f} min",
+        ])  # fmt: skip
+    titles = ("checkpoint", "size", "tasks", "times reading and writing alone", "source GB/s", "peak memory",
+              "of its largest layer", "all published layers, extrapolated")  # fmt: skip
+    return table(titles, rows)
+
+
 def families_roundtrip() -> str:
     """How many model types come through a round trip of a small real model, and how far others come."""
     found = results("families-roundtrip-cpu")["counts"]
@@ -379,6 +399,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ntk": ntk,
     "training": training,
     "startup": startup,
+    "large": large,
     "families": families,
     "families-left": families_left,
     "families-refused": families_refused,

@@ -31,6 +31,8 @@ from mlp_fusion.errors import InputError
 from mlp_fusion.settings import CompressSettings, Field, FinetuneSettings, PlanSettings, Record, Settings, fields
 
 Command = Callable[..., Any]
+#: Signals on which a command cleans up and ends.
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _model = click.argument("model")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
@@ -138,7 +140,7 @@ def compress(model: str, out: Path, dry_run: bool, as_json: bool, **options: Any
             report = mlp_fusion.compress(model, out, **vars(settings), progress=show)
         except KeyboardInterrupt as interrupted:
             if _can_go_on(out):
-                message = "interrupted; the same command with --resume goes on"
+                message = "interrupted; the same command with --resume (in place of --force) goes on"
                 raise _InterruptedRunError(message) from interrupted
             raise
     _emit(report, as_json)
@@ -354,7 +356,7 @@ def main() -> None:
     """Run the command line; the entry point of `mlp-fusion`."""
     _hush()
     # A job that is ended by its scheduler, or whose terminal is closed, cleans up like one that is interrupted by hand.
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in _ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _interrupt)
     try:
@@ -381,7 +383,7 @@ def main() -> None:
 def _interrupt(_number: int, _frame: Any) -> NoReturn:
     # They often come in twos, and the second must not interrupt the cleaning up. (Of one that is on its way already,
     # Python would print an error if it were to be ignored.)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in _ENDING:
         signal.signal(number, lambda *_: None)
     raise KeyboardInterrupt
 

@@ -352,3 +352,20 @@ def test_what_is_not_proved_is_refused_with_the_reason() -> None:
         with pytest.raises(InputError, match=message) as caught:
             discovered(config)
         assert "\n" not in str(caught.value)
+
+
+def test_experts_that_few_tokens_reach_are_reduced_by_their_weights_alone() -> None:
+    """And the report says which."""
+    learnt, plain = model_of("Qwen3MoeConfig"), model_of("Qwen3MoeConfig")
+    text = [token_batch(seed=n) for n in range(2)]
+    report = mlp_fusion.fuse(learnt, 0.5, calibration=text, match=None)
+    mlp_fusion.fuse(plain, 0.5)
+    (row,) = [row for row in report.rows if row.path.endswith("experts")]
+    few, (site,) = row.by_weights, [s for s in architecture_of(learnt.config).sites(learnt) if s.kind.experts]
+    assert few is not None
+    assert 0 < len(few) < 4
+    for expert in range(4):
+        both = [model.get_submodule(site.path).gate_up_proj[expert] for model in (learnt, plain)]
+        assert torch.equal(*both) is (expert in few)
+    assert f"reduced by their weights alone: {row.path}: {', '.join(map(str, few))}" in report.table()
+    assert mlp_fusion.FusionReport.from_dict(report.to_dict()).rows[1].by_weights == few

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import mlp_fusion
 from mlp_fusion import InputError
+from mlp_fusion.store import tensors
 from mlp_fusion.store.quantised import plain_names
 
 _BLOCK = 32
@@ -134,3 +135,36 @@ def test_parts_of_a_quantised_tensor_go_by_its_own_name() -> None:
     names = ["e.down_proj_blocks", "e.down_proj_scales", "e.down_proj_bias"]
     assert list(plain_names(config("mxfp4"), names).values()) == ["e.down_proj", "e.down_proj", "e.down_proj_bias"]
     assert plain_names(transformers.LlamaConfig(), names) == {name: name for name in names}
+
+
+@pytest.mark.parametrize(
+    ("factors", "shape", "block"),
+    [
+        (torch.float32, (192, 100), (128, 64)),  # the last blocks are cut off
+        (torch.uint8, (64, 64), (32, 32)),
+        (torch.float8_e8m0fnu, (64, 96), (32, 32)),
+    ],
+)
+def test_blocks_and_their_factors(factors: torch.dtype, shape: tuple[int, int], block: tuple[int, int]) -> None:
+    g = torch.Generator().manual_seed(0)
+    values = torch.randn(shape, generator=g).to(torch.float8_e4m3fn)
+    grid = [-(-n // size) for n, size in zip(shape, block, strict=True)]
+    exponents = torch.randint(-4, 4, grid, generator=g)
+    true = torch.exp2(exponents.float())
+    stored = (exponents + 127).to(torch.uint8)
+    stored = true if factors == torch.float32 else stored if factors == torch.uint8 else stored.view(factors)
+    found = tensors._from_blocks(values, stored, block, torch.float32)
+    for row, column in ((0, 0), (shape[0] - 1, shape[1] - 1), (block[0] - 1, block[1]), (block[0], 0)):
+        if row < shape[0] and column < shape[1]:
+            expected = values[row, column].float() * true[row // block[0], column // block[1]]
+            assert found[row, column] == expected
+
+
+def test_fp8_without_factors_is_refused(tmp_path: Path) -> None:
+    source = _fp8(tmp_path / "source", _model("Llama", intermediate_size=128))
+    held = load_file(source / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    del held[f"{name}_scale_inv"]
+    save_file(held, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"{name} is stored in FP8, and what it is multiplied with is missing"):
+        mlp_fusion.compress(source, tmp_path / "out", 0.5, stream=True)

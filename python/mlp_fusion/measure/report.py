@@ -39,6 +39,8 @@ class FFNRow:
             without clusters, and in reports of earlier versions.
         ntk_spectrum: kernel -> `before`, `after` -> leading eigenvalues, see `FFNErrors.spectrum`; None in reports of
             earlier versions.
+        by_weights: numbers of experts that too few tokens of the calibration text have reached to learn from; None
+            where there was no text, of dense FFNs, and in reports of earlier versions.
 
     Examples:
         >>> from transformers import AutoModel
@@ -65,6 +67,7 @@ class FFNRow:
     largest_scale: float | None = None
     cluster_sizes: list[list[int]] | None = None
     ntk_spectrum: dict[str, dict[str, list[float]]] | None = None
+    by_weights: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class FusionReport:
         rows: one per fused FFN.
         embeddings: set by `compress` when it had sentences to compare.
         calibration: None without calibration text.
+        streamed: whether the model was never in memory as a whole.
 
     Examples:
         >>> from transformers import AutoModel
@@ -129,6 +133,7 @@ class FusionReport:
     rows: list[FFNRow] = field(default_factory=list)
     embeddings: EmbeddingSimilarity | None = None
     calibration: CalibrationRecord | None = None
+    streamed: bool = False
     format: int = FORMAT_VERSION
 
     @property
@@ -220,6 +225,9 @@ class FusionReport:
             f"errors: relative Frobenius, {self.sample_rows} token positions of {self.sample}; "
             f"parameterization {self.parameterization}" + ("" if self.optimizer is None else f" (for {self.optimizer})")
         )
+        alone = [f"{row.path}: {', '.join(map(str, row.by_weights))}" for row in self.rows if row.by_weights]
+        if alone:
+            lines.append(f"experts that few tokens reached, reduced by their weights alone: {'; '.join(alone)}")
         troubled = [f"{row.path}: {row.status}" for row in self.rows if row.status != "ok"]
         return lines + ([f"note: {'; '.join(troubled)}"] if troubled else [])
 

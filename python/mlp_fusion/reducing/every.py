@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mlp_fusion.calibration import FFNStatistics
+from mlp_fusion.families import FFNSite
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing.chosen import ChosenFFNs
 from mlp_fusion.reducing.learning import Learnt
-from mlp_fusion.reducing.pipeline import Progress, Recipe, ReducedFFN, progress_units, reduce_ffns
+from mlp_fusion.reducing.pipeline import Progress, Recipe, ReducedFFN, progress_units, reduce_ffns, with_enough_tokens
 from mlp_fusion.reducing.sequential import reduce_sequentially
 from mlp_fusion.reducing.widths import allocate_widths, hidden_state_changes, stacks_of
 from mlp_fusion.settings import FuseSettings
@@ -36,8 +37,11 @@ def reduce_chosen(
         stacks = stacks_of(ffns.sites)
         widths = allocate_widths(recipe, ffns.originals, learnt.statistics, settings.budget, effects, stacks, progress)
     if learnt.batches is None or not settings.sequential:
-        return reduce_ffns(recipe, ffns.originals, widths, learnt.complete(), progress)
-    reduce = functools.partial(_reduce_one, recipe, ffns.originals, widths, learnt.sensitivities, progress)
+        known = learnt.complete()
+        if known is not None:
+            known = [with_enough_tokens(*pair) for pair in zip(ffns.sites, known, strict=True)]
+        return reduce_ffns(recipe, ffns.originals, widths, known, progress)
+    reduce = functools.partial(_reduce_one, recipe, ffns.sites, ffns.originals, widths, learnt.sensitivities, progress)
     return reduce_sequentially(
         ffns.model, ffns.architecture, ffns.sites, learnt.batches, reduce, seed=settings.seed,
         rows=settings.calibration_rows,
@@ -46,6 +50,7 @@ def reduce_chosen(
 
 def _reduce_one(
     recipe: Recipe,
+    sites: Sequence[FFNSite],
     originals: Sequence[NeuronBundle],
     widths: Sequence[int],
     sensitivities: Sequence[Tensor | None],
@@ -60,5 +65,5 @@ def _reduce_one(
             units = progress_units(recipe)
             progress(units * number + done, units * len(originals))
 
-    known = dataclasses.replace(statistics, sensitivity=sensitivities[number])
+    known = dataclasses.replace(with_enough_tokens(sites[number], statistics), sensitivity=sensitivities[number])
     return reduce_ffns(recipe, [originals[number]], [widths[number]], [known], report)[0]

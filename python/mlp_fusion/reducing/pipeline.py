@@ -17,12 +17,16 @@ from mlp_fusion.calibration.local_training import held_out_errors, train_locally
 from mlp_fusion.calibration.matching import MATCHING_ROWS, match_ntk
 from mlp_fusion.calibration.refit import Refit, refit
 from mlp_fusion.calibration.statistics import FFNStatistics
+from mlp_fusion.families import FFNSite
 from mlp_fusion.methods import Method, Reduction, get_method
 from mlp_fusion.neurons import NeuronBundle, Parameterization
 from mlp_fusion.settings import FuseSettings
 
 #: Called as `progress(done, total)`, in units of FFNs reduced and, where FFNs are tuned, of steps of each.
 Progress = Callable[[int, int], None]
+
+#: An expert that fewer tokens reach is reduced by its weights alone: what so few say is chance.
+LEAST_TOKENS = 32
 
 #: Bytes of neuron vectors that a method works on side by side.
 BATCH_BYTES = 256 * 2**20
@@ -66,6 +70,7 @@ class ReducedFFN:
         seconds: wall-clock time of the method; FFNs worked on side by side share theirs equally.
         correction_seconds: of refit, tuning and matching; FFNs tuned side by side share that equally.
         ridge, held_out_error: of the last refit; None without.
+        by_weights: whether no token was there to learn from, though others had some; None where there was no text.
     """
 
     reduction: Reduction
@@ -73,6 +78,7 @@ class ReducedFFN:
     correction_seconds: float = 0.0
     ridge: float | None = None
     held_out_error: float | None = None
+    by_weights: bool | None = None
 
     @property
     def bundle(self) -> NeuronBundle:
@@ -91,6 +97,12 @@ def _stacked(bundles: Sequence[NeuronBundle]) -> NeuronBundle:
     if len(bundles) == 1 and alone.w_in.dtype != bundles[0].w_in.dtype:
         return alone.map(torch.Tensor.contiguous)  # strides must not decide about bits
     return working_precision(NeuronBundle.stack(bundles))
+
+
+def with_enough_tokens(site: FFNSite, statistics: FFNStatistics) -> FFNStatistics:
+    """The statistics of an FFN; none to speak of, of an expert that few tokens have reached."""
+    few = site.is_expert and statistics.tokens < LEAST_TOKENS
+    return dataclasses.replace(statistics, tokens=0) if few else statistics
 
 
 def progress_units(recipe: Recipe) -> int:
@@ -143,7 +155,10 @@ def reduce_ffns(
             else:
                 reduction = recipe.method(stacked, widths[chunk[0]], seed=recipe.seed, statistics=known)
             seconds = (time.perf_counter() - started) / len(chunk)
-            each = [ReducedFFN(_select(reduction, position), seconds) for position in range(len(chunk))]
+            alone = None if statistics is None else known is None
+            each = [
+                ReducedFFN(_select(reduction, position), seconds, by_weights=alone) for position in range(len(chunk))
+            ]
             if known is not None and reduction.bundle.width < first.width:
                 each = _fit(recipe, each, known, functools.partial(stepped, done, len(chunk)))
             for position, n in enumerate(chunk):

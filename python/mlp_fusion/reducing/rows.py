@@ -70,6 +70,7 @@ def fused_row(
         largest_scale=None if fused.scale is None else float(fused.scale.max()),
         cluster_sizes=None if counts is None else _histogram(counts),
         ntk_spectrum=errors.spectrum,
+        by_weights=None if ffn.by_weights is None or site.expert is None else [site.expert] * ffn.by_weights,
     )
 
 
@@ -122,6 +123,7 @@ def together(rows: Sequence[FFNRow], seen: Sequence[int]) -> FFNRow:
         largest_scale=_largest(row.largest_scale for row in rows),
         cluster_sizes=[[size, sizes[size]] for size in sorted(sizes)] or None,
         ntk_spectrum={},
+        by_weights=None if first.by_weights is None else [expert for row in rows for expert in row.by_weights or ()],
     )
 
 

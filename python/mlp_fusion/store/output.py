@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mlp_fusion.errors import InputError
-from mlp_fusion.store.record import FUSION_KEY, REPORT_FILE
+from mlp_fusion.store.record import FUSION_KEY, REPORT_FILE, SIDE_FOLDER
+from mlp_fusion.store.source import companion_files
 
 #: Where they lie inside the folder itself.
 _LOCK, _PARTIAL, _JOURNAL = ".mlp_fusion.lock", ".mlp_fusion.partial", ".mlp_fusion.journal"
@@ -58,6 +59,12 @@ def check_output(out: Path, *, replace: bool = False) -> None:
             raise InputError(f"{out} exists and is not empty: choose another folder or empty it")
         if not _is_ours(out):
             raise InputError(f"{out} is no checkpoint that was fused by this program: it is not replaced, remove it")
+        if (strange := _strange(out)) is not None:
+            raise InputError(f"{strange} would be lost: it is nothing that this program writes, move it elsewhere")
+        if _stays(out):
+            raise InputError(
+                f"{out} cannot be replaced where it is (a mount point, or no right to its parent): empty it"
+            )
     place = next(path for path in (out, *out.parents) if path.is_dir())
     if not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"{place} cannot be written to: choose another folder")
@@ -73,14 +80,41 @@ def _is_ours(folder: Path) -> bool:
     return isinstance(record, dict) and "format" in record and (folder / REPORT_FILE).is_file()
 
 
+def _strange(folder: Path) -> Path | None:
+    """Something in a checkpoint that is no part of one."""
+    known = {file.parts[0] for file in companion_files(folder)} | {SIDE_FOLDER, "config.json", "README.md"} | _NOTHING
+    weights = (".safetensors", ".safetensors.index.json")
+    return next((p for p in sorted(folder.iterdir()) if p.name not in known and not p.name.endswith(weights)), None)
+
+
+def _stays(out: Path) -> bool:
+    """Whether a folder cannot be exchanged for another one."""
+    return os.path.ismount(out) or not os.access(out.parent, os.W_OK)
+
+
+def _places(out: Path) -> tuple[tuple[Path, Path], tuple[Path, Path]]:
+    """Where what is written may stand, and its journal: beside the folder, and inside it."""
+    beside = out.parent / f".{out.name}.partial", out.parent / f".{out.name}.journal"
+    return beside, (out / _PARTIAL, out / _JOURNAL)
+
+
+def _place(out: Path) -> tuple[Path, Path]:
+    """Where a run left something to go on with, or else where one works."""
+    beside, inside = _places(out)
+    for place in (beside, inside):
+        if place[1].exists():
+            return place
+    return inside if _is_empty_folder(out) else beside
+
+
 def staging_of(out: Path) -> Path:
     """The folder that becomes `out`, or that it is filled from."""
-    return out / _PARTIAL if _is_empty_folder(out) else out.parent / f".{out.name}.partial"
+    return _place(out)[0]
 
 
 def journal_of(out: Path) -> Path:
     """The journal of a run that can be resumed."""
-    return out / _JOURNAL if _is_empty_folder(out) else out.parent / f".{out.name}.journal"
+    return _place(out)[1]
 
 
 def _is_empty_folder(out: Path) -> bool:
@@ -101,13 +135,14 @@ def taken(out: Path, *, resume: bool = False, force: bool = False) -> Iterator[N
         InputError: another run is writing to it, no lock can be made there, or what was left can be resumed and neither
             was asked for.
     """
-    inside = out.is_dir() and (os.path.ismount(out) or not os.access(out.parent, os.W_OK))
+    inside = out.is_dir() and _stays(out)
     lock = out / _LOCK if inside else out.parent / f".{out.name}.lock"
     made = [parent for parent in lock.parents if not parent.exists()]
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         handle = _locked(lock, out)
         try:
+            _bring_back(out)
             journal = journal_of(out)
             if journal.exists() and not resume and not force:
                 raise InputError(
@@ -155,12 +190,29 @@ def _is_at(handle: int, path: Path) -> bool:
 
 def _remove_leftovers(out: Path) -> None:
     # Earlier versions put eight random digits into the name.
-    left = re.compile(rf"\.{re.escape(out.name)}\.([0-9a-f]{{8}}\.|old\.)?partial")
+    left = re.compile(rf"\.{re.escape(out.name)}\.([0-9a-f]{{8}}\.)?partial")
     beside = [path for path in out.parent.iterdir() if left.fullmatch(path.name)] if out.parent.is_dir() else []
     for path in (*beside, out / _PARTIAL):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-    journal_of(out).unlink(missing_ok=True)
+    for _, journal in _places(out):
+        journal.unlink(missing_ok=True)
+
+
+def _bring_back(out: Path) -> None:
+    """Put a checkpoint back that was to be replaced when the run was killed; one that has been replaced goes."""
+    old = _old(out)
+    if not old.is_dir():
+        return
+    if out.exists():
+        shutil.rmtree(old)
+    elif not journal_of(out).exists():
+        old.rename(out)
+
+
+def _old(out: Path) -> Path:
+    """Where a checkpoint is for the moment in which another takes its place."""
+    return out.parent / f".{out.name}.old"
 
 
 @contextmanager
@@ -182,19 +234,22 @@ def appears_when_complete(out: Path, *, keep: bool = False, replace: bool = Fals
         yield staging
         check_output(out, replace=replace)
         if filled:
+            for path in staging.iterdir():
+                if (out / path.name).exists():
+                    raise InputError(f"{out / path.name} is in the way of what is to be written: move it elsewhere")
             # The config last: without it, nobody takes the folder for a checkpoint.
             for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
                 moved.append(out / path.name)
                 path.rename(moved[-1])
             staging.rmdir()
         elif replace and out.is_dir() and any(out.iterdir()):
-            old = out.parent / f".{out.name}.old.partial"
-            out.rename(old)
+            out.rename(_old(out))
             staging.rename(out)
-            shutil.rmtree(old)
         else:
             # Replaces an empty folder in one step, and fails if one has been filled in the meantime.
             staging.rename(out)
+        if _old(out).is_dir():
+            shutil.rmtree(_old(out))
     except BaseException:
         for path in () if keep else (*moved, staging):
             if path.is_dir():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+import re
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,17 @@ def compute_dtype(ffns: Container[str], tensors: Mapping[str, TensorInfo], asked
     if torch.promote_types(_DTYPES[asked], least) != _DTYPES[asked]:
         raise InputError(f"dtype {asked} would round the checkpoint's weights: use {str(least)[6:]} or a wider one")
     return _DTYPES[asked]
+
+
+def wide_patterns(model: Any, dtype: torch.dtype) -> tuple[str, ...]:
+    """Patterns of the parameters that transformers keeps in float32 in a model of `dtype`."""
+    strict = model._keep_in_fp32_modules_strict or () if dtype in (torch.float16, torch.bfloat16) else ()
+    return (*sorted(strict), *sorted((model._keep_in_fp32_modules or ()) if dtype == torch.float16 else ()))
+
+
+def stays_wide(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a parameter is one of those."""
+    return any(re.search(rf"(^|\.){words}(\.|$)", name) for words in patterns)
 
 
 def load_checkpoint(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:

@@ -79,14 +79,13 @@ class Shards:
         return self._spans[name]
 
     def create(self) -> None:
-        """Make the files, of their full size, where they are not there yet.
+        """Make the files, of their full size.
 
         Raises:
             InputError: there is no room.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        missing = [shard for shard in self.shards if not (self.folder / shard.name).exists()]
-        needed = sum(len(shard.header) + shard.nbytes for shard in missing)
+        needed = sum(len(shard.header) + shard.nbytes for shard in self.shards)
         stats = os.statvfs(self.folder)
         free = stats.f_bavail * stats.f_frsize
         if needed > free:
@@ -94,13 +93,26 @@ class Shards:
                 f"{self.folder.parent}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free: make room, "
                 "or choose another disk"
             )
-        for shard in missing:
+        for shard in self.shards:
             unfinished = self.folder / f"{shard.name}.new"
             unfinished.parent.mkdir(parents=True, exist_ok=True)
             with unfinished.open("wb") as handle:
                 handle.write(shard.header)
                 handle.truncate(len(shard.header) + shard.nbytes)
             unfinished.rename(self.folder / shard.name)
+        # Their names too: a journal must not outlive what it speaks of.
+        flush([(self.folder / shard.name).parent for shard in self.shards])
+
+    def check(self) -> None:
+        """Raise InputError unless the files are there, as they were made."""
+        for shard in self.shards:
+            file, header = self.folder / shard.name, shard.header
+            whole = file.is_file() and file.stat().st_size == len(header) + shard.nbytes
+            if whole:
+                with file.open("rb") as handle:
+                    whole = handle.read(len(header)) == header
+            if not whole:
+                raise InputError(f"{file}, of the unfinished run, is missing or damaged: start again with --force")
 
     def write(self, name: str, tensor: Tensor, first: int = 0) -> Path:
         """Write a tensor, or entries of its first axis from `first` on, to its place.

@@ -27,6 +27,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
 }  # fmt: skip
 _LENGTH, _LARGEST_HEADER = 8, 100 * 2**20
+_FP8 = ("F8_E4M3", "F8_E5M2")
 #: Values of the 4-bit floats of MXFP4, by their bits.
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
@@ -82,12 +83,14 @@ class Plain:
         shape, dtype: of it.
         values: where it lies, or its quantised values do.
         factors: where what those are multiplied with lies, or None.
+        block: rows and columns that share a factor.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     values: Span
     factors: Span | None = None
+    block: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -117,14 +120,13 @@ class Tensors(Mapping[str, Plain]):
         for file in find_weights(folder).files:
             found, self.metadata[file] = spans(file)
             stored.update(found)
-        method = quantisation(config)
-        dtype = _dtype_of(config)
+        method, dtype, block = quantisation(config), _dtype_of(config), _block_of(config)
         parts: dict[str, list[str]] = {}
         for name, plain in plain_names(config, stored).items():
             parts.setdefault(plain, []).append(name)
         self._plain: dict[str, Plain] = {}
         for plain, names in parts.items():
-            found_plain = _plain(plain, names, stored, method, dtype)
+            found_plain = _plain(plain, names, stored, method, dtype, block)
             self._plain[plain] = found_plain
             self.files.setdefault(found_plain.values.file, []).append(plain)
 
@@ -155,7 +157,7 @@ class Tensors(Mapping[str, Plain]):
         if plain.values.dtype == "U8":
             return _from_mxfp4(values, _read(plain.factors, first, count), plain.dtype)
         assert count is None, "blocks are read whole"
-        return _from_blocks(values, _read(plain.factors), plain.dtype)
+        return _from_blocks(values, _read(plain.factors), plain.block, plain.dtype)
 
 
 def _dtype_of(config: Any) -> torch.dtype:
@@ -163,7 +165,22 @@ def _dtype_of(config: Any) -> torch.dtype:
     return found if isinstance(found, torch.dtype) and found.is_floating_point else torch.bfloat16
 
 
-def _plain(name: str, names: list[str], stored: Mapping[str, Span], method: str | None, dtype: torch.dtype) -> Plain:
+def _block_of(config: Any) -> tuple[int, ...] | None:
+    """The blocks that share a factor, as the config says."""
+    found = getattr(config, "quantization_config", None)
+    said = found if isinstance(found, Mapping) else {} if found is None else found.to_dict()
+    size = said.get("weight_block_size")
+    return None if size is None else tuple(size)
+
+
+def _plain(
+    name: str,
+    names: list[str],
+    stored: Mapping[str, Span],
+    method: str | None,
+    dtype: torch.dtype,
+    block: tuple[int, ...] | None,
+) -> Plain:
     """A tensor made of the stored ones in `names`."""
     if method == "mxfp4" and len(names) > 1:
         blocks, scales = (next((stored[n] for n in names if n.endswith(end)), None) for end in ("_blocks", "_scales"))
@@ -176,10 +193,15 @@ def _plain(name: str, names: list[str], stored: Mapping[str, Span], method: str 
         raise InputError(f"{name} is missing, and there is {names[0]}: fetch the checkpoint again")
     factors = next((stored[n] for n in names if n.endswith("_scale_inv")), None)
     if factors is None:
+        if method == "fp8" and values.dtype in _FP8:
+            raise InputError(f"{name} is stored in FP8, and what it is multiplied with is missing")
         return Plain(values.shape, DTYPES[values.dtype], values)
-    if len(factors.shape) != len(values.shape) or any(n % m for n, m in zip(values.shape, factors.shape, strict=True)):
-        raise InputError(f"{name} is {values.shape}, which {factors.shape} blocks do not divide: it cannot be read")
-    return Plain(values.shape, dtype, values, factors)
+    if len(factors.shape) != len(values.shape) or len(values.shape) < 2:
+        raise InputError(f"{name} is {values.shape} with factors {factors.shape}: it cannot be read")
+    sizes = block or tuple(-(-n // m) for n, m in zip(values.shape[-2:], factors.shape[-2:], strict=True))
+    if factors.shape[-2:] != tuple(-(-n // size) for n, size in zip(values.shape[-2:], sizes, strict=True)):
+        raise InputError(f"{name} is {values.shape}, and its {factors.shape} factors are not those of {sizes} blocks")
+    return Plain(values.shape, dtype, values, factors, sizes)
 
 
 def _read(span: Span, first: int = 0, count: int | None = None) -> Tensor:
@@ -210,13 +232,15 @@ def read_into(file: Path, start: int, buffer: memoryview) -> None:
         os.close(handle)
 
 
-def _from_blocks(values: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
-    """FP8 values times a factor for each block."""
+def _from_blocks(values: Tensor, factors: Tensor, block: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """FP8 values times a factor for each block; the last blocks may be cut off. Bytes are exponents of two."""
     wide = values.to(torch.float32)
-    sizes = [n // m for n, m in zip(values.shape, factors.shape, strict=True)]
-    rows, columns = sizes[-2:]
-    blocks = wide.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
-    blocks.mul_(factors.to(torch.float32)[..., :, None, :, None])
+    exponents = factors.dtype == torch.uint8
+    scale = (factors.to(torch.float32) - 127.0).exp2() if exponents else factors.to(torch.float32)
+    rows, columns = block
+    spread = scale.repeat_interleave(columns, -1)[..., : wide.shape[-1]]
+    for number in range(scale.shape[-2]):
+        wide.narrow(-2, number * rows, min(rows, wide.shape[-2] - number * rows)).mul_(spread[..., number, None, :])
     return wide.to(dtype)
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mlp_fusion.calibration.statistics import Collector, FFNStatistics, row_capacity, take_calibration
@@ -23,7 +23,7 @@ from mlp_fusion.neurons import UNNAMED, NeuronBundle
 from mlp_fusion.reducing.chosen import self_test
 from mlp_fusion.reducing.layers import Call, Layer, hidden_of, run_layer
 from mlp_fusion.reducing.learning import SAMPLE_ROWS, sampled_rows
-from mlp_fusion.reducing.pipeline import Recipe, ReducedFFN, reduce_ffns
+from mlp_fusion.reducing.pipeline import Recipe, ReducedFFN, reduce_ffns, with_enough_tokens
 from mlp_fusion.reducing.rows import fused_row
 from mlp_fusion.reducing.sequential import SequentialReduction
 from mlp_fusion.running.batches import Batch
@@ -91,8 +91,9 @@ class Calibrated:
         calls = self._model.record(layers, self.batches).calls
         exact = [hidden_of(call) for call in calls[0]]
         first, states = 0, exact
-        if left[0] > 0 and self.states_file.is_file():
-            first, exact, states = self._resumed(layers)
+        resumed = self._resumed()
+        if resumed is not None and 0 < resumed[0] <= left[0]:
+            first, exact, states = resumed
         for number in range(first, last + 1):
             layer = layers[number]
             with self._model.loaded(layer):
@@ -103,7 +104,6 @@ class Calibrated:
             done(layer.path, outcome.rows)
             # After the journal: states that lag behind it have a layer done again, and nothing is lost.
             self._keep(number + 1, exact, states)
-        self.states_file.unlink(missing_ok=True)
 
     # --- one layer ---------------------------------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ class Calibrated:
         originals = [read[s.index] if s.expert is None else read[s.index].select(s.expert) for s in experts]
         widths = [self.work.widths[self._numbers[site.index]] for site in experts]
         if self.sequential:
-            reduce = functools.partial(self._reduce_one, originals, widths)
+            reduce = functools.partial(self._reduce_one, experts, originals, widths)
             run = SequentialReduction(
                 self.architecture, experts, self.batches, reduce, self._plan, self.work.settings.calibration_rows
             )
@@ -127,7 +127,8 @@ class Calibrated:
             known: list[FFNStatistics] = []
             for some in _in_turns(experts, originals):
                 known += self._statistics(layer, some, calls, exact)
-            found = reduce_ffns(self._recipe, originals, widths, known) if experts else []
+            enough = [with_enough_tokens(*pair) for pair in zip(experts, known, strict=True)]
+            found = reduce_ffns(self._recipe, originals, widths, enough) if experts else []
             shown = [sampled_rows(statistics, self.work.settings.seed) for statistics in known]
             exact = [run_layer(layer, call, x) for call, x in zip(calls, exact, strict=True)]
             states = exact
@@ -135,12 +136,14 @@ class Calibrated:
 
     def _reduce_one(
         self,
+        experts: Sequence[FFNSite],
         originals: Sequence[NeuronBundle],
         widths: Sequence[int],
         number: int,
         statistics: FFNStatistics,
     ) -> ReducedFFN:
-        return reduce_ffns(self._recipe, [originals[number]], [widths[number]], [statistics])[0]
+        known = with_enough_tokens(experts[number], statistics)
+        return reduce_ffns(self._recipe, [originals[number]], [widths[number]], [known])[0]
 
     def _statistics(
         self, layer: Layer, experts: Sequence[FFNSite], calls: Sequence[Call], hidden: Sequence[Tensor]
@@ -215,15 +218,16 @@ class Calibrated:
         flush([unfinished])
         unfinished.rename(self.states_file)
 
-    def _resumed(self, layers: Sequence[Layer]) -> tuple[int, list[Tensor], list[Tensor]]:
-        """The layer to go on with, and its hidden states."""
-        with safe_open(self.states_file, framework="pt") as handle:
-            number = int(handle.metadata()["layer"])
-        held = {name: tensor.to(self.work.device) for name, tensor in load_file(self.states_file).items()}
-        exact = [held[f"exact.{n}"] for n in range(len(self.batches))]
-        states = [held[f"states.{n}"] for n in range(len(self.batches))] if self.sequential else exact
-        assert number <= len(layers)
-        return number, exact, states
+    def _resumed(self) -> tuple[int, list[Tensor], list[Tensor]] | None:
+        """The layer that hidden states are kept for, and they; None where there are none that can be read."""
+        try:
+            with safe_open(self.states_file, framework="pt") as handle:
+                number = int(handle.metadata()["layer"])
+                held = {name: handle.get_tensor(name).to(self.work.device) for name in handle.keys()}  # noqa: SIM118
+            exact = [held[f"exact.{n}"] for n in range(len(self.batches))]
+            return number, exact, [held[f"states.{n}"] for n in range(len(self.batches))] if self.sequential else exact
+        except (OSError, SafetensorError, KeyError):
+            return None  # layers are done again
 
 
 @dataclass(frozen=True)

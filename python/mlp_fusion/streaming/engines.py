@@ -10,7 +10,7 @@ import torch
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.store.shards import flush
-from mlp_fusion.streaming.tasks import Task
+from mlp_fusion.streaming.tasks import TASK_BYTES, Task
 from mlp_fusion.streaming.work import Member, Work
 
 #: Threads that do tasks side by side: on a CPU at most, and where the work itself is done on a GPU.
@@ -19,9 +19,14 @@ _MOST_WORKERS, _ON_A_GPU = 8, 3
 Done = Callable[[Task, list[Member]], None]
 
 
-def workers_here() -> int:
-    """How many tasks this machine's processors do side by side."""
-    return min(torch.get_num_threads(), _MOST_WORKERS)
+def workers_here(largest: int = 0) -> int:
+    """How many tasks this machine's processors do side by side: fewer where one is large.
+
+    Args:
+        largest: float32 bytes of the largest task.
+    """
+    many = min(torch.get_num_threads(), _MOST_WORKERS)
+    return max(1, many * TASK_BYTES // max(TASK_BYTES, largest))
 
 
 def run_locally(work: Work, tasks: Sequence[Task], done: Done) -> None:
@@ -34,7 +39,8 @@ def run_locally(work: Work, tasks: Sequence[Task], done: Done) -> None:
         InputError: as reading, reducing and writing do; what has not begun is left then.
     """
     threads = torch.get_num_threads()
-    workers = workers_here() if work.device.type == "cpu" else _ON_A_GPU
+    largest = max((task.nbytes for task in tasks), default=0)
+    workers = workers_here(largest) if work.device.type == "cpu" else _ON_A_GPU
     torch.set_num_threads(max(1, threads // workers))
     pool = ThreadPoolExecutor(workers, "task")
     try:
@@ -59,6 +65,7 @@ def run_on_ray(work: Work, tasks: Sequence[Task], done: Done, *, retries: int = 
     except ImportError as error:
         raise InputError("engine ray needs Ray: pip install 'mlp-fusion[ray]'") from error
     ours = not ray.is_initialized()
+    waiting: list[Any] = []
     if ours:
         ray.init(log_to_driver=False, configure_logging=False)
     try:
@@ -66,11 +73,18 @@ def run_on_ray(work: Work, tasks: Sequence[Task], done: Done, *, retries: int = 
         gpus = 1 if work.device.type == "cuda" else 0
         remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=retries)(do)
         names = {remote.remote(shared, task): task for task in tasks}
-        waiting = list(names)
+        waiting.extend(names)
         while waiting:
             ready, waiting = ray.wait(waiting)
             for reference in ready:
                 done(names[reference], _result(ray, reference))
+    except BaseException:
+        # Nobody may write when this run has ended.
+        for reference in waiting:
+            ray.cancel(reference, force=True)
+        if waiting:
+            ray.wait(waiting, num_returns=len(waiting))
+        raise
     finally:
         if ours:
             ray.shutdown()

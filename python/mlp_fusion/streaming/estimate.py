@@ -43,7 +43,7 @@ def peak_bytes(largest: int) -> int:
     Args:
         largest: float32 bytes of the largest FFN or expert.
     """
-    return _BASE_BYTES + workers_here() * _TIMES * max(TASK_BYTES, largest)
+    return _BASE_BYTES + workers_here(largest) * _TIMES * max(TASK_BYTES, largest)
 
 
 @functools.cache

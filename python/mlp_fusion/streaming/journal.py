@@ -12,6 +12,7 @@ from typing import Any
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure import FFNRow
+from mlp_fusion.store.shards import flush
 from mlp_fusion.streaming.work import Member
 
 
@@ -33,12 +34,10 @@ def left_behind(file: Path) -> tuple[bool, bool]:
     """
     if not file.is_file():
         return False, False
-    lines = file.read_bytes().splitlines()
+    lines = file.read_bytes().split(b"\n")[:-1]
     try:
-        return bool(json.loads(lines[0])["replace"]), json.loads(lines[-1]).get("complete", False)
+        return bool(json.loads(lines[0])["replace"]), bool(json.loads(lines[-1]).get("complete", False))
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        if lines and b'"replace"' in lines[0]:
-            return bool(json.loads(lines[0])["replace"]), False  # the last line is cut short
         raise InputError(f"{file}: damaged: start again with --force") from error
 
 
@@ -68,6 +67,7 @@ class Journal:
             handle.flush()
             os.fsync(handle.fileno())
         unfinished.rename(self.file)
+        flush([self.file.parent])
 
     def resume(self) -> None:
         """Read what is done.
@@ -75,10 +75,10 @@ class Journal:
         Raises:
             InputError: it is that of another run.
         """
-        lines = self.file.read_bytes().split(b"\n")
+        lines = self.file.read_bytes().split(b"\n")[:-1]  # what has no end is cut short
         try:
             found = json.loads(lines[0])["parts"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             raise InputError(f"{self.file}: damaged: start again with --force") from error
         changed = [name for name, digest in self._parts.items() if found.get(name) != digest]
         if changed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from mlp_fusion.reducing.layers import Layer, Recorder, hidden_of, layers_of
 from mlp_fusion.running.batches import Batch
 from mlp_fusion.running.runner import Runner
 from mlp_fusion.store.naming import Conversion
+from mlp_fusion.store.reference import stays_wide, wide_patterns
 from mlp_fusion.store.tensors import Tensors
 
 
@@ -44,10 +44,7 @@ class LayerwiseModel:
             place = self._conversion.place(name)
             if place is not None:
                 self._names.setdefault(place[0], []).append(name)
-        self._wide = {
-            *(self.model._keep_in_fp32_modules_strict or ()),
-            *((self.model._keep_in_fp32_modules or ()) if dtype == torch.float16 else ()),
-        }
+        self._wide = wide_patterns(self.model, dtype)
 
     def stack(self, sites: Sequence[FFNSite]) -> list[Layer]:
         """The layers, those without an FFN too, in the order in which they stand; everything else is read.
@@ -93,8 +90,7 @@ class LayerwiseModel:
             module = self.model.get_submodule(path)
             value = made.pop(name)
             if value.is_floating_point():
-                wide = any(re.search(rf"(^|\.){words}(\.|$)", name) for words in self._wide)
-                value = value.to(torch.float32 if wide else self._dtype)
+                value = value.to(torch.float32 if stays_wide(name, self._wide) else self._dtype)
             value = value.to(self._device)
             if own in module._buffers:
                 module._buffers[own] = value

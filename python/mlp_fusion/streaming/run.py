@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 import mlp_fusion
 from mlp_fusion.choices import METHODS
@@ -23,9 +24,9 @@ from mlp_fusion.running.batches import Batch
 from mlp_fusion.settings import FuseSettings
 from mlp_fusion.store.coverage import dropped_layers, meta_model
 from mlp_fusion.store.disk import DiskFFN, disk_ffns
-from mlp_fusion.store.output import appears_when_complete, journal_of
+from mlp_fusion.store.output import appears_when_complete, journal_of, staging_of
 from mlp_fusion.store.record import check_config, fused_config
-from mlp_fusion.store.reference import compute_dtype
+from mlp_fusion.store.reference import compute_dtype, wide_patterns
 from mlp_fusion.store.scale import SCALE_FILE
 from mlp_fusion.store.shards import Shard
 from mlp_fusion.store.source import read_headers
@@ -37,6 +38,9 @@ from mlp_fusion.streaming.engines import ENGINES
 from mlp_fusion.streaming.journal import Journal, files_as_they_are, fingerprint
 from mlp_fusion.streaming.tasks import Task, shards_of, tasks_of
 from mlp_fusion.streaming.work import Member, Work
+
+#: In the folder that is written, while it is: the hidden states that the next layer gets.
+_STATES = ".states"
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,14 @@ class Stream:
         journal = Journal(journal_of(out), self._fingerprints(), replace=replace)
         if journal.file.exists():
             journal.resume()
+        if journal.complete and not staging_of(out).exists():
+            # Only the journal was left to be cleared away.
+            journal.file.unlink()
+            return self._rows(journal)
         with appears_when_complete(out, keep=True, replace=replace) as staging:
             work = dataclasses.replace(self.work, target=staging)
-            if not journal.file.exists():
-                journal.begin()
             if not journal.complete:
+                self._make_files(work, journal)
                 self._do(work, journal, engine, progress)
                 rows = self._rows(journal)
                 write_index(work.source, staging, work.weights_out)
@@ -97,9 +104,17 @@ class Stream:
         journal.file.unlink(missing_ok=True)
         return self._rows(journal)
 
-    def _do(self, work: Work, journal: Journal, engine: str, progress: Progress | None) -> None:
+    def _make_files(self, work: Work, journal: Journal) -> None:
+        """Make the files to write, or see that they are there."""
+        if journal.file.exists():
+            work.weights_out.check()
+            work.scales_out.check()
+            return
         work.weights_out.create()
         work.scales_out.create()
+        journal.begin()
+
+    def _do(self, work: Work, journal: Journal, engine: str, progress: Progress | None) -> None:
         known = {(number, expert) for task in self.tasks for part in task.parts for number, expert in part.members}
         chosen = set(work.settings.layers or ())  # type: ignore[arg-type]
         if self.text is not None:
@@ -114,9 +129,10 @@ class Stream:
                 progress(sum(map(len, journal.done.values())), total)
 
         if self.text is not None:
-            states = work.target.parent / f"{journal.file.name}.states"
+            states = work.target / _STATES
             run = Calibrated(work, self.architecture, self.text, work.settings.sequential, states)
             run.run(set(journal.done), finished)
+            states.unlink(missing_ok=True)
         left = [task for task in self.tasks if task.name not in journal.done]
         ENGINES[engine](work, left, lambda task, rows: finished(task.name, rows))
 
@@ -136,9 +152,21 @@ class Stream:
         files = [*Tensors(work.source, work.config).files, work.source / "config.json"]
         return {
             "source": fingerprint({"files": files_as_they_are(files)}),
-            "recipe": fingerprint({"settings": vars(work.settings), "widths": list(work.widths)}),
+            "recipe": fingerprint(
+                {
+                    "settings": vars(work.settings),
+                    "widths": list(work.widths),
+                    "dtype": str(work.dtype),
+                    "device": work.device.type,
+                }
+            ),
             "text": fingerprint({"text": [batch["input_ids"].tolist() for batch in self.text or ()]}),
-            "version": fingerprint({"version": mlp_fusion.__version__, "tasks": [task.name for task in self.tasks]}),
+            "version": fingerprint(
+                {
+                    "versions": [mlp_fusion.__version__, torch.__version__, transformers.__version__],
+                    "tasks": [task.name for task in self.tasks],
+                }
+            ),
         }
 
 
@@ -184,6 +212,7 @@ def prepare(
     each = [widths[ffn.index] for ffn in ffns]
     stored = {name: TensorInfo(p.shape, p.values.dtype) for name, p in tensors.items() if p.copied}
     names = {name for ffn in ffns for name in ffn.names}
+    working = compute_dtype(names, stored, dtype)
     work = Work(
         source=folder,
         config=headers.config,
@@ -193,8 +222,9 @@ def prepare(
         ffns=ffns,
         widths=each,
         settings=settings,
-        dtype=compute_dtype(names, stored, dtype),
+        dtype=working,
         device=device,
+        wide=wide_patterns(model, working),
     )
     learning = () if text is None else {number for number, ffn in enumerate(ffns) if ffn.loaded}
     return Stream(work, tasks_of(tensors, ffns, each, learning), changed, architecture, text)

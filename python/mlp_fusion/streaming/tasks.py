@@ -59,11 +59,13 @@ class Task:
         name: of the task; unique in a run.
         parts: what is reduced, of one shape and one width.
         copies: tensors that are written as they are.
+        nbytes: float32 bytes of the neurons in its parts.
     """
 
     name: str
     parts: tuple[Part, ...] = ()
     copies: tuple[str, ...] = ()
+    nbytes: int = 0
 
 
 def shards_of(tensors: Tensors, ffns: Sequence[DiskFFN], widths: Sequence[int]) -> list[Shard]:
@@ -104,7 +106,7 @@ def tasks_of(
             first, last = waiting[0], waiting[-1]
             ends = (f"{ffns[part.ffn].path}[{number}]" for part, number in (
                 (first, first.expert), (last, last.expert + last.count - 1)))  # fmt: skip
-            tasks.append(Task(" to ".join(ends), parts=tuple(waiting)))
+            tasks.append(Task(" to ".join(ends), parts=tuple(waiting), nbytes=size))
             waiting.clear()
 
     alike: object = None

@@ -22,6 +22,7 @@ from mlp_fusion.reducing.rows import fused_row
 from mlp_fusion.running.taps import Activations
 from mlp_fusion.settings import FuseSettings
 from mlp_fusion.store.disk import DiskFFN
+from mlp_fusion.store.reference import stays_wide
 from mlp_fusion.store.scale import Rescaling
 from mlp_fusion.store.shards import Shard, Shards
 from mlp_fusion.store.tensors import Tensors, read_into
@@ -63,6 +64,7 @@ class Work:
         widths: of each, afterwards.
         settings: resolved.
         dtype: that a model of the checkpoint runs in; fused weights are rounded to it, as they are in memory.
+        wide: patterns of parameters that transformers keeps in float32 then.
         device: that FFNs are reduced on.
     """
 
@@ -76,6 +78,7 @@ class Work:
     settings: FuseSettings
     dtype: torch.dtype
     device: torch.device
+    wide: tuple[str, ...] = ()
 
     @cached_property
     def _tensors(self) -> Tensors:
@@ -137,7 +140,13 @@ class Work:
         form = self.settings.parameterization
         bundle = NeuronBundle.stack([one.bundle for one in found]).parameterized(form)
         new = tensors_of(bundle, kind.projections, self._like(part))
-        state = {name: tensor.to(self.dtype) for name, tensor in new.items()}
+        kept = {
+            name
+            for own, there in zip(ffn.kind.projections, part.piece.projections, strict=True)
+            for below, name in zip(own.tensors, there.tensors, strict=True)
+            if stays_wide(f"{ffn.path}.{below}", self.wide)
+        }
+        state = {n: tensor.to(torch.float32 if n in kept else self.dtype) for n, tensor in new.items()}
         if bundle.scale is not None:
             Rescaling.to_plain(kind, "", form).apply(state, bundle.scale)
             name = f"{ffn.path}.{ffn.kind.scale}"

@@ -93,15 +93,15 @@ def compress(
     """
     out = output_path(out)
     settings = make(CompressSettings, {"width": width, "layers": layers, "method": method, **options}, "compress")
-    replace = settings.force
-    if settings.resume:
-        before, complete = left_behind(journal_of(out))
-        replace = before
-        if complete and not staging_of(out).exists():
-            with taken(out, resume=True):
-                journal_of(out).unlink()
-            return FusionReport.from_dict(json.loads((out / REPORT_FILE).read_text(encoding="utf-8")))
-    check_output(out, replace=replace)
+    replace, finished = settings.force, False
+    resumed = settings.resume and journal_of(out).exists()
+    if resumed:
+        replace, complete = left_behind(journal_of(out))
+        finished = complete and not staging_of(out).exists()
+    if not finished:
+        check_output(out, replace=replace)
+    elif not out.is_dir():
+        raise InputError(f"{journal_of(out)} says that {out} was written, and it is gone: start again with --force")
     device = resolve_device(settings.device)
     sentences = read_sentences(_file(settings.text))
     settings.check()
@@ -113,11 +113,13 @@ def compress(
     if folder.resolve() in out.parents:
         raise InputError(f"{out} lies inside {folder}: choose a folder elsewhere")
     companion_files(folder)  # what it refuses, it refuses before the work
-    streamed = _is_streamed(settings, planned)
+    # Only streamed runs have a journal.
+    streamed = resumed or _is_streamed(settings, planned)
     if settings.engine != "local" and not streamed:
         raise InputError(f"engine {settings.engine} does streamed runs: pass stream (--stream)")
     with taken(out, resume=settings.resume and streamed, force=settings.force):
-        check_output(out, replace=replace)
+        if not finished:
+            check_output(out, replace=replace)
         if streamed:
             return _stream(folder, out, settings, planned, device, learnt, progress, replace=replace)
         source = _open(folder, settings.dtype, device)
@@ -209,6 +211,7 @@ def _stream(
             seconds=time.perf_counter() - started,
             rows=rows,
             calibration=None if text is None else CalibrationRecord(tokens, None),
+            streamed=True,
         )
 
     def finish(staging: Path, rows: list[FFNRow]) -> None:

@@ -123,14 +123,14 @@ def verify(out: str | Path, against: nn.Module | str | Path | None = None) -> Ve
 
 
 def _was_streamed(folder: Path) -> bool:
-    """Whether a checkpoint has a report of a run in which no model ran."""
+    """Whether a checkpoint has no recorded outputs, and a report that says why."""
     if (folder / REFERENCE_FILE).is_file():
         return False
     try:
         report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(report, dict) and report.get("sample_rows") == 0
+    return isinstance(report, dict) and report.get("streamed") is True
 
 
 def _verified_on_disk(folder: Path, record: dict[str, Any], headers: Headers, against: Path | None) -> Verification:
