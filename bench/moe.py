@@ -9,7 +9,7 @@ Of each checkpoint:
   the largest resident memory;
 - the same tasks with and without reducing, in this process: seconds, and how long workers were at each step;
 - what the published number of layers comes to, by the seconds of a layer;
-- scikit-learn's k-means, one expert after the other, timed on a few.
+- scikit-learn's k-means, one expert after the other, timed on a few, where they are not large.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ from mlp_fusion.streaming.work import Outcome, Work
 from mlp_fusion.verbs.plan import plan
 
 WIDTH = 0.5
+#: Neurons of an expert for which scikit-learn is waited for.
+_MOST_NEURONS = 1024
 #: Layers of the published models.
 PUBLISHED = {"qwen3_moe": 48, "mixtral": 32, "deepseek_v3": 61, "gpt_oss": 24}
 _SCRIPT = """
@@ -175,7 +177,8 @@ def measured(source: Path, repeats: int, experts: int) -> dict[str, Any]:
         process = middle([in_a_process(source, out) for _ in range(repeats)])
         whole = middle([in_here(Timed, stream.work, stream.tasks, out) for _ in range(repeats)])
         alone = middle([in_here(Copied, stream.work, stream.tasks, out) for _ in range(repeats)])
-    sums = scikit_learn(stream.work, reduced[0], experts) if experts else []
+    few = max(ffn.kind.width for ffn in stream.work.ffns) <= _MOST_NEURONS
+    sums = scikit_learn(stream.work, reduced[0], experts) if experts and few else []
     largest = max(planned.ffns, key=lambda ffn: ffn.bytes_before).bytes_before
     count = sum(len(part.members) for task in reduced for part in task.parts)
     published = PUBLISHED.get(planned.model_type, layers)

@@ -342,3 +342,15 @@ def test_the_command_line_says_what_is_found_and_refused(tmp_path: Any) -> None:
         assert words in table
     listed = json.loads(CliRunner().invoke(cli, ["families", "--json"]).output)["model_types"]
     assert {"bert", "gpt_oss"} <= set(listed)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gpt_oss"])
+def test_queries_wider_than_the_model_are_no_ffn_though_keys_are_fewer(model_type: str) -> None:
+    """Of so few layers, the whole model is looked at; a norm lies between queries and the output."""
+    config = CONFIG_MAPPING[model_type](
+        vocab_size=40, hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=16, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    found = describe(config)
+    assert found.complete
+    assert [site.module for site in found.sites] == ["Qwen3MLP" if model_type == "qwen3" else "GptOssExperts"]

@@ -161,14 +161,14 @@ def _joined(probe: Probe, products: list[Product], taken: set[str], log: Log) ->
             target = products[index]
             if target.parameter in taken or any(earlier < index for earlier in followers):
                 continue  # reached through another product
+            if len(rows) > 1:
+                gathered.add(index)  # keys and values too, of which there may be fewer than queries
             if source.n_out not in (target.n_in, 2 * target.n_in):
                 log.add(f"its {source.n_out} outputs lead into {target.n_in} inputs", source.parameter)
             elif len(rows) == len(columns) == 1:
                 joined[index].append(source)
             else:
-                if len(rows) > 1:
-                    gathered.add(index)
-                elif source.n_in == target.n_out < target.n_in:
+                if len(rows) == 1 and source.n_in == target.n_out < target.n_in:
                     mixed.append((source, target))
                 what = "channels (a norm, a top-k or a sum)" if len(rows) == 1 else "positions"
                 log.add(f"what lies between it and the next projection mixes {what}", source.parameter)

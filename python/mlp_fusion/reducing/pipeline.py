@@ -116,12 +116,14 @@ def reduce_ffns(
     widths: Sequence[int],
     statistics: Sequence[FFNStatistics] | None,
     progress: Progress | None = None,
+    batch_bytes: int | None = None,
 ) -> list[ReducedFFN]:
     """Reduce FFNs (each with B = 1) to their widths; FFNs of one shape and width go through the method side by side.
 
     An FFN whose width is what it has already keeps its neurons. `statistics` holds one entry per FFN; one that has seen
     no token is reduced without. Tuned side by side are those whose rows are of the same sequences, as an encoder's and
-    a decoder's are not.
+    a decoder's are not. Side by side are as many as have `batch_bytes` of neuron vectors in float32, by default
+    :data:`BATCH_BYTES`.
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     for number, (bundle, width) in enumerate(zip(bundles, widths, strict=True)):
@@ -143,7 +145,7 @@ def reduce_ffns(
     for members in groups.values():
         first = bundles[members[0]]
         problem_bytes = 4 * first.width * first.vector_length
-        size = max(1, BATCH_BYTES // problem_bytes)
+        size = max(1, (batch_bytes or BATCH_BYTES) // problem_bytes)
         for chunk in (members[i : i + size] for i in range(0, len(members), size)):
             started = time.perf_counter()
             stacked = _stacked([bundles[n] for n in chunk])

@@ -28,6 +28,9 @@ from mlp_fusion.store.shards import Shard, Shards
 from mlp_fusion.store.tensors import Tensors, read_into
 from mlp_fusion.streaming.tasks import Part, Task
 
+#: Of neuron vectors that a method works on side by side: memory of blocks of this size is used again, and need not be
+#: cleared by the system each time. Other threads do other tasks.
+_BATCH_BYTES = 24 * 2**20
 #: Bytes that are copied at once.
 _COPIED = 16 * 2**20
 
@@ -116,7 +119,7 @@ class Work:
         wholes = [self._bundle(part, tensors) for part, tensors in zip(task.parts, read, strict=True)]
         bundles = [whole.select(number) for whole in wholes for number in range(whole.batch)]
         widths = [self.widths[part.ffn] for part in task.parts for _ in range(part.count)]
-        found = reduce_ffns(Recipe.of(self.settings), bundles, widths, None)
+        found = reduce_ffns(Recipe.of(self.settings), bundles, widths, None, batch_bytes=_BATCH_BYTES)
         outcome = Outcome([], [], [])
         for part in task.parts:
             own, found = found[: part.count], found[part.count :]
