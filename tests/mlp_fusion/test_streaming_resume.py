@@ -16,6 +16,7 @@ import checkpoints as ck
 import mlp_fusion
 from mlp_fusion import InputError
 from mlp_fusion.streaming import tasks
+from mlp_fusion.streaming.work import Work
 
 pytestmark = pytest.mark.slow
 
@@ -124,7 +125,7 @@ def test_a_checkpoint_that_was_being_replaced_comes_back(source: Path, tmp_path:
     out = tmp_path / "out"
     mlp_fusion.compress(source, out, 0.25, stream=True)
     before = files(out)
-    out.rename(tmp_path / ".out.old")
+    out.rename(tmp_path / ".out.mlp_fusion_replaced")
     with pytest.raises(InputError, match="exists and is not empty"):
         mlp_fusion.compress(source, out, 0.5, stream=True)
     assert files(out) == before
@@ -155,3 +156,33 @@ def test_weights_that_were_never_written_are_seen(source: Path, tmp_path: Path) 
     mlp_fusion.compress(source, out, 0.5, stream=True)
     ck.put_scales(out, {name: torch.zeros_like(scale) for name, scale in ck.scales(out).items()})
     assert not mlp_fusion.verify(out).passed
+
+
+def test_folders_of_somebody_else_beside_the_output_stay(source: Path, tmp_path: Path) -> None:
+    for name in (".out.old", ".out.mlp_fusion_replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("mine")
+    mlp_fusion.compress(source, tmp_path / "out", 0.25, stream=True)
+    assert (tmp_path / ".out.old" / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / ".out.mlp_fusion_replaced" / "thesis.txt").read_text() == "mine"
+
+
+def test_products_are_exact_in_all_threads_and_the_setting_comes_back(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting: Any = torch.backends.mkldnn.matmul
+    before, seen = setting.fp32_precision, []
+    reduce = Work.reduce
+
+    def watched(self: Work, *args: Any) -> Any:
+        seen.append(setting.fp32_precision)
+        return reduce(self, *args)
+
+    monkeypatch.setattr(Work, "reduce", watched)
+    setting.fp32_precision = "bf16"
+    try:
+        mlp_fusion.compress(source, tmp_path / "out", 0.5, stream=True)
+        assert set(seen) == {"ieee"}
+        assert setting.fp32_precision == "bf16"
+    finally:
+        setting.fp32_precision = before

@@ -202,7 +202,7 @@ def _remove_leftovers(out: Path) -> None:
 def _bring_back(out: Path) -> None:
     """Put a checkpoint back that was to be replaced when the run was killed; one that has been replaced goes."""
     old = _old(out)
-    if not old.is_dir():
+    if not _is_ours(old):
         return
     if out.exists():
         shutil.rmtree(old)
@@ -212,7 +212,7 @@ def _bring_back(out: Path) -> None:
 
 def _old(out: Path) -> Path:
     """Where a checkpoint is for the moment in which another takes its place."""
-    return out.parent / f".{out.name}.old"
+    return out.parent / f".{out.name}.mlp_fusion_replaced"
 
 
 @contextmanager
@@ -248,7 +248,7 @@ def appears_when_complete(out: Path, *, keep: bool = False, replace: bool = Fals
         else:
             # Replaces an empty folder in one step, and fails if one has been filled in the meantime.
             staging.rename(out)
-        if _old(out).is_dir():
+        if _is_ours(_old(out)):
             shutil.rmtree(_old(out))
     except BaseException:
         for path in () if keep else (*moved, staging):

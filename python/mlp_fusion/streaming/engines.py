@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fusion_kernels import native
 from mlp_fusion.errors import InputError
 from mlp_fusion.store.shards import flush
 from mlp_fusion.streaming.tasks import TASK_BYTES, Task
@@ -41,15 +42,17 @@ def run_locally(work: Work, tasks: Sequence[Task], done: Done) -> None:
     threads = torch.get_num_threads()
     largest = max((task.nbytes for task in tasks), default=0)
     workers = workers_here(largest) if work.device.type == "cpu" else _ON_A_GPU
-    torch.set_num_threads(max(1, threads // workers))
     pool = ThreadPoolExecutor(workers, "task")
-    try:
-        names = {pool.submit(do, work, task): task for task in tasks}
-        for future in as_completed(names):
-            done(names[future], future.result())
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+    torch.set_num_threads(max(1, threads // workers))
+    # For all of them: torch has one such setting, and what one thread puts back another may still need.
+    with native.exact_products():
+        try:
+            names = {pool.submit(do, work, task): task for task in tasks}
+            for future in as_completed(names):
+                done(names[future], future.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
 
 
 def run_on_ray(work: Work, tasks: Sequence[Task], done: Done, *, retries: int = 3) -> None:
