@@ -1,9 +1,10 @@
-"""What the benchmarks share: how far a piece of work raises the memory of the process."""
+"""What the benchmarks share: how far work raises the memory of the process, and files that are not in memory."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,3 +24,11 @@ def peak_bytes(work: Callable[[], Any]) -> int | None:
 def _resident(name: str) -> int:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def forget(files: Iterable[Path]) -> None:
+    """Let files be read from the disk again."""
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)

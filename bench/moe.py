@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import platform
 import shutil
 import statistics
@@ -33,10 +32,12 @@ from typing import Any
 
 import torch
 import transformers
+from measuring import forget
 from torch import Tensor
 
 from mlp_fusion.modules.stored import bundle_of
 from mlp_fusion.settings import FuseSettings
+from mlp_fusion.store.shards import flush
 from mlp_fusion.streaming import run as streaming
 from mlp_fusion.streaming.engines import run_locally
 from mlp_fusion.streaming.tasks import Task
@@ -78,10 +79,7 @@ class Timed(Work):
     def write(self, task: Task, outcome: Outcome) -> list[Path]:
         with self.at("writing"):
             files = super().write(task, outcome)
-            for file in set(files):
-                descriptor = os.open(file, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
+            flush(files)
             return files
 
     @contextlib.contextmanager
@@ -106,17 +104,9 @@ class Copied(Timed):
         return outcome
 
 
-def forget(folder: Path) -> None:
-    """Let files be read from the disk again."""
-    for file in folder.glob("*.safetensors"):
-        descriptor = os.open(file, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-
-
 def in_a_process(source: Path, out: Path) -> dict[str, float]:
     """`compress --stream`, from the start of Python to its end."""
-    forget(source)
+    forget(source.glob("*.safetensors"))
     done = subprocess.run(
         [sys.executable, "-c", _SCRIPT, str(source), str(out), str(WIDTH)], check=True, capture_output=True, text=True
     )
@@ -129,7 +119,7 @@ def in_here(kind: type[Timed], work: Work, tasks: Sequence[Task], out: Path) -> 
     """The tasks of a run, by threads of this process."""
     values = {field.name: getattr(work, field.name) for field in dataclasses.fields(work)}
     timed = kind(**{**values, "target": out})
-    forget(work.source)
+    forget(work.source.glob("*.safetensors"))
     timed.weights_out.create()
     timed.scales_out.create()
     started, used = time.perf_counter(), time.process_time()
@@ -180,7 +170,7 @@ def measured(source: Path, repeats: int, experts: int) -> dict[str, Any]:
     few = max(ffn.kind.width for ffn in stream.work.ffns) <= _MOST_NEURONS
     sums = scikit_learn(stream.work, reduced[0], experts) if experts and few else []
     largest = max(planned.ffns, key=lambda ffn: ffn.bytes_before).bytes_before
-    count = sum(len(part.members) for task in reduced for part in task.parts)
+    count = sum(part.count for task in reduced for part in task.parts)
     published = PUBLISHED.get(planned.model_type, layers)
     found: dict[str, Any] = {
         "model type": planned.model_type, "layers": layers, "experts": count, "bytes": planned.bytes_before,

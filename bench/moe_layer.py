@@ -24,11 +24,11 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import forget
 from torch import Tensor
 
 import mlp_fusion.methods.fusion as fusing
@@ -36,73 +36,44 @@ from fusion_kernels import backends, native
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing import pipeline
 from mlp_fusion.settings import FuseSettings
+from mlp_fusion.store.tensors import Span, read_into, spans
 
 _STEPS = ("gram_exact", "gram", "balance", "centre", "prepare", "cluster", "inertia", "finish", "decide")
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor's bytes are."""
-
-    file: Path
-    offset: int
-    nbytes: int
-    shape: tuple[int, ...]
-
-
-def places(folder: Path, layer: int) -> list[dict[str, Place]]:
+def places(folder: Path, layer: int) -> list[dict[str, Span]]:
     """The projections of every expert of a layer."""
-    found: dict[int, dict[str, Place]] = {}
+    found: dict[int, dict[str, Span]] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as opened:
-            size = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(size))
-        for name, told in header.items():
+        for name, span in spans(file)[0].items():
             match = re.search(rf"layers\.{layer}\..*experts\.(\d+)\.(\w+)\.weight$", name)
             if match is None or match[2] not in _PARTS:
                 continue
-            if told["dtype"] != "BF16":
-                raise SystemExit(f"error: {name} is {told['dtype']}: pass a checkpoint in bfloat16")
-            begin, end = told["data_offsets"]
-            found.setdefault(int(match[1]), {})[match[2]] = Place(
-                file, 8 + size + begin, end - begin, tuple(told["shape"])
-            )
+            if span.dtype != "BF16":
+                raise SystemExit(f"error: {name} is {span.dtype}: pass a checkpoint in bfloat16")
+            found.setdefault(int(match[1]), {})[match[2]] = span
     if not found:
         raise SystemExit(f"error: {folder} has no {', '.join(_PARTS)} of experts in layer {layer}")
     return [found[n] for n in sorted(found)]
 
 
-def read(place: Place) -> Tensor:
+def read(span: Span) -> Tensor:
     """The tensor, read past every mapping."""
-    values = torch.empty(place.shape, dtype=torch.bfloat16)
-    buffer, done = memoryview(values.view(torch.uint8).flatten().numpy()), 0
-    descriptor = os.open(place.file, os.O_RDONLY)
-    try:
-        while done < place.nbytes:
-            done += os.preadv(descriptor, [buffer[done:]], place.offset + done)
-    finally:
-        os.close(descriptor)
+    values = torch.empty(span.shape, dtype=torch.bfloat16)
+    read_into(span.file, span.start, memoryview(values.view(torch.uint8).flatten().numpy()))
     return values
 
 
-def bundle_of(expert: dict[str, Place]) -> NeuronBundle:
+def bundle_of(expert: dict[str, Span]) -> NeuronBundle:
     gate, up, down = (read(expert[part]) for part in _PARTS)
     return NeuronBundle(w_in=up[None], w_out=down.T.contiguous()[None], activation="silu", w_gate=gate[None])
-
-
-def forget(experts: list[dict[str, Place]]) -> None:
-    """Let the files be read from the disk again."""
-    for file in {place.file for expert in experts for place in expert.values()}:
-        descriptor = os.open(file, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
 
 
 class Layer:
     """The experts of a layer, and where the reduced ones are written."""
 
-    def __init__(self, experts: list[dict[str, Place]], out: Path, workers: int) -> None:
+    def __init__(self, experts: list[dict[str, Span]], out: Path, workers: int) -> None:
         self.experts, self.out, self.workers = experts, out, workers
         self.width = experts[0]["gate_proj"].shape[0]
         self.nbytes = sum(place.nbytes for expert in experts for place in expert.values())
@@ -112,9 +83,9 @@ class Layer:
     def reduced(self, bundle: NeuronBundle) -> NeuronBundle:
         return pipeline.reduce_ffns(self.recipe, [bundle], [self.width // 2], None)[0].bundle.parameterized("folded")
 
-    def passed(self, work: Callable[[dict[str, Place]], list[Tensor]]) -> tuple[float, float]:
+    def passed(self, work: Callable[[dict[str, Span]], list[Tensor]]) -> tuple[float, float]:
         """Seconds until the tensors that `work` makes of every expert are on the disk, elapsed and of processors."""
-        forget(self.experts)
+        forget({place.file for expert in self.experts for place in expert.values()})
         each = self.nbytes // len(self.experts) // 2
 
         def one(number: int) -> None:
@@ -138,7 +109,7 @@ class Layer:
         return self.passed(lambda expert: [read(place).flatten()[: place.nbytes // 4] for place in expert.values()])
 
     def whole(self) -> tuple[float, float]:
-        def work(expert: dict[str, Place]) -> list[Tensor]:
+        def work(expert: dict[str, Span]) -> list[Tensor]:
             found = self.reduced(bundle_of(expert))
             assert found.w_gate is not None
             return [t.to(torch.bfloat16) for t in (found.w_gate[0], found.w_in[0], found.w_out[0].T)]

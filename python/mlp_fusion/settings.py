@@ -362,7 +362,6 @@ class CompressSettings(FuseSettings):
         "overflows in its own. Tensors are written in the dtype of the source's in any case.",
         "auto", recorded=False,
     )  # fmt: skip
-
     stream: bool | None = option(
         "From disk to disk, a few FFNs in memory at a time, or with calibration a layer: any size.", None,
         default_help="for weights of more than a third of the memory", recorded=False,

@@ -18,7 +18,7 @@ from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.running.batches import Batch, batches_of
 from mlp_fusion.running.runner import not_finite
 from mlp_fusion.running.sampling import RowPlan, RowSample
-from mlp_fusion.running.taps import Taps, stream_activations
+from mlp_fusion.running.taps import Taps, Visitor, stream_activations
 
 #: Most input rows kept per FFN, and the most bytes that they may take, unless the caller asks for a number of rows.
 CALIBRATION_ROWS = 16_384
@@ -153,6 +153,23 @@ def row_capacity(rows: int | None, d: int, itemsize: int) -> int:
     return rows if rows is not None else max(1, min(CALIBRATION_ROWS, _ROW_BYTES // (d * itemsize)))
 
 
+def collector_of(architecture: Architecture, site: FFNSite, plan: RowPlan, rows: int | None) -> Collector:
+    """What gathers the statistics of an FFN; `rows` as in :func:`collect`."""
+    inputs = architecture.read(site).w_in
+    capacity = row_capacity(rows, inputs.shape[-1], inputs.element_size())
+    return Collector(RowSample(plan, capacity), may_be_empty=site.is_expert)
+
+
+def adding_to(collectors: Sequence[Collector]) -> Visitor:
+    """Adds what passes through each FFN to its collector."""
+
+    def visit(number: int, mask: Tensor, taps: Taps) -> None:
+        counted = mask.to(taps.x.device)
+        collectors[number].add(mask, taps.x[counted], taps.hidden[counted], taps.y[counted])
+
+    return visit
+
+
 def collect(
     model: nn.Module,
     architecture: Architecture,
@@ -185,15 +202,6 @@ def collect(
     """
     batches = take_calibration(model, calibration)
     plan = RowPlan(batches, seed)
-    collectors = []
-    for site in sites:
-        inputs = architecture.read(site).w_in
-        capacity = row_capacity(rows, inputs.shape[-1], inputs.element_size())
-        collectors.append(Collector(RowSample(plan, capacity), may_be_empty=site.is_expert))
-
-    def visit(number: int, mask: Tensor, taps: Taps) -> None:
-        counted = mask.to(taps.x.device)
-        collectors[number].add(mask, taps.x[counted], taps.hidden[counted], taps.y[counted])
-
-    stream_activations(model, architecture, sites, batches, visit)
+    collectors = [collector_of(architecture, site, plan, rows) for site in sites]
+    stream_activations(model, architecture, sites, batches, adding_to(collectors))
     return [collector.finish() for collector in collectors]

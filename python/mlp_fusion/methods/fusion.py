@@ -100,7 +100,7 @@ def _grouped(blocks: Sequence[Tensor], weights: Tensor, width: int, seed: int) -
 
 
 def _of_rows(blocks: Sequence[Tensor], weights: Tensor, width: int, seed: int) -> _Groups:
-    rows = in_range(torch.cat([_unit_variance(block) for block in blocks], dim=-1))
+    rows = in_range(_balanced(blocks))
     found = kmeans(rows, width, sample_weight=weights, init="k-means++", max_iter=_MOST_ROUNDS, seed=seed)
     return _Groups(found.labels, found.inertia, found.n_iter, found.status)
 
@@ -182,7 +182,11 @@ def importance(bundle: NeuronBundle, statistics: Sequence[FFNStatistics]) -> Ten
 
 def balanced_rows(bundle: NeuronBundle, statistics: Sequence[FFNStatistics] | None) -> Tensor:
     """`(B, N, D')` rows to cluster: input blocks in the metric of the inputs, then `w_out`, of equal total variance."""
-    return torch.cat([_unit_variance(block) for block in input_and_output_blocks(bundle, statistics)], dim=-1)
+    return _balanced(input_and_output_blocks(bundle, statistics))
+
+
+def _balanced(blocks: Sequence[Tensor]) -> Tensor:
+    return torch.cat([_unit_variance(block) for block in blocks], dim=-1)
 
 
 def input_and_output_blocks(bundle: NeuronBundle, statistics: Sequence[FFNStatistics] | None) -> list[Tensor]:

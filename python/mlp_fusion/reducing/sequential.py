@@ -29,9 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from mlp_fusion.calibration.statistics import (
-    Collector,
     FFNStatistics,
-    row_capacity,
+    collector_of,
     take_calibration,
 )
 from mlp_fusion.families import Architecture, FFNSite
@@ -41,7 +40,7 @@ from mlp_fusion.reducing.pipeline import ReducedFFN
 from mlp_fusion.running.batches import Batch
 from mlp_fusion.running.positions import by_sequence
 from mlp_fusion.running.runner import Runner
-from mlp_fusion.running.sampling import RowPlan, RowSample
+from mlp_fusion.running.sampling import RowPlan
 from mlp_fusion.running.taps import Taps, replaced, tapped
 
 
@@ -175,7 +174,7 @@ class SequentialReduction:
     ) -> Iterator[tuple[FFNStatistics, int]]:
         """Statistics of a layer's FFNs on `states`; of one alone, with targets that lead to the streams `wanted`."""
         sites = [self.sites[n] for n in numbers]
-        collectors = [self._collector(site) for site in sites]
+        collectors = [collector_of(self.architecture, site, self.plan, self.rows) for site in sites]
         seen: list[tuple[int, Tensor, Taps]] = []
         with tapped(self.architecture, sites, lambda *found: seen.append(found)) as taps:
             for call, hidden, stream, batch in zip(calls, states, wanted, self.batches, strict=True):
@@ -191,11 +190,6 @@ class SequentialReduction:
                 seen.clear()
         for collector, number in zip(collectors, numbers, strict=True):
             yield collector.finish(), number
-
-    def _collector(self, site: FFNSite) -> Collector:
-        inputs = self.architecture.read(site).w_in
-        capacity = row_capacity(self.rows, inputs.shape[-1], inputs.element_size())
-        return Collector(RowSample(self.plan, capacity), may_be_empty=site.is_expert)
 
 
 def _target(y: Tensor, streams: dict[str, list[Tensor]], batch: Batch, path: str) -> Tensor:

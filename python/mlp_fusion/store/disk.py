@@ -70,11 +70,6 @@ class DiskFFN:
         """Its tensors on disk, by the names of the unquantised ones."""
         return [name for piece in self.pieces for name in piece.names]
 
-    @property
-    def experts(self) -> range:
-        """Their numbers; 0 of a dense FFN."""
-        return range(max(self.kind.experts, 1))
-
     def narrowed(self, shapes: Mapping[str, tuple[int, ...]], width: int) -> dict[str, tuple[int, ...]]:
         """The shapes of its tensors when it has `width` neurons.
 

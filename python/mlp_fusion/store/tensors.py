@@ -93,10 +93,6 @@ class Plain:
     block: tuple[int, ...] = ()
 
     @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
     def copied(self) -> bool:
         """Whether it is stored as it is."""
         return self.factors is None

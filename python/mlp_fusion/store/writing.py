@@ -47,13 +47,7 @@ def write_weights(source: Path, target: Path, fused: Mapping[str, Tensor]) -> No
                 total += tensor.nbytes
         save_file(tensors, target / file.name, metadata=metadata)
     assert written == set(fused), "a fused tensor has no place in the source"
-    if weights.index is not None:
-        content = json.loads(weights.index.read_text(encoding="utf-8"))
-        content["metadata"] = {**(content.get("metadata") or {}), "total_size": total}
-        content["metadata"].pop("total_parameters", None)
-        # Where each tensor is, rather than where the source's index says: transformers does not look, others do.
-        content["weight_map"] = places
-        (target / weights.index.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _write_index(weights.index, target, places, total)
 
 
 def write_index(source: Path, target: Path, shards: Shards) -> None:
@@ -63,14 +57,19 @@ def write_index(source: Path, target: Path, shards: Shards) -> None:
         source, target: checkpoint folders.
         shards: that were written.
     """
-    index = find_weights(source).index
+    places = {name: shard.name for shard in shards.shards for name in shard.tensors}
+    _write_index(find_weights(source).index, target, places, sum(shard.nbytes for shard in shards.shards))
+
+
+def _write_index(index: Path | None, target: Path, places: Mapping[str, str], total: int) -> None:
+    """Write the source's index, if there is one, with other bytes in all and other places of tensors."""
     if index is None:
         return
     content = json.loads(index.read_text(encoding="utf-8"))
-    total = sum(shard.nbytes for shard in shards.shards)
     content["metadata"] = {**(content.get("metadata") or {}), "total_size": total}
     content["metadata"].pop("total_parameters", None)
-    content["weight_map"] = {name: shard.name for shard in shards.shards for name in shard.tensors}
+    # Where each tensor is, rather than where the source's index says: transformers does not look, others do.
+    content["weight_map"] = dict(places)
     (target / index.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mlp_fusion.calibration.statistics import Collector, FFNStatistics, row_capacity, take_calibration
+from mlp_fusion.calibration.statistics import FFNStatistics, adding_to, collector_of, take_calibration
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.neurons import UNNAMED, NeuronBundle
 from mlp_fusion.reducing.chosen import self_test
@@ -69,11 +69,6 @@ class Calibrated:
         self._recipe = Recipe.of(settings)
         self._numbers = {ffn.index: number for number, ffn in enumerate(w.ffns) if ffn.loaded}
 
-    @property
-    def tokens(self) -> int:
-        """Positions of the text that count."""
-        return self._plan.tokens
-
     @torch.no_grad()
     def run(self, finished: set[str], done: Done) -> None:
         """Reduce what is not `finished`, layer by layer.
@@ -103,7 +98,8 @@ class Calibrated:
             flush(self.work.write(Task(layer.path), outcome))
             done(layer.path, outcome.rows)
             # After the journal: states that lag behind it have a layer done again, and nothing is lost.
-            self._keep(number + 1, exact, states)
+            if number < last:
+                self._keep(number + 1, exact, states)
 
     # --- one layer ---------------------------------------------------------------------------------------------------
 
@@ -149,17 +145,9 @@ class Calibrated:
         self, layer: Layer, experts: Sequence[FFNSite], calls: Sequence[Call], hidden: Sequence[Tensor]
     ) -> list[FFNStatistics]:
         """What passes through some FFNs of a layer."""
-        collectors = []
-        for site in experts:
-            like = site.module.get_parameter(site.kind.projection("w_in").parameter)
-            capacity = row_capacity(self.work.settings.calibration_rows, site.channels()[0], like.element_size())
-            collectors.append(Collector(RowSample(self._plan, capacity), may_be_empty=site.is_expert))
-
-        def visit(number: int, mask: Tensor, taps: Taps) -> None:
-            counted = mask.to(taps.x.device)
-            collectors[number].add(mask, taps.x[counted], taps.hidden[counted], taps.y[counted])
-
-        self._run(layer, experts, calls, hidden, visit)
+        rows = self.work.settings.calibration_rows
+        collectors = [collector_of(self.architecture, site, self._plan, rows) for site in experts]
+        self._run(layer, experts, calls, hidden, adding_to(collectors))
         return [collector.finish() for collector in collectors]
 
     def _shown(

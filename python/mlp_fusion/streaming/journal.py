@@ -91,7 +91,7 @@ class Journal:
             try:
                 entry = json.loads(line)
             except ValueError:
-                break  # the last one, cut short
+                break  # the last one, when the power went
             if entry.get("complete"):
                 self.complete = True
             else:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -75,11 +74,10 @@ class LayerwiseModel:
         try:
             yield
         finally:
-            for path, module in layer.module.named_modules():
+            for module in layer.module.modules():
                 for name, parameter in module._parameters.items():
                     if parameter is not None:
                         module._parameters[name] = _empty(parameter)
-                del path
 
     def _read(self, parameters: Sequence[str]) -> None:
         """Read parameters and buffers, all of those that are made of the same tensors."""
@@ -153,11 +151,14 @@ def _hollow(config: Any, dtype: torch.dtype) -> Any:
         own(module, name, None if parameter is None else _empty(parameter))
 
     cls: Any = building.model_class(config)
-    with building.undisturbed(), mock.patch.object(nn.Module, "register_parameter", register):
+    with building.undisturbed():
+        nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
         try:
             model = cls._from_config(config, dtype=dtype)
         except Exception as error:
             raise InputError(f"{config.model_type}: transformers builds no model from this config: {error}") from error
+        finally:
+            nn.Module.register_parameter = own  # type: ignore[method-assign]
     return model.eval()
 
 

@@ -31,7 +31,7 @@ from mlp_fusion.store.scale import SCALE_FILE
 from mlp_fusion.store.shards import Shard
 from mlp_fusion.store.source import read_headers
 from mlp_fusion.store.tensors import Tensors
-from mlp_fusion.store.weights import TensorInfo
+from mlp_fusion.store.weights import TensorInfo, find_weights
 from mlp_fusion.store.writing import write_config, write_index
 from mlp_fusion.streaming.calibrated import Calibrated
 from mlp_fusion.streaming.engines import ENGINES
@@ -115,13 +115,10 @@ class Stream:
         journal.begin()
 
     def _do(self, work: Work, journal: Journal, engine: str, progress: Progress | None) -> None:
-        known = {(number, expert) for task in self.tasks for part in task.parts for number, expert in part.members}
-        chosen = set(work.settings.layers or ())  # type: ignore[arg-type]
+        total = sum(part.count for task in self.tasks for part in task.parts)
         if self.text is not None:
-            known |= {
-                (n, e) for n, ffn in enumerate(work.ffns) if ffn.loaded and ffn.index in chosen for e in ffn.experts
-            }
-        total = len(known)
+            chosen = set(work.settings.layers or ())  # type: ignore[arg-type]
+            total += sum(max(f.kind.experts, 1) for f in work.ffns if f.loaded and f.index in chosen)
 
         def finished(task: str, rows: list[Member]) -> None:
             journal.add(task, rows)
@@ -132,7 +129,8 @@ class Stream:
             states = work.target / _STATES
             run = Calibrated(work, self.architecture, self.text, work.settings.sequential, states)
             run.run(set(journal.done), finished)
-            states.unlink(missing_ok=True)
+            for left_over in work.target.glob(f"{_STATES}*"):
+                left_over.unlink()
         left = [task for task in self.tasks if task.name not in journal.done]
         ENGINES[engine](work, left, lambda task, rows: finished(task.name, rows))
 
@@ -149,7 +147,7 @@ class Stream:
 
     def _fingerprints(self) -> dict[str, str]:
         work = self.work
-        files = [*Tensors(work.source, work.config).files, work.source / "config.json"]
+        files = [*find_weights(work.source).files, work.source / "config.json"]
         return {
             "source": fingerprint({"files": files_as_they_are(files)}),
             "recipe": fingerprint(
@@ -206,9 +204,7 @@ def prepare(
     for index in chosen if scales else ():
         check_form(sites[index], settings.parameterization)
     form = settings.parameterization if scales else "folded"
-    changed = fused_config(
-        model, architecture, sites, widths, method=settings.method, parameterization=form
-    )  # fmt: skip
+    changed = fused_config(model, architecture, sites, widths, method=settings.method, parameterization=form)
     each = [widths[ffn.index] for ffn in ffns]
     stored = {name: TensorInfo(p.shape, p.values.dtype) for name, p in tensors.items() if p.copied}
     names = {name for ffn in ffns for name in ffn.names}

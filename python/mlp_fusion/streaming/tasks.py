@@ -38,11 +38,6 @@ class Part:
         """Number of the first one in the whole stack."""
         return self.piece.first + self.first
 
-    @property
-    def members(self) -> list[tuple[int, int]]:
-        """Number of the FFN and of the expert, of each."""
-        return [(self.ffn, self.expert + number) for number in range(self.count)]
-
     def rows(self, shape: Sequence[int]) -> tuple[int, int | None]:
         """Where its part of a tensor's first axis begins, and how long it is; None for all of it."""
         if self.count == self.piece.experts:

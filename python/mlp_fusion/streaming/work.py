@@ -119,7 +119,8 @@ class Work:
         wholes = [self._bundle(part, tensors) for part, tensors in zip(task.parts, read, strict=True)]
         bundles = [whole.select(number) for whole in wholes for number in range(whole.batch)]
         widths = [self.widths[part.ffn] for part in task.parts for _ in range(part.count)]
-        found = reduce_ffns(Recipe.of(self.settings), bundles, widths, None, batch_bytes=_BATCH_BYTES)
+        size = _BATCH_BYTES if self.device.type == "cpu" else None
+        found = reduce_ffns(Recipe.of(self.settings), bundles, widths, None, batch_bytes=size)
         outcome = Outcome([], [], [])
         for part in task.parts:
             own, found = found[: part.count], found[part.count :]

@@ -68,11 +68,12 @@ def compress(
 
     The output holds the same tensors as the input, narrower; the input's own config with its widths changed; the
     tokenizer and other small files; a model card; and, in the subfolder `mlp_fusion`, the scale that `restore` needs,
-    the report, and the outputs that `verify` compares with. It appears under its name only when it is complete.
+    the report, and the outputs that `verify` compares with. It appears under its name only when it is complete. A model
+    of any size is streamed from disk to disk, see the guide to large checkpoints; there are no outputs to compare then.
 
     Args:
         path: a local folder or a hub name.
-        out: folder to make; must not exist, or be empty.
+        out: folder to make; must not exist, or be empty, unless `force` replaces a checkpoint that stands there.
         width, layers, method: as in :func:`mlp_fusion.fuse`.
         progress: as in :func:`mlp_fusion.fuse`.
         options: the other fields of :class:`mlp_fusion.settings.CompressSettings`.
@@ -82,7 +83,8 @@ def compress(
 
     Raises:
         InputError: as `plan`, or the output folder is not empty or another run's, the text cannot be read, there is no
-            such device, or the model cannot run or is not finite. Nothing is written.
+            such device, or the model cannot run or is not finite. Nothing is written; what a
+            streamed run has done stays, to go on with.
 
     Examples:
         >>> report = mlp_fusion.compress("all-MiniLM-L6-v2", "small", width=0.25, calibration="sentences.txt")

@@ -85,7 +85,7 @@ def verify(out: str | Path, against: nn.Module | str | Path | None = None) -> Ve
         The checks: shapes as config and record state them, every tensor finite, a clean load, equal outputs (relative
         Frobenius difference at most 0.3 sqrt(eps) of the dtype: folding rounds once more than the explicit scale), and
         a side file from which `restore` can take the scale. Against a source: tensors that are no fused FFN's are the
-        same in every bit, and some fused FFNs do about the same on random inputs.
+        same in every bit, and some fused FFNs put out numbers on random inputs; how far off those are is said, no test.
 
     Raises:
         InputError: not a fused checkpoint, or unreadable, or nothing to compare with.
