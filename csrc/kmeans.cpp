@@ -59,10 +59,37 @@ Tensor gram(const Tensor points) {
 Tensor gram_exact(const Tensor points) {
   STD_TORCH_CHECK(points.dim() == 3, "gram_exact: points must be (B, n, D)");
   const int64_t batch = points.size(0), n = points.size(1), D = points.size(2), stride = gram_stride(n, sizeof(float));
-  check(points, "points", ScalarType::Float, {batch, n, D});
+  check(points, "points", points.scalar_type(), {batch, n, D});
   Tensor g = new_tensor({batch, n, stride}, ScalarType::Float);
-  gram_matrices_exact(data<float>(points), batch, n, D, mutable_data<float>(g), stride);
+  if (points.scalar_type() == ScalarType::BFloat16) {
+    gram_matrices_exact(data<uint16_t>(points), batch, n, D, mutable_data<float>(g), stride);
+  } else {
+    check(points, "points", ScalarType::Float, {batch, n, D});
+    gram_matrices_exact(data<float>(points), batch, n, D, mutable_data<float>(g), stride);
+  }
   return g;
+}
+
+Tensor means(const Tensor x, const Tensor w, const Tensor labels, int64_t n_clusters) {
+  STD_TORCH_CHECK(x.dim() == 3, "means: x must be (B, n, D)");
+  const int64_t batch = x.size(0), n = x.size(1), D = x.size(2);
+  check(x, "x", x.scalar_type(), {batch, n, D});
+  check(w, "w", ScalarType::Double, {batch, n});
+  check(labels, "labels", ScalarType::Long, {batch, n});
+  const int64_t* label = data<int64_t>(labels);
+  STD_TORCH_CHECK(std::all_of(label, label + batch * n, [&](int64_t c) { return c >= 0 && c < n_clusters; }),
+                  "means: labels: outside");
+  if (x.scalar_type() == ScalarType::BFloat16) {
+    Tensor found = new_tensor({batch, n_clusters, D}, ScalarType::Float);
+    cluster_means(data<uint16_t>(x), data<double>(w), label, batch, n, D, n_clusters, mutable_data<float>(found));
+    return found;
+  }
+  Tensor found = new_tensor({batch, n_clusters, D}, x.scalar_type());
+  with_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    cluster_means(data<T>(x), data<double>(w), label, batch, n, D, n_clusters, mutable_data<T>(found));
+  });
+  return found;
 }
 
 Tensor balance(const Tensor sum, const Tensor g) {
@@ -291,6 +318,7 @@ STABLE_TORCH_LIBRARY(fusion_kernels_native, m) {
   m.def("balance(Tensor(a!) sum, Tensor g) -> Tensor");
   m.def("centre(Tensor(a!) g, Tensor w) -> Tensor");
   m.def("inertia(Tensor g, Tensor w, Tensor labels, int n_clusters) -> Tensor");
+  m.def("means(Tensor x, Tensor w, Tensor labels, int n_clusters) -> Tensor");
   m.def("cross(Tensor centroids, Tensor points) -> Tensor");
   m.def(
       "cluster(Tensor g, Tensor w, Tensor? levels, Tensor? seeds, Tensor? labels, Tensor? products, Tensor? norms, "
@@ -310,6 +338,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusion_kernels_native, CPU, m) {
   m.impl("balance", TORCH_BOX(&mlp_fusion::balance));
   m.impl("centre", TORCH_BOX(&mlp_fusion::centre));
   m.impl("inertia", TORCH_BOX(&mlp_fusion::inertia));
+  m.impl("means", TORCH_BOX(&mlp_fusion::means));
   m.impl("cross", TORCH_BOX(&mlp_fusion::cross));
   m.impl("cluster", TORCH_BOX(&mlp_fusion::cluster));
   m.impl("finish", TORCH_BOX(&mlp_fusion::finish));

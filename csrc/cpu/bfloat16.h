@@ -6,20 +6,27 @@
 
 namespace mlp_fusion {
 
+// Points that are packed together: as many as a vector has sums.
+constexpr int64_t kPackedPoints = 16;
+
 // Whether this processor multiplies pairs of bfloat16 and adds them in float32.
 bool has_bfloat16_products();
 
-// The rows and columns that `pack_bfloat16` makes of n and d.
-int64_t packed_rows(int64_t n);
-int64_t packed_columns(int64_t d);
+// The pairs of numbers of a packed point, and the points, that d numbers of n points become.
+int64_t packed_pairs(int64_t d);
+int64_t packed_points(int64_t n);
 
-// out (packed_columns(d)) = one row x (d) in bfloat16, with zeros behind; returns whether every number is the same.
-bool pack_bfloat16(const float* x, int64_t d, uint16_t* out);
+// Packs `count` points (d), up to kPackedPoints of them, the others as zeros: out (packed_pairs(d), kPackedPoints) holds
+// each pair of numbers of all points side by side. Returns whether bfloat16 holds every number.
+bool pack_bfloat16(const float* x, int64_t count, int64_t d, uint32_t* out);
+// The same of numbers that are bfloat16.
+bool pack_bfloat16(const uint16_t* x, int64_t count, int64_t d, uint32_t* out);
 
-// Rows [begin, end) of g = x xᵀ up to their own column, for packed x of d columns; `begin` is a multiple of
-// kPanelRows, `end` one or the number of rows n. Every sum has one order. Only where has_bfloat16_products().
+// Rows [begin, end) of g = x xᵀ up to their own column, for packed x (packed_points(n), d); what stands behind that
+// column is undefined afterwards. `begin` is a multiple of kPanelRows; rows of g are `stride` apart, a multiple of
+// kPackedPoints. Every sum has one order. Only where has_bfloat16_products().
 constexpr int64_t kPanelRows = 96;
-void gram_rows_bfloat16(const uint16_t* x, int64_t d, int64_t begin, int64_t end, int64_t n, float* g,
+void gram_rows_bfloat16(const uint32_t* x, int64_t d, int64_t begin, int64_t end, int64_t n, float* g,
                         int64_t stride);
 
 }  // namespace mlp_fusion

@@ -241,6 +241,11 @@ MLP_CLONES void add_rows(const double* const* rows, const double* w, int64_t cou
   add_rows_body(rows, w, count, width, first, sum);
 }
 
+MLP_CLONES void add_rows(const uint16_t* const* rows, const double* w, int64_t count, int64_t width, bool first,
+                         double* sum) {
+  add_rows_body(rows, w, count, width, first, sum);
+}
+
 MLP_CLONES void scale_row(const double* sum, int64_t width, double scale, double shift, float* out) {
   scale_row_body(sum, width, scale, shift, out);
 }

@@ -21,6 +21,8 @@ constexpr int64_t kTrials = 4;
 // sum[j] += sum_i w[i] rows[i][j], the terms in order of i; `first` overwrites instead.
 void add_rows(const float* const* rows, const double* w, int64_t count, int64_t width, bool first, double* sum);
 void add_rows(const double* const* rows, const double* w, int64_t count, int64_t width, bool first, double* sum);
+// Rows of bfloat16, by their bits.
+void add_rows(const uint16_t* const* rows, const double* w, int64_t count, int64_t width, bool first, double* sum);
 // out[j] = shift + scale * sum[j].
 void scale_row(const double* sum, int64_t width, double scale, double shift, float* out);
 void scale_row(const double* sum, int64_t width, double scale, double shift, double* out);

@@ -144,6 +144,48 @@ void finish_clusters(const T* x, const double* w, const int64_t* labels, const i
   }
 }
 
+template <class In, class Out>
+void cluster_means(const In* x, const double* w, const int64_t* labels, int64_t batch, int64_t n, int64_t D, int64_t K,
+                   Out* means) {
+  std::vector<Grouping> groupings;
+  groupings.reserve(batch);
+  for (int64_t b = 0; b < batch; ++b) groupings.emplace_back(labels + b * n, n, K);
+  const int64_t whole = D / kPad * kPad, groups = (K + kRows - 1) / kRows;
+  for_each(batch * groups, [&](int64_t item) {
+    const int64_t b = item / groups, first = item % groups * kRows;
+    std::vector<double> sum(D), share;
+    std::vector<const In*> rows;
+    for (int64_t c = first; c < std::min(first + kRows, K); ++c) {
+      rows.clear();
+      share.clear();
+      for (int64_t i = groupings[b].begin[c]; i < groupings[b].begin[c + 1]; ++i) {
+        const int64_t j = groupings[b].order[i];
+        if (w[b * n + j] == 0) continue;
+        rows.push_back(x + (b * n + j) * D);
+        share.push_back(w[b * n + j]);
+      }
+      Out* mean = means + (b * K + c) * D;
+      const int64_t count = rows.size();
+      if (count < 2) {
+        count == 0 ? static_cast<void>(std::fill_n(mean, D, Out{0})) : widen(rows[0], D, mean);
+        continue;
+      }
+      const double total = std::accumulate(share.begin(), share.end(), 0.0);
+      add_rows(rows.data(), share.data(), count, whole, true, sum.data());
+      scale_row(sum.data(), whole, 1 / total, 0.0, mean);
+      for (int64_t d = whole; d < D; ++d) {
+        double own = 0;
+        for (int64_t i = 0; i < count; ++i) {
+          Out value;
+          widen(rows[i] + d, 1, &value);
+          own += share[i] * value;
+        }
+        mean[d] = static_cast<Out>(own * (1 / total));
+      }
+    }
+  });
+}
+
 template <class T>
 void nearest_centroids(const T* x, const T* centroids, int64_t batch, int64_t n, int64_t K, int64_t D,
                        int64_t* labels) {
@@ -241,6 +283,9 @@ template void finish_clusters(const float*, const double*, const int64_t*, const
                               int64_t, int64_t, int64_t, int64_t, float*, double*);
 template void finish_clusters(const double*, const double*, const int64_t*, const int64_t*, const int64_t*,
                               const double*, int64_t, int64_t, int64_t, int64_t, double*, double*);
+template void cluster_means(const uint16_t*, const double*, const int64_t*, int64_t, int64_t, int64_t, int64_t, float*);
+template void cluster_means(const float*, const double*, const int64_t*, int64_t, int64_t, int64_t, int64_t, float*);
+template void cluster_means(const double*, const double*, const int64_t*, int64_t, int64_t, int64_t, int64_t, double*);
 template void nearest_centroids(const float*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t*);
 template void nearest_centroids(const double*, const double*, int64_t, int64_t, int64_t, int64_t, int64_t*);
 

@@ -19,6 +19,12 @@ template <class T>
 void finish_clusters(const T* x, const double* w, const int64_t* labels, const int64_t* offsets, const int64_t* members,
                      const T* fallback, int64_t batch, int64_t n, int64_t D, int64_t K, T* centroids, double* inertia);
 
+// means (batch, K, D): of each problem x (n, D) the weighted mean of each label's points, summed in double; zeros where
+// there are none of positive weight. Rows may be bfloat16, by their bits.
+template <class In, class Out>
+void cluster_means(const In* x, const double* w, const int64_t* labels, int64_t batch, int64_t n, int64_t D, int64_t K,
+                   Out* means);
+
 // labels[j] = the nearest of K centroids to x_j, by differences in double where products leave a doubt, ties to the
 // lowest id, for each of `batch` problems; 0 where x_j or the centroids are not finite.
 template <class T>

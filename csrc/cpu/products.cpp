@@ -57,13 +57,14 @@ void mirror_all(T* g, int64_t batch, int64_t n, int64_t stride) {
 
 // The Gram matrix of one problem, of rows that begin where those of any other problem would: a product's bits can depend
 // on where in memory, and so where in the batch, they lie.
-void gram_of_aligned(const float* x, int64_t n, int64_t k, float* g, int64_t stride) {
+template <class In>
+void gram_of_aligned(const In* x, int64_t n, int64_t k, float* g, int64_t stride) {
   const int64_t width = padded(k);
   const std::unique_ptr<float, decltype(&std::free)> rows(
       static_cast<float*>(std::aligned_alloc(sizeof(float) * kPad, n * width * sizeof(float))), &std::free);
   STD_TORCH_CHECK(rows != nullptr || n * width == 0, "gram_exact: out of memory");
   for_each(n, [&](int64_t i) {
-    std::copy_n(x + i * k, k, rows.get() + i * width);
+    widen(x + i * k, k, rows.get() + i * width);
     std::fill_n(rows.get() + i * width + k, width - k, 0.0f);
   });
   gram_matrices(rows.get(), 1, n, width, g, stride);
@@ -103,30 +104,24 @@ void gram_matrices(const T* x, int64_t batch, int64_t n, int64_t k, T* g, int64_
   mirror_all(g, batch, n, stride);
 }
 
-void gram_matrices_exact(const float* x, int64_t batch, int64_t n, int64_t k, float* g, int64_t stride) {
+template <class In>
+void gram_matrices_exact(const In* x, int64_t batch, int64_t n, int64_t k, float* g, int64_t stride) {
   if (!has_bfloat16_products()) {
     for (int64_t b = 0; b < batch; ++b) gram_of_aligned(x + b * n * k, n, k, g + b * n * stride, stride);
     return;
   }
-  const int64_t rows = packed_rows(n), columns = packed_columns(k), panels = (n + kPanelRows - 1) / kPanelRows;
-  std::unique_ptr<uint16_t[]> packed(new uint16_t[rows * columns]);
-  std::unique_ptr<char[]> exact(new char[panels]);
+  const int64_t groups = packed_points(n) / kPackedPoints, size = packed_pairs(k) * kPackedPoints;
+  const int64_t panels = (n + kPanelRows - 1) / kPanelRows;
+  std::unique_ptr<uint32_t[]> packed(new uint32_t[groups * size]);
+  std::unique_ptr<char[]> exact(new char[groups]);
   for (int64_t b = 0; b < batch; ++b) {
-    const float* points = x + b * n * k;
+    const In* points = x + b * n * k;
     float* own = g + b * n * stride;
-    for_each(panels, [&](int64_t panel) {
-      const int64_t begin = panel * kPanelRows, end = std::min(begin + kPanelRows, rows);
-      exact[panel] = 1;
-      for (int64_t i = begin; i < end && exact[panel]; ++i) {
-        uint16_t* row = packed.get() + i * columns;
-        if (i < n) {
-          exact[panel] = pack_bfloat16(points + i * k, k, row);
-        } else {
-          std::fill_n(row, columns, uint16_t{0});
-        }
-      }
+    for_each(groups, [&](int64_t group) {
+      const int64_t begin = group * kPackedPoints, count = std::clamp<int64_t>(n - begin, 0, kPackedPoints);
+      exact[group] = pack_bfloat16(points + begin * k, count, k, packed.get() + group * size);
     });
-    if (!std::all_of(exact.get(), exact.get() + panels, [](char all) { return all; })) {
+    if (!std::all_of(exact.get(), exact.get() + groups, [](char all) { return all; })) {
       gram_of_aligned(points, n, k, own, stride);
       continue;
     }
@@ -156,6 +151,8 @@ template void multiply_transposed(const double*, int64_t, int64_t, const double*
                                   int64_t);
 template void gram_matrices(const float*, int64_t, int64_t, int64_t, float*, int64_t);
 template void gram_matrices(const double*, int64_t, int64_t, int64_t, double*, int64_t);
+template void gram_matrices_exact(const float*, int64_t, int64_t, int64_t, float*, int64_t);
+template void gram_matrices_exact(const uint16_t*, int64_t, int64_t, int64_t, float*, int64_t);
 template void cross_products(const float*, const float*, int64_t, int64_t, int64_t, int64_t, float*, int64_t);
 template void cross_products(const double*, const double*, int64_t, int64_t, int64_t, int64_t, double*, int64_t);
 

@@ -88,6 +88,18 @@ MLP_INLINE void store(T* to, V v) {
   std::memcpy(to, &v, sizeof(V));
 }
 
+// bfloat16 numbers, of which these are the bits, or others, as float.
+MLP_INLINE void widen(const uint16_t* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+    std::memcpy(to + i, &bits, sizeof(bits));
+  }
+}
+template <class T>
+MLP_INLINE void widen(const T* from, int64_t count, T* to) {
+  std::memcpy(to, from, count * sizeof(T));
+}
+
 // Element by element: GCC 12 makes one instruction of this, and five of __builtin_convertvector.
 MLP_INLINE Double8 load_double(const float* from) {
   double v[kLanes];
@@ -101,6 +113,12 @@ MLP_INLINE void store_double(double* to, Double8 v) { store(to, v); }
 // Half of it, in a register of AVX2, for which GCC 12 takes wider vectors apart through memory.
 MLP_INLINE Double4 load_double4(const float* from) { return __builtin_convertvector(load<Float4>(from), Double4); }
 MLP_INLINE Double4 load_double4(const double* from) { return load<Double4>(from); }
+// Of bfloat16, whose bits are the upper ones of a float.
+MLP_INLINE Double4 load_double4(const uint16_t* from) {
+  float v[4];
+  widen(from, 4, v);
+  return load_double4(v);
+}
 
 MLP_INLINE double sum(Double8 v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
 

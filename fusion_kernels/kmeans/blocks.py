@@ -22,6 +22,8 @@ from fusion_kernels.kmeans import heuristics
 from fusion_kernels.kmeans.cpu_backend import WORKSPACE_BYTES, level_draws
 from fusion_kernels.kmeans.types import Options, Status
 
+#: What blocks may be stored in, and the bytes of an entry of their Gram matrices.
+_TAKEN, _ENTRY = (torch.float32, torch.bfloat16), 4
 #: Of the squares of the points, the share that is left about their mean: with less, subtracting it costs accuracy.
 _SPREAD = 0.25
 #: Variances of a block whose products are neither lost nor out of range in float32.
@@ -49,22 +51,22 @@ class BlocksResult:
 def fits(blocks: Sequence[Tensor], options: Options) -> bool:
     """Whether :func:`kmeans_blocks` takes these blocks, and is the cheaper way for them."""
     first = blocks[0]
-    if native.UNAVAILABLE is not None or any(b.dtype != torch.float32 or b.device.type != "cpu" for b in blocks):
+    if native.UNAVAILABLE is not None or any(b.dtype not in _TAKEN or b.device.type != "cpu" for b in blocks):
         return False
     (_, n, _), k = first.shape, options.n_clusters
     columns = sum(block.shape[2] for block in blocks)
     shape = heuristics.Shape(n, columns, k, 1, options.seeding.value, options.hartigan, options.max_iter)
-    needed = 2 * heuristics.gram_bytes(n, k, first.element_size(), torch.get_num_threads())
+    needed = 2 * heuristics.gram_bytes(n, k, _ENTRY, torch.get_num_threads())
     return 0 < k < n and needed <= WORKSPACE_BYTES and heuristics.prefers_gram(shape)
 
 
 def kmeans_blocks(blocks: Sequence[Tensor], sample_weight: Tensor, options: Options) -> BlocksResult:
-    """Cluster the rows of `blocks` (B, N, d) float32, which :func:`fits`, with positive weights (B, N).
+    """Cluster the rows of `blocks` (B, N, d), float32 or bfloat16, which :func:`fits`, with positive weights (B, N).
 
     Every problem has the same bits alone as in a batch, and on any number of threads.
     """
     b, n, _ = blocks[0].shape
-    together = max(1, WORKSPACE_BYTES // (2 * heuristics.gram_bytes(n, options.n_clusters, 4, 1)))
+    together = max(1, WORKSPACE_BYTES // (2 * heuristics.gram_bytes(n, options.n_clusters, _ENTRY, 1)))
     parts = [
         _solve([block[i : i + together] for block in blocks], sample_weight[i : i + together].double(), options)
         for i in range(0, b, together)

@@ -17,6 +17,7 @@ class MethodEntry:
         narrows: the result has fewer neurons. Otherwise it keeps them all and spends the same number of parameters in
             another way, so that it can be measured but not put into a model.
         scales: its neurons have a scale, the number of neurons that each stands for.
+        takes_bfloat16: without statistics it takes bfloat16 weights as they are, and gives float32; others get float32.
     """
 
     file: str
@@ -24,12 +25,19 @@ class MethodEntry:
     text: Literal["unused", "helps", "needed"] = "unused"
     narrows: bool = True
     scales: bool = False
+    takes_bfloat16: bool = False
 
 
 #: The compression methods by name, sorted. A method is its file and its line here.
 METHODS = {
     "cluster": MethodEntry("fusion", "the function of `published` with the scale folded"),
-    "fusion": MethodEntry("fusion", "clusters of neurons, each fused into one; the default", text="helps", scales=True),
+    "fusion": MethodEntry(
+        "fusion",
+        "clusters of neurons, each fused into one; the default",
+        text="helps",
+        scales=True,
+        takes_bfloat16=True,
+    ),
     "mmd": MethodEntry("mmd", "neurons whose distribution is like the original's", scales=True),
     "prune": MethodEntry("prune", "keeps neurons by joint importance", text="helps"),
     "published": MethodEntry("fusion", "the paper's clustering", scales=True),

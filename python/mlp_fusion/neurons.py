@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fusion_kernels.activations import get_activation
 from fusion_kernels.ffn import FFN, TENSORS
+from fusion_kernels.kmeans.means import cluster_means, cluster_sums
 
 Parameterization = Literal["folded", "scaled", "split"]
 
@@ -102,6 +103,11 @@ class NeuronBundle(FFN):
     def width(self) -> int:
         """N, the number of neurons."""
         return self.w_in.shape[1]
+
+    @property
+    def working_dtype(self) -> torch.dtype:
+        """What is computed in: float64 where the weights have it, else float32."""
+        return torch.promote_types(self.w_in.dtype, torch.float32)
 
     @property
     def layout(self) -> tuple[object, ...]:
@@ -233,13 +239,20 @@ class NeuronBundle(FFN):
         }
         return dataclasses.replace(self, **tensors, scale=scale, scale_exponent=0.0)
 
-    def reduce(self, labels: Tensor, weights: Tensor | None = None, n_clusters: int | None = None) -> NeuronBundle:
+    def reduce(
+        self,
+        labels: Tensor,
+        weights: Tensor | None = None,
+        n_clusters: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> NeuronBundle:
         """Fuse each cluster into one neuron: its (weighted) mean row, scaled by the number of neurons it stands for.
 
         Args:
             labels: `(B, N)` integers in `[0, K)`.
             weights: `(B, N)` non-negative weights of the mean, or None for equal ones.
             n_clusters: K; the largest label + 1 when None.
+            dtype: of the means, float32 or float64; that of `w_in` when None.
 
         Returns:
             A bundle of K neurons with `scale` = cluster sizes (sums of this bundle's scale where it has one). A
@@ -255,19 +268,17 @@ class NeuronBundle(FFN):
         K = n_clusters if n_clusters is not None else (int(labels.max()) + 1 if labels.numel() else 0)
         if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= K):
             raise ValueError(f"labels lie in [{int(labels.min())}, {int(labels.max())}], expected [0, {K})")
-        bundle = self.canonical()
-        sizes = torch.ones_like(self.w_in[..., 0]) if self.scale is None else self.scale.to(self.w_in.dtype)
-        weights = sizes if weights is None else weights.to(self.w_in.dtype) * sizes
-        sum_by_label = _SumsByLabel(labels, K)
-        mass = sum_by_label(torch.ones_like(weights), weights).clamp(min=torch.finfo(weights.dtype).tiny)
+        bundle, dtype = self.canonical(), dtype or self.w_in.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        sizes = torch.ones_like(self.w_in[..., 0], dtype=wide) if self.scale is None else self.scale.to(wide)
+        weights = sizes if weights is None else weights.to(wide) * sizes
         means: dict[str, Any] = {}
         for name in _VECTOR_FIELDS:
             tensor = getattr(bundle, name)
             if tensor is not None:
-                sums = sum_by_label(tensor.to(self.w_in.dtype), weights)
-                means[name] = sums.div_(mass.unsqueeze(-1) if tensor.ndim == 3 else mass)
-        scale = sum_by_label(torch.ones_like(sizes), sizes)
-        scale = scale.to(torch.promote_types(scale.dtype, torch.float32))
+                rows = tensor if tensor.ndim == 3 else tensor.unsqueeze(-1)
+                means[name] = cluster_means(rows, weights, labels, K).to(dtype).view(-1, K, *tensor.shape[2:])
+        scale = cluster_sums(torch.ones_like(sizes).unsqueeze(-1), sizes, labels, K).squeeze(-1)
         return dataclasses.replace(bundle, **means, scale=scale, scale_exponent=0.0)
 
     # --- the function ------------------------------------------------------------------------------------------------
@@ -312,32 +323,6 @@ class NeuronBundle(FFN):
         """
         y = self.hidden(x) @ self.w_out
         return y if self.b_out is None else y + self.b_out.unsqueeze(1)
-
-
-class _SumsByLabel:
-    """Weighted sums of the rows of each label, read once, each in the order of the rows: the same bits on every run.
-
-    Scattered additions have no order on a GPU, and products with one-hot rows cost as much as the Gram matrix.
-    """
-
-    def __init__(self, labels: Tensor, n_clusters: int) -> None:
-        """For labels (B, N) in `[0, n_clusters)`."""
-        self.shape = (len(labels), n_clusters)
-        problem = torch.arange(len(labels), device=labels.device).unsqueeze(-1)
-        bag = (labels.long() + problem * n_clusters).flatten()
-        self.order = bag.argsort(stable=True)
-        ends = torch.bincount(bag, minlength=len(labels) * n_clusters).cumsum(0)
-        self.offsets = torch.cat([ends.new_zeros(1), ends])
-
-    def __call__(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """(B, K) or (B, K, D) sums of rows (B, N) or (B, N, D) times weights (B, N) of their dtype."""
-        # Contiguous: other strides are summed by other code, whose bits are others.
-        columns = rows.contiguous().view(-1, rows.shape[2] if rows.ndim == 3 else 1)
-        shares = weights.flatten()[self.order]
-        sums = torch.nn.functional.embedding_bag(
-            self.order, columns, self.offsets, mode="sum", per_sample_weights=shares, include_last_offset=True
-        )
-        return sums.view(*self.shape, -1) if rows.ndim == 3 else sums.view(self.shape)
 
 
 def output_factor(scale: Tensor, exponent: float, up_multiplies: bool) -> Tensor:

@@ -77,6 +77,8 @@ def test_products_are_as_exact_as_those_of_float32(n: int, d: int, exact: bool) 
     torch.set_num_threads(3)
     assert torch.equal(ops.gram_exact(mixed)[:3], found)
     assert torch.equal(ops.gram_exact(x[1:2].contiguous())[0], found[1])
+    # The same numbers in the other type.
+    assert torch.equal(ops.gram_exact(x.bfloat16()), ops.gram_exact(x.bfloat16().float()))
 
 
 @pytest.mark.parametrize("like", [None, neuron_like])
@@ -114,6 +116,12 @@ def test_a_problem_has_the_same_bits_alone_in_a_batch_and_on_any_threads(exact: 
         assert_same(one, BlocksResult(**fields))
     torch.set_num_threads(3)
     assert_same(kmeans_blocks(blocks, w, options), together)
+
+
+def test_bfloat16_blocks_are_clustered_as_their_copies_in_float32_are() -> None:
+    blocks, w = drawn(193, (130, 70), 3), weights_of(3, 193)
+    options = Options(90, max_iter=500)
+    assert_same(kmeans_blocks([x.bfloat16() for x in blocks], w, options), kmeans_blocks(blocks, w, options))
 
 
 def test_what_products_do_not_decide_is_not_settled_and_spoils_no_other() -> None:

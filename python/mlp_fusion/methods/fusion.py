@@ -91,7 +91,7 @@ def _grouped(blocks: Sequence[Tensor], weights: Tensor, width: int, seed: int) -
     if not kmeans_blocks_fits(blocks, options := Options(width, max_iter=_MOST_ROUNDS, seed=seed)):
         return _of_rows(blocks, weights, width, seed)
     found = kmeans_blocks(blocks, weights, options)
-    groups = _Groups(found.labels, found.inertia.to(blocks[0].dtype), found.n_iter, found.status)
+    groups = _Groups(found.labels, found.inertia.to(weights.dtype), found.n_iter, found.status)
     for n in (~found.settled).nonzero().squeeze(1).tolist():
         own = _of_rows([block[n : n + 1] for block in blocks], weights[n : n + 1], width, seed)
         for mine, theirs in zip(groups, own, strict=True):
@@ -100,7 +100,7 @@ def _grouped(blocks: Sequence[Tensor], weights: Tensor, width: int, seed: int) -
 
 
 def _of_rows(blocks: Sequence[Tensor], weights: Tensor, width: int, seed: int) -> _Groups:
-    rows = in_range(_balanced(blocks))
+    rows = in_range(_balanced([block.to(weights.dtype) for block in blocks]))
     found = kmeans(rows, width, sample_weight=weights, init="k-means++", max_iter=_MOST_ROUNDS, seed=seed)
     return _Groups(found.labels, found.inertia, found.n_iter, found.status)
 
@@ -114,7 +114,7 @@ def _fused(bundle: NeuronBundle, found: _Groups, weights: Tensor | None, width: 
     if any(int(torch.bincount(own, minlength=width).min()) == 0 for own in labels):
         labels = torch.stack([_shared_out(own, x, width) for own, x in zip(labels, bundle.vectors(), strict=True)])
     # The one definition of a fused neuron: means of raw rows, whatever the metric that grouped them.
-    reduced = bundle.reduce(labels, weights, n_clusters=width)
+    reduced = bundle.reduce(labels, weights, n_clusters=width, dtype=bundle.working_dtype)
     return Reduction(
         bundle=reduced,
         counts=torch.stack([torch.bincount(own, minlength=width) for own in labels]),
@@ -170,7 +170,7 @@ def neuron_weights(bundle: NeuronBundle, statistics: Sequence[FFNStatistics] | N
         weights = importance(bundle, statistics)
     mean = weights.mean(dim=1, keepdim=True)
     weights = torch.where(mean > 0, weights / mean.where(mean > 0, torch.ones_like(mean)), torch.ones_like(weights))
-    return weights.clamp(min=1e-6).to(bundle.w_in.dtype)
+    return weights.clamp(min=1e-6).to(bundle.working_dtype)
 
 
 def importance(bundle: NeuronBundle, statistics: Sequence[FFNStatistics]) -> Tensor:

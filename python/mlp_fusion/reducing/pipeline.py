@@ -88,15 +88,22 @@ class ReducedFFN:
 
 def working_precision(bundle: NeuronBundle) -> NeuronBundle:
     """float64 stays; anything lower is worked on in float32."""
-    return bundle.to(dtype=torch.promote_types(bundle.w_in.dtype, torch.float32))
+    return bundle.to(dtype=bundle.working_dtype)
 
 
-def _stacked(bundles: Sequence[NeuronBundle]) -> NeuronBundle:
-    """A contiguous copy of them in working precision; of a single one, that is the copy."""
-    alone = working_precision(bundles[0])
-    if len(bundles) == 1 and alone.w_in.dtype != bundles[0].w_in.dtype:
-        return alone.map(torch.Tensor.contiguous)  # strides must not decide about bits
-    return working_precision(NeuronBundle.stack(bundles))
+def _stacked(bundles: Sequence[NeuronBundle], *, as_they_are: bool) -> NeuronBundle:
+    """Them side by side, contiguous: strides must not decide about bits. In working precision unless `as_they_are`.
+
+    Of a single one no more is copied than that takes; no method writes to what it gets.
+    """
+    joined = bundles[0] if len(bundles) == 1 else NeuronBundle.stack(bundles)
+    return (joined if as_they_are else working_precision(joined)).map(torch.Tensor.contiguous)
+
+
+def _goes_as_it_is(method: Method, bundle: NeuronBundle) -> bool:
+    """Whether a method that has no statistics takes the bundle in the precision that it has."""
+    named = bundle.named()
+    return method.entry.takes_bfloat16 and "scale" not in named and named["w_in"].dtype == torch.bfloat16
 
 
 def with_enough_tokens(site: FFNSite, statistics: FFNStatistics) -> FFNStatistics:
@@ -148,11 +155,13 @@ def reduce_ffns(
         size = max(1, (batch_bytes or BATCH_BYTES) // problem_bytes)
         for chunk in (members[i : i + size] for i in range(0, len(members), size)):
             started = time.perf_counter()
-            stacked = _stacked([bundles[n] for n in chunk])
             known = None if statistics is None else [statistics[n] for n in chunk]
             if known is not None and known[0].tokens == 0:
                 known = None
-            if widths[chunk[0]] == first.width:
+            narrower = widths[chunk[0]] != first.width
+            as_they_are = narrower and known is None and _goes_as_it_is(recipe.method, first)
+            stacked = _stacked([bundles[n] for n in chunk], as_they_are=as_they_are)
+            if not narrower:
                 reduction = Reduction.plain(stacked)
             else:
                 reduction = recipe.method(stacked, widths[chunk[0]], seed=recipe.seed, statistics=known)

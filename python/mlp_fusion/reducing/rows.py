@@ -46,11 +46,12 @@ def fused_row(
     site: FFNSite, original: NeuronBundle, ffn: ReducedFFN, parameterization: str, sampled: Activations
 ) -> FFNRow:
     fused = ffn.reduction.bundle.parameterized(parameterization)
-    original = working_precision(original)
     x = sampled.x if site.expert is None else sampled.x[:_EXPERT_ROWS]
-    errors = _unknown() if original.activation == UNNAMED or not len(x) else None
-    if errors is None:
-        errors = ffn_errors(original, fused, x.to(original.w_in.dtype))
+    if original.activation == UNNAMED or not len(x):
+        errors = _unknown()
+    else:
+        wide = working_precision(original)
+        errors = ffn_errors(wide, fused, x.to(wide.w_in.dtype))
     counts = ffn.reduction.counts
     return FFNRow(
         layer=site.index,

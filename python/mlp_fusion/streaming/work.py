@@ -142,14 +142,17 @@ class Work:
         ffn = self.ffns[part.ffn]
         kind = dataclasses.replace(ffn.kind, projections=part.piece.projections)
         form = self.settings.parameterization
-        bundle = NeuronBundle.stack([one.bundle for one in found]).parameterized(form)
-        new = tensors_of(bundle, kind.projections, self._like(part))
         kept = {
             name
             for own, there in zip(ffn.kind.projections, part.piece.projections, strict=True)
             for below, name in zip(own.tensors, there.tensors, strict=True)
             if stays_wide(f"{ffn.path}.{below}", self.wide)
         }
+        forms = [one.bundle.parameterized(form) for one in found]
+        if not kept:  # rounded first: half as much to lay out
+            forms = [one.to(dtype=self.dtype) for one in forms]
+        bundle = forms[0] if len(forms) == 1 else NeuronBundle.stack(forms)
+        new = tensors_of(bundle, kind.projections, self._like(part))
         state = {n: tensor.to(torch.float32 if n in kept else self.dtype) for n, tensor in new.items()}
         if bundle.scale is not None:
             Rescaling.to_plain(kind, "", form).apply(state, bundle.scale)
