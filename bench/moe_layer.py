@@ -38,7 +38,7 @@ from mlp_fusion.reducing import pipeline
 from mlp_fusion.settings import FuseSettings
 from mlp_fusion.store.tensors import Span, read_into, spans
 
-_STEPS = ("gram_exact", "gram", "balance", "centre", "prepare", "cluster", "inertia", "finish", "decide")
+_STEPS = ("moments", "add_products", "gram", "centre", "prepare", "cluster", "inertia", "means", "finish", "decide")
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 
 

@@ -56,18 +56,32 @@ Tensor gram(const Tensor points) {
   });
 }
 
-Tensor gram_exact(const Tensor points) {
-  STD_TORCH_CHECK(points.dim() == 3, "gram_exact: points must be (B, n, D)");
-  const int64_t batch = points.size(0), n = points.size(1), D = points.size(2), stride = gram_stride(n, sizeof(float));
-  check(points, "points", points.scalar_type(), {batch, n, D});
-  Tensor g = new_tensor({batch, n, stride}, ScalarType::Float);
-  if (points.scalar_type() == ScalarType::BFloat16) {
-    gram_matrices_exact(data<uint16_t>(points), batch, n, D, mutable_data<float>(g), stride);
-  } else {
-    check(points, "points", ScalarType::Float, {batch, n, D});
-    gram_matrices_exact(data<float>(points), batch, n, D, mutable_data<float>(g), stride);
-  }
-  return g;
+// Call work(In*) with points that are float32 or bfloat16.
+template <class Work>
+void with_points(const Tensor& points, const Work& work) {
+  check(points, "points", points.scalar_type(), {points.size(0), points.size(1), points.size(2)});
+  if (points.scalar_type() == ScalarType::BFloat16) return work(data<uint16_t>(points));
+  STD_TORCH_CHECK(points.scalar_type() == ScalarType::Float, "points: float32 or bfloat16 expected");
+  work(data<float>(points));
+}
+
+Tensor moments(const Tensor points) {
+  STD_TORCH_CHECK(points.dim() == 3, "moments: points must be (B, n, D)");
+  const int64_t batch = points.size(0), n = points.size(1), D = points.size(2);
+  Tensor found = new_tensor({batch, 2}, ScalarType::Double);
+  with_points(points, [&](const auto* x) { block_moments(x, batch, n, D, mutable_data<double>(found)); });
+  return found;
+}
+
+void add_products_to(Tensor g, const Tensor points, const Tensor factors) {
+  STD_TORCH_CHECK(points.dim() == 3 && g.dim() == 3, "add_products: points (B, n, D), g (B, n, stride)");
+  const int64_t batch = points.size(0), n = points.size(1), D = points.size(2), stride = g.size(2);
+  STD_TORCH_CHECK(stride >= padded(n), "add_products: g has too few columns");
+  check(g, "g", ScalarType::Float, {batch, n, stride});
+  check(factors, "factors", ScalarType::Double, {batch});
+  with_points(points, [&](const auto* x) {
+    add_products(x, data<double>(factors), batch, n, D, mutable_data<float>(g), stride);
+  });
 }
 
 Tensor means(const Tensor x, const Tensor w, const Tensor labels, int64_t n_clusters) {
@@ -90,16 +104,6 @@ Tensor means(const Tensor x, const Tensor w, const Tensor labels, int64_t n_clus
     cluster_means(data<T>(x), data<double>(w), label, batch, n, D, n_clusters, mutable_data<T>(found));
   });
   return found;
-}
-
-Tensor balance(const Tensor sum, const Tensor g) {
-  STD_TORCH_CHECK(g.dim() == 3 && g.size(2) >= padded(g.size(1)), "balance: g must be (B, n, stride)");
-  const int64_t batch = g.size(0), n = g.size(1), stride = g.size(2);
-  check(sum, "sum", ScalarType::Float, {batch, n, stride});
-  check(g, "g", ScalarType::Float, {batch, n, stride});
-  Tensor moments = new_tensor({batch, 2}, ScalarType::Double);
-  add_balanced(mutable_data<float>(sum), data<float>(g), batch, n, stride, mutable_data<double>(moments));
-  return moments;
 }
 
 Tensor centre(const Tensor g, const Tensor w) {
@@ -314,8 +318,8 @@ Tensor decide(const Tensor x, const Tensor centroids, const Tensor labels, const
 STABLE_TORCH_LIBRARY(fusion_kernels_native, m) {
   m.def("prepare(Tensor x, Tensor w) -> (Tensor, Tensor, Tensor)");
   m.def("gram(Tensor points) -> Tensor");
-  m.def("gram_exact(Tensor points) -> Tensor");
-  m.def("balance(Tensor(a!) sum, Tensor g) -> Tensor");
+  m.def("moments(Tensor points) -> Tensor");
+  m.def("add_products(Tensor(a!) g, Tensor points, Tensor factors) -> ()");
   m.def("centre(Tensor(a!) g, Tensor w) -> Tensor");
   m.def("inertia(Tensor g, Tensor w, Tensor labels, int n_clusters) -> Tensor");
   m.def("means(Tensor x, Tensor w, Tensor labels, int n_clusters) -> Tensor");
@@ -334,8 +338,8 @@ STABLE_TORCH_LIBRARY(fusion_kernels_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(fusion_kernels_native, CPU, m) {
   m.impl("prepare", TORCH_BOX(&mlp_fusion::prepare));
   m.impl("gram", TORCH_BOX(&mlp_fusion::gram));
-  m.impl("gram_exact", TORCH_BOX(&mlp_fusion::gram_exact));
-  m.impl("balance", TORCH_BOX(&mlp_fusion::balance));
+  m.impl("moments", TORCH_BOX(&mlp_fusion::moments));
+  m.impl("add_products", TORCH_BOX(&mlp_fusion::add_products_to));
   m.impl("centre", TORCH_BOX(&mlp_fusion::centre));
   m.impl("inertia", TORCH_BOX(&mlp_fusion::inertia));
   m.impl("means", TORCH_BOX(&mlp_fusion::means));

@@ -126,10 +126,10 @@ bool pack(const T* x, int64_t count, int64_t d, uint32_t* out) {
 
 #if defined(MLP_BFLOAT16)
 
-// g (kRows, kColumns) gets, or is added, the products of kRows packed points with kColumns others, `apart` pairs from
-// one packed group to the next; rows and vectors beyond those that g has are not written.
-MLP_BFLOAT16 void tile(const uint32_t* rows, const uint32_t* columns, int64_t apart, int64_t pairs, bool add, float* g,
-                       int64_t stride, int64_t row_count, int64_t vector_count) {
+// g (kRows, kColumns) += factor times the products of kRows packed points with kColumns others, `apart` pairs from one
+// packed group to the next; rows and vectors beyond those that g has are not written.
+MLP_BFLOAT16 void tile(const uint32_t* rows, const uint32_t* columns, int64_t apart, int64_t pairs, float factor,
+                       float* g, int64_t stride, int64_t row_count, int64_t vector_count) {
   __m512 sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int64_t i = 0; i < kRows; ++i) {
@@ -155,7 +155,7 @@ MLP_BFLOAT16 void tile(const uint32_t* rows, const uint32_t* columns, int64_t ap
     for (int64_t j = 0; j < kVectors; ++j) {
       if (i >= row_count || j >= vector_count) continue;
       float* to = g + i * stride + j * kPackedPoints;
-      _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), sum[i][j]) : sum[i][j]);
+      _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_set1_ps(factor), sum[i][j], _mm512_loadu_ps(to)));
     }
   }
 }
@@ -180,8 +180,8 @@ int64_t packed_points(int64_t n) { return rounded_up(n, kColumns); }
 bool pack_bfloat16(const float* x, int64_t count, int64_t d, uint32_t* out) { return pack(x, count, d, out); }
 bool pack_bfloat16(const uint16_t* x, int64_t count, int64_t d, uint32_t* out) { return pack(x, count, d, out); }
 
-void gram_rows_bfloat16(const uint32_t* x, int64_t d, int64_t begin, int64_t end, int64_t n, float* g,
-                        int64_t stride) {
+void add_bfloat16_products(const uint32_t* x, int64_t d, int64_t begin, int64_t end, int64_t n, float factor, float* g,
+                           int64_t stride) {
 #if defined(MLP_BFLOAT16)
   const int64_t all = packed_pairs(d), vectors = rounded_up(n, kPackedPoints) / kPackedPoints;
   for (int64_t first = 0; first < all; first += kDepth) {
@@ -192,14 +192,14 @@ void gram_rows_bfloat16(const uint32_t* x, int64_t d, int64_t begin, int64_t end
     for (int64_t j = 0; j < end; j += kColumns) {
       // From the first tile that reaches the diagonal.
       for (int64_t i = std::max(begin, j / kRows * kRows); i < end; i += kRows) {
-        tile(at(i), at(j), all, pairs, first > 0, g + i * stride + j, stride, std::min(kRows, end - i),
+        tile(at(i), at(j), all, pairs, factor, g + i * stride + j, stride, std::min(kRows, end - i),
              vectors - j / kPackedPoints);
       }
     }
   }
 #else
   static_cast<void>(x), static_cast<void>(d), static_cast<void>(begin), static_cast<void>(end);
-  static_cast<void>(n), static_cast<void>(g), static_cast<void>(stride);
+  static_cast<void>(n), static_cast<void>(factor), static_cast<void>(g), static_cast<void>(stride);
 #endif
 }
 

@@ -22,11 +22,11 @@ bool pack_bfloat16(const float* x, int64_t count, int64_t d, uint32_t* out);
 // The same of numbers that are bfloat16.
 bool pack_bfloat16(const uint16_t* x, int64_t count, int64_t d, uint32_t* out);
 
-// Rows [begin, end) of g = x xᵀ up to their own column, for packed x (packed_points(n), d); what stands behind that
-// column is undefined afterwards. `begin` is a multiple of kPanelRows; rows of g are `stride` apart, a multiple of
-// kPackedPoints. Every sum has one order. Only where has_bfloat16_products().
+// Rows [begin, end) of g += factor x xᵀ up to their own column, for packed x (packed_points(n), d); what stands behind
+// that column is undefined afterwards. `begin` is a multiple of kPanelRows; rows of g are `stride` apart, at least n
+// rounded up to kPackedPoints. Every sum has one order. Only where has_bfloat16_products().
 constexpr int64_t kPanelRows = 96;
-void gram_rows_bfloat16(const uint32_t* x, int64_t d, int64_t begin, int64_t end, int64_t n, float* g,
-                        int64_t stride);
+void add_bfloat16_products(const uint32_t* x, int64_t d, int64_t begin, int64_t end, int64_t n, float factor, float* g,
+                           int64_t stride);
 
 }  // namespace mlp_fusion

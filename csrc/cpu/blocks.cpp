@@ -5,7 +5,9 @@
 #include <numeric>
 #include <vector>
 
+#include "kernels.h"
 #include "parallel.h"
+#include "products.h"
 #include "simd.h"
 
 namespace mlp_fusion {
@@ -13,18 +15,14 @@ namespace {
 
 // Rows that one item covers.
 constexpr int64_t kRows = 64;
+// Columns of the points that one item covers.
+constexpr int64_t kStrip = 512;
 
 // Rows are padded with zeros to a multiple of kLanes.
 MLP_CLONES double weighted_sum(const float* row, const double* w, int64_t width) {
   Double8 total = {};
   for (int64_t j = 0; j < width; j += kLanes) total += load_double(row + j) * load<Double8>(w + j);
   return sum(total);
-}
-
-MLP_CLONES void add_scaled(const float* row, double factor, int64_t width, float* out) {
-  for (int64_t j = 0; j < width; j += kLanes) {
-    store_double(out + j, load_double(out + j) + factor * load_double(row + j));
-  }
 }
 
 // The sum of two offsets is the same either way round, and so g stays symmetric to the bit.
@@ -49,27 +47,29 @@ std::vector<double> row_sums(const float* g, const std::vector<double>& w, int64
 
 }  // namespace
 
-void add_balanced(float* sum, const float* g, int64_t batch, int64_t n, int64_t stride, double* moments) {
-  const std::vector<double> sums = row_sums(g, std::vector<double>(batch * padded(n), 1.0), batch, n, stride);
-  for (int64_t b = 0; b < batch; ++b) {
-    double squares = 0;
-    for (int64_t i = 0; i < n; ++i) squares += g[(b * n + i) * stride + i];
-    moments[2 * b] = squares - std::accumulate(sums.begin() + b * n, sums.begin() + (b + 1) * n, 0.0) / n;
-    moments[2 * b + 1] = squares;
-  }
-  const int64_t groups = (n + kRows - 1) / kRows;
-  for_each(batch * groups, [&](int64_t item) {
-    const int64_t b = item / groups, begin = item % groups * kRows;
-    const double factor = 1 / moments[2 * b];
-    if (!(factor > 0) || !std::isfinite(factor)) return;
-    for (int64_t i = begin; i < std::min(begin + kRows, n); ++i) {
-      add_scaled(g + (b * n + i) * stride, factor, padded(n), sum + (b * n + i) * stride);
-    }
+template <class In>
+void block_moments(const In* x, int64_t batch, int64_t n, int64_t d, double* moments) {
+  const int64_t strips = (d + kStrip - 1) / kStrip;
+  std::vector<double> squares(batch * strips, 0.0), means(batch * strips, 0.0);
+  for_each(batch * strips, [&](int64_t item) {
+    const int64_t b = item / strips, begin = item % strips * kStrip, width = std::min(kStrip, d - begin);
+    double sum[kStrip] = {}, largest = 0;
+    for (int64_t i = 0; i < n; ++i) squares[item] += add_row(x + (b * n + i) * d + begin, 1.0, width, sum, &largest);
+    for (int64_t j = 0; j < width; ++j) means[item] += sum[j] * sum[j] / n;
   });
+  for (int64_t b = 0; b < batch; ++b) {
+    const auto total = [&](const std::vector<double>& parts) {
+      return std::accumulate(parts.begin() + b * strips, parts.begin() + (b + 1) * strips, 0.0);
+    };
+    moments[2 * b] = total(squares) - total(means);
+    moments[2 * b + 1] = total(squares);
+  }
 }
 
 void centre_gram(float* g, const double* w, int64_t batch, int64_t n, int64_t stride, double* moments) {
+  mirror_all(g, batch, n, stride);
   const int64_t width = padded(n), groups = (n + kRows - 1) / kRows;
+  for_each(batch * n, [&](int64_t row) { std::fill(g + row * stride + n, g + row * stride + width, 0.0f); });
   std::vector<double> shares(batch * width, 0.0), offsets(batch * width, 0.0);
   for (int64_t b = 0; b < batch; ++b) {
     const double total = std::accumulate(w + b * n, w + (b + 1) * n, 0.0);
@@ -118,5 +118,8 @@ void gram_inertia(const float* g, const double* w, const int64_t* labels, int64_
     inertia[b] = total;
   });
 }
+
+template void block_moments(const float*, int64_t, int64_t, int64_t, double*);
+template void block_moments(const uint16_t*, int64_t, int64_t, int64_t, double*);
 
 }  // namespace mlp_fusion

@@ -6,13 +6,13 @@
 
 namespace mlp_fusion {
 
-// Add to `sum` (batch, n, stride) the Gram matrices g of one block, each divided by the block's total variance about its
-// plain mean. moments (batch, 2): that variance, and the sum of squares; nothing is added unless the variance is positive
-// and finite.
-void add_balanced(float* sum, const float* g, int64_t batch, int64_t n, int64_t stride, double* moments);
+// moments (batch, 2) of points x (batch, n, d), floats or the bits of bfloat16: their total variance about their plain
+// mean, and the sum of their squares.
+template <class In>
+void block_moments(const In* x, int64_t batch, int64_t n, int64_t d, double* moments);
 
-// Make g (batch, n, stride) the products of the points less their mean, weighted by w (batch, n). moments (batch, 2):
-// the weighted sums of squares afterwards and before.
+// Make g (batch, n, stride), of which the part up to the diagonal counts, the products of the points less their mean,
+// weighted by w (batch, n). moments (batch, 2): the weighted sums of squares afterwards and before.
 void centre_gram(float* g, const double* w, int64_t batch, int64_t n, int64_t stride, double* moments);
 
 // inertia[b]: weighted sum of squared distances of the points to the means of their K labels.

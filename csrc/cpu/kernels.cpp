@@ -184,7 +184,7 @@ MLP_INLINE double add_row_body(const T* x, double w, int64_t width, double* tota
   double sum_of_squares = sum(squares), top = *largest;
   for (int l = 0; l < kLanes; ++l) top = most[l] > top ? most[l] : top;
   for (; j < width; ++j) {
-    const double value = x[j], magnitude = value < 0 ? -value : value;
+    const double value = as_double(x[j]), magnitude = value < 0 ? -value : value;
     total[j] += w * value;
     sum_of_squares += value * value;
     top = magnitude > top ? magnitude : top;
@@ -312,6 +312,10 @@ MLP_CLONES double add_row(const float* x, double w, int64_t width, double* sum, 
   return add_row_body(x, w, width, sum, largest);
 }
 MLP_CLONES double add_row(const double* x, double w, int64_t width, double* sum, double* largest) {
+  return add_row_body(x, w, width, sum, largest);
+}
+
+MLP_CLONES double add_row(const uint16_t* x, double w, int64_t width, double* sum, double* largest) {
   return add_row_body(x, w, width, sum, largest);
 }
 

@@ -86,6 +86,7 @@ void take_seed(const Seeding<double>& state, const double* row, double norm, dou
 // magnitude. Not finite if an element is not.
 double add_row(const float* x, double w, int64_t width, double* sum, double* largest);
 double add_row(const double* x, double w, int64_t width, double* sum, double* largest);
+double add_row(const uint16_t* x, double w, int64_t width, double* sum, double* largest);
 
 // sum_j (x[j] - centre[j])^2.
 double squared_distance(const float* x, const double* centre, int64_t width);

@@ -48,31 +48,35 @@ void mirror(T* g, int64_t n, int64_t stride, int64_t begin, int64_t end) {
 }
 
 template <class T>
-void mirror_all(T* g, int64_t batch, int64_t n, int64_t stride) {
-  for_each(batch * ((n + kPanel - 1) / kPanel), [&](int64_t item) {
-    const int64_t begin = item / batch * kPanel;
-    mirror(g + item % batch * n * stride, n, stride, begin, std::min(begin + kPanel, n));
-  });
+void clear_padding(T* rows, int64_t count, int64_t columns, int64_t stride) {
+  for (int64_t i = 0; i < count; ++i) std::fill(rows + i * stride + columns, rows + (i + 1) * stride, T{0});
 }
 
-// The Gram matrix of one problem, of rows that begin where those of any other problem would: a product's bits can depend
-// on where in memory, and so where in the batch, they lie.
+// g += factor x xᵀ of one problem in float32, up to the diagonal. Rows begin where those of any other problem would: a
+// product's bits can depend on where in memory, and so where in the batch, they lie.
 template <class In>
-void gram_of_aligned(const In* x, int64_t n, int64_t k, float* g, int64_t stride) {
-  const int64_t width = padded(k);
-  const std::unique_ptr<float, decltype(&std::free)> rows(
-      static_cast<float*>(std::aligned_alloc(sizeof(float) * kPad, n * width * sizeof(float))), &std::free);
-  STD_TORCH_CHECK(rows != nullptr || n * width == 0, "gram_exact: out of memory");
+void add_plain_products(const In* x, int64_t n, int64_t k, float factor, float* g, int64_t stride) {
+  const int64_t width = padded(k), panels = (n + kPanel - 1) / kPanel;
+  const auto aligned = [](int64_t size) {
+    const auto floats = static_cast<float*>(std::aligned_alloc(sizeof(float) * kPad, size * sizeof(float)));
+    STD_TORCH_CHECK(floats != nullptr || size == 0, "add_products: out of memory");
+    return std::unique_ptr<float, decltype(&std::free)>(floats, &std::free);
+  };
+  const auto rows = aligned(n * width);
   for_each(n, [&](int64_t i) {
     widen(x + i * k, k, rows.get() + i * width);
     std::fill_n(rows.get() + i * width + k, width - k, 0.0f);
   });
-  gram_matrices(rows.get(), 1, n, width, g, stride);
-}
-
-template <class T>
-void clear_padding(T* rows, int64_t count, int64_t columns, int64_t stride) {
-  for (int64_t i = 0; i < count; ++i) std::fill(rows + i * stride + columns, rows + (i + 1) * stride, T{0});
+  for_each_alone(panels, [&](int64_t item) {
+    const int64_t begin = (panels - 1 - item) * kPanel, end = std::min(begin + kPanel, n), apart = padded(end);
+    const auto products = aligned((end - begin) * apart);
+    multiply_transposed(rows.get() + begin * width, end - begin, width, rows.get(), end, width, width, products.get(),
+                        apart);
+    for (int64_t i = begin; i < end; ++i) {
+      const float* own = products.get() + (i - begin) * apart;
+      for (int64_t j = 0; j <= i; ++j) g[i * stride + j] += factor * own[j];
+    }
+  });
 }
 
 }  // namespace
@@ -87,6 +91,14 @@ void multiply_transposed(const T* a, int64_t m, int64_t a_stride, const T* b, in
   };
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // the returned reference to c, to be released
+}
+
+template <class T>
+void mirror_all(T* g, int64_t batch, int64_t n, int64_t stride) {
+  for_each(batch * ((n + kPanel - 1) / kPanel), [&](int64_t item) {
+    const int64_t begin = item / batch * kPanel;
+    mirror(g + item % batch * n * stride, n, stride, begin, std::min(begin + kPanel, n));
+  });
 }
 
 template <class T>
@@ -105,32 +117,28 @@ void gram_matrices(const T* x, int64_t batch, int64_t n, int64_t k, T* g, int64_
 }
 
 template <class In>
-void gram_matrices_exact(const In* x, int64_t batch, int64_t n, int64_t k, float* g, int64_t stride) {
-  if (!has_bfloat16_products()) {
-    for (int64_t b = 0; b < batch; ++b) gram_of_aligned(x + b * n * k, n, k, g + b * n * stride, stride);
-    return;
-  }
+void add_products(const In* x, const double* factors, int64_t batch, int64_t n, int64_t k, float* g, int64_t stride) {
   const int64_t groups = packed_points(n) / kPackedPoints, size = packed_pairs(k) * kPackedPoints;
   const int64_t panels = (n + kPanelRows - 1) / kPanelRows;
-  std::unique_ptr<uint32_t[]> packed(new uint32_t[groups * size]);
-  std::unique_ptr<char[]> exact(new char[groups]);
+  std::unique_ptr<uint32_t[]> packed(has_bfloat16_products() ? new uint32_t[groups * size] : nullptr);
+  std::vector<char> exact(groups);
   for (int64_t b = 0; b < batch; ++b) {
+    if (factors[b] == 0) continue;
     const In* points = x + b * n * k;
     float* own = g + b * n * stride;
-    for_each(groups, [&](int64_t group) {
+    const float factor = static_cast<float>(factors[b]);
+    for_each(packed == nullptr ? 0 : groups, [&](int64_t group) {
       const int64_t begin = group * kPackedPoints, count = std::clamp<int64_t>(n - begin, 0, kPackedPoints);
       exact[group] = pack_bfloat16(points + begin * k, count, k, packed.get() + group * size);
     });
-    if (!std::all_of(exact.get(), exact.get() + groups, [](char all) { return all; })) {
-      gram_of_aligned(points, n, k, own, stride);
+    if (packed == nullptr || !std::all_of(exact.begin(), exact.end(), [](char all) { return all; })) {
+      add_plain_products(points, n, k, factor, own, stride);
       continue;
     }
     for_each(panels, [&](int64_t item) {
       const int64_t begin = (panels - 1 - item) * kPanelRows, end = std::min(begin + kPanelRows, n);
-      gram_rows_bfloat16(packed.get(), k, begin, end, n, own, stride);
-      clear_padding(own + begin * stride, end - begin, n, stride);
+      add_bfloat16_products(packed.get(), k, begin, end, n, factor, own, stride);
     });
-    mirror_all(own, 1, n, stride);
   }
 }
 
@@ -151,8 +159,9 @@ template void multiply_transposed(const double*, int64_t, int64_t, const double*
                                   int64_t);
 template void gram_matrices(const float*, int64_t, int64_t, int64_t, float*, int64_t);
 template void gram_matrices(const double*, int64_t, int64_t, int64_t, double*, int64_t);
-template void gram_matrices_exact(const float*, int64_t, int64_t, int64_t, float*, int64_t);
-template void gram_matrices_exact(const uint16_t*, int64_t, int64_t, int64_t, float*, int64_t);
+template void add_products(const float*, const double*, int64_t, int64_t, int64_t, float*, int64_t);
+template void add_products(const uint16_t*, const double*, int64_t, int64_t, int64_t, float*, int64_t);
+template void mirror_all(float*, int64_t, int64_t, int64_t);
 template void cross_products(const float*, const float*, int64_t, int64_t, int64_t, int64_t, float*, int64_t);
 template void cross_products(const double*, const double*, int64_t, int64_t, int64_t, int64_t, double*, int64_t);
 

@@ -16,10 +16,15 @@ void multiply_transposed(const T* a, int64_t m, int64_t a_stride, const T* b, in
 template <class T>
 void gram_matrices(const T* x, int64_t batch, int64_t n, int64_t k, T* g, int64_t stride);
 
-// The same of float or bfloat16 (the bits), faster where bfloat16 holds all numbers of a problem exactly and the
-// processor multiplies those. Equal numbers give equal bits, in whichever type they are.
+// g += factor x xᵀ up to the diagonal, of each problem and its factor: of float or bfloat16 (the bits), faster where
+// bfloat16 holds all numbers of a problem exactly and the processor multiplies those. Equal numbers give equal bits, in
+// whichever type they are. What stands above the diagonal is undefined afterwards.
 template <class In>
-void gram_matrices_exact(const In* x, int64_t batch, int64_t n, int64_t k, float* g, int64_t stride);
+void add_products(const In* x, const double* factors, int64_t batch, int64_t n, int64_t k, float* g, int64_t stride);
+
+// Fill what stands above the diagonal of g from what stands below.
+template <class T>
+void mirror_all(T* g, int64_t batch, int64_t n, int64_t stride);
 
 // out = a xᵀ of each problem: a (batch, m, k), x (batch, n, k), out (batch, m, stride) with zeros beyond column n.
 template <class T>

@@ -60,6 +60,10 @@ typedef double Double4 __attribute__((vector_size(32)));
 typedef float Float4 __attribute__((vector_size(16)));
 typedef float Float8 __attribute__((vector_size(32)));
 typedef int32_t Int8 __attribute__((vector_size(32)));
+typedef uint16_t Short4 __attribute__((vector_size(8)));
+typedef uint16_t Short8 __attribute__((vector_size(16)));
+typedef uint32_t UInt4 __attribute__((vector_size(16)));
+typedef uint32_t UInt8 __attribute__((vector_size(32)));
 typedef int64_t Long8 __attribute__((vector_size(64)));
 
 // The types of `kLanes` elements of T, and of their comparison's result.
@@ -88,6 +92,11 @@ MLP_INLINE void store(T* to, V v) {
   std::memcpy(to, &v, sizeof(V));
 }
 
+template <class To, class From>
+MLP_INLINE To bit_cast(From v) {
+  return load<To>(&v);
+}
+
 // bfloat16 numbers, of which these are the bits, or others, as float.
 MLP_INLINE void widen(const uint16_t* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) {
@@ -107,17 +116,30 @@ MLP_INLINE Double8 load_double(const float* from) {
   return load<Double8>(v);
 }
 MLP_INLINE Double8 load_double(const double* from) { return load<Double8>(from); }
+// Of bfloat16, whose bits are the upper ones of a float.
+MLP_INLINE Double8 load_double(const uint16_t* from) {
+  const Float8 narrow = bit_cast<Float8>(__builtin_convertvector(load<Short8>(from), UInt8) << 16);
+  double v[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) v[i] = narrow[i];
+  return load<Double8>(v);
+}
+MLP_INLINE double as_double(uint16_t bits) {
+  float value;
+  widen(&bits, 1, &value);
+  return value;
+}
+template <class T>
+MLP_INLINE double as_double(T value) {
+  return value;
+}
 MLP_INLINE void store_double(float* to, Double8 v) { store(to, __builtin_convertvector(v, Float8)); }
 MLP_INLINE void store_double(double* to, Double8 v) { store(to, v); }
 
 // Half of it, in a register of AVX2, for which GCC 12 takes wider vectors apart through memory.
 MLP_INLINE Double4 load_double4(const float* from) { return __builtin_convertvector(load<Float4>(from), Double4); }
 MLP_INLINE Double4 load_double4(const double* from) { return load<Double4>(from); }
-// Of bfloat16, whose bits are the upper ones of a float.
 MLP_INLINE Double4 load_double4(const uint16_t* from) {
-  float v[4];
-  widen(from, 4, v);
-  return load_double4(v);
+  return __builtin_convertvector(bit_cast<Float4>(__builtin_convertvector(load<Short4>(from), UInt4) << 16), Double4);
 }
 
 MLP_INLINE double sum(Double8 v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }

@@ -56,7 +56,7 @@ def fits(blocks: Sequence[Tensor], options: Options) -> bool:
     (_, n, _), k = first.shape, options.n_clusters
     columns = sum(block.shape[2] for block in blocks)
     shape = heuristics.Shape(n, columns, k, 1, options.seeding.value, options.hartigan, options.max_iter)
-    needed = 2 * heuristics.gram_bytes(n, k, _ENTRY, torch.get_num_threads())
+    needed = heuristics.gram_bytes(n, k, _ENTRY, 1)
     return 0 < k < n and needed <= WORKSPACE_BYTES and heuristics.prefers_gram(shape)
 
 
@@ -66,7 +66,7 @@ def kmeans_blocks(blocks: Sequence[Tensor], sample_weight: Tensor, options: Opti
     Every problem has the same bits alone as in a batch, and on any number of threads.
     """
     b, n, _ = blocks[0].shape
-    together = max(1, WORKSPACE_BYTES // (2 * heuristics.gram_bytes(n, options.n_clusters, _ENTRY, 1)))
+    together = max(1, WORKSPACE_BYTES // heuristics.gram_bytes(n, options.n_clusters, _ENTRY, 1))
     parts = [
         _solve([block[i : i + together] for block in blocks], sample_weight[i : i + together].double(), options)
         for i in range(0, b, together)
@@ -99,16 +99,23 @@ def _solve(blocks: Sequence[Tensor], w: Tensor, options: Options) -> BlocksResul
 
 def _gram(blocks: Sequence[Tensor], w: Tensor) -> tuple[Tensor, Tensor]:
     """Gram matrices (B, n, padded) of the balanced rows about their weighted mean; (B,) bool, which are exact."""
-    ops = native.operators()
-    settled = torch.ones(len(w), dtype=torch.bool)
-    gram = None
+    ops, (b, n, _) = native.operators(), blocks[0].shape
+    settled = torch.ones(b, dtype=torch.bool)
+    gram = torch.zeros(b, n, _row_entries(n))
     with native.exact_products():
         for block in blocks:
-            products = ops.gram_exact(block.contiguous())
-            gram = torch.zeros_like(products) if gram is None else gram
-            variance, squares = ops.balance(gram, products).unbind(1)
-            settled &= (variance > _SPREAD * squares) & (variance > _LEAST) & (squares < _MOST)
-    assert gram is not None
+            points = block.contiguous()
+            variance, squares = ops.moments(points).unbind(1)
+            fits_float32 = (variance > _LEAST) & (squares < _MOST)
+            settled &= fits_float32 & (variance > _SPREAD * squares)
+            ops.add_products(gram, points, torch.where(fits_float32, 1 / variance, 0.0))
     about_mean, squares = ops.centre(gram, w).unbind(1)
     settled &= about_mean > _SPREAD * squares
     return gram, settled
+
+
+def _row_entries(n: int) -> int:
+    """Entries of a row of a Gram matrix: padded, and not a multiple of the page size, at which the rows of a column
+    would compete for the same few lines of the cache."""
+    padded = -(-n // 16) * 16
+    return padded + 16 if padded * _ENTRY % 4096 == 0 else padded

@@ -252,7 +252,7 @@ class NeuronBundle(FFN):
             labels: `(B, N)` integers in `[0, K)`.
             weights: `(B, N)` non-negative weights of the mean, or None for equal ones.
             n_clusters: K; the largest label + 1 when None.
-            dtype: of the means, float32 or float64; that of `w_in` when None.
+            dtype: of the result; that of `w_in` when None. Means are taken in float32 at least.
 
         Returns:
             A bundle of K neurons with `scale` = cluster sizes (sums of this bundle's scale where it has one). A
@@ -278,6 +278,8 @@ class NeuronBundle(FFN):
             if tensor is not None:
                 rows = tensor if tensor.ndim == 3 else tensor.unsqueeze(-1)
                 means[name] = cluster_means(rows, weights, labels, K).to(dtype).view(-1, K, *tensor.shape[2:])
+        if bundle.b_out is not None:
+            means["b_out"] = bundle.b_out.to(dtype)
         scale = cluster_sums(torch.ones_like(sizes).unsqueeze(-1), sizes, labels, K).squeeze(-1)
         return dataclasses.replace(bundle, **means, scale=scale, scale_exponent=0.0)
 

@@ -58,27 +58,54 @@ def assert_same(one: BlocksResult, other: BlocksResult) -> None:
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
+def products(x: Tensor, factor: float = 1.0, before: float = 0.0) -> Tensor:
+    """What is added to `before`, (problems, n, n), up to the diagonal; what stands elsewhere is poisoned."""
+    problems, n, _ = x.shape
+    gram = torch.full((problems, n, -(-n // 16) * 16 + 16), before)
+    gram[:, :, :n].masked_fill_(torch.ones(n, n, dtype=torch.bool).triu(1), torch.nan)
+    native.operators().add_products(gram, x, torch.full((problems,), factor, dtype=torch.float64))
+    return gram[:, :, :n].tril()
+
+
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize(("n", "d"), [(1, 1), (6, 32), (7, 33), (24, 2048), (97, 2100), (193, 4100), (289, 70)])
 def test_products_are_as_exact_as_those_of_float32(n: int, d: int, exact: bool) -> None:
     (x,) = drawn(n, [d], 3, exact=exact)
-    ops = native.operators()
-    found, plain = ops.gram_exact(x), ops.gram(x)
-    expected = x.double() @ x.double().transpose(1, 2)
+    found, plain = products(x), native.operators().gram(x)[:, :, :n].tril()
+    expected = (x.double() @ x.double().transpose(1, 2)).tril()
     magnitudes = x.double().abs() @ x.double().abs().transpose(1, 2)
-    errors, usual = found[:, :, :n] - expected, plain[:, :, :n] - expected
+    errors, usual = found - expected, plain - expected
     assert bool((errors.abs() <= (d + 1) * 2**-24 * magnitudes).all())
     assert float(errors.square().mean()) <= 4 * float(usual.square().mean()) or n < 16
-    assert torch.equal(found[:, :, :n], found[:, :, :n].transpose(1, 2))
-    assert found.shape == plain.shape
-    assert not bool(found[:, :, n:].any())
+    scaled = products(x, 3.0, 2.0) - (2 + 3 * expected).tril()
+    assert bool((scaled.abs() <= (d + 3) * 2**-24 * (2 + 3 * magnitudes)).all())
     # One problem that is exact beside others that are not, alone and on other threads.
     mixed = torch.cat([x, x.bfloat16().float() + 2.0**-20])
     torch.set_num_threads(3)
-    assert torch.equal(ops.gram_exact(mixed)[:3], found)
-    assert torch.equal(ops.gram_exact(x[1:2].contiguous())[0], found[1])
+    assert torch.equal(products(mixed)[:3], found)
+    assert torch.equal(products(x[1:2].contiguous())[0], found[1])
     # The same numbers in the other type.
-    assert torch.equal(ops.gram_exact(x.bfloat16()), ops.gram_exact(x.bfloat16().float()))
+    assert torch.equal(products(x.bfloat16()), products(x.bfloat16().float()))
+
+
+def test_nothing_is_added_of_a_problem_without_a_factor() -> None:
+    (x,) = drawn(20, [30], 2)
+    gram = torch.ones(2, 20, 32)
+    native.operators().add_products(gram, x, torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert torch.equal(gram[0], torch.ones(20, 32))
+    assert not torch.equal(gram[1], gram[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (17, 123), (65, 1537)])
+def test_moments(n: int, d: int, dtype: torch.dtype) -> None:
+    (x,) = drawn(n, [d], 2)
+    wide, taken = x.to(dtype).double(), x.to(dtype)
+    found = native.operators().moments(taken)
+    squares = wide.square().sum((1, 2))
+    variance = (wide - wide.mean(1, keepdim=True)).square().sum((1, 2))
+    assert bool(((found[:, 1] - squares).abs() <= 2 * n * d * 2**-53 * squares).all())
+    assert bool(((found[:, 0] - variance).abs() <= 8 * n * d * 2**-53 * squares).all())
 
 
 @pytest.mark.parametrize("like", [None, neuron_like])
