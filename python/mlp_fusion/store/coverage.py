@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,13 @@ def claimed_tensors(
 
 def _refuse_gaps(headers: Headers, model: Any, held: Mapping[str, Sequence[TensorInfo]]) -> None:
     """Raise InputError where a parameter is not on disk; heads and poolers may be drawn anew."""
+    lost = gap(model, held)
+    if lost is not None:
+        raise InputError(f"{headers.name}: {lost} is missing: the checkpoint is incomplete")
+
+
+def gap(model: Any, held: Container[str]) -> str | None:
+    """A parameter of a model that is none of those `held`, but for heads and poolers, which may be drawn anew."""
     base = model.base_model
     prefix = "" if base is model else f"{model.base_model_prefix}."
     ignored = [re.compile(words) for words in model._keys_to_ignore_on_load_missing or ()]
@@ -87,7 +94,8 @@ def _refuse_gaps(headers: Headers, model: Any, held: Mapping[str, Sequence[Tenso
         full = f"{prefix}{name}"
         known = full in held or full in tied or name.startswith("pooler.")
         if not known and not any(words.search(full) for words in ignored):
-            raise InputError(f"{headers.name}: {full} is missing: the checkpoint is incomplete")
+            return full
+    return None
 
 
 def stored_buffers(headers: Headers, model: Any) -> set[str]:

@@ -9,6 +9,7 @@ arrives says how each tensor on disk holds neurons: as a :class:`mlp_fusion.modu
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -159,11 +160,33 @@ def _learnt(
         if sorted(name for piece in pieces for name in piece.names) != sorted(names) or not _same(whole, pieces, tags):
             raise LookupError
     except (LookupError, ValueError, RuntimeError, StopIteration) as error:
+        damage = _damage(kind, names, shapes)
+        if damage is not None:
+            raise InputError(f"{damage}: the checkpoint is damaged, fetch it again") from error
         raise InputError(
             f"{site.path}: its tensors on disk ({', '.join(list(names)[:3])}...) become its parameters in a way that "
             "cannot be undone tensor by tensor: load the model, fuse it, and save it"
         ) from error
     return pieces
+
+
+def _damage(kind: Kind, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Which tensor of an FFN is of another shape than its likes, or which expert has none, where there is one."""
+    alike: dict[str, dict[int, str]] = {}
+    for name in names:
+        # The last number is the expert's, where each has a tensor of its own.
+        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        alike.setdefault(pattern(name), {})[numbers[-1] if numbers else 0] = name
+    several = any(len(likes) > 1 for likes in alike.values())
+    for likes in alike.values():
+        usual = Counter(shapes[name] for name in likes.values()).most_common(1)[0][0]
+        odd = next((name for name in likes.values() if shapes[name] != usual), None)
+        if odd is not None:
+            return f"{odd} is {shapes[odd]}, and its likes are {usual}"
+        lost = next((number for number in range(kind.experts) if number not in likes), None)
+        if several and lost is not None:
+            return f"expert {lost} has no tensor beside {next(iter(likes.values()))}"
+    return None
 
 
 def _shrinking(shapes: Sequence[tuple[int, ...]], kind: Kind) -> Callable[[tuple[int, ...]], tuple[int, ...]]:

@@ -86,6 +86,11 @@ class Conversion:
                 made[name] = result[0] if isinstance(result, list) else result
         return made
 
+    def made(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters that unquantised tensors of these shapes become, by name."""
+        nothing = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        return {name: tuple(tensor.shape) for name, tensor in self.convert(nothing).items()}
+
 
 class _Resized:
     """A model with parameters of other shapes."""

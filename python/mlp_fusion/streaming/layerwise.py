@@ -80,9 +80,19 @@ class LayerwiseModel:
                         module._parameters[name] = _empty(parameter)
 
     def _read(self, parameters: Sequence[str]) -> None:
-        """Read parameters and buffers, all of those that are made of the same tensors."""
-        names = [name for parameter in parameters for name in self._names[parameter]]
-        made = self._conversion.convert({name: self._tensors.read(name) for name in names})
+        """Read parameters and buffers, all of those that are made of the same tensors.
+
+        Raises:
+            InputError: a parameter is not finite.
+        """
+        buffers = {name for name, _ in self.model.named_buffers()}
+        read: dict[str, Tensor] = {}
+        for parameter in parameters:
+            # Buffers, masks among them, may be infinite.
+            one = self._tensors.read if parameter in buffers else self._tensors.read_finite
+            read.update((name, one(name)) for name in self._names[parameter])
+        made = self._conversion.convert(read)
+        read.clear()
         for name in list(made):
             path, _, own = name.rpartition(".")
             module = self.model.get_submodule(path)

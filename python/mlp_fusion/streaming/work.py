@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlp_fusion.errors import InputError
 from mlp_fusion.families import FFNSite
 from mlp_fusion.measure import FFNRow
 from mlp_fusion.modules.stored import bundle_of, tensors_of
-from mlp_fusion.neurons import NeuronBundle, all_finite
+from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing.pipeline import Recipe, ReducedFFN, reduce_ffns
 from mlp_fusion.reducing.rows import fused_row
 from mlp_fusion.running.taps import Activations
@@ -106,10 +105,7 @@ class Work:
         return [{name: self._read(part, name) for name in part.piece.names} for part in task.parts]
 
     def _read(self, part: Part, name: str) -> Tensor:
-        found = self._tensors.read(name, *part.rows(self._tensors[name].shape))
-        if not all_finite(found):
-            raise InputError(f"{name} holds NaN or Inf: the checkpoint is damaged")
-        return found
+        return self._tensors.read_finite(name, *part.rows(self._tensors[name].shape))
 
     @torch.no_grad()
     def reduce(self, task: Task, read: Sequence[Mapping[str, Tensor]]) -> Outcome:
