@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.neurons import all_finite
-from mlp_fusion.store.quantised import plain_names, quantisation
+from mlp_fusion.store.quantised import plain_names, quantisation, unpacked
 from mlp_fusion.store.weights import COMPUTING, LENGTH, find_weights, read_header
 
 #: Every dtype that safetensors files are read and written in here.
@@ -189,8 +189,7 @@ def _plain(
         blocks, scales = (next((stored[n] for n in names if n.endswith(end)), None) for end in ("_blocks", "_scales"))
         if blocks is None or scales is None:
             raise InputError(f"{name}: its blocks or its scales are missing: fetch the checkpoint again")
-        *before, rows, groups, packed = blocks.shape
-        return Plain((*before, groups * packed * 2, rows), dtype, blocks, scales)
+        return Plain(unpacked(blocks.shape), dtype, blocks, scales)
     values = next((stored[n] for n in names if n == name), None)
     if values is None:
         raise InputError(f"{name} is missing, and there is {names[0]}: fetch the checkpoint again")
