@@ -36,11 +36,22 @@ def with_tokenizer(name: str, folder: Path, dtype: torch.dtype = torch.float32) 
     return folder
 
 
-@pytest.mark.parametrize("sequential", [False, True])
-@pytest.mark.parametrize("name", ["Phi3Config", "OPTConfig", "Gemma3TextConfig", "EsmConfig", "Qwen3MoeConfig",
-                                  "GptOssConfig"])  # fmt: skip
-def test_calibrated_the_same_bits_as_in_memory(name: str, sequential: bool, tmp_path: Path, text: Path) -> None:
-    source = with_tokenizer(name, tmp_path / "source", torch.float32 if sequential else torch.bfloat16)
+_MODELS = ("Phi3Config", "OPTConfig", "Gemma3TextConfig", "EsmConfig", "Qwen3MoeConfig", "GptOssConfig")
+
+
+@pytest.mark.parametrize(
+    ("name", "sequential", "dtype"),
+    [
+        *((name, False, torch.bfloat16) for name in _MODELS),
+        *((name, True, torch.float32) for name in _MODELS),
+        ("Phi3Config", False, torch.float64),
+        ("Qwen3MoeConfig", True, torch.float64),
+    ],
+)
+def test_calibrated_the_same_bits_as_in_memory(
+    name: str, sequential: bool, dtype: torch.dtype, tmp_path: Path, text: Path
+) -> None:
+    source = with_tokenizer(name, tmp_path / "source", dtype)
     reports = [
         mlp_fusion.compress(
             source, tmp_path / str(stream), 0.5, stream=stream, calibration=text, sequential=sequential

@@ -16,7 +16,7 @@ from mlp_fusion.reducing.layers import Layer, Recorder, hidden_of, layers_of
 from mlp_fusion.running.batches import Batch
 from mlp_fusion.running.runner import Runner
 from mlp_fusion.store.naming import Conversion
-from mlp_fusion.store.reference import stays_wide, wide_patterns
+from mlp_fusion.store.reference import experts_options, stays_wide, wide_patterns
 from mlp_fusion.store.tensors import Tensors
 
 
@@ -164,7 +164,7 @@ def _hollow(config: Any, dtype: torch.dtype) -> Any:
     with building.undisturbed():
         nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
         try:
-            model = cls._from_config(config, dtype=dtype)
+            model = cls._from_config(config, dtype=dtype, **experts_options(dtype))
         except Exception as error:
             raise InputError(f"{config.model_type}: transformers builds no model from this config: {error}") from error
         finally:
