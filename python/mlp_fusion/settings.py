@@ -367,7 +367,8 @@ class CompressSettings(FuseSettings):
         default_help="for weights of more than a third of the memory", recorded=False,
     )  # fmt: skip
     engine: str = option(
-        "Who does a streamed run: local (this process) or ray.", "local", choices=("local", "ray"), recorded=False
+        "Who does a streamed run: local (this process, on all GPUs that are alike unless device names one) or ray.",
+        "local", choices=("local", "ray"), recorded=False
     )  # fmt: skip
     resume: bool = option(
         "Go on with an unfinished streamed run of OUT, if there is one.", False, recorded=False

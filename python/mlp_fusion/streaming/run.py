@@ -168,6 +168,7 @@ class Stream:
 
     def _fingerprints(self) -> dict[str, str]:
         work = self.work
+        on_a_gpu = work.device.type == "cuda"
         files = [*find_weights(work.source).files, work.source / "config.json"]
         return {
             "source": fingerprint({"files": files_as_they_are(files)}),
@@ -176,7 +177,7 @@ class Stream:
                     "settings": vars(work.settings),
                     "widths": list(work.widths),
                     "dtype": str(work.dtype),
-                    "device": work.device.type,
+                    "device": torch.cuda.get_device_name(work.device) if on_a_gpu else work.device.type,
                 }
             ),
             "text": fingerprint({"text": [batch["input_ids"].tolist() for batch in self.text or ()]}),

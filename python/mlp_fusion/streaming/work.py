@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,14 @@ class Work:
     def scales_out(self) -> Shards:
         """Where scales are written to."""
         return Shards(self.target, self.scales)
+
+    def on(self, device: torch.device) -> Work:
+        """The same on another device; headers, and what is known of the files to write, are shared."""
+        for once in ("_tensors", "weights_out", "scales_out", "_scale_names"):
+            getattr(self, once)  # copied when it is known
+        other = copy.copy(self)
+        object.__setattr__(other, "device", device)
+        return other
 
     def read(self, task: Task) -> list[dict[str, Tensor]]:
         """The tensors of each part; what is only copied is read when it is written.
