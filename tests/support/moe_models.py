@@ -13,9 +13,9 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 0, "eos_token_id": 2,
 }  # fmt: skip
 _ROUTED = {**_SIZES, "moe_intermediate_size": 32, "head_dim": 8}
-_LATENT = {**_ROUTED, "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1,
-           "n_group": 2, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
-           "qk_nope_head_dim": 8}  # fmt: skip
+_LATENT = {**_ROUTED, "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1,
+           "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8,
+           "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}  # fmt: skip
 _LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
            "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
 #: Config class -> its arguments.
@@ -37,8 +37,8 @@ MOE_MODELS: dict[str, dict[str, Any]] = {
     "MiniMaxConfig": {**_SIZES, "head_dim": 8, "num_local_experts": 4, "block_size": 16,
                       "layer_types": ["linear_attention", "full_attention"]},
     "MiniMaxM2Config": {**_SIZES, "head_dim": 8, "num_local_experts": 4},
-    "SwitchTransformersConfig": {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
-                                 "num_decoder_layers": 2, "num_experts": 4, "num_sparse_encoder_layers": 1,
+    "SwitchTransformersConfig": {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2,
+                                 "num_heads": 4, "num_decoder_layers": 2, "num_experts": 4, "num_sparse_encoder_layers": 1,
                                  "num_sparse_decoder_layers": 1, "pad_token_id": 1, "eos_token_id": 2,
                                  "decoder_start_token_id": 2},
 }  # fmt: skip
