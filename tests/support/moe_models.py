@@ -37,10 +37,11 @@ MOE_MODELS: dict[str, dict[str, Any]] = {
     "MiniMaxConfig": {**_SIZES, "head_dim": 8, "num_local_experts": 4, "block_size": 16,
                       "layer_types": ["linear_attention", "full_attention"]},
     "MiniMaxM2Config": {**_SIZES, "head_dim": 8, "num_local_experts": 4},
-    "SwitchTransformersConfig": {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2,
-                                 "num_heads": 4, "num_decoder_layers": 2, "num_experts": 4,
-                                 "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "pad_token_id": 1, "eos_token_id": 2,
-                                 "decoder_start_token_id": 2},
+    "SwitchTransformersConfig": {
+        "vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2,
+        "num_heads": 4, "num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
+        "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
+    },
 }  # fmt: skip
 
 
