@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import FFNSite, building
-from mlp_fusion.reducing.layers import Layer, Recorder, hidden_of, layers_of
+from mlp_fusion.reducing.layers import Call, Layer, Recorder, hidden_of, layers_of
 from mlp_fusion.running.batches import Batch
 from mlp_fusion.running.runner import Runner
 from mlp_fusion.store.naming import Conversion
@@ -44,9 +45,10 @@ class LayerwiseModel:
             if place is not None:
                 self._names.setdefault(place[0], []).append(name)
         self._wide = wide_patterns(self.model, dtype)
+        self._hands_on = False
 
-    def stack(self, sites: Sequence[FFNSite]) -> list[Layer]:
-        """The layers, those without an FFN too, in the order in which they stand; everything else is read.
+    def stacks(self, sites: Sequence[FFNSite]) -> list[list[Layer]]:
+        """The lists of layers, those without an FFN too, in the order in which they stand; everything else is read.
 
         Raises:
             InputError: an FFN stands in no list of layers.
@@ -58,13 +60,16 @@ class LayerwiseModel:
                 raise InputError(
                     f"{next(iter(found))} is in no list of layers, that could be run one by one: leave out stream"
                 )
-        layers = [
-            found.get(f"{path}.{name}", Layer(f"{path}.{name}", module, ()))
+        stacks = [
+            [
+                found.get(f"{path}.{name}", Layer(f"{path}.{name}", module, ()))
+                for name, module in self.model.get_submodule(path).named_children()
+            ]
             for path in lists
-            for name, module in self.model.get_submodule(path).named_children()
         ]
-        self._read([p for p in self._names if not any(p.startswith(f"{layer.path}.") for layer in layers)])
-        return layers
+        inside = tuple(f"{path}." for path in lists)
+        self._read([parameter for parameter in self._names if not parameter.startswith(inside)])
+        return stacks
 
     @contextmanager
     def loaded(self, layer: Layer) -> Iterator[None]:
@@ -106,27 +111,69 @@ class LayerwiseModel:
                 module._parameters[own] = nn.Parameter(value, requires_grad=False)
         self.model.tie_weights()
 
-    def record(self, layers: Sequence[Layer], batches: Sequence[Batch]) -> Recorder:
-        """What each layer is called with, of hidden states those of the first only: no layer is run.
+    def record(
+        self, stacks: Sequence[Sequence[Layer]], batches: Sequence[Batch], ends: Sequence[Sequence[Tensor]]
+    ) -> list[list[Call]]:
+        """What each layer of a stack is called with, of hidden states those of the first only: few layers are run.
 
-        Layers stand aside and hand on what they get. What they get besides must not depend on it.
+        Layers stand aside and hand on what they get. What they get besides must not depend on it, or must come from the
+        first of a stack (the relative positions of T5), which runs then.
+
+        Args:
+            stacks: all lists of layers; that of which calls are wanted stands behind as many as have `ends`.
+            batches: what the model runs on.
+            ends: what the last layers of earlier stacks put out, per batch.
+
+        Returns:
+            Per layer and batch, the call.
 
         Raises:
             InputError: a layer gets something else than what the one before has put out.
         """
-        for handed in (_itself, _in_a_tuple):
+        layers = stacks[len(ends)]
+        for handed in (_itself, _in_a_tuple, None):
             recorder = Recorder(layers)
-            with Runner(self.model, "the calibration text") as runner, _standing_aside(layers, handed):
+            with Runner(self.model, "the calibration text") as runner, ExitStack() as inside:
+                for number, stack in enumerate(stacks):
+                    if handed is None:
+                        inside.enter_context(self.loaded(stack[0]))
+                    inside.enter_context(_standing_aside(stack, handed, ends[number] if number < len(ends) else None))
                 try:
                     recorder.run(runner, batches)
                 except InputError:
                     continue  # it takes something else from its layers
             if recorder.order == list(range(len(layers))) and recorder.chained >= set(range(1, len(layers))):
-                return recorder
+                self._hands_on = handed is None
+                return recorder.calls
         raise InputError(
             f"{type(self.model).__name__}: its layers do not feed one another from the first to the last, so that they "
             "cannot be run one by one: leave out stream, or the calibration"
         )
+
+    @contextmanager
+    def checked(self, layer: Layer, stack: Sequence[Layer]) -> Iterator[None]:
+        """Inside, a layer that runs hands on, besides hidden states, what it got: so the next one's call is known.
+
+        Raises:
+            InputError: it does not.
+        """
+
+        def left(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            got = {id(value) for value in (*args, *kwargs.values())}
+            if any(isinstance(value, Tensor) and id(value) not in got for value in output[1:]):
+                raise InputError(
+                    f"{layer.path} puts out more than hidden states, so that layers cannot be run one by one: leave "
+                    "out stream, or the calibration"
+                )
+
+        if not self._hands_on or layer is stack[0]:
+            yield
+            return
+        handle = layer.module.register_forward_hook(left, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def _itself(hidden: Tensor) -> Any:
@@ -138,18 +185,32 @@ def _in_a_tuple(hidden: Tensor) -> Any:
 
 
 @contextmanager
-def _standing_aside(layers: Sequence[Layer], handed: Any) -> Iterator[None]:
-    """Inside, layers put out the hidden states that they get."""
+def _standing_aside(
+    stack: Sequence[Layer], handed: Callable[[Tensor], Any] | None, ends: Sequence[Tensor] | None
+) -> Iterator[None]:
+    """Inside, layers put out the hidden states that they get, the last one `ends`, if any; `handed` says in which form.
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return handed(hidden_of((args, kwargs)))
+    Without it, the first layer runs, and what it puts out besides hidden states is what all do.
+    """
+    left = None if ends is None else iter(ends)
+    runs, besides = stack[0].module.forward, tuple[Any, ...]()
 
-    for layer in layers:
-        layer.module.forward = forward
+    def forward(layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        nonlocal besides
+        hidden = hidden_of((args, kwargs))
+        if handed is None and layer is stack[0]:
+            hidden, *others = runs(*args, **kwargs)
+            besides = tuple(others)
+        if left is not None and layer is stack[-1]:
+            hidden = next(left)
+        return (hidden, *besides) if handed is None else handed(hidden)
+
+    for layer in stack:
+        layer.module.forward = functools.partial(forward, layer)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in stack:
             del layer.module.forward
 
 

@@ -116,7 +116,12 @@ class Stream:
             work = dataclasses.replace(self.work, target=staging)
             if not journal.complete:
                 self._make_files(work, journal)
-                self._do(work, journal, engine, progress)
+                try:
+                    self._do(work, journal, engine, progress)
+                except InputError:
+                    if not journal.done:
+                        journal.file.unlink()  # nothing to go on with
+                    raise
                 rows = self._rows(journal)
                 write_index(work.source, staging, work.weights_out)
                 write_config(work.source, staging, self.changed)
