@@ -45,10 +45,13 @@ MOE_MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def moe_model(name: str) -> Any:
-    """A new small model, in evaluation mode; its weights are not tiny, as mistakes would hide behind them."""
+def moe_model(name: str, **changes: Any) -> Any:
+    """A new small model, in evaluation mode; its weights are not tiny, as mistakes would hide behind them.
+
+    `changes` go into its config.
+    """
     torch.manual_seed(0)
-    config = getattr(transformers, name)(**MOE_MODELS[name])
+    config = getattr(transformers, name)(**{**MOE_MODELS[name], **changes})
     seq2seq = config.is_encoder_decoder
     model = (transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM).from_config(config)
     with torch.no_grad():
