@@ -167,7 +167,7 @@ def plan(
         sites = architecture.sites(model)
         dropped = dropped_layers(headers, model, architecture, sites)
         held, count = claimed_tensors(headers, model, architecture, sites), parameters(headers, model)
-    chosen = choose_sites(architecture, sites, layers)
+    chosen = choose_sites(architecture, sites, layers, settings.only)
     after = dict(
         zip((site.index for site in chosen), _widths_after(width, budget, chosen, settings.multiple), strict=True)
     )
