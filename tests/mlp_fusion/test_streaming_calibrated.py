@@ -145,3 +145,14 @@ def test_layers_that_cannot_be_run_one_by_one(tmp_path: Path, text: Path, monkey
         InputError, match=r"encoder\.block\.1 puts out more than hidden states, so that layers cannot be"
     ):
         mlp_fusion.compress(source, tmp_path / "out", 0.5, stream=True, calibration=text)
+
+
+def test_a_decoder_that_stands_in_front_of_its_encoder(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its layers would be shown what an encoder makes that has not run."""
+    source = with_tokenizer("BartConfig", tmp_path / "source")
+    stacks = layerwise.LayerwiseModel.stacks
+    monkeypatch.setattr(layerwise.LayerwiseModel, "stacks", lambda *args: stacks(*args)[::-1])
+    with pytest.raises(InputError, match="its layers do not feed one another"):
+        mlp_fusion.compress(source, tmp_path / "out", 0.5, stream=True, calibration=text)

@@ -7,7 +7,7 @@ filled from a hidden folder inside it instead. A run that can be resumed keeps a
 where there is one, nothing is cleared unasked.
 
 A folder of such a name may be somebody else's. It is ours, and cleared, if the lock file that a killed run has left
-states its inode, or if a journal lies beside it, that is one by its first line.
+states its name and inode, or if a journal lies beside it, that is one by its first line.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def _remove_leftovers(out: Path, lock: Path) -> None:
 
 def _mark(staging: Path) -> bytes:
     """What a lock file holds while what is written stands in the folder `staging`."""
-    return str(staging.stat().st_ino).encode()
+    return f"{staging.name} {staging.stat().st_ino}".encode()
 
 
 def read_journal(file: Path) -> tuple[dict[str, Any], list[bytes]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -128,21 +129,25 @@ class LayerwiseModel:
             Per layer and batch, the call.
 
         Raises:
-            InputError: a layer gets something else than what the one before has put out.
+            InputError: a layer gets something else than what the one before has put out, or stacks run in another
+                order than they stand in.
         """
         layers = stacks[len(ends)]
         for handed in (_itself, _in_a_tuple, None):
             recorder = Recorder(layers)
+            ran: list[int] = []
             with Runner(self.model, "the calibration text") as runner, ExitStack() as inside:
                 for number, stack in enumerate(stacks):
                     if handed is None:
                         inside.enter_context(self.loaded(stack[0]))
-                    inside.enter_context(_standing_aside(stack, handed, ends[number] if number < len(ends) else None))
+                    given = ends[number] if number < len(ends) else None
+                    inside.enter_context(_standing_aside(stack, handed, given, functools.partial(ran.append, number)))
                 try:
                     recorder.run(runner, batches)
                 except InputError:
                     continue  # it takes something else from its layers
-            if recorder.order == list(range(len(layers))) and recorder.chained >= set(range(1, len(layers))):
+            chained = recorder.order == list(range(len(layers))) and recorder.chained >= set(range(1, len(layers)))
+            if chained and _in_order(ran, len(ends), len(batches)):
                 self._hands_on = handed is None
                 return recorder.calls
         raise InputError(
@@ -184,19 +189,43 @@ def _in_a_tuple(hidden: Tensor) -> Any:
     return (hidden,)
 
 
+def _in_order(ran: Sequence[int], stack: int, batches: int) -> bool:
+    """Whether, on each batch, the stacks before number `stack` ran before it, one after the other, and others later.
+
+    Args:
+        ran: the stack of each layer that ran, in order.
+        stack: number of one.
+        batches: how many there were.
+    """
+    found = [number for number, _ in itertools.groupby(min(number, stack + 1) for number in ran)]
+    alone, followed = (
+        [number for number, _ in itertools.groupby([*range(stack + more)] * batches)] for more in (1, 2)
+    )  # fmt: skip
+    return found in (alone, followed)
+
+
 @contextmanager
 def _standing_aside(
-    stack: Sequence[Layer], handed: Callable[[Tensor], Any] | None, ends: Sequence[Tensor] | None
+    stack: Sequence[Layer],
+    handed: Callable[[Tensor], Any] | None,
+    ends: Sequence[Tensor] | None,
+    entered: Callable[[], None],
 ) -> Iterator[None]:
-    """Inside, layers put out the hidden states that they get, the last one `ends`, if any; `handed` says in which form.
+    """Inside, layers put out the hidden states that they get.
 
-    Without it, the first layer runs, and what it puts out besides hidden states is what all do.
+    Args:
+        stack: the layers.
+        handed: the form in which they put them out; without it the first layer runs, and what it puts out besides
+            hidden states is what all do.
+        ends: what the last layer puts out instead, per batch, if it is known.
+        entered: called when one would run.
     """
     left = None if ends is None else iter(ends)
     runs, besides = stack[0].module.forward, tuple[Any, ...]()
 
     def forward(layer: Layer, *args: Any, **kwargs: Any) -> Any:
         nonlocal besides
+        entered()
         hidden = hidden_of((args, kwargs))
         if handed is None and layer is stack[0]:
             hidden, *others = runs(*args, **kwargs)
