@@ -14,6 +14,7 @@ from discovered_models import model_of
 from moe_models import MOE_MODELS, moe_model
 from safetensors.torch import load_file
 from streams import StoppedError, files, stop_after
+from transformers.models.bart.modeling_bart import BartEncoder
 from transformers.models.t5.modeling_t5 import T5Block
 
 import checkpoints as ck
@@ -154,5 +155,25 @@ def test_a_decoder_that_stands_in_front_of_its_encoder(
     source = with_tokenizer("BartConfig", tmp_path / "source")
     stacks = layerwise.LayerwiseModel.stacks
     monkeypatch.setattr(layerwise.LayerwiseModel, "stacks", lambda *args: stacks(*args)[::-1])
+    with pytest.raises(InputError, match="its layers do not feed one another"):
+        mlp_fusion.compress(source, tmp_path / "out", 0.5, stream=True, calibration=text)
+
+
+def test_a_decoder_that_attends_to_more_than_the_encoder_ends_with(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = with_tokenizer("BartConfig", tmp_path / "source")
+    own = BartEncoder.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen: list[Any] = []
+        handle = self.layers[0].register_forward_hook(lambda _module, _args, output: seen.append(output))
+        found = own(self, *args, **kwargs)
+        handle.remove()
+        skipped = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+        found.last_hidden_state = found.last_hidden_state + skipped
+        return found
+
+    monkeypatch.setattr(BartEncoder, "forward", forward)
     with pytest.raises(InputError, match="its layers do not feed one another"):
         mlp_fusion.compress(source, tmp_path / "out", 0.5, stream=True, calibration=text)

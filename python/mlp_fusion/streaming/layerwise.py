@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,8 +117,9 @@ class LayerwiseModel:
     ) -> list[list[Call]]:
         """What each layer of a stack is called with, of hidden states those of the first only: few layers are run.
 
-        Layers stand aside and hand on what they get. What they get besides must not depend on it, or must come from the
-        first of a stack (the relative positions of T5), which runs then.
+        Layers stand aside and hand on what they get. What they get besides must not depend on it, which is seen when
+        they hand on something else, or must come from the first of a stack (the relative positions of T5), which runs
+        then.
 
         Args:
             stacks: all lists of layers; that of which calls are wanted stands behind as many as have `ends`.
@@ -132,28 +133,45 @@ class LayerwiseModel:
             InputError: a layer gets something else than what the one before has put out, or stacks run in another
                 order than they stand in.
         """
-        layers = stacks[len(ends)]
         for handed in (_itself, _in_a_tuple, None):
-            recorder = Recorder(layers)
-            ran: list[int] = []
-            with Runner(self.model, "the calibration text") as runner, ExitStack() as inside:
-                for number, stack in enumerate(stacks):
-                    if handed is None:
-                        inside.enter_context(self.loaded(stack[0]))
-                    given = ends[number] if number < len(ends) else None
-                    inside.enter_context(_standing_aside(stack, handed, given, functools.partial(ran.append, number)))
-                try:
-                    recorder.run(runner, batches)
-                except InputError:
-                    continue  # it takes something else from its layers
-            chained = recorder.order == list(range(len(layers))) and recorder.chained >= set(range(1, len(layers)))
-            if chained and _in_order(ran, len(ends), len(batches)):
+            calls = self._recorded(stacks, batches, ends, handed)
+            if calls is None:
+                continue  # they are asked for something else
+            # What nobody may depend on is something else now.
+            others = self._recorded(stacks, batches, ends, handed, torch.neg)
+            if others is not None and _alike(calls, others):
                 self._hands_on = handed is None
-                return recorder.calls
+                return calls
         raise InputError(
             f"{type(self.model).__name__}: its layers do not feed one another from the first to the last, so that they "
             "cannot be run one by one: leave out stream, or the calibration"
         )
+
+    def _recorded(
+        self,
+        stacks: Sequence[Sequence[Layer]],
+        batches: Sequence[Batch],
+        ends: Sequence[Sequence[Tensor]],
+        handed: _Form | None,
+        turned: Callable[[Tensor], Tensor] = torch.clone,
+    ) -> list[list[Call]] | None:
+        """As :meth:`record`, of layers that put out what `turned` makes of hidden states; None if they do not fit."""
+        layers = stacks[len(ends)]
+        recorder = Recorder(layers)
+        ran: list[int] = []
+        with Runner(self.model, "the calibration text") as runner, ExitStack() as inside:
+            for number, stack in enumerate(stacks):
+                if handed is None:
+                    inside.enter_context(self.loaded(stack[0]))
+                given = ends[number] if number < len(ends) else None
+                entered = functools.partial(ran.append, number)
+                inside.enter_context(_standing_aside(stack, handed, turned, given, entered))
+            try:
+                recorder.run(runner, batches)
+            except InputError:
+                return None
+        chained = recorder.order == list(range(len(layers))) and recorder.chained >= set(range(1, len(layers)))
+        return recorder.calls if chained and _in_order(ran, len(ends), len(batches)) else None
 
     @contextmanager
     def checked(self, layer: Layer, stack: Sequence[Layer]) -> Iterator[None]:
@@ -181,12 +199,27 @@ class LayerwiseModel:
             handle.remove()
 
 
+#: How layers put out hidden states.
+_Form = Callable[[Tensor], Any]
+
+
 def _itself(hidden: Tensor) -> Any:
     return hidden
 
 
 def _in_a_tuple(hidden: Tensor) -> Any:
     return (hidden,)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether calls hold the same tensors."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return True
 
 
 def _in_order(ran: Sequence[int], stack: int, batches: int) -> bool:
@@ -207,16 +240,18 @@ def _in_order(ran: Sequence[int], stack: int, batches: int) -> bool:
 @contextmanager
 def _standing_aside(
     stack: Sequence[Layer],
-    handed: Callable[[Tensor], Any] | None,
+    handed: _Form | None,
+    turned: Callable[[Tensor], Tensor],
     ends: Sequence[Tensor] | None,
     entered: Callable[[], None],
 ) -> Iterator[None]:
-    """Inside, layers put out the hidden states that they get.
+    """Inside, layers put out what `turned` makes of the hidden states that they get.
 
     Args:
         stack: the layers.
         handed: the form in which they put them out; without it the first layer runs, and what it puts out besides
             hidden states is what all do.
+        turned: makes hidden states of hidden states.
         ends: what the last layer puts out instead, per batch, if it is known.
         entered: called when one would run.
     """
@@ -230,6 +265,7 @@ def _standing_aside(
         if handed is None and layer is stack[0]:
             hidden, *others = runs(*args, **kwargs)
             besides = tuple(others)
+        hidden = turned(hidden)
         if left is not None and layer is stack[-1]:
             hidden = next(left)
         return (hidden, *besides) if handed is None else handed(hidden)
