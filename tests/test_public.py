@@ -40,12 +40,12 @@ SIGNATURES: dict[Any, str] = {
     fusion_kernels.ntk_compare: "a b x reduce params metrics kernel columns eigenvalues seed block_size backend",
     fusion_kernels.backends: "",
     mlp_fusion.fuse: (
-        "model width layers method budget multiple optimizer seed calibration_sentences calibration_rows refit match "
-        "tune_steps sequential unmeasured sample calibration progress"
+        "model width layers method budget only multiple optimizer seed calibration_sentences calibration_rows refit "
+        "match tune_steps sequential unmeasured sample calibration progress"
     ),
-    mlp_fusion.plan: "model_or_path width layers budget multiple",
+    mlp_fusion.plan: "model_or_path width layers budget only multiple",
     mlp_fusion.compress: (
-        "path out width layers method budget multiple optimizer seed calibration_sentences calibration_rows refit "
+        "path out width layers method budget only multiple optimizer seed calibration_sentences calibration_rows refit "
         "match tune_steps sequential unmeasured text calibration device dtype stream engine resume force progress"
     ),
     mlp_fusion.verify: "out against",

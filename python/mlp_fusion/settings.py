@@ -224,6 +224,10 @@ class PlanSettings(Settings):
         "With width auto: the share of the FFNs' parameters to keep.", None, above=0.0, below=1.0
     )
     layers: Layers = option("all, 4-11, last:8, first:4, 0,2,5, or a pattern of paths such as decoder.*.", "all")
+    only: str | None = option(
+        "Of the layers: experts, with shared experts whose width the same config key states; or dense, all the others.",
+        None, choices=("experts", "dense"), default_help="both",
+    )  # fmt: skip
     multiple: int | None = option(
         "What widths are to be a multiple of: 256 for GGUF's k-quants, 128 times the ranks of tensor parallelism.",
         None, least=1, default_help="128 of shares of 1,024 neurons or more, else 8", metavar="N",
@@ -367,7 +371,8 @@ class CompressSettings(FuseSettings):
         default_help="for weights of more than a third of the memory", recorded=False,
     )  # fmt: skip
     engine: str = option(
-        "Who does a streamed run: local (this process) or ray.", "local", choices=("local", "ray"), recorded=False
+        "Who does a streamed run: local (this process, on all GPUs that are alike unless device names one) or ray.",
+        "local", choices=("local", "ray"), recorded=False
     )  # fmt: skip
     resume: bool = option(
         "Go on with an unfinished streamed run of OUT, if there is one.", False, recorded=False

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 import transformers
+from hub_server import serving
+from moe_models import moe_model
+from safetensors.torch import save_file
 
 import checkpoints as ck
 import mlp_fusion
@@ -169,3 +177,57 @@ def test_shards_elsewhere_on_the_hub_are_refused(hub: Path, monkeypatch: pytest.
     monkeypatch.setattr(source_module, "get_safetensors_metadata", lambda name: content)
     with pytest.raises(InputError, match=r"shard 'part1/model\.safetensors' is no safetensors file beside the index"):
         mlp_fusion.plan(NAME, 16)
+
+
+# --- a server that stands in for it ----------------------------------------------------------------------------------
+
+_PLANS = """
+import json, mlp_fusion, sys
+for name in sys.argv[1:]:
+    print(json.dumps(mlp_fusion.plan(name, 0.5).to_dict()))
+"""
+
+
+def _in_fp8(folder: Path) -> None:
+    """Experts in FP8, with a factor for each block of 32 x 32."""
+    written = {}
+    for name, tensor in ck.tensors(folder).items():
+        if ".experts." not in name:
+            written[name] = tensor
+            continue
+        written[name] = tensor.to(torch.float8_e4m3fn)
+        written[f"{name}_scale_inv"] = torch.ones(tensor.shape[0] // 32, tensor.shape[1] // 32)
+    save_file(written, folder / ck.WEIGHTS, metadata={"format": "pt"})
+    ck.edit_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [32, 32]})
+
+
+def test_a_plan_reads_headers_from_the_hub_and_no_weights(tmp_path: Path) -> None:
+    """One file, several shards, and FP8; the real client, against a server here."""
+    words = {"vocab_size": 12_000}
+    moe_model("MixtralConfig", **words).save_pretrained(tmp_path / "some" / "sharded", max_shard_size="400KB")
+    moe_model("Qwen3MoeConfig", **words).save_pretrained(tmp_path / "some" / "fp8")
+    _in_fp8(tmp_path / "some" / "fp8")
+    moe_model("DeepseekV3Config", **words).save_pretrained(tmp_path / "some" / "whole")
+    names = ["some/sharded", "some/fp8", "some/whole"]
+    weights = {str(file.relative_to(tmp_path)): file.stat().st_size for file in tmp_path.rglob("*.safetensors")}
+    assert len(weights) > 4
+    home = tmp_path / "home"
+    with serving(tmp_path) as hub:
+        told = {
+            "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+        }  # fmt: skip
+        run = subprocess.run(
+            [sys.executable, "-c", _PLANS, *names], env={**os.environ, **told}, capture_output=True, text=True
+        )
+    assert run.returncode == 0, run.stderr
+    for line, name in zip(run.stdout.splitlines(), names, strict=True):
+        found, expected = json.loads(line), mlp_fusion.plan(tmp_path / name, 0.5).to_dict()
+        for estimated in ("name", "seconds", "peak_bytes"):
+            del found[estimated], expected[estimated]
+        assert found == json.loads(json.dumps(expected))
+    # Of every file of weights its beginning, once, and it is not kept.
+    assert {file for file in hub.sent if file.endswith(".safetensors")} == set(weights)
+    assert all(hub.sent[file] <= 100_001 for file in weights)
+    assert sum(weights.values()) > 8 * sum(hub.sent[file] for file in weights)
+    assert not [file for file in home.rglob("*") if file.is_file() and file.stat().st_size > 50_000]

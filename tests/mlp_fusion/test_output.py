@@ -185,24 +185,59 @@ def test_a_lock_that_was_removed_while_it_was_waited_for(tmp_path: Path, monkeyp
 # --- after a kill ----------------------------------------------------------------------------------------------------
 
 
+def killed(out: Path, lock: Path) -> None:
+    """Leave what a process leaves that is killed while it writes."""
+    if not os.fork():
+        try:
+            with taken(out), appears_when_complete(out) as staging:
+                (staging / ck.WEIGHTS).write_bytes(b"half")
+                os._exit(0)
+        finally:
+            os._exit(1)
+    os.wait()
+    assert lock.is_file()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_what_a_killed_run_left_is_removed(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.v1"
-    ours = [".out.v1.partial", ".out.v1.0123abcd.partial"]
-    others = [".out.partial", ".outxv1.partial", ".out.v1.mine.partial", ".out.v10.partial"]
-    for name in (*ours, *others):
+    others = [".out.partial", ".outxv1.partial", ".out.v1.mine.partial", ".out.v10.partial", ".out.v1.0123abcd.partial"]
+    for name in others:
         (tmp_path / name).mkdir()
         (tmp_path / name / ck.WEIGHTS).write_bytes(b"half")
-    (tmp_path / ".out.v1.lock").write_bytes(b"")
+    killed(out, tmp_path / ".out.v1.lock")
+    assert tree(tmp_path / ".out.v1.partial") == [ck.WEIGHTS]
     mlp_fusion.compress(source, out, 16)
     assert sorted(os.listdir(tmp_path)) == sorted([*others, "out.v1"])
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_what_a_killed_run_left_in_a_mount_point_is_removed(source: Path, fused: Path, mounted: Path) -> None:
-    (mounted / ".mlp_fusion.partial").mkdir()
-    (mounted / ".mlp_fusion.partial" / ck.WEIGHTS).write_bytes(b"half")
-    (mounted / ".mlp_fusion.lock").write_bytes(b"")
+    killed(mounted, mounted / ".mlp_fusion.lock")
+    assert (mounted / ".mlp_fusion.partial" / ck.WEIGHTS).is_file()
     mlp_fusion.compress(source, mounted, 16)
     assert tree(mounted) == tree(fused)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("killed_before", [False, True])
+def test_a_folder_of_somebody_else_of_such_a_name(
+    killed_before: bool, stream: bool, source: Path, tmp_path: Path
+) -> None:
+    out, theirs = tmp_path / "out", tmp_path / ".out.partial"
+    if killed_before:
+        killed(out, tmp_path / ".out.lock")
+        theirs.rename(tmp_path / "elsewhere")
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("mine")
+    for force in (False, True):
+        with pytest.raises(InputError, match=r"\.out\.partial is in the way, and none that this program has made"):
+            mlp_fusion.compress(source, out, 16, stream=stream, force=force)
+    assert tree(theirs) == ["thesis.txt"]
+    (theirs / "thesis.txt").unlink()
+    mlp_fusion.compress(source, out, 16, stream=stream)  # nothing is lost
+    assert mlp_fusion.verify(out).passed
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

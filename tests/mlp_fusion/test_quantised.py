@@ -77,6 +77,9 @@ def test_fp8_checkpoints_become_plain_ones_under_their_own_names(tmp_path: Path,
     source = _fp8(tmp_path / "fp8", model)
     report = mlp_fusion.compress(source, tmp_path / "out", 0.5)
     assert mlp_fusion.verify(tmp_path / "out").passed
+    planned = mlp_fusion.plan(source, 0.5)  # factors are no parameters
+    assert planned.parameters_before == report.parameters_before == sum(p.numel() for p in model.parameters())
+    assert planned.parameters_after == report.parameters_after
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert set(written) == names
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
@@ -108,7 +111,9 @@ def test_mxfp4_experts_are_read_and_written_in_16_bits(tmp_path: Path) -> None:
     source = _store(tmp_path / "mxfp4", model, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": kept})
     planned = mlp_fusion.plan(source, 0.5)
     assert "quantised (mxfp4)" in planned.warnings[-1]
-    mlp_fusion.compress(source, tmp_path / "out", 0.5)
+    assert planned.parameters_before == sum(p.numel() for p in model.parameters())
+    report = mlp_fusion.compress(source, tmp_path / "out", 0.5)
+    assert (planned.parameters_before, planned.parameters_after) == (report.parameters_before, report.parameters_after)
     assert mlp_fusion.verify(tmp_path / "out").passed
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written["model.layers.1.mlp.experts.gate_up_proj"].shape == (4, 64, 64)

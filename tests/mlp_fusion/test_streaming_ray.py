@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,22 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def workers() -> list[int]:
-    """Processes that do a task."""
-    found = []
+    """Processes of this test's own cluster that do a task; others may run beside it."""
+    parents, names = {}, {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
-                command = (folder / "cmdline").read_bytes()
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                names[int(folder.name)] = (folder / "cmdline").read_bytes()
             except OSError:
                 continue  # it has ended
-            if command.startswith(b"ray::do"):
-                found.append(int(folder.name))
-    return found
+
+    def is_ours(process: int) -> bool:
+        while process in parents and process != os.getpid():
+            process = parents[process]
+        return process == os.getpid()
+
+    return [process for process, name in names.items() if name.startswith(b"ray::do") and is_ours(process)]
 
 
 def test_a_worker_that_is_killed_changes_nothing(
@@ -62,9 +68,12 @@ def test_a_worker_that_is_killed_changes_nothing(
     killed: list[int] = []
 
     def kill(_done: int, _total: int) -> None:
-        for process in workers()[: 1 if not killed else 0]:
-            os.kill(process, signal.SIGKILL)
-            killed.append(process)
+        # All tasks are waiting by now: one is met while it works.
+        until = time.monotonic() + 5
+        while not killed and time.monotonic() < until:
+            for process in workers()[:1]:
+                os.kill(process, signal.SIGKILL)
+                killed.append(process)
 
     mlp_fusion.compress(source, tmp_path / "local", 0.5, stream=True)
     mlp_fusion.compress(source, tmp_path / "ray", 0.5, stream=True, engine="ray", progress=kill)

@@ -1,7 +1,8 @@
-"""Widths of FFNs that one config key moves: they shrink by one share."""
+"""FFNs that one config key moves: they shrink by one share, and are experts together."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -40,6 +41,32 @@ def resolve_widths(width: Width, sites: Sequence[FFNSite], multiple: int | None 
             int(after) if after.denominator == 1 else resolve_width(float(after / site.kind.width), site.kind.width)
         )
     return found
+
+
+def only_some(only: str, sites: Sequence[FFNSite]) -> list[FFNSite]:
+    """The FFNs of `sites` that are meant by `experts` or by `dense`.
+
+    Shared experts are experts where they stand in the layer of routed ones, and one key of the config states the widths
+    of both: a config could not state others.
+
+    Args:
+        only: `experts` or `dense`.
+        sites: all FFNs of a model.
+    """
+    routed = {(_layer(site), site.kind.group) for site in sites if _is_routed(site)}
+    experts = [_is_routed(site) or (_layer(site), site.kind.group) in routed for site in sites]
+    return [site for site, is_one in zip(sites, experts, strict=True) if is_one is (only == "experts")]
+
+
+def _is_routed(site: FFNSite) -> bool:
+    return site.kind.experts > 0 or site.is_expert
+
+
+def _layer(site: FFNSite) -> str:
+    """The path to the last number in front of experts."""
+    above = re.split(r"(?:^|\.)experts?(?:[._]|$)", site.path)[0]
+    found = re.match(r"(?:.*\.)?\d+(?=\.|$)", above)
+    return found[0] if found else ""
 
 
 def _rank(kind: Kind) -> tuple[bool, int]:

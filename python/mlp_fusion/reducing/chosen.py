@@ -14,7 +14,7 @@ from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.families.base import unsupported
 from mlp_fusion.families.exchange import check_form, install
-from mlp_fusion.families.groups import resolve_widths
+from mlp_fusion.families.groups import only_some, resolve_widths
 from mlp_fusion.measure.errors import relative_error
 from mlp_fusion.neurons import UNNAMED, NeuronBundle, all_finite
 from mlp_fusion.reducing.pipeline import ReducedFFN, working_precision
@@ -47,7 +47,7 @@ class ChosenFFNs:
     originals: list[NeuronBundle]
 
     @staticmethod
-    def find(model: nn.Module, layers: Layers) -> ChosenFFNs:
+    def find(model: nn.Module, layers: Layers, only: str | None = None) -> ChosenFFNs:
         """Find, choose and read.
 
         Raises:
@@ -55,7 +55,7 @@ class ChosenFFNs:
                 lacks.
         """
         architecture, every = find_ffns(model)
-        chosen = choose_sites(architecture, every, layers)
+        chosen = choose_sites(architecture, every, layers, only)
         sites = [expert for site in chosen for expert in site.experts()]
         read = {site.index: architecture.read(site) for site in chosen}
         originals = [read[s.index] if s.expert is None else read[s.index].select(s.expert) for s in sites]
@@ -140,12 +140,14 @@ def find_ffns(model: nn.Module) -> tuple[Architecture, list[FFNSite]]:
     return architecture, sites
 
 
-def choose_sites(architecture: Architecture, every: Sequence[FFNSite], layers: Layers) -> list[FFNSite]:
-    """The FFNs that `layers` means.
+def choose_sites(
+    architecture: Architecture, every: Sequence[FFNSite], layers: Layers, only: str | None = None
+) -> list[FFNSite]:
+    """The FFNs that `layers` means, and of these `only` experts or dense ones.
 
     Raises:
         InputError: it cannot be read, the model lacks one, or it means all of them and something like an FFN is not
-            proved: that would be left behind silently.
+            proved: that would be left behind silently; or there are none of those that are meant only.
     """
     if architecture.unproved and (layers is None or layers == "all"):
         paths = sorted({site.kind.path for site in every})
@@ -155,7 +157,16 @@ def choose_sites(architecture: Architecture, every: Sequence[FFNSite], layers: L
         )
     paths = [site.path for site in every]
     indices = set(resolve_layers(layers, [site.index for site in every], paths))
-    return [site for site in every if site.index in indices]
+    chosen = [site for site in every if site.index in indices]
+    if only is None:
+        return chosen
+    meant = {site.index for site in only_some(only, every)}
+    if not meant & indices:
+        raise InputError(
+            f"only {only}: no FFN of the chosen layers is one, the first is {chosen[0].path}: leave out only, or "
+            "choose other layers"
+        )
+    return [site for site in chosen if site.index in meant]
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -71,8 +72,14 @@ def fused_row(
         largest_scale=None if fused.scale is None else float(fused.scale.max()),
         cluster_sizes=None if counts is None else _histogram(counts),
         ntk_spectrum=errors.spectrum,
-        by_weights=None if ffn.by_weights is None or site.expert is None else [site.expert] * ffn.by_weights,
+        by_weights=None if ffn.by_weights is None or not site.is_expert else _numbers(site)[-1:] * ffn.by_weights,
     )
+
+
+def _numbers(site: FFNSite) -> list[int]:
+    """The numbers in a site's path, with that of its expert last, which may be a module of its own."""
+    found = [int(number) for number in re.findall(r"\d+", site.path)]
+    return found if site.expert is None else [*found, site.expert]
 
 
 def _unknown() -> FFNErrors:

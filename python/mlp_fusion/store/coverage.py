@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite, building
 from mlp_fusion.store.disk import DiskFFN, disk_ffns, dropped_ffns, unknown_strays
 from mlp_fusion.store.naming import Conversion, places
-from mlp_fusion.store.quantised import plain_names, quantisation
+from mlp_fusion.store.quantised import plain_names, quantisation, unpacked
 from mlp_fusion.store.record import architecture_of
 from mlp_fusion.store.source import Headers, read_headers
 from mlp_fusion.store.weights import TensorInfo
@@ -79,6 +80,13 @@ def claimed_tensors(
 
 def _refuse_gaps(headers: Headers, model: Any, held: Mapping[str, Sequence[TensorInfo]]) -> None:
     """Raise InputError where a parameter is not on disk; heads and poolers may be drawn anew."""
+    lost = gap(model, held)
+    if lost is not None:
+        raise InputError(f"{headers.name}: {lost} is missing: the checkpoint is incomplete")
+
+
+def gap(model: Any, held: Container[str]) -> str | None:
+    """A parameter of a model that is none of those `held`, but for heads and poolers, which may be drawn anew."""
     base = model.base_model
     prefix = "" if base is model else f"{model.base_model_prefix}."
     ignored = [re.compile(words) for words in model._keys_to_ignore_on_load_missing or ()]
@@ -87,7 +95,8 @@ def _refuse_gaps(headers: Headers, model: Any, held: Mapping[str, Sequence[Tenso
         full = f"{prefix}{name}"
         known = full in held or full in tied or name.startswith("pooler.")
         if not known and not any(words.search(full) for words in ignored):
-            raise InputError(f"{headers.name}: {full} is missing: the checkpoint is incomplete")
+            return full
+    return None
 
 
 def stored_buffers(headers: Headers, model: Any) -> set[str]:
@@ -135,10 +144,22 @@ def dropped_layers(headers: Headers, model: Any, architecture: Architecture, sit
 
 
 def plain_shapes(headers: Headers) -> dict[str, tuple[int, ...]]:
-    """Shapes of a checkpoint's tensors by their unquantised names; of packed values, those of the packed ones."""
+    """Shapes of a checkpoint's tensors by their unquantised names, as they are when nothing is quantised."""
     names = plain_names(headers.config, headers.tensors)
     held = {plain: headers.tensors[name].shape for name, plain in names.items()}
-    return held | {name: headers.tensors[name].shape for name, plain in names.items() if name == plain}
+    held |= {name: headers.tensors[name].shape for name, plain in names.items() if name == plain}
+    packed = {name: plain for name, plain in names.items() if name == f"{plain}_blocks"}
+    return held | {plain: unpacked(headers.tensors[name].shape) for name, plain in packed.items()}
+
+
+def parameters(headers: Headers, model: Any) -> int:
+    """How many parameters a checkpoint holds: its buffers and what quantised values are multiplied with are none."""
+    buffers = stored_buffers(headers, model)
+    names = plain_names(headers.config, headers.tensors)
+    held = {plain for name, plain in names.items() if name not in buffers}
+    # Quantised values may be bytes, others are floating-point.
+    held -= {name for name, plain in names.items() if name == plain and not headers.tensors[name].parameter}
+    return sum(math.prod(shape) for name, shape in plain_shapes(headers).items() if name in held)
 
 
 def _refuse_wrapped(headers: Headers, architecture: Architecture, strays: Sequence[str], placed: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ arrives says how each tensor on disk holds neurons: as a :class:`mlp_fusion.modu
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,11 +106,11 @@ def disk_ffns(
     conversion = Conversion(model)
     held: dict[str, list[str]] = {}
     for name in shapes:
-        place = conversion.place(name)
-        if place is not None:
-            held.setdefault(place[0], []).append(name)
+        for parameter in conversion.parameters(name):
+            held.setdefault(parameter, []).append(name)
     known: dict[tuple[object, ...], tuple[tuple[Piece, ...], list[str]]] = {}
-    found = []
+    found: list[DiskFFN] = []
+    offered: set[str] = set()
     for site in sites:
         names = sorted({n for below in site.kind.parameters for n in held.get(_join(site.path, below), ())}, key=_order)
         alike = (id(site.kind), tuple((pattern(name), shapes[name]) for name in names))
@@ -118,6 +119,15 @@ def disk_ffns(
         pieces, first = known[alike]
         renamed = dict(zip(first, names, strict=True))
         found.append(DiskFFN(site.index, site.path, site.kind, tuple(_renamed(piece, renamed) for piece in pieces)))
+        offered.update(names)
+    # Experts of two kinds may lie in one list on disk: each has one owner.
+    owners = Counter(name for ffn in found for name in ffn.names)
+    for name in sorted(offered):
+        if owners[name] != 1:
+            raise InputError(
+                f"{name} is a part of {owners[name]} FFNs: load the model, fuse it, and save it, as only whole FFNs of "
+                "their own can be streamed"
+            )
     return found
 
 
@@ -156,14 +166,37 @@ def _learnt(
         whole = _bundle(arrived, kind.projections, kind, experts)
         each = [tuple(_projection(whole, kind, e, p, small) for p in kind.projections) for e in range(experts)]
         pieces = _pieces(each)
-        if sorted(name for piece in pieces for name in piece.names) != sorted(names) or not _same(whole, pieces, tags):
+        if not _same(whole, pieces, tags):
             raise LookupError
     except (LookupError, ValueError, RuntimeError, StopIteration) as error:
+        damage = _damage(kind, names, shapes)
+        if damage is not None:
+            raise InputError(f"{damage}: the checkpoint is damaged, fetch it again") from error
         raise InputError(
             f"{site.path}: its tensors on disk ({', '.join(list(names)[:3])}...) become its parameters in a way that "
             "cannot be undone tensor by tensor: load the model, fuse it, and save it"
         ) from error
     return pieces
+
+
+def _damage(kind: Kind, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Which tensor of an FFN is of another shape than its likes, or which expert has none, where there is one."""
+    alike: dict[str, dict[int, str]] = {}
+    for name in names:
+        # The last number is the expert's, where each has a tensor of its own.
+        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        alike.setdefault(pattern(name), {})[numbers[-1] if numbers else 0] = name
+    several = any(len(likes) > 1 for likes in alike.values())
+    for likes in alike.values():
+        usual = Counter(shapes[name] for name in likes.values()).most_common(1)[0][0]
+        odd = [name for name in likes.values() if shapes[name] != usual]
+        # More of them may be of another kind.
+        if len(odd) == 1 and len(likes) > 2:
+            return f"{odd[0]} is {shapes[odd[0]]}, and its likes are {usual}"
+        lost = next((number for number in range(kind.experts) if number not in likes), None)
+        if several and lost is not None:
+            return f"expert {lost} has no tensor beside {next(iter(likes.values()))}"
+    return None
 
 
 def _shrinking(shapes: Sequence[tuple[int, ...]], kind: Kind) -> Callable[[tuple[int, ...]], tuple[int, ...]]:

@@ -56,6 +56,15 @@ class Conversion:
             return own, pattern
         return (name, None) if name in self._known else None
 
+    def parameters(self, name: str) -> list[str]:
+        """All parameters that the unquantised tensor `name` may go into: of some conversions, only one does take it."""
+        found = self.place(name)
+        if found is None:
+            return []
+        own, pattern = found
+        first, *others = self._by_pattern[pattern].target_patterns if pattern is not None else (own,)
+        return [own, *(also for target in others if (also := own.replace(first, target)) in self._known)]
+
     def convert(
         self, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]] | None = None
     ) -> dict[str, Tensor]:
@@ -85,6 +94,11 @@ class Conversion:
             for name, result in value.convert(own, model=model, config=self._model.config).items():
                 made[name] = result[0] if isinstance(result, list) else result
         return made
+
+    def made(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters that unquantised tensors of these shapes become, by name."""
+        nothing = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        return {name: tuple(tensor.shape) for name, tensor in self.convert(nothing).items()}
 
 
 class _Resized:

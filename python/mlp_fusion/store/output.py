@@ -5,6 +5,9 @@ killed process has left means nothing. What is written stands in `.NAME.partial`
 end. A folder that exists (it may be a mount point, which cannot be exchanged, or lie where nothing can be made) is
 filled from a hidden folder inside it instead. A run that can be resumed keeps a journal beside what it has written:
 where there is one, nothing is cleared unasked.
+
+A folder of such a name may be somebody else's. It is ours, and cleared, if the lock file that a killed run has left
+states its name and inode, or if a journal lies beside it, that is one by its first line.
 """
 
 from __future__ import annotations
@@ -12,11 +15,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.store.record import FUSION_KEY, REPORT_FILE, SIDE_FOLDER
@@ -122,6 +125,12 @@ def _is_empty_folder(out: Path) -> bool:
     return out.is_dir() and ((out / _JOURNAL).exists() or all(path.name in _NOTHING for path in out.iterdir()))
 
 
+def _lock_of(out: Path) -> Path:
+    """The file that a run locks."""
+    inside = out.is_dir() and _stays(out)
+    return out / _LOCK if inside else out.parent / f".{out.name}.lock"
+
+
 @contextmanager
 def taken(out: Path, *, resume: bool = False, force: bool = False) -> Iterator[None]:
     """Keep other runs out of `out`, which need not exist, and remove what a run that was killed left unfinished.
@@ -135,8 +144,7 @@ def taken(out: Path, *, resume: bool = False, force: bool = False) -> Iterator[N
         InputError: another run is writing to it, no lock can be made there, or what was left can be resumed and neither
             was asked for.
     """
-    inside = out.is_dir() and _stays(out)
-    lock = out / _LOCK if inside else out.parent / f".{out.name}.lock"
+    lock = _lock_of(out)
     made = [parent for parent in lock.parents if not parent.exists()]
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -144,12 +152,14 @@ def taken(out: Path, *, resume: bool = False, force: bool = False) -> Iterator[N
         try:
             _bring_back(out)
             journal = journal_of(out)
-            if journal.exists() and not resume and not force:
-                raise InputError(
-                    f"an unfinished run has left {journal}: go on with --resume, or start again with --force"
-                )
+            if journal.exists():
+                read_journal(journal)
+                if not resume and not force:
+                    raise InputError(
+                        f"an unfinished run has left {journal}: go on with --resume, or start again with --force"
+                    )
             if force or not journal.exists():
-                _remove_leftovers(out)
+                _remove_leftovers(out, lock)
             yield
         finally:
             # While it is held: whoever opens it from now on makes a new one.
@@ -188,15 +198,42 @@ def _is_at(handle: int, path: Path) -> bool:
         return False
 
 
-def _remove_leftovers(out: Path) -> None:
-    # Earlier versions put eight random digits into the name.
-    left = re.compile(rf"\.{re.escape(out.name)}\.([0-9a-f]{{8}}\.)?partial")
-    beside = [path for path in out.parent.iterdir() if left.fullmatch(path.name)] if out.parent.is_dir() else []
-    for path in (*beside, out / _PARTIAL):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-    for _, journal in _places(out):
+def _remove_leftovers(out: Path, lock: Path) -> None:
+    """Remove what a run that was killed has left of what it wrote.
+
+    Raises:
+        InputError: a folder or a file of such a name is none that this program has made.
+    """
+    for staging, journal in _places(out):
+        ours = journal.exists() and bool(read_journal(journal))
+        if staging.is_dir() and not staging.is_symlink() and (ours or lock.read_bytes() == _mark(staging)):
+            shutil.rmtree(staging)
+        elif staging.is_dir() and not any(staging.iterdir()):
+            staging.rmdir()  # killed before it was marked
+        elif os.path.lexists(staging):
+            raise InputError(f"{staging} is in the way, and none that this program has made: move it elsewhere")
         journal.unlink(missing_ok=True)
+
+
+def _mark(staging: Path) -> bytes:
+    """What a lock file holds while what is written stands in the folder `staging`."""
+    return f"{staging.name} {staging.stat().st_ino}".encode()
+
+
+def read_journal(file: Path) -> tuple[dict[str, Any], list[bytes]]:
+    """The first line of a journal, as JSON, and its other lines; one that was cut short is left out.
+
+    Raises:
+        InputError: by its first line, it is no journal of this program.
+    """
+    lines = file.read_bytes().split(b"\n")[:-1]
+    try:
+        head = json.loads(lines[0])
+        if not (isinstance(head["parts"], dict) and isinstance(head["replace"], bool)):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise InputError(f"{file} is damaged, or no journal of this program: move it elsewhere") from error
+    return head, lines[1:]
 
 
 def _bring_back(out: Path) -> None:
@@ -223,14 +260,15 @@ def appears_when_complete(out: Path, *, keep: bool = False, replace: bool = Fals
 
     Args:
         out: the folder.
-        keep: what is written may be there already, and stays on errors, to go on with.
+        keep: where there is a journal, what is written stays on errors, to go on with.
         replace: a checkpoint that was fused by this program may stand there, and gives way at the end.
     """
     staging = staging_of(out)
     filled = staging.parent == out
     moved: list[Path] = []
     try:
-        staging.mkdir(exist_ok=keep)
+        staging.mkdir(exist_ok=journal_of(out).exists())
+        _lock_of(out).write_bytes(_mark(staging))
         yield staging
         check_output(out, replace=replace)
         if filled:
@@ -251,7 +289,7 @@ def appears_when_complete(out: Path, *, keep: bool = False, replace: bool = Fals
         if _is_ours(_old(out)):
             shutil.rmtree(_old(out))
     except BaseException:
-        for path in () if keep else (*moved, staging):
+        for path in () if keep and journal_of(out).exists() else (*moved, staging):
             if path.is_dir():
                 shutil.rmtree(path)
             else:

@@ -5,7 +5,7 @@ They are read dequantised, reduced, and written in the model's dtype under the n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mlp_fusion.errors import InputError
@@ -86,3 +86,9 @@ def _plain(name: str, values: str, factors: tuple[str, ...]) -> str:
             found = name.removesuffix(ending)
             return f"{found}.weight" if ending.startswith(".") else found
     return name.removesuffix(values) if values else name
+
+
+def unpacked(blocks: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a tensor whose MXFP4 values, two in a byte, are `(..., rows, groups, 16)` bytes."""
+    *before, rows, groups, packed = blocks
+    return (*before, groups * packed * 2, rows)

@@ -66,7 +66,8 @@ def load_checkpoint(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any,
     try:
         model, info = building.model_class(config).from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-            ignore_mismatched_sizes=True, **reading_options(config),
+            ignore_mismatched_sizes=True, **experts_options(dtype),
+            **reading_options(config),
         )  # fmt: skip
     except InputError:
         raise
@@ -75,6 +76,11 @@ def load_checkpoint(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any,
     if quantisation(config) is not None:
         forget(model)
     return model.eval(), info
+
+
+def experts_options(dtype: torch.dtype) -> dict[str, str]:
+    """What models of `dtype` have to be told to run their experts: torch's grouped products know no float64."""
+    return {"experts_implementation": "eager"} if dtype == torch.float64 else {}
 
 
 def reference_outputs(model: Any, seed: int, *, head: bool) -> dict[str, Tensor]:

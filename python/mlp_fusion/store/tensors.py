@@ -5,7 +5,6 @@ Files are read by position rather than mapped: what was read and let go does not
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mlp_fusion.errors import InputError
-from mlp_fusion.store.quantised import plain_names, quantisation
-from mlp_fusion.store.weights import COMPUTING, find_weights
+from mlp_fusion.neurons import all_finite
+from mlp_fusion.store.quantised import plain_names, quantisation, unpacked
+from mlp_fusion.store.weights import COMPUTING, LENGTH, find_weights, read_header
 
 #: Every dtype that safetensors files are read and written in here.
 DTYPES: dict[str, torch.dtype] = {
@@ -26,7 +26,6 @@ DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
 }  # fmt: skip
-_LENGTH, _LARGEST_HEADER = 8, 100 * 2**20
 _FP8 = ("F8_E4M3", "F8_E5M2")
 #: Values of the 4-bit floats of MXFP4, by their bits.
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -53,13 +52,10 @@ def spans(file: Path) -> tuple[dict[str, Span], dict[str, str] | None]:
         InputError: it is damaged or cut short, or holds a dtype that torch has not.
     """
     size = file.stat().st_size
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(_LENGTH), "little")
-        content = handle.read(length) if 0 < length <= min(size, _LARGEST_HEADER) else b""
+    header, length = read_header(file)
     try:
-        header = json.loads(content)
         metadata = header.pop("__metadata__", None)
-        begin = _LENGTH + length
+        begin = LENGTH + length
         found = {
             name: Span(file, begin + int(entry["data_offsets"][0]), entry["dtype"], tuple(map(int, entry["shape"])))
             for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"])
@@ -155,6 +151,17 @@ class Tensors(Mapping[str, Plain]):
         assert count is None, "blocks are read whole"
         return _from_blocks(values, _read(plain.factors), plain.block, plain.dtype)
 
+    def read_finite(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
+        """The same of a weight.
+
+        Raises:
+            InputError: as :meth:`read`, or it holds NaN or Inf.
+        """
+        found = self.read(name, first, count)
+        if found.is_floating_point() and not all_finite(found):
+            raise InputError(f"{name} holds NaN or Inf: the checkpoint is damaged")
+        return found
+
 
 def _dtype_of(config: Any) -> torch.dtype:
     found = getattr(config, "dtype", None)
@@ -182,8 +189,7 @@ def _plain(
         blocks, scales = (next((stored[n] for n in names if n.endswith(end)), None) for end in ("_blocks", "_scales"))
         if blocks is None or scales is None:
             raise InputError(f"{name}: its blocks or its scales are missing: fetch the checkpoint again")
-        *before, rows, groups, packed = blocks.shape
-        return Plain((*before, groups * packed * 2, rows), dtype, blocks, scales)
+        return Plain(unpacked(blocks.shape), dtype, blocks, scales)
     values = next((stored[n] for n in names if n == name), None)
     if values is None:
         raise InputError(f"{name} is missing, and there is {names[0]}: fetch the checkpoint again")

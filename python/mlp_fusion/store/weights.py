@@ -28,6 +28,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _ADAPTER_FILE = "adapter_config.json"
 #: Key in config.json by which transformers takes other files.
 _NAMING_KEY = "transformers_weights"
+#: Safetensors files start with the length of their header, in so many bytes; what is longer than that is none.
+LENGTH, _LARGEST_HEADER = 8, 100 * 2**20
 #: The longest name that file systems take, in bytes.
 _NAME_BYTES = 255
 
@@ -178,7 +180,39 @@ def opened(file: Path) -> Iterator[Any]:
         raise InputError(f"{file}: damaged or cut short ({error}): fetch it again") from error
 
 
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """What stands before the tensors of a safetensors file, and its length in bytes.
+
+    Raises:
+        InputError: it cannot be read, or names a tensor twice, of which every reader would choose one by itself.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(LENGTH), "little")
+        content = handle.read(length) if 0 < length <= min(size, _LARGEST_HEADER) else b""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise InputError(
+                f"{file}: {next(n for n in names if names.count(n) > 1)} is in its header twice: save the model again"
+            )
+        return found
+
+    try:
+        header = json.loads(content, object_pairs_hook=once) if content else None
+        if not isinstance(header, dict):
+            raise ValueError("it has no header")
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{file}: damaged or cut short ({error}): fetch it again") from error
+    return header, length
+
+
 def _headers(file: Path) -> dict[str, TensorInfo]:
+    read_header(file)
     headers = {}
     with opened(file) as handle:
         for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)

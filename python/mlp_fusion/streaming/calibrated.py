@@ -76,37 +76,73 @@ class Calibrated:
         Raises:
             InputError: the model cannot be run layer by layer, or not on the text; or an FFN is not what it seems.
         """
-        sites = self.architecture.sites(self._model.model)
-        layers = self._model.stack(sites)
+        stacks = self._model.stacks(self.architecture.sites(self._model.model))
         chosen = set(self.work.settings.layers)  # type: ignore[arg-type]
-        last = max(n for n, layer in enumerate(layers) if any(site.index in chosen for site in layer.sites))
-        left = [n for n, layer in enumerate(layers[: last + 1]) if layer.path not in finished]
+        order = [layer for stack in stacks for layer in stack]
+        last = max(n for n, layer in enumerate(order) if any(site.index in chosen for site in layer.sites))
+        left = [n for n, layer in enumerate(order[: last + 1]) if layer.path not in finished]
         if not left:
             return
-        calls = self._model.record(layers, self.batches).calls
-        exact = [hidden_of(call) for call in calls[0]]
-        first, states = 0, exact
-        resumed = self._resumed()
-        if resumed is not None and 0 < resumed[0] <= left[0]:
-            first, exact, states = resumed
-        for number in range(first, last + 1):
-            layer = layers[number]
-            with self._model.loaded(layer):
-                members = [site for site in layer.sites if site.index in chosen]
-                exact, states, found = self._layer(layer, members, calls[number], exact, states)
+        at = self._resumed()
+        if at is None or not 0 < at.layer <= left[0]:
+            at = _Carried(0, [], [], [], [])
+        begin = 0
+        for stack in stacks:
+            if begin <= last and at.layer < begin + len(stack):
+                self._stack(stacks, at, begin, min(last + 1 - begin, len(stack)), done, ends=begin + len(stack) <= last)
+            begin += len(stack)
+
+    def _stack(
+        self, stacks: Sequence[Sequence[Layer]], at: _Carried, begin: int, length: int, done: Done, *, ends: bool
+    ) -> None:
+        """Go on from `at` in a stack, for `length` layers.
+
+        Args:
+            stacks: all.
+            at: where; it goes along.
+            begin: number of the stack's first layer.
+            length: of the stack, or up to the last layer that is wanted.
+            done: as of :meth:`run`.
+            ends: whether another stack is to follow.
+        """
+        stack = stacks[len(at.ends)]
+        calls = self._model.record(stacks, self.batches, at.ends)
+        calls_now = calls
+        if self.sequential and at.ends:
+            calls_now = self._model.record(stacks, self.batches, at.ends_now)
+        if at.layer == begin:
+            at.exact, at.states = ([hidden_of(call) for call in found[0]] for found in (calls, calls_now))
+        for number in range(at.layer - begin, length):
+            layer = stack[number]
+            with self._model.loaded(layer), self._model.checked(layer, stack):
+                members = [site for site in layer.sites if site.index in self.work.settings.layers]  # type: ignore[operator]
+                found = self._layer(layer, members, calls[number], calls_now[number], at)
                 outcome = self._outcome(members, found)
             flush(self.work.write(Task(layer.path), outcome))
             done(layer.path, outcome.rows)
+            at.layer += 1
+            more = number + 1 < length
+            if not more and ends:
+                at.ends.append(at.exact)
+                at.ends_now.append(at.states)
+                at.exact, at.states = [], []
             # After the journal: states that lag behind it have a layer done again, and nothing is lost.
-            if number < last:
-                self._keep(number + 1, exact, states)
+            if more or ends:
+                self._keep(at)
 
     # --- one layer ---------------------------------------------------------------------------------------------------
 
     def _layer(
-        self, layer: Layer, members: Sequence[FFNSite], calls: Sequence[Call], exact: list[Tensor], states: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor], list[_Reduced]]:
-        """The next hidden states, of the original model and of the reduced one, and what became of a layer's FFNs."""
+        self, layer: Layer, members: Sequence[FFNSite], calls: Sequence[Call], calls_now: Sequence[Call], at: _Carried
+    ) -> list[_Reduced]:
+        """What becomes of a layer's FFNs; its outputs are carried on.
+
+        Args:
+            layer: it.
+            members: those of its FFNs that are reduced.
+            calls, calls_now: what it is called with, in the original model and in the reduced one.
+            at: the hidden states that it gets, and then those that it puts out.
+        """
         experts = [expert for site in members for expert in site.experts()]
         read = {site.index: self.architecture.read(site) for site in members}
         originals = [read[s.index] if s.expert is None else read[s.index].select(s.expert) for s in experts]
@@ -116,19 +152,19 @@ class Calibrated:
             run = SequentialReduction(
                 self.architecture, experts, self.batches, reduce, self._plan, self.work.settings.calibration_rows
             )
-            shown = self._shown(layer, experts, calls, exact)
-            exact, states = run.step(layer, calls, calls, exact, states)
+            shown = self._shown(layer, experts, calls, at.exact)
+            at.exact, at.states = run.step(layer, calls, calls_now, at.exact, at.states)
             found = [run.results[number] for number in range(len(experts))]
         else:
             known: list[FFNStatistics] = []
             for some in _in_turns(experts, originals):
-                known += self._statistics(layer, some, calls, exact)
+                known += self._statistics(layer, some, calls, at.exact)
             enough = [with_enough_tokens(*pair) for pair in zip(experts, known, strict=True)]
             found = reduce_ffns(self._recipe, originals, widths, enough) if experts else []
             shown = [sampled_rows(statistics, self.work.settings.seed) for statistics in known]
-            exact = [run_layer(layer, call, x) for call, x in zip(calls, exact, strict=True)]
-            states = exact
-        return exact, states, [_Reduced(*four) for four in zip(experts, originals, shown, found, strict=True)]
+            at.exact = [run_layer(layer, call, x) for call, x in zip(calls, at.exact, strict=True)]
+            at.states = at.exact
+        return [_Reduced(*four) for four in zip(experts, originals, shown, found, strict=True)]
 
     def _reduce_one(
         self,
@@ -196,26 +232,56 @@ class Calibrated:
 
     # --- going on ----------------------------------------------------------------------------------------------------
 
-    def _keep(self, number: int, exact: Sequence[Tensor], states: Sequence[Tensor]) -> None:
-        """Keep the hidden states that layer `number` gets."""
-        held = {f"exact.{n}": t.cpu().contiguous() for n, t in enumerate(exact)}
-        if self.sequential:
-            held |= {f"states.{n}": t.cpu().contiguous() for n, t in enumerate(states)}
+    def _keep(self, at: _Carried) -> None:
+        """Keep the hidden states that the next layer gets, and those that stacks have ended with."""
+        held = at.tensors(sequential=self.sequential)
         unfinished = self.states_file.with_name(f"{self.states_file.name}.new")
-        save_file(held, unfinished, metadata={"layer": str(number)})
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in held.items()}
+        save_file(tensors, unfinished, metadata={"layer": str(at.layer), "ends": str(len(at.ends))})
         flush([unfinished])
         unfinished.rename(self.states_file)
 
-    def _resumed(self) -> tuple[int, list[Tensor], list[Tensor]] | None:
-        """The layer that hidden states are kept for, and they; None where there are none that can be read."""
+    def _resumed(self) -> _Carried | None:
+        """Where hidden states are kept for, and they; None where there are none that can be read."""
         try:
             with safe_open(self.states_file, framework="pt") as handle:
-                number = int(handle.metadata()["layer"])
+                layer, ends = (int(handle.metadata()[name]) for name in ("layer", "ends"))
                 held = {name: handle.get_tensor(name).to(self.work.device) for name in handle.keys()}  # noqa: SIM118
-            exact = [held[f"exact.{n}"] for n in range(len(self.batches))]
-            return number, exact, [held[f"states.{n}"] for n in range(len(self.batches))] if self.sequential else exact
+
+            def of(name: str) -> list[Tensor]:
+                # Behind the last layer of a stack, there are none to go on with.
+                return [held[f"{name}.{n}"] for n in range(len(self.batches))] if f"{name}.0" in held else []
+
+            now = "states" if self.sequential else "exact"
+            each = [[of(f"{name}.{n}") for n in range(ends)] for name in ("exact.end", f"{now}.end")]
+            return _Carried(layer, of("exact"), of(now), *each)
         except (OSError, SafetensorError, KeyError):
             return None  # layers are done again
+
+
+@dataclass
+class _Carried:
+    """How far a run has come.
+
+    Attributes:
+        layer: number of the next one.
+        exact, states: the hidden states that it gets, in the original model and in the reduced one, per batch; none for
+            the first of a stack.
+        ends, ends_now: those that each stack before has ended with.
+    """
+
+    layer: int
+    exact: list[Tensor]
+    states: list[Tensor]
+    ends: list[list[Tensor]]
+    ends_now: list[list[Tensor]]
+
+    def tensors(self, *, sequential: bool) -> dict[str, Tensor]:
+        """All by name, to be kept; those of the reduced model where they are others."""
+        found = {"exact": self.exact, **{f"exact.end.{n}": end for n, end in enumerate(self.ends)}}
+        if sequential:
+            found |= {"states": self.states, **{f"states.end.{n}": end for n, end in enumerate(self.ends_now)}}
+        return {f"{name}.{n}": tensor for name, each in found.items() for n, tensor in enumerate(each)}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from mlp_fusion.families import Architecture
 from mlp_fusion.measure.errors import relative_error
 from mlp_fusion.modules.stored import bundle_of
 from mlp_fusion.neurons import UNNAMED, NeuronBundle, all_finite
-from mlp_fusion.store.coverage import dropped_layers, meta_model
+from mlp_fusion.store.coverage import dropped_layers, gap, meta_model
 from mlp_fusion.store.disk import DiskFFN, Piece, disk_ffns
 from mlp_fusion.store.naming import Conversion
 from mlp_fusion.store.record import architecture_of
@@ -52,14 +52,13 @@ class Checkpoint:
 
 def loading(found: Checkpoint) -> tuple[bool, str]:
     """Whether every parameter of the model is on disk, in its shape; and what was seen."""
-    nothing = {name: torch.empty(plain.shape, device="meta") for name, plain in found.tensors.items()}
-    made = Conversion(found.model).convert(nothing)
-    tied = set(getattr(found.model, "all_tied_weights_keys", None) or ())
+    made = Conversion(found.model).made(found.tensors.shapes)
+    lost = gap(found.model, made)
+    if lost is not None:
+        return False, f"{lost} is missing"
     for name, parameter in found.model.named_parameters():
-        if name not in made and name not in tied:
-            return False, f"{name} is missing"
-        if name in made and made[name].shape != parameter.shape:
-            return False, f"{name} is {tuple(made[name].shape)}, config.json makes it {tuple(parameter.shape)}"
+        if name in made and made[name] != parameter.shape:
+            return False, f"{name} is {made[name]}, config.json makes it {tuple(parameter.shape)}"
     return True, "every weight has its place; the model was not loaded"
 
 

@@ -1,7 +1,10 @@
-"""Who does the tasks of a streamed run: threads of this process, or Ray."""
+"""Who does the tasks of a streamed run: threads of this process, on all of its GPUs, or Ray."""
 
 from __future__ import annotations
 
+import contextlib
+import queue
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
@@ -14,7 +17,7 @@ from mlp_fusion.store.shards import flush
 from mlp_fusion.streaming.tasks import TASK_BYTES, Task
 from mlp_fusion.streaming.work import Member, Work
 
-#: Threads that do tasks side by side: on a CPU at most, and where the work itself is done on a GPU.
+#: Threads that do tasks side by side: on a CPU at most, and for each GPU where the work itself is done on one.
 _MOST_WORKERS, _ON_A_GPU = 8, 3
 #: Called in one thread, with a task whose bytes are on the disk.
 Done = Callable[[Task, list[Member]], None]
@@ -30,8 +33,30 @@ def workers_here(largest: int = 0) -> int:
     return max(1, many * TASK_BYTES // max(TASK_BYTES, largest))
 
 
+def devices_of(device: torch.device) -> list[torch.device]:
+    """Where tasks are reduced: on all GPUs that are like the first, unless `device` says which one, or is none.
+
+    The bits of a task do not depend on which of equal GPUs does it. Of others they might: those are left idle, with a
+    warning.
+    """
+    if device.type != "cuda" or device.index is not None:
+        return [device]
+    found: dict[tuple[object, ...], list[int]] = {}
+    for number in range(torch.cuda.device_count()):
+        known = torch.cuda.get_device_properties(number)
+        found.setdefault((known.name, known.major, known.minor, known.multi_processor_count), []).append(number)
+    (first, *_), (alike, *others) = found.keys(), found.values()
+    if others:
+        idle = ", ".join(str(number) for numbers in others for number in numbers)
+        warnings.warn(
+            f"GPUs {idle} are unlike GPU 0 ({first[0]}) and are not used: name one with device, or hide GPU 0",
+            stacklevel=2,
+        )
+    return [torch.device("cuda", number) for number in alike]
+
+
 def run_locally(work: Work, tasks: Sequence[Task], done: Done) -> None:
-    """Do tasks in several threads: while some read or write, others reduce.
+    """Do tasks in several threads: while some read or write, others reduce; each on a device of :func:`devices_of`.
 
     On the CPU, there are as many as torch has threads, up to eight, which share those among them: tasks side by side
     wait less for one another than the parts of one task do.
@@ -41,13 +66,28 @@ def run_locally(work: Work, tasks: Sequence[Task], done: Done) -> None:
     """
     threads = torch.get_num_threads()
     largest = max((task.nbytes for task in tasks), default=0)
-    workers = workers_here(largest) if work.device.type == "cpu" else _ON_A_GPU
+    devices = devices_of(work.device)
+    each = workers_here(largest) if work.device.type == "cpu" else _ON_A_GPU
+    workers = each * len(devices)
+    # They take turns: whoever has been free for the longest is next.
+    free: queue.SimpleQueue[Work] = queue.SimpleQueue()
+    for own in [work.on(device) for device in devices] * each:
+        free.put(own)
+
+    def do_on_a_free_device(task: Task) -> list[Member]:
+        own = free.get()
+        try:
+            with torch.cuda.device(own.device) if own.device.type == "cuda" else contextlib.nullcontext():
+                return do(own, task)
+        finally:
+            free.put(own)
+
     pool = ThreadPoolExecutor(workers, "task")
     torch.set_num_threads(max(1, threads // workers))
     # For all of them: torch has one such setting, and what one thread puts back another may still need.
     with native.exact_products():
         try:
-            names = {pool.submit(do, work, task): task for task in tasks}
+            names = {pool.submit(do_on_a_free_device, task): task for task in tasks}
             for future in as_completed(names):
                 done(names[future], future.result())
         finally:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.measure import FFNRow
+from mlp_fusion.store.output import read_journal
 from mlp_fusion.store.shards import flush
 from mlp_fusion.streaming.work import Member
 
@@ -32,12 +33,10 @@ def left_behind(file: Path) -> tuple[bool, bool]:
     Raises:
         InputError: it is damaged.
     """
-    if not file.is_file():
-        return False, False
-    lines = file.read_bytes().split(b"\n")[:-1]
+    head, lines = read_journal(file)
     try:
-        return bool(json.loads(lines[0])["replace"]), bool(json.loads(lines[-1]).get("complete", False))
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        return head["replace"], bool(lines) and "complete" in json.loads(lines[-1])
+    except ValueError as error:
         raise InputError(f"{file}: damaged: start again with --force") from error
 
 
@@ -75,19 +74,15 @@ class Journal:
         Raises:
             InputError: it is that of another run.
         """
-        lines = self.file.read_bytes().split(b"\n")[:-1]  # what has no end is cut short
-        try:
-            found = json.loads(lines[0])["parts"]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise InputError(f"{self.file}: damaged: start again with --force") from error
-        changed = [name for name, digest in self._parts.items() if found.get(name) != digest]
+        head, lines = read_journal(self.file)
+        changed = [name for name, digest in self._parts.items() if head["parts"].get(name) != digest]
         if changed:
             raise InputError(
                 f"{self.file}: the unfinished run had another {changed[0]}: go on with what it was started with, or "
                 "start again with --force"
             )
         whole = 0
-        for line in lines[1:]:
+        for line in lines:
             try:
                 entry = json.loads(line)
             except ValueError:
@@ -98,7 +93,7 @@ class Journal:
                 self.done[entry["task"]] = [(number, FFNRow(**row), seen) for number, row, seen in entry["rows"]]
             whole += 1
         with self.file.open("r+b") as handle:
-            handle.truncate(sum(len(line) + 1 for line in lines[: whole + 1]))
+            handle.truncate(len(handle.readline()) + sum(len(line) + 1 for line in lines[:whole]))
 
     def add(self, task: str, rows: list[Member]) -> None:
         """Note that a task is done, its bytes on the disk."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,11 @@ from torch import Tensor, nn
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import FFNSite, building
-from mlp_fusion.reducing.layers import Layer, Recorder, hidden_of, layers_of
+from mlp_fusion.reducing.layers import Call, Layer, Recorder, hidden_of, layers_of
 from mlp_fusion.running.batches import Batch
 from mlp_fusion.running.runner import Runner
 from mlp_fusion.store.naming import Conversion
-from mlp_fusion.store.reference import stays_wide, wide_patterns
+from mlp_fusion.store.reference import experts_options, stays_wide, wide_patterns
 from mlp_fusion.store.tensors import Tensors
 
 
@@ -44,9 +46,10 @@ class LayerwiseModel:
             if place is not None:
                 self._names.setdefault(place[0], []).append(name)
         self._wide = wide_patterns(self.model, dtype)
+        self._hands_on = False
 
-    def stack(self, sites: Sequence[FFNSite]) -> list[Layer]:
-        """The layers, those without an FFN too, in the order in which they stand; everything else is read.
+    def stacks(self, sites: Sequence[FFNSite]) -> list[list[Layer]]:
+        """The lists of layers, those without an FFN too, in the order in which they stand; everything else is read.
 
         Raises:
             InputError: an FFN stands in no list of layers.
@@ -58,13 +61,16 @@ class LayerwiseModel:
                 raise InputError(
                     f"{next(iter(found))} is in no list of layers, that could be run one by one: leave out stream"
                 )
-        layers = [
-            found.get(f"{path}.{name}", Layer(f"{path}.{name}", module, ()))
+        stacks = [
+            [
+                found.get(f"{path}.{name}", Layer(f"{path}.{name}", module, ()))
+                for name, module in self.model.get_submodule(path).named_children()
+            ]
             for path in lists
-            for name, module in self.model.get_submodule(path).named_children()
         ]
-        self._read([p for p in self._names if not any(p.startswith(f"{layer.path}.") for layer in layers)])
-        return layers
+        inside = tuple(f"{path}." for path in lists)
+        self._read([parameter for parameter in self._names if not parameter.startswith(inside)])
+        return stacks
 
     @contextmanager
     def loaded(self, layer: Layer) -> Iterator[None]:
@@ -80,9 +86,19 @@ class LayerwiseModel:
                         module._parameters[name] = _empty(parameter)
 
     def _read(self, parameters: Sequence[str]) -> None:
-        """Read parameters and buffers, all of those that are made of the same tensors."""
-        names = [name for parameter in parameters for name in self._names[parameter]]
-        made = self._conversion.convert({name: self._tensors.read(name) for name in names})
+        """Read parameters and buffers, all of those that are made of the same tensors.
+
+        Raises:
+            InputError: a parameter is not finite.
+        """
+        buffers = {name for name, _ in self.model.named_buffers()}
+        read: dict[str, Tensor] = {}
+        for parameter in parameters:
+            # Buffers, masks among them, may be infinite.
+            one = self._tensors.read if parameter in buffers else self._tensors.read_finite
+            read.update((name, one(name)) for name in self._names[parameter])
+        made = self._conversion.convert(read)
+        read.clear()
         for name in list(made):
             path, _, own = name.rpartition(".")
             module = self.model.get_submodule(path)
@@ -96,27 +112,95 @@ class LayerwiseModel:
                 module._parameters[own] = nn.Parameter(value, requires_grad=False)
         self.model.tie_weights()
 
-    def record(self, layers: Sequence[Layer], batches: Sequence[Batch]) -> Recorder:
-        """What each layer is called with, of hidden states those of the first only: no layer is run.
+    def record(
+        self, stacks: Sequence[Sequence[Layer]], batches: Sequence[Batch], ends: Sequence[Sequence[Tensor]]
+    ) -> list[list[Call]]:
+        """What each layer of a stack is called with, of hidden states those of the first only: few layers are run.
 
-        Layers stand aside and hand on what they get. What they get besides must not depend on it.
+        Layers stand aside and hand on what they get. What they get besides must not depend on it, which is seen when
+        they hand on something else, or must come from the first of a stack (the relative positions of T5), which runs
+        then.
+
+        Args:
+            stacks: all lists of layers; that of which calls are wanted stands behind as many as have `ends`.
+            batches: what the model runs on.
+            ends: what the last layers of earlier stacks put out, per batch.
+
+        Returns:
+            Per layer and batch, the call.
 
         Raises:
-            InputError: a layer gets something else than what the one before has put out.
+            InputError: a layer gets something else than what the one before has put out, or stacks run in another
+                order than they stand in.
         """
-        for handed in (_itself, _in_a_tuple):
-            recorder = Recorder(layers)
-            with Runner(self.model, "the calibration text") as runner, _standing_aside(layers, handed):
-                try:
-                    recorder.run(runner, batches)
-                except InputError:
-                    continue  # it takes something else from its layers
-            if recorder.order == list(range(len(layers))) and recorder.chained >= set(range(1, len(layers))):
-                return recorder
+        for handed in (_itself, _in_a_tuple, None):
+            calls = self._recorded(stacks, batches, ends, handed)
+            if calls is None:
+                continue  # they are asked for something else
+            # What nobody may depend on is something else now.
+            others = self._recorded(stacks, batches, ends, handed, torch.neg)
+            if others is not None and _alike(calls, others):
+                self._hands_on = handed is None
+                return calls
         raise InputError(
             f"{type(self.model).__name__}: its layers do not feed one another from the first to the last, so that they "
             "cannot be run one by one: leave out stream, or the calibration"
         )
+
+    def _recorded(
+        self,
+        stacks: Sequence[Sequence[Layer]],
+        batches: Sequence[Batch],
+        ends: Sequence[Sequence[Tensor]],
+        handed: _Form | None,
+        turned: Callable[[Tensor], Tensor] = torch.clone,
+    ) -> list[list[Call]] | None:
+        """As :meth:`record`, of layers that put out what `turned` makes of hidden states; None if they do not fit."""
+        layers = stacks[len(ends)]
+        recorder = Recorder(layers)
+        ran: list[int] = []
+        with Runner(self.model, "the calibration text") as runner, ExitStack() as inside:
+            for number, stack in enumerate(stacks):
+                if handed is None:
+                    inside.enter_context(self.loaded(stack[0]))
+                given = ends[number] if number < len(ends) else None
+                entered = functools.partial(ran.append, number)
+                inside.enter_context(_standing_aside(stack, handed, turned, given, entered))
+            try:
+                recorder.run(runner, batches)
+            except InputError:
+                return None
+        chained = recorder.order == list(range(len(layers))) and recorder.chained >= set(range(1, len(layers)))
+        return recorder.calls if chained and _in_order(ran, len(ends), len(batches)) else None
+
+    @contextmanager
+    def checked(self, layer: Layer, stack: Sequence[Layer]) -> Iterator[None]:
+        """Inside, a layer that runs hands on, besides hidden states, what it got: so the next one's call is known.
+
+        Raises:
+            InputError: it does not.
+        """
+
+        def left(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            got = {id(value) for value in (*args, *kwargs.values())}
+            if any(isinstance(value, Tensor) and id(value) not in got for value in output[1:]):
+                raise InputError(
+                    f"{layer.path} puts out more than hidden states, so that layers cannot be run one by one: leave "
+                    "out stream, or the calibration"
+                )
+
+        if not self._hands_on or layer is stack[0]:
+            yield
+            return
+        handle = layer.module.register_forward_hook(left, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+#: How layers put out hidden states.
+_Form = Callable[[Tensor], Any]
 
 
 def _itself(hidden: Tensor) -> Any:
@@ -127,19 +211,71 @@ def _in_a_tuple(hidden: Tensor) -> Any:
     return (hidden,)
 
 
+def _alike(one: Any, other: Any) -> bool:
+    """Whether calls hold the same tensors."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return True
+
+
+def _in_order(ran: Sequence[int], stack: int, batches: int) -> bool:
+    """Whether, on each batch, the stacks before number `stack` ran before it, one after the other, and others later.
+
+    Args:
+        ran: the stack of each layer that ran, in order.
+        stack: number of one.
+        batches: how many there were.
+    """
+    found = [number for number, _ in itertools.groupby(min(number, stack + 1) for number in ran)]
+    alone, followed = (
+        [number for number, _ in itertools.groupby([*range(stack + more)] * batches)] for more in (1, 2)
+    )  # fmt: skip
+    return found in (alone, followed)
+
+
 @contextmanager
-def _standing_aside(layers: Sequence[Layer], handed: Any) -> Iterator[None]:
-    """Inside, layers put out the hidden states that they get."""
+def _standing_aside(
+    stack: Sequence[Layer],
+    handed: _Form | None,
+    turned: Callable[[Tensor], Tensor],
+    ends: Sequence[Tensor] | None,
+    entered: Callable[[], None],
+) -> Iterator[None]:
+    """Inside, layers put out what `turned` makes of the hidden states that they get.
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return handed(hidden_of((args, kwargs)))
+    Args:
+        stack: the layers.
+        handed: the form in which they put them out; without it the first layer runs, and what it puts out besides
+            hidden states is what all do.
+        turned: makes hidden states of hidden states.
+        ends: what the last layer puts out instead, per batch, if it is known.
+        entered: called when one would run.
+    """
+    left = None if ends is None else iter(ends)
+    runs, besides = stack[0].module.forward, tuple[Any, ...]()
 
-    for layer in layers:
-        layer.module.forward = forward
+    def forward(layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        nonlocal besides
+        entered()
+        hidden = hidden_of((args, kwargs))
+        if handed is None and layer is stack[0]:
+            hidden, *others = runs(*args, **kwargs)
+            besides = tuple(others)
+        hidden = turned(hidden)
+        if left is not None and layer is stack[-1]:
+            hidden = next(left)
+        return (hidden, *besides) if handed is None else handed(hidden)
+
+    for layer in stack:
+        layer.module.forward = functools.partial(forward, layer)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in stack:
             del layer.module.forward
 
 
@@ -154,7 +290,7 @@ def _hollow(config: Any, dtype: torch.dtype) -> Any:
     with building.undisturbed():
         nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
         try:
-            model = cls._from_config(config, dtype=dtype)
+            model = cls._from_config(config, dtype=dtype, **experts_options(dtype))
         except Exception as error:
             raise InputError(f"{config.model_type}: transformers builds no model from this config: {error}") from error
         finally:

@@ -14,6 +14,7 @@ import transformers
 
 import mlp_fusion
 from mlp_fusion.choices import METHODS
+from mlp_fusion.errors import InputError, named
 from mlp_fusion.families import Architecture
 from mlp_fusion.families.exchange import check_form
 from mlp_fusion.measure import FFNRow
@@ -22,8 +23,9 @@ from mlp_fusion.reducing.pipeline import Progress
 from mlp_fusion.reducing.rows import together
 from mlp_fusion.running.batches import Batch
 from mlp_fusion.settings import FuseSettings
-from mlp_fusion.store.coverage import dropped_layers, meta_model
+from mlp_fusion.store.coverage import dropped_layers, gap, meta_model
 from mlp_fusion.store.disk import DiskFFN, disk_ffns
+from mlp_fusion.store.naming import Conversion
 from mlp_fusion.store.output import appears_when_complete, journal_of, staging_of
 from mlp_fusion.store.record import check_config, fused_config
 from mlp_fusion.store.reference import compute_dtype, wide_patterns
@@ -82,9 +84,28 @@ class Stream:
             progress: called with FFNs and experts done, of all.
 
         Raises:
-            InputError: the unfinished run was another one, or a tensor cannot be used. What is done stays.
+            InputError: the unfinished run was another one, a tensor cannot be used, or a disk fails. What is done
+                stays.
         """
         journal = Journal(journal_of(out), self._fingerprints(), replace=replace)
+        try:
+            return self._written(journal, out, finish, engine=engine, replace=replace, progress=progress)
+        except OSError as error:
+            place, cause = error.filename or out.parent, error.strerror or named(error)
+            remedy = "--resume goes on" if journal.file.exists() else "start again"
+            raise InputError(f"{place}: {cause}: once that is mended, {remedy}") from error
+
+    def _written(
+        self,
+        journal: Journal,
+        out: Path,
+        finish: Callable[[Path, list[FFNRow]], None],
+        *,
+        engine: str,
+        replace: bool,
+        progress: Progress | None,
+    ) -> list[FFNRow]:
+        """As :meth:`run`; OSError where a disk fails."""
         if journal.file.exists():
             journal.resume()
         if journal.complete and not staging_of(out).exists():
@@ -95,7 +116,12 @@ class Stream:
             work = dataclasses.replace(self.work, target=staging)
             if not journal.complete:
                 self._make_files(work, journal)
-                self._do(work, journal, engine, progress)
+                try:
+                    self._do(work, journal, engine, progress)
+                except InputError:
+                    if not journal.done:
+                        journal.file.unlink()  # nothing to go on with
+                    raise
                 rows = self._rows(journal)
                 write_index(work.source, staging, work.weights_out)
                 write_config(work.source, staging, self.changed)
@@ -147,6 +173,7 @@ class Stream:
 
     def _fingerprints(self) -> dict[str, str]:
         work = self.work
+        on_a_gpu = work.device.type == "cuda"
         files = [*find_weights(work.source).files, work.source / "config.json"]
         return {
             "source": fingerprint({"files": files_as_they_are(files)}),
@@ -155,7 +182,7 @@ class Stream:
                     "settings": vars(work.settings),
                     "widths": list(work.widths),
                     "dtype": str(work.dtype),
-                    "device": work.device.type,
+                    "device": torch.cuda.get_device_name(work.device) if on_a_gpu else work.device.type,
                 }
             ),
             "text": fingerprint({"text": [batch["input_ids"].tolist() for batch in self.text or ()]}),
@@ -195,6 +222,9 @@ def prepare(
     sites = architecture.sites(model)
     tensors = Tensors(folder, headers.config)
     ffns = disk_ffns(model, architecture, sites, tensors.shapes)
+    lost = gap(model, Conversion(model).made(tensors.shapes))
+    if lost is not None:
+        raise InputError(f"{folder}: {lost} is missing: the checkpoint is incomplete")
     ffns += dropped_layers(headers, model, architecture, sites)
     chosen = sorted(site.index for site in sites if widths[site.index] < site.kind.width)
     named = all(sites[index].kind.name != UNNAMED for index in chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlp_fusion.errors import InputError
 from mlp_fusion.families import FFNSite
 from mlp_fusion.measure import FFNRow
 from mlp_fusion.modules.stored import bundle_of, tensors_of
-from mlp_fusion.neurons import NeuronBundle, all_finite
+from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing.pipeline import Recipe, ReducedFFN, reduce_ffns
 from mlp_fusion.reducing.rows import fused_row
 from mlp_fusion.running.taps import Activations
@@ -97,6 +97,14 @@ class Work:
         """Where scales are written to."""
         return Shards(self.target, self.scales)
 
+    def on(self, device: torch.device) -> Work:
+        """The same on another device; headers, and what is known of the files to write, are shared."""
+        for once in ("_tensors", "weights_out", "scales_out", "_scale_names"):
+            getattr(self, once)  # copied when it is known
+        other = copy.copy(self)
+        object.__setattr__(other, "device", device)
+        return other
+
     def read(self, task: Task) -> list[dict[str, Tensor]]:
         """The tensors of each part; what is only copied is read when it is written.
 
@@ -106,10 +114,7 @@ class Work:
         return [{name: self._read(part, name) for name in part.piece.names} for part in task.parts]
 
     def _read(self, part: Part, name: str) -> Tensor:
-        found = self._tensors.read(name, *part.rows(self._tensors[name].shape))
-        if not all_finite(found):
-            raise InputError(f"{name} holds NaN or Inf: the checkpoint is damaged")
-        return found
+        return self._tensors.read_finite(name, *part.rows(self._tensors[name].shape))
 
     @torch.no_grad()
     def reduce(self, task: Task, read: Sequence[Mapping[str, Tensor]]) -> Outcome:

@@ -110,7 +110,7 @@ def compress(
     learnt = None
     if settings.calibration is not None:
         learnt = read_sentences(_file(settings.calibration), limit=settings.calibration_sentences)
-    planned = plan(path, width, layers, budget=settings.budget, multiple=settings.multiple)
+    planned = plan(path, width, layers, budget=settings.budget, only=settings.only, multiple=settings.multiple)
     folder = local_folder(path)
     if folder.resolve() in out.parents:
         raise InputError(f"{out} lies inside {folder}: choose a folder elsewhere")
@@ -134,7 +134,7 @@ def compress(
         fusing = {**vars(settings.fusing()), "layers": chosen}
         report = fuse(source.model, sample=batches, calibration=learning, progress=progress, **fusing)
         if settings.budget is not None:
-            planned = plan(path, {row.layer: row.neurons_after for row in report.rows}, layers)
+            planned = plan(path, {row.layer: row.neurons_after for row in report.rows}, layers, only=settings.only)
         changes: dict[str, Any] = {}
         if batches is not None and originals is not None:
             changes["embeddings"] = compare_embeddings(embed(source.model, batches), originals)

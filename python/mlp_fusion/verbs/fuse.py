@@ -77,7 +77,7 @@ def fuse(
     started = time.perf_counter()
     asked = make(FuseSettings, {"width": width, "layers": layers, "method": method, **options}, "fuse")
     asked.check(calibrated=calibration is not None)
-    ffns = ChosenFFNs.find(model, layers)
+    ffns = ChosenFFNs.find(model, layers, asked.only)
     chosen = sorted({site.index for site in ffns.sites})
     settings = asked.resolved(chosen, calibrated=calibration is not None, named=ffns.named)
     ffns.check(settings)

@@ -19,7 +19,7 @@ from mlp_fusion.measure.report import format_bytes, render
 from mlp_fusion.reducing.chosen import choose_sites, find_ffns
 from mlp_fusion.selection import Layers, Width
 from mlp_fusion.settings import PlanSettings, make, takes
-from mlp_fusion.store.coverage import claimed_tensors, dropped_layers, meta_model, plain_shapes, stored_buffers
+from mlp_fusion.store.coverage import claimed_tensors, dropped_layers, meta_model, parameters, plain_shapes
 from mlp_fusion.store.disk import DiskFFN
 from mlp_fusion.store.quantised import quantisation
 from mlp_fusion.store.record import FUSION_KEY, check_config, fused_config
@@ -159,14 +159,15 @@ def plan(
     if isinstance(model_or_path, nn.Module):
         architecture, sites = find_ffns(model_or_path)
         model: Any = model_or_path
-        held, buffers = {name: [info] for name, info in headers.tensors.items()}, set()
+        held = {name: [info] for name, info in headers.tensors.items()}
+        count = sum(t.numel for t in headers.tensors.values() if t.parameter)
     else:
         architecture = check_config(headers.config, stored=True)
         model = meta_model(headers.config)
         sites = architecture.sites(model)
         dropped = dropped_layers(headers, model, architecture, sites)
-        held, buffers = claimed_tensors(headers, model, architecture, sites), stored_buffers(headers, model)
-    chosen = choose_sites(architecture, sites, layers)
+        held, count = claimed_tensors(headers, model, architecture, sites), parameters(headers, model)
+    chosen = choose_sites(architecture, sites, layers, settings.only)
     after = dict(
         zip((site.index for site in chosen), _widths_after(width, budget, chosen, settings.multiple), strict=True)
     )
@@ -179,15 +180,13 @@ def plan(
     plain = budget is None and "widths" not in getattr(changed, FUSION_KEY)
     saved_parameters = sum(f.parameters_before - f.parameters_after for f in ffns)
     saved_bytes = sum(f.bytes_before - f.bytes_after for f in ffns)
-    # Buffers (position ids, frequencies) take bytes, but are no parameters.
-    parameters = sum(t.numel for name, t in headers.tensors.items() if t.parameter and name not in buffers)
     size = sum(t.nbytes for t in headers.tensors.values())
     return FusionPlan(
         name=headers.name,
         model_type=headers.config.model_type,
         ffns=ffns,
-        parameters_before=parameters,
-        parameters_after=parameters - saved_parameters,
+        parameters_before=count,
+        parameters_after=count - saved_parameters,
         bytes_before=size,
         bytes_after=size - saved_bytes,
         uniform=plain,
