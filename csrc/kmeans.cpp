@@ -65,12 +65,14 @@ void with_points(const Tensor& points, const Work& work) {
   work(data<float>(points));
 }
 
-Tensor moments(const Tensor points) {
+std::tuple<Tensor, Tensor> moments(const Tensor points) {
   STD_TORCH_CHECK(points.dim() == 3, "moments: points must be (B, n, D)");
   const int64_t batch = points.size(0), n = points.size(1), D = points.size(2);
-  Tensor found = new_tensor({batch, 2}, ScalarType::Double);
-  with_points(points, [&](const auto* x) { block_moments(x, batch, n, D, mutable_data<double>(found)); });
-  return found;
+  Tensor found = new_tensor({batch, 2}, ScalarType::Double), squares = new_tensor({batch, n}, ScalarType::Double);
+  with_points(points, [&](const auto* x) {
+    block_moments(x, batch, n, D, mutable_data<double>(found), mutable_data<double>(squares));
+  });
+  return {found, squares};
 }
 
 void add_products_to(Tensor g, const Tensor points, const Tensor factors) {
@@ -318,7 +320,7 @@ Tensor decide(const Tensor x, const Tensor centroids, const Tensor labels, const
 STABLE_TORCH_LIBRARY(fusion_kernels_native, m) {
   m.def("prepare(Tensor x, Tensor w) -> (Tensor, Tensor, Tensor)");
   m.def("gram(Tensor points) -> Tensor");
-  m.def("moments(Tensor points) -> Tensor");
+  m.def("moments(Tensor points) -> (Tensor, Tensor)");
   m.def("add_products(Tensor(a!) g, Tensor points, Tensor factors) -> ()");
   m.def("centre(Tensor(a!) g, Tensor w) -> Tensor");
   m.def("inertia(Tensor g, Tensor w, Tensor labels, int n_clusters) -> Tensor");

@@ -48,21 +48,34 @@ std::vector<double> row_sums(const float* g, const std::vector<double>& w, int64
 }  // namespace
 
 template <class In>
-void block_moments(const In* x, int64_t batch, int64_t n, int64_t d, double* moments) {
+void block_moments(const In* x, int64_t batch, int64_t n, int64_t d, double* moments, double* squares) {
   const int64_t strips = (d + kStrip - 1) / kStrip;
-  std::vector<double> squares(batch * strips, 0.0), means(batch * strips, 0.0);
+  std::vector<double> means(batch * strips, 0.0), own(batch * strips * n, 0.0);
   for_each(batch * strips, [&](int64_t item) {
     const int64_t b = item / strips, begin = item % strips * kStrip, width = std::min(kStrip, d - begin);
-    double sum[kStrip] = {}, largest = 0;
-    for (int64_t i = 0; i < n; ++i) squares[item] += add_row(x + (b * n + i) * d + begin, 1.0, width, sum, &largest);
+    const In* points = x + b * n * d + begin;
+    double sum[kStrip] = {};
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) add_four(points + i * d, d, width, sum, own.data() + item * n + i);
+    for (; i < n; ++i) {
+      for (int64_t j = 0; j < width; ++j) {
+        const double value = as_double(points[i * d + j]);
+        sum[j] += value;
+        own[item * n + i] += value * value;
+      }
+    }
     for (int64_t j = 0; j < width; ++j) means[item] += sum[j] * sum[j] / n;
   });
   for (int64_t b = 0; b < batch; ++b) {
-    const auto total = [&](const std::vector<double>& parts) {
-      return std::accumulate(parts.begin() + b * strips, parts.begin() + (b + 1) * strips, 0.0);
-    };
-    moments[2 * b] = total(squares) - total(means);
-    moments[2 * b + 1] = total(squares);
+    double total = 0, of_mean = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      double& row = squares[b * n + i] = 0;
+      for (int64_t strip = 0; strip < strips; ++strip) row += own[(b * strips + strip) * n + i];
+      total += row;
+    }
+    for (int64_t strip = 0; strip < strips; ++strip) of_mean += means[b * strips + strip];
+    moments[2 * b] = total - of_mean;
+    moments[2 * b + 1] = total;
   }
 }
 
@@ -119,7 +132,7 @@ void gram_inertia(const float* g, const double* w, const int64_t* labels, int64_
   });
 }
 
-template void block_moments(const float*, int64_t, int64_t, int64_t, double*);
-template void block_moments(const uint16_t*, int64_t, int64_t, int64_t, double*);
+template void block_moments(const float*, int64_t, int64_t, int64_t, double*, double*);
+template void block_moments(const uint16_t*, int64_t, int64_t, int64_t, double*, double*);
 
 }  // namespace mlp_fusion

@@ -6,10 +6,10 @@
 
 namespace mlp_fusion {
 
-// moments (batch, 2) of points x (batch, n, d), floats or the bits of bfloat16: their total variance about their plain
-// mean, and the sum of their squares.
+// Of points x (batch, n, d), floats or the bits of bfloat16: moments (batch, 2), their total variance about their plain
+// mean and the sum of their squares; squares (batch, n), those of each point.
 template <class In>
-void block_moments(const In* x, int64_t batch, int64_t n, int64_t d, double* moments);
+void block_moments(const In* x, int64_t batch, int64_t n, int64_t d, double* moments, double* squares);
 
 // Make g (batch, n, stride), of which the part up to the diagonal counts, the products of the points less their mean,
 // weighted by w (batch, n). moments (batch, 2): the weighted sums of squares afterwards and before.

@@ -184,13 +184,35 @@ MLP_INLINE double add_row_body(const T* x, double w, int64_t width, double* tota
   double sum_of_squares = sum(squares), top = *largest;
   for (int l = 0; l < kLanes; ++l) top = most[l] > top ? most[l] : top;
   for (; j < width; ++j) {
-    const double value = as_double(x[j]), magnitude = value < 0 ? -value : value;
+    const double value = x[j], magnitude = value < 0 ? -value : value;
     total[j] += w * value;
     sum_of_squares += value * value;
     top = magnitude > top ? magnitude : top;
   }
   *largest = top;
   return sum_of_squares;
+}
+
+template <class T>
+MLP_INLINE void add_four_body(const T* x, int64_t stride, int64_t width, double* total, double* squares) {
+  Double8 own[4] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= width; j += kLanes) {
+    Double8 values[4];
+    for (int i = 0; i < 4; ++i) {
+      values[i] = load_double(x + i * stride + j);
+      own[i] += values[i] * values[i];
+    }
+    store(total + j, load<Double8>(total + j) + ((values[0] + values[1]) + (values[2] + values[3])));
+  }
+  for (int i = 0; i < 4; ++i) squares[i] += sum(own[i]);
+  for (; j < width; ++j) {
+    for (int i = 0; i < 4; ++i) {
+      const double value = as_double(x[i * stride + j]);
+      squares[i] += value * value;
+      total[j] += value;
+    }
+  }
 }
 
 template <class T>
@@ -315,8 +337,11 @@ MLP_CLONES double add_row(const double* x, double w, int64_t width, double* sum,
   return add_row_body(x, w, width, sum, largest);
 }
 
-MLP_CLONES double add_row(const uint16_t* x, double w, int64_t width, double* sum, double* largest) {
-  return add_row_body(x, w, width, sum, largest);
+MLP_CLONES void add_four(const float* x, int64_t stride, int64_t width, double* sum, double* squares) {
+  add_four_body(x, stride, width, sum, squares);
+}
+MLP_CLONES void add_four(const uint16_t* x, int64_t stride, int64_t width, double* sum, double* squares) {
+  add_four_body(x, stride, width, sum, squares);
 }
 
 MLP_CLONES double squared_distance(const float* x, const double* centre, int64_t width) {

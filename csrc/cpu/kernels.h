@@ -86,7 +86,10 @@ void take_seed(const Seeding<double>& state, const double* row, double norm, dou
 // magnitude. Not finite if an element is not.
 double add_row(const float* x, double w, int64_t width, double* sum, double* largest);
 double add_row(const double* x, double w, int64_t width, double* sum, double* largest);
-double add_row(const uint16_t* x, double w, int64_t width, double* sum, double* largest);
+
+// Four rows, floats or the bits of bfloat16: sum[j] += each x[i][j], and squares[i] += the squares of row i.
+void add_four(const float* x, int64_t stride, int64_t width, double* sum, double* squares);
+void add_four(const uint16_t* x, int64_t stride, int64_t width, double* sum, double* squares);
 
 // sum_j (x[j] - centre[j])^2.
 double squared_distance(const float* x, const double* centre, int64_t width);

@@ -105,7 +105,7 @@ def _gram(blocks: Sequence[Tensor], w: Tensor) -> tuple[Tensor, Tensor]:
     with native.exact_products():
         for block in blocks:
             points = block.contiguous()
-            variance, squares = ops.moments(points).unbind(1)
+            variance, squares = ops.moments(points)[0].unbind(1)
             fits_float32 = (variance > _LEAST) & (squares < _MOST)
             settled &= fits_float32 & (variance > _SPREAD * squares)
             ops.add_products(gram, points, torch.where(fits_float32, 1 / variance, 0.0))

@@ -1,4 +1,4 @@
-"""Weighted sums and means of the rows of each label, in one order: the same bits on every run.
+"""Norms of rows, and weighted sums and means of the rows of each label, in one order: the same bits on every run.
 
 Scattered additions have no order on a GPU, and products with one-hot rows cost as much as a Gram matrix.
 """
@@ -50,3 +50,11 @@ def cluster_sums(rows: Tensor, weights: Tensor, labels: Tensor, n_clusters: int)
         include_last_offset=True,
     )
     return sums.view(len(labels), n_clusters, rows.shape[2])
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """(B, N) float64 norms of rows (B, N, D) of a floating dtype, in any strides, whose squares need not fit it."""
+    if native.UNAVAILABLE is None and rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.bfloat16):
+        squares: Tensor = native.operators().moments(rows.contiguous())[1]
+        return squares.sqrt()
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)

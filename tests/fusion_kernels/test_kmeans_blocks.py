@@ -101,8 +101,9 @@ def test_nothing_is_added_of_a_problem_without_a_factor() -> None:
 def test_moments(n: int, d: int, dtype: torch.dtype) -> None:
     (x,) = drawn(n, [d], 2)
     wide, taken = x.to(dtype).double(), x.to(dtype)
-    found = native.operators().moments(taken)
+    found, of_rows = native.operators().moments(taken)
     squares = wide.square().sum((1, 2))
+    assert bool(((of_rows - wide.square().sum(2)).abs() <= 2 * d * 2**-53 * wide.square().sum(2)).all())
     variance = (wide - wide.mean(1, keepdim=True)).square().sum((1, 2))
     assert bool(((found[:, 1] - squares).abs() <= 2 * n * d * 2**-53 * squares).all())
     assert bool(((found[:, 0] - variance).abs() <= 8 * n * d * 2**-53 * squares).all())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusion_kernels import native
-from fusion_kernels.kmeans.means import cluster_means, cluster_sums
+from fusion_kernels.kmeans.means import cluster_means, cluster_sums, row_norms
 
 _DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -80,6 +80,17 @@ def test_strides_threads_and_company_change_no_bit(how: str) -> None:
         assert torch.equal(cluster_means(rows, weights, labels, 50), found)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", _DTYPES)
+def test_norms_of_rows_whose_squares_fit_no_float32(how: str, dtype: torch.dtype) -> None:
+    rows = drawn(2, 5, 17, 1, dtype)[0]
+    if dtype != torch.float16:
+        rows = rows * 1e30
+    expected = rows.double().square().sum(2).sqrt()
+    laid = rows.transpose(1, 2).contiguous().transpose(1, 2)
+    for found in (row_norms(rows), row_norms(laid)):
+        assert bool(((found - expected).abs() <= 40 * 2**-53 * expected).all())
 
 
 def test_sums_are_in_the_order_of_the_rows() -> None:

@@ -31,6 +31,7 @@ from torch import Tensor
 from fusion_kernels import Status, kmeans
 from fusion_kernels.kmeans.blocks import fits as kmeans_blocks_fits
 from fusion_kernels.kmeans.blocks import kmeans_blocks
+from fusion_kernels.kmeans.means import row_norms
 from fusion_kernels.kmeans.types import Options
 from mlp_fusion.calibration.statistics import FFNStatistics
 from mlp_fusion.methods import Reduction
@@ -164,10 +165,7 @@ def neuron_weights(bundle: NeuronBundle, statistics: Sequence[FFNStatistics] | N
 
     A floor of a millionth keeps neurons that never fire in some cluster's mean.
     """
-    if statistics is None:
-        weights = torch.linalg.vector_norm(in_range(bundle.parameterized("folded").w_out), dim=-1)
-    else:
-        weights = importance(bundle, statistics)
+    weights = row_norms(bundle.parameterized("folded").w_out) if statistics is None else importance(bundle, statistics)
     mean = weights.mean(dim=1, keepdim=True)
     weights = torch.where(mean > 0, weights / mean.where(mean > 0, torch.ones_like(mean)), torch.ones_like(weights))
     return weights.clamp(min=1e-6).to(bundle.working_dtype)

@@ -33,6 +33,11 @@ def workers_here(largest: int = 0) -> int:
     return max(1, many * TASK_BYTES // max(TASK_BYTES, largest))
 
 
+def held_here(largest: int = 0) -> int:
+    """How many tasks are in memory at once: where they are small, one more than are done, so that somebody reads."""
+    return workers_here(largest) + (largest <= TASK_BYTES)
+
+
 def devices_of(device: torch.device) -> list[torch.device]:
     """Where tasks are reduced: on all GPUs that are like the first, unless `device` says which one, or is none.
 
@@ -59,7 +64,7 @@ def run_locally(work: Work, tasks: Sequence[Task], done: Done) -> None:
     """Do tasks in several threads: while some read or write, others reduce; each on a device of :func:`devices_of`.
 
     On the CPU, there are as many as torch has threads, up to eight, which share those among them: tasks side by side
-    wait less for one another than the parts of one task do.
+    wait less for one another than the parts of one task do. One more waits for the disk meanwhile.
 
     Raises:
         InputError: as reading, reducing and writing do; what has not begun is left then.
@@ -67,7 +72,9 @@ def run_locally(work: Work, tasks: Sequence[Task], done: Done) -> None:
     threads = torch.get_num_threads()
     largest = max((task.nbytes for task in tasks), default=0)
     devices = devices_of(work.device)
-    each = workers_here(largest) if work.device.type == "cpu" else _ON_A_GPU
+    each, computing = _ON_A_GPU, _ON_A_GPU * len(devices)
+    if work.device.type == "cpu":
+        each, computing = held_here(largest), workers_here(largest)
     workers = each * len(devices)
     # They take turns: whoever has been free for the longest is next.
     free: queue.SimpleQueue[Work] = queue.SimpleQueue()
@@ -82,8 +89,9 @@ def run_locally(work: Work, tasks: Sequence[Task], done: Done) -> None:
         finally:
             free.put(own)
 
+    _keep_freed_memory()
     pool = ThreadPoolExecutor(workers, "task")
-    torch.set_num_threads(max(1, threads // workers))
+    torch.set_num_threads(max(1, threads // computing))
     # For all of them: torch has one such setting, and what one thread puts back another may still need.
     with native.exact_products():
         try:
@@ -93,6 +101,14 @@ def run_locally(work: Work, tasks: Sequence[Task], done: Done) -> None:
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
+
+
+def _keep_freed_memory() -> None:
+    """Have what tasks free used by the next ones, rather than given back to the system and cleared by it again.
+
+    glibc keeps more of blocks as large as the largest that it has seen freed, up to 32 MiB of them.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def run_on_ray(work: Work, tasks: Sequence[Task], done: Done, *, retries: int = 3) -> None:

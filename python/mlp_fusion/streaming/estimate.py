@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch
 
-from mlp_fusion.streaming.engines import workers_here
+from mlp_fusion.streaming.engines import held_here
 from mlp_fusion.streaming.tasks import TASK_BYTES
 
 #: What a run needs beside its tasks; and of a task, how many times the float32 neurons that it reads.
@@ -43,7 +43,7 @@ def peak_bytes(largest: int) -> int:
     Args:
         largest: float32 bytes of the largest FFN or expert.
     """
-    return _BASE_BYTES + workers_here(largest) * _TIMES * max(TASK_BYTES, largest)
+    return _BASE_BYTES + held_here(largest) * _TIMES * max(TASK_BYTES, largest)
 
 
 @functools.cache
