@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from mlp_fusion.store.tensors import forget as let_go
+
 
 def peak_bytes(work: Callable[[], Any]) -> int | None:
     """How far `work` raises the resident memory of the process, where Linux tells."""
@@ -30,5 +32,5 @@ def forget(files: Iterable[Path]) -> None:
     """Let files be read from the disk again."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        let_go(descriptor)
         os.close(descriptor)

@@ -10,6 +10,8 @@ Of each checkpoint:
 - the same tasks with and without reducing, in this process: seconds, and how long workers were at each step;
 - what the published number of layers comes to, by the seconds of a layer;
 - scikit-learn's k-means, one expert after the other, timed on a few, where they are not large.
+
+What is in `--out` of other checkpoints stays there.
 """
 
 from __future__ import annotations
@@ -173,7 +175,8 @@ def measured(source: Path, repeats: int, experts: int) -> dict[str, Any]:
     count = sum(part.count for task in reduced for part in task.parts)
     published = PUBLISHED.get(planned.model_type, layers)
     found: dict[str, Any] = {
-        "model type": planned.model_type, "layers": layers, "experts": count, "bytes": planned.bytes_before,
+        "model type": planned.model_type, "layers": layers, "experts": count,
+        "experts of a layer": max(ffn.kind.experts or 1 for ffn in stream.work.ffns), "bytes": planned.bytes_before,
         "bytes after": planned.bytes_after, "prepare": round(prepared, 2), "process": process, "tasks": whole,
         "tasks without reducing": alone, "ratio to reading and writing": round(whole["seconds"] / alone["seconds"], 2),
         "source GB/s": round(planned.bytes_before / whole["seconds"] / 1e9, 3),
@@ -201,15 +204,15 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=4, help="of which scikit-learn is timed; 0 for none")
     parser.add_argument("--out", type=Path, default=Path("bench/results/moe-cpu.json"))
     asked = parser.parse_args()
-    found = {}
+    found = json.loads(asked.out.read_text(encoding="utf-8"))["checkpoints"] if asked.out.exists() else {}
     for source in asked.checkpoints:
         found[source.name] = measured(source, asked.repeats, asked.experts)
         print(json.dumps({source.name: found[source.name]}, indent=1), flush=True)
-    described = {
-        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(), "width": WIDTH, "checkpoints": found,
-    }  # fmt: skip
-    asked.out.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        described = {
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+            "threads": torch.get_num_threads(), "width": WIDTH, "checkpoints": found,
+        }  # fmt: skip
+        asked.out.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

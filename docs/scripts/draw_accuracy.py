@@ -7,15 +7,12 @@ writes `docs/images/accuracy-light.svg` and `accuracy-dark.svg`, the same bytes 
 
 from __future__ import annotations
 
-import io
 import statistics
-from pathlib import Path
 
 import matplotlib
+from drawing import INK, drawn, write
 from matplotlib.figure import Figure
 from results_tables import fine_tunes
-
-IMAGES = Path(__file__).parents[1] / "images"
 
 #: Name in the plot -> modes by width, and its colour on light and on dark pages.
 METHODS: dict[str, tuple[dict[float, str], str, str]] = {
@@ -28,8 +25,6 @@ SINGLE: dict[str, tuple[str, str, str, float]] = {
     "fusion of the trained model, distilled": ("fusion, late, layerwise, logits", "#004d40", "#b2dfdb", -0.045),
     "select, sequential": ("select, sequential", "#8e24aa", "#ce93d8", 0.045),
 }
-#: Ink and grid on light and on dark pages.
-INK = {"light": ("#24292f", "#d0d7de"), "dark": ("#e6edf3", "#3d444d")}
 
 
 def accuracies(mode: str) -> list[float]:
@@ -39,37 +34,30 @@ def accuracies(mode: str) -> list[float]:
 
 def draw(theme: str) -> str:
     """The plot for `light` or `dark` pages, as SVG."""
+    return drawn(theme, (6.2, 3.9), _fill)
+
+
+def _fill(figure: Figure, theme: str) -> None:
     ink, grid = INK[theme]
     place = 1 if theme == "light" else 2
-    settings = {
-        "svg.hashsalt": "mlp-fusion", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 12.5,
-        "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
-        "text.color": ink, "axes.edgecolor": grid, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink,
-    }  # fmt: skip
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(6.2, 3.9), layout="constrained")
-        axes = figure.add_subplot()
-        full = accuracies("full")
-        axes.axhspan(min(full), max(full), color=ink, alpha=0.12, linewidth=0)
-        axes.axhline(statistics.mean(full), color=ink, linewidth=1, linestyle=(0, (4, 3)))
-        axes.annotate("full width", (0.985, max(full)), xytext=(0, 3), textcoords="offset points", ha="right")
-        for name, (mode, *colours, beside) in SINGLE.items():
-            _points(axes, name, [0.25 + beside / 2], [accuracies(mode)], colours[place - 1], marker="D")
-        for n, (name, (modes, *colours)) in enumerate(METHODS.items()):
-            beside = 0.009 * (n - 1)
-            found = [accuracies(mode) for mode in modes.values()]
-            _points(axes, name, [width + beside for width in modes], found, colours[place - 1])
-        axes.set_xlim(0.17, 1.0)
-        axes.set_xticks([0.25, 0.5, 1.0], ["a quarter", "a half", "whole"])
-        axes.set_xlabel("width of every FFN")
-        axes.set_ylabel("accuracy on SST-2, %")
-        axes.grid(axis="y", color=grid, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="lower right", fontsize=11.5)
-        target = io.StringIO()
-        figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
-    # matplotlib leaves blanks at the ends of lines.
-    return "".join(f"{line.rstrip()}\n" for line in target.getvalue().splitlines())
+    axes = figure.add_subplot()
+    full = accuracies("full")
+    axes.axhspan(min(full), max(full), color=ink, alpha=0.12, linewidth=0)
+    axes.axhline(statistics.mean(full), color=ink, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate("full width", (0.985, max(full)), xytext=(0, 3), textcoords="offset points", ha="right")
+    for name, (mode, *colours, beside) in SINGLE.items():
+        _points(axes, name, [0.25 + beside / 2], [accuracies(mode)], colours[place - 1], marker="D")
+    for n, (name, (modes, *colours)) in enumerate(METHODS.items()):
+        beside = 0.009 * (n - 1)
+        found = [accuracies(mode) for mode in modes.values()]
+        _points(axes, name, [width + beside for width in modes], found, colours[place - 1])
+    axes.set_xlim(0.17, 1.0)
+    axes.set_xticks([0.25, 0.5, 1.0], ["a quarter", "a half", "whole"])
+    axes.set_xlabel("width of every FFN")
+    axes.set_ylabel("accuracy on SST-2, %")
+    axes.grid(axis="y", color=grid, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right", fontsize=11.5)
 
 
 def _points(
@@ -89,8 +77,7 @@ def _points(
 
 def main() -> None:
     """Write both."""
-    for theme in INK:
-        (IMAGES / f"accuracy-{theme}.svg").write_text(draw(theme), encoding="utf-8")
+    write("accuracy", draw)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,9 @@ def _read(span: Span, first: int = 0, count: int | None = None) -> Tensor:
 
 
 def read_into(file: Path, start: int, buffer: memoryview) -> None:
-    """Fill `buffer` with a file's bytes from `start` on.
+    """Fill `buffer` with a file's bytes from `start` on, which the system need not remember: they are read once.
+
+    Without that, a checkpoint larger than memory costs as much time for finding room as for reading.
 
     Raises:
         InputError: there are fewer.
@@ -230,8 +232,15 @@ def read_into(file: Path, start: int, buffer: memoryview) -> None:
             if got == 0:
                 raise InputError(f"{file}: has become shorter while it was read: fetch it again")
             done += got
+        forget(handle, start, len(buffer))
     finally:
         os.close(handle)
+
+
+def forget(handle: int, start: int = 0, count: int = 0) -> None:
+    """Tell the system that `count` bytes of an open file, or all from `start` on, are not read again soon."""
+    if hasattr(os, "posix_fadvise"):  # not everywhere
+        os.posix_fadvise(handle, start, count, os.POSIX_FADV_DONTNEED)
 
 
 def _from_blocks(values: Tensor, factors: Tensor, block: tuple[int, ...], dtype: torch.dtype) -> Tensor:
