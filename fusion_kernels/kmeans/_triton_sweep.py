@@ -293,8 +293,8 @@ def _assign_kernel(
             tl.store(cost_ptr + b * N + j, cost, mask=j < N)
             tl.store(assigned_ptr + b * N + j, tl.where(current == -1, -1, assigned), mask=j < N)
             moved = (assigned != current) & (current != -1) & (j < N)
-            tl.atomic_add(counts_ptr + b * K + assigned, tl.full((BN,), 1, tl.int32), mask=moved)
-            tl.atomic_add(counts_ptr + b * K + at, tl.full((BN,), -1, tl.int32), mask=moved & known)
+            tl.atomic_add(counts_ptr + b * K + assigned, tl.full((BN,), 1, tl.int32), mask=moved, sem="relaxed")
+            tl.atomic_add(counts_ptr + b * K + at, tl.full((BN,), -1, tl.int32), mask=moved & known, sem="relaxed")
 
 
 @triton.jit

@@ -75,7 +75,6 @@ def _nearest(points: Split, centres: Split, largest: Tensor, total: int) -> Tens
         BN=BN,
         BK=BK,
         BD=config.depth,
-        CHUNK=config.chunk,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

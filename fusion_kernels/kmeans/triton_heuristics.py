@@ -22,11 +22,10 @@ _PROGRAMS = 4096
 
 @dataclass(frozen=True)
 class GramConfig:
-    """Launch configuration of `_gram_kernel`: tile (BM, BN), BD, CHUNK columns per partial sum."""
+    """Launch configuration of `_gram_kernel`: tile (BM, BN), BD columns per step and partial sum."""
 
     tile: tuple[int, int]
     depth: int
-    chunk: int
     num_warps: int
     num_stages: int
 
@@ -53,10 +52,10 @@ class SweepConfig:
 def gram_config(rows: int, split: bool, shared_memory: int) -> GramConfig:
     """For problems of `rows` points; `split` for three products per tile, else one."""
     if rows <= 64:
-        return GramConfig((32, 32), 32, 1024, 4, 2)
+        return GramConfig((32, 32), 32, 4, 2)
     if shared_memory >= LARGE_SHARED_MEMORY:
-        return GramConfig((128, 128), 64, 1024, 8, 3 if split else 4)
-    return GramConfig((64, 64), 64, 1024, 4, 3) if split else GramConfig((128, 128), 32, 1024, 8, 4)
+        return GramConfig((128, 128), 64, 8, 3 if split else 4)
+    return GramConfig((64, 64), 64, 4, 3) if split else GramConfig((128, 128), 32, 8, 4)
 
 
 def nearest_config(rows: int, shared_memory: int) -> GramConfig:

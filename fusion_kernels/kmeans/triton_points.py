@@ -196,7 +196,6 @@ def _gram(a: Split, a_scale: Tensor, b: Split, b_scale: Tensor, out: Tensor, exa
         BM=BM,
         BN=BN,
         BD=config.depth,
-        CHUNK=config.chunk,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
