@@ -106,6 +106,34 @@ def _row_norm_kernel(high_ptr, low_ptr, scale_ptr, norm_ptr, depth, SPLIT: tl.co
 
 
 @triton.jit
+def _tile_in_triangle(t):
+    """Row and column of tile t of those on and below the diagonal, row by row."""
+    i = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    # The square root may be off by one unit either way.
+    i = tl.where(i * (i + 1) // 2 > t, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)
+    return i, t - i * (i + 1) // 2
+
+
+@triton.jit
+def _tile_in_bands(t, side):
+    """Row and column of tile t of a triangle of `side` rows, in bands of 8 rows, each column by column.
+
+    Programs that run together then share both operands in the second-level cache. As `tile_at` of csrc/cuda/layout.h.
+    """
+    BAND: tl.constexpr = 8
+    row, _ = _tile_in_triangle(t)
+    band = row // BAND * BAND
+    height = tl.minimum(BAND, side - band)
+    within = t - band * (band + 1) // 2
+    corner_row, corner_column = _tile_in_triangle(tl.maximum(within - band * height, 0))
+    left = within < band * height
+    i = tl.where(left, within % height, corner_row)
+    k = tl.where(left, within // height, band + corner_column)
+    return band + i, k
+
+
+@triton.jit
 def _gram_kernel(
     a_high_ptr,
     a_low_ptr,
@@ -133,12 +161,7 @@ def _gram_kernel(
     side = tl.cdiv(N, BN)
     if SYMMETRIC:
         tiles = side * (side + 1) // 2
-        t = pid % tiles
-        i = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-        # The square root may be off by one unit either way.
-        i = tl.where(i * (i + 1) // 2 > t, i - 1, i)
-        i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)
-        k = t - i * (i + 1) // 2
+        i, k = _tile_in_bands(pid % tiles, side)
     else:
         tiles = tl.cdiv(M, BM) * side
         i = (pid % tiles) // side

@@ -69,7 +69,7 @@ def _list_changed(b, changed_ptr, counts_ptr, list_ptr, begin_ptr, length_ptr, K
     return n
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _members_kernel(
     n_changed_ptr,
     list_ptr,
@@ -125,7 +125,7 @@ def _members_kernel(
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _products_kernel(
     n_changed_ptr,
     list_ptr,
@@ -165,7 +165,7 @@ def _products_kernel(
         tl.store(products_ptr + (b * K + c) * stride + j, row, mask=(j < N) & (tl.zeros_like(j) < length))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _norms_kernel(
     n_changed_ptr,
     list_ptr,

@@ -4,10 +4,9 @@ Everything after the preparation works on the Gram matrix of the centred points:
 iteration and Hartigan's moves read weighted sums of rows of it. The points themselves are read again only for the
 final means and inertia. Gram takes N² entries per problem, so the batch is cut into parts that fit a workspace.
 
-Rounds of the iterations are launched up to `max_iter`; problems that are done skip theirs on the device. The host does
-not wait to find out whether all are done: it asks for a copy of the answer now and then, and stops launching when one
-has arrived that says so, which changes no result. Without such an answer, rounds that find nothing to do cost their
-launches.
+Rounds of the iterations are launched up to `max_iter`; problems that are done skip theirs on the device. The host asks
+now and then whether all are done, goes on launching while the answer is on its way, and stops when one has arrived that
+says so, which changes no result. It waits only for the answer to the question before the last one.
 
 float64 points use a float64 Gram matrix from torch and the same kernels otherwise; so do float32 points that products
 in float32 cannot tell apart. What is found is settled by the reference's steps, one problem after the other: labels
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusion_kernels.gpu import device_guard, launch, pointers
+from fusion_kernels.gpu import device_guard, launch, packed, pointers
 from fusion_kernels.kmeans import _triton_gram as gram_kernels
 from fusion_kernels.kmeans import _triton_results as result_kernels
 from fusion_kernels.kmeans import _triton_seed as seed_kernels
@@ -92,7 +91,7 @@ def _clustered(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, opt
     at_once = max(1, bound // size)
     parts = [
         _cluster(
-            x[b : b + at_once].contiguous(),
+            packed(x[b : b + at_once]),
             None if sample_weight is None else sample_weight[b : b + at_once],
             None if init is None else init[b : b + at_once],
             options,
@@ -218,7 +217,7 @@ class _Seeding:
             return rings.argsort(dim=1, stable=True)[:, :K].to(torch.int32)
         seeds = torch.zeros(B, K, dtype=torch.int32, device=points.x.device)
         T = 1 << (self.trials - 1).bit_length()
-        scan, block = triton_heuristics.seeding_block(N, self.trials)
+        scan, block, num_warps = triton_heuristics.seeding_block(N, self.trials)
         launch(
             seed_kernels._plus_plus_kernel,
             B,
@@ -235,7 +234,7 @@ class _Seeding:
             T=T,
             BLOCK=scan,
             BT=block,
-            num_warps=8,
+            num_warps=num_warps,
         )
         return seeds
 

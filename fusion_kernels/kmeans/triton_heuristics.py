@@ -49,21 +49,25 @@ class SweepConfig:
     scan: int
 
 
-def gram_config(rows: int, split: bool, shared_memory: int) -> GramConfig:
-    """For problems of `rows` points; `split` for three products per tile, else one."""
+def gram_config(rows: int, split: bool, shared_memory: int, major: int = 0) -> GramConfig:
+    """For problems of `rows` points; `split` for three products per tile, else one.
+
+    Args:
+        major: of the GPU's compute capability. On 10.x a tile's sums pass through shared memory: one stage fewer fits.
+    """
     if rows <= 64:
         return GramConfig((32, 32), 32, 4, 2)
     if shared_memory >= LARGE_SHARED_MEMORY:
-        return GramConfig((128, 128), 64, 8, 3 if split else 4)
+        return GramConfig((128, 128), 64, 8, (2 if major == 10 else 3) if split else 4)
     return GramConfig((64, 64), 64, 4, 3) if split else GramConfig((128, 128), 32, 8, 4)
 
 
-def nearest_config(rows: int, shared_memory: int) -> GramConfig:
+def nearest_config(rows: int, shared_memory: int, major: int = 0) -> GramConfig:
     """For the nearest centroids of `rows` points per problem.
 
     Narrower tiles than the Gram matrix has: the search for the least distance needs registers of its own.
     """
-    config = gram_config(rows, True, shared_memory)
+    config = gram_config(rows, True, shared_memory, major)
     return replace(config, tile=(config.tile[0], min(64, config.tile[1])))
 
 
@@ -74,13 +78,16 @@ def sweep_config(N: int, K: int, wide: bool) -> SweepConfig:
         return SweepConfig(16, 16, 64, members, 64)
     if wide:
         return SweepConfig(64, 16, 256, members, 512)
-    return SweepConfig(64, 32, 512, members, 1024)
+    return SweepConfig(32, 128, 512, members, 1024)
 
 
-def seeding_block(N: int, trials: int) -> tuple[int, int]:
-    """Points per step of k-means++'s scans and of its trials."""
-    scan = min(1024, max(16, _power_of_two(N)))
-    return scan, max(16, min(scan, 4096 // _power_of_two(trials)))
+def seeding_block(N: int, trials: int) -> tuple[int, int, int]:
+    """Points per step of k-means++'s scans and of its trials, and warps: few steps, since one program has a problem.
+
+    Of more than 4,096 points the draw of a seed would not fit into registers.
+    """
+    scan = min(4096, max(16, _power_of_two(N)))
+    return scan, max(16, min(scan, 16_384 // _power_of_two(trials), 2048)), 16 if scan > 1024 else 8
 
 
 def list_programs(B: int, K: int, tiles: int = 1) -> int:

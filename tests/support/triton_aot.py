@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -164,28 +164,16 @@ def recorder(launches: dict[str, Launch]) -> Callable[..., None]:
     return record
 
 
-def kmeans_launches(N: int, K: int, D: int, shared_memory: int) -> Iterator[Launch]:
+def kmeans_launches(N: int, K: int, D: int, capability: int) -> Iterator[Launch]:
     """Every distinct launch of the backend for problems of N points, in all modes; nothing is run."""
     from fusion_kernels.kmeans import triton_assign, triton_backend, triton_points, triton_run
     from fusion_kernels.kmeans.types import Options
 
     launches: dict[str, Launch] = {}
 
-    record = recorder(launches)
-    with ExitStack() as patches:
+    with kmeans_host(capability), ExitStack() as patches:
         for module in (triton_assign, triton_backend, triton_points, triton_run):
-            patches.enter_context(mock.patch.object(module, "launch", record))
-        for module in (triton_assign, triton_points):
-            patches.enter_context(mock.patch.object(module, "shared_memory", return_value=shared_memory))
-        patches.enter_context(mock.patch.object(triton_run._Poll, "all_done", return_value=False))
-        # What follows the kernels is computed by torch, at full size and of nothing that a kernel has written.
-        patches.enter_context(mock.patch.object(triton_backend, "settle_problem"))
-        patches.enter_context(
-            mock.patch.object(triton_backend, "resolved_problems", side_effect=lambda x, *_: x.new_ones(len(x)).bool())
-        )
-        patches.enter_context(
-            mock.patch.object(triton_assign, "nearest", side_effect=lambda x, _: x.new_zeros(len(x)).long())
-        )
+            patches.enter_context(mock.patch.object(module, "launch", recorder(launches)))
         for dtype in (torch.float32, torch.float64):
             x = torch.zeros(1, N, D, dtype=dtype)
             weight = torch.ones(1, N, dtype=dtype)
@@ -197,14 +185,39 @@ def kmeans_launches(N: int, K: int, D: int, shared_memory: int) -> Iterator[Laun
     yield from launches.values()
 
 
+@contextmanager
+def kmeans_host(capability: int) -> Iterator[None]:
+    """What the host does around the kernels of k-means, for a GPU that is not here, where no kernel runs."""
+    from fusion_kernels.kmeans import triton_assign, triton_backend, triton_points, triton_run
+
+    with ExitStack() as patches:
+        for module in (triton_assign, triton_points):
+            patches.enter_context(mock.patch.object(module, "shared_memory", return_value=shared_memory(capability)))
+            patches.enter_context(mock.patch.object(module, "capability", return_value=divmod(capability, 10)))
+        patches.enter_context(mock.patch.object(triton_run._Poll, "all_done", return_value=False))
+        # What follows the kernels is computed by torch, at full size and of nothing that a kernel has written.
+        patches.enter_context(mock.patch.object(triton_backend, "settle_problem"))
+        patches.enter_context(
+            mock.patch.object(triton_backend, "resolved_problems", side_effect=lambda x, *_: x.new_ones(len(x)).bool())
+        )
+        patches.enter_context(
+            mock.patch.object(triton_assign, "nearest", side_effect=lambda x, _: x.new_zeros(len(x)).long())
+        )
+        yield
+
+
+def shared_memory(capability: int) -> int:
+    """Bytes that a program may use; as little as consumer GPUs have, where a GPU is not of the data centre of today."""
+    return gpu.LARGE_SHARED_MEMORY if 90 <= capability < 110 else gpu.SMALL_SHARED_MEMORY
+
+
 def main() -> None:
     """Write a JSON list of :class:`Resources` for the capability and shapes of the command line."""
     capability = int(sys.argv[1])
-    shared_memory = (227 if capability >= 90 else 99) * 1024
     found: dict[str, dict[str, Any]] = {}
     for shape in sys.argv[2:]:
         N, K, D = map(int, shape.split(","))
-        for launch in kmeans_launches(N, K, D, shared_memory):
+        for launch in kmeans_launches(N, K, D, capability):
             resources = asdict(compile_launch(launch, capability))
             found[json.dumps(resources, sort_keys=True, default=str)] = resources
     keep()
