@@ -39,25 +39,25 @@ def kmeans(*arguments: Any) -> Results:
     Raises:
         RuntimeError: a CUDA graph is being recorded.
     """
+    _check_device(arguments[0])
     from fusion_kernels.kmeans import triton_backend
 
-    _check_device(arguments[0])
     return triton_backend.kmeans(*arguments)
 
 
 def assign(x: Tensor, centroids: Tensor) -> Tensor:
     """See `fusion_kernels.kmeans.triton_assign.assign`."""
+    _check_device(x)
     from fusion_kernels.kmeans import triton_assign
 
-    _check_device(x)
     return triton_assign.assign(x, centroids)
 
 
 def kmeans_fast(*arguments: Any) -> Results:
     """The same with one float16 product per pair of entries: a clustering of points rounded to 11 significant bits."""
+    _check_device(arguments[0])
     from fusion_kernels.kmeans import triton_backend
 
-    _check_device(arguments[0])
     return triton_backend.kmeans(*arguments, precision="fast")
 
 

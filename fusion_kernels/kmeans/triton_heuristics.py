@@ -58,7 +58,7 @@ def gram_config(rows: int, split: bool, shared_memory: int, major: int = 0) -> G
     if rows <= 64:
         return GramConfig((32, 32), 32, 4, 2)
     if shared_memory >= LARGE_SHARED_MEMORY:
-        return GramConfig((128, 128), 64, 8, (2 if major == 10 else 3) if split else 4)
+        return GramConfig((128, 128), 64, 8, 2 if split and major == 10 else 3)
     return GramConfig((64, 64), 64, 4, 3) if split else GramConfig((128, 128), 32, 8, 4)
 
 

@@ -63,11 +63,11 @@ def resident_forward(x: Tensor, ffn: FFN, checkpoint_level: int) -> Outputs:
         ValueError: hidden tensors are to be saved, or the hidden layer is too wide for the chip.
         BackendUnavailableError: Triton is known to compile it wrongly for the device of x.
     """
-    from fusion_kernels.mlp import triton_resident as kernels
-
     reason = resident_why_not(x.device) if x.is_cuda else None
     if reason is not None:
         raise BackendUnavailableError(f"mlp: backend 'resident' on {x.device}: {reason}")
+    from fusion_kernels.mlp import triton_resident as kernels
+
     if checkpoint_level < 2:
         raise ValueError(
             f"backend 'resident' never has the hidden tensors that checkpoint_level={checkpoint_level} saves: use "

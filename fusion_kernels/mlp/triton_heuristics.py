@@ -37,8 +37,12 @@ _RATE = {(HALF, True): 2048, (HALF, False): 1024, (TF32, True): 1024, (TF32, Fal
 _RATE |= {(IEEE, True): 128, (IEEE, False): 128}
 #: Instructions per entry of an epilogue (GELU and its derivative; addresses, conversion, store), of 128 per cycle.
 _EPILOGUE_INSTRUCTIONS, _ISSUED = 40, 128
+#: How much of the shorter of the two another program does not hide.
+_SHOWN = 0.125
 #: Registers that a thread needs beside its accumulators.
 _REGISTERS_BESIDE = 62
+#: Tokens of an expert that sums over them are made for: their number changes, the kernel does not.
+TOKENS = 1024
 #: Tokens up to which the products of a decoding step count as few, and the least rows of a tile that trains.
 DECODED, TRAINED = 16, 64
 #: Entries per program of a pointwise pass.
@@ -191,9 +195,8 @@ def tile_config(
         accumulators = (2 if wide else 1) * config.BM * config.BN
         products = (accumulators + operands) * depth / _RATE[kind, gpu.large]
         epilogue = config.BM * config.BN * _EPILOGUE_INSTRUCTIONS / _ISSUED
-        if config.programs(kind, gpu, wide) == 1:
-            return per_multiprocessor * (products + epilogue)
-        return per_multiprocessor * max(products, epilogue) + min(products, epilogue)
+        shown = _SHOWN if config.programs(kind, gpu, wide) > 1 else 1.0
+        return per_multiprocessor * (max(products, epilogue) + shown * min(products, epilogue))
 
     def fastest(among: Sequence[TileConfig], rows: int) -> TileConfig:
         return min(among, key=lambda c: busy(c, -(-tiles(c, rows) // gpu.multiprocessors)))

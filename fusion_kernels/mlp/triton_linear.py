@@ -224,8 +224,9 @@ def grouped_weight_gradient(
     precision = kind(a.dtype)
     if config is None:
         aligned = on_boundary(a, b) and _aligned(row_stride(a), row_stride(b))
-        depth = ceil_div(a.shape[0], E)
-        config = triton_heuristics.tile_config(m, n, depth, precision, gpu(a.device), aligned=aligned, problems=E)
+        config = triton_heuristics.tile_config(
+            m, n, triton_heuristics.TOKENS, precision, gpu(a.device), aligned=aligned, problems=E
+        )
     out = torch.empty(E, m, n, dtype=dtype or a.dtype, device=a.device)
     start(
         pointwise_kernels._expert_gradient_kernel,

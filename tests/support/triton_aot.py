@@ -1,13 +1,15 @@
 """Compile Triton kernels for GPUs that are not here, and read what they use.
 
-As a script (`python triton_aot.py 80 N,K,D ...`, in a process without TRITON_INTERPRET) it compiles every kernel that
-`fusion_kernels.kmeans.triton_backend` launches for problems of these shapes, as it launches them, and writes JSON.
+As a script (`python triton_aot.py 80,90 N,K,D ...`, in a process without TRITON_INTERPRET) it compiles every kernel that
+`fusion_kernels.kmeans.triton_backend` launches for problems of these shapes, as it launches them on GPUs of these compute
+capabilities, and writes JSON.
 
 Compiling all of them takes minutes, and gives the same for the same source: what each one uses is kept in
 `tests/data/triton_resources.json` under a hash of its source, all that it calls, its arguments, the target and the
 version of Triton. A kernel that is not there is compiled; `TRITON_AOT=record` compiles what is missing and keeps it,
 `TRITON_AOT=compile` compiles everything and compares it with what is kept, `TRITON_AOT=compile:NAME` one kernel.
-`make resources` does the first, from nothing.
+`make resources` does the first, from nothing, with the oldest and the newest Triton. With another one, of which nothing
+is kept, one launch of each kernel stands for all.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ from fusion_kernels import gpu
 
 _INSTRUCTIONS = {
     "wgmma": r"wgmma\.mma_async",
+    "tcgen05": r"tcgen05\.mma",
     "mma.sync": r"\bmma\.sync",
     "cp.async": r"cp\.async",
     "float atomics": r"\b(atom|red)\.\S*\.(f|bf)\d",
@@ -65,14 +68,24 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel uses; stack, local and shared memory in bytes, registers per thread."""
+    """What a compiled kernel uses.
+
+    Attributes:
+        registers: per thread.
+        spilled: bytes of a thread's registers that went to memory, stack and local.
+        shared: bytes of shared memory.
+        tensor: columns of tensor memory, of 512 that a multiprocessor of compute capability 10.x has.
+        programs: how many run on a multiprocessor at once.
+        instructions: how many of each kind are in the PTX.
+    """
 
     kernel: str
     constants: dict[str, Any]
     registers: int
-    stack: int
-    local: int
+    spilled: int
     shared: int
+    tensor: int
+    programs: int
     instructions: dict[str, int]
 
 
@@ -98,8 +111,8 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
             if value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    described = f"{source.hash()} {capability} {sorted(launch.options.items())} {triton.__version__}"
-    key = hashlib.sha256(described.encode()).hexdigest()[:24]
+    described = f"{source.hash()} {sorted(launch.options.items())}"
+    key = f"{triton.__version__} {capability} {hashlib.sha256(described.encode()).hexdigest()[:20]}"
     mode, kept = os.environ.get("TRITON_AOT", ""), _kept().get(key)
     if kept is None or mode in ("compile", f"compile:{launch.kernel.__name__}"):
         found = _compiled(source, launch, capability)
@@ -108,18 +121,25 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
             _kept()[key] = found
         kept = found
     chosen = {name: value for name, value in launch.arguments.items() if name in constant_names} | launch.options
-    return Resources(launch.kernel.__name__, chosen, **kept)
+    return Resources(constants=chosen, **kept)
 
 
 def _compiled(source: ASTSource, launch: Launch, capability: int) -> dict[str, Any]:
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options=launch.options | dict(gpu.OPTIONS)
+    )
     usage, ptx = _usage(compiled.asm["cubin"]), compiled.asm["ptx"]
+    registers, shared, tensor = usage["REG"], compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0)
+    programs = gpu.programs_at_once(registers, shared, launch.options["num_warps"], gpu.MULTIPROCESSORS[capability])
+    counts = {name: len(re.findall(pattern, ptx)) for name, pattern in _INSTRUCTIONS.items()}
     return {
-        "registers": usage["REG"],
-        "stack": usage["STACK"],
-        "local": usage["LOCAL"],
-        "shared": compiled.metadata.shared,
-        "instructions": {name: len(re.findall(pattern, ptx)) for name, pattern in _INSTRUCTIONS.items()},
+        "kernel": launch.kernel.__name__,
+        "registers": registers,
+        "spilled": usage["STACK"] + usage["LOCAL"],
+        "shared": shared,
+        "tensor": tensor,
+        "programs": min(programs, 512 // tensor) if tensor else programs,
+        "instructions": {name: count for name, count in counts.items() if count},
     }
 
 
@@ -127,6 +147,13 @@ def _compiled(source: ASTSource, launch: Launch, capability: int) -> dict[str, A
 def _kept() -> dict[str, dict[str, Any]]:
     kept: dict[str, dict[str, Any]] = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
     return kept
+
+
+def of_launches(launches: Iterable[Launch], capability: int) -> list[dict[str, Any]]:
+    """What they use, as JSON has it; of a Triton of which nothing is kept only the first launch of each kernel."""
+    if os.environ.get("TRITON_AOT") is None and not any(key.split()[0] == triton.__version__ for key in _kept()):
+        launches = {launch.kernel.__name__: launch for launch in reversed([*launches])}.values()
+    return [asdict(compile_launch(launch, capability)) for launch in launches]
 
 
 def keep() -> None:
@@ -164,7 +191,7 @@ def recorder(launches: dict[str, Launch]) -> Callable[..., None]:
     return record
 
 
-def kmeans_launches(N: int, K: int, D: int, capability: int) -> Iterator[Launch]:
+def kmeans_launches(N: int, K: int, D: int, capability: int) -> dict[str, Launch]:
     """Every distinct launch of the backend for problems of N points, in all modes; nothing is run."""
     from fusion_kernels.kmeans import triton_assign, triton_backend, triton_points, triton_run
     from fusion_kernels.kmeans.types import Options
@@ -182,7 +209,7 @@ def kmeans_launches(N: int, K: int, D: int, capability: int) -> Iterator[Launch]
                     options = Options(K, max_iter=1, tol=0.1)
                     triton_backend.kmeans(x, weight, init, options, precision=precision)
         triton_assign.assign(torch.zeros(1, N, D), torch.zeros(1, K, D))
-    yield from launches.values()
+    return launches
 
 
 @contextmanager
@@ -212,16 +239,16 @@ def shared_memory(capability: int) -> int:
 
 
 def main() -> None:
-    """Write a JSON list of :class:`Resources` for the capability and shapes of the command line."""
-    capability = int(sys.argv[1])
-    found: dict[str, dict[str, Any]] = {}
-    for shape in sys.argv[2:]:
-        N, K, D = map(int, shape.split(","))
-        for launch in kmeans_launches(N, K, D, capability):
-            resources = asdict(compile_launch(launch, capability))
-            found[json.dumps(resources, sort_keys=True, default=str)] = resources
+    """Write lists of :class:`Resources` by capability, for the capabilities and shapes of the command line."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for capability in map(int, sys.argv[1].split(",")):
+        launches: dict[str, Launch] = {}
+        for shape in sys.argv[2:]:
+            N, K, D = map(int, shape.split(","))
+            launches |= kmeans_launches(N, K, D, capability)
+        found[capability] = of_launches(launches.values(), capability)
     keep()
-    sys.stdout.write(json.dumps(list(found.values()), default=str))
+    sys.stdout.write(json.dumps(found, default=str))
 
 
 if __name__ == "__main__":

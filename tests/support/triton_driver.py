@@ -4,7 +4,8 @@ What a launch is specialised on (a size that is 1 or a multiple of 16, a pointer
 how often users wait for the compiler, and is decided by Triton's own code, which runs here on tensors of the CPU.
 
 As a script (`python triton_driver.py 90`, in a process without TRITON_INTERPRET) it writes JSON: by family of calls, by
-kernel, how many forms of it Triton would compile. With `compile` behind the capability, degenerate shapes are compiled.
+kernel, how many forms of it Triton would compile. With `few` or `all` behind the capability it compiles those of
+degenerate shapes, some or all of them: the first takes seconds.
 """
 
 from __future__ import annotations
@@ -154,8 +155,12 @@ def families() -> dict[str, Callable[[], None]]:
     return found
 
 
-def degenerate() -> None:
+def degenerate(few: bool) -> None:
     """The smallest shapes there are."""
+    if few:
+        step(1, 1, 1, torch.bfloat16, True)
+        kmeans(2, 1, 1, torch.float64, (1,), 2)
+        return
     for dtype in DTYPES:
         for gated in (False, True):
             step(1, 1, 1, dtype, gated)
@@ -171,9 +176,9 @@ def main() -> None:
     """Write the number of forms by family and kernel, or compile those of the degenerate shapes."""
     capability, counted = int(sys.argv[1]), {}
     with kmeans_host(capability), mlp_host(capability):
-        if sys.argv[2:] == ["compile"]:
+        if sys.argv[2:]:
             with standing_in(capability, really=True) as forms:
-                degenerate()
+                degenerate({"few": True, "all": False}[sys.argv[2]])
             counted["degenerate"] = {name: len(keys) for name, keys in forms.items()}
         else:
             for name, calls in families().items():
