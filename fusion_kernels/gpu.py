@@ -149,6 +149,12 @@ def shared_memory(device: torch.device) -> int:
     return int(properties.shared_memory_per_block_optin)
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device that tensors may still take: what is free, and what torch keeps and does not use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def device_guard(x: Tensor) -> AbstractContextManager[object]:
     """Kernels are launched on the current device: make that the one of x."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

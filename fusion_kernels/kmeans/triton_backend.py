@@ -16,13 +16,14 @@ and rounded centroids then belong together, whatever rounding did on the way.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fusion_kernels.gpu import device_guard, launch, packed, pointers
+from fusion_kernels.gpu import device_guard, free_memory, launch, packed, pointers
 from fusion_kernels.kmeans import _triton_gram as gram_kernels
 from fusion_kernels.kmeans import _triton_results as result_kernels
 from fusion_kernels.kmeans import _triton_seed as seed_kernels
@@ -44,8 +45,8 @@ def kmeans(
 ) -> Results:
     """Cluster each problem of a batch; arguments and results as in `fusion_kernels.kmeans.reference.kmeans`.
 
-    `options.workspace_bytes` bounds what the problems worked on at the same time take, though one always is; 8 GiB by
-    default. It changes no result.
+    `options.workspace_bytes` bounds what the problems worked on at the same time take, though one always is; by default
+    half of the memory that the device has left. It changes no result.
 
     Args:
         precision: `"exact"` multiplies float32 points to nearly float32 accuracy; `"fast"` clusters the centred points
@@ -87,8 +88,7 @@ def _clustered(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, opt
     size = triton_heuristics.problem_bytes(N, n_clusters, D, x.element_size(), exact)
     if x.is_cuda:
         _check_memory(size, N, torch.cuda.get_device_properties(x.device).total_memory)
-    bound = triton_heuristics.WORKSPACE_BYTES if options.workspace_bytes is None else options.workspace_bytes
-    at_once = max(1, bound // size)
+    at_once = max(1, _workspace(x, options) // size)
     parts = [
         _cluster(
             packed(x[b : b + at_once]),
@@ -103,6 +103,13 @@ def _clustered(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, opt
         fields[0] if len(parts) == 1 else torch.cat(fields) for fields in zip(*parts, strict=True)
     )
     return labels, centroids, inertia, counts, n_iter, status
+
+
+def _workspace(x: Tensor, options: Options) -> int:
+    """Bytes for the problems worked on at the same time; all of them at once where kernels are interpreted."""
+    if options.workspace_bytes is not None:
+        return options.workspace_bytes
+    return free_memory(x.device) // 2 if x.is_cuda else sys.maxsize
 
 
 def _check_memory(size: int, n_points: int, there: int) -> None:

@@ -14,8 +14,6 @@ from fusion_kernels.gpu import LARGE_SHARED_MEMORY
 DEPTH_MULTIPLE = 64
 #: Rows of Gram and of products begin at a multiple of this many entries (128 bytes of float32).
 STRIDE_MULTIPLE = 32
-#: Memory for the problems worked on at the same time, in bytes; the batch is cut accordingly.
-WORKSPACE_BYTES = 8 << 30
 #: Programs that keep a large GPU busy: work lists of a batch are spread over about this many.
 _PROGRAMS = 4096
 

@@ -102,10 +102,10 @@ def test_a_triton_that_errs_on_a_gpu_is_refused_there(machine: Machine, why_not:
 def test_a_gpu_that_is_refused_runs_nothing(machine: Machine) -> None:
     machine.has((10, 0))
     x = torch.zeros(4, 2).as_subclass(OnGpu)
-    with pytest.raises(BackendUnavailableError, match="kmeans: backend 'triton' on cuda:0: triton 3.6.0 adds"):
+    with pytest.raises(BackendUnavailableError, match=r"kmeans: backend 'triton' on cuda:0: triton 3\.6\.0 adds"):
         kmeans_backend._check_device(x)
     ffn = FFN(torch.zeros(3, 2), torch.zeros(3, 2), "relu")
-    with pytest.raises(BackendUnavailableError, match="mlp: backend 'resident' on cuda:0: triton 3.6.0 adds"):
+    with pytest.raises(BackendUnavailableError, match=r"mlp: backend 'resident' on cuda:0: triton 3\.6\.0 adds"):
         mlp_backend.resident_forward(x, ffn, 2)
 
 
@@ -163,4 +163,3 @@ def test_programs_at_once() -> None:
     assert gpu.programs_at_once(32, 0, 8, hopper) == 8
     assert gpu.programs_at_once(32, 0, 8, consumer) == 6
     assert gpu.programs_at_once(16, 0, 1, consumer) == 16
-

@@ -1,8 +1,8 @@
 """Compile Triton kernels for GPUs that are not here, and read what they use.
 
-As a script (`python triton_aot.py 80,90 N,K,D ...`, in a process without TRITON_INTERPRET) it compiles every kernel that
-`fusion_kernels.kmeans.triton_backend` launches for problems of these shapes, as it launches them on GPUs of these compute
-capabilities, and writes JSON.
+As a script (`python triton_aot.py 80,90 N,K,D ...`, in a process without TRITON_INTERPRET) it compiles every kernel
+that `fusion_kernels.kmeans.triton_backend` launches for problems of these shapes, as it launches them on GPUs of these
+compute capabilities, and writes JSON.
 
 Compiling all of them takes minutes, and gives the same for the same source: what each one uses is kept in
 `tests/data/triton_resources.json` under a hash of its source, all that it calls, its arguments, the target and the

@@ -1,6 +1,7 @@
 """Every launch of the Triton kernels of the MLP, as the host functions choose them, compiled by `triton_aot`.
 
-As a script (`python triton_aot_mlp.py 80,90`, in a process without TRITON_INTERPRET) it writes JSON, as `triton_aot` does.
+As a script (`python triton_aot_mlp.py 80,90`, in a process without TRITON_INTERPRET) it writes JSON, as `triton_aot`
+does.
 """
 
 from __future__ import annotations
