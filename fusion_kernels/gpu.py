@@ -191,7 +191,7 @@ def launch(kernel: Any, programs: int, shared: Mapping[str, Any] = MappingProxyT
 
     Args:
         shared: what many kernels are told; each takes what it has parameters for.
-        own: what this one is told beside or instead, its constants, `num_warps` and `num_stages`.
+        own: what this one is told beside or instead, its constants, `num_warps`, `num_stages` and `maxnreg`.
 
     Raises:
         TypeError: a parameter is left without an argument, or an argument of `own` without a parameter.

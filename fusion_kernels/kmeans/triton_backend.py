@@ -224,7 +224,7 @@ class _Seeding:
             return rings.argsort(dim=1, stable=True)[:, :K].to(torch.int32)
         seeds = torch.zeros(B, K, dtype=torch.int32, device=points.x.device)
         T = 1 << (self.trials - 1).bit_length()
-        scan, block, num_warps = triton_heuristics.seeding_block(N, self.trials)
+        scan, block, num_warps = triton_heuristics.seeding_block(N, self.trials, points.x.dtype == torch.float64)
         launch(
             seed_kernels._plus_plus_kernel,
             B,

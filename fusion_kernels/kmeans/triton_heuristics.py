@@ -63,10 +63,11 @@ def gram_config(rows: int, split: bool, shared_memory: int, major: int = 0) -> G
 def nearest_config(rows: int, shared_memory: int, major: int = 0) -> GramConfig:
     """For the nearest centroids of `rows` points per problem.
 
-    Narrower tiles than the Gram matrix has: the search for the least distance needs registers of its own.
+    Smaller tiles than the Gram matrix has: the search for the least distance needs registers of its own.
     """
     config = gram_config(rows, True, shared_memory, major)
-    return replace(config, tile=(config.tile[0], min(64, config.tile[1])))
+    depth = config.depth if shared_memory >= LARGE_SHARED_MEMORY else 32
+    return replace(config, tile=(config.tile[0], min(64, config.tile[1])), depth=depth)
 
 
 def sweep_config(N: int, K: int, wide: bool) -> SweepConfig:
@@ -79,13 +80,15 @@ def sweep_config(N: int, K: int, wide: bool) -> SweepConfig:
     return SweepConfig(32, 128, 512, members, 1024)
 
 
-def seeding_block(N: int, trials: int) -> tuple[int, int, int]:
-    """Points per step of k-means++'s scans and of its trials, and warps: few steps, since one program has a problem.
+def seeding_block(N: int, trials: int, wide: bool) -> tuple[int, int, int]:
+    """Points per step of k-means++'s scans and of its trials, and warps; `wide` for float64.
 
-    Of more than 4,096 points the draw of a seed would not fit into registers.
+    One program has a problem, and every step waits for the one before it: as few as registers allow.
     """
-    scan = min(4096, max(16, _power_of_two(N)))
-    return scan, max(16, min(scan, 16_384 // _power_of_two(trials), 2048)), 16 if scan > 1024 else 8
+    most = 2048 if wide else 4096
+    scan = min(most, max(16, _power_of_two(N)))
+    block = max(16, min(scan, most // 2, 4 * most // _power_of_two(trials)))
+    return scan, block, 16 if scan > 1024 else 4 if wide else 8
 
 
 def list_programs(B: int, K: int, tiles: int = 1) -> int:

@@ -30,8 +30,8 @@ _RESIDENT_ROWS = {
 }
 _RESIDENT_ODD_ROWS = ((64, 8, 32), (16, 4, 16))
 _RESIDENT_STEPS = ((128, 64, 3), (128, 64, 2), (64, 64, 3), (64, 64, 2), (64, 32, 3), (64, 32, 2), (32, 32, 2))
-#: Entries of a tile per thread that an epilogue works on at a time, where a program is alone, and beside another.
-_EPILOGUE = {False: 32, True: 16}
+#: Entries of a tile per thread that an epilogue works on at a time.
+_EPILOGUE = 16
 #: Multiply-adds per cycle of a multiprocessor by kind of product, with little and with much shared memory.
 _RATE = {(HALF, True): 2048, (HALF, False): 1024, (TF32, True): 1024, (TF32, False): 512}
 _RATE |= {(IEEE, True): 128, (IEEE, False): 128}
@@ -39,8 +39,11 @@ _RATE |= {(IEEE, True): 128, (IEEE, False): 128}
 _EPILOGUE_INSTRUCTIONS, _ISSUED = 40, 128
 #: How much of the shorter of the two another program does not hide.
 _SHOWN = 0.125
-#: Registers that a thread needs beside its accumulators.
-_REGISTERS_BESIDE = 62
+#: Registers that a thread needs, for each accumulator and beside them; operands pass through registers, too, where
+#: products are not by `wgmma` or later.
+_REGISTERS, _REGISTERS_BESIDE = {True: 1.0, False: 1.6}, 62
+#: What a thread is never denied: no kernel needs more to get by without local memory.
+_REGISTERS_LEFT = 128
 #: Tokens of an expert that sums over them are made for: their number changes, the kernel does not.
 TOKENS = 1024
 #: Tokens up to which the products of a decoding step count as few, and the least rows of a tile that trains.
@@ -74,13 +77,10 @@ class TileConfig:
     num_warps: int
     num_stages: int
 
-    def parts(self, together: bool) -> int:
-        """Parts of the tile that the epilogue works on one after the other, to keep out of local memory.
-
-        Args:
-            together: another program is to fit beside this one, which leaves a thread half of the registers.
-        """
-        return max(1, self.BM * self.BN // (_EPILOGUE[together] * 32 * self.num_warps))
+    @property
+    def parts(self) -> int:
+        """Parts of the tile that the epilogue works on one after the other: registers for another program stay free."""
+        return max(1, self.BM * self.BN // (_EPILOGUE * 32 * self.num_warps))
 
     def shared(self, kind: str, wide: bool) -> int:
         """Bytes of its stages; `wide` as in `tile_candidates`."""
@@ -90,8 +90,15 @@ class TileConfig:
     def programs(self, kind: str, gpu: Gpu, wide: bool) -> int:
         """How many programs run on a multiprocessor at once; `wide` as in `tile_candidates`."""
         accumulators = (2 if wide else 1) * self.BM * self.BN // (32 * self.num_warps)
-        registers = _REGISTERS_BESIDE + accumulators
+        registers = round(_REGISTERS_BESIDE + _REGISTERS[gpu.large] * accumulators)
         return programs_at_once(registers, self.shared(kind, wide), self.num_warps, gpu.multiprocessor)
+
+    def registers(self, kind: str, gpu: Gpu, wide: bool) -> int | None:
+        """What a thread may take at most, so that `programs` fit; None where that is up to the compiler."""
+        programs = self.programs(kind, gpu, wide)
+        if programs < 2 or kind == IEEE or not gpu.large:
+            return None
+        return max(_REGISTERS_LEFT, 65_536 // (programs * 32 * self.num_warps) // 8 * 8)
 
 
 @dataclass(frozen=True)

@@ -308,7 +308,8 @@ class _Product:
             "BK": config.BK,
             "GROUP": config.GROUP,
             "BE": 1 << (E - 1).bit_length(),
-            "PARTS": config.parts(config.programs(precision, gpu(x.device), wide) > 1),
+            "PARTS": config.parts,
+            "maxnreg": config.registers(precision, gpu(x.device), wide),
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         }

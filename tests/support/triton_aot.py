@@ -59,11 +59,11 @@ RECORD = Path(__file__).parents[1] / "data" / "triton_resources.json"
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel: its arguments by name, and `num_warps`, `num_stages`."""
+    """One launch of a kernel: its arguments by name, and `num_warps`, `num_stages`, `maxnreg`."""
 
     kernel: Any
     arguments: dict[str, Any]
-    options: dict[str, int]
+    options: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -177,9 +177,8 @@ def recorder(launches: dict[str, Launch]) -> Callable[..., None]:
 
     def record(kernel: Any, programs: int, shared: Mapping[str, Any] = MappingProxyType({}), **own: Any) -> None:
         named = gpu.named(kernel, shared, own)
-        launch = Launch(
-            kernel, named, {"num_warps": named.pop("num_warps", 4), "num_stages": named.pop("num_stages", 3)}
-        )
+        options = {"num_warps": 4, "num_stages": 3, "maxnreg": None}
+        launch = Launch(kernel, named, {name: named.pop(name, usual) for name, usual in options.items()})
         key = [kernel.__name__, *launch.options.values()]
         for value in named.values():
             if isinstance(value, torch.Tensor):
