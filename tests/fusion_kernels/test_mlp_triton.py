@@ -387,6 +387,6 @@ def test_gelu_of_16_bits_errs_far_less_than_they_do() -> None:
     exact = torch.nn.functional.gelu(wide)
     (exact_slope,) = torch.autograd.grad(exact.sum(), wide)
     for found, value in ((a, exact), (slope, exact_slope)):
-        # Half a unit of float16, and what the short form loses: 1e-7 of the argument.
-        allowed = 2.0**-11 * value.abs() + 2.0**-25 + 1.5e-7 * (1 + z.double().abs())
+        # Half a unit of float16, and what the short form loses: 5e-7 of the argument.
+        allowed = 2.0**-11 * value.abs() + 2.0**-25 + 5e-7 * (1 + z.double().abs())
         assert bool(((found.double() - value).abs() <= allowed).all())

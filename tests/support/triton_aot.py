@@ -42,6 +42,7 @@ _INSTRUCTIONS = {
     "tcgen05": r"tcgen05\.mma",
     "mma.sync": r"\bmma\.sync",
     "cp.async": r"cp\.async",
+    "ordered atomics": r"\b(atom|red)\.\S*\bacq_rel",
     "float atomics": r"\b(atom|red)\.\S*\.(f|bf)\d",
 }
 _TYPES = {
