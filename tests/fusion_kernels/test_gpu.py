@@ -1,4 +1,4 @@
-"""Which GPUs the kernels are for, which releases of Triton are refused there, and what a launch is told."""
+"""Which GPUs the kernels are for, which releases of Triton are refused there, and what fits on a multiprocessor."""
 
 from __future__ import annotations
 
@@ -125,19 +125,6 @@ def test_grouped_products_where_torch_has_one_launch_for_them(machine: Machine) 
     for capability, backend in expected.items():
         machine.has(capability)
         assert experts._on_gpu(x, ffn, 1) == backend
-
-
-def test_a_launch_may_fuse_a_multiply_with_an_add() -> None:
-    told: dict[str, Any] = {}
-
-    class Kernel:
-        arg_names = ("x", "n")
-
-        def __getitem__(self, grid: tuple[int]) -> Any:
-            return lambda **arguments: told.update(arguments, grid=grid)
-
-    gpu.launch(Kernel(), 3, {"x": 1, "other": 2}, n=4, num_warps=8)
-    assert told == {"x": 1, "n": 4, "num_warps": 8, "enable_fp_fusion": True, "grid": (3,)}
 
 
 def test_views_between_boundaries_are_copied() -> None:
