@@ -108,6 +108,7 @@ def no_gpu(device: torch.device | None = None) -> str | None:
     return None
 
 
+@functools.cache
 def why_not(device: torch.device | None = None, kernels: frozenset[str] = frozenset()) -> str | None:
     """In one line why Triton backends cannot run, or None.
 

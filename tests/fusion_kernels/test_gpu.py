@@ -17,6 +17,12 @@ from fusion_kernels.kmeans import gpu_backend as kmeans_backend
 from fusion_kernels.mlp import gpu_backend as mlp_backend
 
 
+def forget() -> None:
+    """What was found out about this machine."""
+    gpu.no_gpu.cache_clear()
+    gpu.why_not.cache_clear()
+
+
 class Machine:
     """A stand-in for the GPUs of a machine, by the compute capabilities of its devices."""
 
@@ -30,7 +36,7 @@ class Machine:
 
     def has(self, *capabilities: tuple[int, int], triton: str = "3.6.0") -> None:
         self.capabilities, self.triton = capabilities, triton
-        gpu.no_gpu.cache_clear()
+        forget()
         self.patch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
         self.patch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         self.patch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index or 0])
@@ -43,7 +49,7 @@ class Machine:
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     yield Machine(monkeypatch)
     monkeypatch.undo()
-    gpu.no_gpu.cache_clear()
+    forget()
 
 
 def cuda(index: int) -> torch.device:
@@ -72,7 +78,7 @@ def test_other_makers_are_refused_by_name(machine: Machine) -> None:
     machine.has()
     machine.patch.setattr(torch.xpu, "is_available", lambda: True)
     assert str(gpu.no_gpu()).startswith("it is for NVIDIA GPUs, and this one is Intel's: its tiles and its bounds")
-    gpu.no_gpu.cache_clear()
+    forget()
     machine.patch.setattr(torch.version, "hip", "7.0")
     assert str(gpu.no_gpu()).startswith("it is for NVIDIA GPUs, and this torch is built for AMD's: its tiles")
 

@@ -28,9 +28,10 @@ if importlib.util.find_spec("triton") is None:
 ROOT = Path(__file__).parents[2]
 VERSION = importlib.metadata.version("triton")
 RECORD = ROOT / "tests" / "data" / "triton_resources.json"
-#: With a Triton of which nothing is kept, what would take minutes to compile is not compiled for every GPU.
-KEPT = RECORD.is_file() and f'"{VERSION} ' in RECORD.read_text(encoding="utf-8")
-CAPABILITIES = (80, 86, 89, 90, 100, 103, 120) if KEPT else (90,)
+#: The compute capabilities for which something is kept of this Triton. With another one, what would take minutes to
+#: compile is not compiled for every GPU.
+KEPT = sorted({int(key.split()[1]) for key in json.loads(RECORD.read_text("utf-8")) if key.split()[0] == VERSION})
+CAPABILITIES = tuple(KEPT or [90])
 #: Points, clusters, columns: a real layer, of few columns, since what prepares the points is computed; and the
 #: configuration of small problems.
 SHAPES = ("3072,768,129", "64,16,64")

@@ -151,8 +151,9 @@ def _kept() -> dict[str, dict[str, Any]]:
 
 
 def of_launches(launches: Iterable[Launch], capability: int) -> list[dict[str, Any]]:
-    """What they use, as JSON has it; of a Triton of which nothing is kept only the first launch of each kernel."""
-    if os.environ.get("TRITON_AOT") is None and not any(key.split()[0] == triton.__version__ for key in _kept()):
+    """What they use, as JSON has it; where nothing is kept of this Triton only the first launch of each kernel."""
+    known = any(key.split()[:2] == [triton.__version__, str(capability)] for key in _kept())
+    if os.environ.get("TRITON_AOT") is None and not known:
         launches = {launch.kernel.__name__: launch for launch in reversed([*launches])}.values()
     return [asdict(compile_launch(launch, capability)) for launch in launches]
 
