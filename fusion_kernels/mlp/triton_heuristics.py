@@ -96,7 +96,7 @@ class TileConfig:
     def registers(self, kind: str, gpu: Gpu, wide: bool) -> int | None:
         """What a thread may take at most, so that `programs` fit; None where that is up to the compiler."""
         programs = self.programs(kind, gpu, wide)
-        if programs < 2 or kind == IEEE or not gpu.large:
+        if programs < 2 or kind == IEEE or not gpu.large or self in _ODD_TILES:
             return None
         return max(_REGISTERS_LEFT, 65_536 // (programs * 32 * self.num_warps) // 8 * 8)
 
