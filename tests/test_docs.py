@@ -13,7 +13,7 @@ import re
 import runpy
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import click
 import command_page
 import draw_accuracy
 import draw_fusion
+import draw_large
 import matplotlib
 import option_tables
 import pytest
@@ -351,11 +352,16 @@ def test_tables_of_options_say_types_defaults_and_bounds() -> None:
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_pictures_are_as_their_scripts_draw_them(theme: str) -> None:
     assert (DOCS / "images" / f"fusion-{theme}.svg").read_text(encoding="utf-8") == draw_fusion.draw(theme)
-    kept = (DOCS / "images" / f"accuracy-{theme}.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize(("name", "draw"), [("accuracy", draw_accuracy.draw), ("large", draw_large.draw)])
+def test_plots_are_those_of_the_results(name: str, draw: Callable[[str], str], theme: str) -> None:
+    kept = (DOCS / "images" / f"{name}-{theme}.svg").read_text(encoding="utf-8")
     assert "<dc:date>" not in kept
     if f"Matplotlib v{matplotlib.__version__}," not in kept:
         pytest.skip("another matplotlib drew the plot that is kept")
-    assert kept == draw_accuracy.draw(theme)
+    assert kept == draw(theme)
 
 
 def test_the_format_page_names_the_version_and_every_key() -> None:

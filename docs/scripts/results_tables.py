@@ -295,9 +295,13 @@ def families() -> str:
 
 def large() -> str:
     """Synthetic checkpoints of large Mixture-of-Experts models, from disk to disk."""
-    found = results("moe-cpu")["checkpoints"]
+    largest: dict[str, tuple[str, dict[str, Any]]] = {}
+    for name, one in results("moe-cpu")["checkpoints"].items():
+        known = largest.get(one["model type"])
+        if known is None or one["experts"] > known[1]["experts"]:
+            largest[one["model type"]] = name, one
     rows = []
-    for name, one in found.items():
+    for name, one in largest.values():
         rows.append([
             f"{name}, {one['layers']} layers",
             f"{one['bytes'] / 1e9:.1f} GB",
