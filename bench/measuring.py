@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fusion_kernels import native
 from mlp_fusion.store.tensors import forget as let_go
 
 
@@ -34,3 +37,33 @@ def forget(files: Iterable[Path]) -> None:
         descriptor = os.open(file, os.O_RDONLY)
         let_go(descriptor)
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def steps_timed(names: Iterable[str], clock: Callable[[], float]) -> Iterator[dict[str, float]]:
+    """Seconds by `clock` that all threads together spend in operators of the compiled library.
+
+    Args:
+        names: of operators; those that this version has not are left out.
+        clock: such as `time.thread_time`.
+    """
+    seconds: dict[str, float] = {}
+    lock, kept, ops = threading.Lock(), native.operators, native.operators()
+
+    def timed(name: str) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            started = clock()
+            result = getattr(ops, name)(*args)
+            with lock:
+                seconds[name] = seconds.get(name, 0.0) + clock() - started
+            return result
+
+        return run
+
+    timed_ones = {name: staticmethod(timed(name)) for name in names if hasattr(ops, name)}
+    steps = type("Steps", (), {"__getattr__": lambda _, name: getattr(ops, name), **timed_ones})()
+    native.operators = lambda: steps
+    try:
+        yield seconds
+    finally:
+        native.operators = kept

@@ -7,7 +7,8 @@ Of each checkpoint:
 
 - `compress --stream` in a process of its own, files not in memory before: seconds from start to end, of processors, and
   the largest resident memory;
-- the same tasks with and without reducing, in this process: seconds, and how long workers were at each step;
+- the same tasks with and without reducing, in this process: seconds, how long workers were at each step, and of it
+  how long at Gram matrices and at clustering;
 - what the published number of layers comes to, by the seconds of a layer;
 - scikit-learn's k-means, one expert after the other, timed on a few, where they are not large.
 
@@ -34,7 +35,7 @@ from typing import Any
 
 import torch
 import transformers
-from measuring import forget
+from measuring import forget, steps_timed
 from torch import Tensor
 
 from mlp_fusion.modules.stored import bundle_of
@@ -49,6 +50,8 @@ from mlp_fusion.verbs.plan import plan
 WIDTH = 0.5
 #: Neurons of an expert for which scikit-learn is waited for.
 _MOST_NEURONS = 1024
+#: Operators that make Gram matrices, and those that find clusters in them.
+_GRAM, _CLUSTERING = ("moments", "add_products", "centre", "gram", "prepare"), ("cluster", "inertia")
 #: Layers of the published models.
 PUBLISHED = {"qwen3_moe": 48, "mixtral": 32, "deepseek_v3": 61, "gpt_oss": 24}
 _SCRIPT = """
@@ -124,11 +127,14 @@ def in_here(kind: type[Timed], work: Work, tasks: Sequence[Task], out: Path) -> 
     forget(work.source.glob("*.safetensors"))
     timed.weights_out.create()
     timed.scales_out.create()
-    started, used = time.perf_counter(), time.process_time()
-    run_locally(timed, tasks, lambda _task, _rows: None)
-    found = {"seconds": time.perf_counter() - started, "processor seconds": time.process_time() - used}
+    with steps_timed([*_GRAM, *_CLUSTERING], time.perf_counter) as steps:
+        started, used = time.perf_counter(), time.process_time()
+        run_locally(timed, tasks, lambda _task, _rows: None)
+        found = {"seconds": time.perf_counter() - started, "processor seconds": time.process_time() - used}
     shutil.rmtree(out)
-    return {**found, **timed.spent}  # type: ignore[attr-defined]
+    inside = {"Gram matrices": _GRAM, "clustering": _CLUSTERING} if steps else {}
+    of_reducing = {name: sum(steps.get(step, 0.0) for step in parts) for name, parts in inside.items()}
+    return {**found, **timed.spent, **of_reducing}  # type: ignore[attr-defined]
 
 
 def scikit_learn(work: Work, task: Task, experts: int) -> list[float]:
