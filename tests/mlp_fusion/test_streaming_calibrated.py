@@ -49,6 +49,8 @@ _MODELS = ("Phi3Config", "OPTConfig", "Gemma3TextConfig", "EsmConfig", "Qwen3Moe
     [
         *((name, False, torch.bfloat16) for name in _MODELS),
         *((name, True, torch.float32) for name in _MODELS),
+        ("SwitchTransformersConfig", False, torch.float32),
+        ("Llama4TextConfig", False, torch.float32),
         ("Phi3Config", False, torch.float64),
         ("Qwen3MoeConfig", True, torch.float64),
     ],
