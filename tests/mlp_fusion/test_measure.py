@@ -53,7 +53,6 @@ def test_experts_that_get_all_rows_are_shown_those_that_are_routed_to_them() -> 
         torch.testing.assert_close(architecture.read(expert).forward(rows.x)[0], rows.y)
 
 
-
 def test_captured_rows_are_the_unmasked_positions_of_a_plain_run() -> None:
     model = tiny_model("llama")
     architecture = architecture_of(model.config)

@@ -25,8 +25,9 @@ class Runner:
     """Runs a Hugging Face model on batches, inside a `with` block: in evaluation mode, on the model's device.
 
     Every module's own mode is back afterwards, whatever happens inside. Outputs have names, whether or not the model's
-    config asks for tuples. Nothing is generated, and no cache of keys and values is made. Encoder-decoder models whose batches lack `decoder_input_ids` read the encoder's text in the
-    decoder, too. Images and sounds get the model's dtype. Gradients are recorded or not as around the call.
+    config asks for tuples. No cache of keys and values is made, as nothing is generated. Encoder-decoder models whose
+    batches lack `decoder_input_ids` read the encoder's text in the decoder, too. Images and sounds get the model's
+    dtype. Gradients are recorded or not as around the call.
 
     Args:
         model: the model.
