@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import cuda_build
 import ntk_rounding
 import pytest
 import torch
@@ -38,7 +39,6 @@ from fusion_kernels.ntk.types import Differentiated
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024}
 NO_COMPILER = shutil.which(os.environ.get("CXX", "c++").split()[0]) is None
 
@@ -365,19 +365,13 @@ class Build:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
+def built() -> Build:
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=str(Path(home) / "bin") if home else None)
     if nvcc is None or NO_COMPILER:
         pytest.skip("there is no nvcc in CUDA_HOME or on the PATH, or no C++ compiler")
-    release = re.search(r"release ([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
-    assert release is not None
-    folder = tmp_path_factory.mktemp("cuda")
-    command = [sys.executable, str(ROOT / "tests" / "support" / "cuda_build.py"), str(folder), release[1]]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    said = done.stdout + done.stderr
-    entries = re.split(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", said)[1:]
+    folder = cuda_build.kept(nvcc)
+    entries = re.split(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", (folder / cuda_build.SAID).read_text())[1:]
     reports = {
         (name, int(capability)): report
         for name, capability, report in zip(entries[::3], entries[1::3], entries[2::3], strict=True)

@@ -395,6 +395,8 @@ def test_debug_shows_where_bad_input_was_met(run: Run, source: Path) -> None:
     assert done.code == 2
     assert "Traceback" in done.err
     assert "in resolve_width" in done.err
+    assert "InputError: width 7" in done.err
+    assert done.out == ""
     assert done.err.splitlines()[-1].startswith("mlp-fusion: width 7 is not a multiple of 8")
 
 
@@ -476,21 +478,3 @@ def test_program_meets_a_name_that_is_no_folder() -> None:
     done = run_for_real("plan", "no-such-organisation/no-such-model", "--width", "0.25")
     assert done.code == 2
     assert done.error.startswith("mlp-fusion: no-such-organisation/no-such-model: ")
-
-
-@pytest.fixture(scope="module")
-def debugged(source: Path) -> Outcome:
-    return run_for_real("--debug", "plan", source, "--width", "7")
-
-
-@pytest.mark.slow
-def test_program_shows_a_traceback_when_asked(debugged: Outcome) -> None:
-    assert debugged.code != 0
-    assert "Traceback (most recent call last)" in debugged.err
-    assert "InputError: width 7" in debugged.err
-    assert debugged.out == ""
-
-
-@pytest.mark.slow
-def test_program_keeps_its_exit_code_when_debugging(debugged: Outcome) -> None:
-    assert debugged.code == 2

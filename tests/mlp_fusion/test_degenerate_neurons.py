@@ -126,3 +126,14 @@ def test_measuring_leaves_the_number_of_threads_alone() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+def test_rows_that_repeat_have_a_spectrum() -> None:
+    """LAPACK finds no eigenvalues of some such kernels in float32 as they are."""
+    for seed in range(128):
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randint(-3, 4, (3, 8), generator=g).float()[torch.randint(0, 3, (64,), generator=g)]
+        x *= torch.rand(64, 1, generator=g) < 0.2
+        expected = torch.linalg.svdvals(x.double()).square()
+        found = torch.tensor(leading_eigenvalues(x @ x.T), dtype=torch.float64)
+        assert float((found[:8] - expected).abs().max()) <= 1e-4 * float(expected.sum())

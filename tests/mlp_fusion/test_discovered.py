@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from discovered_models import ADAM_ONLY, MODELS, auto, batch_of, fused_ffns, logits, model_of, tied
+from moe_models import moe_model
 
 import checkpoints as ck
 import mlp_fusion
@@ -354,10 +355,11 @@ def test_what_is_not_proved_is_refused_with_the_reason() -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_experts_that_few_tokens_reach_are_reduced_by_their_weights_alone() -> None:
+@pytest.mark.parametrize(("name", "batches"), [("Qwen3MoeConfig", 2), ("Llama4TextConfig", 6)])
+def test_experts_that_few_tokens_reach_are_reduced_by_their_weights_alone(name: str, batches: int) -> None:
     """And the report says which."""
-    learnt, plain = model_of("Qwen3MoeConfig"), model_of("Qwen3MoeConfig")
-    text = [token_batch(seed=n) for n in range(2)]
+    learnt, plain = moe_model(name), moe_model(name)
+    text = [token_batch(seed=n) for n in range(batches)]
     report = mlp_fusion.fuse(learnt, 0.5, calibration=text, match=None)
     mlp_fusion.fuse(plain, 0.5)
     (row,) = [row for row in report.rows if row.path.endswith("experts")]
@@ -368,4 +370,5 @@ def test_experts_that_few_tokens_reach_are_reduced_by_their_weights_alone() -> N
         both = [model.get_submodule(site.path).gate_up_proj[expert] for model in (learnt, plain)]
         assert torch.equal(*both) is (expert in few)
     assert f"reduced by their weights alone: {row.path}: {', '.join(map(str, few))}" in report.table()
-    assert mlp_fusion.FusionReport.from_dict(report.to_dict()).rows[1].by_weights == few
+    again = mlp_fusion.FusionReport.from_dict(report.to_dict())
+    assert [found.by_weights for found in again.rows if found.path == row.path] == [few]

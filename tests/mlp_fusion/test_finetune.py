@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ pytestmark = pytest.mark.slow
 
 WORDS = ("the", "a", "cat", "sat")
 SMALL: dict[str, Any] = {"epochs": 2.0, "batch_size": 8, "max_length": 8, "learning_rate": 2e-3, "seed": 3}
+#: Of the runs that are stopped and go on.
+INTERRUPTED: dict[str, Any] = {**SMALL, "task": "classification", "layerwise_epochs": 2.0}
 
 
 def sentences(count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -140,6 +144,19 @@ class _StoppedError(Exception):
     pass
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(source: Path, fused: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Its folder and report, of a run with some checkpoint_steps that nothing stops."""
+
+    @functools.cache
+    def run(checkpoint_steps: int | None) -> tuple[Path, Any]:
+        out = tmp_path_factory.mktemp("uninterrupted") / "whole"
+        options = {**INTERRUPTED, "original": source, "checkpoint_steps": checkpoint_steps}
+        return out, mlp_fusion.finetune(fused, out, sentences(40), sentences(16, seed=1), **options)
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("stage", "checkpoint_steps", "last", "first"),
     [
@@ -152,12 +169,10 @@ class _StoppedError(Exception):
     ],
 )
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
-    source: Path, fused: Path, tmp_path: Path, stage: str, checkpoint_steps: int | None, last: int, first: int
-) -> None:
-    options: dict[str, Any] = {
-        **SMALL, "task": "classification", "original": source, "layerwise_epochs": 2.0,
-        "checkpoint_steps": checkpoint_steps,
-    }  # fmt: skip
+    source: Path, fused: Path, uninterrupted: Callable[..., Any], tmp_path: Path, stage: str,
+    checkpoint_steps: int | None, last: int, first: int,
+) -> None:  # fmt: skip
+    options: dict[str, Any] = {**INTERRUPTED, "original": source, "checkpoint_steps": checkpoint_steps}
     data, held_out = sentences(40), sentences(16, seed=1)
 
     def stop(now: str, done: int, total: int, loss: float | None) -> None:
@@ -182,8 +197,8 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
         progress=lambda stage, done, total, loss: seen.append((stage, done)),
     )  # fmt: skip
     assert seen[0] == (stage, first)
-    whole = mlp_fusion.finetune(fused, tmp_path / "whole", data, held_out, **options)
-    one, other = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+    folder, whole = uninterrupted(checkpoint_steps)
+    one, other = weights(tmp_path / "cut"), weights(folder)
     assert all(torch.equal(one[k], other[k]) for k in other)
     left_out = {"seconds": 0.0}
     assert {**resumed.to_dict(), **left_out} == {**whole.to_dict(), **left_out}

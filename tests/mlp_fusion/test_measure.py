@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+from moe_models import moe_model
+from torch import Tensor
 
 from bundles import random_bundle, tie
 from families import FAMILIES, tiny_model, token_batch
@@ -35,6 +37,20 @@ def test_every_architecture_computes_what_the_model_does(family: str) -> None:
         assert site.kind.width == site.neurons == 64
         assert rows.y.abs().max() > 0.1
         torch.testing.assert_close(bundle.forward(rows.x)[0], rows.y, rtol=1e-9, atol=1e-9)
+
+
+def test_experts_that_get_all_rows_are_shown_those_that_are_routed_to_them() -> None:
+    """Llama 4 multiplies what an expert gets by its score, which is 0 for all but the best."""
+    model = moe_model("Llama4TextConfig")
+    architecture = architecture_of(model.config)
+    experts = [expert for site in architecture.sites(model) for expert in site.experts() if expert.is_expert]
+    scores: list[Tensor] = []
+    router = model.get_submodule(experts[0].path.removesuffix("experts") + "router")
+    with router.register_forward_hook(lambda _module, _args, output: scores.append(output[0])):
+        found = capture_activations(model, architecture, experts, token_batch(), rows=999, seed=0)
+    assert [len(rows.x) for rows in found] == (scores[0] > 0).sum(dim=0).tolist()
+    for expert, rows in zip(experts, found, strict=True):
+        torch.testing.assert_close(architecture.read(expert).forward(rows.x)[0], rows.y)
 
 
 def test_captured_rows_are_the_unmasked_positions_of_a_plain_run() -> None:

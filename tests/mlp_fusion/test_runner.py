@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from moe_models import moe_model
 
 from families import tiny_model, token_batch
 from mlp_fusion import InputError
@@ -45,6 +46,15 @@ def test_the_whole_model_runs_where_a_part_of_its_head_is_to() -> None:
         assert "logits" not in runner.base(batch, ["transformer.h.0.mlp", "transformer"])
         assert "logits" in runner.base(batch, ["transformer.h.0.mlp", "lm_head"])
         assert "last_hidden_state" in Runner(model.base_model).base(batch, ["h.0.mlp"])
+
+
+def test_nothing_is_cached() -> None:
+    """Switch takes no argument to that effect."""
+    model, batch = moe_model("SwitchTransformersConfig"), token_batch()
+    assert model(**batch, decoder_input_ids=batch["input_ids"]).past_key_values is not None
+    with Runner(model) as runner:
+        assert "past_key_values" not in runner.whole(batch)
+    assert model.config.use_cache is model.decoder.config.use_cache is True
 
 
 def test_gradients_are_recorded_where_the_caller_wants_them() -> None:

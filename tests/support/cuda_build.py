@@ -6,8 +6,12 @@ stand-in of that name, to link with and to load beside the result.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +20,39 @@ from typing import Any
 import setuptools
 import torch
 
+ROOT = Path(__file__).parents[2]
+#: In the folder of a build that has come to its end: what the compilers said.
+SAID = "said.txt"
 STAND_IN = """
 extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }
 extern "C" int torch_c10_cuda_check_msg(int, const char*, const char*, unsigned, bool, char**) { return 1; }
 extern "C" void torch_c10_cuda_free_error_msg(char*) {}
 """
+
+
+def kept(nvcc: str) -> Path:
+    """The folder of a build of the sources as they are: under `build`, for all processes, made where there is none."""
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release ([\d.]+)", version)
+    assert release is not None, version
+    made_of = hashlib.sha256(f"{version} {torch.__version__} {sys.version}".encode())
+    for source in (*sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file()), ROOT / "setup.py", __file__):
+        made_of.update(Path(source).read_bytes())
+    folder = ROOT / "build" / "cuda-tests" / made_of.hexdigest()[:24]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / SAID).is_file():
+            for old in folder.parent.iterdir():
+                if old.is_dir():
+                    shutil.rmtree(old)
+            folder.mkdir()
+            done = subprocess.run(
+                [sys.executable, __file__, str(folder), release[1]], cwd=ROOT, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            (folder / SAID).write_text(done.stdout + done.stderr, encoding="utf-8")
+    return folder
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import sys
 from typing import Any
@@ -10,9 +12,11 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
     raise ImportError("triton is already imported: its own functions would not be interpreted")
 os.environ["TRITON_INTERPRET"] = "1"
 
+import triton.language as tl
 from triton.runtime import interpreter
 
 _original = interpreter._patch_lang_tensor
+_dtype_of = interpreter._get_np_dtype
 
 
 def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
@@ -21,4 +25,30 @@ def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
+@functools.cache
+def _names_of_builtins(holder: Any) -> list[str]:
+    """Names that a module or class of the language has for builtins, before they are replaced for the first time."""
+    return [name for name, member in inspect.getmembers(holder) if tl.core.is_builtin(member)]
+
+
+def _patch_builtin(holder: Any, *how: Any) -> None:
+    """As Triton's own, which looks through all that there is in the language whenever a device function is called."""
+    for name in _names_of_builtins(holder):
+        member = getattr(holder, name)
+        if tl.core.is_builtin(member):
+            interpreter._patch_attr(holder, name, member, *how)
+
+
+_dtypes: dict[str, Any] = {}
+
+
+def _get_np_dtype(of: Any) -> Any:
+    """As Triton's own, which writes down its table anew every time."""
+    if of.name not in _dtypes:
+        _dtypes[of.name] = _dtype_of(of)
+    return _dtypes[of.name]
+
+
 interpreter._patch_lang_tensor = _patch_lang_tensor
+interpreter._patch_builtin = _patch_builtin
+interpreter._get_np_dtype = _get_np_dtype

@@ -37,6 +37,8 @@ WIDTHS = re.compile(
 #: Attributes of modules that differ from layer to layer without making another kind of FFN.
 _PLACE = re.compile(r".*(idx|index|layer|block|depth|drop|stage).*")
 _EXPERTS = re.compile(r"num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_routed_experts")
+#: What draws or fills weights, in a tensor that it gets first and returns.
+_INITIALISERS = tuple(name for name in vars(nn.init) if name.endswith("_") and not name.startswith("_"))
 _IMPLEMENTATIONS = ("_experts_implementation", "_experts_implementation_internal")
 
 
@@ -114,9 +116,26 @@ def _part_class(config_class: type) -> type[PreTrainedModel] | None:
 
 def build(cls: type[PreTrainedModel], config: Any) -> PreTrainedModel:
     """The model that `config` describes, on the meta device; `config` itself is not touched."""
-    with torch.device("meta"):
+    with torch.device("meta"), _nothing_drawn():
         model: PreTrainedModel = cls._from_config(copy.deepcopy(config), dtype=torch.float32)  # type: ignore[attr-defined]
     return model
+
+
+@contextlib.contextmanager
+def _nothing_drawn() -> Iterator[None]:
+    """Inside, nothing is drawn for tensors on the meta device: that took a third of the time to build a model there."""
+
+    def skipping(own: Any) -> Any:
+        return lambda tensor, *how, **options: tensor if tensor.is_meta else own(tensor, *how, **options)
+
+    before = {name: getattr(nn.init, name) for name in _INITIALISERS}
+    for name, own in before.items():
+        setattr(nn.init, name, skipping(own))
+    try:
+        yield
+    finally:
+        for name, own in before.items():
+            setattr(nn.init, name, own)
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

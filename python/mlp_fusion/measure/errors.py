@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,10 +93,9 @@ def _ffn_errors(original: NeuronBundle, fused: NeuronBundle, x: Tensor) -> FFNEr
         ntk[kernel] = {"total": relative_error(*totals), **errors}
         after, before = totals
         trace = float(before.trace())
-        if trace > 0 and all(bool(total.isfinite().all()) for total in totals):
+        if 0 < trace < math.inf and all(bool(total.isfinite().all()) for total in totals):
             spectrum[kernel] = {
-                name: [value / trace for value in leading_eigenvalues(total)]
-                for name, total in (("before", before), ("after", after))
+                name: leading_eigenvalues(total / trace) for name, total in (("before", before), ("after", after))
             }
     return FFNErrors(output, ntk, spectrum)
 
@@ -107,8 +107,12 @@ def leading_eigenvalues(kernel: Tensor) -> list[float]:
     other several times as long as one of them works.
     """
     symmetric = (kernel + kernel.mT) / 2
+    # Rows of `kernel` that repeat leave eigenvalues of 0, next to which LAPACK's iterations may never end: what they
+    # may leave is measured by the diagonal beside it. All eigenvalues are moved away from there, and back.
+    shift = symmetric.diagonal().mean()
+    symmetric.diagonal().add_(shift)
     with _one_thread(True):
-        values: list[float] = torch.linalg.eigvalsh(symmetric).flip(0)[:SPECTRUM_SIZE].tolist()
+        values: list[float] = (torch.linalg.eigvalsh(symmetric).flip(0)[:SPECTRUM_SIZE] - shift).tolist()
     return values
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,8 @@ ExpertVisitor = Callable[[int, Tensor, Tensor, Tensor], None]
 def experts_tapped(sites: Mapping[int, FFNSite], visit: ExpertVisitor) -> Iterator[None]:
     """Show `visit` the rows of every expert, in its turn, whenever its stack has run inside; there may be none.
 
-    Inside, experts run eagerly, one product at a time.
+    Inside, experts run eagerly, one product at a time. Where all experts get all rows, those that come to one as zeros
+    are not routed to it (Llama 4 multiplies what an expert gets by its score).
 
     Args:
         sites: number -> an expert.
@@ -79,18 +80,21 @@ class _StackTap:
         outputs = self._by_expert(trace.products, kind.projection("w_out").parameter)
         last, like = kind.projection("w_out"), next(module.parameters())
         for expert, number in self._numbers.items():
-            x, hidden = (found[expert][0] if expert in found else None for found in (inputs, outputs))
+            x, hidden = (found[expert].x if expert in found else None for found in (inputs, outputs))
             if x is None or hidden is None:
                 self._visit(number, *(like.new_zeros(0, size) for size in self._site.channels()))
                 continue
-            y, added = outputs[expert][1:]
-            if last.bias is not None and not added:
+            y = outputs[expert].y
+            if last.bias is not None and not outputs[expert].biased:
                 y = y + module.get_parameter(last.bias)[expert].to(y.dtype)
+            if inputs[expert].all_rows:
+                routed = x.any(dim=1)
+                x, hidden, y = x[routed], hidden[routed], y[routed]
             self._visit(number, x, hidden, y)
 
-    def _by_expert(self, products: Sequence[Product], parameter: str) -> dict[int, tuple[Tensor, Tensor, bool]]:
-        """Expert -> what its product with a parameter got and returned, and whether a bias is in that."""
-        found: dict[int, tuple[Tensor, Tensor, bool]] = {}
+    def _by_expert(self, products: Sequence[Product], parameter: str) -> dict[int, _Passed]:
+        """Expert -> what has passed through its product with a parameter."""
+        found: dict[int, _Passed] = {}
         for product in products:
             if product.parameter != parameter:
                 continue
@@ -107,6 +111,21 @@ class _StackTap:
             for expert, x, y in pairs:
                 rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
                 if expert in found:
-                    rows = torch.cat([found[expert][0], rows[0]]), torch.cat([found[expert][1], rows[1]])
-                found[expert] = (*rows, added)
+                    rows = torch.cat([found[expert].x, rows[0]]), torch.cat([found[expert].y, rows[1]])
+                found[expert] = _Passed(*rows, added, product.expert is None)
         return found
+
+
+class _Passed(NamedTuple):
+    """Rows that have passed through one expert's product with a parameter.
+
+    Attributes:
+        x, y: what it got and returned.
+        biased: whether a bias is in `y`.
+        all_rows: whether one product is of all experts, each with all rows.
+    """
+
+    x: Tensor
+    y: Tensor
+    biased: bool
+    all_rows: bool

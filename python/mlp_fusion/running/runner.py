@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -25,8 +25,9 @@ class Runner:
     """Runs a Hugging Face model on batches, inside a `with` block: in evaluation mode, on the model's device.
 
     Every module's own mode is back afterwards, whatever happens inside. Outputs have names, whether or not the model's
-    config asks for tuples. Encoder-decoder models whose batches lack `decoder_input_ids` read the encoder's text in the
-    decoder, too. Images and sounds get the model's dtype. Gradients are recorded or not as around the call.
+    config asks for tuples. No cache of keys and values is made, as nothing is generated. Encoder-decoder models whose
+    batches lack `decoder_input_ids` read the encoder's text in the decoder, too. Images and sounds get the model's
+    dtype. Gradients are recorded or not as around the call.
 
     Args:
         model: the model.
@@ -41,6 +42,7 @@ class Runner:
         with ExitStack() as entered:
             entered.enter_context(evaluating(self.model))
             entered.enter_context(naming_outputs(self.model))
+            entered.enter_context(_configured(self.model, "use_cache", False))
             self._inside = entered.pop_all()
         return self
 
@@ -131,7 +133,7 @@ class Runner:
             return value.to(device, dtype if value.is_floating_point() and "mask" not in name else None)
 
         given = {name: moved(name, value) for name, value in batch.items()}
-        # Nothing is generated, and some models (without attention) cannot make a cache.
+        # Besides the configs: an argument may have a default of its own.
         if "use_cache" in inspect.signature(getattr(module, "forward", module)).parameters:
             given.setdefault("use_cache", False)
         try:
@@ -203,21 +205,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def naming_outputs(model: nn.Module) -> Iterator[None]:
+def naming_outputs(model: nn.Module) -> AbstractContextManager[None]:
     """Outputs by their names inside, where the model's config asks for tuples.
 
     An argument to that effect would not do: some models run their inner ones as the config says.
     """
+    return _configured(model, "return_dict", True)
+
+
+@contextmanager
+def _configured(model: nn.Module, name: str, value: bool) -> Iterator[None]:
+    """Inside, all configs in a model that say the opposite of `value` for `name` say that."""
     configs = {id(c): c for m in model.modules() if (c := m.__dict__.get("config")) is not None}
-    changed = [config for config in configs.values() if getattr(config, "return_dict", True) is False]
+    changed = [config for config in configs.values() if getattr(config, name, value) is (not value)]
     for config in changed:
-        config.return_dict = True
+        setattr(config, name, value)
     try:
         yield
     finally:
         for config in changed:
-            config.return_dict = False
+            setattr(config, name, not value)
 
 
 def not_finite(what: str, dtype: torch.dtype) -> InputError:
