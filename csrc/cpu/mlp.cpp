@@ -20,11 +20,11 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Elements of a chunk's hidden tile: in float 256 KiB, so that the few tiles of a step fit the caches of a core and add
-// little to what a training step holds. And its fewest rows, for which a product still runs at full speed, and its most,
-// so that sums over many tokens are sums of sums.
+// Elements of a thread's share of a chunk's hidden tile: in float 256 KiB, so that the few tiles of a step fit the caches
+// of a core and add little to what a training step holds. And its fewest rows, for which a product still runs at full
+// speed, and its most, so that sums over many tokens are sums of sums.
 constexpr int64_t kTileElements = 1 << 16;
-constexpr int64_t kLeastRows = 256, kMostRows = 1024;
+constexpr int64_t kLeastRows = 512, kMostRows = 1024;
 // Elements of a pointwise step that one thread takes at a time.
 constexpr int64_t kGrain = 1 << 14;
 
@@ -71,18 +71,6 @@ void multiply(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, bool
                                     : aoti_torch_cpu_mm_out(to.get(), left.get(), right.get()));
 }
 
-// out = x wᵀ + b.
-template <class T>
-void project(const Matrix<T>& out, const Matrix<T>& x, const Matrix<T>& w, const T* bias) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (x.rows <= kFewRows && x.column_stride == 1 && w.column_stride == 1) return project_few(out, x, w, bias);
-  }
-  if (bias != nullptr) {
-    for (int64_t i = 0; i < out.rows; ++i) std::copy_n(bias, out.columns, out.data + i * out.row_stride);
-  }
-  multiply(out, x, w.transposed(), bias != nullptr);
-}
-
 // Call work(begin, count) for pieces of the rows of a tile, on all threads.
 template <class Work>
 void in_pieces(int64_t rows, int64_t columns, const Work& work) {
@@ -90,6 +78,20 @@ void in_pieces(int64_t rows, int64_t columns, const Work& work) {
   for_each_if(pieces > 1 && torch::stable::get_num_threads() > 1, pieces, [&](int64_t i) {
     work(i * grain, std::min(grain, rows - i * grain));
   });
+}
+
+// out = x wᵀ + b.
+template <class T>
+void project(const Matrix<T>& out, const Matrix<T>& x, const Matrix<T>& w, const T* bias) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (x.rows <= kFewRows && x.column_stride == 1 && w.column_stride == 1) return project_few(out, x, w, bias);
+  }
+  if (bias != nullptr) {
+    in_pieces(out.rows, out.columns, [&](int64_t begin, int64_t count) {
+      for (int64_t i = begin; i < begin + count; ++i) std::copy_n(bias, out.columns, out.data + i * out.row_stride);
+    });
+  }
+  multiply(out, x, w.transposed(), bias != nullptr);
 }
 
 template <class T>
@@ -169,9 +171,10 @@ class ColumnSums {
   std::vector<double> sum_;
 };
 
-// Rows of the chunks of `rows` tokens, as even as they can be.
+// Rows of the chunks of `rows` tokens, as even as they can be. Every thread has a share of a chunk, and caches of its own.
 int64_t rows_per_chunk(int64_t rows, int64_t h) {
-  const int64_t most = std::clamp(kTileElements / std::max<int64_t>(h, 1), kLeastRows, kMostRows);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t most = threads * std::clamp(kTileElements / std::max<int64_t>(h, 1), kLeastRows, kMostRows);
   const int64_t chunks = std::max<int64_t>(1, (rows + most - 1) / most);
   return std::max<int64_t>(1, (rows + chunks - 1) / chunks);
 }
