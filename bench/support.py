@@ -14,11 +14,19 @@ from real_model import model_folder
 
 __all__ = [
     "ACTIVATIONS", "Bundle", "forward", "make_bundle", "model_folder", "nearest_gap", "neuron_like", "round_trips",
+    "triton_aot",
 ]  # fmt: skip
 
 
 def round_trips() -> Any:
     """The module of that name; it imports transformers, which others need not."""
     import round_trips as module
+
+    return module
+
+
+def triton_aot() -> Any:
+    """The module of that name; it imports Triton, which others need not."""
+    import triton_aot as module
 
     return module

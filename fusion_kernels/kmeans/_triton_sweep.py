@@ -153,16 +153,16 @@ def _products_kernel(
         c = tl.load(list_ptr + b * K + i)
         begin = tl.load(begin_ptr + b * K + c)
         length = tl.load(length_ptr + b * K + c)
-        row = tl.zeros((BN,), dtype)
+        sums = tl.zeros((U, BN), dtype)
         for first in range(0, length, U):
             k = first + tl.arange(0, U)
             member = tl.load(members_ptr + b * N + begin + k, mask=k < length, other=0)
             share = tl.load(share_ptr + b * N + begin + k, mask=k < length, other=0.0)
             mask = (k < length)[:, None] & (j < N)[None, :]
-            rows = tl.load(gram_ptr + (b * N + member)[:, None] * stride + j[None, :], mask=mask, other=0.0)  # (U, BN)
-            row += tl.sum(share[:, None] * rows, 0)
+            rows = tl.load(gram_ptr + (b * N + member)[:, None] * stride + j[None, :], mask=mask, other=0.0)
+            sums += share[:, None] * rows
         # A cluster without members keeps the centroid that it had.
-        tl.store(products_ptr + (b * K + c) * stride + j, row, mask=(j < N) & (tl.zeros_like(j) < length))
+        tl.store(products_ptr + (b * K + c) * stride + j, tl.sum(sums, 0), mask=(j < N) & (tl.zeros_like(j) < length))
 
 
 @triton.jit(do_not_specialize=["P"])

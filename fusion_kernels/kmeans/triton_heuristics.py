@@ -34,17 +34,26 @@ class SweepConfig:
 
     Attributes:
         points: points per program of a nearest-centroid or best-move search.
-        clusters: clusters per step of it.
-        columns: columns of Gram per program of a centroid's sum.
-        members: members whose rows are loaded at a time.
-        scan: points per step of a kernel that walks over all points of a problem.
+        clusters: clusters per step of a nearest-centroid search.
+        changed: clusters of the list per step of a best-move search.
+        again, every: points that it searches for among all clusters at a time, and clusters per step of that.
+        columns, members: columns of Gram per program of a centroid's sum, and members whose rows are loaded at a time.
+        moved_columns, moved_members: the same in a round of moves.
+        scan: points or clusters per step of a kernel that walks over all of a problem.
+        warps: of such a kernel.
     """
 
     points: int
     clusters: int
+    changed: int
+    again: int
+    every: int
     columns: int
     members: int
+    moved_columns: int
+    moved_members: int
     scan: int
+    warps: int
 
 
 def gram_config(rows: int, split: bool, shared_memory: int, major: int = 0) -> GramConfig:
@@ -71,13 +80,18 @@ def nearest_config(rows: int, shared_memory: int, major: int = 0) -> GramConfig:
 
 
 def sweep_config(N: int, K: int, wide: bool) -> SweepConfig:
-    """For problems of N points and K clusters; `wide` for float64."""
+    """For problems of N points and K clusters; `wide` for float64.
+
+    A pass of Lloyd's iteration sums most clusters again, and sees to it that no thread idles. A round of moves sums a
+    few and waits for the largest of them, which has hundreds of members where the mean is 4: few steps of many rows.
+    """
     members = min(8, max(2, _power_of_two(-(-N // K))))
     if N <= 64:
-        return SweepConfig(16, 16, 64, members, 64)
+        return SweepConfig(16, 16, 16, 2, 64, 64, members, 64, 16, 64, 4)
     if wide:
-        return SweepConfig(64, 16, 256, members, 512)
-    return SweepConfig(32, 128, 512, members, 1024)
+        return SweepConfig(64, 16, 16, 2, 512, 256, members, 128, 16, 512, 4)
+    scan = min(4096, _power_of_two(N))
+    return SweepConfig(32, 128, 32, 2, 1024, 512, members, 128, 32, scan, 16 if N > 1024 else 4)
 
 
 def seeding_block(N: int, trials: int, wide: bool) -> tuple[int, int, int]:

@@ -39,7 +39,9 @@ class Run:
         mass: (B, K) float64, the weight of every cluster.
         cross, shift: (B, K) float64, products of new centroids with old ones, and how far they went.
         cost: (B, N) float64, weighted squared distances, or what a move gains.
-        target, bid, bidder: (B, N), (B, K) and (B, K), of moves.
+        target, least, second: (B, N), of moves: the cheapest other cluster, -1 where it is to be searched for, what it
+            costs, and what every other one costs at least.
+        bid, bidder: (B, K), of moves.
         smallest_shift: (B,) float64, at which Lloyd's iteration has settled.
     """
 
@@ -62,6 +64,7 @@ class Run:
         self.mass, self.cross, self.shift = (points.weight.new_empty(B, K) for _ in range(3))
         self.cost = points.weight.new_empty(B, N)
         self.target, self.bidder = integers((B, N)), integers((B, K))
+        self.least, self.second = (points.diagonal.new_empty(B, N) for _ in range(2))
         self.bid = torch.empty(B, K, dtype=torch.int64, device=labels.device)
         variance = (points.weight * points.diagonal).sum(1) / (points.total * points.x.shape[2])
         self.smallest_shift = self.tol * variance
@@ -101,20 +104,20 @@ class Run:
         self.commit(sweep_kernels.GIVEN)
         self.rebuild(tol=False)
 
-    def rebuild(self, tol: bool) -> None:
-        """Sum the centroids on the list again."""
+    def rebuild(self, tol: bool, moves: bool = False) -> None:
+        """Sum the centroids on the list again, which many are on, or those of a round of `moves`."""
         self.find_members(tol)
-        self._sum_products(tol)
+        self._sum_products(tol, moves)
 
     def find_members(self, tol: bool) -> None:
         """The members of the clusters on the list, their shares and the clusters' weights."""
-        self.launch_on_list(sweep_kernels._members_kernel, TOL=tol, BLOCK=self.config.scan, BM=128)
+        self.launch_on_list(sweep_kernels._members_kernel, TOL=tol, BLOCK=min(1024, self.config.scan), BM=512)
 
-    def _sum_products(self, tol: bool) -> None:
+    def _sum_products(self, tol: bool, moves: bool = False) -> None:
         config = self.config
-        tiles = -(-self.N // config.columns)
-        self.launch_on_list(sweep_kernels._products_kernel, tiles, U=config.members, BN=config.columns)
-        self.launch_on_list(sweep_kernels._norms_kernel, TOL=tol, BLOCK=128)
+        columns, members = (config.moved_columns, config.moved_members) if moves else (config.columns, config.members)
+        self.launch_on_list(sweep_kernels._products_kernel, -(-self.N // columns), U=members, BN=columns)
+        self.launch_on_list(sweep_kernels._norms_kernel, TOL=tol, BLOCK=512)
 
     def assign(self, mode: Any) -> None:
         """Nearest centroids into `assigned`; mode IDLE labels the points without weight."""
@@ -131,8 +134,8 @@ class Run:
 
     def commit(self, mode: Any) -> None:
         """Make `assigned` the labels, with the consequences of the mode."""
-        scan = self.config.scan
-        self.launch(sweep_kernels._commit_kernel, self.B, MODE=mode, BLOCK=scan, BK=scan)
+        scan, warps = self.config.scan, self.config.warps
+        self.launch(sweep_kernels._commit_kernel, self.B, MODE=mode, BLOCK=scan, BK=scan, num_warps=warps)
 
     def lloyd(self, max_iter: int) -> Tensor:
         """Iterate; return the labels (B, N) that the centroids are the means of."""
@@ -155,6 +158,7 @@ class Run:
         self.rebuild(tol=False)
         over = (self.state == State.ALONE) | (self.state == State.SPOILED)
         self.state = torch.where(over, self.state, int(State.RUNNING))
+        self.target.fill_(-1)
         config, poll = self.config, _Poll(self.state)
         for i in range(max_iter):
             if poll.all_done(i):
@@ -163,8 +167,11 @@ class Run:
                 move_kernels._best_move_kernel,
                 self.B * -(-self.N // config.points),
                 gain_ptr=self.cost,
+                lost_ptr=self.assigned,
                 BN=config.points,
-                BK=config.clusters,
+                BC=config.changed,
+                BR=config.again,
+                BK=config.every,
             )
             self.launch(
                 move_kernels._select_moves_kernel,
@@ -173,14 +180,21 @@ class Run:
                 candidate_ptr=self.assigned,
                 BLOCK=config.scan,
                 BK=config.scan,
+                num_warps=config.warps,
             )
-            self.rebuild(tol=False)
+            self.rebuild(tol=False, moves=True)
         return self.labels.clone()
 
     def inertia(self) -> Tensor:
         """(B,) float64, in units that are a problem's own."""
         cost = self.points.weight.new_empty(self.B)
-        self.launch(result_kernels._partition_cost_kernel, self.B, cost_ptr=cost, BLOCK=self.config.scan)
+        self.launch(
+            result_kernels._partition_cost_kernel,
+            self.B,
+            cost_ptr=cost,
+            BLOCK=self.config.scan,
+            num_warps=self.config.warps,
+        )
         return cost
 
 

@@ -27,8 +27,9 @@ from fusion_kernels.kmeans import (
     triton_points,
     triton_heuristics,
 )
-from fusion_kernels.kmeans._triton_moves import _select_moves_kernel
+from fusion_kernels.kmeans._triton_moves import _best_move_kernel, _select_moves_kernel
 from fusion_kernels.kmeans._triton_sweep import State
+from fusion_kernels.kmeans.triton_run import Run
 from fusion_kernels.kmeans.types import Options, Seeding
 from fusion_kernels.kmeans.reference import assign as assign_reference
 from fusion_kernels.kmeans.reference import kmeans as reference
@@ -197,6 +198,45 @@ def test_selected_moves_are_those_of_the_greedy_walk(kind: str) -> None:
     assert lists[2][0, touched].tolist() == counts[0, touched].tolist()
     assert not bool(changed.any())
     assert int(state) == (State.FIXED if kind == "none" else State.RUNNING)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["weighted", "ties", "empty clusters"])
+def test_what_is_kept_between_rounds_is_what_a_search_of_everything_finds(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Round by round and bit by bit; what is kept of some points is a bound that a search would raise."""
+    n, d = 101, 3
+    x = blobs(1, n, d, dtype=dtype)
+    if kind == "ties":
+        x = (x / 3).round()
+    elif kind == "empty clusters":
+        x = x[:, :14].repeat_interleave(8, 1)[:, :n]
+    launched, kept, lost = Run.launch, 0, 0
+
+    def watched(run: Run, kernel: Any, programs: int, **own: Any) -> None:
+        nonlocal kept, lost
+        known = run.target.clone()
+        launched(run, kernel, programs, **own)
+        if kernel is not _best_move_kernel:
+            return
+        found = {name: getattr(run, name).clone() for name in ("target", "least", "second", "cost")}
+        bounds = torch.full_like(run.second, math.nan)
+        again = {"target_ptr": torch.full_like(run.target, -1), "least_ptr": bounds.clone(), "second_ptr": bounds}
+        gain = torch.empty_like(run.cost)
+        launched(run, kernel, programs, **{**own, **again, "gain_ptr": gain, "lost_ptr": torch.empty_like(run.labels)})
+        where = (run.labels >= 0) & (run.state == State.RUNNING)[:, None]
+        assert torch.equal(found["target"][where], again["target_ptr"][where])
+        assert torch.equal(found["least"][where], again["least_ptr"][where])
+        assert torch.equal(found["cost"][where], gain[where])
+        assert bool((found["second"] <= bounds)[where].all())
+        kept += int((found["second"] < bounds)[where].sum())
+        lost += int(((known < 0) | (known == run.labels))[where].sum())
+
+    monkeypatch.setattr(Run, "launch", watched)
+    run(x, 16, weights(1, n, dtype) if kind == "weighted" else None, init="random", max_iter=6)
+    assert lost > n // 2
+    assert kind == "empty clusters" or kept > 0
 
 
 # --- the whole backend -----------------------------------------------------------------------------------------------

@@ -60,8 +60,8 @@ def test_experts_over_any_numbers_of_tokens() -> None:
 def test_a_shape_of_k_means_is_compiled_once() -> None:
     counted = forms("90")["kmeans"]
     assert len(counted) == 15
-    # Two kernels have two modes in a run.
-    assert sum(counted.values()) == 17
+    # Three kernels have two modes in a run.
+    assert sum(counted.values()) == 18
     # Batches of other sizes, views that begin anywhere, and further runs of a problem.
     assert forms("90")["kmeans in other batches"] == counted
 

@@ -92,8 +92,27 @@ class Resources:
 
 def compile_launch(launch: Launch, capability: int) -> Resources:
     """Compile for compute capability `capability` (80, 90, ...), specialised on the arguments as a launch would be."""
-    names = launch.kernel.arg_names
-    constant_names = {p.name for p in launch.kernel.params if p.is_constexpr}
+    source = _source(launch)
+    described = f"{source.hash()} {sorted(launch.options.items())}"
+    key = f"{triton.__version__} {capability} {hashlib.sha256(described.encode()).hexdigest()[:20]}"
+    mode, kept = os.environ.get("TRITON_AOT", ""), _kept().get(key)
+    if kept is None or mode in ("compile", f"compile:{launch.kernel.__name__}"):
+        found = _resources(launch, capability)
+        assert kept is None or found == kept, f"{launch.kernel.__name__}: compiled {found}, kept {kept}"
+        if mode == "record":
+            _kept()[key] = found
+        kept = found
+    names = _constant_names(launch)
+    chosen = {name: value for name, value in launch.arguments.items() if name in names} | launch.options
+    return Resources(constants=chosen, **kept)
+
+
+def _constant_names(launch: Launch) -> set[str]:
+    return {p.name for p in launch.kernel.params if p.is_constexpr}
+
+
+def _source(launch: Launch) -> ASTSource:
+    names, constant_names = launch.kernel.arg_names, _constant_names(launch)
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -111,24 +130,21 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
             signature[name] = "i32" if value < 2**31 else "i64"
             if value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    described = f"{source.hash()} {sorted(launch.options.items())}"
-    key = f"{triton.__version__} {capability} {hashlib.sha256(described.encode()).hexdigest()[:20]}"
-    mode, kept = os.environ.get("TRITON_AOT", ""), _kept().get(key)
-    if kept is None or mode in ("compile", f"compile:{launch.kernel.__name__}"):
-        found = _compiled(source, launch, capability)
-        assert kept is None or found == kept, f"{launch.kernel.__name__}: compiled {found}, kept {kept}"
-        if mode == "record":
-            _kept()[key] = found
-        kept = found
-    chosen = {name: value for name, value in launch.arguments.items() if name in constant_names} | launch.options
-    return Resources(constants=chosen, **kept)
+    return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def _compiled(source: ASTSource, launch: Launch, capability: int) -> dict[str, Any]:
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options=launch.options | dict(gpu.OPTIONS)
-    )
+def _compiled(launch: Launch, capability: int) -> Any:
+    target, options = GPUTarget("cuda", capability, 32), launch.options | dict(gpu.OPTIONS)
+    return triton.compile(_source(launch), target=target, options=options)
+
+
+def machine_code(launch: Launch, capability: int) -> str:
+    """What the GPU executes, as text."""
+    return _cuobjdump("-sass", _compiled(launch, capability).asm["cubin"])
+
+
+def _resources(launch: Launch, capability: int) -> dict[str, Any]:
+    compiled = _compiled(launch, capability)
     usage, ptx = _usage(compiled.asm["cubin"]), compiled.asm["ptx"]
     registers, shared, tensor = usage["REG"], compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0)
     programs = gpu.programs_at_once(registers, shared, launch.options["num_warps"], gpu.MULTIPROCESSORS[capability])
@@ -166,12 +182,15 @@ def keep() -> None:
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", _cuobjdump("-res-usage", cubin))}
+
+
+def _cuobjdump(what: str, cubin: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        out = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", out)}
+        return subprocess.run([tool, what, file.name], check=True, capture_output=True, text=True).stdout
 
 
 def recorder(launches: dict[str, Launch]) -> Callable[..., None]:
