@@ -59,12 +59,18 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/mypy
 
-# What Triton's compiler makes of every kernel, compiled from nothing: after a change to a kernel or to Triton.
+# What Triton's compiler makes of every kernel, compiled from nothing: after a change to a kernel. The oldest and the newest
+# Triton, and every kind of GPU: half an hour.
+TRITONS := 3.6.0 3.9.0
+CAPABILITIES := 80,86,89,90,100,103,120
 resources: $(VENV)/.test
 	rm -f tests/data/triton_resources.json
-	for capability in 80 90; do \
-	  TRITON_AOT=record PYTHONPATH=. $(BIN)/python tests/support/triton_aot.py $$capability 3072,768,129 64,16,64 >/dev/null && \
-	  TRITON_AOT=record PYTHONPATH=. $(BIN)/python tests/support/triton_aot_mlp.py $$capability >/dev/null || exit 1; done
+	for version in $(TRITONS); do \
+	  $(BIN)/pip install --quiet --no-deps --upgrade --target build/triton-$$version triton==$$version && \
+	  export TRITON_AOT=record PYTHONPATH=build/triton-$$version:. && \
+	  $(BIN)/python tests/support/triton_aot.py $(CAPABILITIES) 3072,768,129 64,16,64 >/dev/null && \
+	  $(BIN)/python tests/support/triton_aot_mlp.py $(CAPABILITIES) >/dev/null && \
+	  $(BIN)/python tests/support/triton_driver.py 90 all >/dev/null || exit 1; done
 
 mutants: $(VENV)/.test
 	$(BIN)/pip install --quiet cosmic-ray

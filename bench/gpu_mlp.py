@@ -268,7 +268,7 @@ def _timed(gpu: triton_heuristics.Gpu, T: int, d: int, h: int) -> list[dict[str,
     works = ((forward, False), (backward, False), (glu, True), (glu_backward, True))
     for work, wide in works:
         tiles = triton_heuristics.tile_candidates(half, gpu, wide)
-        rows.append(_row(work, (T, d, h), tiles, triton_heuristics.tile_config(T, h, half, gpu, wide=wide)))
+        rows.append(_row(work, (T, d, h), tiles, triton_heuristics.tile_config(T, h, d, half, gpu, wide=wide)))
     for work, gated in ((resident, False), (glu_resident, True)):
         chosen = triton_heuristics.resident_config(T, h, half, gpu, gated)
         if chosen is not None:

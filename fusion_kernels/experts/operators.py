@@ -13,14 +13,16 @@ from torch import Tensor
 
 from fusion_kernels.experts import reference as reference
 from fusion_kernels.ffn import FFN
+from fusion_kernels.gpu import capability
 from fusion_kernels.mlp.operators import BlockOperator
 
 
 def _on_gpu(x: Tensor, ffn: FFN, checkpoint_level: int) -> str:
     # Products of all experts in one launch need rows of whole 16 bytes; everything else goes expert by expert.
     aligned = all(size * x.element_size() % 16 == 0 for size in (*ffn.w_in.shape[1:], ffn.w_out.shape[2]))
-    hopper = torch.cuda.get_device_capability(x.device)[0] >= 9
-    return "grouped_mm" if hopper and aligned and x.dtype == torch.bfloat16 else "loop"
+    # What torch has one launch for; other GPUs may get a loop that waits for the ends of the rows.
+    grouped = capability(x.device)[0] in (9, 10)
+    return "grouped_mm" if grouped and aligned and x.dtype == torch.bfloat16 else "loop"
 
 
 #: x (S, d), the ends of the experts' rows (E,), and the tensors of the blocks.

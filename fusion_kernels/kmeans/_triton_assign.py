@@ -22,7 +22,6 @@ def _nearest_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BD: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
     """labels (B, N) int64: nearest of the centroids (B, K, depth) to the points (B, N, depth), both split and scaled.
 
@@ -43,18 +42,16 @@ def _nearest_kernel(
         c = k + tl.arange(0, BK)
         centroid = b * K + tl.minimum(c, K - 1)
         total = tl.zeros((BN, BK), tl.float32)
-        for first in range(0, depth, CHUNK):
+        for step in range(0, depth, BD):
+            d = step + tl.arange(0, BD)
+            x_tile = (row * depth)[:, None] + d[None, :]
+            c_tile = (centroid * depth)[None, :] + d[:, None]
+            x_high = tl.load(x_high_ptr + x_tile)  # (BN, BD)
+            c_high = tl.load(c_high_ptr + c_tile)  # (BD, BK)
             part = tl.zeros((BN, BK), tl.float32)
-            for step in range(first, tl.minimum(first + CHUNK, depth), BD):
-                d = step + tl.arange(0, BD)
-                x_tile = (row * depth)[:, None] + d[None, :]
-                c_tile = (centroid * depth)[None, :] + d[:, None]
-                x_high = tl.load(x_high_ptr + x_tile)  # (BN, BD)
-                c_high = tl.load(c_high_ptr + c_tile)  # (BD, BK)
-                part = tl.dot(tl.load(x_low_ptr + x_tile), c_high, part)
-                part = tl.dot(x_high, tl.load(c_low_ptr + c_tile), part)
-                part = tl.dot(x_high, c_high, part)
-            total += part
+            part = tl.dot(tl.load(x_low_ptr + x_tile), c_high, part)
+            part = tl.dot(x_high, tl.load(c_low_ptr + c_tile), part)
+            total += tl.dot(x_high, c_high, part)
         scale = x_scale[:, None] * tl.load(c_scale_ptr + centroid)[None, :]
         distance = tl.load(c_norm_ptr + centroid)[None, :] - 2.0 * (total * scale)  # (BN, BK)
         distance = tl.where((c < K)[None, :], distance, float("inf"))

@@ -3,8 +3,9 @@
 Every centred row is scaled by a power of two to a largest entry in [2¹⁴, 2¹⁵) and split into two float16 numbers,
 high + low, with 22 significant bits between them. Three products (low·high, high·low, high·high) with float32
 accumulators then give nearly float32 inner products. The low parts need no scale of their own, because 2¹⁵ is far above
-the smallest float16, so that one accumulator serves all three. Tensor cores truncate when they accumulate; the partial
-sums are therefore added to a float32 total every `CHUNK` columns.
+the smallest float16, so that one accumulator serves all three. Tensor cores truncate when they accumulate, always
+towards zero, and so every step of at most 64 columns begins at zero and is added, rounded to nearest, to a float32
+total: what truncation can lose does not grow with the number of columns.
 
 Source of the splitting: Ootomo & Yokota 2022, "Recovering single precision accuracy from Tensor Cores".
 """
@@ -105,6 +106,34 @@ def _row_norm_kernel(high_ptr, low_ptr, scale_ptr, norm_ptr, depth, SPLIT: tl.co
 
 
 @triton.jit
+def _tile_in_triangle(t):
+    """Row and column of tile t of those on and below the diagonal, row by row."""
+    i = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    # The square root may be off by one unit either way.
+    i = tl.where(i * (i + 1) // 2 > t, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)
+    return i, t - i * (i + 1) // 2
+
+
+@triton.jit
+def _tile_in_bands(t, side):
+    """Row and column of tile t of a triangle of `side` rows, in bands of 8 rows, each column by column.
+
+    Programs that run together then share both operands in the second-level cache. As `tile_at` of csrc/cuda/layout.h.
+    """
+    BAND: tl.constexpr = 8
+    row, _ = _tile_in_triangle(t)
+    band = row // BAND * BAND
+    height = tl.minimum(BAND, side - band)
+    within = t - band * (band + 1) // 2
+    corner_row, corner_column = _tile_in_triangle(tl.maximum(within - band * height, 0))
+    left = within < band * height
+    i = tl.where(left, within % height, corner_row)
+    k = tl.where(left, within // height, band + corner_column)
+    return band + i, k
+
+
+@triton.jit
 def _gram_kernel(
     a_high_ptr,
     a_low_ptr,
@@ -122,23 +151,17 @@ def _gram_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
     """out (B, M, stride)[:, :, :N] = scaled products of the rows of a (B, M, depth) with those of b (B, N, depth).
 
     One program per tile, problem-major. SYMMETRIC (a is b, M == N, BM == BN): only tiles on and below the diagonal are
-    computed and every entry above it is a copy of the one below. depth is a multiple of CHUNK's divisor BD.
+    computed and every entry above it is a copy of the one below. depth is a multiple of BD.
     """
     pid = tl.program_id(0)
     side = tl.cdiv(N, BN)
     if SYMMETRIC:
         tiles = side * (side + 1) // 2
-        t = pid % tiles
-        i = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-        # The square root may be off by one unit either way.
-        i = tl.where(i * (i + 1) // 2 > t, i - 1, i)
-        i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)
-        k = t - i * (i + 1) // 2
+        i, k = _tile_in_bands(pid % tiles, side)
     else:
         tiles = tl.cdiv(M, BM) * side
         i = (pid % tiles) // side
@@ -151,19 +174,17 @@ def _gram_kernel(
     b_row = (b * N + tl.minimum(c, N - 1)) * depth
 
     total = tl.zeros((BM, BN), tl.float32)
-    for first in range(0, depth, CHUNK):
+    for step in range(0, depth, BD):
+        d = step + tl.arange(0, BD)
+        a_tile = a_row[:, None] + d[None, :]
+        b_tile = b_row[None, :] + d[:, None]
+        a_high = tl.load(a_high_ptr + a_tile)  # (BM, BD)
+        b_high = tl.load(b_high_ptr + b_tile)  # (BD, BN)
         part = tl.zeros((BM, BN), tl.float32)
-        for step in range(first, tl.minimum(first + CHUNK, depth), BD):
-            d = step + tl.arange(0, BD)
-            a_tile = a_row[:, None] + d[None, :]
-            b_tile = b_row[None, :] + d[:, None]
-            a_high = tl.load(a_high_ptr + a_tile)  # (BM, BD)
-            b_high = tl.load(b_high_ptr + b_tile)  # (BD, BN)
-            if SPLIT:
-                part = tl.dot(tl.load(a_low_ptr + a_tile), b_high, part)
-                part = tl.dot(a_high, tl.load(b_low_ptr + b_tile), part)
-            part = tl.dot(a_high, b_high, part)
-        total += part
+        if SPLIT:
+            part = tl.dot(tl.load(a_low_ptr + a_tile), b_high, part)
+            part = tl.dot(a_high, tl.load(b_low_ptr + b_tile), part)
+        total += tl.dot(a_high, b_high, part)
     a_scale = tl.load(a_scale_ptr + b * M + r, mask=r < M, other=0.0)
     b_scale = tl.load(b_scale_ptr + b * N + c, mask=c < N, other=0.0)
     total = total * a_scale[:, None] * b_scale[None, :]

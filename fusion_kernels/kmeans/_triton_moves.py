@@ -87,7 +87,11 @@ def _move_the_best(
     b, n, candidate_ptr, labels_ptr, gain_ptr, target_ptr, changed_ptr, counts_ptr, bid_ptr, bidder_ptr, N, K,
     BLOCK: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One turn of `_select_moves_kernel`: make every move that is the best of the free ones at both of its clusters."""
+    """One turn of `_select_moves_kernel`: make every move that is the best of the free ones at both of its clusters.
+
+    Atomics are relaxed: a problem is one program's, whose barriers order them with its loads. Any other order would be
+    that of the whole device, a fence for each.
+    """
     for first in range(0, K, BK):
         c = first + tl.arange(0, BK)
         tl.store(bid_ptr + b * K + c, tl.zeros((BK,), tl.int64), mask=c < K)
@@ -97,15 +101,17 @@ def _move_the_best(
         i = first + tl.arange(0, BLOCK)
         j, source, target, free = _move(b, i, n, candidate_ptr, labels_ptr, target_ptr, changed_ptr, N, K)
         bid = tl.load(gain_ptr + b * N + j, mask=i < n, other=0.0).to(tl.int64, bitcast=True)
-        tl.atomic_max(bid_ptr + b * K + source, bid, mask=free)
-        tl.atomic_max(bid_ptr + b * K + target, bid, mask=free)
+        tl.atomic_max(bid_ptr + b * K + source, bid, mask=free, sem="relaxed")
+        tl.atomic_max(bid_ptr + b * K + target, bid, mask=free, sem="relaxed")
     tl.debug_barrier()
     for first in range(0, n, BLOCK):
         i = first + tl.arange(0, BLOCK)
         j, source, target, free = _move(b, i, n, candidate_ptr, labels_ptr, target_ptr, changed_ptr, N, K)
         bid = tl.load(gain_ptr + b * N + j, mask=i < n, other=0.0).to(tl.int64, bitcast=True)
-        tl.atomic_min(bidder_ptr + b * K + source, j, mask=free & (tl.load(bid_ptr + b * K + source) == bid))
-        tl.atomic_min(bidder_ptr + b * K + target, j, mask=free & (tl.load(bid_ptr + b * K + target) == bid))
+        at_source = free & (tl.load(bid_ptr + b * K + source) == bid)
+        at_target = free & (tl.load(bid_ptr + b * K + target) == bid)
+        tl.atomic_min(bidder_ptr + b * K + source, j, mask=at_source, sem="relaxed")
+        tl.atomic_min(bidder_ptr + b * K + target, j, mask=at_target, sem="relaxed")
     tl.debug_barrier()
     for first in range(0, n, BLOCK):
         i = first + tl.arange(0, BLOCK)
@@ -116,8 +122,8 @@ def _move_the_best(
         one = tl.full((BLOCK,), 1, tl.int32)
         tl.store(changed_ptr + b * K + source, one, mask=best)
         tl.store(changed_ptr + b * K + target, one, mask=best)
-        tl.atomic_add(counts_ptr + b * K + source, -one, mask=best)
-        tl.atomic_add(counts_ptr + b * K + target, one, mask=best)
+        tl.atomic_add(counts_ptr + b * K + source, -one, mask=best, sem="relaxed")
+        tl.atomic_add(counts_ptr + b * K + target, one, mask=best, sem="relaxed")
         tl.store(labels_ptr + b * N + j, target, mask=best)
     tl.debug_barrier()
 

@@ -48,7 +48,7 @@ def _closest(b, seed, gram_ptr, diagonal_ptr, weight_ptr, closest_ptr, slack_fac
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["levels_ptr"])
 def _plus_plus_kernel(
     state_ptr,
     gram_ptr,

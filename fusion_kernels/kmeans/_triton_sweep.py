@@ -69,7 +69,7 @@ def _list_changed(b, changed_ptr, counts_ptr, list_ptr, begin_ptr, length_ptr, K
     return n
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _members_kernel(
     n_changed_ptr,
     list_ptr,
@@ -125,7 +125,7 @@ def _members_kernel(
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _products_kernel(
     n_changed_ptr,
     list_ptr,
@@ -165,7 +165,7 @@ def _products_kernel(
         tl.store(products_ptr + (b * K + c) * stride + j, row, mask=(j < N) & (tl.zeros_like(j) < length))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _norms_kernel(
     n_changed_ptr,
     list_ptr,
@@ -293,8 +293,8 @@ def _assign_kernel(
             tl.store(cost_ptr + b * N + j, cost, mask=j < N)
             tl.store(assigned_ptr + b * N + j, tl.where(current == -1, -1, assigned), mask=j < N)
             moved = (assigned != current) & (current != -1) & (j < N)
-            tl.atomic_add(counts_ptr + b * K + assigned, tl.full((BN,), 1, tl.int32), mask=moved)
-            tl.atomic_add(counts_ptr + b * K + at, tl.full((BN,), -1, tl.int32), mask=moved & known)
+            tl.atomic_add(counts_ptr + b * K + assigned, tl.full((BN,), 1, tl.int32), mask=moved, sem="relaxed")
+            tl.atomic_add(counts_ptr + b * K + at, tl.full((BN,), -1, tl.int32), mask=moved & known, sem="relaxed")
 
 
 @triton.jit

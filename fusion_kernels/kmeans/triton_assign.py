@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusion_kernels.gpu import device_guard, launch, shared_memory
+from fusion_kernels.gpu import capability, device_guard, launch, packed, shared_memory
 from fusion_kernels.kmeans import _triton_assign as assign_kernels
 from fusion_kernels.kmeans import reference as reference
 from fusion_kernels.kmeans import triton_heuristics
@@ -31,11 +31,11 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     with device_guard(x):
         # What is nearest does not depend on the origin, and rounding is least with one among the centroids.
         origin = centroids.double().mean(1).float()
-        centres = split(centroids.contiguous(), origin, exact=True)
+        centres = split(packed(centroids), origin, exact=True)
         largest = centres.exponent.amax(1)
         at_once = max(1, POINTS_BYTES // (B * triton_heuristics.round_up(D, triton_heuristics.DEPTH_MULTIPLE) * 4))
         for begin in range(0, N, at_once):
-            points = split(x[:, begin : begin + at_once].contiguous(), origin, exact=True)
+            points = split(packed(x[:, begin : begin + at_once]), origin, exact=True)
             labels[:, begin : begin + at_once] = _nearest(points, centres, largest, N)
         for b in range(B):
             doubtful = (labels[b] < 0).nonzero().squeeze(1)
@@ -54,7 +54,7 @@ def _nearest(points: Split, centres: Split, largest: Tensor, total: int) -> Tens
         scales.append(scale)
         norms.append(norm)
     labels = torch.empty(B, n, dtype=torch.int64, device=points.high.device)
-    config = triton_heuristics.nearest_config(total, shared_memory(labels.device))
+    config = triton_heuristics.nearest_config(total, shared_memory(labels.device), capability(labels.device)[0])
     BN, BK = config.tile
     launch(
         assign_kernels._nearest_kernel,
@@ -75,7 +75,6 @@ def _nearest(points: Split, centres: Split, largest: Tensor, total: int) -> Tens
         BN=BN,
         BK=BK,
         BD=config.depth,
-        CHUNK=config.chunk,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -4,10 +4,9 @@ Everything after the preparation works on the Gram matrix of the centred points:
 iteration and Hartigan's moves read weighted sums of rows of it. The points themselves are read again only for the
 final means and inertia. Gram takes N² entries per problem, so the batch is cut into parts that fit a workspace.
 
-Rounds of the iterations are launched up to `max_iter`; problems that are done skip theirs on the device. The host does
-not wait to find out whether all are done: it asks for a copy of the answer now and then, and stops launching when one
-has arrived that says so, which changes no result. Without such an answer, rounds that find nothing to do cost their
-launches.
+Rounds of the iterations are launched up to `max_iter`; problems that are done skip theirs on the device. The host asks
+now and then whether all are done, goes on launching while the answer is on its way, and stops when one has arrived that
+says so, which changes no result. It waits only for the answer to the question before the last one.
 
 float64 points use a float64 Gram matrix from torch and the same kernels otherwise; so do float32 points that products
 in float32 cannot tell apart. What is found is settled by the reference's steps, one problem after the other: labels
@@ -17,13 +16,14 @@ and rounded centroids then belong together, whatever rounding did on the way.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fusion_kernels.gpu import device_guard, launch, pointers
+from fusion_kernels.gpu import device_guard, free_memory, launch, packed, pointers
 from fusion_kernels.kmeans import _triton_gram as gram_kernels
 from fusion_kernels.kmeans import _triton_results as result_kernels
 from fusion_kernels.kmeans import _triton_seed as seed_kernels
@@ -45,8 +45,8 @@ def kmeans(
 ) -> Results:
     """Cluster each problem of a batch; arguments and results as in `fusion_kernels.kmeans.reference.kmeans`.
 
-    `options.workspace_bytes` bounds what the problems worked on at the same time take, though one always is; 8 GiB by
-    default. It changes no result.
+    `options.workspace_bytes` bounds what the problems worked on at the same time take, though one always is; by default
+    half of the memory that the device has left. It changes no result.
 
     Args:
         precision: `"exact"` multiplies float32 points to nearly float32 accuracy; `"fast"` clusters the centred points
@@ -88,11 +88,10 @@ def _clustered(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, opt
     size = triton_heuristics.problem_bytes(N, n_clusters, D, x.element_size(), exact)
     if x.is_cuda:
         _check_memory(size, N, torch.cuda.get_device_properties(x.device).total_memory)
-    bound = triton_heuristics.WORKSPACE_BYTES if options.workspace_bytes is None else options.workspace_bytes
-    at_once = max(1, bound // size)
+    at_once = max(1, _workspace(x, options) // size)
     parts = [
         _cluster(
-            x[b : b + at_once].contiguous(),
+            packed(x[b : b + at_once]),
             None if sample_weight is None else sample_weight[b : b + at_once],
             None if init is None else init[b : b + at_once],
             options,
@@ -104,6 +103,13 @@ def _clustered(x: Tensor, sample_weight: Tensor | None, init: Tensor | None, opt
         fields[0] if len(parts) == 1 else torch.cat(fields) for fields in zip(*parts, strict=True)
     )
     return labels, centroids, inertia, counts, n_iter, status
+
+
+def _workspace(x: Tensor, options: Options) -> int:
+    """Bytes for the problems worked on at the same time; all of them at once where kernels are interpreted."""
+    if options.workspace_bytes is not None:
+        return options.workspace_bytes
+    return free_memory(x.device) // 2 if x.is_cuda else sys.maxsize
 
 
 def _check_memory(size: int, n_points: int, there: int) -> None:
@@ -218,7 +224,7 @@ class _Seeding:
             return rings.argsort(dim=1, stable=True)[:, :K].to(torch.int32)
         seeds = torch.zeros(B, K, dtype=torch.int32, device=points.x.device)
         T = 1 << (self.trials - 1).bit_length()
-        scan, block = triton_heuristics.seeding_block(N, self.trials)
+        scan, block, num_warps = triton_heuristics.seeding_block(N, self.trials, points.x.dtype == torch.float64)
         launch(
             seed_kernels._plus_plus_kernel,
             B,
@@ -235,7 +241,7 @@ class _Seeding:
             T=T,
             BLOCK=scan,
             BT=block,
-            num_warps=8,
+            num_warps=num_warps,
         )
         return seeds
 

@@ -14,19 +14,16 @@ from fusion_kernels.gpu import LARGE_SHARED_MEMORY
 DEPTH_MULTIPLE = 64
 #: Rows of Gram and of products begin at a multiple of this many entries (128 bytes of float32).
 STRIDE_MULTIPLE = 32
-#: Memory for the problems worked on at the same time, in bytes; the batch is cut accordingly.
-WORKSPACE_BYTES = 8 << 30
 #: Programs that keep a large GPU busy: work lists of a batch are spread over about this many.
 _PROGRAMS = 4096
 
 
 @dataclass(frozen=True)
 class GramConfig:
-    """Launch configuration of `_gram_kernel`: tile (BM, BN), BD, CHUNK columns per partial sum."""
+    """Launch configuration of `_gram_kernel`: tile (BM, BN), BD columns per step and partial sum."""
 
     tile: tuple[int, int]
     depth: int
-    chunk: int
     num_warps: int
     num_stages: int
 
@@ -50,22 +47,27 @@ class SweepConfig:
     scan: int
 
 
-def gram_config(rows: int, split: bool, shared_memory: int) -> GramConfig:
-    """For problems of `rows` points; `split` for three products per tile, else one."""
+def gram_config(rows: int, split: bool, shared_memory: int, major: int = 0) -> GramConfig:
+    """For problems of `rows` points; `split` for three products per tile, else one.
+
+    Args:
+        major: of the GPU's compute capability. On 10.x a tile's sums pass through shared memory: one stage fewer fits.
+    """
     if rows <= 64:
-        return GramConfig((32, 32), 32, 1024, 4, 2)
+        return GramConfig((32, 32), 32, 4, 2)
     if shared_memory >= LARGE_SHARED_MEMORY:
-        return GramConfig((128, 128), 64, 1024, 8, 3 if split else 4)
-    return GramConfig((64, 64), 64, 1024, 4, 3) if split else GramConfig((128, 128), 32, 1024, 8, 4)
+        return GramConfig((128, 128), 64, 8, 2 if split and major == 10 else 3)
+    return GramConfig((64, 64), 64, 4, 3) if split else GramConfig((128, 128), 32, 8, 4)
 
 
-def nearest_config(rows: int, shared_memory: int) -> GramConfig:
+def nearest_config(rows: int, shared_memory: int, major: int = 0) -> GramConfig:
     """For the nearest centroids of `rows` points per problem.
 
-    Narrower tiles than the Gram matrix has: the search for the least distance needs registers of its own.
+    Smaller tiles than the Gram matrix has: the search for the least distance needs registers of its own.
     """
-    config = gram_config(rows, True, shared_memory)
-    return replace(config, tile=(config.tile[0], min(64, config.tile[1])))
+    config = gram_config(rows, True, shared_memory, major)
+    depth = config.depth if shared_memory >= LARGE_SHARED_MEMORY else 32
+    return replace(config, tile=(config.tile[0], min(64, config.tile[1])), depth=depth)
 
 
 def sweep_config(N: int, K: int, wide: bool) -> SweepConfig:
@@ -75,13 +77,18 @@ def sweep_config(N: int, K: int, wide: bool) -> SweepConfig:
         return SweepConfig(16, 16, 64, members, 64)
     if wide:
         return SweepConfig(64, 16, 256, members, 512)
-    return SweepConfig(64, 32, 512, members, 1024)
+    return SweepConfig(32, 128, 512, members, 1024)
 
 
-def seeding_block(N: int, trials: int) -> tuple[int, int]:
-    """Points per step of k-means++'s scans and of its trials."""
-    scan = min(1024, max(16, _power_of_two(N)))
-    return scan, max(16, min(scan, 4096 // _power_of_two(trials)))
+def seeding_block(N: int, trials: int, wide: bool) -> tuple[int, int, int]:
+    """Points per step of k-means++'s scans and of its trials, and warps; `wide` for float64.
+
+    One program has a problem, and every step waits for the one before it: as few as registers allow.
+    """
+    most = 2048 if wide else 4096
+    scan = min(most, max(16, _power_of_two(N)))
+    block = max(16, min(scan, most // 2, 4 * most // _power_of_two(trials)))
+    return scan, block, 16 if scan > 1024 else 4 if wide else 8
 
 
 def list_programs(B: int, K: int, tiles: int = 1) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusion_kernels.gpu import launch, pointers, shared_memory
+from fusion_kernels.gpu import capability, launch, packed, pointers, shared_memory
 from fusion_kernels.kmeans import _triton_gram as gram_kernels
 from fusion_kernels.kmeans import triton_heuristics
 from fusion_kernels.kmeans.types import FAR
@@ -49,7 +49,7 @@ def prepare(x: Tensor, sample_weight: Tensor | None, start: Tensor | None, n_clu
     """Centre the points and form their Gram matrix; with given centroids `start` (B, K, D), their products too."""
     B, N, D = x.shape
     K = n_clusters
-    weight = x.new_ones((B, N), dtype=torch.float64) if sample_weight is None else sample_weight.double().contiguous()
+    weight = x.new_ones((B, N), dtype=torch.float64) if sample_weight is None else packed(sample_weight.double())
     total, mean = weight.new_empty(B), x.new_empty(B, D)
     launch(gram_kernels._total_kernel, B, value_ptr=weight, total_ptr=total, N=N, BLOCK=512)
     launch(
@@ -140,7 +140,7 @@ def _gram_float32(
     scale = to_one_exponent(points, largest)
     _gram(points, scale, points, scale, gram, exact)
     if start is not None:
-        origin = split(start.contiguous(), mean, exact)
+        origin = split(packed(start), mean, exact)
         finite &= origin.finite.amin(1) > 0
         origin_scale = to_one_exponent(origin, largest)
         _gram(origin, origin_scale, points, scale, products, exact)
@@ -173,7 +173,7 @@ def _gram(a: Split, a_scale: Tensor, b: Split, b_scale: Tensor, out: Tensor, exa
     B, M, depth = a.high.shape
     N = b.high.shape[1]
     symmetric = a is b
-    config = triton_heuristics.gram_config(N, exact, shared_memory(out.device))
+    config = triton_heuristics.gram_config(N, exact, shared_memory(out.device), capability(out.device)[0])
     BM, BN = config.tile
     side = -(-N // BN)
     tiles = side * (side + 1) // 2 if symmetric else -(-M // BM) * side
@@ -196,7 +196,6 @@ def _gram(a: Split, a_scale: Tensor, b: Split, b_scale: Tensor, out: Tensor, exa
         BM=BM,
         BN=BN,
         BD=config.depth,
-        CHUNK=config.chunk,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

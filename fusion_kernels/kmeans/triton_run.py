@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,8 @@ from fusion_kernels.kmeans import triton_heuristics
 from fusion_kernels.kmeans._triton_sweep import State
 from fusion_kernels.kmeans.triton_points import SLACK, Points
 
-# Rounds between two questions whether all problems are done.
-_POLL_EVERY = 8
+# Rounds between two questions whether all problems are done, and how many of them may be on their way unanswered.
+_POLL_EVERY, _UNANSWERED = 8, 2
 
 
 class Run:
@@ -184,28 +185,33 @@ class Run:
 
 
 class _Poll:
-    """Whether no problem is running any more, as far as is known without waiting for the device."""
+    """Whether no problem is running any more, as far as is known while the device is kept busy.
+
+    The host asks every few rounds, and goes on launching while the answer is on its way, but never further than the
+    answers to the last two questions allow: rounds of problems that are done find nothing to do, yet cost launches.
+    """
 
     def __init__(self, state: Tensor) -> None:
         self.state = state
-        self.asks = state.is_cuda and not torch.cuda.is_current_stream_capturing()
-        self.answer: Tensor | None = None
-        self.arrived: torch.cuda.Event | None = None
+        self.questions: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
     def all_done(self, i: int) -> bool:
         """Before round i."""
         if not self.state.is_cuda:
             return not bool((self.state == State.RUNNING).any())
-        if self.arrived is not None:
-            if not self.arrived.query():
-                return False
-            self.arrived = None
-            if self.answer is not None and bool(self.answer):
+        asks = i % _POLL_EVERY == _POLL_EVERY - 1
+        while self.questions and (self.questions[0][1].query() or (asks and len(self.questions) == _UNANSWERED)):
+            answer, arrived = self.questions.popleft()
+            arrived.synchronize()
+            if bool(answer):
                 return True
-        if self.asks and i % _POLL_EVERY == _POLL_EVERY - 1:
-            if self.answer is None:
-                self.answer = torch.zeros((), dtype=torch.bool, pin_memory=True)
-            self.answer.copy_((self.state != State.RUNNING).all(), non_blocking=True)
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
+        if asks:
+            self.questions.append(self._ask())
         return False
+
+    def _ask(self) -> tuple[Tensor, torch.cuda.Event]:
+        """What will hold the answer, on the host, and the event after which it does."""
+        answer, arrived = torch.zeros((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
+        answer.copy_((self.state != State.RUNNING).all(), non_blocking=True)
+        arrived.record()
+        return answer, arrived

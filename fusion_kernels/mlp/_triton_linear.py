@@ -2,6 +2,8 @@
 
 One program per tile (BM, BN) of the hidden activations; the hidden tensors are contiguous. Biases, saved tensors and
 second outputs that are not wanted are None. Expert e's weight begins `w_stride_e` entries after the one before.
+
+What depends on the number of tokens only bounds loops and masks here: no kernel is compiled again for another number.
 """
 
 import triton
@@ -14,6 +16,7 @@ from fusion_kernels.mlp._triton_tiles import (
     halves,
     load,
     rows_of,
+    short,
     stored,
     through_up,
     tile_of,
@@ -72,7 +75,7 @@ def _act(tiles, pointers, strides, expert, rows, n, mask, end, N, ACTIVATION: tl
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     z = stored(acc, a_ptr)
-    a, _ = activation(z, ACTIVATION)
+    a, _ = activation(z, ACTIVATION, short(a_ptr))
     at = rows * N + n[None, :]
     if z_ptr is not None:
         tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=mask)
@@ -86,7 +89,7 @@ def _act_backward(
     """dz = acc * activation'(z), a = activation(z), and sums of dz. pointers: z, dz, a, partial; strides: of z."""
     z_ptr, dz_ptr, a_ptr, partial_ptr = pointers
     z = tl.load(z_ptr + rows * strides[0] + n[None, :], mask=mask, other=0.0).to(tl.float32)
-    a, slope = activation(z, ACTIVATION)
+    a, slope = activation(z, ACTIVATION, short(dz_ptr))
     dz = tiles[0] * slope
     at = rows * N + n[None, :]
     tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=mask)
@@ -112,7 +115,7 @@ def _glu(tiles, pointers, strides, expert, rows, n, mask, end, N, ACTIVATION: tl
     if zg_ptr is not None:
         tl.store(zg_ptr + at, zg.to(zg_ptr.dtype.element_ty), mask=mask)
         tl.store(zu_ptr + at, zu.to(zu_ptr.dtype.element_ty), mask=mask)
-    value, _, up = gated(zg, zu, ACTIVATION, GATE)
+    value, _, up = gated(zg, zu, ACTIVATION, GATE, short(a_ptr))
     tl.store(a_ptr + at, (value * up).to(a_ptr.dtype.element_ty), mask=mask)
 
 
@@ -125,7 +128,7 @@ def _glu_backward(
     da = tiles[0]
     zg = tl.load(zg_ptr + rows * strides[0] + n[None, :], mask=mask, other=0.0).to(tl.float32)
     zu = tl.load(zu_ptr + rows * strides[1] + n[None, :], mask=mask, other=0.0).to(tl.float32)
-    value, slope, up = gated(zg, zu, ACTIVATION, GATE)
+    value, slope, up = gated(zg, zu, ACTIVATION, GATE, short(dzg_ptr))
     dzg = da * up * slope
     dzu = through_up(da * value, zu, GATE)
     at = rows * N + n[None, :]
@@ -139,7 +142,7 @@ def _glu_backward(
         tl.store(up_partial_ptr + at_partial, tl.sum(tl.where(rows < end, dzu, 0.0), 0), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "tiles_m"])
 def _linear_act_kernel(
     x_ptr,
     w_ptr,
@@ -190,7 +193,7 @@ def _linear_act_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "tiles_m"])
 def _linear_act_backward_kernel(
     dy_ptr,
     w_ptr,
@@ -236,7 +239,7 @@ def _linear_act_backward_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "tiles_m"])
 def _linear_glu_kernel(
     x_ptr,
     gate_ptr,
@@ -297,7 +300,7 @@ def _linear_glu_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "tiles_m"])
 def _linear_glu_backward_kernel(
     dy_ptr,
     w_ptr,

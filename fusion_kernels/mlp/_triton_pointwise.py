@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fusion_kernels.mlp._triton_tiles import activation, gated, load, through_up
+from fusion_kernels.mlp._triton_tiles import activation, gated, load, short, through_up
 
 
 @triton.jit
@@ -15,7 +15,7 @@ def _block(C, BR: tl.constexpr, BC: tl.constexpr):
     return r[:, None], c[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _act_kernel(
     z_ptr, up_ptr, a_ptr, R, C, z_stride, up_stride, ACTIVATION: tl.constexpr, GATE: tl.constexpr, BR: tl.constexpr,
     BC: tl.constexpr,
@@ -25,15 +25,15 @@ def _act_kernel(
     mask = (r < R) & (c < C)
     z = tl.load(z_ptr + r * z_stride + c, mask=mask, other=0.0).to(tl.float32)
     if up_ptr is None:
-        a, _ = activation(z, ACTIVATION)
+        a, _ = activation(z, ACTIVATION, short(a_ptr))
     else:
         up = tl.load(up_ptr + r * up_stride + c, mask=mask, other=0.0).to(tl.float32)
-        a, _, up = gated(z, up, ACTIVATION, GATE)
+        a, _, up = gated(z, up, ACTIVATION, GATE, short(a_ptr))
         a *= up
     tl.store(a_ptr + r * C + c, a.to(a_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _act_backward_kernel(
     da_ptr,
     z_ptr,
@@ -58,11 +58,11 @@ def _act_backward_kernel(
     da = tl.load(da_ptr + r * da_stride + c, mask=mask, other=0.0).to(tl.float32)
     z = tl.load(z_ptr + r * z_stride + c, mask=mask, other=0.0).to(tl.float32)
     if up_ptr is None:
-        a, slope = activation(z, ACTIVATION)
+        a, slope = activation(z, ACTIVATION, short(dz_ptr))
         dz = da * slope
     else:
         raw = tl.load(up_ptr + r * up_stride + c, mask=mask, other=0.0).to(tl.float32)
-        a, slope, up = gated(z, raw, ACTIVATION, GATE)
+        a, slope, up = gated(z, raw, ACTIVATION, GATE, short(dz_ptr))
         tl.store(dup_ptr + at, through_up(da * a, raw, GATE).to(dup_ptr.dtype.element_ty), mask=mask)
         dz = da * slope * up
         a *= up
@@ -71,7 +71,7 @@ def _act_backward_kernel(
         tl.store(a_ptr + at, a.to(a_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _column_sums_kernel(
     x_ptr, out_ptr, offsets_ptr, R, C, E, stride, TILE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     BE: tl.constexpr,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fusion_kernels.mlp._triton_tiles import activation, gated, load, stored
+from fusion_kernels.mlp._triton_tiles import activation, gated, load, short, stored
 
 
 @triton.jit
@@ -12,11 +12,11 @@ def _hidden(z, up, bias_ptr, up_bias_ptr, j, h, like, ACTIVATION: tl.constexpr, 
     if bias_ptr is not None:
         z += tl.load(bias_ptr + j, mask=j < h, other=0.0).to(tl.float32)[None, :]
     if up is None:
-        a, _ = activation(stored(z, like), ACTIVATION)
+        a, _ = activation(stored(z, like), ACTIVATION, short(like))
     else:
         if up_bias_ptr is not None:
             up += tl.load(up_bias_ptr + j, mask=j < h, other=0.0).to(tl.float32)[None, :]
-        a, _, up = gated(stored(z, like), stored(up, like), ACTIVATION, GATE)
+        a, _, up = gated(stored(z, like), stored(up, like), ACTIVATION, GATE, short(like))
         a *= up
     return a.to(like.dtype.element_ty)
 
@@ -28,7 +28,7 @@ def _add(z, tile, w, inside, j, h, PRECISION: tl.constexpr, EVEN_D: tl.constexpr
     return tl.dot(tile, weights, z, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _resident_kernel(
     x_ptr,
     w_ptr,

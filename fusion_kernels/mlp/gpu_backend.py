@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fusion_kernels import gpu
 from fusion_kernels.ffn import FFN
+from fusion_kernels.library import BackendUnavailableError
 from fusion_kernels.mlp.folding import fold_scale
 from fusion_kernels.mlp.operators import saved
 from fusion_kernels.mlp.reference import project
@@ -48,12 +51,21 @@ def epilogue_forward(x: Tensor, ffn: FFN, checkpoint_level: int) -> Outputs:
     return saved(_output(a, ffn), a if z is None else z, g, a, checkpoint_level)
 
 
+def resident_why_not(device: torch.device | None = None) -> str | None:
+    """In one line why `resident` cannot run on the device, or on any if None; None if it can."""
+    return gpu.why_not(device, frozenset({"resident"}))
+
+
 def resident_forward(x: Tensor, ffn: FFN, checkpoint_level: int) -> Outputs:
     """See `fusion_kernels.mlp.operators`.
 
     Raises:
         ValueError: hidden tensors are to be saved, or the hidden layer is too wide for the chip.
+        BackendUnavailableError: Triton is known to compile it wrongly for the device of x.
     """
+    reason = resident_why_not(x.device) if x.is_cuda else None
+    if reason is not None:
+        raise BackendUnavailableError(f"mlp: backend 'resident' on {x.device}: {reason}")
     from fusion_kernels.mlp import triton_resident as kernels
 
     if checkpoint_level < 2:

@@ -11,15 +11,19 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.gates import Gate
-from fusion_kernels.gpu import device_guard, launch, shared_memory
+from fusion_kernels.gpu import Multiprocessor, device_guard, launch, shared_memory
 from fusion_kernels.mlp.triton_heuristics import HALF, IEEE, TF32, Gpu
 
 
 @functools.cache
 def gpu(device: torch.device) -> Gpu:
     """What the device offers; an interpreted kernel on the CPU runs one program at a time."""
-    count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return Gpu(shared_memory(device), count)
+    if device.type != "cuda":
+        return Gpu(shared_memory(device), 1)
+    known: Any = torch.cuda.get_device_properties(device)
+    # What torch does not say is the same on all of them, or as on the smallest.
+    shared, warps = known.shared_memory_per_multiprocessor, known.max_threads_per_multi_processor // 32
+    return Gpu(shared_memory(device), known.multi_processor_count, Multiprocessor(shared, warps, 16))
 
 
 def kind(dtype: torch.dtype) -> str:

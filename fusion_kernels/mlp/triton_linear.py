@@ -12,6 +12,7 @@ are fine. Rows that no expert owns are not written.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.gates import PLAIN, Gate
+from fusion_kernels.gpu import on_boundary
 from fusion_kernels.mlp import _triton_linear as kernels
 from fusion_kernels.mlp import _triton_pointwise as pointwise_kernels
 from fusion_kernels.mlp import triton_heuristics
@@ -47,7 +49,7 @@ def linear_act(
     config: TileConfig | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """z = x w1ᵀ + b1 if `save_z`, else None, and activation(z); w1 is (h, d)."""
-    run = _Product.of(x, w1.mT, offsets, config)
+    run = _Product.of(x, (w1.mT,), offsets, config)
     z = run.empty() if save_z else None
     a = run.empty()
     run.start(
@@ -79,9 +81,9 @@ def grouped_linear(
     Args:
         second: another (x, w) of the same shapes and strides, whose product is added before the result is rounded.
     """
-    run = _Product.of(x, w, offsets, config)
-    y = run.empty()
     x2, w2 = second if second is not None else (None, None)
+    run = _Product.of(x, (w, x2, w2), offsets, config)
+    y = run.empty()
     if second is not None and (second[0].stride() != x.stride() or second[1].stride() != w.stride()):
         raise ValueError("both pairs must have the same strides: call .contiguous() on x and w of both")
     run.start(
@@ -114,7 +116,7 @@ def linear_act_backward(
 
     w2s is (d_out, h), z is (T, h).
     """
-    run = _Product.of(dy, w2s, offsets, config)
+    run = _Product.of(dy, (w2s, z), offsets, config, least=triton_heuristics.TRAINED)
     dz, a, partial = run.empty(), run.empty() if need_a else None, run.partial() if need_db1 else None
     run.start(
         kernels._linear_act_backward_kernel,
@@ -150,7 +152,7 @@ def linear_glu(
     """
     if w_gate.stride() != w_up.stride():
         w_gate, w_up = w_gate.contiguous(), w_up.contiguous()
-    run = _Product.of(x, w_gate.mT, offsets, config, wide=True)
+    run = _Product.of(x, (w_gate.mT, w_up), offsets, config, wide=True)
     zg, zu = (run.empty(), run.empty()) if save_z else (None, None)
     a = run.empty()
     run.start(
@@ -188,7 +190,7 @@ def linear_glu_backward(
     da = dy wd_s with wd_s (d_out, h); zg and zu are (T, h). All is within the limits of `gating`. a is None unless
     `need_a`; the column sums (float32) are None unless `need_db`.
     """
-    run = _Product.of(dy, wd_s, offsets, config, wide=True)
+    run = _Product.of(dy, (wd_s, zg, zu), offsets, config, wide=True, least=triton_heuristics.TRAINED)
     dzg, dzu, a = run.empty(), run.empty(), run.empty() if need_a else None
     gate, up = (run.partial(), run.partial()) if need_db else (None, None)
     run.start(
@@ -221,7 +223,10 @@ def grouped_weight_gradient(
     E, m, n = offsets.shape[0] - 1, a.shape[1], b.shape[1]
     precision = kind(a.dtype)
     if config is None:
-        config = triton_heuristics.tile_config(m, n, precision, gpu(a.device), problems=E)
+        aligned = on_boundary(a, b) and _aligned(row_stride(a), row_stride(b))
+        config = triton_heuristics.tile_config(
+            m, n, triton_heuristics.TOKENS, precision, gpu(a.device), aligned=aligned, problems=E
+        )
     out = torch.empty(E, m, n, dtype=dtype or a.dtype, device=a.device)
     start(
         pointwise_kernels._expert_gradient_kernel,
@@ -260,16 +265,31 @@ class _Product:
 
     @classmethod
     def of(
-        cls, x: Tensor, w: Tensor, offsets: Tensor | None, config: TileConfig | None, *, wide: bool = False
+        cls,
+        x: Tensor,
+        others: Sequence[Tensor | None],
+        offsets: Tensor | None,
+        config: TileConfig | None,
+        *,
+        wide: bool = False,
+        least: int = 1,
     ) -> _Product:
+        """Of x and the first of `others`, which the kernel reads beside it.
+
+        Args:
+            least: rows that the tile is chosen for at least.
+        """
+        w = others[0]
+        assert w is not None
         (T, K), N = x.shape, w.shape[-1]
         E = 1 if offsets is None else offsets.shape[0] - 1
         precision = kind(x.dtype)
         strides = (0 if offsets is None else w.stride(0), w.stride(-1), w.stride(-2))
         if config is None:
-            aligned = _aligned(K, N, row_stride(x), *(s for s in strides if s != 1))
+            aligned = on_boundary(x, *others) and _aligned(K, N, row_stride(x), *(s for s in strides if s != 1))
+            rows = max(least, ceil_div(T, E))
             config = triton_heuristics.tile_config(
-                ceil_div(T, E), N, precision, gpu(x.device), wide=wide, aligned=aligned, problems=E
+                rows, N, K, precision, gpu(x.device), wide=wide, aligned=aligned, problems=E
             )
         tiles_m = ceil_div(T, config.BM) if offsets is None else T // config.BM + min(E, T)
         arguments = {
@@ -289,6 +309,7 @@ class _Product:
             "GROUP": config.GROUP,
             "BE": 1 << (E - 1).bit_length(),
             "PARTS": config.parts,
+            "maxnreg": config.registers(precision, gpu(x.device), wide),
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         }
@@ -308,7 +329,8 @@ class _Product:
 
     def total(self, partial: Tensor | None) -> Tensor | None:
         """Sums of what the kernel left in `partial`."""
-        return None if partial is None else column_sums(partial, self.offsets, self.arguments["BM"])
+        tile = 1 if self.offsets is None else self.arguments["BM"]
+        return None if partial is None else column_sums(partial, self.offsets, tile)
 
 
 def _aligned(*sizes: int) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fusion_kernels.gates import PLAIN, Gate
+from fusion_kernels.gpu import on_boundary
 from fusion_kernels.mlp import _triton_resident as kernels
 from fusion_kernels.mlp import triton_heuristics
 from fusion_kernels.mlp.triton_heuristics import ResidentConfig
@@ -83,7 +84,7 @@ def _resident(
     (T, d), (O, h) = x.shape, out_w.shape  # noqa: E741
     precision = kind(x.dtype)
     if config is None:
-        aligned = all(row_stride(rows) % 16 == 0 for rows in (x, w, up) if rows is not None)
+        aligned = all(row_stride(rows) % 16 == 0 and on_boundary(rows) for rows in (x, w, up) if rows is not None)
         config = triton_heuristics.resident_config(T, h, precision, gpu(x.device), up is not None, aligned)
     if config is None:
         raise ValueError(f"{h} neurons of {x.dtype} do not fit on the GPU at once: use the epilogue kernels")

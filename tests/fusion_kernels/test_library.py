@@ -145,8 +145,11 @@ class _Kernel:
     arg_names = ("x_ptr", "y_ptr", "N", "BLOCK")
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        def run(x_ptr: object, y_ptr: object, N: int, BLOCK: int, num_warps: int = 4) -> None:
+        def run(
+            x_ptr: object, y_ptr: object, N: int, BLOCK: int, num_warps: int = 4, enable_fp_fusion: bool = False
+        ) -> None:
             self.launched = (grid, x_ptr, y_ptr, N, BLOCK, num_warps)
+            self.fuses = enable_fp_fusion
 
         return run
 
@@ -158,6 +161,8 @@ def test_a_launch_is_by_the_names_of_the_parameters() -> None:
     kernel = _Kernel()
     gpu.launch(kernel, 7, shared, N=9, BLOCK=16, num_warps=8)
     assert kernel.launched == ((7,), x, y, 9, 16, 8)
+    # A multiply and an add as one instruction, whatever is Triton's default.
+    assert kernel.fuses
     with pytest.raises(TypeError, match="BLOCK"):
         gpu.launch(kernel, 7, shared)
     with pytest.raises(TypeError, match="block"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -328,8 +329,64 @@ def test_float32_precision_follows_torch() -> None:
 
 def test_tiles_fill_the_gpu() -> None:
     gpu = triton_heuristics.gpu_of(90)
-    large = triton_heuristics.tile_config(65536, 768, HALF, gpu)
-    assert large.BM * large.BN >= 128 * 128
-    few = triton_heuristics.tile_config(1024, 192, HALF, gpu)
-    assert -(-1024 // few.BM) * -(-192 // few.BN) >= 64
-    assert triton_heuristics.tile_config(1, 768, HALF, gpu).BM == 16
+    large = triton_heuristics.tile_config(65536, 768, 768, HALF, gpu)
+    assert large.BM * large.BN == 128 * 128
+    # Two programs beside each other, which hides the epilogue of one. Where products take far longer, fewer loads.
+    assert large.programs(HALF, gpu, False) == 2
+    assert triton_heuristics.tile_config(65536, 1024, 4096, HALF, gpu).BN == 256
+    few = triton_heuristics.tile_config(1024, 192, 768, HALF, gpu)
+    assert -(-1024 // few.BM) * -(-192 // few.BN) >= 48
+    assert triton_heuristics.tile_config(1, 768, 768, HALF, gpu).BM == 16
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("wide", [False, True])
+def test_any_number_of_rows_takes_one_of_three_tiles_that_fit(wide: bool, capability: int) -> None:
+    gpu = triton_heuristics.gpu_of(capability)
+    for columns, depth in ((192, 768), (768, 768), (512, 2048), (3584, 14336), (1, 1)):
+        for kind in (HALF, TF32, IEEE):
+            tiles = {
+                triton_heuristics.tile_config(rows, columns, depth, kind, gpu, wide=wide)
+                for rows in (*range(1, 200), *range(200, 70_000, 331))
+            }
+            assert len(tiles) <= 3
+            assert all(tile.programs(kind, gpu, wide) >= 1 for tile in tiles)
+            assert all(tile.shared(kind, wide) <= gpu.shared_memory for tile in tiles)
+
+
+@pytest.mark.parametrize("operand", ["x", "w"])
+def test_operands_between_boundaries_take_tiles_of_single_entries(
+    operand: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[bool] = []
+    original = triton_heuristics.tile_config
+
+    def watched(*arguments: Any, **options: Any) -> TileConfig:
+        chosen.append(options["aligned"])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(triton_heuristics, "tile_config", watched)
+    wide = {"x": draw(17, 48, dtype=torch.float16, seed=1), "w": draw(16, 48, dtype=torch.float16, seed=2)}
+    even = {name: t[:, 8:40] for name, t in wide.items()}
+    _, expected = triton_linear.linear_act(even["x"], even["w"], None, "gelu", save_z=False)
+    odd = even | {operand: torch.zeros(100, 48, dtype=torch.float16).flatten()[1 : 1 + 48 * 20].view(20, 48)}
+    odd[operand] = odd[operand][: len(even[operand]), :32].copy_(even[operand])
+    _, found = triton_linear.linear_act(odd["x"], odd["w"], None, "gelu", save_z=False)
+    assert chosen == [True, False]
+    torch.testing.assert_close(found, expected)
+    triton_linear.linear_act_backward(odd["x"], odd["w"].mT, found[:, :16], "gelu", need_a=False, need_db1=False)
+    triton_linear.grouped_weight_gradient(even["x"], odd["x"], torch.tensor([0, 17], dtype=torch.int32))
+    assert chosen[2:] == [False, operand != "x"]
+
+
+def test_gelu_of_16_bits_errs_far_less_than_they_do() -> None:
+    z = torch.cat([torch.linspace(-8, 8, 4001), torch.tensor([0.0, -0.0, 65504.0, -65504.0])]).half()[None]
+    a = triton_pointwise.act_forward(z, "gelu")
+    slope, _ = triton_pointwise.act_backward(torch.ones_like(z), z, "gelu", False)
+    wide = z.double().requires_grad_()
+    exact = torch.nn.functional.gelu(wide)
+    (exact_slope,) = torch.autograd.grad(exact.sum(), wide)
+    for found, value in ((a, exact), (slope, exact_slope)):
+        # Half a unit of float16, and what the short form loses: 5e-7 of the argument.
+        allowed = 2.0**-11 * value.abs() + 2.0**-25 + 5e-7 * (1 + z.double().abs())
+        assert bool(((found.double() - value).abs() <= allowed).all())

@@ -1,31 +1,34 @@
 """Every launch of the Triton kernels of the MLP, as the host functions choose them, compiled by `triton_aot`.
 
-As a script (`python triton_aot_mlp.py 80`, in a process without TRITON_INTERPRET) it writes JSON, as `triton_aot` does.
+As a script (`python triton_aot_mlp.py 80,90`, in a process without TRITON_INTERPRET) it writes JSON, as `triton_aot`
+does.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import asdict
 from unittest import mock
 
 import torch
 from torch import Tensor
-from triton_aot import Launch, compile_launch, keep, recorder
+from triton_aot import Launch, keep, of_launches, recorder
 
 from fusion_kernels import Gate
 
-#: Tokens, inputs, neurons: few and many tokens of a small model, a larger one, and rows that are not aligned.
-SHAPES = [(1024, 768, 192), (65536, 768, 192), (65536, 2048, 512), (8192, 123, 50)]
+#: Tokens, inputs, neurons: a decoding step, few and many tokens of a small model, larger ones, and rows that are not
+#: aligned.
+SHAPES = [
+    (8, 768, 192), (1024, 768, 192), (65536, 768, 192), (65536, 2048, 512), (65536, 4096, 1024), (8192, 123, 50),
+]  # fmt: skip
 
 #: Limits on both sides have the most to compute.
 LIMITED = Gate(7.0, "both", 1.0)
 
 
-def mlp_launches(capability: int) -> Iterator[Launch]:
+def mlp_launches(capability: int) -> Iterable[Launch]:
     """Every distinct launch for SHAPES in bfloat16, some in float32 with and without TF32; nothing is run."""
     from fusion_kernels.mlp import triton_heuristics, triton_launch, triton_linear, triton_resident
 
@@ -41,7 +44,7 @@ def mlp_launches(capability: int) -> Iterator[Launch]:
         for kind in (triton_heuristics.TF32, triton_heuristics.IEEE):
             patches.enter_context(mock.patch.object(triton_linear, "kind", return_value=kind))
             _block(8192, 768, 192, torch.float32)
-    yield from launches.values()
+    return launches.values()
 
 
 def _block(T: int, d: int, h: int, dtype: torch.dtype) -> None:
@@ -91,9 +94,9 @@ def _experts(T: int, d: int, h: int, E: int, dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    """Write a JSON list of `Resources` for the capability of the command line."""
-    capability = int(sys.argv[1])
-    found = [asdict(compile_launch(launch, capability)) for launch in mlp_launches(capability)]
+    """Write lists of `Resources` by capability, for those of the command line."""
+    capabilities = map(int, sys.argv[1].split(","))
+    found = {capability: of_launches(mlp_launches(capability), capability) for capability in capabilities}
     keep()
     sys.stdout.write(json.dumps(found, default=str))
 

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fusion_kernels import gpu
 from fusion_kernels.ntk import Kernel
 from mlp_fusion.calibration.local_training import held_out_errors, train_locally
 from mlp_fusion.calibration.matching import MATCHING_ROWS, match_ntk
@@ -28,8 +29,9 @@ Progress = Callable[[int, int], None]
 #: An expert that fewer tokens reach is reduced by its weights alone: what so few say is chance.
 LEAST_TOKENS = 32
 
-#: Bytes of neuron vectors that a method works on side by side.
-BATCH_BYTES = 256 * 2**20
+#: Bytes of neuron vectors that a method works on side by side on a CPU; on a GPU a share of the memory that is left, as
+#: copies of them and a method's workspace need as much again and more.
+BATCH_BYTES, BATCH_SHARE = 256 * 2**20, 8
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,11 @@ def progress_units(recipe: Recipe) -> int:
     return 1 + (recipe.tune_steps if recipe.refit else 0)
 
 
+def _batch_bytes(device: torch.device) -> int:
+    """Bytes of neuron vectors side by side on the device: what a method finds does not depend on it."""
+    return max(BATCH_BYTES, gpu.free_memory(device) // BATCH_SHARE) if device.type == "cuda" else BATCH_BYTES
+
+
 def reduce_ffns(
     recipe: Recipe,
     bundles: Sequence[NeuronBundle],
@@ -130,7 +137,7 @@ def reduce_ffns(
     An FFN whose width is what it has already keeps its neurons. `statistics` holds one entry per FFN; one that has seen
     no token is reduced without. Tuned side by side are those whose rows are of the same sequences, as an encoder's and
     a decoder's are not. Side by side are as many as have `batch_bytes` of neuron vectors in float32, by default
-    :data:`BATCH_BYTES`.
+    :data:`BATCH_BYTES`, on a GPU an eighth of its free memory if that is more.
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     for number, (bundle, width) in enumerate(zip(bundles, widths, strict=True)):
@@ -152,7 +159,7 @@ def reduce_ffns(
     for members in groups.values():
         first = bundles[members[0]]
         problem_bytes = 4 * first.width * first.vector_length
-        size = max(1, (batch_bytes or BATCH_BYTES) // problem_bytes)
+        size = max(1, (batch_bytes or _batch_bytes(first.w_in.device)) // problem_bytes)
         for chunk in (members[i : i + size] for i in range(0, len(members), size)):
             started = time.perf_counter()
             known = None if statistics is None else [statistics[n] for n in chunk]
