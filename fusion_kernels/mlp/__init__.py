@@ -28,7 +28,7 @@ __all__ = ["fused_glu_mlp", "fused_mlp", "mlp_backend", "split_gate_up"]
 _composed = without_autocast(reference.mlp)
 
 MLP.register(
-    "cpu", cpu_backend.forward, cpu_backend.backward, ("cpu",), lambda: native.UNAVAILABLE, output=cpu_backend.output
+    "cpu", cpu_backend.forward, cpu_backend.backward, ("cpu",), lambda _: native.UNAVAILABLE, output=cpu_backend.output
 )
 MLP.register("torch", reference_backend.forward, torch_backend.backward, ("cpu", "cuda"))
 MLP.register("reference", reference_backend.forward, reference_backend.backward, ("cpu", "cuda"))

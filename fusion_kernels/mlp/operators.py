@@ -159,7 +159,7 @@ class BlockOperator:
         forward: Callable[..., Outputs],
         backward: Callable[..., Gradients],
         device_types: tuple[str, ...],
-        why_not: Callable[[], str | None] = lambda: None,
+        why_not: Callable[[torch.device | None], str | None] = lambda _: None,
         *,
         output: Callable[..., Tensor] | None = None,
     ) -> None:
