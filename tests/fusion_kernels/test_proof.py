@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -199,6 +200,7 @@ def test_a_file_that_is_not_to_be_believed(spoil: Callable[[str], str], words: s
         pytest.warns(RuntimeWarning, match=f"{words}.*: it is not believed, and written anew"),
     ):
         assert of("right")(CPU) is None
+    assert re.search(f"{words}.*: it is not believed, and written anew$", str(told[0].message))
     assert len(asked) == 2
     assert proof.described(CPU)["state"] == "1 proofs, 0 measured"
 
@@ -222,6 +224,7 @@ def test_where_nothing_can_be_written(asked: list[str], folder: Path) -> None:
         pytest.warns(RuntimeWarning, match="is forgotten when this process ends: .* cannot be written"),
     ):
         assert of("right")(CPU) is None
+    assert re.search("is forgotten when this process ends: .* cannot be written", str(told[0].message))
     assert of("right")(CPU) is None
     assert len(asked) == 1
 
