@@ -195,12 +195,9 @@ def test_a_file_that_is_not_to_be_believed(spoil: Callable[[str], str], words: s
     file().write_text(spoil(file().read_text(encoding="utf-8")), encoding="utf-8")
     proof.forget_decisions()
     assert proof.described(CPU)["state"].startswith(f"not believed: {words}")
-    with (
-        pytest.warns(RuntimeWarning, match="checking"),
-        pytest.warns(RuntimeWarning, match=f"{words}.*: it is not believed, and written anew"),
-    ):
+    with pytest.warns(RuntimeWarning) as told:
         assert of("right")(CPU) is None
-    assert re.search(f"{words}.*: it is not believed, and written anew$", str(told[0].message))
+    assert re.search(f"{words}.*: it is not believed, and written anew", " ".join(str(w.message) for w in told))
     assert len(asked) == 2
     assert proof.described(CPU)["state"] == "1 proofs, 0 measured"
 
@@ -219,12 +216,11 @@ def test_an_entry_that_is_no_verdict(entry: Any, asked: list[str]) -> None:
 
 def test_where_nothing_can_be_written(asked: list[str], folder: Path) -> None:
     (folder / "gpu").write_text("a file", encoding="utf-8")
-    with (
-        pytest.warns(RuntimeWarning, match="checking GPU kernels"),
-        pytest.warns(RuntimeWarning, match="is forgotten when this process ends: .* cannot be written"),
-    ):
+    with pytest.warns(RuntimeWarning) as told:
         assert of("right")(CPU) is None
-    assert re.search("is forgotten when this process ends: .* cannot be written", str(told[0].message))
+    assert re.search(
+        "is forgotten when this process ends: .* cannot be written", " ".join(str(w.message) for w in told)
+    )
     assert of("right")(CPU) is None
     assert len(asked) == 1
 
