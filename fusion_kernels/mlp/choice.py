@@ -174,7 +174,7 @@ class Choice:
         try:
             cache = Cache(facts(proof.indexed(x.device)))
             with _ONE_AT_A_TIME, cache.turn(proof.PATIENCE):
-                entry = cache.section("measured").get(name)
+                entry: Any = cache.section("measured").get(name)
                 if not _is_answer(entry, {backend.name for backend in self.operator.backends}):
                     entry = self._measured(rows, ffn, level)
                     cache.put("measured", name, entry)
@@ -193,7 +193,7 @@ class Choice:
             return asdict(measuring.contest(pairs, (synthetic, *others), block, level, self.clock))
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _known_rows(
     operator: str,
     device: torch.device,

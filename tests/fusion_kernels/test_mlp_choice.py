@@ -1,4 +1,4 @@
-"""Which backend of blocks runs on a GPU: contests, what is kept of them, and compilers. The CPU stands in for the GPU."""
+"""Which backend of blocks runs on a GPU: contests, what is kept, and compilers. The CPU stands in for the GPU."""
 
 from __future__ import annotations
 

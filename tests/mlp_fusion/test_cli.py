@@ -240,7 +240,7 @@ def test_finetune_refuses_bad_input(run: Run, sentences: tuple[Path, Path], tmp_
 def test_env_prints_json(run: Run) -> None:
     done = run("env", "--json")
     assert (done.code, done.err) == (0, "")
-    assert done.json.keys() == {"versions", "devices", "backends"}
+    assert done.json.keys() == {"versions", "devices", "backends", "gpu_kernels"}
     versions = done.json["versions"]
     assert versions["mlp-fusion"] == mlp_fusion.__version__
     assert versions["torch"] == torch.__version__
