@@ -17,7 +17,6 @@ import os
 import threading
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -192,7 +191,7 @@ def forget_decisions() -> None:
     _told.clear()
 
 
-def described(device: torch.device) -> dict[str, Any]:
-    """The file about the device, whether it is there, and what it is about: for people who look for it."""
+def described(device: torch.device) -> dict[str, str]:
+    """The file about the device, and what is in it: for people who look for it."""
     cache = Cache(facts(indexed(device)))
-    return {"file": str(cache.path), "state": cache.state(), "about": cache.about}
+    return {"file": str(cache.path), "state": cache.state()}

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,31 +17,11 @@ import transformers
 import checkpoints as ck
 import fusion_kernels
 import mlp_fusion
-from commands import Outcome, run_for_real
+from commands import Run, run_for_real
 from families import WIDTH
 from mlp_fusion import InputError
 from mlp_fusion import cli as cli_module
 from mlp_fusion.verbs import compress as compress_module
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run `mlp-fusion` with the given arguments in this process."""
-
-    def call(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["mlp-fusion", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            cli_module.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-        else:
-            code = 0
-        return Outcome(code, *capfd.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -81,9 +81,8 @@ def tune_block(tokens: int, d: int, neurons: int, *, dtype: str, activation: str
             entry = MLP.choice.measure((x,), ffn, 1 if trained else 2)
         except (cache.NoTurnError, cache.CacheUnusableError, torch.OutOfMemoryError) as error:
             raise InputError(" ".join(str(error).split())) from None
-        rows.append(
-            {"device": str(device), "fastest": entry["backend"], "ms": entry["ms"], "refused": entry["refused"]}
-        )
+        found = {"fastest": entry["backend"], "ms": entry["ms"], "refused": entry["refused"]}
+        rows.append({"device": str(device), **found})
     return Answer(rows)
 
 
@@ -98,10 +97,7 @@ def states() -> list[dict[str, str]]:
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         if gpu.no_gpu(device) is None:
-            about = proof.described(device)
-            found.append(
-                {"device": str(device), "switch": proof.mode(), "file": about["file"], "state": about["state"]}
-            )
+            found.append({"device": str(device), "switch": proof.mode(), **proof.described(device)})
     return found
 
 
@@ -126,12 +122,11 @@ def _block(
     def normal(*size: int, scale: float = 1.0) -> torch.Tensor:
         return (scale * torch.randn(*size, generator=g)).to(device, dtype)
 
-    # As it lies in torch.nn.Linear.
-    w_out = normal(d, neurons, scale=neurons**-0.5).mT
+    first, second = normal(neurons, d, scale=d**-0.5), normal(d, neurons, scale=neurons**-0.5)
     gate = normal(neurons, d, scale=d**-0.5) if gated else None
-    biases = (None, None, None) if gated else (normal(neurons), None, normal(d))
-    ffn = FFN(normal(neurons, d, scale=d**-0.5), w_out, activation, gate, *biases, None)
-    return normal(tokens, d), ffn
+    # Plain FFNs have biases, gated ones have none.
+    b_in, b_out = (None, None) if gated else (normal(neurons), normal(d))
+    return normal(tokens, d), FFN.of_linears((first, second, gate, b_in, None, b_out, None), activation)
 
 
 def _words(value: Any) -> str:
