@@ -1,4 +1,7 @@
-"""Checkpoints, and the command line, that the tests of several modules share. A module that needs others defines its own by these names."""
+"""Checkpoints, and the command line, that the tests of several modules share.
+
+A module that needs other checkpoints defines its own by these names.
+"""
 
 from __future__ import annotations
 

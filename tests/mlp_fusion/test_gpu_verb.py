@@ -106,7 +106,9 @@ def test_env_says_which_file_and_what_is_in_it(run: Run, monkeypatch: pytest.Mon
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         (state,) = verb.states()
         assert state == {"device": "cuda:0", "switch": "auto", "file": state["file"], "state": "not there yet"}
-        run("gpu", "tune", *SHAPE)
+    run("gpu", "tune", *SHAPE)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
         assert verb.states()[0]["state"] == "0 proofs, 1 measured"
     whole = {**cli.environment(), "gpu_kernels": [state]}
     monkeypatch.setattr(cli, "environment", lambda: whole)
