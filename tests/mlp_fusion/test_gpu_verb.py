@@ -100,16 +100,17 @@ def test_where_there_is_no_gpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.usefixtures("_one_device")
 def test_env_says_which_file_and_what_is_in_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "no_gpu", lambda device=None: None)
-    monkeypatch.setattr(proof, "indexed", lambda device: CPU)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.cuda, "device_count", lambda: 1)
-        (state,) = verb.states()
-        assert state == {"device": "cuda:0", "switch": "auto", "file": state["file"], "state": "not there yet"}
+    def states() -> list[dict[str, str]]:
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, "no_gpu", lambda device=None: None)
+            patch.setattr(proof, "indexed", lambda device: CPU)
+            patch.setattr(torch.cuda, "device_count", lambda: 1)
+            return verb.states()
+
+    (state,) = states()
+    assert state == {"device": "cuda:0", "switch": "auto", "file": state["file"], "state": "not there yet"}
     run("gpu", "tune", *SHAPE)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.cuda, "device_count", lambda: 1)
-        assert verb.states()[0]["state"] == "0 proofs, 1 measured"
+    assert states()[0]["state"] == "0 proofs, 1 measured"
     whole = {**cli.environment(), "gpu_kernels": [state]}
     monkeypatch.setattr(cli, "environment", lambda: whole)
     assert f"GPU kernels    device: cuda:0, switch: auto, file: {state['file']}, state: not there yet" in run("env").out
