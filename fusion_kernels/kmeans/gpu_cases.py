@@ -132,7 +132,8 @@ def _float32(device: torch.device) -> Case:
         for name in KMeansResult._fields:
             if not same_bits(found[name][1], found[f"{name} alone"][0]):
                 return f"{name} of a problem are others in a batch"
-        return first_of(*(_no_clustering(x[b], {name: t[b] for name, t in found.items()}) for b in range(1, 2)))
+        together = {name: found[name] for name in KMeansResult._fields}
+        return first_of(*(_no_clustering(x[b], {name: t[b] for name, t in together.items()}) for b in range(len(x))))
 
     return Case(f"{n} float32 points in {k} clusters", run, wrong)
 
