@@ -39,11 +39,11 @@ def test_experts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(of_kmeans, "NARROW", (40, 9, 10))
+    monkeypatch.setattr(of_kmeans, "NARROW", (14, 5, 4))
     cases = [
         of_kmeans._gram(17, 65, CPU),
         of_kmeans._nearest(20, 9, 5, torch.float32, CPU),
-        of_kmeans._like_the_reference(30, 7, 6, Options(0, seed=3), CPU),
+        of_kmeans._like_the_reference(12, 3, 3, Options(0, seed=3), CPU),
         of_kmeans._float32(CPU),
     ]
     assert [failure(case) for case in cases] == [None] * 4
