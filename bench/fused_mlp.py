@@ -40,6 +40,7 @@ from torch.nn import functional as F
 
 from fusion_kernels import backends, fused_glu_mlp, fused_mlp
 from fusion_kernels.mlp.heuristics import Shape, path
+from fusion_kernels.mlp.operators import MLP
 from mlp_fusion import FusedGLU, FusedMLP
 
 #: d and h; outputs are as wide as inputs.
@@ -373,7 +374,9 @@ def gpu_shape(tokens: int, d: int, h: int, gated: bool, rounds: int, rates: tupl
     """One shape on the GPU; a variant that cannot run there is given with its reason."""
     problem = Problem.draw(tokens, d, h, gated, "cuda", torch.bfloat16)
     found: dict[str, Any] = {"tokens": tokens, "d": d, "h": h, "gated": gated, "not run": {}}
-    found["chosen"] = path(torch.cuda.get_device_name(), torch.bfloat16, Shape(tokens, d, h, d, gated, 1))
+    shape, activation = Shape(tokens, d, h, d, gated, 1), "silu" if gated else "gelu"
+    known = MLP.choice.known_rows(torch.device("cuda"), torch.bfloat16, shape, activation, "torch")
+    found["chosen"] = path(known, tokens, "torch")
     found["floor"] = floors = gpu_floors(tokens, d, h, gated, rates)
     steps: dict[str, dict[str, Step]] = {"forward": {}, "backward": {}, "both": {}}
     for name, run in gpu_variants(problem).items():

@@ -4,7 +4,8 @@ An operator is declared with :func:`operator` (its `torch.library` schema and fa
 per backend with :meth:`Operator.register`. A public function asks :meth:`Operator.function` for what to run.
 
 A backend that is not there says so with `why_not`, one that does not do all that an operator's options ask for with
-`takes`. Either way `"auto"` goes on to the next, and asking for it by name raises with the reason.
+`takes`. Either way `"auto"` goes on to the next, and asking for it by name raises with the reason. A backend with a
+`proof` is taken by `"auto"` where that holds, and by name without.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -66,6 +67,23 @@ class BackendUnavailableError(RuntimeError):
     """
 
 
+class Provable(Protocol):
+    """What a backend's `proof` is: `fusion_kernels.proof.Proof`, or a stand-in."""
+
+    @property
+    def name(self) -> str:
+        """What the verdict is kept under."""
+
+    def __call__(self, device: torch.device) -> str | None:
+        """In one line why the backend is not to be taken unasked on the device, or None; finds out if need be."""
+
+    def reason(self, device: torch.device) -> str | None:
+        """The same by what is known already."""
+
+    def state(self, device: torch.device) -> str:
+        """In one line what is known already, for people."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an operator.
@@ -74,25 +92,35 @@ class Backend:
         name: what a caller passes as `backend=`.
         function: takes the operator's schema arguments.
         device_types: `torch.device.type` values it runs on.
-        why_not: returns None when it can run on this machine, else the reason in one line. Called when it is needed:
-            asking for GPUs while the package is imported would keep a program from forking afterwards.
+        why_not: returns None when it can run on a device, or on any of this machine if None is given, else the reason
+            in one line. Called when it is needed: asking for GPUs while the package is imported would keep a program
+            from forking afterwards.
         takes: of the operator's options, returns None when it does what they ask for, else what it lacks in one line.
+        proof: returns None when it has shown on a device that it is right there, else the reason in one line, for which
+            `"auto"` passes it over. None for a backend that need not show it.
     """
 
     name: str
     function: Callable[..., Any]
     device_types: tuple[str, ...]
-    why_not: Callable[[], str | None] = lambda: None
+    why_not: Callable[[torch.device | None], str | None] = lambda _: None
     takes: Callable[[Any], str | None] = lambda _: None
+    proof: Provable | None = None
 
-    def refuses(self, device_type: str, options: Any) -> str | None:
+    def refuses(self, device: torch.device, options: Any) -> str | None:
         """In one line why it does not run on tensors there with these options (None for any), or None."""
-        reason = self.why_not()
+        here = device.type in self.device_types
+        reason = self.why_not(device if here else None)
         if reason is not None:
             return reason
-        if device_type not in self.device_types:
-            return f"runs on {', '.join(self.device_types)}, the tensor is on {device_type}"
+        if not here:
+            return f"runs on {', '.join(self.device_types)}, the tensor is on {device.type}"
         return None if options is None else self.takes(options)
+
+    def declines(self, device: torch.device, options: Any) -> str | None:
+        """In one line why it is not taken unasked: it refuses, or is not proved there."""
+        reason = self.refuses(device, options)
+        return self.proof(device) if reason is None and self.proof is not None else reason
 
 
 def _auto(*_: Any, **__: Any) -> str:
@@ -155,7 +183,8 @@ class Operator:
         """Return the backend for tensors on `device`.
 
         Args:
-            backend: a backend's name, or `"auto"` for the first that is available on `device` and takes the options.
+            backend: a backend's name, or `"auto"` for the first that is available on `device`, takes the options and
+                is proved there if it has to be.
             options: what `Backend.takes` is asked about; None if no backend is to be asked.
 
         Raises:
@@ -164,26 +193,50 @@ class Operator:
                 options; for `"auto"`, this holds for all.
         """
         if backend == "auto":
-            return self._first(device.type, options)
-        for candidate in self.backends:
-            if candidate.name == backend:
-                reason = candidate.refuses(device.type, options)
-                if reason is None:
-                    return candidate
-                raise BackendUnavailableError(f"{self.name}: backend {backend!r}: {reason}")
-        names = ", ".join(["auto", *(b.name for b in self.backends)])
-        raise ValueError(f"{self.name}: unknown backend {backend!r}: use one of {names}")
+            return self.first(device, lambda candidate: candidate.declines(device, options))
+        candidate = self.backend(backend)
+        reason = candidate.refuses(device, options)
+        if reason is None:
+            return candidate
+        raise BackendUnavailableError(f"{self.name}: backend {backend!r}: {reason}")
 
-    def _first(self, device_type: str, options: Any) -> Backend:
+    def backend(self, name: str) -> Backend:
+        """The backend of that name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for candidate in self.backends:
+            if candidate.name == name:
+                return candidate
+        names = ", ".join(["auto", *(b.name for b in self.backends)])
+        raise ValueError(f"{self.name}: unknown backend {name!r}: use one of {names}")
+
+    def first(self, device: torch.device, declines: Callable[[Backend], str | None]) -> Backend:
+        """The first backend on the device of which `declines` is None.
+
+        Raises:
+            BackendUnavailableError: there is none.
+        """
         refusals: list[str] = []
         for candidate in self.backends:
-            reason = candidate.refuses(device_type, options)
+            reason = declines(candidate)
             if reason is None:
                 return candidate
-            if device_type in candidate.device_types:
+            if device.type in candidate.device_types:
                 refusals.append(f"{candidate.name}: {reason}")
         why = f" here with these options: {'; '.join(refusals)}" if refusals else ""
-        raise BackendUnavailableError(f"{self.name}: no backend runs on device type {device_type!r}{why}")
+        raise BackendUnavailableError(f"{self.name}: no backend runs on device type {device.type!r}{why}")
+
+    def expected(self, device: torch.device) -> Backend:
+        """What `"auto"` takes on the device by what is known already: nothing is proved for it."""
+
+        def declines(candidate: Backend) -> str | None:
+            reason = candidate.refuses(device, None)
+            proof = candidate.proof
+            return reason if reason is not None or proof is None else proof.reason(device)
+
+        return self.first(device, declines)
 
 
 _OPERATORS: dict[str, Operator] = {}
@@ -221,24 +274,37 @@ def backends() -> dict[str, dict[str, str]]:
     """Which backend answers for each operator here, by device type, and why the others do not.
 
     Returns:
-        `{operator: {"cpu": backend, "cuda": backend, "<backend> unavailable": reason, "<backend> declines": reasons}}`;
-        `"cuda"` is present only when CUDA is. A backend that declines answers, if it is there, for all options but
-        those that the reasons name; for these, the next one does.
+        `{operator: {"cpu": backend, "cuda": backend, "<backend> unavailable": reason, "<backend> declines": reasons,
+        "<backend> proof": state}}`; `"cuda"` and the states of proofs on the current device are present only when CUDA
+        is. A backend that declines answers, if it is there, for all options but those that the reasons name; for these,
+        the next one does. Nothing is proved for the answer.
 
     Examples:
         >>> fusion_kernels.backends()["kmeans"]["cpu"] in ("cpu", "reference")
         True
     """
     report: dict[str, dict[str, str]] = {}
-    device_types = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     for name, op in sorted(_OPERATORS.items()):
-        row = {device: op.select("auto", torch.device(device)).name for device in device_types}
+        row = {device.type: op.expected(device).name for device in devices}
         for backend in op.backends:
-            reason = backend.why_not()
+            reason = backend.why_not(None)
             if reason is not None:
                 row[f"{backend.name} unavailable"] = reason
+            elif backend.proof is not None:
+                row |= {f"{backend.name} proof": backend.proof.state(device) for device in devices[1:]}
             declined = dict.fromkeys(filter(None, map(backend.takes, op.variants)))
             if declined:
                 row[f"{backend.name} declines"] = "; ".join(declined)
         report[name] = row
     return report
+
+
+def proofs(device: torch.device) -> dict[str, Provable]:
+    """By name, the proofs of all backends that can run on the device."""
+    found: dict[str, Provable] = {}
+    for op in _OPERATORS.values():
+        for backend in op.backends:
+            if backend.proof is not None and backend.refuses(device, None) is None:
+                found[backend.proof.name] = backend.proof
+    return dict(sorted(found.items()))

@@ -18,7 +18,7 @@ PRODUCT = (
 )  # fmt: skip
 #: `fusion_kernels`, likewise; the operators that use another one's functions come after it.
 KERNELS = (
-    "gpu", "native", "library", "pinning", "transforms", "activations", "gates", "ffn",
+    "gpu", "native", "library", "proof", "pinning", "transforms", "activations", "gates", "ffn",
     "kmeans", "mlp", "experts", "ntk",
 )  # fmt: skip
 _ROOTS = {

@@ -11,17 +11,27 @@ def command_line() -> str:
     """Every command with its usage, its help and its options, in markdown."""
     top = click.Context(cli, info_name="mlp-fusion", **cli.context_settings)
     parts = [f"```text\n{_usage(cli, top)}\n```", _options(cli, top)]
-    for name in cli.list_commands(top):
-        command = cli.get_command(top, name)
+    parts += _commands(cli, top)
+    return "\n\n".join(part for part in parts if part)
+
+
+def _commands(group: click.Group, parent: click.Context) -> list[str]:
+    """The commands of a group, each followed by its own."""
+    parts: list[str] = []
+    for name in group.list_commands(parent):
+        command = group.get_command(parent, name)
         assert command is not None
-        context = click.Context(command, info_name=name, parent=top, **command.context_settings)
+        context = click.Context(command, info_name=name, parent=parent, **command.context_settings)
+        words = context.command_path.split()[1:]
         parts += [
-            f"## {name} {{ #{name} }}",
+            f"## {' '.join(words)} {{ #{'-'.join(words)} }}",
             f"```text\n{_usage(command, context)}\n```",
             _cell(command.help or "", lines=True),
             _options(command, context),
         ]
-    return "\n\n".join(part for part in parts if part)
+        if isinstance(command, click.Group):
+            parts += _commands(command, context)
+    return parts
 
 
 def _usage(command: click.Command, context: click.Context) -> str:

@@ -20,13 +20,15 @@ from fusion_kernels.ffn import FFN
 from fusion_kernels.gates import PLAIN, Gate
 from fusion_kernels.mlp.checks import check_options, check_tensors
 from fusion_kernels.pinning import Pin
+from fusion_kernels.proof import Proof
 
 __all__ = ["experts_backend", "fused_experts"]
 
 EXPERTS.register("loop", loop_backend.forward, loop_backend.backward, ("cpu", "cuda"))
 EXPERTS.register("grouped_mm", grouped_mm_backend.forward, grouped_mm_backend.backward, ("cpu", "cuda"))
-# Behind the others, and so by name only, until it has been measured on a GPU.
-EXPERTS.register("triton", triton_backend.forward, triton_backend.backward, ("cuda",), gpu.why_not)
+# Behind the others: by name, or where it is proved and measured to be faster.
+_PROOF = Proof("experts triton", "fusion_kernels.experts.gpu_cases:experts")
+EXPERTS.register("triton", triton_backend.forward, triton_backend.backward, ("cuda",), gpu.why_not, proof=_PROOF)
 
 #: The process-wide choice of a backend of :func:`fused_experts`: `with experts_backend("triton"):`.
 experts_backend = Pin(EXPERTS.forward_operator)

@@ -27,7 +27,7 @@ def forward(x: Tensor, ends: Tensor, ffn: FFN, checkpoint_level: int) -> Outputs
     a = x.new_zeros((S, neurons) if checkpoint_level == 0 else (0,))
     for expert, rows in _experts(ends):
         one, block = x[rows], ffn.at(expert)
-        found = MLP.functions(one, block, checkpoint_level, mlp_backend.name).forward(one, block, checkpoint_level)
+        found = MLP.functions((one,), block, checkpoint_level, mlp_backend.name).forward(one, block, checkpoint_level)
         for whole, part in zip((y, z, g, a), found, strict=True):
             if len(whole):
                 whole[rows] = part
@@ -42,7 +42,7 @@ def backward(
     totals = Gradients(*(None if t is None else t.zero_() for t in new_gradients(x, ffn, needs)))
     for expert, rows in _experts(ends):
         one, block, (z, g, a) = x[rows], ffn.at(expert), (t[rows] if len(t) else t for t in kept)
-        run = MLP.functions(one, block, checkpoint_level, mlp_backend.name).backward
+        run = MLP.functions((one,), block, checkpoint_level, mlp_backend.name).backward
         found = run(dy[rows], one, block, (z, g, a), checkpoint_level, needs)
         places: tuple[slice | int, ...] = (rows, *(expert for _ in ffn.tensors))
         for total, part, where in zip(totals, found, places, strict=True):

@@ -14,10 +14,11 @@ from torch import Tensor
 from fusion_kernels.experts import reference as reference
 from fusion_kernels.ffn import FFN
 from fusion_kernels.gpu import capability
+from fusion_kernels.mlp.choice import Choice
 from fusion_kernels.mlp.operators import BlockOperator
 
 
-def _on_gpu(x: Tensor, ffn: FFN, checkpoint_level: int) -> str:
+def _without_measurements(x: Tensor, ffn: FFN) -> str:
     # Products of all experts in one launch need rows of whole 16 bytes; everything else goes expert by expert.
     aligned = all(size * x.element_size() % 16 == 0 for size in (*ffn.w_in.shape[1:], ffn.w_out.shape[2]))
     # What torch has one launch for; other GPUs may get a loop that waits for the ends of the rows.
@@ -26,7 +27,9 @@ def _on_gpu(x: Tensor, ffn: FFN, checkpoint_level: int) -> str:
 
 
 #: x (S, d), the ends of the experts' rows (E,), and the tensors of the blocks.
-EXPERTS = BlockOperator("experts", reference.experts_backward, _on_gpu, extra_inputs=("ends",))
+EXPERTS = BlockOperator(
+    "experts", reference.experts_backward, Choice(_without_measurements, ("triton",)), extra_inputs=("ends",)
+)
 
 
 def rows_of_experts(ends: Tensor, rows: int) -> Tensor:

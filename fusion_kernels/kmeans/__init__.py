@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_kernels import gpu, native
-from fusion_kernels.kmeans import cpu_backend, gpu_backend
+from fusion_kernels import native
+from fusion_kernels.kmeans import cpu_backend, gpu_backend, host_backend
 from fusion_kernels.kmeans import reference as reference
 from fusion_kernels.kmeans.metrics import unit_rows
 from fusion_kernels.kmeans.types import Algorithm, KMeansResult, Metric, Options, Results, Seeding, Status
-from fusion_kernels.library import Backend, Operator, by_member, member, operator
+from fusion_kernels.library import Backend, Operator, Provable, by_member, member, operator
+from fusion_kernels.proof import Proof
 
 __all__ = ["ASSIGN", "OPERATOR", "KMeansResult", "Status", "kmeans", "kmeans_assign", "register"]
 
@@ -74,10 +75,11 @@ def register(
     name: str,
     function: Callable[[Tensor, Tensor | None, Tensor | None, Options], Results],
     device_types: tuple[str, ...],
-    why_not: Callable[[], str | None] = lambda: None,
+    why_not: Callable[[torch.device | None], str | None] = lambda _: None,
     *,
     known: Collection[Enum],
     remedy: str = "backend='reference'",
+    proof: Provable | None = None,
 ) -> None:
     """Add a backend of `fusion_kernels::kmeans`; its inputs' values are checked before `function` sees them.
 
@@ -98,10 +100,15 @@ def register(
         _check_values(sample_weight, init, options)
         return function(x, sample_weight, init, options)
 
-    OPERATOR.register(Backend(name, checked, device_types, why_not, takes))
+    OPERATOR.register(Backend(name, checked, device_types, why_not, takes, proof))
 
 
-register("cpu", cpu_backend.kmeans, ("cpu",), lambda: native.UNAVAILABLE, known=cpu_backend.KNOWN)
+_PROOF = Proof("kmeans triton", "fusion_kernels.kmeans.gpu_cases:triton")
+
+register("triton", gpu_backend.kmeans, ("cuda",), gpu_backend.why_not, known=gpu_backend.KNOWN, proof=_PROOF)
+register("cpu", cpu_backend.kmeans, ("cpu",), lambda _: native.UNAVAILABLE, known=cpu_backend.KNOWN)
+# Ahead of the reference, which on a GPU waits for the device twice per seed.
+register("host", host_backend.kmeans, ("cuda",), lambda _: native.UNAVAILABLE, known=cpu_backend.KNOWN)
 register(
     "reference",
     reference.kmeans,
@@ -109,12 +116,11 @@ register(
     known=reference.KNOWN,
     remedy=f"one of {', '.join(sorted(str(option.value) for option in reference.KNOWN))}",
 )
-# Behind the reference, and so for those who ask by name, until bench/gpu.py has passed on a GPU.
-register("triton", gpu_backend.kmeans, ("cuda",), gpu.why_not, known=gpu_backend.KNOWN)
-register("triton-fast", gpu_backend.kmeans_fast, ("cuda",), gpu.why_not, known=gpu_backend.KNOWN)
-ASSIGN.register(Backend("cpu", cpu_backend.assign, ("cpu",), lambda: native.UNAVAILABLE))
+# Behind the reference, and so for those who ask by name: it rounds the points.
+register("triton-fast", gpu_backend.kmeans_fast, ("cuda",), gpu_backend.why_not, known=gpu_backend.KNOWN)
+ASSIGN.register(Backend("triton", gpu_backend.assign, ("cuda",), gpu_backend.why_not, proof=_PROOF))
+ASSIGN.register(Backend("cpu", cpu_backend.assign, ("cpu",), lambda _: native.UNAVAILABLE))
 ASSIGN.register(Backend("reference", reference.assign, ("cpu", "cuda")))
-ASSIGN.register(Backend("triton", gpu_backend.assign, ("cuda",), gpu.why_not))
 
 
 def kmeans(
@@ -183,8 +189,9 @@ def kmeans(
             the mean weighted variance of the columns of x, with `metric="cosine"` their mean square, 1 / D.
         seed: in [0, 2**63).
         metric: `"euclidean"` or `"cosine"`.
-        backend: `"auto"` or the name of a backend; `"triton-fast"`, which `"auto"` never takes, clusters the points
-            rounded to 11 significant bits. Only `"auto"` can be traced by `torch.compile`.
+        backend: `"auto"` or the name of a backend. On CUDA `"auto"` is `"triton"` where its kernels are proved, else
+            `"host"`: the compiled kernels of the CPU, on a copy. `"triton-fast"`, which `"auto"` never takes, clusters
+            the points rounded to 11 significant bits. Only `"auto"` can be traced by `torch.compile`.
         workspace_bytes: bound on the memory that backends other than the reference use beside inputs and results; None
             for their default. It never changes labels by more than the choice between near-ties.
 

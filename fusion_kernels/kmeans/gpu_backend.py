@@ -68,7 +68,12 @@ def _check_device(x: Tensor) -> None:
     reason = why_not(x.device)
     if reason is not None:
         raise BackendUnavailableError(f"kmeans: backend 'triton' on {x.device}: {reason}")
-    if torch.cuda.is_current_stream_capturing():
+    refuse_capture(x)
+
+
+def refuse_capture(x: Tensor) -> None:
+    """Raise RuntimeError where a CUDA graph is being recorded."""
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "k-means reads answers from the device on its way, which a CUDA graph cannot record: cluster before the "
             "capture begins"

@@ -22,23 +22,26 @@ from fusion_kernels.mlp.checks import FLOATS, SCALES, check_options, check_tenso
 from fusion_kernels.mlp.folding import with_one_factor
 from fusion_kernels.mlp.operators import MLP, Stored, without_autocast
 from fusion_kernels.pinning import Pin
+from fusion_kernels.proof import Proof
 
 __all__ = ["fused_glu_mlp", "fused_mlp", "mlp_backend", "split_gate_up"]
 
 _composed = without_autocast(reference.mlp)
 
 MLP.register(
-    "cpu", cpu_backend.forward, cpu_backend.backward, ("cpu",), lambda: native.UNAVAILABLE, output=cpu_backend.output
+    "cpu", cpu_backend.forward, cpu_backend.backward, ("cpu",), lambda _: native.UNAVAILABLE, output=cpu_backend.output
 )
 MLP.register("torch", reference_backend.forward, torch_backend.backward, ("cpu", "cuda"))
 MLP.register("reference", reference_backend.forward, reference_backend.backward, ("cpu", "cuda"))
-# Behind the others, and so by name or by the table of `heuristics` only, until they have been measured on a GPU.
+# Behind the others: by name, or where `choice` has them proved and measured to be faster.
+_PROOF = Proof("mlp triton", "fusion_kernels.mlp.gpu_cases:blocks")
 for _name, _forward, _backward in (
     ("cublas", gpu_backend.cublas_forward, gpu_backend.cublas_backward),
     ("epilogue", gpu_backend.epilogue_forward, gpu_backend.epilogue_backward),
-    ("resident", gpu_backend.resident_forward, gpu_backend.epilogue_backward),
 ):
-    MLP.register(_name, *with_one_factor(_forward, _backward), ("cuda",), gpu.why_not)
+    MLP.register(_name, *with_one_factor(_forward, _backward), ("cuda",), gpu.why_not, proof=_PROOF)
+_resident = with_one_factor(gpu_backend.resident_forward, gpu_backend.epilogue_backward)
+MLP.register("resident", *_resident, ("cuda",), gpu_backend.resident_why_not)
 
 #: The process-wide choice of a backend of :func:`fused_mlp` and :func:`fused_glu_mlp`: `with mlp_backend("torch"):`.
 mlp_backend = Pin(MLP.forward_operator)

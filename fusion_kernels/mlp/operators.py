@@ -15,7 +15,8 @@ block's step.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -23,9 +24,9 @@ from torch import Tensor
 
 from fusion_kernels.ffn import FFN, FUNCTION, SCHEMA, TENSORS
 from fusion_kernels.gates import Gate
-from fusion_kernels.library import NAMESPACE, Backend, operator
-from fusion_kernels.mlp import heuristics
+from fusion_kernels.library import NAMESPACE, Backend, Provable, operator
 from fusion_kernels.mlp import reference as reference
+from fusion_kernels.mlp.choice import Choice
 from fusion_kernels.mlp.types import Gradients, Needs, Outputs, Saved
 
 Result = TypeVar("Result")
@@ -116,18 +117,23 @@ class BlockOperator:
         self,
         name: str,
         backward: Callable[..., Gradients],
-        on_gpu: Callable[[Tensor, FFN, int], str],
+        choice: Choice,
         extra_inputs: tuple[str, ...] = (),
+        *,
+        inlined: Mapping[str, Callable[..., Tensor]] = MappingProxyType({}),
     ) -> None:
         """Declare both operators.
 
         Args:
             name: the forward's.
             backward: the specification's, (dy, x, *extra, ffn, needs) -> `Gradients`, of differentiable operations.
-            on_gpu: (x, ffn, checkpoint_level) -> the backend that `"auto"` is on a GPU.
+            choice: which backend `"auto"` is on a GPU.
             extra_inputs: names of the tensors between x and the block's, which have no gradient.
+            inlined: by name of a backend, (x, *extra, ffn) -> y of differentiable operations that a compiler fuses
+                better than the backend is as one node: what it gets instead.
         """
-        self._specified, self._on_gpu = without_autocast(backward), on_gpu
+        self._specified, self.choice = without_autocast(backward), choice
+        self._inlined = {name: without_autocast(function) for name, function in inlined.items()}
         self._before = 1 + len(extra_inputs)
         #: How many tensors the forward takes.
         self._inputs = self._before + len(TENSORS)
@@ -147,6 +153,7 @@ class BlockOperator:
             self._fake_backward,
             self._choose_backward,
         )
+        choice.attach(self.forward_operator, lambda backend: self._functions[backend][1:])
         for of, differentiate, save in (
             (self.forward_operator, self._differentiate, self._save_forward),
             (self.backward_operator, self._differentiate_twice, self._save_backward),
@@ -159,9 +166,10 @@ class BlockOperator:
         forward: Callable[..., Outputs],
         backward: Callable[..., Gradients],
         device_types: tuple[str, ...],
-        why_not: Callable[[], str | None] = lambda: None,
+        why_not: Callable[[torch.device | None], str | None] = lambda _: None,
         *,
         output: Callable[..., Tensor] | None = None,
+        proof: Provable | None = None,
     ) -> None:
         """Add a backend of both operators; its functions are as in `Functions`.
 
@@ -185,17 +193,17 @@ class BlockOperator:
             return packed(rows[0], functions.backward(dy, *rows, ffn, kept, checkpoint_level, needs))
 
         self._functions[name] = functions
-        self.forward_operator.register(Backend(name, forward_of_schema, device_types, why_not))
-        self.backward_operator.register(Backend(name, backward_of_schema, device_types, why_not))
+        self.forward_operator.register(Backend(name, forward_of_schema, device_types, why_not, proof=proof))
+        self.backward_operator.register(Backend(name, backward_of_schema, device_types, why_not, proof=proof))
 
-    def functions(self, x: Tensor, ffn: FFN, checkpoint_level: int, backend: str) -> Functions:
-        """Those of the backend that answers for a call.
+    def functions(self, rows: tuple[Tensor, ...], ffn: FFN, checkpoint_level: int, backend: str) -> Functions:
+        """Those of the backend that answers for a call on x and the extra inputs.
 
         Raises:
             ValueError, BackendUnavailableError: as `Operator.select` does.
         """
-        chosen = self._choose(x, ffn, checkpoint_level, backend)
-        return self._functions[self.forward_operator.select(chosen, x.device).name]
+        chosen = self._choose(rows, ffn, checkpoint_level, backend)
+        return self._functions[self.forward_operator.select(chosen, rows[0].device).name]
 
     def run(
         self,
@@ -218,27 +226,31 @@ class BlockOperator:
         """
         if not is_direct((x, *extra, *stored)):
             ffn = FFN.of_linears(stored, activation, gating)
+            if torch.compiler.is_compiling():
+                backend = self._traced(x, ffn, checkpoint_level, backend)
+                if backend in self._inlined:
+                    return self._inlined[backend](x, *extra, ffn)
             options = (*ffn.function, checkpoint_level, backend)
             y: Tensor = self.forward_operator.overload(x, *extra, *ffn.tensors, *options)[0]
             return y
         if trains:
             return _Direct.apply(x, *extra, *stored, self, (activation, gating, checkpoint_level, backend))
         ffn = FFN.of_linears(stored, activation, gating)
-        return self.functions(x, ffn, checkpoint_level, backend).output(x, *extra, ffn)
+        return self.functions((x, *extra), ffn, checkpoint_level, backend).output(x, *extra, ffn)
 
     # --- what the schemas take ---------------------------------------------------------------------------------------
 
-    def _parse_forward(self, arguments: Sequence[Any]) -> tuple[Sequence[Tensor], FFN, int, str]:
+    def _parse_forward(self, arguments: Sequence[Any]) -> tuple[tuple[Tensor, ...], FFN, int, str]:
         """x and the extra inputs, the block, the level and the backend."""
         *function, checkpoint_level, backend = arguments[self._inputs :]
         ffn = _of_function(arguments[self._before : self._inputs], function)
-        return arguments[: self._before], ffn, checkpoint_level, backend
+        return tuple(arguments[: self._before]), ffn, checkpoint_level, backend
 
-    def _parse_backward(self, arguments: Sequence[Any]) -> tuple[Sequence[Tensor], FFN, Saved, int, str, Needs]:
+    def _parse_backward(self, arguments: Sequence[Any]) -> tuple[tuple[Tensor, ...], FFN, Saved, int, str, Needs]:
         """The same behind dy, with what the forward kept behind the block, and the needs at the end."""
         z, g, a, *function, checkpoint_level, backend, needs = arguments[self._inputs :]
         ffn = _of_function(arguments[self._before : self._inputs], function)
-        return arguments[: self._before], ffn, (z, g, a), checkpoint_level, backend, Needs(*needs)
+        return tuple(arguments[: self._before]), ffn, (z, g, a), checkpoint_level, backend, Needs(*needs)
 
     def _fake_forward(self, *arguments: Any) -> Outputs:
         (x, *_), ffn, checkpoint_level, _ = self._parse_forward(arguments)
@@ -254,18 +266,24 @@ class BlockOperator:
         (x, *_), ffn, *_, needs = self._parse_backward(arguments)
         return packed(x, new_gradients(x, ffn, needs))
 
-    def _choose(self, x: Tensor, ffn: FFN, checkpoint_level: int, backend: str) -> str:
-        if backend != "auto" or not x.is_cuda:
+    def _choose(self, rows: tuple[Tensor, ...], ffn: FFN, checkpoint_level: int, backend: str) -> str:
+        if backend != "auto" or not rows[0].is_cuda:
             return backend
-        return self._on_gpu(x, ffn, checkpoint_level)
+        return self.choice(rows, ffn, checkpoint_level)
+
+    def _traced(self, x: Tensor, ffn: FFN, checkpoint_level: int, backend: str) -> str:
+        """The same while a compiler traces, which then keeps to it."""
+        if backend != "auto" or not x.is_cuda or not self._inlined:
+            return backend
+        return self.choice.traced(x, ffn, checkpoint_level)
 
     def _choose_forward(self, *arguments: Any) -> str:
-        (x, *_), ffn, checkpoint_level, backend = self._parse_forward(arguments)
-        return self._choose(x, ffn, checkpoint_level, backend)
+        rows, ffn, checkpoint_level, backend = self._parse_forward(arguments)
+        return self._choose(rows, ffn, checkpoint_level, backend)
 
     def _choose_backward(self, dy: Tensor, *arguments: Any) -> str:
-        (x, *_), ffn, _, checkpoint_level, backend, _ = self._parse_backward(arguments)
-        return self._choose(x, ffn, checkpoint_level, backend)
+        rows, ffn, _, checkpoint_level, backend, _ = self._parse_backward(arguments)
+        return self._choose(rows, ffn, checkpoint_level, backend)
 
     # --- derivatives -------------------------------------------------------------------------------------------------
 
@@ -346,7 +364,7 @@ class _Direct(torch.autograd.Function):
         *tensors, of, options = inputs
         activation, gating, checkpoint_level, backend = options
         rows, ffn = tensors[: of._before], FFN.of_linears(tensors[of._before :], activation, gating)
-        functions = of.functions(rows[0], ffn, checkpoint_level, backend)
+        functions = of.functions(tuple(rows), ffn, checkpoint_level, backend)
         y, z, g, a = functions.forward(*rows, ffn, checkpoint_level)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, z, g, a)
@@ -378,10 +396,11 @@ def _of_function(tensors: Sequence[Any], function: Sequence[Any]) -> FFN:
     return FFN.of(tensors, activation, gating=Gate(*gate))
 
 
-def _on_gpu(x: Tensor, ffn: FFN, checkpoint_level: int) -> str:
-    neurons, d_out = ffn.w_out.shape
-    shape = heuristics.Shape(x.shape[0], x.shape[1], neurons, d_out, ffn.gated, checkpoint_level)
-    return heuristics.path(torch.cuda.get_device_name(x.device), x.dtype, shape)
-
-
-MLP = BlockOperator("mlp", reference.mlp_backward, _on_gpu)
+#: On a GPU torch's own operations, unless a kernel was measured to be faster; `resident` saves nothing, and so is for
+#: those who ask by name.
+MLP = BlockOperator(
+    "mlp",
+    reference.mlp_backward,
+    Choice(lambda x, ffn: "torch", ("cublas", "epilogue")),
+    inlined={"torch": reference.mlp},
+)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fusion_kernels import native
@@ -25,7 +26,7 @@ from fusion_kernels.ntk.weighting import Weights, weigh
 _KERNELS, _REDUCTIONS = ("gd", "sign"), ("trace", "full", "diagonal", "vector")
 
 
-def why_not() -> str | None:
+def why_not(device: torch.device | None = None) -> str | None:
     """In one line why the backend cannot run here, or None."""
     return native.UNAVAILABLE
 

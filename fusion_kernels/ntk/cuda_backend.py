@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusion_kernels import native
+from fusion_kernels import gpu, native
 from fusion_kernels.ffn import FFN
 from fusion_kernels.library import check_name
 from fusion_kernels.ntk import heuristics
@@ -37,9 +37,9 @@ from fusion_kernels.ntk.weighting import Weights, weigh
 _KERNELS, _REDUCTIONS = ("gd", "sign"), ("trace", "full", "diagonal", "vector")
 
 
-def why_not() -> str | None:
-    """In one line why the backend cannot run here, or None."""
-    return native.cuda_unavailable()
+def why_not(device: torch.device | None = None) -> str | None:
+    """In one line why the backend cannot run on the device, or on any if None; None if it can."""
+    return gpu.no_gpu(device) or native.cuda_unavailable()
 
 
 @dataclass(frozen=True)

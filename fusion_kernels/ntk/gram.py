@@ -44,7 +44,10 @@ _NTK_GRAM_OUT = operator("ntk_gram_out", f"(Tensor(a!) out, {_ARGUMENTS}) -> ()"
 
 
 def _register(
-    name: str, gram: Callable[..., Tensor], devices: tuple[str, ...], why_not: Callable[[], str | None]
+    name: str,
+    gram: Callable[..., Tensor],
+    devices: tuple[str, ...],
+    why_not: Callable[[torch.device | None], str | None],
 ) -> None:
     def into(out: Tensor, *arguments: Any) -> None:
         gram(*arguments, out=out)
@@ -54,7 +57,7 @@ def _register(
 
 
 _register("cpu", cpu_backend.ntk_gram, ("cpu",), cpu_backend.why_not)
-_register("reference", reference.ntk_gram, ("cpu", "cuda"), lambda: None)
+_register("reference", reference.ntk_gram, ("cpu", "cuda"), lambda _: None)
 # Behind the reference, and so for those who ask by name, until bench/gpu_ntk.py has passed on a GPU.
 _register("cuda", cuda_backend.ntk_gram, ("cuda",), cuda_backend.why_not)
 

@@ -1,4 +1,4 @@
-"""The command line: `mlp-fusion plan | compress | verify | finetune | report | families | env`.
+"""The command line: `mlp-fusion plan | compress | verify | finetune | report | families | gpu | env`.
 
 Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. Errors are one line on standard error; with `--json`,
 standard output holds one JSON object and nothing else.
@@ -257,6 +257,53 @@ def families(name: str | None, as_json: bool) -> None:
     _emit(list_model_types() if name is None else find_ffns(name), as_json)
 
 
+@cli.group()
+def gpu() -> None:
+    """Check and measure the kernels on this machine's GPUs, or forget what was found out."""
+
+
+@gpu.command()
+@_json
+def check(as_json: bool) -> None:
+    """Run the proofs of all kernels on every GPU again, and keep the verdicts."""
+    from mlp_fusion.verbs.gpu import check_kernels
+
+    found = check_kernels()
+    _emit(found, as_json)
+    if not found.passed:
+        raise SystemExit(1)
+
+
+@gpu.command()
+@click.option("--tokens", type=int, required=True, help="Rows of the FFN's input.")
+@click.option("--inputs", type=int, required=True, help="Columns of the FFN's input, and of its output.")
+@click.option("--neurons", type=int, required=True, help="Width of the hidden layer.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16", show_default=True)
+@click.option("--activation", default="gelu", show_default=True, help="As in fused_mlp.")
+@click.option("--gated", is_flag=True, help="With a gate projection.")
+@click.option("--forward", is_flag=True, help="The forward alone, as without gradients.")
+@_json
+def tune(
+    tokens: int, inputs: int, neurons: int, dtype: str, activation: str, gated: bool, forward: bool, as_json: bool
+) -> None:
+    """Measure which backend of small FFNs is fastest for a shape on every GPU, and keep the answer."""
+    from mlp_fusion.verbs.gpu import tune_block
+
+    found = tune_block(
+        tokens, inputs, neurons, dtype=dtype, activation=activation, gated=gated, trained=not forward
+    )  # fmt: skip
+    _emit(found, as_json)
+
+
+@gpu.command()
+@_json
+def forget(as_json: bool) -> None:
+    """Remove all verdicts and measurements of GPUs."""
+    from mlp_fusion.verbs.gpu import forget_all
+
+    _emit(forget_all(), as_json)
+
+
 @cli.command()
 @_json
 def env(as_json: bool) -> None:
@@ -267,6 +314,7 @@ def env(as_json: bool) -> None:
         return
     rows = [*report["versions"].items(), *(("device", device) for device in report["devices"])]
     rows += [(name, ", ".join(f"{k}: {v}" for k, v in row.items())) for name, row in report["backends"].items()]
+    rows += [("GPU kernels", ", ".join(f"{k}: {v}" for k, v in row.items())) for row in report["gpu_kernels"]]
     for name, value in rows:
         click.echo(f"{name:14} {value}")
 
@@ -276,6 +324,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     from fusion_kernels import backends
+    from mlp_fusion.verbs.gpu import states
 
     versions: dict[str, str] = {"python": platform.python_version()}
     for package in ("mlp-fusion", "torch", "triton", "transformers", "safetensors", "numpy", "accelerate", "peft"):
@@ -289,7 +338,7 @@ def environment() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(index)
         memory = properties.total_memory / 2**30
         devices.append(f"cuda:{index}, {properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB")
-    return {"versions": versions, "devices": devices, "backends": backends()}
+    return {"versions": versions, "devices": devices, "backends": backends(), "gpu_kernels": states()}
 
 
 def parse_width(text: str) -> int | float | str:

@@ -287,7 +287,7 @@ def test_errors(kind: type[Exception], message: str, x: Tensor, options: dict[st
 def test_a_backend_that_cannot_run_here_says_so() -> None:
     with pytest.raises(BackendUnavailableError, match="'reference': runs on cpu, cuda, the tensor is on meta"):
         kmeans(X.to("meta"), 2, backend="reference")
-    assert OPERATOR.select("reference", torch.device("cpu")).why_not() is None
+    assert OPERATOR.select("reference", torch.device("cpu")).why_not(None) is None
 
 
 @pytest.mark.parametrize("what", ["algorithm", "seeding"])
@@ -342,7 +342,7 @@ def test_a_backend_does_what_is_asked_or_declines(asked: Options) -> None:
     options = (7, asked.seeding.value, 1, asked.algorithm.value, 100, 0.0, 3, None, asked.metric.value)
     expected = reference.kmeans(x, None, None, Options(*options))  # type: ignore[arg-type]
     for backend in OPERATOR.backends:
-        if backend.refuses("cpu", asked) is None:
+        if backend.refuses(torch.device("cpu"), asked) is None:
             for found, right in zip(backend.function(x, None, None, *options), expected, strict=True):
                 torch.testing.assert_close(found, right, msg=backend.name)
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 def _operator() -> Operator:
     op = Operator("double", "(Tensor x) -> Tensor")
     op.register(Backend("fast", lambda x: x * 2, ("cuda",)))
-    op.register(Backend("absent", lambda x: x * 2, ("cpu",), why_not=lambda: "its library is not built: run the build"))
+    op.register(Backend("absent", lambda x: x * 2, ("cpu",), why_not=lambda _: "its library is not built: build it"))
     op.register(Backend("reference", lambda x: x + x, ("cpu", "cuda")))
     return op
 
@@ -78,7 +78,7 @@ def test_a_backend_may_decline_options() -> None:
 def test_where_all_decline_each_says_why() -> None:
     op = _picky()
     op.backends.pop()
-    op.register(Backend("absent", lambda *_: "absent", ("cpu",), why_not=lambda: "it is not built"))
+    op.register(Backend("absent", lambda *_: "absent", ("cpu",), why_not=lambda _: "it is not built"))
     op.register(Backend("elsewhere", lambda *_: "elsewhere", ("cuda",)))
     message = (
         r"sum: no backend runs on device type 'cpu' here with these options: "
@@ -89,12 +89,12 @@ def test_where_all_decline_each_says_why() -> None:
 
 
 def test_what_is_missing_comes_before_what_is_declined() -> None:
-    backend = Backend("b", lambda: None, ("cuda",), lambda: "it is not built", lambda _: "it has no weights")
-    assert backend.refuses("cpu", _Picky(True)) == "it is not built"
-    there = replace(backend, why_not=lambda: None)
-    assert there.refuses("cpu", _Picky(True)) == "runs on cuda, the tensor is on cpu"
-    assert there.refuses("cuda", _Picky(True)) == "it has no weights"
-    assert there.refuses("cuda", None) is None
+    backend = Backend("b", lambda: None, ("cuda",), lambda _: "it is not built", lambda _: "it has no weights")
+    assert backend.refuses(torch.device("cpu"), _Picky(True)) == "it is not built"
+    there = replace(backend, why_not=lambda _: None)
+    assert there.refuses(torch.device("cpu"), _Picky(True)) == "runs on cuda, the tensor is on cpu"
+    assert there.refuses(torch.device("cuda"), _Picky(True)) == "it has no weights"
+    assert there.refuses(torch.device("cuda"), None) is None
 
 
 def test_backends_says_what_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fusion_kernels import BackendUnavailableError, fused_mlp, mlp_backend, native
 from fusion_kernels.ffn import FFN
 from fusion_kernels.gates import PLAIN
-from fusion_kernels.mlp import heuristics, reference_backend, torch_backend
+from fusion_kernels.mlp import reference_backend, torch_backend
 from fusion_kernels.mlp.folding import with_one_factor
-from fusion_kernels.mlp.heuristics import Shape
 from fusion_kernels.mlp.operators import MLP
 from fusion_kernels.mlp.types import Needs
 
@@ -374,25 +373,6 @@ def test_mixed_dtypes_of_weights_are_fine() -> None:
     torch.testing.assert_close(y, rounded.eager())
 
 
-def test_the_path_on_a_gpu_is_what_was_measured() -> None:
-    table: heuristics.Table = {
-        ("a GPU", torch.bfloat16, 768, 192, False, True): [(1024, "cublas"), (65536, "epilogue")],
-        ("a GPU", torch.bfloat16, 768, 192, False, False): [(1, "resident")],
-    }
-    shape = Shape(1024, 768, 192, 768, False, 1)
-    for tokens, level, expected in [
-        (1, 1, "torch"), (1023, 0, "torch"), (1024, 1, "cublas"), (65535, 0, "cublas"), (65536, 1, "epilogue"),
-        (1, 2, "resident"), (0, 2, "torch"),
-    ]:  # fmt: skip
-        assert heuristics.path(
-            "a GPU", torch.bfloat16, replace(shape, tokens=tokens, checkpoint_level=level), table
-        ) == (expected)
-    assert heuristics.path("another", torch.bfloat16, shape, table) == "torch"
-    assert heuristics.path("a GPU", torch.float16, shape, table) == "torch"
-    for other in ({"d": 769}, {"h": 193}, {"gated": True}):
-        assert heuristics.path("a GPU", torch.bfloat16, replace(shape, **other), table) == "torch"
-
-
 class OnGpu:
     """As much of a tensor on a GPU as the choice of a path looks at."""
 
@@ -402,35 +382,20 @@ class OnGpu:
         self.shape = shape
 
 
-def test_the_dispatcher_asks_for_the_path_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dispatcher_asks_for_the_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
-    monkeypatch.setattr(heuristics, "path", lambda *call: asked.append(call) or "epilogue")
+    monkeypatch.setattr(MLP, "choice", lambda *call: asked.append(call) or "epilogue")
     x, w_in, w_out = OnGpu(5, 6), OnGpu(7, 6), OnGpu(7, 8)
     block = (x, w_in, w_out, None, None, None, None, None)
     for level in (0, 2):
-        expected = ("GPU 1", torch.bfloat16, Shape(5, 6, 7, 8, False, level))
         how = ("gelu", *PLAIN.arguments, level, "auto")
         assert MLP.forward_operator.choose(*block, *how) == "epilogue"
         assert MLP.backward_operator.choose(x, *block, None, None, None, *how, [True] * 8) == "epilogue"
-        assert asked == [expected, expected]
+        assert [(rows, ffn.w_out, at) for rows, ffn, at in asked] == [((x,), w_out, level)] * 2
         asked.clear()
-    # A name, from the caller or a pin, is not for the table to judge.
+    # A name, from the caller or a pin, is not for the choice to judge.
     assert MLP.forward_operator.choose(*block, "gelu", *PLAIN.arguments, 1, "cublas") == "cublas"
     assert not asked
-
-
-def test_what_nothing_was_measured_for_runs_as_torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_gpus = {backend.name for backend in MLP.forward_operator.backends if "cuda" in backend.device_types}
-    assert on_gpus == {"cublas", "epilogue", "resident", "torch", "reference"}
-    assert heuristics.UNMEASURED in on_gpus
-    shape = Shape(1024, 768, 192, 768, False, 1)
-    for name in on_gpus:
-        measured = {("a GPU", torch.bfloat16, 768, 192, False, True): [(1024, name)]}
-        monkeypatch.setattr(heuristics, "MEASURED", measured)
-        assert heuristics.path("a GPU", torch.bfloat16, shape) == name
-        assert heuristics.path("a GPU", torch.bfloat16, replace(shape, tokens=1023)) == heuristics.UNMEASURED
-        assert heuristics.path("another", torch.bfloat16, shape) == heuristics.UNMEASURED
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 32, 33])

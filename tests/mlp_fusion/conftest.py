@@ -1,14 +1,38 @@
-"""Checkpoints that the tests of several modules share. A module that needs others defines its own by these names."""
+"""Checkpoints, and the command line, that the tests of several modules share.
+
+A module that needs other checkpoints defines its own by these names.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 import checkpoints as ck
 import mlp_fusion
+from commands import Outcome, Run
 from families import FAMILIES
+from mlp_fusion import cli as cli_module
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run `mlp-fusion` with the given arguments in this process."""
+
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["mlp-fusion", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            cli_module.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        else:
+            code = 0
+        return Outcome(code, *capfd.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,31 +17,11 @@ import transformers
 import checkpoints as ck
 import fusion_kernels
 import mlp_fusion
-from commands import Outcome, run_for_real
+from commands import Outcome, Run, run_for_real
 from families import WIDTH
 from mlp_fusion import InputError
 from mlp_fusion import cli as cli_module
 from mlp_fusion.verbs import compress as compress_module
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run `mlp-fusion` with the given arguments in this process."""
-
-    def call(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["mlp-fusion", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            cli_module.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-        else:
-            code = 0
-        return Outcome(code, *capfd.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +219,7 @@ def test_finetune_refuses_bad_input(run: Run, sentences: tuple[Path, Path], tmp_
 def test_env_prints_json(run: Run) -> None:
     done = run("env", "--json")
     assert (done.code, done.err) == (0, "")
-    assert done.json.keys() == {"versions", "devices", "backends"}
+    assert done.json.keys() == {"versions", "devices", "backends", "gpu_kernels"}
     versions = done.json["versions"]
     assert versions["mlp-fusion"] == mlp_fusion.__version__
     assert versions["torch"] == torch.__version__

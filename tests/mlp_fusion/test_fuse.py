@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig
 
 import mlp_fusion
 from families import FAMILIES, WIDTH, tiny_model, token_batch
+from fusion_kernels import native
 from mlp_fusion import FusedGLU, FusedMLP, InputError, fuse, methods
 from mlp_fusion.families.exchange import narrow
 from mlp_fusion.modules import Scaled, ScaledActivation
@@ -45,6 +46,9 @@ def test_fused_ffns_compute_the_fused_bundles(family: str, optimizer: str | None
     names = [n for n, _ in model.named_parameters()]
     report = fuse(model, 16, layers=[0, 2], optimizer=optimizer, seed=3, sample=token_batch())
 
+    compiled = "cpu" if native.UNAVAILABLE is None else "reference"
+    assert [row.clustered_by for row in report.rows] == [compiled] * 2
+    assert f"clustered by k-means on the backend {compiled}" in report.table()
     assert [n for n, _ in model.named_parameters()] == names
     assert len(_ffns(model)) == 2
     gated = "gate_proj" in " ".join(names)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,3 +51,7 @@ def run_for_real(*arguments: object, **environment: str) -> Outcome:
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
     return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+#: `mlp-fusion` with arguments.
+Run = Callable[..., Outcome]

@@ -41,6 +41,8 @@ class FFNRow:
             earlier versions.
         by_weights: numbers of experts that too few tokens of the calibration text have reached to learn from; None
             where there was no text, of dense FFNs, and in reports of earlier versions.
+        clustered_by: the backend that k-means ran on; None for methods without clusters, and in reports of earlier
+            versions.
 
     Examples:
         >>> from transformers import AutoModel
@@ -68,6 +70,7 @@ class FFNRow:
     cluster_sizes: list[list[int]] | None = None
     ntk_spectrum: dict[str, dict[str, list[float]]] | None = None
     by_weights: list[int] | None = None
+    clustered_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -225,6 +228,8 @@ class FusionReport:
             f"errors: relative Frobenius, {self.sample_rows} token positions of {self.sample}; "
             f"parameterization {self.parameterization}" + ("" if self.optimizer is None else f" (for {self.optimizer})")
         )
+        clustered = sorted({row.clustered_by for row in self.rows if row.clustered_by})
+        lines += [f"clustered by k-means on the backend {', '.join(clustered)}"] if clustered else []
         alone = [f"{row.path}: {', '.join(map(str, row.by_weights))}" for row in self.rows if row.by_weights]
         if alone:
             lines.append(f"experts that few tokens reached, reduced by their weights alone: {'; '.join(alone)}")

@@ -28,6 +28,7 @@ class Reduction:
         inertia: `(B,)` objective that the method minimised, or None.
         iterations: `(B,)` int64, or None.
         status: per problem, a word: `ok`, or what went less than well.
+        clustered_by: the backend that k-means ran on, or None for a method that does not cluster.
     """
 
     bundle: NeuronBundle
@@ -35,6 +36,7 @@ class Reduction:
     inertia: Tensor | None
     iterations: Tensor | None
     status: tuple[str, ...]
+    clustered_by: str | None = None
 
     @staticmethod
     def plain(bundle: NeuronBundle) -> Reduction:

@@ -22,6 +22,7 @@ function for every activation but ReLU; `cluster` does not. The metric by the co
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fusion_kernels import Status, kmeans
+from fusion_kernels.kmeans import OPERATOR
 from fusion_kernels.kmeans.blocks import fits as kmeans_blocks_fits
 from fusion_kernels.kmeans.blocks import kmeans_blocks
 from fusion_kernels.kmeans.means import row_norms
@@ -62,7 +64,8 @@ def published(
         ValueError: a weight is NaN or Inf.
     """
     found = kmeans(in_range(bundle.vectors()), width, init="k-means++", algorithm="lloyd", max_iter=100, seed=seed)
-    return _fused(bundle, _Groups(found.labels, found.inertia, found.n_iter, found.status), None, width)
+    groups = _Groups(found.labels, found.inertia, found.n_iter, found.status, _backend(found.labels, Options(width)))
+    return _fused(bundle, groups, None, width)
 
 
 def cluster(
@@ -75,16 +78,22 @@ def cluster(
     """
     found = published(bundle, width, seed=seed)
     folded = found.bundle.parameterized("folded")
-    return Reduction(folded, found.counts, found.inertia, found.iterations, found.status)
+    return dataclasses.replace(found, bundle=folded)
 
 
 class _Groups(NamedTuple):
-    """Labels (B, N), and of each problem what :class:`fusion_kernels.KMeansResult` says."""
+    """Labels (B, N), of each problem what :class:`fusion_kernels.KMeansResult` says, and who found them."""
 
     labels: Tensor
     inertia: Tensor
     n_iter: Tensor
     status: Tensor
+    backend: str
+
+
+def _backend(like: Tensor, options: Options) -> str:
+    """The backend that k-means runs on for tensors there."""
+    return OPERATOR.select("auto", like.device, options).name
 
 
 def _grouped(blocks: Sequence[Tensor], weights: Tensor, width: int, seed: int) -> _Groups:
@@ -92,10 +101,10 @@ def _grouped(blocks: Sequence[Tensor], weights: Tensor, width: int, seed: int) -
     if not kmeans_blocks_fits(blocks, options := Options(width, max_iter=_MOST_ROUNDS, seed=seed)):
         return _of_rows(blocks, weights, width, seed)
     found = kmeans_blocks(blocks, weights, options)
-    groups = _Groups(found.labels, found.inertia.to(weights.dtype), found.n_iter, found.status)
+    groups = _Groups(found.labels, found.inertia.to(weights.dtype), found.n_iter, found.status, "cpu")
     for n in (~found.settled).nonzero().squeeze(1).tolist():
         own = _of_rows([block[n : n + 1] for block in blocks], weights[n : n + 1], width, seed)
-        for mine, theirs in zip(groups, own, strict=True):
+        for mine, theirs in zip(groups[:-1], own[:-1], strict=True):
             mine[n] = theirs[0]
     return groups
 
@@ -103,7 +112,8 @@ def _grouped(blocks: Sequence[Tensor], weights: Tensor, width: int, seed: int) -
 def _of_rows(blocks: Sequence[Tensor], weights: Tensor, width: int, seed: int) -> _Groups:
     rows = in_range(_balanced([block.to(weights.dtype) for block in blocks]))
     found = kmeans(rows, width, sample_weight=weights, init="k-means++", max_iter=_MOST_ROUNDS, seed=seed)
-    return _Groups(found.labels, found.inertia, found.n_iter, found.status)
+    by = _backend(rows, Options(width, max_iter=_MOST_ROUNDS))
+    return _Groups(found.labels, found.inertia, found.n_iter, found.status, by)
 
 
 def _fused(bundle: NeuronBundle, found: _Groups, weights: Tensor | None, width: int) -> Reduction:
@@ -122,6 +132,7 @@ def _fused(bundle: NeuronBundle, found: _Groups, weights: Tensor | None, width: 
         inertia=found.inertia,
         iterations=found.n_iter,
         status=tuple("few_distinct" if s == Status.EMPTY_CLUSTERS else s.name.lower() for s in statuses),
+        clustered_by=found.backend,
     )
 
 

@@ -256,4 +256,5 @@ def _select(reduction: Reduction, index: int) -> Reduction:
         inertia=pick(reduction.inertia),
         iterations=pick(reduction.iterations),
         status=(reduction.status[index],),
+        clustered_by=reduction.clustered_by,
     )

@@ -72,6 +72,7 @@ def fused_row(
         largest_scale=None if fused.scale is None else float(fused.scale.max()),
         cluster_sizes=None if counts is None else _histogram(counts),
         ntk_spectrum=errors.spectrum,
+        clustered_by=ffn.reduction.clustered_by,
         by_weights=None if ffn.by_weights is None or not site.is_expert else _numbers(site)[-1:] * ffn.by_weights,
     )
 
@@ -131,6 +132,7 @@ def together(rows: Sequence[FFNRow], seen: Sequence[int]) -> FFNRow:
         largest_scale=_largest(row.largest_scale for row in rows),
         cluster_sizes=[[size, sizes[size]] for size in sorted(sizes)] or None,
         ntk_spectrum={},
+        clustered_by=", ".join(sorted({row.clustered_by for row in rows if row.clustered_by})) or None,
         by_weights=None if first.by_weights is None else [expert for row in rows for expert in row.by_weights or ()],
     )
 
