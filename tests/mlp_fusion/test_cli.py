@@ -17,7 +17,7 @@ import transformers
 import checkpoints as ck
 import fusion_kernels
 import mlp_fusion
-from commands import Outcome, Run, run_for_real
+from commands import Run, run_for_real
 from families import WIDTH
 from mlp_fusion import InputError
 from mlp_fusion import cli as cli_module
