@@ -276,17 +276,16 @@ def _select_moves_kernel(
             c = first + tl.arange(0, BK)
             tl.store(bid_ptr + b * K + c, tl.zeros((BK,), tl.int64), mask=c < K)
         tl.debug_barrier()
-        left = _bid(
-            b, n, candidate_ptr, labels_ptr, gain_ptr, target_ptr, changed_ptr, bid_ptr, bidder_ptr, N, K, BLOCK
-        )  # fmt: skip
+        left = n
         while left > 0:
-            _move_the_best(
-                b, n, candidate_ptr, labels_ptr, gain_ptr, target_ptr, changed_ptr, counts_ptr, bid_ptr, bidder_ptr,
-                N, K, BLOCK,
-            )  # fmt: skip
             left = _bid(
                 b, n, candidate_ptr, labels_ptr, gain_ptr, target_ptr, changed_ptr, bid_ptr, bidder_ptr, N, K, BLOCK
             )  # fmt: skip
+            if left > 0:
+                _move_the_best(
+                    b, n, candidate_ptr, labels_ptr, gain_ptr, target_ptr, changed_ptr, counts_ptr, bid_ptr,
+                    bidder_ptr, N, K, BLOCK,
+                )  # fmt: skip
         if n > 0:
             n_changed = _list_changed(b, changed_ptr, counts_ptr, list_ptr, begin_ptr, length_ptr, K, BK)
     tl.store(n_changed_ptr + b, n_changed)
