@@ -71,6 +71,22 @@ def _search_again(
 
 
 @triton.jit
+def _gain(b, j, label, diagonal, weight, least, products_ptr, norms_ptr, mass_ptr, slack_factor, K, stride):
+    """(BN,) float64: by how much the points' moves at the cost `least` lower the inertia, or -1."""
+    active = label >= 0
+    norm = tl.load(norms_ptr + b * K + label, mask=active, other=0.0)
+    mass = tl.load(mass_ptr + b * K + label, mask=active, other=0.0)
+    product = tl.load(products_ptr + (b * K + label) * stride + j, mask=active, other=0.0)
+    here = (diagonal + (norm - 2.0 * product)).to(tl.float64)
+    rest = mass - weight
+    leave = mass / tl.where(rest > 0.0, rest, 1.0)
+    gain = weight * (leave * here - tl.where(active, least, 0.0).to(tl.float64))
+    slack = (diagonal + norm).to(tl.float64) * slack_factor
+    worth = active & (rest > 0.0) & (gain > weight * (leave + 1.0) * slack)
+    return tl.where(worth, gain, -1.0)
+
+
+@triton.jit
 def _best_move_kernel(
     state_ptr,
     n_changed_ptr,
@@ -151,16 +167,10 @@ def _best_move_kernel(
         tl.store(least_ptr + at, least, mask=active)
         tl.store(target_ptr + at, target, mask=active)
         tl.store(second_ptr + at, second, mask=active)
-        norm = tl.load(norms_ptr + b * K + label, mask=active, other=0.0)
-        mass = tl.load(mass_ptr + b * K + label, mask=active, other=0.0)
-        product = tl.load(products_ptr + (b * K + label) * stride + j, mask=active, other=0.0)
-        here = (diagonal + (norm - 2.0 * product)).to(tl.float64)
-        rest = mass - weight
-        leave = mass / tl.where(rest > 0.0, rest, 1.0)
-        gain = weight * (leave * here - tl.where(active, least, 0.0).to(tl.float64))
-        slack = (diagonal + norm).to(tl.float64) * slack_factor
-        worth = active & (rest > 0.0) & (gain > weight * (leave + 1.0) * slack)
-        tl.store(gain_ptr + at, tl.where(worth, gain, -1.0), mask=j < N)
+        gain = _gain(
+            b, j, label, diagonal, weight, least, products_ptr, norms_ptr, mass_ptr, slack_factor, K, stride
+        )  # fmt: skip
+        tl.store(gain_ptr + at, gain, mask=j < N)
 
 
 @triton.jit
