@@ -71,6 +71,22 @@ def _search_again(
 
 
 @triton.jit
+def _gain(b, j, label, diagonal, weight, least, products_ptr, norms_ptr, mass_ptr, slack_factor, K, stride):
+    """(BN,) float64: by how much the points' moves at the cost `least` lower the inertia, or -1."""
+    active = label >= 0
+    norm = tl.load(norms_ptr + b * K + label, mask=active, other=0.0)
+    mass = tl.load(mass_ptr + b * K + label, mask=active, other=0.0)
+    product = tl.load(products_ptr + (b * K + label) * stride + j, mask=active, other=0.0)
+    here = (diagonal + (norm - 2.0 * product)).to(tl.float64)
+    rest = mass - weight
+    leave = mass / tl.where(rest > 0.0, rest, 1.0)
+    gain = weight * (leave * here - tl.where(active, least, 0.0).to(tl.float64))
+    slack = (diagonal + norm).to(tl.float64) * slack_factor
+    worth = active & (rest > 0.0) & (gain > weight * (leave + 1.0) * slack)
+    return tl.where(worth, gain, -1.0)
+
+
+@triton.jit
 def _best_move_kernel(
     state_ptr,
     n_changed_ptr,
@@ -151,16 +167,10 @@ def _best_move_kernel(
         tl.store(least_ptr + at, least, mask=active)
         tl.store(target_ptr + at, target, mask=active)
         tl.store(second_ptr + at, second, mask=active)
-        norm = tl.load(norms_ptr + b * K + label, mask=active, other=0.0)
-        mass = tl.load(mass_ptr + b * K + label, mask=active, other=0.0)
-        product = tl.load(products_ptr + (b * K + label) * stride + j, mask=active, other=0.0)
-        here = (diagonal + (norm - 2.0 * product)).to(tl.float64)
-        rest = mass - weight
-        leave = mass / tl.where(rest > 0.0, rest, 1.0)
-        gain = weight * (leave * here - tl.where(active, least, 0.0).to(tl.float64))
-        slack = (diagonal + norm).to(tl.float64) * slack_factor
-        worth = active & (rest > 0.0) & (gain > weight * (leave + 1.0) * slack)
-        tl.store(gain_ptr + at, tl.where(worth, gain, -1.0), mask=j < N)
+        gain = _gain(
+            b, j, label, diagonal, weight, least, products_ptr, norms_ptr, mass_ptr, slack_factor, K, stride
+        )  # fmt: skip
+        tl.store(gain_ptr + at, gain, mask=j < N)
 
 
 @triton.jit
@@ -276,17 +286,16 @@ def _select_moves_kernel(
             c = first + tl.arange(0, BK)
             tl.store(bid_ptr + b * K + c, tl.zeros((BK,), tl.int64), mask=c < K)
         tl.debug_barrier()
-        left = _bid(
-            b, n, candidate_ptr, labels_ptr, gain_ptr, target_ptr, changed_ptr, bid_ptr, bidder_ptr, N, K, BLOCK
-        )  # fmt: skip
+        left = n
         while left > 0:
-            _move_the_best(
-                b, n, candidate_ptr, labels_ptr, gain_ptr, target_ptr, changed_ptr, counts_ptr, bid_ptr, bidder_ptr,
-                N, K, BLOCK,
-            )  # fmt: skip
             left = _bid(
                 b, n, candidate_ptr, labels_ptr, gain_ptr, target_ptr, changed_ptr, bid_ptr, bidder_ptr, N, K, BLOCK
             )  # fmt: skip
+            if left > 0:
+                _move_the_best(
+                    b, n, candidate_ptr, labels_ptr, gain_ptr, target_ptr, changed_ptr, counts_ptr, bid_ptr,
+                    bidder_ptr, N, K, BLOCK,
+                )  # fmt: skip
         if n > 0:
             n_changed = _list_changed(b, changed_ptr, counts_ptr, list_ptr, begin_ptr, length_ptr, K, BK)
     tl.store(n_changed_ptr + b, n_changed)
