@@ -252,11 +252,7 @@ def form_of(found: dict[str, Any]) -> Form:
 
 
 def summed(form: Form, N: int, K: int, found: list[Round]) -> dict[str, Any]:
-<<<<<<< HEAD
-    """Dependent steps of a round by kernel: the mean over all rounds and in all, the median round and the most."""
-=======
     """Dependent steps of the rounds, and of a seed."""
->>>>>>> wk
     each = [form.of_round(N, K, one) for one in found]
     totals = [sum(steps.values()) for steps in each]
     return {
