@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
-from streams import files
+from streams import files, sharded_mixtral
 from torch import Tensor
 
 import checkpoints as ck
@@ -26,10 +25,6 @@ from mlp_fusion.streaming import tasks
 
 pytestmark = pytest.mark.slow
 
-_SMALL: dict[str, Any] = {
-    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 97,
-    "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 1,
-}  # fmt: skip
 _EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
 _INDEX = "model.safetensors.index.json"
 
@@ -40,12 +35,7 @@ Damage = Callable[[Path], object]
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Experts in several shards, with a tokenizer."""
-    folder: Path = tmp_path_factory.mktemp("mixtral") / "source"
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.MixtralConfig(**_SMALL)).to(torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="100KB")
-    ck.add_tokenizer(folder, pad_token="<pad>")
-    return folder
+    return sharded_mixtral(tmp_path_factory.mktemp("mixtral") / "source", 2)
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from streams import StoppedError, files, stop_after
+from streams import StoppedError, files, sharded_mixtral, stop_after
 
 import checkpoints as ck
 import mlp_fusion
@@ -20,21 +19,11 @@ from mlp_fusion.streaming.work import Work
 
 pytestmark = pytest.mark.slow
 
-_SMALL: dict[str, Any] = {
-    "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 97,
-    "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 1,
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Experts in several shards, with a tokenizer."""
-    folder: Path = tmp_path_factory.mktemp("mixtral") / "source"
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.MixtralConfig(**_SMALL)).to(torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="100KB")
-    ck.add_tokenizer(folder, pad_token="<pad>")
-    return folder
+    return sharded_mixtral(tmp_path_factory.mktemp("mixtral") / "source", 3)
 
 
 @pytest.fixture(autouse=True)

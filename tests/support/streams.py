@@ -5,6 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+import transformers
+
+import checkpoints as ck
+
+
+def sharded_mixtral(folder: Path, layers: int) -> Path:
+    """A small model in bfloat16 with four experts a layer, in several shards, and a tokenizer."""
+    config = transformers.MixtralConfig(
+        hidden_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4, vocab_size=97,
+        intermediate_size=64, num_local_experts=4, num_experts_per_tok=2, pad_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="100KB")
+    ck.add_tokenizer(folder, pad_token="<pad>")
+    return folder
+
 
 def files(folder: Path) -> dict[str, bytes]:
     """What a checkpoint consists of, but for the times that a report holds."""
