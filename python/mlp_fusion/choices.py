@@ -31,6 +31,7 @@ class MethodEntry:
 #: The compression methods by name, sorted. A method is its file and its line here.
 METHODS = {
     "cluster": MethodEntry("fusion", "the function of `published` with the scale folded"),
+    "fasp": MethodEntry("fasp", "the choice of `wanda`, with output weights fitted to the text", text="needed"),
     "fusion": MethodEntry(
         "fusion",
         "clusters of neurons, each fused into one; the default",
@@ -38,13 +39,24 @@ METHODS = {
         scales=True,
         takes_bfloat16=True,
     ),
+    "magnitude": MethodEntry("magnitude", "keeps neurons by the norms of their weights; never looks at text"),
     "mmd": MethodEntry("mmd", "neurons whose distribution is like the original's", scales=True),
+    "obs": MethodEntry("obs", "drops the neuron that costs least, fits the others, and again", text="needed"),
+    "osscar": MethodEntry("osscar", "the neurons of `obs`, then swaps while the fitted error falls", text="needed"),
     "prune": MethodEntry("prune", "keeps neurons by joint importance", text="helps"),
     "published": MethodEntry("fusion", "the paper's clustering", scales=True),
     "random": MethodEntry("subset", "keeps neurons drawn at random: what every other method should beat"),
     "select": MethodEntry("select", "keeps neurons by greedy choice of what they do on the text", text="needed"),
     "sketch": MethodEntry("sketch", "a random projection of the neurons"),
+    "slice": MethodEntry(
+        "slice",
+        "principal components of inputs and outputs; to measure only, since it keeps the width",
+        text="needed",
+        narrows=False,
+    ),
     "svd": MethodEntry("svd", "low-rank projections; to measure only, since it keeps the width", narrows=False),
+    "twossp": MethodEntry("twossp", "keeps neurons that are most active on the text", text="needed"),
+    "wanda": MethodEntry("wanda", "keeps neurons by activity times their output weights", text="needed"),
 }
 #: Those that cannot run without calibration text, and those whose result is no narrower FFN.
 NEED_TEXT = frozenset(name for name, entry in METHODS.items() if entry.text == "needed")

@@ -46,7 +46,7 @@ def test_the_table_says_what_methods_need() -> None:
     assert "svd" in KEEP_WIDTH
     with pytest.raises(InputError, match="method 'select' needs calibration text"):
         get_method("select")(random_bundle(), 3, seed=0)
-    with pytest.raises(InputError, match="unknown method 'x': use one of cluster, fusion"):
+    with pytest.raises(InputError, match="unknown method 'x': use one of cluster, fasp"):
         get_method("x")
 
 

@@ -26,19 +26,27 @@ def prune(
     Importance is the variance of the activation times |w_out|^2 with calibration, |w_in| |w_out| without. With
     calibration, what dropped neurons add on average goes into the output bias, where there is one.
 
-    Source: the joint ranking as in LLM-Pruner (arXiv 2305.11627); the compensation as in FLAP (arXiv 2312.11983).
+    Source: the joint ranking as in LLM-Pruner (arXiv 2305.11627). With calibration and without a refit it is FLAP
+    (arXiv 2312.11983) at one share for all FFNs: its fluctuation metric and its compensation, but that FLAP gives an
+    output bias to FFNs that have none.
     """
-    scores = _magnitude(bundle) if statistics is None else importance(bundle, statistics)
-    kept = scores.sort(dim=1, descending=True, stable=True).indices[:, :width]
-    reduced = keep_neurons(bundle, kept.sort(dim=1).values)
+    scores = joint_norms(bundle) if statistics is None else importance(bundle, statistics)
+    reduced = keep_best(bundle, scores, width)
     return Reduction.plain(reduced if statistics is None else compensate(reduced, statistics))
 
 
-def _magnitude(bundle: NeuronBundle) -> Tensor:
+def joint_norms(bundle: NeuronBundle) -> Tensor:
+    """`(B, N)`: the norm of each neuron's input weights, gate included, times the norm of its output weights."""
     inputs = bundle.w_in if bundle.w_gate is None else torch.cat([bundle.w_gate, bundle.w_in], dim=-1)
     outputs = bundle.parameterized("folded").w_out
     size = torch.linalg.vector_norm(in_range(inputs), dim=-1), torch.linalg.vector_norm(in_range(outputs), dim=-1)
     return size[0].double() * size[1] if any(s.dtype == torch.float64 for s in size) else size[0] * size[1]
+
+
+def keep_best(bundle: NeuronBundle, scores: Tensor, width: int) -> NeuronBundle:
+    """The `width` neurons of every problem with the greatest `scores (B, N)`, in their order; of equals, the first."""
+    kept = scores.sort(dim=1, descending=True, stable=True).indices[:, :width]
+    return keep_neurons(bundle, kept.sort(dim=1).values)
 
 
 def keep_neurons(bundle: NeuronBundle, kept: Tensor) -> NeuronBundle:

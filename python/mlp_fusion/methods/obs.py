@@ -1,0 +1,169 @@
+"""Optimal brain surgery on whole neurons: drop the one whose loss costs least, mend the others, and again.
+
+The outputs are linear in the output weights V, so that the squared error on calibration rows is a quadratic function of
+them. With A its matrix and V at its minimum, dropping neuron k raises it by |V_k|^2 / [A^-1]_kk when all other weights
+are fitted anew, which takes V to `V - A^-1[:, k] V_k / [A^-1]_kk`. Greedy: the cheapest neuron goes, until `width` are
+left. Each step is exact; SlimGPT drops several at a time where there are too many.
+
+`LeastSquares` is that quadratic function; `fasp` and `osscar` are other ways to make it small.
+
+Source: SlimGPT (arXiv 2412.18110), after Optimal Brain Surgeon (Hassibi & Stork 1993). The steps are those of a partial
+Cholesky factorisation of A^-1, pivoted by what they cost: no matrix is changed on the way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlp_fusion.calibration.statistics import FFNStatistics
+from mlp_fusion.errors import InputError
+from mlp_fusion.methods import Reduction
+from mlp_fusion.methods.prune import keep_neurons
+from mlp_fusion.neurons import NeuronBundle
+
+#: Weight of a neuron's own mean square that holds its output weights where they are. The papers dampen by that share of
+#: the mean over all neurons, in which those that fire for one massive token drown the others.
+DAMPING = 1e-2
+#: Rows whose activations are held at a time, and rows that their means are guessed from.
+_CHUNK, _SHIFT_ROWS = 2048, 256
+
+
+def obs(bundle: NeuronBundle, width: int, *, seed: int, statistics: Sequence[FFNStatistics] | None = None) -> Reduction:
+    """Keep the `width` neurons that :func:`eliminate` leaves, with the output weights that fit best; no scale.
+
+    Memory: `16 N^2` bytes for N neurons and `8 N (N - width)` of factors, one FFN at a time. Time, with R rows: `2 R N
+    (N + d + d_out)` operations, and `2 (N - width) N (N - width + d_out)` in float64.
+
+    Raises:
+        InputError: activations whose products leave the range of their dtype.
+    """
+    assert statistics is not None
+    reduced = []
+    for n, s in enumerate(statistics):
+        original = bundle.select(n)
+        problem = least_squares(original, s)
+        reduced.append(problem.reduced(original, eliminate(problem, width)))
+    return Reduction.plain(NeuronBundle.stack(reduced))
+
+
+@dataclass(frozen=True, eq=False)
+class LeastSquares:
+    """The mean squared error of an FFN's outputs, as a function of its output weights V, plus what holds these.
+
+        E(V) = mean over rows of |y - b - V^T h|^2 + damping * sum over k of s_k^2 |V_k - V0_k|^2
+
+    Neurons are measured in root mean squares s of their activations h, so that E is a quadratic function of s V without
+    units. An FFN with output bias has the bias that fits best: h and y are then centred, and s are deviations.
+
+    Attributes:
+        normal: `(N, N)` float64, the matrix of E, of positive eigenvalues.
+        target: `(N, d_out)` float64: `normal @ (s V)` at the minimum.
+        square: E of silent neurons (V = 0).
+        size: `(N,)` s; 0 of a neuron that never fires, whose weights have no part in E.
+        mean, mean_target: `(N,)` and `(d_out,)` means over rows of h, and of y.
+    """
+
+    normal: Tensor
+    target: Tensor
+    square: float
+    size: Tensor
+    mean: Tensor
+    mean_target: Tensor
+
+    def solution(self, kept: Tensor) -> Tensor:
+        """`(K, d_out)` s V at the minimum of E where only the neurons `kept (K,)` are there."""
+        factor = torch.linalg.cholesky(self.normal[kept][:, kept])
+        return torch.cholesky_solve(self.target[kept], factor)
+
+    def reduced(self, original: NeuronBundle, kept: Tensor) -> NeuronBundle:
+        """The neurons `kept (K,)` of `original`, with the output weights, and the bias, that make E smallest.
+
+        Those of neurons that never fire stay as they are.
+        """
+        found, size = keep_neurons(original, kept.unsqueeze(0)), self.size[kept].unsqueeze(1)
+        fires = size > 0
+        weights = self.solution(kept) / size.where(fires, torch.ones_like(size))
+        w_out = torch.where(fires, weights, found.w_out[0].double()).to(found.w_out.dtype)
+        changes: dict[str, Any] = {"w_out": w_out.unsqueeze(0)}
+        if found.b_out is not None:
+            bias = self.mean_target - self.mean[kept] @ w_out.double()
+            changes["b_out"] = bias.to(found.b_out.dtype).unsqueeze(0)
+        return dataclasses.replace(found, **changes)
+
+
+def least_squares(
+    bundle: NeuronBundle, statistics: FFNStatistics, *, damping: float = DAMPING, anchored: bool = True
+) -> LeastSquares:
+    """The error of `bundle` (B = 1) on the calibration rows; the outputs in `statistics` are what is to come out.
+
+    Args:
+        bundle: one FFN.
+        statistics: of it.
+        damping: see :class:`LeastSquares`.
+        anchored: whether V0 are the output weights at hand; else 0.
+
+    Raises:
+        InputError: activations whose products leave the range of their dtype.
+    """
+    bundle = bundle.canonical()
+    x, y = (rows.to(bundle.w_in.dtype) for rows in (statistics.x, statistics.y))
+    T, centred = len(x), bundle.b_out is not None
+    shift = x.new_zeros(bundle.width)
+    if centred:  # about their mean: products of large means would drown variances
+        shift = bundle.hidden(x[:: max(1, T // _SHIFT_ROWS)])[0].mean(dim=0)
+    gram = torch.zeros(bundle.width, bundle.width, dtype=torch.float64, device=x.device)
+    cross = torch.zeros(bundle.width, y.shape[1], dtype=torch.float64, device=x.device)
+    total = torch.zeros(bundle.width, dtype=torch.float64, device=x.device)
+    for rows, outputs in zip(x.split(_CHUNK), y.split(_CHUNK), strict=True):
+        hidden = bundle.hidden(rows)[0] - shift
+        gram += hidden.T @ hidden
+        cross += hidden.T @ outputs
+        total += hidden.sum(dim=0)
+    gram, cross, mean = gram / T, cross / T, total / T
+    mean_target = y.double().mean(dim=0)
+    square = float(y.double().square().sum(dim=1).mean())
+    if centred:
+        gram = gram - torch.outer(mean, mean)
+        cross = cross - torch.outer(mean, mean_target)
+        square -= float(mean_target.square().sum())
+    if not bool(gram.isfinite().all() & cross.isfinite().all()) or not math.isfinite(square):
+        raise InputError("activations are too large for least squares: use a method that does not fit, such as prune")
+    size = gram.diagonal().clamp(min=0.0).sqrt()
+    size = torch.where(size > torch.finfo(x.dtype).eps * size.max(), size, 0.0)
+    unit = torch.where(size > 0, 1.0 / size.where(size > 0, torch.ones_like(size)), 0.0)
+    normal = gram * torch.outer(unit, unit)
+    normal.diagonal().add_(damping)
+    target = cross * unit.unsqueeze(1)
+    if anchored:
+        anchor = bundle.w_out[0].double() * size.unsqueeze(1)
+        target = target + damping * anchor
+        square += damping * float(anchor.square().sum())
+    return LeastSquares(normal, target, square, size, mean + shift, mean_target)
+
+
+def eliminate(problem: LeastSquares, width: int) -> Tensor:
+    """`(width,)` numbers of the neurons that are left, in order, when the cheapest has gone again and again.
+
+    Of equally cheap ones the first goes; neurons that never fire are free.
+    """
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.normal))
+    weights, left = inverse @ problem.target, inverse.diagonal().clone()
+    steps = len(inverse) - width
+    factor = inverse.new_zeros(steps, len(inverse))
+    gone = torch.zeros(len(inverse), dtype=torch.bool, device=inverse.device)
+    for step in range(steps):
+        cost = torch.where(gone, math.inf, weights.square().sum(dim=1) / left)
+        k = int(cost.argmin())
+        column = (inverse[k] - factor[:step].T @ factor[:step, k]) / left[k].sqrt()
+        factor[step] = column
+        weights -= torch.outer(column, weights[k] / column[k])
+        left = left - column.square()
+        gone[k] = True
+    return (~gone).nonzero().squeeze(1)
