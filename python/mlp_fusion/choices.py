@@ -17,6 +17,7 @@ class MethodEntry:
         narrows: the result has fewer neurons. Otherwise it keeps them all and spends the same number of parameters in
             another way, so that it can be measured but not put into a model.
         scales: its neurons have a scale, the number of neurons that each stands for.
+        weighs_outputs: it asks what errors of the outputs do to the model, whose gradients tell.
         takes_bfloat16: without statistics it takes bfloat16 weights as they are, and gives float32; others get float32.
     """
 
@@ -25,6 +26,7 @@ class MethodEntry:
     text: Literal["unused", "helps", "needed"] = "unused"
     narrows: bool = True
     scales: bool = False
+    weighs_outputs: bool = False
     takes_bfloat16: bool = False
 
 
@@ -34,12 +36,18 @@ METHODS = {
     "fasp": MethodEntry("fasp", "the choice of `wanda`, with output weights fitted to the text", text="needed"),
     "fusion": MethodEntry(
         "fusion",
-        "clusters of neurons, each fused into one; the default",
+        "clusters of neurons, each fused into one; the default without text",
         text="helps",
         scales=True,
         takes_bfloat16=True,
     ),
     "magnitude": MethodEntry("magnitude", "keeps neurons by the norms of their weights; never looks at text"),
+    "merge": MethodEntry(
+        "merge",
+        "neurons merged into those that stand for them, by what the model's predictions lose; the default with text",
+        text="needed",
+        weighs_outputs=True,
+    ),
     "mmd": MethodEntry("mmd", "neurons whose distribution is like the original's", scales=True),
     "obs": MethodEntry("obs", "drops the neuron that costs least, fits the others, and again", text="needed"),
     "osscar": MethodEntry("osscar", "the neurons of `obs`, then swaps while the fitted error falls", text="needed"),
@@ -58,6 +66,10 @@ METHODS = {
     "twossp": MethodEntry("twossp", "keeps neurons that are most active on the text", text="needed"),
     "wanda": MethodEntry("wanda", "keeps neurons by activity times their output weights", text="needed"),
 }
+#: The name for what is measured to be best: `AUTOMATIC_METHOD`, sequential and with some tuning, of dense FFNs where
+#: there is calibration text; `PLAIN_METHOD` where there is none, of experts and in streamed runs.
+AUTOMATIC = "auto"
+AUTOMATIC_METHOD, PLAIN_METHOD, AUTOMATIC_STEPS = "merge", "fusion", 100
 #: Those that cannot run without calibration text, and those whose result is no narrower FFN.
 NEED_TEXT = frozenset(name for name, entry in METHODS.items() if entry.text == "needed")
 KEEP_WIDTH = frozenset(name for name, entry in METHODS.items() if not entry.narrows)

@@ -20,7 +20,19 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlp_fusion.choices import CALIBRATION_SENTENCES, KEEP_WIDTH, METHODS, NEED_TEXT, OPTIMIZER_KERNELS, TASKS, TRAINERS
+from mlp_fusion.choices import (
+    AUTOMATIC,
+    AUTOMATIC_METHOD,
+    AUTOMATIC_STEPS,
+    CALIBRATION_SENTENCES,
+    KEEP_WIDTH,
+    METHODS,
+    NEED_TEXT,
+    OPTIMIZER_KERNELS,
+    PLAIN_METHOD,
+    TASKS,
+    TRAINERS,
+)
 from mlp_fusion.errors import InputError
 from mlp_fusion.selection import Layers, Width, is_automatic, parameterization_for
 
@@ -244,7 +256,11 @@ class PlanSettings(Settings):
 class FuseSettings(PlanSettings):
     """How FFNs are shrunk."""
 
-    method: str = option(f"One of {', '.join(METHODS)}.", "fusion")
+    method: str = option(
+        f"auto, or one of {', '.join(METHODS)}. auto: of dense FFNs with calibration {AUTOMATIC_METHOD}, sequential and "
+        f"tuned; else {PLAIN_METHOD}.",
+        AUTOMATIC,
+    )
     optimizer: str | None = option(
         "What the model will be trained with (adamw, sgd, ...), or none for inference: picks the parameterization that "
         "keeps its training dynamics.",
@@ -270,12 +286,16 @@ class FuseSettings(PlanSettings):
         "stay as they are.",
         None, choices=("gd", "sign", "auto"), none="none",
     )  # fmt: skip
-    tune_steps: int = option(
+    tune_steps: int | None = option(
         "Adam steps by which each FFN learns the original's outputs on the calibration text, between two refits; a few "
         "hundred for a few hundred sentences.",
-        0, least=0, flag="--tune", metavar="STEPS",
+        None, least=0, flag="--tune", metavar="STEPS",
+        default_help=f"{AUTOMATIC_STEPS} where method auto is {AUTOMATIC_METHOD}, else 0",
     )  # fmt: skip
-    sequential: bool = option("Calibrate each FFN on what the reduced ones before it produce.", False)
+    sequential: bool | None = option(
+        "Calibrate each FFN on what the reduced ones before it produce.", None,
+        default_help=f"where method auto is {AUTOMATIC_METHOD}",
+    )  # fmt: skip
     unmeasured: bool = option(
         "Do not run the model: its FFNs are not compared with what was read of them, and their errors stay unknown.",
         False,
@@ -300,31 +320,45 @@ class FuseSettings(PlanSettings):
         super().check()
         if self.match is not None and self.parameterization == "folded":
             raise InputError("match needs an optimizer: a model for inference has no tangent kernel to match")
-        if self.tune_steps > 0 and self.refit is False:
+        if self.tune_steps and self.refit is False:
             raise InputError("tune_steps starts from a refit and ends in one: leave refit to itself")
         if self.unmeasured and calibrated:
             raise InputError("calibration runs the model: leave out unmeasured")
         if calibrated is False and (wanting := self._wants_text()) is not None:
             raise InputError(f"{wanting} needs calibration text: pass calibration (--calibration FILE)")
 
-    def resolved(self, layers: list[int], *, calibrated: bool, named: bool = True) -> FuseSettings:
-        """The same with nothing left to be decided: `layers`, and what `refit` and `match` come to.
+    def resolved(self, layers: list[int], *, calibrated: bool, named: bool = True, whole: bool = True) -> FuseSettings:
+        """The same with nothing left to be decided: `layers`, the method, and what options left to it come to.
+
+        Args:
+            layers: their numbers.
+            calibrated: whether there is text.
+            named: whether the function of all FFNs is known.
+            whole: whether they are dense FFNs of a model in memory, so that gradients through it tell what matters.
 
         Raises:
             InputError: what was asked for has to compute FFNs whose function is not `named`.
         """
+        best = self.method == AUTOMATIC and calibrated and named and whole and self.refit is not False
+        plain = PLAIN_METHOD if self.method == AUTOMATIC else self.method
+        sequential = best if self.sequential is None else self.sequential
+        steps = (AUTOMATIC_STEPS if best else 0) if self.tune_steps is None else self.tune_steps
         match = OPTIMIZER_KERNELS[self.parameterization] if self.match == "auto" else self.match
         refit = calibrated and named if self.refit is None else self.refit
-        if not named and (refit or match is not None or self.budget is not None or self.sequential):
+        if not named and (refit or match is not None or self.budget is not None or sequential):
             raise InputError(
                 "the function of the model's FFNs is not among those of the kernels: their neurons can be merged and "
                 "chosen, without refit, match, sequential and width auto"
             )
-        return dataclasses.replace(self, layers=layers, refit=refit, match=match)
+        return dataclasses.replace(
+            self, layers=layers, method=AUTOMATIC_METHOD if best else plain, refit=refit, match=match,
+            sequential=sequential, tune_steps=steps,
+        )  # fmt: skip
 
     def _check_method(self) -> None:
-        if self.method not in METHODS:
-            raise InputError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
+        if self.method not in (AUTOMATIC, *METHODS):
+            known = ", ".join((AUTOMATIC, *METHODS))
+            raise InputError(f"unknown method {self.method!r}: use one of {known}")
         if self.method in KEEP_WIDTH:
             narrow = ", ".join(name for name in METHODS if name not in KEEP_WIDTH)
             raise InputError(
@@ -337,8 +371,8 @@ class FuseSettings(PlanSettings):
         asked = {
             "refit": bool(self.refit),
             "match": self.match is not None,
-            "tune_steps": self.tune_steps > 0,
-            "sequential": self.sequential,
+            "tune_steps": bool(self.tune_steps),
+            "sequential": bool(self.sequential),
             "width auto": self.budget is not None,
             "calibration_rows": self.calibration_rows is not None,
             "calibration_sentences": self.calibration_sentences != CALIBRATION_SENTENCES,
@@ -386,8 +420,12 @@ class CompressSettings(FuseSettings):
         super().check(calibrated=self.calibration is not None if calibrated is None else calibrated)
         if self.resume and self.force:
             raise InputError("resume goes on with a run and force starts it again: choose one")
-        if self.stream and (self.text is not None or self.budget is not None or self.tune_steps > 0):
+        if self.stream and (self.text is not None or self.budget is not None or self.tune_steps):
             raise InputError("a streamed run has no whole model: leave out text, width auto and tune_steps, or stream")
+        if self.stream and self.method in METHODS and METHODS[self.method].weighs_outputs:
+            raise InputError(
+                f"a streamed run has no gradients, which method {self.method} asks for: use another, or auto"
+            )
         if self.engine != "local" and self.calibration is not None:
             raise InputError(f"engine {self.engine} carries no hidden states: leave out calibration, or use local")
 

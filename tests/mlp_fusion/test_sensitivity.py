@@ -216,8 +216,10 @@ def test_tuning_heeds_what_matters() -> None:
     plain, found = (train_locally(reduced, [s], steps=150, seed=0) for s in (known, weighed))
     assert errors(found.bundle)[0] < 0.7 * errors(plain.bundle)[0]
     assert errors(found.bundle)[1:].sum() > errors(plain.bundle)[1:].sum()
-    expected = torch.linalg.norm((found.bundle.forward(x[held_out])[0] - known.y[held_out]) @ first)
-    assert float(found.after[0]) == pytest.approx(float(expected / torch.linalg.norm(known.y[held_out] @ first)))
+    weights = known.row_weights()[held_out].unsqueeze(1)
+    expected = torch.linalg.norm((found.bundle.forward(x[held_out])[0] - known.y[held_out]) * weights @ first)
+    size = torch.linalg.norm(known.y[held_out] * weights @ first)
+    assert float(found.after[0]) == pytest.approx(float(expected / size))
     # Weighing all alike changes nothing, and FFNs side by side have each their own.
     alike = dataclasses.replace(known, sensitivity=torch.eye(d_out))
     torch.testing.assert_close(train_locally(reduced, [alike], steps=150, seed=0).bundle.w_in, plain.bundle.w_in)

@@ -5,11 +5,12 @@ batched problem, on rows that calibration has kept. With f the reduced FFN and (
 
     min over all weights and biases of  |(f(x) - y) L|_F^2 / |y - mean y|_F^2
 
-by Adam on mini-batches, where L weighs the directions of the outputs by what they do to the rest of the model (see
-:mod:`mlp_fusion.calibration.sensitivity`), or is the identity where the statistics have none. What is trained is the
-folded FFN, whose function has no scale in it, with every tensor in units of its own root mean square: one learning rate
-then suits all tensors of all FFNs, whatever the cluster sizes. The scale is taken out again afterwards and stays as it
-was.
+by Adam on mini-batches. Massive rows are scaled down (:meth:`FFNStatistics.row_weights`), and L weighs the directions
+of the outputs by what they do to the model (see :mod:`mlp_fusion.calibration.sensitivity`), or is the identity where
+the statistics have none. Half of a mini-batch are mixtures of rows, of which the original has been asked (see
+:mod:`mlp_fusion.calibration.mixtures`). What is trained is the folded FFN, whose function has no scale in it, with
+every tensor in units of its own root mean square: one learning rate then suits all tensors of all FFNs, whatever the
+cluster sizes. The scale is taken out again afterwards and stays as it was.
 
 Source: Adam (Kingma & Ba 2015); layer-wise reconstruction as in "AdaRound" (Nagel et al. 2020), weighed by what matters
 to the model's output as in "BRECQ" (Li et al. 2021), there by the diagonal of the Fisher information.
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlp_fusion.calibration.mixtures import Mixtures
 from mlp_fusion.calibration.statistics import FFNStatistics
 from mlp_fusion.neurons import NeuronBundle
 
@@ -49,7 +51,8 @@ class LocallyTrained:
     Attributes:
         bundle: B FFNs, canonical (`scale_exponent` 0), with the scale that they had; each as it was when it did best on
             its held-out rows, which may be as it came.
-        before, after: `(B,)` float64, relative Frobenius errors `|(f(x) - y) L| / |y L|` on the held-out rows;
+        before, after: `(B,)` float64, relative Frobenius errors `|W (f(x) - y) L| / |W y L|` on the held-out rows, W
+            their weights;
             `after <= before`. NaN where there is no held-out row.
     """
 
@@ -64,6 +67,7 @@ def train_locally(
     *,
     steps: int,
     seed: int,
+    originals: NeuronBundle | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> LocallyTrained:
     """Train the reduced FFNs on the calibration rows that are not held out, and keep the best on those that are.
@@ -74,13 +78,15 @@ def train_locally(
             a `sensitivity`, or none.
         steps: mini-batches of 512 rows.
         seed: of the mini-batches. The same seed gives the same bits.
+        originals: the B FFNs before they were reduced, for mixtures of rows; None: rows as they are, no mixtures.
         progress: called with the number of steps done, after each.
 
     Where no row is held out there is nothing to choose on, and the FFNs come back as they are.
 
     Memory: four times the reduced FFNs' parameters, `4 d_out^2` bytes per FFN with a sensitivity, the activations of a
-    mini-batch with their gradients, and in passing a copy of one FFN's outputs. Time: `6 * 512 K (d + d_out)`
-    operations per step and FFN (of gated ones, `6 * 512 K (2 d + d_out)`), and `4 * 512 d_out^2` with a sensitivity.
+    mini-batch with their gradients, with originals a copy of the rows' outputs, and in passing one of one FFN's. Time:
+    `6 * 512 K (d + d_out)` operations per step and FFN (of gated ones, `6 * 512 K (2 d + d_out)`), a sixth of that for
+    the N neurons of an original, and `4 * 512 d_out^2` with a sensitivity.
 
     Raises:
         ValueError: `steps` is negative, or there is not one entry of `statistics`, with the same rows, per FFN, or some
@@ -98,7 +104,7 @@ def train_locally(
     if steps == 0 or len(fitted) == 0 or len(tested) == 0:
         unknown = torch.full((reduced.batch,), math.nan, dtype=torch.float64)
         return LocallyTrained(reduced, unknown, unknown)
-    problem = _Problem(reduced, statistics, fitted)
+    problem = _Problem(reduced, statistics, fitted, originals)
     before = after = problem.errors(tested)
     best = [p.detach().clone() for p in problem.parameters]
     # The second moment's memory is short: a few hundred steps are no time for a long one.
@@ -108,10 +114,10 @@ def train_locally(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * _schedule(step, steps)
-        rows = torch.randint(len(fitted), (min(BATCH_ROWS, len(fitted)),), generator=generator)
+        batch = problem.batch(min(BATCH_ROWS, len(fitted)), generator)
         optimizer.zero_grad()
         with torch.enable_grad():
-            problem.loss(fitted[rows.to(fitted.device)]).backward()
+            problem.loss(*batch).backward()
         optimizer.step()
         if progress is not None:
             progress(step + 1)
@@ -137,10 +143,12 @@ def _errors(bundle: NeuronBundle, statistics: Sequence[FFNStatistics], rows: Ten
     """Relative weighed Frobenius errors on `rows`; NaN where the outputs are all 0."""
     dtype, weight = bundle.w_in.dtype, _weights(statistics, bundle.w_in.dtype)
     squares = torch.zeros(2, len(statistics), dtype=torch.float64, device=bundle.w_in.device)
+    row_weights = _row_weights(statistics, dtype)
     for chunk in rows.split(_CHUNK):
         x, y = _rows(statistics, chunk, dtype)
+        own = row_weights[:, chunk]
         for total, part in zip(squares, (bundle.forward(x) - y, y), strict=True):
-            total += torch.linalg.vector_norm(_weighed(part, weight), dim=(1, 2), dtype=torch.float64).square()
+            total += torch.linalg.vector_norm(_weighed(part, own, weight), dim=(1, 2), dtype=torch.float64).square()
     return (squares[0] / squares[1]).sqrt().cpu()
 
 
@@ -156,7 +164,13 @@ def _weights(statistics: Sequence[FFNStatistics], dtype: torch.dtype) -> Tensor 
     return torch.stack(weights).to(dtype) if weights else None
 
 
-def _weighed(rows: Tensor, weight: Tensor | None) -> Tensor:
+def _row_weights(statistics: Sequence[FFNStatistics], dtype: torch.dtype) -> Tensor:
+    """`(B, R, 1)`."""
+    return torch.stack([s.row_weights() for s in statistics]).to(dtype).unsqueeze(-1)
+
+
+def _weighed(rows: Tensor, row_weights: Tensor, weight: Tensor | None) -> Tensor:
+    rows = rows * row_weights
     return rows if weight is None else rows @ weight
 
 
@@ -169,16 +183,25 @@ def _schedule(step: int, steps: int) -> float:
 class _Problem:
     """B folded FFNs with their rows, and their tensors as the optimiser sees them: in units of their own size."""
 
-    def __init__(self, reduced: NeuronBundle, statistics: Sequence[FFNStatistics], fitted: Tensor) -> None:
-        self._reduced, self._statistics = reduced, statistics
+    def __init__(
+        self,
+        reduced: NeuronBundle,
+        statistics: Sequence[FFNStatistics],
+        fitted: Tensor,
+        originals: NeuronBundle | None,
+    ) -> None:
+        self._reduced, self._statistics, self._fitted = reduced, statistics, fitted
+        self._mixtures = None if originals is None else Mixtures(originals, statistics, fitted)
         self._folded = reduced.parameterized("folded")
         self._dtype = self._folded.w_in.dtype
         alive = torch.ones_like(reduced.w_in[..., 0]) if reduced.scale is None else (reduced.scale != 0)
         self._alive = alive.to(self._dtype)
         self._weight = _weights(statistics, self._dtype)
+        self._row_weights = _row_weights(statistics, self._dtype)
         # One FFN at a time: all their rows at once may be gigabytes.
-        spread = torch.stack([(s.y[fitted].to(self._dtype).var(dim=0, correction=0)).mean() for s in statistics])
-        #: `(B,)` mean squares of the outputs' entries about their means, on the rows to fit.
+        weighed = (s.y[fitted].to(self._dtype) * w[fitted] for s, w in zip(statistics, self._row_weights, strict=True))
+        spread = torch.stack([y.var(dim=0, correction=0).mean() for y in weighed])
+        #: `(B,)` mean squares of the weighed outputs' entries about their means, on the rows to fit.
         self._spread = torch.where(spread > 0, spread, torch.ones_like(spread))
         self._units: dict[str, Tensor] = {}
         self.parameters: list[Tensor] = []
@@ -208,11 +231,21 @@ class _Problem:
         values["w_out"] = values["w_out"] * self._alive.unsqueeze(-1)
         return dataclasses.replace(self._folded, **values)
 
-    def loss(self, rows: Tensor) -> Tensor:
-        """Sum over problems of the mean squared weighed error on `rows`, relative to the outputs' spread."""
+    def batch(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """`count` rows to fit to, half of them mixtures where there are originals: x, y, `(B, count, 1)` weights."""
+        mixed = 0 if self._mixtures is None else count // 2
+        drawn = torch.randint(len(self._fitted), (count - mixed,), generator=generator)
+        rows = self._fitted[drawn.to(self._fitted.device)]
         x, y = _rows(self._statistics, rows, self._dtype)
-        error = _weighed(self._bundle(self.parameters).forward(x) - y, self._weight).square().mean(dim=(1, 2))
-        return (error / self._spread).sum()
+        if self._mixtures is not None:
+            more_x, more_y, most = self._mixtures.draw(mixed, generator)
+            x, y, rows = torch.cat([x, more_x], dim=1), torch.cat([y, more_y], dim=1), torch.cat([rows, most])
+        return x, y, self._row_weights[:, rows]
+
+    def loss(self, x: Tensor, y: Tensor, row_weights: Tensor) -> Tensor:
+        """Sum over problems of the mean squared weighed error, relative to the outputs' spread."""
+        error = _weighed(self._bundle(self.parameters).forward(x) - y, row_weights, self._weight)
+        return (error.square().mean(dim=(1, 2)) / self._spread).sum()
 
     def errors(self, rows: Tensor) -> Tensor:
         """`(B,)` float64, on the CPU: :func:`_errors` of the FFNs as they are now."""

@@ -1,4 +1,4 @@
-"""How much an error of a feed-forward layer's (FFN's) outputs does to the model's last hidden states.
+"""How much an error of a feed-forward layer's (FFN's) outputs does to what the model puts out.
 
 Not every direction of an FFN's outputs matters alike: later layers amplify some, and normalise others away. To first
 order, an error e of the outputs at one token changes the last hidden states h of all tokens by
@@ -8,8 +8,12 @@ order, an error e of the outputs at one token changes the last hidden states h o
 and M, averaged over tokens, needs no Jacobian: with u standard normal, g the gradient of <u, h> with respect to y has
 E[g g^T] = M. One backward pass serves all FFNs.
 
-Source: random probes as in Hutchinson's trace estimator (1990); the same mean of outer products of gradients is the
-output factor of K-FAC (Martens & Grosse 2015), there of the training loss.
+Of a language model whose logits are W h, changes count by what they do to its predictions p: the Kullback-Leibler
+divergence from p is, to second order, half of e^T (sum_s J_s^T W^T (diag p - p p^T) W J_s) e. Its u is W^T (p - i) with
+i one of the tokens, drawn by p.
+
+Source: random probes as in Hutchinson's trace estimator (1990); the mean of outer products of gradients under labels
+that the model draws is the output factor of K-FAC (Martens & Grosse 2015).
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ from mlp_fusion.running.runner import Runner
 
 #: Tokens that gradients are taken at, positions of one run at most, and of one sequence.
 _TOKENS, _RUN, _SEQUENCE = 4096, 1024, 512
+#: Tokens whose predictions are held at a time.
+_LOGITS = 256
 #: Share of the identity: directions in which the few probes say next to nothing must not be free.
 _IDENTITY = 0.1
 
@@ -43,7 +49,9 @@ def output_sensitivities(
     *,
     seed: int,
 ) -> list[Tensor]:
-    """Per FFN in `sites`, L with `|e L|^2` what an error e of its outputs does to the last hidden states, in the mean.
+    """Per FFN in `sites`, L with `|e L|^2` what an error e of its outputs does to the model, in the mean.
+
+    To the predictions of a language model with a linear head, to the last hidden states of any other.
 
     M is scaled to a mean eigenvalue of 1 and mixed with a tenth of the identity. About 4,096 tokens are looked at, of
     sequences spread evenly over the text, the first 512 of each.
@@ -71,6 +79,8 @@ def output_sensitivities(
     # Attention's fused backward passes add up in no fixed order on a GPU.
     exact = sdpa_kernel(SDPBackend.MATH)
     runner = Runner(model, "the calibration text")
+    with runner, _frozen(model):
+        head = _head(runner, batches)
     with runner, _frozen(model), _caught(architecture, sites, outputs), torch.enable_grad(), exact:
         for batch in _probes(batches, chunk=getattr(model.config, "chunk_size_feed_forward", 0) or 1):
             try:
@@ -78,8 +88,7 @@ def output_sensitivities(
                 if not all(outputs):
                     raise InputError("an FFN did not run on the calibration text: the model skips it")
                 probed = (
-                    (hidden * torch.randn(hidden.shape, generator=generator).to(hidden) * mask.unsqueeze(-1).to(hidden))
-                    for hidden, mask in states
+                    hidden * _probe(head, hidden, generator) * mask.unsqueeze(-1).to(hidden) for hidden, mask in states
                 )
                 loss = torch.stack([part.sum() for part in probed]).sum()
                 # Nothing of an FFN whose outputs no state depends on (the last of a tower that is read before it).
@@ -98,6 +107,38 @@ def output_sensitivities(
                 sums[number] = product if known is None else known.add_(product)
                 ys.clear()
     return [_factor(total) for total in sums if total is not None]
+
+
+@torch.no_grad()
+def _head(runner: Runner, batches: Sequence[Batch]) -> nn.Linear | None:
+    """What makes logits of the last hidden states, if that is a linear layer and nothing else does anything to them."""
+    head = getattr(runner.model, "get_output_embeddings", lambda: None)()
+    if type(head) is not nn.Linear or not _cuttable(batches[0]):
+        return None
+    mask = token_mask(batches[0])[:1]
+    window = _window(batches[0], torch.zeros(1, dtype=torch.int64), mask.int().argmax(dim=1), min(8, mask.shape[1]))
+    logits, (states, *others) = runner.whole(window).get("logits"), runner.final_states(window)
+    if logits is None or others or logits.shape[:-1] != states.shape[:-1] or states.shape[-1] != head.in_features:
+        return None
+    expected = head(states)
+    if expected.shape != logits.shape:
+        return None
+    tolerance = 64 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+    return head if bool(((expected - logits).abs() <= tolerance).all()) else None
+
+
+@torch.no_grad()
+def _probe(head: nn.Linear | None, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """u of the module's docstring, for last hidden states `(batch, ..., d)`: drawn on the CPU, whatever the device."""
+    if head is None:
+        return torch.randn(hidden.shape, generator=generator).to(hidden)
+    probes = hidden.new_empty(hidden.shape)
+    for own, rows in zip(probes.flatten(0, -2).split(_LOGITS), hidden.flatten(0, -2).split(_LOGITS), strict=True):
+        p = head(rows).softmax(dim=-1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        below = torch.rand(len(p), 1, generator=generator, dtype=torch.float64).to(p)
+        drawn = torch.searchsorted(p.cumsum(dim=-1), below).clamp(max=p.shape[1] - 1)
+        own.copy_(p.to(hidden.dtype) @ head.weight - head.weight[drawn.squeeze(1)])
+    return probes
 
 
 def _check_finite(gradients: Tensor) -> None:

@@ -25,6 +25,8 @@ CALIBRATION_ROWS = 16_384
 _ROW_BYTES = 256 * 2**20
 #: Tokens after which calibration text that may be endless is cut.
 CALIBRATION_TOKENS = 2**18
+#: Outputs that are so many times as large as the median's count as if no larger, where that is asked for.
+_MASSIVE = 3.0
 #: One sequence in this many is held out from fits, to choose their regularisation on.
 _HELD_OUT = 5
 
@@ -62,6 +64,18 @@ class FFNStatistics:
         else:
             mask = torch.arange(len(index)) >= len(index) - len(index) // _HELD_OUT
         return mask.to(self.x.device)
+
+    def row_weights(self) -> Tensor:
+        """`(R,)` weights of the rows where errors are to be small everywhere: 1, but less of massive outputs.
+
+        Some models have tokens whose outputs are hundreds of times as large as all others' (the first of a text, an
+        attention sink). Outputs count as if at most three times as large as the median of those that are not held out.
+        float32 at least.
+        """
+        size = torch.linalg.vector_norm(self.y, dim=1, dtype=torch.promote_types(self.y.dtype, torch.float32))
+        fitted = size[~self.held_out & (size > 0)]
+        most = _MASSIVE * fitted.median() if len(fitted) else size.new_tensor(torch.inf)
+        return torch.where(size > most, most / size.where(size > most, torch.ones_like(size)), 1.0)
 
     def rows(self, count: int, *, seed: int) -> Tensor:
         """Up to `count` of the rows `x`, drawn uniformly: `(min(count, R), d)`, float32 at least."""

@@ -77,6 +77,13 @@ class LeastSquares:
     mean: Tensor
     mean_target: Tensor
 
+    def seen_through(self, metric: Tensor) -> LeastSquares:
+        """The same with errors e of the outputs measured as `|e L|^2`, for the `(d_out, d_out)` L.
+
+        `square` is of E as it was: only differences of E have the new meaning.
+        """
+        return dataclasses.replace(self, target=self.target @ metric.to(self.target))
+
     def solution(self, kept: Tensor) -> Tensor:
         """`(K, d_out)` s V at the minimum of E where only the neurons `kept (K,)` are there."""
         factor = torch.linalg.cholesky(self.normal[kept][:, kept])
@@ -99,7 +106,13 @@ class LeastSquares:
 
 
 def least_squares(
-    bundle: NeuronBundle, statistics: FFNStatistics, *, damping: float = DAMPING, anchored: bool = True
+    bundle: NeuronBundle,
+    statistics: FFNStatistics,
+    *,
+    damping: float = DAMPING,
+    anchored: bool = True,
+    rows: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> LeastSquares:
     """The error of `bundle` (B = 1) on the calibration rows; the outputs in `statistics` are what is to come out.
 
@@ -108,27 +121,32 @@ def least_squares(
         statistics: of it.
         damping: see :class:`LeastSquares`.
         anchored: whether V0 are the output weights at hand; else 0.
+        rows: numbers of the rows that count; None for all.
+        weights: `(R,)` of all rows: each row's error is multiplied by its own. None: all count alike.
 
     Raises:
         InputError: activations whose products leave the range of their dtype.
     """
     bundle = bundle.canonical()
-    x, y = (rows.to(bundle.w_in.dtype) for rows in (statistics.x, statistics.y))
-    T, centred = len(x), bundle.b_out is not None
+    chosen = slice(None) if rows is None else rows
+    x, y = (each[chosen].to(bundle.w_in.dtype) for each in (statistics.x, statistics.y))
+    # A weighed error is the error of weighed rows; means are weighed by the squares.
+    by = x.new_ones(len(x), 1) if weights is None else weights[chosen].to(x.dtype).unsqueeze(1)
+    T, centred = float(by.double().square().sum()), bundle.b_out is not None
     shift = x.new_zeros(bundle.width)
     if centred:  # about their mean: products of large means would drown variances
-        shift = bundle.hidden(x[:: max(1, T // _SHIFT_ROWS)])[0].mean(dim=0)
+        shift = bundle.hidden(x[:: max(1, len(x) // _SHIFT_ROWS)])[0].mean(dim=0)
     gram = torch.zeros(bundle.width, bundle.width, dtype=torch.float64, device=x.device)
     cross = torch.zeros(bundle.width, y.shape[1], dtype=torch.float64, device=x.device)
     total = torch.zeros(bundle.width, dtype=torch.float64, device=x.device)
-    for rows, outputs in zip(x.split(_CHUNK), y.split(_CHUNK), strict=True):
-        hidden = bundle.hidden(rows)[0] - shift
+    for inputs, outputs, each in zip(x.split(_CHUNK), y.split(_CHUNK), by.split(_CHUNK), strict=True):
+        hidden = (bundle.hidden(inputs)[0] - shift) * each
         gram += hidden.T @ hidden
-        cross += hidden.T @ outputs
-        total += hidden.sum(dim=0)
+        cross += hidden.T @ (outputs * each)
+        total += (hidden * each).sum(dim=0)
     gram, cross, mean = gram / T, cross / T, total / T
-    mean_target = y.double().mean(dim=0)
-    square = float(y.double().square().sum(dim=1).mean())
+    mean_target = (y * by.square()).sum(dim=0, dtype=torch.float64) / T
+    square = float((y * by).double().square().sum() / T)
     if centred:
         gram = gram - torch.outer(mean, mean)
         cross = cross - torch.outer(mean, mean_target)

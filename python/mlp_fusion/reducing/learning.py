@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mlp_fusion.calibration import FFNStatistics, collect, output_sensitivities
 from mlp_fusion.calibration.statistics import take_calibration
+from mlp_fusion.choices import METHODS
 from mlp_fusion.families import FFNSite
 from mlp_fusion.measure.report import CalibrationRecord
 from mlp_fusion.neurons import NeuronBundle
@@ -34,7 +35,7 @@ class Learnt:
         batches: the calibration text; None without.
         positions: how many of its positions count, at the first FFN where they are no tokens.
         statistics: per FFN, or None without text and where it is gathered layer by layer.
-        sensitivities: per FFN; None where nothing is tuned.
+        sensitivities: per FFN; None where nothing asks for them.
         activations: per FFN, the rows that errors are measured on.
         sample: what those are, in words.
         seconds: of gathering statistics and sensitivities; None where there was nothing to gather beforehand.
@@ -81,7 +82,8 @@ def learn(ffns: ChosenFFNs, settings: FuseSettings, calibration: Any, sample: Ba
     if batches is not None and (not settings.sequential or settings.budget is not None):
         statistics = collect(model, architecture, sites, batches, seed=seed, rows=settings.calibration_rows)
     sensitivities: list[Tensor | None] = [None] * len(sites)
-    if batches is not None and settings.refit and settings.tune_steps > 0:
+    tuned = bool(settings.refit) and bool(settings.tune_steps)
+    if batches is not None and (tuned or METHODS[settings.method].weighs_outputs):
         # Experts' outputs are weighed by a router: their errors count alike.
         dense = [number for number, site in enumerate(sites) if not site.is_expert]
         chosen = [sites[n] for n in dense]

@@ -59,7 +59,12 @@ class Recipe:
         """What of `settings`, resolved, a single FFN is reduced by."""
         s, kernel = settings, cast("Kernel | None", settings.match)
         return Recipe(
-            get_method(s.method), s.seed, s.parameterization, refit=bool(s.refit), tune_steps=s.tune_steps, match=kernel
+            get_method(s.method),
+            s.seed,
+            s.parameterization,
+            refit=bool(s.refit),
+            tune_steps=s.tune_steps or 0,
+            match=kernel,
         )
 
 
@@ -183,7 +188,7 @@ def reduce_ffns(
                 ReducedFFN(_select(reduction, position), seconds, by_weights=alone) for position in range(len(chunk))
             ]
             if known is not None and reduction.bundle.width < first.width:
-                each = _fit(recipe, each, known, functools.partial(stepped, done, len(chunk)))
+                each = _fit(recipe, stacked, each, known, functools.partial(stepped, done, len(chunk)))
             for position, n in enumerate(chunk):
                 ffn = each[position]
                 if known is not None and reduction.bundle.width < first.width:
@@ -196,6 +201,7 @@ def reduce_ffns(
 
 def _fit(
     recipe: Recipe,
+    originals: NeuronBundle,
     ffns: Sequence[ReducedFFN],
     statistics: Sequence[FFNStatistics],
     progress: Callable[[int], None],
@@ -213,7 +219,9 @@ def _fit(
         started = time.perf_counter()
         # From the fits that have not seen the held-out rows: those are what tuning is judged on.
         start = NeuronBundle.stack([fit.unseen for fit in fitted])
-        tuned = train_locally(start, statistics, steps=recipe.tune_steps, seed=recipe.seed, progress=progress)
+        tuned = train_locally(
+            start, statistics, steps=recipe.tune_steps, seed=recipe.seed, originals=originals, progress=progress
+        )
         for n in (tuned.after < tuned.before).nonzero().squeeze(1).tolist():
             again = refit(tuned.bundle.select(n), statistics[n])
             # The refit weighs all directions alike, and its ridge may undo what tuning has won.

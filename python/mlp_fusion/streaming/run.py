@@ -153,7 +153,7 @@ class Stream:
 
         if self.text is not None:
             states = work.target / _STATES
-            run = Calibrated(work, self.architecture, self.text, work.settings.sequential, states)
+            run = Calibrated(work, self.architecture, self.text, bool(work.settings.sequential), states)
             run.run(set(journal.done), finished)
             for left_over in work.target.glob(f"{_STATES}*"):
                 left_over.unlink()
@@ -229,7 +229,7 @@ def prepare(
     chosen = sorted(site.index for site in sites if widths[site.index] < site.kind.width)
     named = all(sites[index].kind.name != UNNAMED for index in chosen)
     settings = dataclasses.replace(settings, unmeasured=text is None)
-    settings = settings.resolved(chosen, calibrated=text is not None, named=named)
+    settings = settings.resolved(chosen, calibrated=text is not None, named=named, whole=False)
     scales = METHODS[settings.method].scales
     for index in chosen if scales else ():
         check_form(sites[index], settings.parameterization)

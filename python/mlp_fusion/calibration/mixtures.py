@@ -1,0 +1,74 @@
+"""Rows beyond those that calibration has kept: mixtures of two, and what the original FFN makes of them.
+
+A reduced FFN has more weights than a few thousand tokens can tell; but what it is to compute is known everywhere. With
+m the mean of the rows x, and c^2 + s^2 = 1,
+
+    z = m + c (x_i - m) + s (x_j - m)
+
+has the mean and the covariance of the rows, and lies near them where s is small. Its target is f(z), f the original,
+plus the same mixture of `y_i - f(x_i)` and `y_j - f(x_j)`: in a sequential run, targets are not f's outputs alone.
+
+Source: in the way of "mixup" (Zhang et al., ICLR 2018, arXiv 1710.09412), which mixes labels, too; here the original is
+asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mlp_fusion.calibration.statistics import FFNStatistics
+from mlp_fusion.neurons import NeuronBundle
+
+#: Largest s; it is drawn uniformly from 0 on.
+LARGEST_SHARE = 0.6
+#: Rows that an original is run on at a time.
+_CHUNK = 2048
+
+
+class Mixtures:
+    """Mixtures of the rows `fitted (F,)` of B FFNs side by side, whose statistics have rows of the same tokens.
+
+    Memory: a copy of those rows' outputs. Time of a drawn row: the original's forward pass.
+    """
+
+    def __init__(self, originals: NeuronBundle, statistics: Sequence[FFNStatistics], fitted: Tensor) -> None:
+        self._originals, self._statistics, self._fitted = originals, statistics, fitted
+        dtype = originals.w_in.dtype
+        each = [_beyond(originals.select(n), s, fitted) for n, s in enumerate(statistics)]
+        self._beyond = torch.stack(each)
+        self._mean_beyond = self._beyond.mean(dim=1, keepdim=True)
+        self._mean = torch.stack([s.x[fitted].to(dtype).mean(dim=0, keepdim=True) for s in statistics])
+
+    @torch.no_grad()
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """`(B, count, d)` inputs, `(B, count, d_out)` targets, and the `(count,)` rows that are most of each mixture.
+
+        The generator is one of the CPU; every FFN gets mixtures of the same tokens.
+        """
+        first, second = torch.randint(len(self._fitted), (2, count), generator=generator).to(self._fitted.device)
+        s = torch.rand(count, 1, generator=generator, dtype=torch.float64) * LARGEST_SHARE
+        shares = ((1.0 - s.square()).sqrt(), s)
+        x = self._mixed(shares, self._inputs(first), self._inputs(second), self._mean)
+        beyond = self._mixed(shares, self._beyond[:, first], self._beyond[:, second], self._mean_beyond)
+        return x, self._originals.forward(x) + beyond, self._fitted[first]
+
+    def _inputs(self, rows: Tensor) -> Tensor:
+        return torch.stack([s.x[self._fitted[rows]] for s in self._statistics]).to(self._mean.dtype)
+
+    @staticmethod
+    def _mixed(shares: tuple[Tensor, Tensor], first: Tensor, second: Tensor, mean: Tensor) -> Tensor:
+        c, s = (share.to(first) for share in shares)
+        return mean + c * (first - mean) + s * (second - mean)
+
+
+@torch.no_grad()
+def _beyond(original: NeuronBundle, statistics: FFNStatistics, rows: Tensor) -> Tensor:
+    """`(F, d_out)`: the targets of the rows less what the original makes of them."""
+    parts = []
+    for chunk in rows.split(_CHUNK):
+        x, y = (t[chunk].to(original.w_in.dtype) for t in (statistics.x, statistics.y))
+        parts.append(y - original.forward(x)[0])
+    return torch.cat(parts)
