@@ -257,8 +257,8 @@ class FuseSettings(PlanSettings):
     """How FFNs are shrunk."""
 
     method: str = option(
-        f"auto, or one of {', '.join(METHODS)}. auto: of dense FFNs with calibration {AUTOMATIC_METHOD}, sequential and "
-        f"tuned; else {PLAIN_METHOD}.",
+        f"auto, or one of {', '.join(METHODS)}. auto: of dense FFNs with calibration {AUTOMATIC_METHOD}, sequential "
+        f"and tuned; else {PLAIN_METHOD}.",
         AUTOMATIC,
     )
     optimizer: str | None = option(
