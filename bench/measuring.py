@@ -15,15 +15,16 @@ from mlp_fusion.store.tensors import forget as let_go
 
 
 def peak_bytes(work: Callable[[], Any]) -> int | None:
-    """How far `work` raises the resident memory of the process, where Linux tells."""
+    """How far `work`, which is done in any case, raises the resident memory of the process; None but on Linux."""
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is needed now
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         before = _resident("VmRSS")
-        work()
-        return _resident("VmHWM") - before
     except (OSError, AttributeError):
+        work()
         return None
+    work()
+    return _resident("VmHWM") - before
 
 
 def _resident(name: str) -> int:

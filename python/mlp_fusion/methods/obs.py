@@ -28,8 +28,8 @@ from mlp_fusion.methods import Reduction
 from mlp_fusion.methods.prune import keep_neurons
 from mlp_fusion.neurons import NeuronBundle
 
-#: Weight of a neuron's own mean square that holds its output weights where they are. The papers dampen by that share of
-#: the mean over all neurons, in which those that fire for one massive token drown the others.
+#: Weight of a neuron's own mean square that holds its output weights where they are. SparseGPT and its kin dampen by
+#: this share of the mean over all neurons, in which those that fire for one massive token drown the others.
 DAMPING = 1e-2
 #: Rows whose activations are held at a time, and rows that their means are guessed from.
 _CHUNK, _SHIFT_ROWS = 2048, 256
