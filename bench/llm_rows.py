@@ -72,6 +72,10 @@ RECIPES = {
     "fusion": Recipe("fusion", (PLAIN, REFIT, BOTH)),
     "fusion auto": Recipe("fusion", (REFIT, BOTH), widths="auto"),
     "fusion tuned": Recipe("fusion", (REFIT, BOTH), {"tune_steps": 200}),
+    "merge": Recipe("merge", (REFIT, BOTH)),
+    "auto": Recipe("auto", (BOTH,)),
+    "auto tuned": Recipe("auto", (BOTH,), {"tune_steps": 400}),
+    "auto by layer": Recipe("auto", (BOTH,), widths="auto"),
 }
 
 
@@ -134,7 +138,7 @@ def shrink(model: nn.Module, row: Row, calibration: Sequence[Batch]) -> list[int
     if recipe.widths == "auto":
         width = {"width": "auto", "budget": row.share}
     # Time and memory are those of the method: what needs no text does not run over it.
-    blind = METHODS[recipe.method].text == "unused" and not row.refit
+    blind = not row.refit and METHODS[recipe.method].text == "unused"
     known = None if blind else list(calibration)
     report = mlp_fusion.fuse(model, method=recipe.method, calibration=known, **width, **options)
     return [found.neurons_after for found in report.rows]

@@ -69,7 +69,7 @@ METHODS = {
 #: The name for what is measured to be best: `AUTOMATIC_METHOD`, sequential and with some tuning, of dense FFNs where
 #: there is calibration text; `PLAIN_METHOD` where there is none, of experts and in streamed runs.
 AUTOMATIC = "auto"
-AUTOMATIC_METHOD, PLAIN_METHOD, AUTOMATIC_STEPS = "merge", "fusion", 100
+AUTOMATIC_METHOD, PLAIN_METHOD, AUTOMATIC_STEPS = "merge", "fusion", 80
 #: Those that cannot run without calibration text, and those whose result is no narrower FFN.
 NEED_TEXT = frozenset(name for name, entry in METHODS.items() if entry.text == "needed")
 KEEP_WIDTH = frozenset(name for name, entry in METHODS.items() if not entry.narrows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -38,7 +38,23 @@ def _masked_states(model: Any, batch: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _by_perturbing(model: Any, layer: int, step: float = 1e-5) -> Tensor:
+def _masked_predictions(model: Any) -> Callable[[Any, Any], Tensor]:
+    """Logits in units in which squares of small changes are twice the divergence of predictions, where tokens are."""
+    root = model(**WHOLE).logits.softmax(dim=-1).sqrt()
+
+    def predictions(model: Any, batch: Any) -> Tensor:
+        logits = model(**batch).logits
+        about = root * (logits - (root.square() * logits).sum(dim=-1, keepdim=True))
+        masked: Tensor = about * token_mask(batch).unsqueeze(-1)
+        return masked.flatten(1)
+
+    return predictions
+
+
+@torch.no_grad()
+def _by_perturbing(
+    model: Any, layer: int, step: float = 1e-5, outputs: Callable[[Any, Any], Tensor] = _masked_states
+) -> Tensor:
     """Mean over tokens of `J^T J`, every column of every J a difference quotient."""
     architecture = architecture_of(model.config)
     projection = architecture.projection(architecture.sites(model)[layer], "w_out")
@@ -53,7 +69,7 @@ def _by_perturbing(model: Any, layer: int, step: float = 1e-5) -> Tensor:
             for sign in (1.0, -1.0):
                 added = torch.zeros(*mask.shape, d, dtype=torch.float64)
                 added[:, position, entry] = sign * step
-                sides.append(_masked_states(model, WHOLE))
+                sides.append(outputs(model, WHOLE))
             columns.append((sides[0] - sides[1]) / (2.0 * step))
         jacobian = torch.stack(columns, dim=-1)[mask[:, position]]
         total += torch.einsum("sod,soe->de", jacobian, jacobian)
@@ -74,6 +90,30 @@ def test_sensitivities_are_those_of_perturbed_outputs(family: str, monkeypatch: 
     # What there is to be found is well away from "all alike".
     assert torch.linalg.norm(torch.eye(len(exact)) - exact) > 0.3 * torch.linalg.norm(exact)
     assert all(torch.equal(factor, factor.tril()) for factor in probes)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_sensitivities_of_language_models_are_those_of_their_predictions(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensitivity, "_IDENTITY", 1e-4)
+    monkeypatch.setattr(sensitivity, "_LOGITS", 7)
+    model = tiny_model(family, task="CausalLM", dtype=torch.float64)
+    exact = _by_perturbing(model, 1, outputs=_masked_predictions(model))
+    exact *= len(exact) / exact.trace()
+    probes = [_found(model, seed=seed)[1].double() for seed in range(60)]
+    mean = torch.stack([factor @ factor.T for factor in probes]).mean(dim=0)
+    assert torch.linalg.norm(mean - exact) < 0.12 * torch.linalg.norm(exact)
+    states = _by_perturbing(model, 1)
+    states *= len(states) / states.trace()
+    assert torch.linalg.norm(states - exact) > 0.3 * torch.linalg.norm(exact), "the hidden states say something else"
+
+
+def test_a_head_that_is_not_all_there_is_to_logits_is_not_taken_for_one() -> None:
+    """Gemma 2 bounds its logits: its hidden states are what counts."""
+    plain, bounded = (tiny_model("gemma2", task=task) for task in ("Model", "CausalLM"))
+    bounded.model.load_state_dict(plain.state_dict())
+    assert all(torch.equal(*pair) for pair in zip(_found(plain), _found(bounded), strict=True))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
