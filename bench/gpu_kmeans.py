@@ -40,6 +40,8 @@ SHAPES = {
 #: N, K, D of the search for nearest centroids alone.
 ASSIGN = (262_144, 1024, 1024)
 ITERATIONS = 15
+#: Calls whose steps are timed.
+REPEATS = 3
 #: Seconds after which the CPU is asked no second or third time.
 CPU_SECONDS = 4.0
 #: What is timed inside a call: place and name in `fusion_kernels.kmeans`, and what it is called here.
@@ -141,14 +143,14 @@ class ByStep:
 
 
 def steps(name: str, rates: dict[str, float], problems: int | None = None) -> dict[str, Any]:
-    """Steps of the default mode: medians of three calls, how many rounds there were, and what one takes."""
+    """Steps of the default mode: medians of a few calls, how many rounds there were, and what one takes."""
     N, K, D, usual = SHAPES[name]
     B = usual if problems is None else problems
     x = _points(name, B)
     kmeans(x, K, backend="triton")
     runs: list[dict[str, float]] = []
     watch = ByStep()
-    for _ in range(3):
+    for _ in range(REPEATS):
         watch = ByStep()
         with watch.watching():
             kmeans(x, K, backend="triton")
@@ -225,7 +227,7 @@ def modes(name: str) -> dict[str, Any]:
 
         low = x.bfloat16()
         calls["flash-kmeans bf16"] = lambda: batch_kmeans_Euclid(low, K, max_iters=ITERATIONS)[0]
-    rows = in_turn(calls, seconds=5.0, rounds=7)
+    rows = in_turn(calls, seconds=5.0)
     found = {mode: inertia(x, call(), K) for mode, call in calls.items()}
     return {
         "N": N, "K": K, "D": D, "problems": problems, **compared(rows, peer, None), "inertia": found,
@@ -241,11 +243,11 @@ def on_the_cpu(name: str) -> dict[str, Any]:
     x = _points(name, 1)
     there = x.cpu()
     taken: list[float] = []
-    while len(taken) < 3 and sum(taken) < 1e3 * CPU_SECONDS:
+    while len(taken) < REPEATS and sum(taken) < 1e3 * CPU_SECONDS:
         began = time.perf_counter()
         found = kmeans(there, K)
         taken.append(1e3 * (time.perf_counter() - began))
-    device = in_turn({"device": lambda: kmeans(x, K, backend="triton")}, rounds=5)["device"]
+    device = in_turn({"device": lambda: kmeans(x, K, backend="triton")})["device"]
     ours = kmeans(x, K, backend="triton")
     ratio = float(ours.inertia[0].cpu() / found.inertia[0])
     cpu = statistics.median(taken)

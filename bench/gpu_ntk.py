@@ -32,6 +32,13 @@ PRECISIONS = ("highest", "tf32x3", "bf16x3", "bf16")
 BOUNDS = {"highest": 1e-5, "tf32x3": 1e-5, "bf16x3": 2**-15, "bf16": 2**-7}
 #: N, d, h and outputs; d and h are multiples of 32, which the tiles would pad them to.
 SHAPES = {"4096 inputs": (4096, 768, 192, 768), "16384 inputs": (16384, 1024, 256, 1024)}
+#: Checked: inputs, other inputs, d and h; the sizes at which options are; inputs and blocks of comparisons.
+SIZES = [
+    (1, None, 1, 1), (17, 123, 1, 17), (123, None, 17, 123), (128, 129, 64, 32), (300, 1000, 33, 70),
+    (1537, None, 123, 65), (640, None, 1537, 384),
+]  # fmt: skip
+OPTIONS = (300, 200, 33, 70)
+COMPARED = [(1, None), (300, 128), (1537, None), (3000, 640)]
 #: Inputs of a result that 32 bits cannot count.
 MANY = 66_000
 #: Rows whose errors are looked at.
@@ -81,16 +88,16 @@ def check_against_float64() -> dict[str, float]:
     worst = {**dict.fromkeys(PRECISIONS, 0.0), "float64": 0.0, "highest over torch float32": 0.0}
     cases: list[tuple[int, int | None, int, int, bool, str, str, tuple[str, ...]]] = [
         (n, m, d, h, gated, kernel, "gelu", ())
-        for n, m, d, h in [(1, None, 1, 1), (17, 123, 1, 17), (123, None, 17, 123), (128, 129, 64, 32),
-                           (300, 1000, 33, 70), (1537, None, 123, 65), (640, None, 1537, 384)]
+        for n, m, d, h in SIZES
         for gated in (False, True)
         for kernel in ("gd", "sign")
     ]  # fmt: skip
+    n, beside, d, h = OPTIONS
     for kernel in ("gd", "sign"):
-        cases += [(300, 200, 33, 70, gated, kernel, phi, ()) for gated in (False, True) for phi in ACTIVATIONS]
-        cases += [(300, m, 33, 70, gated, kernel, "gelu", ("metric", "vector"))
-                  for m in (None, 200) for gated in (False, True)]  # fmt: skip
-        cases += [(300, m, 33, 70, True, kernel, "gelu", ("params",)) for m in (None, 200)]
+        cases += [(n, beside, d, h, gated, kernel, phi, ()) for gated in (False, True) for phi in ACTIVATIONS]
+        cases += [(n, m, d, h, gated, kernel, "gelu", ("metric", "vector"))
+                  for m in (None, beside) for gated in (False, True)]  # fmt: skip
+        cases += [(n, m, d, h, True, kernel, "gelu", ("params",)) for m in (None, beside)]
     for n, m, d, h, gated, kernel, activation, extras in cases:
         generator = torch.Generator().manual_seed(n)
         torch.manual_seed(n)
@@ -169,7 +176,7 @@ def check_large() -> dict[str, Any]:
         ntk_gram(block, x, backend="cuda", precision=precision, out=out)  # type: ignore[arg-type]
         beside = torch.cuda.max_memory_allocated() - before
         require(beside <= 64 * n * (d + 3 * h), f"{precision} takes {beside} bytes beside the result")
-        for row in (0, 127, 128, 32_767, 46_341, 65_535, 65_536, n - 1):
+        for row in sorted({min(row, n - 1) for row in (0, 127, 128, 32_767, 46_341, 65_535, 65_536, n)}):
             alone = ntk_gram(block, x[row : row + 1], x, backend="cuda", precision=precision)[0]  # type: ignore[arg-type]
             require(errors(out[row], alone)[0] <= BOUNDS[precision], f"{precision}: row {row} of {n} is wrong")
             require(torch.equal(out[row], out[:, row]), f"{precision}: row {row} of {n} is not its column")
@@ -179,7 +186,7 @@ def check_large() -> dict[str, Any]:
 def check_comparisons() -> dict[str, Any]:
     """The largest difference of the sums over two kernels, as errors and cosines, from those in float64."""
     worst = 0.0
-    for n, block_size in ((1, None), (300, 128), (1537, None), (3000, 640)):
+    for n, block_size in COMPARED:
         torch.manual_seed(n)
         x = torch.randn(n, 33, device=gpu_timing.DEVICE)
         bundles = make_bundle(33, 70, 5, gated=True), make_bundle(33, 17, 5, gated=True)

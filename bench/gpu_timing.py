@@ -44,14 +44,14 @@ def summary(times: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "lower quartile": low, "upper quartile": high, "rounds": len(times)}
 
 
-def in_turn(steps: Mapping[str, Step], seconds: float = SECONDS, rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
+def in_turn(steps: Mapping[str, Step], seconds: float = SECONDS) -> dict[str, dict[str, float]]:
     """Milliseconds of each step on the device, one after the other in every round."""
     taken: dict[str, list[float]] = {name: [] for name in steps}
     emptied = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=DEVICE)
     for step in steps.values():
         settle(step)
     began = time.perf_counter()
-    for number in range(rounds):
+    for number in range(ROUNDS):
         for name, step in steps.items():
             taken[name].append(timed(step, emptied))
         if number + 1 >= LEAST_ROUNDS and time.perf_counter() - began > seconds:
