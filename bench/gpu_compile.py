@@ -25,13 +25,17 @@ from gpu_running import ROOT, Told, Work, environment
 
 #: The stages whose calls are made, the longest first: calls are dealt out in this order.
 MODULES = ("gpu_kmeans", "gpu_mlp", "gpu_experts", "gpu_whole")
+#: What the build leaves in `fusion_kernels`, without what stands behind the first dot.
+LIBRARIES = ("_C", "_cuda")
 #: Seconds before the end of the share, in which what was said is still read.
 MARGIN = 3.0
 
 
 def lines(told: Told) -> Iterator[tuple[str, Work]]:
     """Everything at once, in one line for the kernels and one for the libraries."""
-    building = started(["setup.py", "build_ext", "--inplace"], MLP_FUSION_BUILD="cuda")
+    # `auto` builds the library of the CPU even where that of CUDA cannot be.
+    mode = os.environ.get("MLP_FUSION_BUILD", "auto")
+    building = started(["setup.py", "build_ext", "--inplace"], MLP_FUSION_BUILD=mode)
     yield "launches", functools.partial(all_compiled, told)
     yield "libraries", functools.partial(built, building, told)
 
@@ -70,7 +74,9 @@ def started(arguments: list[str], **changes: str) -> Running:
 def all_compiled(told: Told) -> dict[str, Any]:
     """How many kernels were compiled, in how many seconds, by family; calls that failed, and processes that ended."""
     count = len(os.sched_getaffinity(0))
-    workers = [started([str(Path(__file__)), str(number), str(count)]) for number in range(count)]
+    # Processors are busy as it is: Inductor need not start processes of its own.
+    alone = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    workers = [started([str(Path(__file__)), str(number), str(count)], **alone) for number in range(count)]
     families: dict[str, dict[str, float]] = {}
     failures: dict[str, str] = {}
     calls = 0
@@ -98,16 +104,14 @@ def all_compiled(told: Told) -> dict[str, Any]:
 def built(building: Running, told: Told) -> dict[str, Any]:
     """How the libraries were built; without them there are no tangent kernels by CUDA and no times of the CPU."""
     status, said = building.ended(told.left() - MARGIN)
-    found: dict[str, Any] = {"status": status, "libraries": sorted(path.name for path in libraries())}
-    if status != 0:
-        why = "it did not end in time" if status is None else f"status {status}"
-        return {**found, "failed": f"the libraries are not built: {why}: {said.strip()[-1500:]}"}
-    return {**found, "brief": f"{', '.join(found['libraries'])} in {time.monotonic() - building.began:.0f} s"}
-
-
-def libraries() -> list[Path]:
-    """What is built in the checkout."""
-    return [*(ROOT / "fusion_kernels").glob("*.so")]
+    there = sorted(path.name for path in (ROOT / "fusion_kernels").glob("*.so"))
+    found: dict[str, Any] = {"status": status, "libraries": there}
+    missing = [name for name in LIBRARIES if not any(library.startswith(f"{name}.") for library in there)]
+    if status != 0 or missing:
+        why = "did not end in time" if status is None else f"ended with status {status}"
+        said = " | ".join(said.strip().splitlines()[-6:])[-1500:]
+        return {**found, "failed": f"the build {why}; missing: {', '.join(missing) or 'nothing'}: {said}"}
+    return {**found, "brief": f"{', '.join(there)} in {time.monotonic() - building.began:.0f} s"}
 
 
 # --- one process of many ---------------------------------------------------------------------------------------------

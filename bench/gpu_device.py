@@ -41,5 +41,5 @@ def rates() -> dict[str, Any]:
 
 
 def known_rates(told: Told) -> dict[str, float]:
-    """The ceilings that this run has measured."""
-    return dict(told.found["device"]["rates"])
+    """The ceilings that this run has measured, or those of now where it could not."""
+    return dict(told.found.get("device", {}).get("rates") or rates())

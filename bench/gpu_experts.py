@@ -48,7 +48,7 @@ def lines(told: Told) -> Iterator[tuple[str, Work]]:
 
 def jobs() -> dict[str, Callable[[], object]]:
     """Calls that launch everything that is timed here, by name."""
-    return {f"experts, {name}": functools.partial(_once, name) for name in LAYERS}
+    return {f"experts of {name}": functools.partial(_once, name) for name in LAYERS}
 
 
 def _once(name: str) -> None:

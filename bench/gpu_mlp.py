@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusion_kernels.ffn import FFN
-from fusion_kernels.mlp import triton_heuristics, triton_launch, triton_linear, triton_pointwise
+from fusion_kernels.mlp import gpu_backend, triton_heuristics, triton_launch, triton_linear, triton_pointwise
 from fusion_kernels.mlp.operators import MLP
 
 
@@ -58,7 +58,7 @@ BLOCKS = (
 OTHER_TILE, IN_OTHER_TILE = (128, 128), "epilogue, 128 x 128"
 #: Kernels are timed with tiles of at least so many rows, all that fill a GPU.
 LEAST_ROWS = 64
-BASE, COMPILED = "eager", "compile"
+BASE, COMPILED, RESIDENT, BACKENDS = "eager", "compile", "resident, forward only", ("torch", "cublas", "epilogue")
 
 
 def lines(told: Told) -> Iterator[tuple[str, Work]]:
@@ -101,12 +101,13 @@ def _each_tile(block: Block) -> None:
 
 
 def variants(problem: Problem) -> dict[str, Callable[[], Tensor]]:
-    """The block by ours and by peers; those whose name says so have no backward of their own."""
+    """The block by ours and by peers."""
     found: dict[str, Callable[[], Tensor]] = {BASE: problem.eager, COMPILED: compiled(problem.eager)}
-    for name in ("torch", "cublas", "epilogue"):
+    for name in BACKENDS:
         found[name] = functools.partial(problem.fused, 1, name)
     found[IN_OTHER_TILE] = found["epilogue"]
-    found["resident, forward only"] = functools.partial(problem.fused, 2, "resident")
+    if _resident_runs(problem):
+        found[RESIDENT] = functools.partial(problem.fused, 2, "resident")
     if problem.w_gate is not None:
         liger = optional("liger_kernel.ops.swiglu", "LigerSiLUMulFunction")
         if liger is not None:
@@ -122,6 +123,15 @@ def variants(problem: Problem) -> dict[str, Callable[[], Tensor]]:
                 save_pre_act=True, checkpoint_lvl=1, heuristic=0,
             )  # fmt: skip
     return found
+
+
+def _resident_runs(problem: Problem) -> bool:
+    """Whether the hidden layer fits on the chip, and Triton compiles that kernel rightly for the device."""
+    device = problem.x.device
+    fits = triton_heuristics.resident_candidates(
+        len(problem.w_in), triton_heuristics.HALF, triton_launch.gpu(device), problem.w_gate is not None
+    )
+    return bool(fits) and gpu_backend.resident_why_not(device) is None
 
 
 def compiled(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -142,7 +152,7 @@ def steps_of(problem: Problem, *, trained: bool) -> dict[str, Step]:
     """What is timed: forwards without gradients, or training steps."""
     found: dict[str, Step] = {}
     for name, run in variants(problem).items():
-        if not trained or "forward only" not in name:
+        if not trained or name != RESIDENT:
             step = training(problem, run) if trained else forward_only(run)
             found[name] = functools.partial(_in_other_tile, step) if name == IN_OTHER_TILE else step
     return found
@@ -176,8 +186,8 @@ def timed_blocks(block: Block, rates: dict[str, float], *, trained: bool) -> dic
     found = compared(rows, BASE, floors(block, rates)["both" if trained else "forward"])
     if trained:
         found["peak bytes"] = {name: peak_bytes(steps[name]) for name in graphs}
-    # Peers may be missing; what is ours, and fits the shape, has to run.
-    ours = {name: why for name, why in refused.items() if name.startswith(("torch", "cublas", "epilogue"))}
+    # Peers may not run here; what is ours, and fits the shape, has to.
+    ours = {name: why for name, why in refused.items() if name.startswith((*BACKENDS, RESIDENT))}
     if ours:
         found["failed"] = "; ".join(f"{name}: {why}" for name, why in ours.items())
     return {**asdict(block), **found, "not run": refused, "brief": in_brief(rows)}

@@ -6,6 +6,7 @@ import csv
 import functools
 import io
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,7 +32,8 @@ KEPT = re.compile(
     r"sm__inst_executed_pipe_tensor|dram__throughput|lts__throughput|sm__throughput|gpu__time_duration"
     r"|issue_stalled|dram__bytes|warps_active|registers_per_thread|occupancy_limit|shared_mem_per_block"
 )
-MARGIN, LINE_SECONDS = 2.0, 28.0
+#: Seconds: before the end of a line, of a line, and that another attempt is worth.
+MARGIN, LINE_SECONDS, LEAST_SECONDS = 2.0, 28.0, 6.0
 
 
 def lines(told: Told) -> Iterator[tuple[str, Work]]:
@@ -51,23 +53,19 @@ def profiled(call: str, told: Told) -> dict[str, Any]:
         "--csv", "--page", "raw", *(word for section in SECTIONS for word in ("--section", section)),
     ]  # fmt: skip
     refused: dict[str, str] = {}
-    said = ""
+    ends = time.monotonic() + min(LINE_SECONDS, told.left()) - MARGIN
     for how, command in (("with metrics", [*usual, "--metrics", METRICS]), ("by sections", usual)):
-        status, said = watch(command, call, min(LINE_SECONDS, told.left()) - MARGIN)
+        if refused and ends - time.monotonic() < LEAST_SECONDS:
+            break
+        status, said = watch(command, call, ends - time.monotonic())
         rows = launches(said)
         if rows:
             seen = sorted({row["kernel"] for row in rows})
             missing = sorted(set(names) - set(seen))
-            found: dict[str, Any] = {
-                "launches": rows,
-                "how": how,
-                "refused": refused,
-                "brief": f"{len(rows)} of {seen}",
-            }
-            return {**found, "failed": f"not seen: {missing}"} if missing else found
+            brief = f"{len(rows)} launches of {', '.join(seen)}"
+            found: dict[str, Any] = {"launches": rows, "how": how, "refused": refused, "brief": brief}
+            return {**found, "failed": f"not seen: {', '.join(missing)}"} if missing else found
         refused[how] = "it did not end in time" if status is None else f"status {status}: {last(said)}"
-        if told.left() < MARGIN + 5:
-            break
     return {"failed": "; ".join(f"{how}: {why}" for how, why in refused.items())}
 
 

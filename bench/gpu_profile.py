@@ -28,7 +28,7 @@ def lines(told: Told) -> Iterator[tuple[str, Work]]:
 def kmeans_call() -> Callable[[], object]:
     """One batch."""
     _, K, _, problems = gpu_kmeans.SHAPES[SHAPE]
-    x = gpu_kmeans._points(SHAPE, problems)
+    x = gpu_kmeans.points(SHAPE, problems)
     return lambda: kmeans(x, K, backend="triton")
 
 

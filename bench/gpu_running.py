@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+#: What Python runs in the process of a stage: the other half of this file.
+CHILD = [str(Path(__file__))]
 #: Seconds that an open line may go on after its stage's share, out of the shares of those that follow.
 GRACE = 10.0
 #: How a process ends whose device has become unusable; and how long it has had to say its last words, in seconds.
@@ -40,7 +42,7 @@ class Stage:
     Attributes:
         name: what its lines stand under.
         seconds: its share of the run, the start of its process included.
-        line_seconds: after which a line is given up.
+        line_seconds: after which a line, or what its process does between two, is given up.
         module: imported by its process, which calls its `lines`.
         about: what it finds out, in a few words.
         lasting: whether its lines hold in a later run; else that does them again.
@@ -203,7 +205,7 @@ class _Run:
             "options": dict(self.options), "found": self.record.stages,
         }  # fmt: skip
         process = subprocess.Popen(
-            [sys.executable, str(Path(__file__))], pass_fds=[writing], env=environment(), start_new_session=True,
+            [sys.executable, *CHILD], pass_fds=[writing], env=environment(), start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         os.close(writing)
@@ -220,7 +222,7 @@ class _Run:
     def _listen(self, process: subprocess.Popen[bytes], reading: int, words: _LastWords) -> bool:
         buffered, open_line, begun = b"", None, time.monotonic()
         while True:
-            limit = self.ends if open_line is None else min(self.ends, begun + self.stage.line_seconds)
+            limit = min(self.ends, begun + self.stage.line_seconds)
             ready, _, _ = select.select([reading, *words.open], [], [], max(0.0, limit - time.monotonic()))
             if words.open and words.open[0] in ready:
                 words.read()

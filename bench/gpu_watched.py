@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,8 +39,10 @@ def watch(
     """Let a tool watch a call; returns its status, None where it did not end in time, and all that was said."""
     whole = [*command, sys.executable, str(Path(__file__)), call]
     with tempfile.TemporaryFile() as said:
+        # A session of its own: what the tool has started ends with it.
         process = subprocess.Popen(
             whole,
+            start_new_session=True,
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=subprocess.STDOUT,
@@ -48,7 +51,7 @@ def watch(
         try:
             status: int | None = process.wait(timeout=max(1.0, seconds))
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             status = None
         said.seek(0)
@@ -64,7 +67,7 @@ def last(said: str, lines: int = 8) -> str:
 
 
 def _small(proof: str) -> None:
-    """The first case of each kind that a proof has: names up to the first comma or digit say which kind."""
+    """The first case of each kind that a proof has."""
     import gpu_proofs
 
     kinds: dict[str, Callable[[], object]] = {}
@@ -76,8 +79,9 @@ def _small(proof: str) -> None:
 
 
 def _kind(name: str) -> str:
-    words = name.split(", ")[: 2 if name.startswith(("cublas", "epilogue")) else 1]
-    return " ".join("".join(c for c in word if not c.isdigit()) for word in words)
+    """A case's name without numbers and dtypes of tensors."""
+    words = name.replace(",", "").split()
+    return " ".join(word for word in words if not word.isdigit() and not word.startswith("torch."))
 
 
 def _small_resident() -> None:

@@ -47,7 +47,7 @@ def lines(told: Told) -> Iterator[tuple[str, Work]]:
 
 def jobs() -> dict[str, Callable[[], object]]:
     """Calls that launch what is trained here, by name."""
-    return {"whole: training": _one_step_each}
+    return {"whole training": _one_step_each}
 
 
 # --- training --------------------------------------------------------------------------------------------------------

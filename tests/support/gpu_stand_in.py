@@ -1,7 +1,11 @@
 """Stands in for a GPU where bench/gpu.py runs: kernels interpreted on the CPU, tiny shapes, clocks of the host.
 
-`install()` changes this process for good: it is for processes that run a stage. Nothing that is timed so means anything;
-what counts is that every line of every stage is run, with the calls and arguments that it has on a device.
+    PYTHONPATH=bench:tests/support:python:. python tests/support/gpu_stand_in.py gpu_kmeans gpu_mlp
+
+does the lines of these stages in this process, and prints one line of JSON for each: what it found, or why it failed.
+
+`install()` changes this process for good: it is for processes that run a stage. Nothing that is timed so means
+anything; what counts is that every line of every stage is run, with the calls and arguments that it has on a device.
 """
 
 from __future__ import annotations
@@ -9,14 +13,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import json
+import os
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import triton_interpreter  # noqa: F401, I001 - before any kernel is defined
-import torch
+import triton_interpreter  # noqa: F401 - before any kernel is defined
+
+import torch  # isort: skip
 
 from fusion_kernels import gpu, library, native
 from fusion_kernels.experts import gpu_cases as of_experts
@@ -48,7 +58,8 @@ class Stream:
     def wait_stream(self, _: Stream) -> None:
         pass
 
-    synchronize = wait_stream
+    def synchronize(self) -> None:
+        pass
 
 
 class Graph:
@@ -122,7 +133,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "WARM_UP": 1, "LEAST_ROUNDS": 1, "ROUNDS": 1,
     },
     "gpu_kmeans": {
-        "SHAPES": {"bert": (12, 3, 5, 2)}, "ASSIGN": (40, 5, 7), "ITERATIONS": 1, "REPEATS": 1,
+        "SHAPES": {"bert": (12, 3, 5, 2)}, "LARGE": "bert", "ASSIGN": (40, 5, 7), "ITERATIONS": 1, "REPEATS": 1,
     },
     "gpu_experts": {},
     "gpu_ntk": {
@@ -149,3 +160,35 @@ def _benchmark() -> None:
     of_mlp.LEAST_ROWS = 16
     of_mlp.compiled = lambda run: run  # Inductor would compile C++
     importlib.import_module("gpu_profile").BLOCK = of_mlp.BLOCKS[0]
+
+
+def calls(_: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """As lines: what is compiled ahead, but for what other tests interpret, and what tools watch."""
+    ahead = importlib.import_module("gpu_compile").calls()
+    yield "ahead", lambda: {"calls": [*ahead]}
+    watched = importlib.import_module("gpu_watched").CALLS
+    for name, call in {**ahead, **watched}.items():
+        if "proof" not in name and "kmeans" not in name:
+            yield name, lambda call=call: {"done": call() is None}  # type: ignore[misc]
+
+
+def main() -> None:
+    """Do the lines of the stages that the command line names; `calls` stands for what other processes make."""
+    install()
+    running = importlib.import_module("gpu_running")
+    rates = {"bf16_flops": 1e12, "copy_bytes": 1e12}
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ |= {"MLP_FUSION_CACHE": scratch, "FUSION_KERNELS_GPU": "trust"}
+        told = running.Told({"scratch": scratch, "models": []}, {"device": {"rates": rates}}, time.monotonic() + 500)
+        for stage in sys.argv[1:]:
+            lines = calls if stage == "calls" else importlib.import_module(stage).lines
+            for name, work in lines(told):
+                try:
+                    found = {"result": work()}
+                except Exception:  # noqa: BLE001 - whatever it is, it is what the line comes to
+                    found = {"failure": traceback.format_exc()}
+                sys.stdout.write(json.dumps({"stage": stage, "line": name, **found}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
