@@ -54,8 +54,8 @@ BLOCKS = (
     Block(16384, 2048, 512, gated=True),
     Block(65536, 768, 768),
 )
-#: Beside the tile that is chosen: rows and columns of another one for whole blocks.
-OTHER_TILE, IN_OTHER_TILE = (128, 128), "epilogue, 128 x 128"
+#: Rows and columns of tiles, of which whole blocks are timed with one beside the tile that is chosen.
+OTHER_TILES, IN_OTHER_TILE = ((128, 128), (128, 64)), "epilogue, other tile"
 #: Kernels are timed with tiles of at least so many rows, all that fill a GPU.
 LEAST_ROWS = 64
 BASE, COMPILED, RESIDENT, BACKENDS = "eager", "compile", "resident, forward only", ("torch", "cublas", "epilogue")
@@ -154,12 +154,20 @@ def steps_of(problem: Problem, *, trained: bool) -> dict[str, Step]:
     for name, run in variants(problem).items():
         if not trained or name != RESIDENT:
             step = training(problem, run) if trained else forward_only(run)
-            found[name] = functools.partial(_in_other_tile, step) if name == IN_OTHER_TILE else step
+            found[name] = functools.partial(_in_tile, other_tile(problem), step) if name == IN_OTHER_TILE else step
     return found
 
 
-def _in_other_tile(step: Step) -> Any:
-    with tile_of(OTHER_TILE):
+def other_tile(problem: Problem) -> tuple[int, int]:
+    """The first of the other tiles that is not chosen anyway."""
+    (T, d), h = problem.x.shape, len(problem.w_in)
+    device, wide = triton_launch.gpu(problem.x.device), problem.w_gate is not None
+    chosen = triton_heuristics.tile_config(T, h, d, triton_heuristics.HALF, device, wide=wide)
+    return next(tile for tile in OTHER_TILES if tile != (chosen.BM, chosen.BN))
+
+
+def _in_tile(tile: tuple[int, int], step: Step) -> Any:
+    with tile_of(tile):
         return step()
 
 
@@ -190,6 +198,7 @@ def timed_blocks(block: Block, rates: dict[str, float], *, trained: bool) -> dic
     ours = {name: why for name, why in refused.items() if name.startswith((*BACKENDS, RESIDENT))}
     if ours:
         found["failed"] = "; ".join(f"{name}: {why}" for name, why in ours.items())
+    found["other tile"] = other_tile(problem)
     return {**asdict(block), **found, "not run": refused, "brief": in_brief(rows)}
 
 

@@ -60,7 +60,7 @@ def test_blocks_experts_and_tangent_kernels() -> None:
     for name, line in found["gpu_mlp"].items():
         assert "failed" not in line, name
         if "forward" in name or "step" in name:
-            assert {"eager", "compile", "torch", "cublas", "epilogue", "epilogue, 128 x 128"} <= set(line["ms"]), name
+            assert {"eager", "compile", "torch", "cublas", "epilogue", "epilogue, other tile"} <= set(line["ms"]), name
             assert set(line["times eager"]) == set(line["ms"]) - {"eager"}
         elif "tiles" in name:
             assert {"forward", "backward"} <= set(line)
