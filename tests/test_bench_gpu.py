@@ -137,9 +137,11 @@ def test_a_device_that_has_become_unusable_is_left_for_another_process(
         "import gpu_running, os\n"
         "gpu_running._device_lives = lambda: False\n"
         "def lines(told):\n"
+        "    began = os.getpid()\n"
+        "    yield 'before', lambda: {'process': began}\n"
         "    yield 'illegal', lambda: 1 / 0\n"
-        "    yield 'after it', lambda: {'process': os.getpid()}\n"
-        "    yield 'and on', lambda: {'process': os.getpid()}\n"
+        "    yield 'after it', lambda: {'process': began}\n"
+        "    yield 'and on', lambda: {'process': began}\n"
     )
     (tmp_path / "dying_stage.py").write_text(source, encoding="utf-8")
     # The process runs as a script: what it looks up is its own.
@@ -149,7 +151,7 @@ def test_a_device_that_has_become_unusable_is_left_for_another_process(
     found = kept(tmp_path)
     assert found["failures"] == {"dying": {"illegal": {"type": "ZeroDivisionError", "message": "division by zero"}}}
     lines = found["stages"]["dying"]
-    assert lines["after it"]["process"] == lines["and on"]["process"]
+    assert lines["before"]["process"] != lines["after it"]["process"] == lines["and on"]["process"]
 
 
 def test_shares_and_the_whole_are_kept(running: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
