@@ -1,32 +1,26 @@
 """Feed-forward blocks of few neurons beside ordinary layers: seconds, memory and share of the floor, in one run.
 
-    python bench/fused_mlp.py [--device cpu|cuda] [--tokens T ...] [--threads N] [--rounds N] [--out FILE]
+    python bench/fused_mlp.py [--tokens T ...] [--threads N] [--rounds N] [--out FILE]
 
-On a CPU: `FusedMLP` beside `torch.nn.Sequential` of the same width and `FusedGLU` beside the same layers composed by
-hand, float32, forward without gradients and a training step (forward and backward); ours with the scale folded into the
-weights, as the layers have it, and in the two trainable forms. On a GPU: every backend beside
-eager layers, `torch.compile` (default and max-autotune), Liger's gated kernels and flash-attn's FusedMLP where they are
-installed, bfloat16, forward, backward and both, as calls and captured in a CUDA graph. All run on the same weights with
-the scale folded in, except ours, which fold it in every call.
+On a CPU; `bench/gpu.py --only mlp` is for GPUs. `FusedMLP` beside `torch.nn.Sequential` of the same width and
+`FusedGLU` beside the same layers composed by hand, float32, forward without gradients and a training step (forward and
+backward); ours with the scale folded into the weights, as the layers have it, and in the two trainable forms.
 
-On a CPU with `--threads 1` what counts are processor seconds, which other programs disturb less than elapsed ones.
-Variants are timed in turn, in random order in every round; given are medians and quartiles of the rounds, and ratios of
-medians. The floor is the operations of the products over the rate that a large product reaches in the same run, and on
-a GPU at least the bytes that an epilogue-fused path moves over the rate of a large copy. Peak memory is that of one
-training step beyond x and the weights.
+With `--threads 1` what counts are processor seconds, which other programs disturb less than elapsed ones. Variants are
+timed in turn, in random order in every round; given are medians and quartiles of the rounds, and ratios of medians. The
+floor is the operations of the products over the rate that a large product reaches in the same run. Peak memory is that
+of one training step beyond x and the weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import json
 import os
 import platform
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,15 +33,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusion_kernels import backends, fused_glu_mlp, fused_mlp
-from fusion_kernels.mlp.heuristics import Shape, path
-from fusion_kernels.mlp.operators import MLP
 from mlp_fusion import FusedGLU, FusedMLP
 
 #: d and h; outputs are as wide as inputs.
 CPU_WIDTHS = [(384, 384), (768, 192), (768, 768)]
 CPU_TOKENS = [1, 128, 1024, 8192]
-GPU_WIDTHS = [(768, 192), (768, 384), (768, 768), (1024, 256), (2048, 512), (4096, 1024), (4096, 3584)]
-GPU_TOKENS = [1024, 8192, 65536]
 #: Seconds that one timing of calls takes at least, and rounds of a comparison, whatever they take.
 LEAST_SECONDS = 2e-3
 LEAST_ROUNDS = 5
@@ -264,184 +254,19 @@ def run_cpu(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-# --- on a GPU: written for CUDA, not run on one yet ------------------------------------------------------------------
-
-
-def gpu_variants(problem: Problem) -> dict[str, Callable[[], Tensor]]:
-    """Ours by backend and level, and the peers that are installed."""
-    variants: dict[str, Callable[[], Tensor]] = {"eager": problem.eager}
-    for mode in ("default", "max-autotune-no-cudagraphs"):
-        variants[f"compile {mode}"] = torch.compile(problem.eager, mode=mode, fullgraph=True)
-    for name in ("torch", "cublas", "epilogue"):
-        for level in (0, 1, 2):
-            variants[f"{name}, level {level}"] = functools.partial(problem.fused, level, name)
-    variants["resident, level 2"] = functools.partial(problem.fused, 2, "resident")
-    variants["ours"] = problem.fused
-    if problem.w_gate is not None:
-        liger = optional("liger_kernel.ops.swiglu", "LigerSiLUMulFunction")
-        if liger is not None:
-            variants["liger"] = lambda: F.linear(
-                liger.apply(F.linear(problem.x, problem.w_gate), F.linear(problem.x, problem.w_in, problem.b_in)),
-                problem.w_out, problem.b_out,
-            )  # fmt: skip
-    else:
-        flash = optional("flash_attn.ops.fused_dense", "fused_mlp_func")
-        if flash is not None:
-            variants["flash-attn (tanh)"] = lambda: flash(
-                problem.x, problem.w_in, problem.w_out, problem.b_in, problem.b_out, activation="gelu_approx",
-                save_pre_act=True, checkpoint_lvl=1, heuristic=0,
-            )  # fmt: skip
-    return variants
-
-
-def optional(module: str, name: str) -> Any:
-    """`name` of a package that may not be installed."""
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError:
-        return None
-
-
-def captured(step: Step) -> Step:
-    """`step` as a CUDA graph, after a few calls on a side stream."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-def gpu_in_turn(steps: dict[str, Step], rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of each step between device events, in turn, several calls at a time so that the queue stays full."""
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        for _ in range(3):
-            step()
-    for _ in range(rounds):
-        for name, step in steps.items():
-            torch.cuda._sleep(2_000_000)  # the host runs ahead while the device waits
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(5):
-                step()
-            end.record()
-            end.synchronize()
-            taken[name].append(begin.elapsed_time(end) / 5e3)
-    return {name: summary(seconds) for name, seconds in taken.items()}
-
-
-def gpu_peak(step: Step) -> int:
-    """Bytes that one call allocates beyond what is there."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def gpu_rates() -> tuple[float, float]:
-    """Operations per second of a large bfloat16 product, and bytes per second of a large copy."""
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    big = torch.empty(1 << 30, device="cuda", dtype=torch.uint8)
-    seconds = gpu_in_turn({"product": lambda: a @ a, "copy": big.clone}, 20)
-    return 2 * 8192.0**3 / seconds["product"]["median"], 2.0 * big.numel() / seconds["copy"]["median"]
-
-
-def gpu_floors(tokens: int, d: int, h: int, gated: bool, rates: tuple[float, float]) -> dict[str, float]:
-    """Seconds below which no epilogue-fused path can be: of each product, the longer of its arithmetic and memory."""
-    flops, bandwidth = rates
-    inputs = 2 if gated else 1
-
-    def product(rows: int, inner: int, columns: int, elements: int) -> float:
-        return max(2 * rows * inner * columns / flops, 2 * elements / bandwidth)
-
-    wide, narrow, weight = tokens * d, tokens * h, d * h
-    first = product(tokens, d, inputs * h, wide + inputs * weight + (inputs + 1) * narrow)
-    forward = first + product(tokens, h, d, narrow + weight + wide)
-    da = product(tokens, d, h, wide + weight + (2 * inputs + 1) * narrow)
-    dx = product(tokens, inputs * h, d, inputs * (narrow + weight) + wide)
-    weights = product(d, tokens, h, wide + narrow + weight) + product(inputs * h, tokens, d, wide + inputs * narrow)
-    return {"forward": forward, "backward": da + dx + weights, "both": forward + da + dx + weights}
-
-
-def gpu_shape(tokens: int, d: int, h: int, gated: bool, rounds: int, rates: tuple[float, float]) -> dict[str, Any]:
-    """One shape on the GPU; a variant that cannot run there is given with its reason."""
-    problem = Problem.draw(tokens, d, h, gated, "cuda", torch.bfloat16)
-    found: dict[str, Any] = {"tokens": tokens, "d": d, "h": h, "gated": gated, "not run": {}}
-    shape, activation = Shape(tokens, d, h, d, gated, 1), "silu" if gated else "gelu"
-    known = MLP.choice.known_rows(torch.device("cuda"), torch.bfloat16, shape, activation, "torch")
-    found["chosen"] = path(known, tokens, "torch")
-    found["floor"] = floors = gpu_floors(tokens, d, h, gated, rates)
-    steps: dict[str, dict[str, Step]] = {"forward": {}, "backward": {}, "both": {}}
-    for name, run in gpu_variants(problem).items():
-        try:
-            forward_only(run)()
-            y = run()
-            torch.autograd.grad(y, problem.leaves(), problem.dy, retain_graph=True)
-        except (ValueError, RuntimeError) as error:
-            found["not run"][name] = str(error).splitlines()[0]
-            continue
-        steps["forward"][name] = forward_only(run)
-        steps["backward"][name] = functools.partial(
-            torch.autograd.grad, y, problem.leaves(), problem.dy, retain_graph=True
-        )
-        steps["both"][name] = training(problem, run)
-    for direction, variants in steps.items():
-        rows: dict[str, Any] = {"calls": gpu_in_turn(variants, rounds)}
-        if direction != "backward":
-            rows["captured"] = gpu_in_turn({name: captured(step) for name, step in variants.items()}, rounds)
-        for table in list(rows.values()):
-            for row in table.values():
-                row["share of the floor"] = floors[direction] / row["median"]
-        found[direction] = rows
-    found["peak bytes of a step"] = {name: gpu_peak(step) for name, step in steps["both"].items()}
-    return found
-
-
-def run_gpu(options: argparse.Namespace) -> dict[str, Any]:
-    """All shapes on the GPU."""
-    rates = gpu_rates()
-    result: dict[str, Any] = {
-        "machine": {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda},
-        "versions": {"torch": torch.__version__},
-        "backends": {name: row for name, row in backends().items() if name.startswith("mlp")},
-        "rates": {"product operations per second": rates[0], "copy bytes per second": rates[1]},
-        "shapes": [],
-    }
-    for gated in (False, True):
-        for d, h in GPU_WIDTHS:
-            for tokens in options.tokens or GPU_TOKENS:
-                torch._dynamo.reset()
-                found = gpu_shape(tokens, d, h, gated, options.rounds, rates)
-                result["shapes"].append(found)
-                both = {name: round(row["median"] * 1e6, 1) for name, row in found["both"]["calls"].items()}
-                print(f"{'gated' if gated else 'plain'} d {d} h {h} tokens {tokens}, us: {both}", flush=True)
-    return result
-
-
 def main() -> None:
     """Measure, print, and write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--tokens", nargs="*", type=int, help="instead of the token counts of the device")
+    parser.add_argument("--tokens", nargs="*", type=int, help="instead of the usual token counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--rounds", type=int, default=60, help="at most, of each comparison")
-    parser.add_argument("--budget", type=float, default=5.0, help="seconds for the rounds of a comparison on a CPU")
-    parser.add_argument("--out", type=Path, help="bench/results/fused_mlp-DEVICE.json if not given")
+    parser.add_argument("--budget", type=float, default=5.0, help="seconds for the rounds of a comparison")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/fused_mlp-cpu.json"))
     options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("--device cuda: torch finds no CUDA device")
-    result = run_cpu(options) if options.device == "cpu" else run_gpu(options)
-    out = options.out or Path(f"bench/results/fused_mlp-{options.device}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"written: {out}")
+    result = run_cpu(options)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"written: {options.out}")
 
 
 if __name__ == "__main__":

@@ -1,69 +1,157 @@
-"""Everything that needs a GPU, in one run of less than ten minutes: first whether it is right, then how long it takes.
+"""Everything that needs a GPU, in one run of at most ten minutes, of which nothing is lost.
 
-    python bench/gpu.py [--parts kmeans mlp ntk] [--shapes bert ...] [--budget 200] [--out bench/results/gpu.json]
+    python bench/gpu.py [--only STAGE ...] [--resume] [--model FOLDER ...] [--seconds 600] [--out FILE]
+    python bench/gpu.py --plan
 
-The part `ntk` needs the CUDA library: `MLP_FUSION_BUILD=cuda python setup.py build_ext --inplace`.
-Nothing of a part is timed if one of its checks fails. Times are medians between device events. The part `mlp` times the
-kernels by tile; `bench/fused_mlp.py --device cuda` compares whole blocks with their peers.
+From a bare checkout: neither this project nor its compiled libraries need be installed. `--plan` prints the stages and
+their seconds, and needs no GPU. Every stage runs in a process of its own, and the file is written anew after every
+line. What raises, crashes or never ends is kept under `failures`, and the run goes on; the status is 1 then. `--resume`
+leaves out the lines that the file has already, if they are of the same device, driver, torch, Triton and bytes of the
+kernels. Without it, a file that is there is renamed to `FILE.before`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import gpu_kmeans
-import gpu_mlp
-import gpu_ntk
-import torch
-from gpu_timing import ceilings
+from gpu_running import Record, Stage, planned, run
 
-from fusion_kernels import backends, gpu, native
+#: Which device that is, and its ceilings; always.
+DEVICE = Stage("device", 18, 60, "gpu_device", "what results depend on; rates of a large product and a large copy")
+STAGES = (
+    Stage(
+        "compile", 72, 70, "gpu_compile", "every launch, by a process for each processor; the libraries", lasting=False
+    ),
+    Stage("proofs", 50, 25, "gpu_proofs", "every case of fusion_kernels.proof, and the verdicts that users get"),
+    Stage("sanitizer", 50, 25, "gpu_sanitizer", "compute-sanitizer: memcheck and racecheck of small cases"),
+    Stage("kmeans", 110, 40, "gpu_kmeans", "by step, by mode, beside Lloyd's iteration in torch and the CPU"),
+    Stage("mlp", 105, 50, "gpu_mlp", "blocks beside eager and compiled layers; kernels by tile beside cuBLAS"),
+    Stage("experts", 30, 20, "gpu_experts", "8 and 128 experts beside torch's grouped products"),
+    Stage("ntk", 35, 20, "gpu_ntk", "tangent kernels: checks, then times beside torch"),
+    Stage("whole", 60, 40, "gpu_whole", "compress on the GPU and the CPU; tokens per second in training"),
+    Stage("profile", 20, 15, "gpu_profile", "torch.profiler: one call of k-means, one training step"),
+    Stage("ncu", 45, 30, "gpu_ncu", "Nsight Compute on six kernels"),
+)
+#: Seconds that the first stage may take where nothing is in memory yet, and for what is left to do behind the last one.
+BEGINNING, END = 60.0, 5.0
+_ASKED = "power.draw,clocks.sm,clocks.mem,temperature.gpu,pstate"
 
-PARTS = ("kmeans", "mlp", "ntk")
+
+def nvidia_smi() -> dict[str, str]:
+    """What the driver says of power and clocks, or why it says nothing."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return {"skipped": "nvidia-smi is not on the PATH"}
+    command = [tool, f"--query-gpu={_ASKED}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=END - 1, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"skipped": f"nvidia-smi: {error}"}
+    if done.returncode != 0:
+        return {"skipped": f"nvidia-smi ended with {done.returncode}: {' '.join((done.stdout + done.stderr).split())}"}
+    values = (value.strip() for value in done.stdout.splitlines()[0].split(","))
+    return dict(zip(_ASKED.split(","), values, strict=False))
 
 
-def main() -> None:
-    """Check, measure, print and write the JSON."""
+def refuse(reason: str) -> NoReturn:
+    """End with one line and status 1."""
+    sys.exit(f"bench/gpu.py {reason}")
+
+
+def device_facts(record: Record) -> dict[str, Any]:
+    """What the device stage has found, without which there is no run."""
+    if "facts" not in record.stages.get("device", {}):
+        failures = [f"{row['type']}: {row['message']}" for row in record.failures["device"].values()]
+        refuse(f"cannot ask for the device: {'; '.join(failures)}")
+    facts = record.stages["device"]["facts"]
+    if "why_not" in facts:
+        refuse(f"needs a GPU that the Triton backend runs on: {facts['why_not']}")
+    return facts["about"]
+
+
+def kept_lines(path: Path, resume: bool, about: dict[str, Any]) -> dict[str, Any] | None:
+    """What the file has, to go on with; None, and an older file out of the way, where the run begins anew."""
+    if not path.exists():
+        return None
+    if not resume:
+        path.replace(path.with_name(f"{path.name}.before"))
+        return None
+    try:
+        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known = kept["about"]
+    except (ValueError, KeyError) as error:
+        refuse(f"--resume: {path} is no file of this script ({error}): name another one with --out")
+    differ = sorted(name for name in {*known, *about} if known.get(name) != about.get(name))
+    if differ:
+        refuse(f"--resume: {path} is of another {', '.join(differ)}: name another file with --out")
+    return kept
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--shapes", nargs="+", choices=sorted(gpu_kmeans.SHAPES), default=list(gpu_kmeans.SHAPES))
-    parser.add_argument("--budget", type=float, default=200.0, help="seconds for the MLP's tiles")
+    parser.add_argument("--only", nargs="+", choices=[stage.name for stage in STAGES], help="these stages")
+    parser.add_argument("--resume", action="store_true", help="leave out the lines that the file has already")
+    parser.add_argument("--model", type=Path, action="append", default=[], help="a checkpoint to compress; repeatable")
+    parser.add_argument("--seconds", type=float, default=600.0, help="for all of it")
     parser.add_argument("--out", type=Path, default=Path("bench/results/gpu.json"))
+    parser.add_argument("--plan", action="store_true", help="print the stages and their seconds, and end")
     options = parser.parse_args()
-    if gpu.why_not() is not None:
-        parser.exit(1, f"bench/gpu.py needs a GPU that the Triton backend runs on: {gpu.why_not()}\n")
-    import triton
+    for folder in options.model:
+        if not (folder / "config.json").is_file():
+            parser.exit(1, f"bench/gpu.py --model: {folder} has no config.json: name the folder of a checkpoint\n")
+    return options
 
-    properties = torch.cuda.get_device_properties("cuda")
-    found: dict[str, Any] = {
-        "machine": {"gpu": properties.name, "memory": properties.total_memory},
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
-        "backends": backends(),
-    }
-    with torch.no_grad():
-        found["ceilings"] = rates = ceilings()
-        if "kmeans" in options.parts:
-            checks = gpu_kmeans.check()
-            print("k-means is right:", json.dumps(checks))
-            found["kmeans"] = {"checks": checks, "results": gpu_kmeans.run(rates, options.shapes)}
-        if "mlp" in options.parts:
-            errors = gpu_mlp.check_mlp()
-            print("MLP kernels are right:", json.dumps(errors))
-            found["mlp"] = {"error_over_torchs": errors, "tiles": gpu_mlp.sweep(options.budget)}
-        if "ntk" in options.parts:
-            reason = native.cuda_unavailable()
-            if reason is not None:
-                parser.exit(1, f"the CUDA library is not there: {reason} (MLP_FUSION_BUILD=cuda builds it)\n")
-            errors = gpu_ntk.check()
-            print("tangent kernels are right:", json.dumps(errors))
-            found["ntk"] = {"checks": errors, "results": gpu_ntk.run(rates)}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(f"written: {options.out}")
+
+def main() -> int:
+    """Run the stages, and print and keep their lines; returns the status."""
+    began = time.monotonic()
+    options = arguments()
+    chosen = [stage for stage in STAGES if options.only is None or stage.name in options.only]
+    plan = planned([DEVICE, *chosen], options.seconds - END)
+    if options.plan:
+        for stage, seconds in plan:
+            print(f"{seconds:6.1f} s  {stage.name:10s} {stage.about}")
+        print(f"{sum(seconds for _, seconds in plan):6.1f} s  in all")
+        return 0
+    # What ends the script by a signal lets it end its processes first.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - began:5.1f} s] {line}", flush=True)
+
+    first: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="mlp-fusion-gpu-", ignore_cleanup_errors=True) as scratch:
+        # Verdicts of this run only, and of nobody else's.
+        os.environ["MLP_FUSION_CACHE"] = scratch
+        told = {"scratch": scratch, "models": [str(folder.resolve()) for folder in options.model]}
+        record = Record()
+        run([DEVICE], record, told, BEGINNING, first.append)
+        about = device_facts(record)
+        say("; ".join(first))
+        kept = kept_lines(options.out, options.resume, about)
+        if kept is not None:
+            record.adopt(kept, chosen)
+        record.note("about", about)
+        record.note("plan", {stage.name: round(seconds, 1) for stage, seconds in plan})
+        record.note("nvidia-smi", {"at the beginning": nvidia_smi()})
+        record.keep(options.out)
+        run(chosen, record, told, options.seconds - END - (time.monotonic() - began), say)
+        record.note("nvidia-smi", {**record.notes["nvidia-smi"], "at the end": nvidia_smi()})
+    failed = [f"{stage}: {line}" for stage, lines in record.failures.items() for line in lines]
+    say(f"written: {options.out}; {len(failed)} failures{''.join(f'{chr(10)}  {name}' for name in failed)}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,156 +1,189 @@
-"""The k-means part of bench/gpu.py: whether it is right, then how long it takes beside others.
+"""The k-means of bench/gpu.py: how long it takes, step by step and mode by mode, beside others.
 
-Right: the Gram matrix against float64; float64 problems label by label against the reference, in every mode; float32
-problems by distances, means and inertia; a problem's bits alone, in a batch, in parts, and again; nearest centroids by
-distance gap. Times are on points like a network's neurons, all problems of a batch together. Peers: Lloyd's iteration
-in bfloat16 with torch (the products by cuBLAS), and flash-kmeans if it is installed; both start from random points and
-run a fixed number of iterations. Inertias are computed in float64 from the labels, so that a faster result that is
-worse shows. The floors are operations and bytes that cannot be avoided, over the rates of `gpu_timing.ceilings`.
+Points are like a network's neurons, all problems of a batch together. Modes are the defaults, Lloyd's iteration, and
+Lloyd's iteration from given points for a fixed number of passes, as the peers have it: torch with products in bfloat16
+by cuBLAS, and flash-kmeans if it is installed. Inertias are computed in float64 from the labels, so that a faster
+result that is worse shows. Floors are operations and bytes that cannot be avoided, over the rates of the device stage.
+Whether results are right is what the proofs find out.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
 import importlib.util
 import math
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
+import gpu_timing
 import torch
-from gpu_timing import DEVICE, milliseconds, require
-from support import nearest_gap, neuron_like
+from gpu_device import known_rates
+from gpu_running import Told, Work
+from gpu_timing import compared, in_brief, in_turn
+from support import neuron_like
 from torch import Tensor
 
-from fusion_kernels import kmeans, kmeans_assign
-from fusion_kernels.native import exact_products
+from fusion_kernels import kmeans, kmeans_assign, native
 
-#: N, K, D and how many problems make a full batch.
+#: N, K, D and how many problems: the FFNs of MiniLM, of BERT-base, the experts of a layer, one FFN of Llama's size.
 SHAPES = {
-    "minilm": (1536, 384, 769, 64),
-    "bert": (3072, 768, 1537, 32),
-    "gpt2-medium": (4096, 1024, 2049, 16),
-    "moe-wide": (2048, 512, 21504, 16),
+    "bert": (3072, 768, 1537, 12),
+    "minilm": (1536, 384, 769, 6),
     "experts": (768, 384, 6144, 128),
-    "large": (14336, 3584, 12288, 2),
+    "llama": (14336, 3584, 12288, 1),
 }
+LARGE = "llama"
 #: N, K, D of the search for nearest centroids alone.
 ASSIGN = (262_144, 1024, 1024)
 ITERATIONS = 15
+#: Calls whose steps are timed.
+REPEATS = 3
+#: Seconds after which the CPU is asked no second or third time.
+CPU_SECONDS = 4.0
+#: What is timed inside a call: place and name in `fusion_kernels.kmeans`, and what it is called here.
+STEPS = {
+    ("triton_backend", "prepare"): "Gram",
+    ("triton_backend", "_Seeding.__call__"): "seeding",
+    ("triton_run", "Run.lloyd"): "Lloyd",
+    ("triton_run", "Run.hartigan"): "Hartigan",
+    ("triton_backend", "_results"): "means and inertia",
+    ("triton_backend", "resolved_problems"): "whether float32 is enough",
+    ("triton_backend", "settle_problem"): "settling",
+}
 
 
-# --- correctness -----------------------------------------------------------------------------------------------------
+def lines(told: Told) -> Iterator[tuple[str, Work]]:
+    """Steps and modes of each shape, and one problem on the CPU; the largest shape comes last, and may be left out."""
+    rates = known_rates(told)
+    for name in SHAPES:
+        if name == LARGE:
+            yield "nearest centroids", functools.partial(nearest, rates)
+            yield "bert, one problem: steps", functools.partial(steps, "bert", rates, 1)
+        yield f"{name}: steps", functools.partial(steps, name, rates)
+        yield f"{name}: modes", functools.partial(modes, name)
+        yield f"{name}: on the CPU", functools.partial(on_the_cpu, name)
 
 
-def check_gram() -> dict[str, float]:
-    """Largest and RMS error of Gram against float64 over those of a float32 product, for odd shapes; at most 2."""
-    from fusion_kernels.kmeans import triton_points
-
-    worst = {"max": 0.0, "rms": 0.0}
-    for n, d in [(17, 65), (65, 17), (123, 129), (300, 1537), (1537, 3000), (2049, 64)]:
-        x = torch.stack([neuron_like(n, d, seed) for seed in range(3)]).to(DEVICE) + 0.5
-        points = triton_points.prepare(x, None, None, 1, True)
-        gram = points.gram[:, :, :n]
-        rows = x.double() - points.mean[:, None].double()
-        exact = rows @ rows.mT
-        norms = rows.norm(dim=2).clamp(min=1e-300)
-        scale = torch.exp2(torch.log2(gram.double().amax((1, 2)) / exact.amax((1, 2))).round())[:, None, None]
-        with exact_products():
-            plain = rows.float() @ rows.float().mT
-        found, peer = (
-            (g.double() - exact) / (norms[:, :, None] * norms[:, None, :]) for g in (gram.double() / scale, plain)
-        )
-        worst["max"] = max(worst["max"], float(found.abs().max() / peer.abs().max()))
-        worst["rms"] = max(worst["rms"], float(found.square().mean().sqrt() / peer.square().mean().sqrt()))
-        require(torch.equal(gram, gram.mT), f"Gram of {n} x {d} is not symmetric")
-    require(max(worst.values()) <= 2, f"Gram errs {worst} times as much as float32")
-    return worst
+def jobs() -> dict[str, Callable[[], object]]:
+    """Calls that launch everything that is timed here, by name: one problem each."""
+    found: dict[str, Callable[[], object]] = {f"kmeans {name}": functools.partial(_once, name) for name in SHAPES}
+    found["kmeans nearest centroids"] = functools.partial(_assigned, 4096)
+    return found
 
 
-def check_against_reference() -> int:
-    """float64 problems have the reference's labels in every mode; returns how many were compared."""
-    compared = 0
-    for n, d, k in [(17, 1, 5), (65, 17, 16), (123, 65, 16), (300, 33, 1), (1537, 17, 60)]:
-        x = torch.stack([neuron_like(n, d, seed, torch.float64) for seed in range(2)])
-        x = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype).mul_(0.1)
-        w = torch.rand(2, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        w[:, ::7] = 0
-        labels = torch.randint(k, (2, n), generator=torch.Generator().manual_seed(2))
-        inits: list[str | Tensor] = ["k-means++", "random", x[:, :k] + 0.01, labels]
-        for init in inits:
-            for options in ({}, {"algorithm": "lloyd"}, {"max_iter": 2}, {"algorithm": "lloyd", "tol": 0.1}):
-                for weight in (None, w):
-                    arguments: dict[str, Any] = {"sample_weight": weight, "init": init, "seed": 3, **options}
-                    expected = kmeans(x, k, backend="reference", **arguments)
-                    moved = {a: v.to(DEVICE) if isinstance(v, Tensor) else v for a, v in arguments.items()}
-                    found = kmeans(x.to(DEVICE), k, backend="triton", **moved)
-                    what = f"{(n, d, k)}, {init if isinstance(init, str) else tuple(init.shape)}, {options}"
-                    for name in ("labels", "counts", "n_iter", "status"):
-                        same = torch.equal(getattr(found, name).cpu(), getattr(expected, name))
-                        require(same, f"{name} differ from the reference: {what}")
-                    torch.testing.assert_close(found.centroids.cpu(), expected.centroids, rtol=1e-12, atol=1e-12)
-                    torch.testing.assert_close(found.inertia.cpu(), expected.inertia, rtol=1e-12, atol=1e-12)
-                    compared += 2
-    return compared
+def _once(name: str) -> None:
+    _, K, _, _ = SHAPES[name]
+    x = points(name, 1)
+    for call in _modes(x, K, _start(x, K)).values():
+        call()
 
 
-def check_float32() -> dict[str, float]:
-    """Distances, means and inertia of float32 results, and that a problem's bits do not depend on its neighbours."""
-    n, k, d = 1537, 384, 769
-    x = torch.stack([neuron_like(n, d, seed) for seed in range(4)]).to(DEVICE)
-    x[1, 3, 5] = math.nan
-    together = kmeans(x, k, backend="triton")
-    again = kmeans(x, k, backend="triton")
-    in_parts = kmeans(x, k, backend="triton", workspace_bytes=1)
-    for b in range(4):
-        alone = kmeans(x[b], k, backend="triton")
-        for name, value in together._asdict().items():
-            for other in (getattr(alone, name), getattr(again, name)[b], getattr(in_parts, name)[b]):
-                same = torch.equal(value[b].nan_to_num(-7.0), other.nan_to_num(-7.0))
-                require(same, f"problem {b}: {name} depends on the run or the batch")
-    require(together.status.tolist() == [0, 4, 0, 0], f"status is {together.status.tolist()}")
-    worst = {"distance_gap": 0.0, "mean": 0.0, "inertia": 0.0, "inertia_over_reference": 0.0}
-    for b in (0, 2, 3):
-        rows, labels = x[b].double(), together.labels[b]
-        distances = torch.cdist(rows, together.centroids[b].double()).square()
-        own = distances.gather(1, labels[:, None]).squeeze(1)
-        scale = (rows - rows.mean(0)).square().sum(1)
-        worst["distance_gap"] = max(worst["distance_gap"], float(((own - distances.amin(1)) / scale.mean()).max()))
-        sums = torch.zeros(k, d, dtype=torch.float64, device=DEVICE).index_add_(0, labels, rows)
-        means = sums / together.counts[b][:, None]
-        worst["mean"] = max(worst["mean"], float((means - together.centroids[b]).abs().max() / rows.abs().max()))
-        worst["inertia"] = max(worst["inertia"], abs(float(together.inertia[b] / own.sum()) - 1))
-        reference = kmeans(x[b], k, backend="reference")
-        worst["inertia_over_reference"] = max(
-            worst["inertia_over_reference"], float(together.inertia[b] / reference.inertia) - 1
-        )
-    require(worst["distance_gap"] <= 1e-5, f"labels are not nearest: {worst}")
-    require(worst["mean"] <= 1e-6 and worst["inertia"] <= 1e-6, f"means or inertia are off: {worst}")
-    require(worst["inertia_over_reference"] <= 0.01, f"float32 ends higher than the reference: {worst}")
-    return worst
+def points(name: str, problems: int) -> Tensor:
+    """(B, N, D) float32, drawn on the device."""
+    N, _, D, _ = SHAPES[name]
+    return torch.stack([neuron_like(N, D, seed, device=gpu_timing.DEVICE) for seed in range(problems)])
 
 
-def check_assign() -> float:
-    """Largest distance gap of the nearest centroids in float32, relative to the squared norms."""
-    worst = 0.0
-    for n, d, k in [(1, 1, 1), (17, 5, 3), (1537, 123, 70), (5000, 769, 300)]:
-        x, centroids = neuron_like(n, d).to(DEVICE), neuron_like(k, d, seed=1).to(DEVICE)
-        labels = kmeans_assign(x, centroids, backend="triton")
-        worst = max(worst, nearest_gap(x, centroids, labels))
-    require(worst <= 32 * torch.finfo(torch.float32).eps, f"labels are not nearest: gap {worst}")
-    return worst
+def _start(x: Tensor, K: int) -> Tensor:
+    """(B, K, D), K points of each problem."""
+    B, N, D = x.shape
+    order = torch.stack([torch.randperm(N, generator=torch.Generator().manual_seed(seed))[:K] for seed in range(B)])
+    return x.gather(1, order.to(x.device)[:, :, None].expand(-1, -1, D))
 
 
-def check() -> dict[str, Any]:
-    """All checks; the run ends at the first that fails."""
-    return {
-        "gram_error_over_float32": check_gram(),
-        "float64_problems_like_the_reference": check_against_reference(),
-        "float32": check_float32(),
-        "assign_gap": check_assign(),
+# --- by step ---------------------------------------------------------------------------------------------------------
+
+
+class ByStep:
+    """Device time of the steps of a call, between events that are recorded around them."""
+
+    def __init__(self) -> None:
+        self.events: dict[str, list[tuple[Any, Any]]] = {}
+        self.counts: dict[str, list[Tensor]] = {}
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Record inside."""
+        with contextlib.ExitStack() as patches:
+            for (module, place), step in STEPS.items():
+                owner: Any = importlib.import_module(f"fusion_kernels.kmeans.{module}")
+                *inner, name = place.split(".")
+                for part in inner:
+                    owner = getattr(owner, part)
+                patches.enter_context(mock.patch.object(owner, name, self._watched(step, getattr(owner, name))))
+            yield
+
+    def _watched(self, step: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            counted = step in ("Lloyd", "Hartigan")
+            before = args[0].n_iter.clone() if counted else None
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            found = function(*args, **kwargs)
+            end.record()
+            self.events.setdefault(step, []).append((begin, end))
+            if before is not None:
+                self.counts.setdefault(step, []).append(args[0].n_iter - before)
+            return found
+
+        return run
+
+    def ms(self) -> dict[str, float]:
+        """Milliseconds of each step, all its calls together."""
+        torch.cuda.synchronize()
+        return {step: sum(begin.elapsed_time(end) for begin, end in pairs) for step, pairs in self.events.items()}
+
+    def passes(self) -> dict[str, int]:
+        """Of Lloyd's iteration and rounds of moves, the most of any problem."""
+        return {step: max(int(count.max()) for count in counts) for step, counts in self.counts.items()}
+
+
+def steps(name: str, rates: dict[str, float], problems: int | None = None) -> dict[str, Any]:
+    """Steps of the default mode: medians of a few calls, how many rounds there were, and what one takes."""
+    N, K, D, usual = SHAPES[name]
+    B = usual if problems is None else problems
+    x = points(name, B)
+    kmeans(x, K, backend="triton")
+    runs: list[dict[str, float]] = []
+    watch = ByStep()
+    for _ in range(REPEATS):
+        watch = ByStep()
+        with watch.watching():
+            kmeans(x, K, backend="triton")
+        runs.append(watch.ms())
+    ms = {step: statistics.median(run[step] for run in runs) for step in runs[0]}
+    floors = {
+        "Gram": B * 3 * N * N * D / rates["bf16_flops"] * 1e3,
+        "one sweep of Gram": B * 4 * N * N / rates["copy_bytes"] * 1e3,
+        "seeding": B * K * (2 + int(math.log(K))) * 4 * N / rates["copy_bytes"] * 1e3,
     }
+    passes = watch.passes()
+    each = {step: 1e3 * ms[step] / max(1, count) for step, count in passes.items()}
+    return {
+        "N": N, "K": K, "D": D, "problems": B, "ms": ms, "passes": passes, "us per pass": each,
+        "floors ms": floors, "share of the floor": {step: floors[step] / ms[step] for step in ("Gram", "seeding")},
+        "brief": ", ".join(f"{step} {value:.2f}" for step, value in ms.items())
+        + f" ms; {passes.get('Hartigan', 0)} rounds of {each.get('Hartigan', 0.0):.1f} us",
+    }  # fmt: skip
 
 
-# --- time ------------------------------------------------------------------------------------------------------------
+# --- by mode ---------------------------------------------------------------------------------------------------------
+
+
+def _modes(x: Tensor, K: int, start: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Labels (B, N) by ours in every mode."""
+    lloyd: dict[str, Any] = {"algorithm": "lloyd", "max_iter": ITERATIONS}
+    return {
+        "default": lambda: kmeans(x, K, backend="triton").labels,
+        "lloyd": lambda: kmeans(x, K, backend="triton", **lloyd).labels,
+        "given": lambda: kmeans(x, K, backend="triton", init=start, **lloyd).labels,
+        "fast, default": lambda: kmeans(x, K, backend="triton-fast").labels,
+    }
 
 
 def torch_lloyd(x: Tensor, start: Tensor, iterations: int) -> Tensor:
@@ -182,78 +215,71 @@ def inertia(x: Tensor, labels: Tensor, K: int) -> float:
     return statistics.mean(shares)
 
 
-def measure(name: str, rates: dict[str, float]) -> dict[str, Any]:
-    """Times of one batch, per problem, with inertias and the share of the floors that Gram and a sweep of it reach."""
-    from fusion_kernels.kmeans import triton_points
-
+def modes(name: str) -> dict[str, Any]:
+    """Times of whole calls with the inertias that they end at, ours and the peers'."""
     N, K, D, problems = SHAPES[name]
-    x = torch.stack([neuron_like(N, D, seed) for seed in range(problems)]).to(DEVICE)
-    order = torch.stack([torch.randperm(N, generator=torch.Generator().manual_seed(s))[:K] for s in range(problems)])
-    start = x.gather(1, order.to(DEVICE)[:, :, None].expand(-1, -1, D))
-    result: dict[str, Any] = {"N": N, "K": K, "D": D, "problems": problems, "ms_per_problem": {}, "inertia": {}}
-
-    def record(name: str, work: Callable[[], Tensor]) -> None:
-        times = milliseconds(work)
-        result["ms_per_problem"][name] = {key: value / problems for key, value in times.items()}
-        result["inertia"][name] = inertia(x, work(), K)
-
-    for backend in ("triton", "triton-fast"):
-        record(f"{backend}, k-means++, hartigan", lambda b=backend: kmeans(x, K, backend=b).labels)  # type: ignore[misc]
-        options: dict[str, Any] = {"backend": backend, "algorithm": "lloyd", "max_iter": ITERATIONS}
-        record(f"{backend}, k-means++, lloyd", lambda o=options: kmeans(x, K, **o).labels)  # type: ignore[misc]
-        record(
-            f"{backend}, given points, lloyd",
-            lambda o=options: kmeans(x, K, init=start, **o).labels,  # type: ignore[misc]
-        )
-    record("triton, given points, hartigan", lambda: kmeans(x, K, init=start, backend="triton").labels)
-    record(f"torch bf16, given points, {ITERATIONS} iterations", lambda: torch_lloyd(x, start, ITERATIONS))
+    x = points(name, problems)
+    start = _start(x, K)
+    calls = _modes(x, K, start)
+    peer = f"torch bf16, given, {ITERATIONS} passes"
+    calls[peer] = lambda: torch_lloyd(x, start, ITERATIONS)
     if importlib.util.find_spec("flash_kmeans") is not None:
         from flash_kmeans import batch_kmeans_Euclid
 
         low = x.bfloat16()
-        record(
-            f"flash-kmeans bf16, random points, {ITERATIONS} iterations",
-            lambda: batch_kmeans_Euclid(low, K, max_iters=ITERATIONS)[0],
-        )
-
-    gram = milliseconds(lambda: triton_points.prepare(x, None, None, K, True).gram)["median"] / problems
-    floor = 3 * N * N * D / rates["bf16_flops"] * 1e3
-    result["gram"] = {"ms_per_problem": gram, "floor_ms": floor, "share_of_floor": floor / gram}
-    sweep = 4 * N * N / rates["copy_bytes"] * 1e3
-    greedy = K * (2 + int(math.log(K))) * 4 * N / rates["copy_bytes"] * 1e3
-    result["floors_ms"] = {"one sweep of Gram": sweep, "k-means++ on Gram": greedy}
-    times = {name: value["median"] for name, value in result["ms_per_problem"].items()}
-    seeded = times["triton, k-means++, lloyd"] - times["triton, given points, lloyd"]
-    result["k-means++ over given points, ms"] = seeded
-    return result
+        calls["flash-kmeans bf16"] = lambda: batch_kmeans_Euclid(low, K, max_iters=ITERATIONS)[0]
+    rows = in_turn(calls, seconds=5.0)
+    found = {mode: inertia(x, call(), K) for mode, call in calls.items()}
+    return {
+        "N": N, "K": K, "D": D, "problems": problems, **compared(rows, peer, None), "inertia": found,
+        "brief": f"{in_brief(rows)}; inertia " + ", ".join(f"{value:.4f}" for value in found.values()),
+    }  # fmt: skip
 
 
-def measure_assign(rates: dict[str, float]) -> dict[str, Any]:
+def on_the_cpu(name: str) -> dict[str, Any]:
+    """Seconds of one problem by the compiled kernels of the CPU, beside the same on the device."""
+    if native.UNAVAILABLE is not None:
+        return {"skipped": native.UNAVAILABLE}
+    _, K, _, _ = SHAPES[name]
+    x = points(name, 1)
+    there = x.cpu()
+    taken: list[float] = []
+    while len(taken) < REPEATS and sum(taken) < 1e3 * CPU_SECONDS:
+        began = time.perf_counter()
+        found = kmeans(there, K)
+        taken.append(1e3 * (time.perf_counter() - began))
+    device = in_turn({"device": lambda: kmeans(x, K, backend="triton")})["device"]
+    ours = kmeans(x, K, backend="triton")
+    ratio = float(ours.inertia[0].cpu() / found.inertia[0])
+    cpu = statistics.median(taken)
+    return {
+        "threads": torch.get_num_threads(), "cpu ms": cpu, "device ms": device, "inertia, device over CPU": ratio,
+        "times faster": cpu / device["median"],
+        "brief": f"CPU {cpu:.1f} ms, device {device['median']:.1f} ms, inertia {ratio:.5f} of the CPU's",
+    }  # fmt: skip
+
+
+# --- nearest centroids -----------------------------------------------------------------------------------------------
+
+
+def _assigned(rows: int) -> Tensor:
+    _, K, D = ASSIGN
+    g = torch.Generator(gpu_timing.DEVICE).manual_seed(0)
+    x, centroids = (torch.randn(n, D, generator=g, device=gpu_timing.DEVICE) for n in (rows, K))
+    return kmeans_assign(x, centroids, backend="triton")
+
+
+def nearest(rates: dict[str, float]) -> dict[str, Any]:
     """Nearest centroids of many points, beside a bfloat16 product that is stored and searched by torch."""
     N, K, D = ASSIGN
-    x = torch.randn(N, D, device=DEVICE)
-    centroids = torch.randn(K, D, device=DEVICE)
+    x = torch.randn(N, D, device=gpu_timing.DEVICE)
+    centroids = torch.randn(K, D, device=gpu_timing.DEVICE)
     low, norms = x.bfloat16(), centroids.square().sum(1)
 
     def stored() -> Tensor:
         return torch.addmm(norms.bfloat16(), low, centroids.bfloat16().mT, alpha=-2).argmin(1)
 
-    return {
-        "N": N, "K": K, "D": D,
-        "triton": milliseconds(lambda: kmeans_assign(x, centroids, backend="triton")),
-        "torch bf16": milliseconds(stored),
-        "floor_ms": 6 * N * K * D / rates["bf16_flops"] * 1e3,
-    }  # fmt: skip
-
-
-def run(rates: dict[str, float], shapes: list[str]) -> dict[str, Any]:
-    """Times of `shapes` and of the search for nearest centroids, printed as they come."""
-    results: dict[str, Any] = {}
-    for name in shapes:
-        result = results[name] = measure(name, rates)
-        print(name, "Gram: share of the floor", round(result["gram"]["share_of_floor"], 3))
-        for what, times in result["ms_per_problem"].items():
-            print(f"  {what:45s} {times['median']:10.3f} ms  inertia {result['inertia'][what]:.5f}")
-    results["assign"] = measure_assign(rates)
-    print("assign", results["assign"])
-    return results
+    ours = functools.partial(kmeans_assign, x, centroids, backend="triton")
+    rows = in_turn({"triton": ours, "torch bf16": stored})
+    floor = 6 * N * K * D / rates["bf16_flops"] * 1e3
+    return {"N": N, "K": K, "D": D, **compared(rows, "torch bf16", floor), "brief": in_brief(rows)}

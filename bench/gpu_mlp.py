@@ -1,309 +1,308 @@
-"""The MLP's part of bench/gpu.py: whether its kernels are right, then which tile is fastest for which shape.
+"""The small FFNs of bench/gpu.py: whole blocks beside ordinary layers, and kernels by tile beside cuBLAS.
 
-Right: every kernel in bfloat16, float16 and float32 against float64, at most twice torch's error in the same dtype in
-the maximum and in RMS, over even and odd shapes and every tile; the bits of two runs; experts against each alone.
-Nothing is timed if any of that fails. Times are medians between device events, of one launch after another, for every
-tile that fits the GPU, beside the same product by cuBLAS with and without the pointwise pass that it needs.
+bfloat16, forward without gradients and a training step (forward and backward, gradients returned), recorded as CUDA
+graphs. Blocks run on the same weights with the scale folded in, except ours, which fold it in every call. Peers: eager
+layers, `torch.compile`, and where they are installed Liger's gated kernels and flash-attn's FusedMLP. The floor of a
+block is, of each product, the longer of its operations and of the bytes that an epilogue-fused path moves, over the
+rates of the device stage. Whether results are right is what the proofs find out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import json
-import time
-from collections.abc import Callable
-from dataclasses import asdict
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
+from unittest import mock
 
+import gpu_timing
 import torch
-from gpu_timing import DEVICE, milliseconds, require
+from fused_mlp import Problem, Step, forward_only, training
+from gpu_device import known_rates
+from gpu_running import Told, Work
+from gpu_timing import all_captured, compared, in_brief, in_turn, peak_bytes
 from torch import Tensor
+from torch.nn import functional as F
 
-from fusion_kernels.activations import ACTIVATIONS
-from fusion_kernels.mlp import triton_heuristics, triton_launch, triton_linear, triton_pointwise, triton_resident
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-#: Tokens, inputs, neurons.
-CHECKED = [(1, 1, 1), (17, 123, 17), (1537, 17, 123), (300, 1537, 64), (1024, 768, 192), (4096, 1024, 256)]
-TOKENS = (65536, 8192, 1024)
-WIDTHS = [(768, 192), (768, 384), (768, 768), (1024, 256), (2048, 512), (4096, 1024), (4096, 3584)]
-COUNTS = (0, 700, 1, 0, 128, 3000, 65)
+from fusion_kernels.ffn import FFN
+from fusion_kernels.mlp import gpu_backend, triton_heuristics, triton_launch, triton_linear, triton_pointwise
+from fusion_kernels.mlp.operators import MLP
 
 
-# --- correctness -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Block:
+    """Tokens, inputs and outputs, neurons."""
+
+    T: int
+    d: int
+    h: int
+    gated: bool = False
+
+    def __str__(self) -> str:
+        return f"{'gated ' if self.gated else ''}{self.T} x {self.d} x {self.h}"
+
+    def problem(self) -> Problem:
+        """Its tensors."""
+        return Problem.draw(self.T, self.d, self.h, self.gated, gpu_timing.DEVICE, gpu_timing.DTYPE)
 
 
-def check_mlp() -> dict[str, float]:
-    """Largest error of every kernel over torch's in the same dtype, against float64.
-
-    The run ends if one is above 2 in the maximum or in RMS, two runs differ, or an expert is not as if alone.
-    """
-    worst: dict[str, float] = {}
-    for dtype in DTYPES:
-        for shape in CHECKED:
-            for activation in ACTIVATIONS if shape == CHECKED[4] else ("gelu", "silu"):
-                _check_block(shape, dtype, activation, None, worst)
-        kind = triton_launch.kind(dtype)
-        gpu = triton_launch.gpu(torch.device(DEVICE, torch.cuda.current_device()))
-        for config in triton_heuristics.tile_candidates(kind, gpu, True):
-            _check_block((config.BM + 1, 2 * config.BK, config.BN), dtype, "gelu", config, worst)
-        _check_experts(dtype)
-    for h in (16, 64, 128, 192, 256, 384, 512):
-        for dtype in (torch.bfloat16, torch.float16):
-            _check_resident(h, dtype, worst)
-    torch.cuda.synchronize()
-    return worst
+BLOCKS = (
+    Block(65536, 768, 192),
+    Block(8192, 768, 192),
+    Block(16384, 2048, 512, gated=True),
+    Block(65536, 768, 768),
+)
+#: Rows and columns of tiles, of which whole blocks are timed with one beside the tile that is chosen.
+OTHER_TILES, IN_OTHER_TILE = ((128, 128), (128, 64)), "epilogue, other tile"
+#: Kernels are timed with tiles of at least so many rows, all that fill a GPU.
+LEAST_ROWS = 64
+BASE, COMPILED, RESIDENT, BACKENDS = "eager", "compile", "resident, forward only", ("torch", "cublas", "epilogue")
 
 
-def _inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Tensor]:
-    T, d, h = shape
-    g = torch.Generator(DEVICE).manual_seed(T + d + h)
-
-    def draw(*size: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(*size, generator=g, device=DEVICE, dtype=torch.float64)).to(dtype)
-
-    return {
-        "x": draw(T, d), "w": draw(h, d, scale=d**-0.5), "up": draw(h, d, scale=d**-0.5), "b": draw(h), "bu": draw(h),
-        "out": draw(d, h, scale=h**-0.5), "bo": draw(d), "dy": draw(T, d),
-    }  # fmt: skip
-
-
-def _compare(name: str, found: Tensor | None, exact: Tensor, torchs: Tensor, worst: dict[str, float]) -> None:
-    require(found is not None, f"{name}: nothing came back")
-    assert found is not None
-    unit = 0.5 * torch.finfo(found.dtype).eps * exact.abs().max().item()
-    error, peer = (found.double() - exact).abs(), (torchs.double() - exact).abs()
-    # Half a unit in the last place beside torch's error, which luck can make zero for a few entries.
-    largest = error.max().item() / (peer.max().item() + unit)
-    rms = error.square().mean().sqrt().item() / (peer.square().mean().sqrt().item() + 0.3 * unit)
-    worst[name] = max(worst.get(name, 0.0), largest, rms)
-    require(largest <= 2 and rms <= 2, f"{name} {tuple(found.shape)} {found.dtype}: {largest:.2f}, RMS {rms:.2f}")
+def lines(told: Told) -> Iterator[tuple[str, Work]]:
+    """Blocks both ways, which backend the product takes, and kernels by tile."""
+    rates = known_rates(told)
+    for block in BLOCKS:
+        yield f"{block}: forward", functools.partial(timed_blocks, block, rates, trained=False)
+        yield f"{block}: training step", functools.partial(timed_blocks, block, rates, trained=True)
+    for block in BLOCKS:
+        yield f"{block}: tiles", functools.partial(timed_tiles, block, rates)
+    for block in BLOCKS:
+        yield f"{block}: choice", functools.partial(choice, block)
 
 
-def _check_block(
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    activation: str,
-    config: triton_heuristics.TileConfig | None,
-    worst: dict[str, float],
-) -> None:
-    i, phi = _inputs(shape, dtype), ACTIVATIONS[activation]
-    e = {name: value.double() for name, value in i.items()}
-    zg, zu = e["x"] @ e["w"].T + e["b"], e["x"] @ e["up"].T + e["bu"]
-    tg, tu = i["x"] @ i["w"].T + i["b"], i["x"] @ i["up"].T + i["bu"]
-    label = f"{str(dtype).removeprefix('torch.')} "
+def jobs() -> dict[str, Callable[[], object]]:
+    """Calls that launch everything that is timed here, by name."""
+    found: dict[str, Callable[[], object]] = {}
+    for block in BLOCKS:
+        found[f"mlp compiled layers, {block}"] = functools.partial(_once, block, compiled=True)
+        found[f"mlp blocks, {block}"] = functools.partial(_once, block, compiled=False)
+        found[f"mlp tiles, {block}"] = functools.partial(_each_tile, block)
+    return found
 
-    z, a = triton_linear.linear_act(i["x"], i["w"], i["b"], activation, save_z=True, config=config)
-    _compare(label + "z", z, zg, tg, worst)
-    _compare(label + "a", a, phi.function(zg), phi.function(tg), worst)
-    assert z is not None
-    runs = [
-        triton_linear.linear_act_backward(i["dy"], i["out"], z, activation, need_a=True, need_db1=True, config=config)
-        for _ in range(2)
-    ]
-    for first, second in zip(*runs, strict=True):
-        require(first is not None and second is not None and torch.equal(first, second), label + "two runs differ")
-    dz, again, db = runs[0]
-    require(again is not None and torch.equal(again, a), label + "the recomputed activation differs")
-    da, da_torch = e["dy"] @ e["out"], i["dy"] @ i["out"]
-    slope, slope_torch = phi.derivative(z.double()), phi.derivative(z.float()).to(dtype)
-    _compare(label + "dz", dz, da * slope, da_torch * slope_torch, worst)
-    _compare(label + "db", db, (da * slope).sum(0), (da_torch * slope_torch).sum(0), worst)
 
-    g, u, a = triton_linear.linear_glu(i["x"], i["w"], i["up"], i["b"], i["bu"], activation, save_z=True, config=config)
-    _compare(label + "glu gate", g, zg, tg, worst)
-    _compare(label + "glu up", u, zu, tu, worst)
-    _compare(label + "glu a", a, phi.function(zg) * zu, phi.function(tg) * tu, worst)
-    assert g is not None
-    assert u is not None
-    dg, du, again, dbg, dbu = triton_linear.linear_glu_backward(
-        i["dy"], i["out"], g, u, activation, need_a=True, need_db=True, config=config
+def _once(block: Block, *, compiled: bool) -> None:
+    problem = block.problem()
+    for trained in (False, True):
+        for name, step in steps_of(problem, trained=trained).items():
+            if (name == COMPILED) is compiled:
+                step()
+
+
+def _each_tile(block: Block) -> None:
+    for kernels, *_ in tile_kernels(block):
+        for call in kernels.values():
+            call()
+
+
+# --- whole blocks ----------------------------------------------------------------------------------------------------
+
+
+def variants(problem: Problem) -> dict[str, Callable[[], Tensor]]:
+    """The block by ours and by peers."""
+    found: dict[str, Callable[[], Tensor]] = {BASE: problem.eager, COMPILED: compiled(problem.eager)}
+    for name in BACKENDS:
+        found[name] = functools.partial(problem.fused, 1, name)
+    found[IN_OTHER_TILE] = found["epilogue"]
+    if _resident_runs(problem):
+        found[RESIDENT] = functools.partial(problem.fused, 2, "resident")
+    if problem.w_gate is not None:
+        liger = optional("liger_kernel.ops.swiglu", "LigerSiLUMulFunction")
+        if liger is not None:
+            found["liger"] = lambda: F.linear(
+                liger.apply(F.linear(problem.x, problem.w_gate), F.linear(problem.x, problem.w_in, problem.b_in)),
+                problem.w_out, problem.b_out,
+            )  # fmt: skip
+    else:
+        flash = optional("flash_attn.ops.fused_dense", "fused_mlp_func")
+        if flash is not None:
+            found["flash-attn (tanh)"] = lambda: flash(
+                problem.x, problem.w_in, problem.w_out, problem.b_in, problem.b_out, activation="gelu_approx",
+                save_pre_act=True, checkpoint_lvl=1, heuristic=0,
+            )  # fmt: skip
+    return found
+
+
+def _resident_runs(problem: Problem) -> bool:
+    """Whether the hidden layer fits on the chip, and Triton compiles that kernel rightly for the device."""
+    device = problem.x.device
+    fits = triton_heuristics.resident_candidates(
+        len(problem.w_in), triton_heuristics.HALF, triton_launch.gpu(device), problem.w_gate is not None
     )
-    require(again is not None and torch.equal(again, a), label + "the recomputed gated activation differs")
-    slope, slope_torch = phi.derivative(g.double()) * u.double(), phi.derivative(g.float()).to(dtype) * u
-    value, value_torch = phi.function(g.double()), phi.function(g)
-    _compare(label + "glu dgate", dg, da * slope, da_torch * slope_torch, worst)
-    _compare(label + "glu dup", du, da * value, da_torch * value_torch, worst)
-    _compare(label + "glu dbgate", dbg, (da * slope).sum(0), (da_torch * slope_torch).sum(0), worst)
-    _compare(label + "glu dbup", dbu, (da * value).sum(0), (da_torch * value_torch).sum(0), worst)
-
-    _compare(label + "pointwise a", triton_pointwise.act_forward(g, activation), value, value_torch, worst)
-    dz, _ = triton_pointwise.act_backward(u, g, activation, False)
-    slope, slope_torch = phi.derivative(g.double()), phi.derivative(g.float()).to(dtype)
-    _compare(label + "pointwise dz", dz, u.double() * slope, u * slope_torch, worst)
-    a = triton_pointwise.glu_act_forward(g, u, activation)
-    _compare(label + "pointwise glu a", a, value * u.double(), value_torch * u, worst)
-    dg, du, _ = triton_pointwise.glu_act_backward(z, g, u, activation, True)
-    _compare(label + "pointwise glu dgate", dg, z.double() * slope * u.double(), z * slope_torch * u, worst)
-    _compare(label + "pointwise glu dup", du, z.double() * value, z * value_torch, worst)
+    return bool(fits) and gpu_backend.resident_why_not(device) is None
 
 
-def _check_resident(h: int, dtype: torch.dtype, worst: dict[str, float]) -> None:
-    for shape in ((1000, 768, h), (65, 128, h)):
-        i = _inputs(shape, dtype)
-        e = {name: value.double() for name, value in i.items()}
-        gpu = triton_launch.gpu(i["x"].device)
-        for gated in (False, True):
-            exact = torch.nn.functional.gelu(e["x"] @ e["w"].T + e["b"])
-            torchs = torch.nn.functional.gelu(i["x"] @ i["w"].T + i["b"])
-            if gated:
-                exact, torchs = exact * (e["x"] @ e["up"].T + e["bu"]), torchs * (i["x"] @ i["up"].T + i["bu"])
-            exact, torchs = exact @ e["out"].T + e["bo"], torchs @ i["out"].T + i["bo"]
-            for config in triton_heuristics.resident_candidates(h, triton_heuristics.HALF, gpu, gated):
-                y = _resident(i, gated, config)
-                _compare(f"{str(dtype).removeprefix('torch.')} resident", y, exact, torchs, worst)
-                require(torch.equal(y, _resident(i, gated, config)), "two runs of the resident kernel differ")
+def compiled(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """By `torch.compile`, for one shape."""
+    torch._dynamo.reset()
+    return torch.compile(run, fullgraph=True, dynamic=False)
 
 
-def _resident(i: dict[str, Tensor], gated: bool, config: triton_heuristics.ResidentConfig | None) -> Tensor:
-    if gated:
-        return triton_resident.glu_resident(
-            i["x"], i["w"], i["up"], i["b"], i["bu"], i["out"], i["bo"], "gelu", config=config
-        )
-    return triton_resident.mlp_resident(i["x"], i["w"], i["b"], i["out"], i["bo"], "gelu", config=config)
+def optional(module: str, name: str) -> Any:
+    """`name` of a package that may not be installed."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError:
+        return None
 
 
-def _check_experts(dtype: torch.dtype) -> None:
-    """Products of experts, one tile for all, are to the bit what each expert's rows give alone."""
-    E, T = len(COUNTS), sum(COUNTS)
-    for d, h in ((768, 192), (17, 50)):
-        i = _inputs((T, d, h), dtype)
-        w, up, out = (torch.stack([i[name].roll(e, 0) for e in range(E)]) for name in ("w", "up", "out"))
-        offsets = torch.tensor([0, *COUNTS], device=DEVICE).cumsum(0).to(torch.int32)
-        kind, gpu = triton_launch.kind(dtype), triton_launch.gpu(i["x"].device)
-        tile = triton_heuristics.tile_candidates(kind, gpu, True, d % 16 == 0 and h % 16 == 0)[0]
-        options: dict[str, Any] = {"config": tile}
-        z, a = triton_linear.linear_act(i["x"], w, None, "silu", save_z=True, offsets=offsets, **options)
-        assert z is not None
-        dz, _, db = triton_linear.linear_act_backward(
-            i["dy"], out, z, "silu", need_a=False, need_db1=True, offsets=offsets, **options
-        )
-        *_, gated = triton_linear.linear_glu(
-            i["x"], w, up, None, None, "silu", save_z=False, offsets=offsets, **options
-        )
-        y = triton_linear.grouped_linear(a, out.mT, offsets, **options)
-        both = triton_linear.grouped_linear(z, w, offsets, second=(dz, up), **options)
-        gradient = triton_linear.grouped_weight_gradient(z, i["x"], offsets, dtype=torch.float32)
-        assert db is not None
-        at = 0
-        for e, count in enumerate(COUNTS):
-            rows = slice(at, at + count)
-            at += count
-            x, dy = i["x"][rows], i["dy"][rows]
-            own_z, own_a = triton_linear.linear_act(x, w[e], None, "silu", save_z=True, **options)
-            assert own_z is not None
-            own_dz, _, own_db = triton_linear.linear_act_backward(
-                dy, out[e], own_z, "silu", need_a=False, need_db1=True, **options
-            )
-            *_, own_gated = triton_linear.linear_glu(x, w[e], up[e], None, None, "silu", save_z=False, **options)
-            assert own_db is not None
-            pairs = [(z[rows], own_z), (a[rows], own_a), (dz[rows], own_dz), (db[e], own_db), (gated[rows], own_gated)]
-            require(all(torch.equal(f, s) for f, s in pairs), f"expert {e} of {COUNTS} is not as if alone, {dtype}")
-            eps = 8 * torch.finfo(dtype).eps
-            torch.testing.assert_close(y[rows].double(), own_a.double() @ out[e].double().T, rtol=eps, atol=eps)
-            exact = own_z.double() @ w[e].double() + own_dz.double() @ up[e].double()
-            torch.testing.assert_close(both[rows].double(), exact, rtol=eps, atol=eps)
-            exact = own_z.double().T @ x.double()
-            torch.testing.assert_close(gradient[e].double(), exact, rtol=1e-4, atol=1e-3)
+def steps_of(problem: Problem, *, trained: bool) -> dict[str, Step]:
+    """What is timed: forwards without gradients, or training steps."""
+    found: dict[str, Step] = {}
+    for name, run in variants(problem).items():
+        if not trained or name != RESIDENT:
+            step = training(problem, run) if trained else forward_only(run)
+            found[name] = functools.partial(_in_tile, other_tile(problem), step) if name == IN_OTHER_TILE else step
+    return found
 
 
-# --- time ------------------------------------------------------------------------------------------------------------
+def other_tile(problem: Problem) -> tuple[int, int]:
+    """The first of the other tiles that is not chosen anyway."""
+    (T, d), h = problem.x.shape, len(problem.w_in)
+    device, wide = triton_launch.gpu(problem.x.device), problem.w_gate is not None
+    chosen = triton_heuristics.tile_config(T, h, d, triton_heuristics.HALF, device, wide=wide)
+    return next(tile for tile in OTHER_TILES if tile != (chosen.BM, chosen.BN))
 
 
-def median(work: Callable[[], object]) -> float:
-    """Milliseconds."""
-    return milliseconds(work)["median"]
+def _in_tile(tile: tuple[int, int], step: Step) -> Any:
+    with tile_of(tile):
+        return step()
 
 
-def sweep(budget: float) -> list[dict[str, Any]]:
-    """Milliseconds of every kernel by shape and tile in bfloat16, the best first; ends after `budget` seconds."""
-    began = time.perf_counter()
-    rows: list[dict[str, Any]] = []
-    gpu = triton_launch.gpu(torch.device(DEVICE, torch.cuda.current_device()))
-    for T in TOKENS:
-        for d, h in WIDTHS:
-            rows += _timed(gpu, T, d, h)
-            print(json.dumps(rows[-1]), flush=True)
-            if time.perf_counter() - began > budget:
-                print(f"stopped after {budget} s, before shapes smaller than {T, d, h}")
-                return rows
-    return rows
+@contextlib.contextmanager
+def tile_of(tile: tuple[int, int]) -> Iterator[None]:
+    """Products have tiles of these rows and columns where such a one fits."""
+    usual = triton_heuristics.tile_config
+
+    def chosen(rows: int, columns: int, depth: int, kind: str, gpu: Any, **how: Any) -> Any:
+        candidates = triton_heuristics.tile_candidates(kind, gpu, how.get("wide", False), how.get("aligned", True))
+        fitting = [config for config in candidates if tile == (config.BM, config.BN)]
+        return fitting[0] if fitting else usual(rows, columns, depth, kind, gpu, **how)
+
+    with mock.patch.object(triton_heuristics, "tile_config", chosen):
+        yield
 
 
-def _timed(gpu: triton_heuristics.Gpu, T: int, d: int, h: int) -> list[dict[str, Any]]:
-    """Rows of one shape: the products by tile, the resident kernels where they fit, and what cuBLAS takes."""
-    i = _timed_inputs(T, d, h)
-    half = triton_heuristics.HALF
+def timed_blocks(block: Block, rates: dict[str, float], *, trained: bool) -> dict[str, Any]:
+    """Milliseconds of every variant, ratios to eager layers, shares of the floor, and memory of a training step."""
+    problem = block.problem()
+    steps = steps_of(problem, trained=trained)
+    graphs, refused = all_captured(steps)
+    rows = in_turn(graphs)
+    found = compared(rows, BASE, floors(block, rates)["both" if trained else "forward"])
+    if trained:
+        found["peak bytes"] = {name: peak_bytes(steps[name]) for name in graphs}
+    # Peers may not run here; what is ours, and fits the shape, has to.
+    ours = {name: why for name, why in refused.items() if name.startswith((*BACKENDS, RESIDENT))}
+    if ours:
+        found["failed"] = "; ".join(f"{name}: {why}" for name, why in ours.items())
+    found["other tile"] = other_tile(problem)
+    return {**asdict(block), **found, "not run": refused, "brief": in_brief(rows)}
+
+
+def floors(block: Block, rates: dict[str, float]) -> dict[str, float]:
+    """Milliseconds below which no epilogue-fused path can be: of each product, the longer of arithmetic and memory."""
+    T, d, h, inputs = block.T, block.d, block.h, 2 if block.gated else 1
+
+    def product(rows: int, inner: int, columns: int, elements: int) -> float:
+        return 1e3 * max(2 * rows * inner * columns / rates["bf16_flops"], 2 * elements / rates["copy_bytes"])
+
+    wide, narrow, weight = T * d, T * h, d * h
+    first = product(T, d, inputs * h, wide + inputs * weight + (inputs + 1) * narrow)
+    forward = first + product(T, h, d, narrow + weight + wide)
+    da = product(T, d, h, wide + weight + (2 * inputs + 1) * narrow)
+    dx = product(T, inputs * h, d, inputs * (narrow + weight) + wide)
+    weights = product(d, T, h, wide + narrow + weight) + product(inputs * h, T, d, wide + inputs * narrow)
+    return {"forward": forward, "both": forward + da + dx + weights}
+
+
+# --- the product's own choice ----------------------------------------------------------------------------------------
+
+
+def choice(block: Block) -> dict[str, Any]:
+    """What `auto` measures for such a block, and takes."""
+    problem = block.problem()
+    activation = "silu" if block.gated else "gelu"
+    weights = (problem.w_in, problem.w_out, problem.w_gate, problem.b_in, None, problem.b_out, None)
+    ffn = FFN.of_linears(tuple(None if t is None else t.detach() for t in weights), activation)
+    found = MLP.choice.measure((problem.x.detach(),), ffn, 1)
+    return {**found, "brief": f"{found['backend']} of {found['ms']}"}
+
+
+# --- kernels by tile -------------------------------------------------------------------------------------------------
+
+
+def tile_kernels(block: Block) -> Iterator[tuple[dict[str, Step], Any, dict[str, Step]]]:
+    """Of each kernel its calls by tile, the tile that is chosen, and what cuBLAS and a pass do instead."""
+    T, d, h = block.T, block.d, block.h
+    i = _tensors(T, d, h)
+    device = triton_launch.gpu(i["x"].device)
+    kind, activation = triton_heuristics.HALF, "silu" if block.gated else "gelu"
 
     def forward(c: Any) -> object:
-        return triton_linear.linear_act(i["x"], i["w"], i["b"], "gelu", save_z=True, config=c)
+        if block.gated:
+            return triton_linear.linear_glu(i["x"], i["w"], i["up"], None, None, activation, save_z=True, config=c)
+        return triton_linear.linear_act(i["x"], i["w"], i["b"], activation, save_z=True, config=c)
 
     def backward(c: Any) -> object:
-        return triton_linear.linear_act_backward(i["x"], i["out"], i["z"], "gelu", need_a=True, need_db1=True, config=c)
-
-    def glu(c: Any) -> object:
-        return triton_linear.linear_glu(i["x"], i["w"], i["up"], None, None, "silu", save_z=True, config=c)
-
-    def glu_backward(c: Any) -> object:
-        return triton_linear.linear_glu_backward(
-            i["x"], i["out"], i["z"], i["zu"], "silu", need_a=True, need_db=False, config=c
+        if block.gated:
+            return triton_linear.linear_glu_backward(
+                i["x"], i["out"], i["z"], i["zu"], activation, need_a=True, need_db=False, config=c
+            )
+        return triton_linear.linear_act_backward(
+            i["x"], i["out"], i["z"], activation, need_a=True, need_db1=True, config=c
         )
 
-    def resident(c: Any) -> object:
-        return _resident(i, False, c)
+    def forward_by_blas() -> object:
+        z = F.linear(i["x"], i["w"], i["b"])
+        if block.gated:
+            return triton_pointwise.glu_act_forward(z, F.linear(i["x"], i["up"]), activation)
+        return triton_pointwise.act_forward(z, activation)
 
-    def glu_resident(c: Any) -> object:
-        return _resident(i, True, c)
+    def backward_by_blas() -> object:
+        da = i["x"] @ i["out"]
+        if block.gated:
+            return triton_pointwise.glu_act_backward(da, i["z"], i["zu"], activation, True)
+        return triton_pointwise.act_backward(da, i["z"], activation, True)[0].sum(0)
 
-    def product() -> Tensor:
-        return torch.nn.functional.linear(i["x"], i["w"], i["b"])
-
-    def backward_product() -> Tensor:
-        return i["x"] @ i["out"]
-
-    def backward_and_pass() -> Tensor:
-        return triton_pointwise.act_backward(backward_product(), i["z"], "gelu", True)[0].sum(0)
-
-    rows = []
-    works = ((forward, False), (backward, False), (glu, True), (glu_backward, True))
-    for work, wide in works:
-        tiles = triton_heuristics.tile_candidates(half, gpu, wide)
-        rows.append(_row(work, (T, d, h), tiles, triton_heuristics.tile_config(T, h, d, half, gpu, wide=wide)))
-    for work, gated in ((resident, False), (glu_resident, True)):
-        chosen = triton_heuristics.resident_config(T, h, half, gpu, gated)
-        if chosen is not None:
-            rows.append(_row(work, (T, d, h), triton_heuristics.resident_candidates(h, half, gpu, gated), chosen))
-    cublas = {
-        "product": median(product),
-        "product and pass": median(lambda: triton_pointwise.act_forward(product(), "gelu")),
-        "backward product": median(backward_product),
-        "backward product, pass and sum": median(backward_and_pass),
-        "whole forward": median(
-            lambda: torch.nn.functional.linear(triton_pointwise.act_forward(product(), "gelu"), i["out"], i["bo"])
-        ),
-    }
-    rows.append({"kernel": "cuBLAS", "shape": [T, d, h], "ms": cublas})
-    return rows
+    tiles = [c for c in triton_heuristics.tile_candidates(kind, device, block.gated) if c.BM >= LEAST_ROWS]
+    chosen = triton_heuristics.tile_config(T, h, d, kind, device, wide=block.gated)
+    for work, by_blas in ((forward, forward_by_blas), (backward, backward_by_blas)):
+        calls = {tile_name(c): functools.partial(work, c) for c in dict.fromkeys([chosen, *tiles])}
+        yield calls, chosen, {f"{work.__name__}, cuBLAS and a pass": by_blas}
 
 
-def _timed_inputs(T: int, d: int, h: int) -> dict[str, Tensor]:
+def tile_name(config: Any) -> str:
+    """Rows x columns x depth, warps, stages."""
+    return f"{config.BM} x {config.BN} x {config.BK}, {config.num_warps} warps, {config.num_stages} stages"
+
+
+def _tensors(T: int, d: int, h: int) -> dict[str, Tensor]:
     def draw(*size: int, scale: float = 1.0) -> Tensor:
-        return scale * torch.randn(*size, device=DEVICE, dtype=torch.bfloat16)
+        return scale * torch.randn(*size, device=gpu_timing.DEVICE, dtype=gpu_timing.DTYPE)
 
     return {
-        "x": draw(T, d), "w": draw(h, d, scale=d**-0.5), "up": draw(h, d, scale=d**-0.5), "b": draw(h), "bu": draw(h),
-        "out": draw(d, h, scale=h**-0.5), "bo": draw(d), "z": draw(T, h), "zu": draw(T, h),
+        "x": draw(T, d), "w": draw(h, d, scale=d**-0.5), "up": draw(h, d, scale=d**-0.5), "b": draw(h),
+        "out": draw(d, h, scale=h**-0.5), "z": draw(T, h), "zu": draw(T, h),
     }  # fmt: skip
 
 
-def _row(
-    work: Callable[[Any], object], shape: tuple[int, int, int], candidates: tuple[Any, ...], chosen: Any
-) -> dict[str, Any]:
-    times = {config: median(functools.partial(work, config)) for config in candidates}
-    order = sorted(candidates, key=times.__getitem__)
-    row: dict[str, Any] = {
-        "kernel": work.__name__, "shape": list(shape), "chosen_over_best": times[chosen] / times[order[0]],
-        "tiles": [{"ms": times[config], **asdict(config)} for config in order],
-    }  # fmt: skip
-    print(json.dumps({**row, "tiles": row["tiles"][:1]}), flush=True)
-    return row
+def timed_tiles(block: Block, rates: dict[str, float]) -> dict[str, Any]:
+    """Milliseconds of the kernel of each direction by tile, and how far the chosen one is from the best."""
+    found: dict[str, Any] = {}
+    brief = []
+    for calls, chosen, by_blas in tile_kernels(block):
+        (base,) = by_blas
+        graphs, refused = all_captured({**calls, **by_blas})
+        rows = in_turn(graphs)
+        direction = base.split(",")[0]
+        own = {name: row["median"] for name, row in rows.items() if name != base}
+        best, taken = min(own, key=own.__getitem__), own[tile_name(chosen)]
+        found[direction] = {
+            **compared(rows, base, None), "not run": refused, "chosen": tile_name(chosen), "best": best,
+            "chosen over best": taken / own[best],
+        }  # fmt: skip
+        brief.append(f"{direction} {taken:.3f}, best {own[best]:.3f} ({best}), cuBLAS {rows[base]['median']:.3f} ms")
+    return {**asdict(block), **found, "brief": "; ".join(brief)}

@@ -1,21 +1,26 @@
-"""The tangent-kernel part of bench/gpu.py: whether the CUDA tiles are right, then how long they take beside cuBLAS.
+"""The tangent kernels of bench/gpu.py: whether the CUDA tiles are right, then how long they take beside cuBLAS.
 
-Right: every precision against float64 over odd shapes, activations, split parts, metrics and directions, with the error
-of torch on the same GPU beside it; symmetric and repeatable to the bit; on a stream of its own and on another device;
-results of more than 2^32 values, where an offset of 32 bits would show; no memory of the result's size beside it. The
-peer is the closed form composed from torch calls, in place, its three products by cuBLAS in float32, TF32 or bfloat16.
-The floors are the operations of half the tiles (three products for `tf32x3` and `bf16x3`), or the bytes of the result,
-over the rates of `gpu_timing.ceilings`, TF32 at half that of bfloat16.
+They have no proof of their own: that is checked here. Right: every precision against float64 over odd shapes,
+activations, split parts, metrics and directions, with the error of torch on the same GPU beside it; symmetric and
+repeatable to the bit; on a stream of its own and on another device; results of more than 2^32 values, where an offset
+of 32 bits would show; no memory of the result's size beside it. They need the compiled CUDA library, which the compile
+stage builds. The peer is the closed form composed from torch calls, in place, its three products by cuBLAS in float32,
+TF32 or bfloat16. The floors are the operations of half the tiles (three products for `tf32x3` and `bf16x3`), or the
+bytes of the result, over the rates of the device stage, TF32 at half that of bfloat16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import gpu_timing
 import torch
-from gpu_timing import DEVICE, milliseconds, require
+from gpu_device import known_rates
+from gpu_running import Told, Work
+from gpu_timing import compared, in_brief, in_turn, require
 from ntk import torch_in_place
 from support import ACTIVATIONS, Bundle, make_bundle
 from torch import Tensor
@@ -26,18 +31,47 @@ PRECISIONS = ("highest", "tf32x3", "bf16x3", "bf16")
 #: The largest error of a value over the largest value: four rounded factors.
 BOUNDS = {"highest": 1e-5, "tf32x3": 1e-5, "bf16x3": 2**-15, "bf16": 2**-7}
 #: N, d, h and outputs; d and h are multiples of 32, which the tiles would pad them to.
-SHAPES = {
-    "fused-1024": (1024, 768, 192, 768),
-    "fused-4096": (4096, 768, 192, 768),
-    "fused-16384": (16384, 1024, 256, 1024),
-    "fused-32768": (32768, 768, 192, 768),
-    "wide-16384": (16384, 4096, 3584, 4096),
-}
+SHAPES = {"4096 inputs": (4096, 768, 192, 768), "16384 inputs": (16384, 1024, 256, 1024)}
+#: Checked: inputs, other inputs, d and h; the sizes at which options are; inputs and blocks of comparisons.
+SIZES = [
+    (1, None, 1, 1), (17, 123, 1, 17), (123, None, 17, 123), (128, 129, 64, 32), (300, 1000, 33, 70),
+    (1537, None, 123, 65), (640, None, 1537, 384),
+]  # fmt: skip
+OPTIONS = (300, 200, 33, 70)
+COMPARED = [(1, None), (300, 128), (1537, None), (3000, 640)]
+#: Inputs of a result that 32 bits cannot count.
+MANY = 66_000
+#: Rows whose errors are looked at.
+ROWS = 256
+
+
+def lines(told: Told) -> Iterator[tuple[str, Work]]:
+    """Checks and times, in the order of what is learnt from them."""
+    rates = known_rates(told)
+    works: dict[str, Work] = {
+        "against float64": check_against_float64,
+        **{f"{name}: times": functools.partial(measure, name, rates) for name in SHAPES},
+        "streams and devices": check_streams_and_devices,
+        "comparisons": check_comparisons,
+        "more than 2^32 values": check_large,
+    }
+    for name, work in works.items():
+        yield name, functools.partial(_where_it_is_built, work)
+
+
+def jobs() -> dict[str, Callable[[], object]]:
+    """Nothing: these kernels are compiled when the library is built."""
+    return {}
+
+
+def _where_it_is_built(work: Work) -> dict[str, Any]:
+    reason = native.cuda_unavailable()
+    return work() if reason is None else {"skipped": f"{reason} (MLP_FUSION_BUILD=cuda builds it)"}
 
 
 def on_device(bundle: Bundle, dtype: torch.dtype) -> Bundle:
     """The block there, in a dtype."""
-    return bundle.to(dtype).map(lambda t: t.to(DEVICE))
+    return bundle.to(dtype).map(lambda t: t.to(gpu_timing.DEVICE))
 
 
 def errors(found: Tensor, exact: Tensor) -> tuple[float, float]:
@@ -54,31 +88,31 @@ def check_against_float64() -> dict[str, float]:
     worst = {**dict.fromkeys(PRECISIONS, 0.0), "float64": 0.0, "highest over torch float32": 0.0}
     cases: list[tuple[int, int | None, int, int, bool, str, str, tuple[str, ...]]] = [
         (n, m, d, h, gated, kernel, "gelu", ())
-        for n, m, d, h in [(1, None, 1, 1), (17, 123, 1, 17), (123, None, 17, 123), (128, 129, 64, 32),
-                           (300, 1000, 33, 70), (1537, None, 123, 65), (640, None, 1537, 384)]
+        for n, m, d, h in SIZES
         for gated in (False, True)
         for kernel in ("gd", "sign")
     ]  # fmt: skip
+    n, beside, d, h = OPTIONS
     for kernel in ("gd", "sign"):
-        cases += [(300, 200, 33, 70, gated, kernel, phi, ()) for gated in (False, True) for phi in ACTIVATIONS]
-        cases += [(300, m, 33, 70, gated, kernel, "gelu", ("metric", "vector"))
-                  for m in (None, 200) for gated in (False, True)]  # fmt: skip
-        cases += [(300, m, 33, 70, True, kernel, "gelu", ("params",)) for m in (None, 200)]
+        cases += [(n, beside, d, h, gated, kernel, phi, ()) for gated in (False, True) for phi in ACTIVATIONS]
+        cases += [(n, m, d, h, gated, kernel, "gelu", ("metric", "vector"))
+                  for m in (None, beside) for gated in (False, True)]  # fmt: skip
+        cases += [(n, m, d, h, True, kernel, "gelu", ("params",)) for m in (None, beside)]
     for n, m, d, h, gated, kernel, activation, extras in cases:
         generator = torch.Generator().manual_seed(n)
         torch.manual_seed(n)
         bundle = make_bundle(d, h, 5, gated=gated, scale=True, scale_exponent=0.5, activation=activation)
         # In float32's values, so that every dtype computes the same kernel; parts split within a term take two passes.
         every: dict[str, dict[str, Any]] = {
-            "metric": {"metric": torch.rand(h, generator=generator).to(DEVICE)},
-            "vector": {"reduce": torch.randn(5, generator=generator).to(DEVICE)},
+            "metric": {"metric": torch.rand(h, generator=generator).to(gpu_timing.DEVICE)},
+            "vector": {"reduce": torch.randn(5, generator=generator).to(gpu_timing.DEVICE)},
             "params": {"params": ("w_in", "b_gate")},
         }
         options: dict[str, Any] = {"kernel": kernel}
         for extra in extras:
             options.update(every[extra])
-        x1 = torch.randn(n, d, generator=generator).to(DEVICE)
-        x2 = None if m is None else torch.randn(m, d, generator=generator).to(DEVICE)
+        x1 = torch.randn(n, d, generator=generator).to(gpu_timing.DEVICE)
+        x2 = None if m is None else torch.randn(m, d, generator=generator).to(gpu_timing.DEVICE)
         what = f"{(n, m, d, h)}, gated {gated}, {kernel}, {activation} {' '.join(extras)}"
         double, single = on_device(bundle, torch.float64), on_device(bundle, torch.float32)
         wide = (x1.double(), None if x2 is None else x2.double())
@@ -105,13 +139,13 @@ def check_against_float64() -> dict[str, float]:
                 worst["highest over torch float32"] = max(worst["highest over torch float32"], times)
     require(worst["float64"] <= 1e-13, f"float64 is off: {worst}")
     require(worst["highest over torch float32"] <= 2, f"float32 errs more than twice as much as torch: {worst}")
-    return worst
+    return {"RMS errors": worst, "cases": len(cases)}
 
 
-def check_streams_and_devices() -> None:
+def check_streams_and_devices() -> dict[str, Any]:
     """A kernel on a stream of its own waits for that stream's work and no other; it runs where its tensors are."""
     block = on_device(make_bundle(64, 96, 5), torch.float32)
-    x = torch.randn(1000, 64, device=DEVICE)
+    x = torch.randn(1000, 64, device=gpu_timing.DEVICE)
     expected = ntk_gram(block, x, backend="cuda")
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
@@ -124,15 +158,16 @@ def check_streams_and_devices() -> None:
     for index in range(1, torch.cuda.device_count()):
         other = replace(block, **{k: t.to(f"cuda:{index}") for k, t in vars(block).items() if isinstance(t, Tensor)})
         found = ntk_gram(other, x.to(f"cuda:{index}"), backend="cuda")
-        require(torch.equal(found.to(DEVICE), expected), f"on device {index} the kernel is another")
+        require(torch.equal(found.to(gpu_timing.DEVICE), expected), f"on device {index} the kernel is another")
+    return {"devices": torch.cuda.device_count()}
 
 
-def check_large() -> dict[str, int]:
+def check_large() -> dict[str, Any]:
     """A result of more than 2^32 values, row by row, and the memory beside it in bytes."""
-    n, d, h = 66_000, 64, 32
+    n, d, h = MANY, 64, 32
     block = on_device(make_bundle(d, h, 5), torch.float32)
-    x = torch.randn(n, d, device=DEVICE)
-    out = torch.empty(n, n, device=DEVICE)
+    x = torch.randn(n, d, device=gpu_timing.DEVICE)
+    out = torch.empty(n, n, device=gpu_timing.DEVICE)
     for precision in PRECISIONS:
         out.fill_(float("nan"))
         torch.cuda.synchronize()
@@ -141,19 +176,19 @@ def check_large() -> dict[str, int]:
         ntk_gram(block, x, backend="cuda", precision=precision, out=out)  # type: ignore[arg-type]
         beside = torch.cuda.max_memory_allocated() - before
         require(beside <= 64 * n * (d + 3 * h), f"{precision} takes {beside} bytes beside the result")
-        for row in (0, 127, 128, 32_767, 46_341, 65_535, 65_536, n - 1):
+        for row in sorted({min(row, n - 1) for row in (0, 127, 128, 32_767, 46_341, 65_535, 65_536, n)}):
             alone = ntk_gram(block, x[row : row + 1], x, backend="cuda", precision=precision)[0]  # type: ignore[arg-type]
             require(errors(out[row], alone)[0] <= BOUNDS[precision], f"{precision}: row {row} of {n} is wrong")
             require(torch.equal(out[row], out[:, row]), f"{precision}: row {row} of {n} is not its column")
     return {"N": n, "bytes beside the result": beside}
 
 
-def check_comparisons() -> float:
+def check_comparisons() -> dict[str, Any]:
     """The largest difference of the sums over two kernels, as errors and cosines, from those in float64."""
     worst = 0.0
-    for n, block_size in ((1, None), (300, 128), (1537, None), (3000, 640)):
+    for n, block_size in COMPARED:
         torch.manual_seed(n)
-        x = torch.randn(n, 33, device=DEVICE)
+        x = torch.randn(n, 33, device=gpu_timing.DEVICE)
         bundles = make_bundle(33, 70, 5, gated=True), make_bundle(33, 17, 5, gated=True)
         for kernel in ("gd", "sign"):
             options: dict[str, Any] = {"kernel": kernel, "eigenvalues": 0}
@@ -169,13 +204,7 @@ def check_comparisons() -> float:
                 off = abs(found.relative_error - exact.relative_error) + abs(found.cosine - exact.cosine)
                 require(off <= bound, f"a comparison in {dtype} is off by {off}: {n}, {kernel}")
                 worst = max(worst, off)
-    return worst
-
-
-def check() -> dict[str, Any]:
-    """All checks; the run ends at the first that fails."""
-    check_streams_and_devices()
-    return {"rms_error": check_against_float64(), "comparisons": check_comparisons(), "large": check_large()}
+    return {"largest difference": worst}
 
 
 # --- time ------------------------------------------------------------------------------------------------------------
@@ -205,50 +234,41 @@ def measure(name: str, rates: dict[str, float]) -> dict[str, Any]:
     n, d, h, outputs = SHAPES[name]
     torch.manual_seed(0)
     bundle = on_device(make_bundle(d, h, outputs), torch.float32)
-    x = torch.randn(n, d, device=DEVICE)
-    out = torch.empty(n, n, device=DEVICE)
-    result: dict[str, Any] = {"N": n, "d": d, "h": h, "outputs": outputs, "ms": {}, "rms_error": {}, "tiles": {}}
+    x = torch.randn(n, d, device=gpu_timing.DEVICE)
+    out = torch.empty(n, n, device=gpu_timing.DEVICE)
     work: dict[str, Callable[[], Tensor]] = {
         f"cuda {p}": lambda p=p: ntk_gram(bundle, x, backend="cuda", precision=p, out=out)  # type: ignore[misc]
         for p in PRECISIONS
     }
     work.update(compositions(bundle, x))
-    some = torch.arange(0, n, max(1, n // 512), device=DEVICE)
+    some = torch.arange(0, n, max(1, n // ROWS), device=gpu_timing.DEVICE)
     exact = ntk_gram(on_device(bundle, torch.float64), x[some].double(), x.double(), backend="reference")
-    for what, call in work.items():
-        result["ms"][what] = milliseconds(call)
-        result["rms_error"][what] = errors(call()[some], exact)[1]
+    off = {what: errors(call()[some], exact)[1] for what, call in work.items()}
+    rows = in_turn(work)
+    other = on_device(make_bundle(d, 4 * h, outputs), torch.float32)
+    comparisons = {
+        backend: functools.partial(ntk_compare, other, bundle, x, backend=backend, eigenvalues=0)
+        for backend in ("cuda", "reference")
+    }
+    return {
+        "N": n, "d": d, "h": h, "outputs": outputs, **compared(rows, "torch tf32", None), "RMS errors": off,
+        "tiles": _tiles(n, d, h, out, rates), "comparison": compared(in_turn(comparisons), "reference", None),
+        "brief": in_brief(rows),
+    }  # fmt: skip
 
-    written = 4 * n * n / rates["copy_bytes"] * 1e3
+
+def _tiles(n: int, d: int, h: int, out: Tensor, rates: dict[str, float]) -> dict[str, Any]:
+    """Of the kernel that multiplies, by precision: times, and shares of the floors."""
+    calls: dict[str, Callable[[], Any]] = {}
+    floors: dict[str, float] = {}
     for precision, planes, products in (("tf32x3", 2, 6), ("bf16x3", 2, 3), ("bf16", 1, 1)):
-        operand = torch.randn(planes, n, d + 2 * h, device=DEVICE)
+        operand = torch.randn(planes, n, d + 2 * h, device=gpu_timing.DEVICE)
         if precision != "tf32x3":
             operand = operand.bfloat16()
         arguments = (operand, operand, d, h, 1, True, 1.0, 1.0, False, True, out)
-        time = milliseconds(lambda a=arguments: native.cuda_operators().ntk_tiles(*a))["median"]  # type: ignore[misc]
-        floor = max(written, products * n * (n + 1) * (d + 2 * h) / rates["bf16_flops"] * 1e3)
-        result["tiles"][precision] = {"ms": time, "floor_ms": floor, "share_of_floor": floor / time}
-    other = on_device(make_bundle(d, 4 * h, outputs), torch.float32)
-    for backend in ("cuda", "reference"):
-        result["ms"][f"comparison {backend}"] = milliseconds(
-            lambda backend=backend: ntk_compare(other, bundle, x, backend=backend, eigenvalues=0)  # type: ignore[misc]
-        )
-    times = {what: row["median"] for what, row in result["ms"].items()}
-    result["reference over comparison"] = times["comparison reference"] / times["comparison cuda"]
-    result["torch float32 over bf16x3"] = times["torch float32"] / times["cuda bf16x3"]
-    result["torch float32 over tf32x3"] = times["torch float32"] / times["cuda tf32x3"]
-    result["torch tf32 over bf16x3"] = times["torch tf32"] / times["cuda bf16x3"]
-    return result
-
-
-def run(rates: dict[str, float], shapes: list[str] | None = None) -> dict[str, Any]:
-    """Times of `shapes`, of all by default, printed as they come."""
-    results: dict[str, Any] = {}
-    for name in shapes or SHAPES:
-        result = results[name] = measure(name, rates)
-        for precision, row in result["tiles"].items():
-            print(name, precision, "tiles: share of the floor", round(row["share_of_floor"], 3))
-        for what, times in result["ms"].items():
-            error = f"  error {result['rms_error'][what]:.2g}" if what in result["rms_error"] else ""
-            print(f"  {what:20s} {times['median']:10.3f} ms{error}")
-    return results
+        calls[precision] = functools.partial(native.cuda_operators().ntk_tiles, *arguments)
+        multiplied = products * n * (n + 1) * (d + 2 * h) / rates["bf16_flops"]
+        floors[precision] = 1e3 * max(4 * n * n / rates["copy_bytes"], multiplied)
+    rows = in_turn(calls)
+    shares = {precision: floors[precision] / row["median"] for precision, row in rows.items()}
+    return {"ms": rows, "floors ms": floors, "share of the floor": shares}

@@ -129,9 +129,9 @@ class Choice:
             torch.OutOfMemoryError: the device has no room for it.
         """
         x, cache = rows[0], Cache(facts(proof.indexed(rows[0].device)))
-        tokens = heuristics.bucket(x.shape[0])
+        tokens, able = heuristics.bucket(x.shape[0]), self._able(x.device)
         with _ONE_AT_A_TIME, cache.turn(proof.PATIENCE):
-            entry = self._measured(rows, ffn, level)
+            entry = self._measured(rows, ffn, level, able)
             cache.put("measured", _named(x.dtype, _shape(tokens, ffn, level), ffn.activation), entry)
         self._of(x, ffn, level).add(tokens, entry["backend"])
         return entry
@@ -172,20 +172,26 @@ class Choice:
         known.closed.add(tokens)
         name = _named(x.dtype, _shape(tokens, ffn, level), ffn.activation)
         try:
-            cache = Cache(facts(proof.indexed(x.device)))
+            cache, able = Cache(facts(proof.indexed(x.device))), self._able(x.device)
             with _ONE_AT_A_TIME, cache.turn(proof.PATIENCE):
                 entry: Any = cache.section("measured").get(name)
                 if not _is_answer(entry, {backend.name for backend in self.operator.backends}):
-                    entry = self._measured(rows, ffn, level)
+                    entry = self._measured(rows, ffn, level, able)
                     cache.put("measured", name, entry)
             known.add(tokens, entry["backend"])
         except (NoTurnError, CacheUnusableError, torch.OutOfMemoryError) as error:
             proof.tell_once(f"{name} is not measured: {' '.join(str(error).split())}")
 
-    def _measured(self, rows: tuple[Tensor, ...], ffn: FFN, level: int) -> dict[str, Any]:
+    def _able(self, device: torch.device) -> list[str]:
+        """The rivals that can run on the device and are proved there.
+
+        What is not is proved for this answer, which takes its turn with the file: nobody may ask who has the turn.
+        """
+        return [name for name in self.rivals if self.operator.backend(name).declines(device, None) is None]
+
+    def _measured(self, rows: tuple[Tensor, ...], ffn: FFN, level: int, able: list[str]) -> dict[str, Any]:
         x, *others = rows
         default = self.default(x, ffn)
-        able = [name for name in self.rivals if self.operator.backend(name).declines(x.device, None) is None]
         synthetic = measuring.synthetic(x.shape[0], x)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             pairs = {name: self._pairs(name) for name in (default, *able)}

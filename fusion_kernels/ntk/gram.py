@@ -58,7 +58,7 @@ def _register(
 
 _register("cpu", cpu_backend.ntk_gram, ("cpu",), cpu_backend.why_not)
 _register("reference", reference.ntk_gram, ("cpu", "cuda"), lambda _: None)
-# Behind the reference, and so for those who ask by name, until bench/gpu_ntk.py has passed on a GPU.
+# Behind the reference, and so for those who ask by name, until stage `ntk` of bench/gpu.py has passed.
 _register("cuda", cuda_backend.ntk_gram, ("cuda",), cuda_backend.why_not)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 Found = Mapping[str, Tensor]
+
+_NOTED: ContextVar[dict[str, float] | None] = ContextVar("_NOTED", default=None)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,21 @@ def beyond(name: str, found: Tensor, exact: Tensor, allowed: Tensor | float) -> 
     share = torch.where(error == 0, 0.0, error / allowed)
     # A NaN is beyond every bound.
     worst = float(share.nan_to_num(nan=torch.inf).max()) if share.numel() else 0.0
+    noted = _NOTED.get()
+    if noted is not None:
+        noted[name] = max(noted.get(name, 0.0), worst)
     return f"{name} errs by {worst:.3g} times its bound" if worst > 1 else None
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[dict[str, float]]:
+    """Yields, by the name of a result, the largest error as a share of its bound in every :func:`beyond` inside."""
+    noted: dict[str, float] = {}
+    token = _NOTED.set(noted)
+    try:
+        yield noted
+    finally:
+        _NOTED.reset(token)
 
 
 def first_of(*reasons: str | None) -> str | None:

@@ -187,6 +187,20 @@ def test_a_measured_kernel_has_to_be_proved() -> None:
     assert another.timed == [["torch", "epilogue"]]
 
 
+def test_what_is_not_proved_yet_is_proved_before_the_turn_to_measure_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proof takes a turn with the same file: within that of a measurement it would wait for itself."""
+
+    def proved(self: _Unless, device: torch.device) -> str | None:
+        with cache.Cache(facts(device)).turn(0.1):
+            return None
+
+    monkeypatch.setattr(_Unless, "__call__", proved)
+    fast = {"torch": 1.0, "cublas": 0.5, "epilogue": 0.7}
+    assert Race(fast)(64, times=4) == "cublas"
+    block = make_block(64, dtype=LOW, scale=None)
+    assert Race(fast).choice.measure((block.x,), block.ffn, 1)["backend"] == "cublas"
+
+
 def test_shipped_measurements_come_behind_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "".join(c if c.isalnum() else "_" for c in facts(CPU)["device"].replace(", ", ","))
     shipped = {f"{NAME}, 64 tokens": {"backend": "epilogue"}, f"{NAME}, 32 tokens": {"backend": "nothing we know"}}

@@ -22,7 +22,7 @@ from fusion_kernels.kmeans.types import Options
 from fusion_kernels.library import Backend, Operator
 from fusion_kernels.proof import Proof, Verdict, cache, child
 from fusion_kernels.proof import key as key_module
-from fusion_kernels.proof.cases import failure
+from fusion_kernels.proof.cases import beyond, failure, noting
 from fusion_kernels.proof.key import facts, key_of
 
 CPU = torch.device("cpu")
@@ -393,3 +393,15 @@ def test_points_go_to_the_host_and_results_come_back(dtype: torch.dtype, monkeyp
         assert found[1].dtype == dtype
         assert (moved.count("up"), moved.count("down") >= 6) == (2 if start is None else 3, True)
         moved.clear()
+
+
+def test_errors_are_noted_as_shares_of_their_bounds() -> None:
+    zero, one = torch.zeros(3), torch.ones(3)
+    with noting() as shares:
+        assert beyond("y", one, zero, 2.0) is None
+        assert beyond("y", 0.5 * one, zero, 2.0) is None
+        assert beyond("x", one, zero, 0.25) == "x errs by 4 times its bound"
+        with noting() as inner:
+            beyond("x", one, zero, 0.5)
+    beyond("x", one, zero, 0.01)
+    assert (shares, inner) == ({"y": 0.5, "x": 4.0}, {"x": 2.0})

@@ -6,19 +6,22 @@ import torch
 from torch import Tensor
 
 
-def neuron_like(n: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+def neuron_like(
+    n: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
     """(n, d): a power-law spectrum, lognormal norms, 5% near duplicates, 1% exact duplicates and 1% zero rows.
 
-    The columns are not rotated: k-means would not see it.
+    The columns are not rotated: k-means would not see it. Every kind of device draws its own.
     """
-    g = torch.Generator().manual_seed(seed)
-    spectrum = torch.arange(1, d + 1, dtype=torch.float32).pow(-0.5)
-    x = torch.randn(n, d, generator=g).mul_(spectrum)
-    x *= torch.randn(n, 1, generator=g).mul_(0.5).exp_()
-    kind = torch.rand(n, generator=g)
-    source = torch.randint(n, (n,), generator=g)
+    g = torch.Generator(device).manual_seed(seed)
+    like = {"generator": g, "device": device}
+    spectrum = torch.arange(1, d + 1, dtype=torch.float32, device=device).pow(-0.5)
+    x = torch.randn(n, d, **like).mul_(spectrum)
+    x *= torch.randn(n, 1, **like).mul_(0.5).exp_()
+    kind = torch.rand(n, **like)
+    source = torch.randint(n, (n,), **like)
     near, exact, zero = kind < 0.05, (kind >= 0.05) & (kind < 0.06), (kind >= 0.06) & (kind < 0.07)
-    noise = torch.randn(n, d, generator=g).mul_(1e-3).mul_(spectrum)
+    noise = torch.randn(n, d, **like).mul_(1e-3).mul_(spectrum)
     x = torch.where(near[:, None], x[source] + noise, x)
     x[exact] = x[source[exact]]
     x[zero] = 0

@@ -1,0 +1,327 @@
+"""bench/gpu.py: its stages run one after the other whatever becomes of them, and nothing that is found gets lost.
+
+Stages here are stand-ins without a GPU; those of the benchmark are in test_bench_gpu_stages.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BENCH = ROOT / "bench"
+STAND_INS = """
+import json, os, sys, time
+from pathlib import Path
+
+
+def reads(file):
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        stages = json.loads(file.read_text())["stages"]
+        if "good" in stages:
+            return {"seen": list(stages["good"])}
+    return {"seen": []}
+
+
+def lines(told):
+    folder = Path(told.options["folder"])
+    with (folder / "processes").open("a") as file:
+        file.write(f"{told.options.get('stage')}\\n")
+    yield "first", lambda: {"value": 1, "brief": "one"}
+    yield "reads the file", lambda: reads(folder / "out.json")
+    if told.options.get("bad"):
+        yield "raises", lambda: 1 / 0
+        yield "exits", lambda: sys.exit("no such model")
+        yield "wrong", lambda: {"value": 2, "failed": "errs by 3"}
+        yield "is no JSON", lambda: {"value": object()}
+        yield "ends its process", lambda: (print("last words", flush=True), os._exit(7))
+        yield "never ends", lambda: time.sleep(600)
+    yield "last", lambda: {"known": sorted(told.found.get("device", {}))}
+"""
+SLOW = """
+import time
+
+
+def lines(told):
+    for number in range(500):
+        yield f"line {number}", lambda: (time.sleep(0.2), {"value": 1})[1]
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable() -> Iterator[None]:
+    """The scripts are imported as Python does when they are run."""
+    sys.path.insert(0, str(BENCH))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(BENCH))
+
+
+@pytest.fixture
+def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`gpu_running`, whose processes find the stand-ins."""
+    sources = {"good_stage": STAND_INS, "slow_stage": SLOW, "broken_stage": "import nothing_of_the_kind"}
+    sources["short_stage"] = "def lines(told):\n    yield 'only', lambda: {'value': 1}\n"
+    for name, source in sources.items():
+        (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return importlib.import_module("gpu_running")
+
+
+def stage(running: ModuleType, name: str, module: str, seconds: float = 20.0, line_seconds: float = 10.0) -> Any:
+    return running.Stage(name, seconds, line_seconds, module, "a stand-in")
+
+
+def kept(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "out.json").read_text(encoding="utf-8"))
+    return found
+
+
+def run(running: ModuleType, folder: Path, stages: list[Any], seconds: float = 60.0, **options: Any) -> list[str]:
+    record, said = running.Record(), []
+    record.keep(folder / "out.json")
+    running.run(stages, record, {"folder": str(folder), **options}, seconds, said.append)
+    return said
+
+
+def test_every_line_is_in_the_file_while_the_next_goes_on(running: ModuleType, tmp_path: Path) -> None:
+    said = run(running, tmp_path, [stage(running, "good", "good_stage")])
+    found = kept(tmp_path)
+    assert found["stages"]["good"]["reads the file"]["seen"] == ["first"]
+    assert found["failures"] == {}
+    assert said[0] == "good: first: one"
+    assert [*found["taken"]] == ["good"]
+    assert found["taken"]["good"]["left out for lack of time"] == []
+    assert list(tmp_path.glob("*.new")) == []
+
+
+def test_what_fails_is_kept_and_the_run_goes_on(running: ModuleType, tmp_path: Path) -> None:
+    stages = [stage(running, "good", "good_stage", line_seconds=3.0), stage(running, "broken", "broken_stage"),
+              stage(running, "after", "short_stage")]  # fmt: skip
+    run(running, tmp_path, stages, bad=True)
+    found = kept(tmp_path)
+    assert [*found["stages"]["good"]] == ["first", "reads the file", "wrong", "last"]
+    failures = found["failures"]["good"]
+    assert failures["raises"] == {"type": "ZeroDivisionError", "message": "division by zero"}
+    assert failures["exits"] == {"type": "SystemExit", "message": "no such model"}
+    assert failures["wrong"] == {"type": "Failed", "message": "errs by 3"}
+    assert failures["is no JSON"]["type"] == "TypeError"
+    assert failures["ends its process"] == {
+        "type": "ProcessEnded", "message": "its process ended with status 7: last words",
+    }  # fmt: skip
+    assert failures["never ends"]["type"] == "TimeoutError"
+    assert failures["never ends"]["message"].startswith("did not end within ")
+    # Three processes: after the one that ended, and after the one that had to be ended.
+    assert (tmp_path / "processes").read_text(encoding="utf-8").count("\n") == 3
+    assert "nothing_of_the_kind" in found["failures"]["broken"]["broken"]["message"]
+    assert found["stages"]["after"]["only"]["value"] == 1
+
+
+def test_a_device_that_has_become_unusable_is_left_for_another_process(
+    running: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = (
+        "import gpu_running, os\n"
+        "gpu_running._device_lives = lambda: False\n"
+        "def lines(told):\n"
+        "    began = os.getpid()\n"
+        "    yield 'before', lambda: {'process': began}\n"
+        "    yield 'illegal', lambda: 1 / 0\n"
+        "    yield 'after it', lambda: {'process': began}\n"
+        "    yield 'and on', lambda: {'process': began}\n"
+    )
+    (tmp_path / "dying_stage.py").write_text(source, encoding="utf-8")
+    # The process runs as a script: what it looks up is its own.
+    script = "import sys, json, gpu_running as g, importlib; sys.exit(g.serve(json.load(sys.stdin)))"
+    monkeypatch.setattr(running, "CHILD", ["-c", script])
+    run(running, tmp_path, [stage(running, "dying", "dying_stage")])
+    found = kept(tmp_path)
+    assert found["failures"] == {"dying": {"illegal": {"type": "ZeroDivisionError", "message": "division by zero"}}}
+    lines = found["stages"]["dying"]
+    assert lines["before"]["process"] != lines["after it"]["process"] == lines["and on"]["process"]
+
+
+def test_shares_and_the_whole_are_kept(running: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "GRACE", 0.5)
+    stages = [stage(running, "slow", "slow_stage", 2.0), stage(running, "good", "good_stage", 4.0)]
+    began = time.monotonic()
+    run(running, tmp_path, stages, seconds=6.0)
+    # Lines of 100 seconds, of which the share is 2: a dozen fit, however fast the machine.
+    assert time.monotonic() - began < 50
+    found = kept(tmp_path)
+    lines, left = found["stages"].get("slow", {}), found["taken"]["slow"]["left out for lack of time"]
+    assert len(lines) <= 15
+    assert left
+    assert not lines or len(lines) + len(left) == 500
+    assert "slow" not in found["failures"]
+    assert "good" in found["stages"]
+
+
+def test_shares_are_in_proportion(running: ModuleType) -> None:
+    stages = [stage(running, "a", "a", 30.0), stage(running, "b", "b", 10.0)]
+    assert [share for _, share in running.planned(stages, 20.0)] == [15.0, 5.0]
+
+
+def test_a_later_run_goes_on_where_one_has_ended(running: ModuleType, tmp_path: Path) -> None:
+    good, other = stage(running, "good", "good_stage"), stage(running, "other", "good_stage")
+    again = running.Stage("anew", 1, 1, "m", "", lasting=False)
+    wrong = {"type": "T", "message": "m"}
+    before = {
+        "stages": {
+            "good": {"first": {"value": 5}, "last": {"skipped": "no tool"}}, "other": {"first": {"skipped": "none"}},
+            "anew": {"first": {"value": 1}}, "device": {"facts": {"value": "old"}},
+        },
+        "failures": {"good": {"reads the file": wrong}, "other": {"x": wrong}},
+    }  # fmt: skip
+    record = running.Record()
+    record.add("device", "facts", {"value": "new"})
+    record.adopt(before, [good, again])
+    assert record.stages["good"] == {"first": {"value": 5}}
+    assert record.stages["other"] == {"first": {"skipped": "none"}}
+    assert record.stages["device"] == {"facts": {"value": "new"}}
+    assert "anew" not in record.stages
+    assert [*record.failures] == ["other"]
+    record.keep(tmp_path / "out.json")
+    said: list[str] = []
+    running.run([good], record, {"folder": str(tmp_path)}, 30.0, said.append)
+    assert [line.split(": ")[1] for line in said] == ["reads the file", "last"]
+    assert kept(tmp_path)["stages"]["good"]["last"]["known"] == ["facts"]
+    assert other.lasting
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(importable: None) -> ModuleType:
+    return importlib.import_module("gpu")
+
+
+def gpu(*arguments: str, checkout: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    return subprocess.run(
+        [sys.executable, str(checkout / "bench" / "gpu.py"), *arguments], env=clean | environment, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+
+
+def test_the_plan_is_printed_without_a_gpu_and_fits(command: ModuleType) -> None:
+    done = gpu("--plan")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [row[2] for row in rows[:-1]] == ["device", *(stage.name for stage in command.STAGES)]
+    assert sum(float(row[0]) for row in rows[:-1]) <= 600
+    assert sum(stage.seconds for stage in (command.DEVICE, *command.STAGES)) <= 600
+    for stage in command.STAGES:
+        assert (BENCH / f"{stage.module}.py").is_file()
+    some = gpu("--plan", "--only", "mlp", "--seconds", "100").stdout
+    assert [line.split()[2] for line in some.splitlines()[:-1]] == ["device", "mlp"]
+
+
+def test_without_a_gpu_it_ends_with_one_line(tmp_path: Path) -> None:
+    """From a checkout in which nothing is built, and whose packages are not those that are installed here."""
+    checkout = tmp_path / "checkout"
+    for folder in ("bench", "fusion_kernels", "python", "tests/support"):
+        ignored = shutil.ignore_patterns("*.so", "__pycache__", "results")
+        shutil.copytree(ROOT / folder, checkout / folder, ignore=ignored)
+    reason = checkout / "fusion_kernels" / "gpu.py"
+    text = reason.read_text(encoding="utf-8")
+    reason.write_text(text.replace("torch finds no CUDA device", "this is the copy"), encoding="utf-8")
+    done = gpu("--out", str(tmp_path / "out.json"), checkout=checkout, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1
+    assert done.stdout + done.stderr == "bench/gpu.py needs a GPU that the Triton backend runs on: this is the copy\n"
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_an_older_file_is_kept_or_gone_on_with(command: ModuleType, tmp_path: Path) -> None:
+    file, about = tmp_path / "out.json", {"device": "A", "kernels": "1"}
+    assert command.kept_lines(file, True, about) is None
+    content = {"about": about, "stages": {"mlp": {}}, "failures": {}}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert command.kept_lines(file, True, about) == content
+    with pytest.raises(SystemExit, match="is of another kernels: name another file with --out"):
+        command.kept_lines(file, True, {**about, "kernels": "2"})
+    assert command.kept_lines(file, False, about) is None
+    assert not file.exists()
+    assert json.loads((tmp_path / "out.json.before").read_text(encoding="utf-8")) == content
+    file.write_text("{", encoding="utf-8")
+    with pytest.raises(SystemExit, match="is no file of this script"):
+        command.kept_lines(file, True, about)
+
+
+def test_a_model_that_is_none_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    done = gpu("--model", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr == f"bench/gpu.py --model: {tmp_path} has no config.json: name the folder of a checkpoint\n"
+
+
+# --- tools -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_sanitizer_says_is_understood(importable: None) -> None:
+    judged = importlib.import_module("gpu_sanitizer").judged
+    assert judged(0, "========= ERROR SUMMARY: 0 errors\n") == {"outcome": "clean"}
+    hazards = "========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)\n"
+    assert judged(86, hazards)["outcome"] == "2 errors"
+    assert judged(None, "loading") == {"outcome": "too slow", "said": "loading"}
+    # What ends well without having counted has not looked.
+    assert judged(0, "Target application returned an error") == {
+        "outcome": "status 0", "said": "Target application returned an error",
+    }  # fmt: skip
+
+
+def test_what_nsight_compute_says_is_understood(importable: None) -> None:
+    launches = importlib.import_module("gpu_ncu").launches
+    page = [
+        "==PROF== Connected to process 5", "a line of the call",
+        '"ID","Kernel Name","dram__throughput.avg.pct_of_peak_sustained_elapsed","gpu__time_duration.sum","device__id"',
+        '"","","%","us",""', '"0","_gram_kernel","12.5","85.1","0"', '"1","_gram_kernel","","85.3","0"',
+    ]  # fmt: skip
+    assert launches("\n".join(page)) == [
+        {
+            "kernel": "_gram_kernel", "dram__throughput.avg.pct_of_peak_sustained_elapsed": "12.5 %",
+            "gpu__time_duration.sum": "85.1 us",
+        },
+        {"kernel": "_gram_kernel", "gpu__time_duration.sum": "85.3 us"},
+    ]  # fmt: skip
+    assert launches("==ERROR== The user does not have permission") == launches("\n".join(page[:4])) == []
+
+
+def test_small_cases_of_every_kind_are_watched(importable: None) -> None:
+    kind = importlib.import_module("gpu_watched")._kind
+    assert kind("65 float64 points in 16 clusters, k-means++, lloyd") != kind("520 float32 points in 130 clusters")
+    assert kind("cublas, gated, torch.bfloat16, 300 x 768 x 192") == kind(
+        "cublas, gated, torch.float16, 300 x 256 x 192"
+    )
+    assert kind("cublas, gated, torch.bfloat16, 1 x 1 x 1") != kind("cublas, plain, torch.bfloat16, 1 x 1 x 1")
+
+
+def test_a_tool_that_does_not_end_is_ended_with_all_that_it_has_started(
+    importable: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = importlib.import_module("gpu_watched")
+    endless = tmp_path / "endless"
+    endless.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {tmp_path}/child\necho said\nwait\n", encoding="utf-8")
+    endless.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert watched.tool("endless") == str(endless)
+    assert watched.tool("no-such-tool") is None
+    assert watched.watch([str(endless)], "kmeans", 3.0) == (None, "said\n")
+    child = int((tmp_path / "child").read_text(encoding="utf-8"))
+    state, until = Path(f"/proc/{child}/stat"), time.monotonic() + 20
+    # Whoever takes over orphans may leave a zombie.
+    while state.exists() and state.read_text(encoding="utf-8").split()[2] != "Z":
+        assert time.monotonic() < until, "what the tool has started goes on"

@@ -1,0 +1,90 @@
+"""The stages of bench/gpu.py, line by line, with the CPU in the place of a GPU: what a device is asked for runs.
+
+Nothing of this says that results or times are right on a GPU; it says that no line ends for a reason of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = [ROOT / "bench", ROOT / "tests" / "support", ROOT / "python", ROOT]
+
+
+@functools.cache
+def lines(*stages: str) -> dict[str, dict[str, Any]]:
+    """What each line of the stages comes to, by stage and line, in a process of its own: this one may compile."""
+    folders = os.pathsep.join(map(str, FOLDERS))
+    environment = {**os.environ, "PYTHONPATH": folders, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "support" / "gpu_stand_in.py"), *stages]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, dict[str, Any]] = {}
+    for message in (json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"stage"')):
+        assert "failure" not in message, f"{message['stage']}: {message['line']}: {message['failure']}"
+        found.setdefault(message["stage"], {})[message["line"]] = message["result"]
+    return found
+
+
+def test_kmeans() -> None:
+    found = lines("gpu_kmeans")["gpu_kmeans"]
+    steps, modes = found["bert: steps"], found["bert: modes"]
+    assert set(steps["ms"]) == {
+        "Gram", "seeding", "Lloyd", "Hartigan", "means and inertia", "whether float32 is enough", "settling",
+    }  # fmt: skip
+    assert set(steps["us per pass"]) == {"Lloyd", "Hartigan"}
+    assert steps["passes"]["Hartigan"] > 0
+    assert {"default", "lloyd", "given"} < set(modes["inertia"])
+    assert set(modes["ms"]) == set(modes["inertia"])
+    assert "share of the floor" in found["nearest centroids"]
+    on_the_cpu = found["bert: on the CPU"]
+    assert "skipped" in on_the_cpu or on_the_cpu["inertia, device over CPU"] == pytest.approx(1, rel=1e-5)
+
+
+def test_blocks_experts_and_tangent_kernels() -> None:
+    found = lines("gpu_mlp", "gpu_experts", "gpu_ntk", "gpu_profile")
+    for name, line in found["gpu_mlp"].items():
+        assert "failed" not in line, name
+        if "forward" in name or "step" in name:
+            assert {"eager", "compile", "torch", "cublas", "epilogue", "epilogue, other tile"} <= set(line["ms"]), name
+            assert set(line["times eager"]) == set(line["ms"]) - {"eager"}
+        elif "tiles" in name:
+            assert {"forward", "backward"} <= set(line)
+        else:
+            assert set(line["ms"]) == {"torch", "cublas", "epilogue"}
+    assert all(set(line["ms"]) == {"grouped_mm", "triton"} for line in found["gpu_experts"].values())
+    assert set(found["gpu_ntk"]) == {
+        "against float64", "9 inputs: times", "streams and devices", "comparisons", "more than 2^32 values",
+    }  # fmt: skip
+    assert not any("skipped" in line for line in found["gpu_ntk"].values())
+    assert all(len(line["table"]) > 5 for line in found["gpu_profile"].values())
+
+
+def test_the_device_and_the_whole_product() -> None:
+    found = lines("gpu_device", "gpu_whole")
+    assert {"device", "kernels", "torch", "triton"} <= set(found["gpu_device"]["facts"]["about"])
+    assert set(found["gpu_device"]["rates"]) == {"bf16_flops", "copy_bytes", "brief"}
+    training, compressed = found["gpu_whole"]["training"], found["gpu_whole"]["compress llama"]
+    assert {f"FusedMLP, {name}" for name in ("auto", "torch", "cublas", "epilogue")} < set(training["ms"])
+    assert {"device, first", "device"} <= set(compressed["seconds"])
+
+
+def test_what_is_compiled_ahead_and_what_tools_watch() -> None:
+    found = lines("calls")["calls"]
+    families = {name.split(" ")[0] for name in found["ahead"]["calls"]}
+    assert families == {"kmeans", "mlp", "experts", "whole", "kmeans-proof", "mlp-proof", "experts-proof"}
+    assert {"mlp", "small-mlp", "small-experts", "small-resident", "small-ntk"} < set(found)
