@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from mlp_fusion.choices import KEEP_WIDTH, METHODS
+from mlp_fusion.choices import AUTOMATIC, KEEP_WIDTH, METHODS
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -47,7 +47,7 @@ def test_rows_have_names_of_their_own_and_methods_that_exist(rows: ModuleType) -
     every = rows.all_rows(2)
     assert len({row.name for row in every}) == len(every)
     methods = {row.recipe.method for row in every if row.recipe is not None}
-    assert methods <= set(METHODS)
+    assert methods <= {AUTOMATIC, *METHODS}
     assert {"obs", "osscar", "fasp", "wanda", "twossp", "magnitude", "random", "published", "slice"} <= methods
     assert [row.name for row in every if row.recipe is None] == ["full"]
     assert "0.5 prune refit sequential seed 1" in {row.name for row in every}

@@ -21,7 +21,7 @@ from mlp_fusion.families.exchange import install, narrow
 from mlp_fusion.measure import relative_error
 from mlp_fusion.methods import get_method
 from mlp_fusion.neurons import NeuronBundle
-from mlp_fusion.reducing import pipeline
+from mlp_fusion.reducing import pipeline, sequential
 from mlp_fusion.reducing.layers import layers_of
 from mlp_fusion.reducing.pipeline import Recipe, reduce_ffns
 from mlp_fusion.reducing.sequential import reduce_sequentially
@@ -69,7 +69,10 @@ def test_the_model_computes_the_corrected_bundles(optimizer: str | None) -> None
     model = tiny_model("llama", dtype=torch.float64)
     original = copy.deepcopy(model)
     match = None if optimizer is None else "auto"
-    report = fuse(model, 16, layers=[0, 2], optimizer=optimizer, seed=2, calibration=TEXT, sample=HELD_OUT, match=match)
+    report = fuse(
+        model, 16, layers=[0, 2], method="fusion", optimizer=optimizer, seed=2, calibration=TEXT, sample=HELD_OUT,
+        match=match,
+    )  # fmt: skip
     architecture = architecture_of(model.config)
     sites = [architecture.sites(original)[n] for n in (0, 2)]
     bundles = [architecture.read(site) for site in sites]
@@ -132,7 +135,7 @@ def test_sequential_calibration_sees_what_the_reduced_ffns_before_produce(family
     torch.testing.assert_close(seen[1].hidden_variance, after[1].hidden_variance)
 
     fused = tiny_model(family, dtype=torch.float64)
-    report = fuse(fused, 16, layers=[0, 2], calibration=TEXT, sequential=True, sample=HELD_OUT)
+    report = fuse(fused, 16, layers=[0, 2], method="fusion", calibration=TEXT, sequential=True, sample=HELD_OUT)
     assert report.calibration is not None
     assert report.settings.sequential
     for site, ffn in zip((0, 2), reduced, strict=True):
@@ -141,8 +144,11 @@ def test_sequential_calibration_sees_what_the_reduced_ffns_before_produce(family
 
 
 @pytest.mark.parametrize(("family", "chunk"), [*((family, 0) for family in sorted(FAMILIES)), ("bert", 4)])
-def test_sequential_targets_lead_back_to_the_original_model(family: str, chunk: int) -> None:
-    """An FFN that hits its targets undoes what the reduced ones before it have done to the layer's output."""
+def test_sequential_targets_lead_back_to_the_original_model(
+    family: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An FFN that hits its targets, were they the whole way, undoes what those before it did to the layer's output."""
+    monkeypatch.setattr(sequential, "_CORRECTED", 1.0)
     model = tiny_model(family, dtype=torch.float64)
     for layer in model.bert.encoder.layer if chunk else ():
         layer.chunk_size_feed_forward = chunk
@@ -200,20 +206,20 @@ def test_automatic_widths_keep_the_budget_and_favour_what_is_hard() -> None:
     site = architecture.sites(model)[1]
     bundle = architecture.read(site)
     narrow(site, bundle.with_vectors(bundle.vectors()[:, :8].repeat(1, 8, 1), None))
-    report = fuse(model, "auto", budget=0.5, calibration=TEXT, sample=HELD_OUT, seed=0)
+    report = fuse(model, "auto", method="fusion", budget=0.5, calibration=TEXT, sample=HELD_OUT, seed=0)
     widths = [row.neurons_after for row in report.rows]
     assert widths[1] == 8
     assert widths[0] + widths[2] > 64
     assert sum(widths) <= 0.5 * 3 * WIDTH
     assert [site.neurons for site in architecture.sites(model)] == widths
     assert report.rows[1].output_error < 1e-3
-    even = fuse(tiny_model("bert"), "auto", budget=0.5, calibration=TEXT, sample=HELD_OUT, layers=[0])
+    even = fuse(tiny_model("bert"), "auto", method="fusion", budget=0.5, calibration=TEXT, sample=HELD_OUT, layers=[0])
     assert even.rows[0].neurons_after == 32
 
 
 def test_an_ffn_that_a_budget_leaves_whole_is_not_fused(tmp_path: Path) -> None:
     model = tiny_model("bert")
-    report = fuse(model, "auto", budget=0.85, calibration=TEXT, sample=HELD_OUT, seed=0)
+    report = fuse(model, "auto", method="fusion", budget=0.85, calibration=TEXT, sample=HELD_OUT, seed=0)
     whole = [row.layer for row in report.rows if row.neurons_after == WIDTH]
     assert whole
     assert model.config.mlp_fusion["fused_layers"] == sorted({0, 1, 2} - set(whole))
@@ -260,12 +266,12 @@ def test_the_model_runs_over_the_text_once() -> None:
     runs: list[int] = []
     base: Any = model.base_model
     base.register_forward_pre_hook(lambda _m, _args: runs.append(1))
-    fuse(model, 16, calibration=TEXT)
+    fuse(model, 16, method="fusion", calibration=TEXT)
     assert len(runs) == len(TEXT)
 
 
-@pytest.mark.parametrize("sequential", [False, True])
-def test_as_many_rows_are_kept_as_are_asked_for(sequential: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_as_many_rows_are_kept_as_are_asked_for(one_by_one: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By default few, so that memory is bounded; beyond the default where the caller says so."""
     monkeypatch.setattr("mlp_fusion.calibration.statistics.CALIBRATION_ROWS", 50)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in TEXT)
@@ -279,7 +285,7 @@ def test_as_many_rows_are_kept_as_are_asked_for(sequential: bool, monkeypatch: p
     monkeypatch.setattr(pipeline, "refit", recorded)
     for rows, expected in ((None, 50), (120, 120), (10**9, tokens)):
         kept.clear()
-        fuse(tiny_model("bert"), 16, calibration=TEXT, calibration_rows=rows, sequential=sequential)
+        fuse(tiny_model("bert"), 16, method="fusion", calibration=TEXT, calibration_rows=rows, sequential=one_by_one)
         assert kept == [expected] * 3
 
 
@@ -287,9 +293,9 @@ def test_lists_are_read_to_their_end_and_streams_are_cut(monkeypatch: pytest.Mon
     monkeypatch.setattr("mlp_fusion.calibration.statistics.CALIBRATION_TOKENS", 100)
     batch = token_batch(batch=6, length=12)
     tokens = int(batch["attention_mask"].sum())
-    for sequential in (False, True):
+    for one_by_one in (False, True):
         reports = [
-            fuse(tiny_model("bert"), 16, calibration=text, sequential=sequential)
+            fuse(tiny_model("bert"), 16, calibration=text, sequential=one_by_one)
             for text in ([batch] * 5, itertools.repeat(batch))
         ]
         found = [report.calibration.tokens for report in reports if report.calibration is not None]

@@ -293,7 +293,7 @@ def _lora() -> Any:
         (lambda: tiny_model("bert"), {"width": 128}, "not smaller than the FFN's 64"),
         (lambda: tiny_model("bert"), {"width": 20}, "not a multiple of 8"),
         (lambda: tiny_model("bert"), {"layers": [1, 3]}, "layers 3 out of range"),
-        (lambda: tiny_model("bert"), {"method": "fussion"}, "unknown method 'fussion': use one of cluster, fasp"),
+        (lambda: tiny_model("bert"), {"method": "fussion"}, "unknown method 'fussion': use one of auto, cluster"),
         (lambda: tiny_model("bert"), {"optimizer": "adamm"}, "unknown optimizer"),
         (lambda: tiny_model("bert"), {"sample": []}, "sample needs at least one batch"),
     ],

@@ -186,7 +186,7 @@ def test_cluster_bins_double() -> None:
 
 
 def test_runs_meet_their_checkpoint(tmp_path: Path) -> None:
-    put(tmp_path / "a" / "small", report=fusion_report())
+    put(tmp_path / "a" / "small", report=fusion_report(method="fusion"))
     put(tmp_path / "b" / "small", report=fusion_report(method="prune"))
     put(tmp_path / "by-path", run=finetune(1, model=str(tmp_path / "b" / "small"), method="fusion"))
     put(tmp_path / "by-name", run=finetune(2, model="/moved/small", method="fusion"))

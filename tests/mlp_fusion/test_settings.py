@@ -12,7 +12,7 @@ import pytest
 
 import mlp_fusion
 from mlp_fusion import InputError
-from mlp_fusion.choices import CALIBRATION_SENTENCES
+from mlp_fusion.choices import AUTOMATIC_STEPS, CALIBRATION_SENTENCES
 from mlp_fusion.cli import cli
 from mlp_fusion.settings import (
     CompressSettings,
@@ -122,14 +122,33 @@ def test_resolved_settings_leave_nothing_open() -> None:
     assert FuseSettings(width=0.5, match="auto").resolved([0], calibrated=True).match == "sign"
 
 
+def test_what_is_measured_to_be_best_is_what_no_method_and_text_come_to() -> None:
+    def found(calibrated: bool = True, *, named: bool = True, whole: bool = True, **options: Any) -> tuple[Any, ...]:
+        asked = FuseSettings(width=0.5, **options)
+        settings = asked.resolved([0], calibrated=calibrated, named=named, whole=whole)
+        return settings.method, settings.sequential, settings.tune_steps
+
+    plain = ("fusion", False, 0)
+    assert found() == ("merge", True, AUTOMATIC_STEPS)
+    assert found(calibrated=False) == plain
+    assert found(named=False) == plain
+    assert found(whole=False) == plain
+    assert found(refit=False) == plain
+    # Each part by itself; a named method brings none of the others.
+    assert found(tune_steps=3, sequential=False) == ("merge", False, 3)
+    assert found(whole=False, sequential=True) == ("fusion", True, 0)
+    assert found(method="merge") == ("merge", False, 0)
+    assert found(method="prune", tune_steps=5) == ("prune", False, 5)
+
+
 def test_records_are_plain_and_say_nothing_of_places() -> None:
     settings = CompressSettings(width=0.5, layers=range(2), calibration=Path("mine.txt"), device="cuda:3")
     assert settings.recorded() == {
-        "width": 0.5, "budget": None, "layers": [0, 1], "only": None, "multiple": None, "method": "fusion",
+        "width": 0.5, "budget": None, "layers": [0, 1], "only": None, "multiple": None, "method": "auto",
         "optimizer": "adamw", "seed": 0, "calibration_sentences": CALIBRATION_SENTENCES, "calibration_rows": None,
-        "refit": None, "match": None, "tune_steps": 0, "sequential": False, "unmeasured": False,
+        "refit": None, "match": None, "tune_steps": None, "sequential": None, "unmeasured": False,
     }  # fmt: skip
-    assert FuseSettings(**settings.recorded()).method == "fusion"
+    assert FuseSettings(**settings.recorded()).method == "auto"
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS))

@@ -63,7 +63,7 @@ def test_calibrated_the_same_bits_as_in_memory(
     source = with_tokenizer(name, tmp_path / "source", dtype)
     reports = [
         mlp_fusion.compress(
-            source, tmp_path / str(stream), 0.5, stream=stream, calibration=text, sequential=sequential
+            source, tmp_path / str(stream), 0.5, method="fusion", stream=stream, calibration=text, sequential=sequential
         )
         for stream in (False, True)
     ]  # fmt: skip

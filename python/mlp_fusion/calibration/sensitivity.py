@@ -31,12 +31,13 @@ from mlp_fusion.errors import InputError, named
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.running.batches import Batch, positions, samples, token_mask
 from mlp_fusion.running.positions import by_sequence
-from mlp_fusion.running.runner import Runner
+from mlp_fusion.running.runner import Runner, not_finite
 
 #: Tokens that gradients are taken at, positions of one run at most, and of one sequence.
 _TOKENS, _RUN, _SEQUENCE = 4096, 1024, 512
 #: Tokens whose predictions are held at a time.
 _LOGITS = 256
+_WITHOUT = "use a method that asks for none, such as fusion, without tune_steps"
 #: Share of the identity: directions in which the few probes say next to nothing must not be free.
 _IDENTITY = 0.1
 
@@ -85,6 +86,8 @@ def output_sensitivities(
         for batch in _probes(batches, chunk=getattr(model.config, "chunk_size_feed_forward", 0) or 1):
             try:
                 states = runner.counted_states(batch)
+                if not all(bool(hidden[mask.to(hidden.device)].isfinite().all()) for hidden, mask in states):
+                    raise not_finite("on the calibration text, the model's inputs or outputs", states[0][0].dtype)
                 if not all(outputs):
                     raise InputError("an FFN did not run on the calibration text: the model skips it")
                 probed = (
@@ -97,7 +100,7 @@ def output_sensitivities(
             except InputError:
                 raise
             except (ValueError, IndexError, TypeError, RuntimeError) as error:
-                raise InputError(f"tuning needs gradients through the model, which fails ({named(error)})") from error
+                raise InputError(f"gradients through the model fail ({named(error)}): {_WITHOUT}") from error
             for number, ys in enumerate(outputs):
                 mask, laid = by_sequence({"gradients": [next(gradients) for _ in ys]}, batch, sites[number].path)
                 rows = laid["gradients"][mask.to(laid["gradients"].device)]
@@ -143,7 +146,7 @@ def _probe(head: nn.Linear | None, hidden: Tensor, generator: torch.Generator) -
 
 def _check_finite(gradients: Tensor) -> None:
     if not bool(gradients.isfinite().all()):
-        remedy = "load it in float32 or bfloat16" if gradients.dtype == torch.float16 else "leave out tune_steps"
+        remedy = "load it in float32 or bfloat16" if gradients.dtype == torch.float16 else _WITHOUT
         raise InputError(f"gradients through the model are not finite in {str(gradients.dtype)[6:]}: {remedy}")
 
 
