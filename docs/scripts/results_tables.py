@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -317,6 +318,39 @@ def large() -> str:
     return table(titles, rows)
 
 
+def language_model(share: float) -> str:
+    """SmolLM2-135M-Instruct with that share of its FFNs: perplexity of every row there is, the best first."""
+    rows = [row for row in results("llm-cpu")["rows"] if row["recipe"] is None or row["share"] == share]
+    kinds = list(rows[0]["perplexity"])
+
+    def mean(form: str) -> float:
+        return statistics.mean(math.log(v) for row in rows if row["form"] == form for v in row["perplexity"].values())
+
+    lines = []
+    for form in sorted({row["form"] for row in rows}, key=mean):
+        own = [row for row in rows if row["form"] == form]
+        cells = [f"{statistics.median(row['perplexity'][kind] for row in own):.1f}" for kind in kinds]
+        spent = (
+            [f"{statistics.median(row['seconds']['processor'] for row in own):.0f}"] if "seconds" in own[0] else [""]
+        )
+        name = form.removeprefix(f"{share:g} ")
+        lines.append([f"**{name}**" if name.startswith("auto") else name, *cells, *spent])
+    return table(["", *kinds, "processor seconds"], lines)
+
+
+def completions() -> str:
+    """What models with half of their FFNs go on with."""
+    data = results("llm-cpu")
+    chosen = {"full": "full", "0.5 auto refit sequential": "auto", "0.5 prune refit sequential": "prune, sequential"}
+    rows = [row for row in data["rows"] if row["form"] in chosen and row["seed"] == 0]
+    lines = []
+    for number, prompt in enumerate(data["prompts"]):
+        for row in rows:
+            said = " ".join(row["completions"][number].split()).replace("|", "/").replace("<", "&lt;")
+            lines.append([prompt, chosen[row["form"]], said])
+    return table(["prompt", "model", "greedy completion"], lines)
+
+
 def families_roundtrip() -> str:
     """How many model types come through a round trip of a small real model, and how far others come."""
     found = results("families-roundtrip-cpu")["counts"]
@@ -404,6 +438,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": training,
     "startup": startup,
     "large": large,
+    "language-model-half": lambda: language_model(0.5),
+    "language-model-wider": lambda: language_model(0.625),
+    "language-model-three-quarters": lambda: language_model(0.75),
+    "language-model-completions": completions,
     "families": families,
     "families-left": families_left,
     "families-refused": families_refused,
