@@ -222,10 +222,12 @@ def main() -> None:
         _show(methods[-1])
     whole = []
     sequential, tuned = {"sequential": True}, {"tune_steps": options.tune}
+    fusion, select = {"method": "fusion"}, {"method": "select"}
     for extra in (
-        {}, sequential, tuned, {**sequential, **tuned},
-        {"method": "select"}, {"method": "select", **sequential}, {"method": "select", **sequential, **tuned},
-        {"width": "auto", "budget": options.width / bench.bundle.width},
+        fusion, {**fusion, **sequential}, {**fusion, **tuned}, {**fusion, **sequential, **tuned},
+        select, {**select, **sequential}, {**select, **sequential, **tuned},
+        {**fusion, "width": "auto", "budget": options.width / bench.bundle.width},
+        {"method": "auto"}, {"method": "auto", **tuned},
     ):  # fmt: skip
         whole.append(bench.whole(**{"width": options.width, **extra}))
         _show_whole(whole[-1])
