@@ -26,20 +26,21 @@ from mlp_fusion.neurons import NeuronBundle
 LARGEST_SHARE = 0.6
 #: Rows that an original is run on at a time.
 _CHUNK = 2048
+#: Rounding of a sum of thousands of products, in units of the dtype's.
+_ROUNDING = 64.0
 
 
 class Mixtures:
     """Mixtures of the rows `fitted (F,)` of B FFNs side by side, whose statistics have rows of the same tokens.
 
-    Memory: a copy of those rows' outputs. Time of a drawn row: the original's forward pass.
+    Memory: a copy of those rows' outputs, where they are not what the originals make of the inputs (in a sequential
+    run). Time of a drawn row: the original's forward pass.
     """
 
     def __init__(self, originals: NeuronBundle, statistics: Sequence[FFNStatistics], fitted: Tensor) -> None:
         self._originals, self._statistics, self._fitted = originals, statistics, fitted
         dtype = originals.w_in.dtype
-        each = [_beyond(originals.select(n), s, fitted) for n, s in enumerate(statistics)]
-        self._beyond = torch.stack(each)
-        self._mean_beyond = self._beyond.mean(dim=1, keepdim=True)
+        self._beyond = [_beyond(originals.select(n), s, fitted) for n, s in enumerate(statistics)]
         self._mean = torch.stack([s.x[fitted].to(dtype).mean(dim=0, keepdim=True) for s in statistics])
 
     @torch.no_grad()
@@ -52,8 +53,11 @@ class Mixtures:
         s = torch.rand(count, 1, generator=generator, dtype=torch.float64) * LARGEST_SHARE
         shares = ((1.0 - s.square()).sqrt(), s)
         x = self._mixed(shares, self._inputs(first), self._inputs(second), self._mean)
-        beyond = self._mixed(shares, self._beyond[:, first], self._beyond[:, second], self._mean_beyond)
-        return x, self._originals.forward(x) + beyond, self._fitted[first]
+        y = self._originals.forward(x)
+        for own, beyond in zip(y, self._beyond, strict=True):
+            if beyond is not None:
+                own += self._mixed(shares, beyond[first], beyond[second], beyond.mean(dim=0))
+        return x, y, self._fitted[first]
 
     def _inputs(self, rows: Tensor) -> Tensor:
         return torch.stack([s.x[self._fitted[rows]] for s in self._statistics]).to(self._mean.dtype)
@@ -65,10 +69,13 @@ class Mixtures:
 
 
 @torch.no_grad()
-def _beyond(original: NeuronBundle, statistics: FFNStatistics, rows: Tensor) -> Tensor:
-    """`(F, d_out)`: the targets of the rows less what the original makes of them."""
+def _beyond(original: NeuronBundle, statistics: FFNStatistics, rows: Tensor) -> Tensor | None:
+    """`(F, d_out)`: the targets of the rows less what the original makes of them; None where that is rounding."""
     parts = []
     for chunk in rows.split(_CHUNK):
         x, y = (t[chunk].to(original.w_in.dtype) for t in (statistics.x, statistics.y))
         parts.append(y - original.forward(x)[0])
-    return torch.cat(parts)
+    beyond = torch.cat(parts)
+    rounding = max(_ROUNDING * torch.finfo(beyond.dtype).eps, 2.0 * torch.finfo(statistics.y.dtype).eps)
+    sizes = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in (beyond, statistics.y[rows])]
+    return beyond if bool(sizes[0] > rounding * sizes[1]) else None
