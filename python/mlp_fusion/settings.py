@@ -182,7 +182,7 @@ def make(record: type[Record], options: Mapping[str, Any], verb: str) -> Record:
     known = [field.name for field in fields(record)]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+            near = difflib.get_close_matches(name, [*known, "calibration", "sample"], 1)
             meant = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(known)}"
             raise TypeError(f"{verb}() has no option {name!r}: {meant}")
     return record(**options)
@@ -424,7 +424,7 @@ class CompressSettings(FuseSettings):
             raise InputError("a streamed run has no whole model: leave out text, width auto and tune_steps, or stream")
         if self.stream and self.method in METHODS and METHODS[self.method].weighs_outputs:
             raise InputError(
-                f"a streamed run has no gradients, which method {self.method} asks for: use another, or auto"
+                f"a streamed run has no gradients for method {self.method}: leave out stream, or the method"
             )
         if self.engine != "local" and self.calibration is not None:
             raise InputError(f"engine {self.engine} carries no hidden states: leave out calibration, or use local")

@@ -37,7 +37,9 @@ def test_folder_with_something_in_it(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / ".hidden").write_text("mine")
-    assert compress_refused(source, out) == f"{out} exists and is not empty: choose another folder or empty it"
+    assert compress_refused(source, out) == (
+        f"{out} exists and is not empty: choose another folder, empty it, or force (--force) if mlp-fusion wrote it"
+    )
 
 
 def test_output_that_is_a_file(source: Path, tmp_path: Path) -> None:

@@ -83,6 +83,16 @@ def test_calibrated_the_same_bits_as_in_memory(
     assert reports[1].calibration.tokens == reports[0].calibration.tokens
 
 
+def test_tokens_that_the_model_does_not_know_are_named(tmp_path: Path, text: Path) -> None:
+    source = tmp_path / "source"
+    model: Any = moe_model("Qwen3MoeConfig")
+    model.resize_token_embeddings(4)
+    model.save_pretrained(source)
+    ck.add_tokenizer(source, pad_token="<pad>")
+    with pytest.raises(InputError, match=r"the calibration text holds token \d+, the model knows 0 to 3"):
+        mlp_fusion.compress(source, tmp_path / "out", 0.5, stream=True, calibration=text)
+
+
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize(("name", "then"), [("Qwen3MoeConfig", 1), ("T5Config", 3), ("T5Config", 4)])
 def test_a_calibrated_run_goes_on(

@@ -224,6 +224,7 @@ class FusionReport:
             )
         learnt = self.learnt()
         lines += [] if learnt is None else [learnt]
+        lines.append(f"method {self.method}")
         lines.append(
             f"errors: relative Frobenius, {self.sample_rows} token positions of {self.sample}; "
             f"parameterization {self.parameterization}" + ("" if self.optimizer is None else f" (for {self.optimizer})")

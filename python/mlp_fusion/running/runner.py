@@ -163,6 +163,10 @@ class Runner:
             decoder["decoder_attention_mask"] = batch["attention_mask"]
         return {**batch, **decoder}
 
+    def check_vocabulary(self, batch: Mapping[str, Any]) -> None:
+        """Raise InputError for token ids that the model without its head does not know."""
+        self._check_vocabulary(getattr(self.model, "base_model", self.model), batch)
+
     def _check_vocabulary(self, base: Any, batch: Mapping[str, Any]) -> None:
         known = _vocabulary(base)
         if known is None or "input_ids" not in batch:

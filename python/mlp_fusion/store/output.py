@@ -59,7 +59,8 @@ def check_output(out: Path, *, replace: bool = False) -> None:
             raise InputError(f"{path} is a file: choose another folder")
     if out.is_dir() and not _is_empty_folder(out):
         if not replace:
-            raise InputError(f"{out} exists and is not empty: choose another folder or empty it")
+            remedy = "choose another folder, empty it, or force (--force) if mlp-fusion wrote it"
+            raise InputError(f"{out} exists and is not empty: {remedy}")
         if not _is_ours(out):
             raise InputError(f"{out} is no checkpoint that was fused by this program: it is not replaced, remove it")
         if (strange := _strange(out)) is not None:

@@ -54,7 +54,9 @@ def restore(model: nn.Module, path: str | os.PathLike[str], optimizer: str | Non
         raise InputError("the model has its fused FFNs already")
     parameterization = record["parameterization"] if optimizer == "as saved" else parameterization_for(optimizer)
     if record["parameterization"] == "folded":
-        raise InputError(f"{path}: saved with its scale folded for good: it trains on as it is, nothing to restore")
+        raise InputError(
+            f"{path}: its neurons have no scale, or one folded for good: it trains on as it is, nothing to restore"
+        )
     for site, scale, bundle in scaled_sites(model, path, parameterization):
         unfolded = bundle.unfolded(scale.to(bundle.w_in.device).reshape(bundle.w_in.shape[:2]))
         install(site, unfolded, parameterization)

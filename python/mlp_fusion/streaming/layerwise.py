@@ -130,9 +130,12 @@ class LayerwiseModel:
             Per layer and batch, the call.
 
         Raises:
-            InputError: a layer gets something else than what the one before has put out, or stacks run in another
-                order than they stand in.
+            InputError: the text holds tokens that the model does not know, a layer gets something else than what the
+                one before has put out, or stacks run in another order than they stand in.
         """
+        runner = Runner(self.model, "the calibration text")
+        for batch in batches:  # what follows tries ways of calling, and passes over what fails
+            runner.check_vocabulary(batch)
         for handed in (_itself, _in_a_tuple, None):
             calls = self._recorded(stacks, batches, ends, handed)
             if calls is None:
