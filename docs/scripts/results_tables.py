@@ -346,8 +346,8 @@ def completions() -> str:
     lines = []
     for number, prompt in enumerate(data["prompts"]):
         for row in rows:
-            said = " ".join(row["completions"][number].split()).replace("|", "/").replace("<", "&lt;")
-            lines.append([prompt, chosen[row["form"]], said])
+            cells = (prompt, chosen[row["form"]], row["completions"][number])
+            lines.append([" ".join(cell.split()).replace("|", "/").replace("<", "&lt;") for cell in cells])
     return table(["prompt", "model", "greedy completion"], lines)
 
 
