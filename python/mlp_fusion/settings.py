@@ -14,7 +14,7 @@ import math
 import re
 import textwrap
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from numbers import Real
 from pathlib import Path
@@ -173,8 +173,8 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else [int(entry) for entry in value]
 
 
-def make(record: type[Record], options: Mapping[str, Any], verb: str) -> Record:
-    """The record of a verb's options.
+def make(record: type[Record], options: Mapping[str, Any], verb: str, named: Sequence[str] = ()) -> Record:
+    """The record of a verb's options; `named` are the arguments that the verb has besides.
 
     Raises:
         TypeError: there is no such option, as for any other function.
@@ -182,7 +182,7 @@ def make(record: type[Record], options: Mapping[str, Any], verb: str) -> Record:
     known = [field.name for field in fields(record)]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, [*known, "calibration", "sample"], 1)
+            near = difflib.get_close_matches(name, [*known, *named], 1)
             meant = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(known)}"
             raise TypeError(f"{verb}() has no option {name!r}: {meant}")
     return record(**options)

@@ -52,8 +52,7 @@ class LocallyTrained:
         bundle: B FFNs, canonical (`scale_exponent` 0), with the scale that they had; each as it was when it did best on
             its held-out rows, which may be as it came.
         before, after: `(B,)` float64, relative Frobenius errors `|W (f(x) - y) L| / |W y L|` on the held-out rows, W
-            their weights;
-            `after <= before`. NaN where there is no held-out row.
+            their weights; `after <= before`. NaN where there is no held-out row.
     """
 
     bundle: NeuronBundle

@@ -40,7 +40,8 @@ class Mixtures:
     def __init__(self, originals: NeuronBundle, statistics: Sequence[FFNStatistics], fitted: Tensor) -> None:
         self._originals, self._statistics, self._fitted = originals, statistics, fitted
         dtype = originals.w_in.dtype
-        self._beyond = [_beyond(originals.select(n), s, fitted) for n, s in enumerate(statistics)]
+        found = [_beyond(originals.select(n), s, fitted) for n, s in enumerate(statistics)]
+        self._beyond = [None if more is None else (more, more.mean(dim=0)) for more in found]
         self._mean = torch.stack([s.x[fitted].to(dtype).mean(dim=0, keepdim=True) for s in statistics])
 
     @torch.no_grad()
@@ -54,9 +55,10 @@ class Mixtures:
         shares = ((1.0 - s.square()).sqrt(), s)
         x = self._mixed(shares, self._inputs(first), self._inputs(second), self._mean)
         y = self._originals.forward(x)
-        for own, beyond in zip(y, self._beyond, strict=True):
-            if beyond is not None:
-                own += self._mixed(shares, beyond[first], beyond[second], beyond.mean(dim=0))
+        for own, more in zip(y, self._beyond, strict=True):
+            if more is not None:
+                beyond, mean = more
+                own += self._mixed(shares, beyond[first], beyond[second], mean)
         return x, y, self._fitted[first]
 
     def _inputs(self, rows: Tensor) -> Tensor:

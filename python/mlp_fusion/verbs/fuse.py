@@ -75,7 +75,12 @@ def fuse(
         True
     """
     started = time.perf_counter()
-    asked = make(FuseSettings, {"width": width, "layers": layers, "method": method, **options}, "fuse")
+    asked = make(
+        FuseSettings,
+        {"width": width, "layers": layers, "method": method, **options},
+        "fuse",
+        ("sample", "calibration", "progress"),
+    )
     asked.check(calibrated=calibration is not None)
     ffns = ChosenFFNs.find(model, layers, asked.only)
     chosen = sorted({site.index for site in ffns.sites})
