@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,8 @@ import torch
 import transformers
 from hypothesis import settings
 from torch.utils import _device
+
+BENCH = Path(__file__).parents[1] / "bench"
 
 # Tiny tensors gain nothing from threads, and test processes run side by side.
 torch.set_num_threads(1)
@@ -19,6 +24,16 @@ settings.load_profile("mlp_fusion")
 _device._device_constructors()
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="module")
+def importable() -> Iterator[None]:
+    """The benchmarks' scripts are imported as Python does when they are run."""
+    sys.path.insert(0, str(BENCH))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(BENCH))
 
 
 def pytest_collection_finish() -> None:

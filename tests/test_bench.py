@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,17 +19,8 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 from mlp_fusion.settings import FinetuneSettings
 
 BENCH = Path(__file__).parents[1] / "bench"
+pytestmark = pytest.mark.usefixtures("importable")
 SCRIPTS = sorted(BENCH.glob("*.py"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def importable() -> Iterator[None]:
-    """The scripts are imported as Python does when they are run."""
-    sys.path.insert(0, str(BENCH))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(BENCH))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +20,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
+pytestmark = pytest.mark.usefixtures("importable")
 STAND_INS = """
 import json, os, sys, time
 from pathlib import Path
@@ -58,16 +58,6 @@ def lines(told):
     for number in range(500):
         yield f"line {number}", lambda: (time.sleep(0.2), {"value": 1})[1]
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def importable() -> Iterator[None]:
-    """The scripts are imported as Python does when they are run."""
-    sys.path.insert(0, str(BENCH))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(BENCH))
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,17 +13,7 @@ import torch
 
 from mlp_fusion.choices import AUTOMATIC, KEEP_WIDTH, METHODS
 
-BENCH = Path(__file__).parents[1] / "bench"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def importable() -> Iterator[None]:
-    """The scripts are imported as Python does when they are run."""
-    sys.path.insert(0, str(BENCH))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(BENCH))
+pytestmark = pytest.mark.usefixtures("importable")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from mlp_fusion import InputError
 from mlp_fusion.calibration import FFNStatistics, mixtures, refit
 from mlp_fusion.calibration.mixtures import Mixtures
 from mlp_fusion.methods import get_method, merge
-from mlp_fusion.methods.obs import least_squares
+from mlp_fusion.methods.obs import eliminate, least_squares
 from mlp_fusion.neurons import NeuronBundle
 
 KINDS = list(itertools.product([False, True], [False, True]))
@@ -79,7 +79,7 @@ def test_the_cheapest_neuron_goes_and_the_others_take_over(
 
 
 @pytest.mark.parametrize("width", [1, 17, 122])
-def test_blocks_lose_little(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_lose_little(width: int) -> None:
     bundle, known = case(width=123, count=400)
     assert known.sensitivity is not None
     problem = least_squares(bundle, known, damping=merge._DAMPING).seen_through(known.sensitivity)
@@ -87,11 +87,10 @@ def test_blocks_lose_little(width: int, monkeypatch: pytest.MonkeyPatch) -> None
     def error(kept: Tensor) -> float:
         return problem.square - float((problem.target[kept] * problem.solution(kept)).sum())
 
-    blocks = merge.remaining(problem, width)
+    blocks = eliminate(problem, width, most=merge._BLOCK)
     assert torch.equal(blocks, blocks.unique()), "every neuron once, in order"
     assert len(blocks) == width
-    monkeypatch.setattr(merge, "_BLOCK", 1)
-    alone = merge.remaining(problem, width)
+    alone = eliminate(problem, width)
     silent = error(torch.arange(0))
     assert error(blocks) - error(alone) < 0.01 * (silent - error(alone))
 

@@ -14,7 +14,6 @@ neurons with all their output weights, are this project's.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from mlp_fusion.calibration.statistics import FFNStatistics
 from mlp_fusion.methods import Reduction
-from mlp_fusion.methods.obs import LeastSquares, least_squares
+from mlp_fusion.methods.obs import eliminate, least_squares
 from mlp_fusion.methods.prune import keep_neurons
 from mlp_fusion.neurons import NeuronBundle
 
@@ -30,10 +29,8 @@ from mlp_fusion.neurons import NeuronBundle
 MERGING_ROWS = 8192
 #: As :data:`mlp_fusion.methods.obs.DAMPING`.
 _DAMPING = 3e-2
-#: Neurons that go together: this many, and a share of those that are left in wide FFNs.
-_BLOCK, _BLOCK_SHARE = 8, 128
-#: Times as many neurons are looked at.
-_CANDIDATES = 4
+#: Neurons that go together, at least.
+_BLOCK = 8
 
 
 def merge(
@@ -58,7 +55,7 @@ def merge(
         rows = _fitted_rows(s, seed)
         problem = least_squares(original, s, damping=_DAMPING, rows=rows, weights=s.row_weights())
         seen = problem if s.sensitivity is None else problem.seen_through(s.sensitivity)
-        reduced.append(keep_neurons(original, remaining(seen, width).unsqueeze(0)))
+        reduced.append(keep_neurons(original, eliminate(seen, width, most=_BLOCK).unsqueeze(0)))
     return Reduction.plain(NeuronBundle.stack(reduced))
 
 
@@ -68,46 +65,3 @@ def _fitted_rows(statistics: FFNStatistics, seed: int) -> Tensor:
     rows = (~held_out if not bool(held_out.all()) else held_out).nonzero().squeeze(1)
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:MERGING_ROWS].sort().values
     return rows[drawn.to(rows.device)]
-
-
-def remaining(problem: LeastSquares, width: int) -> Tensor:
-    """`(width,)` numbers of the neurons that are left, in order, when the cheapest few have gone again and again.
-
-    Each block is a step of a Cholesky factorisation of the inverse, pivoted by what neurons cost: no matrix is changed
-    on the way. Of equally cheap neurons the first go; neurons that never fire are free.
-    """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.normal))
-    weights, left = inverse @ problem.target, inverse.diagonal().clone()
-    factor = inverse.new_zeros(len(inverse) - width, len(inverse))
-    gone = torch.zeros(len(inverse), dtype=torch.bool, device=inverse.device)
-    done = 0
-    while done < len(factor):
-        block = min(max(_BLOCK, (len(inverse) - done) // _BLOCK_SHARE), len(factor) - done)
-        cost = torch.where(gone, math.inf, weights.square().sum(dim=1) / left)
-        candidates = cost.sort(stable=True).indices[: min(_CANDIDATES * block, len(inverse) - done)].sort().values
-        among = inverse[candidates][:, candidates] - factor[:done, candidates].T @ factor[:done, candidates]
-        chosen = candidates[_cheapest(among, weights[candidates], block)]
-        columns = inverse[chosen] - factor[:done, chosen].T @ factor[:done]
-        root = torch.linalg.cholesky(columns[:, chosen])
-        columns = torch.linalg.solve_triangular(root, columns, upper=False)
-        factor[done : done + block] = columns
-        weights -= columns.T @ torch.linalg.solve_triangular(root, weights[chosen], upper=False)
-        left = left - columns.square().sum(dim=0)
-        gone[chosen] = True
-        done += block
-    return (~gone).nonzero().squeeze(1)
-
-
-def _cheapest(inverse: Tensor, weights: Tensor, count: int) -> Tensor:
-    """`(count,)` rows in the order in which neurons go, each after the others have taken over what the last one did."""
-    inverse, weights = inverse.clone(), weights.clone()
-    chosen: list[int] = []
-    for _ in range(count):
-        cost = weights.square().sum(dim=1) / inverse.diagonal()
-        cost[chosen] = math.inf
-        k = int(cost.argmin())
-        column = inverse[:, k] / inverse[k, k].sqrt()
-        weights -= torch.outer(column, weights[k] / column[k])
-        inverse -= torch.outer(column, column)
-        chosen.append(k)
-    return torch.tensor(chosen, dtype=torch.int64, device=inverse.device)

@@ -31,6 +31,8 @@ from mlp_fusion.neurons import NeuronBundle
 #: Weight of a neuron's own mean square that holds its output weights where they are. SparseGPT and its kin dampen by
 #: this share of the mean over all neurons, in which those that fire for one massive token drown the others.
 DAMPING = 1e-2
+#: Neurons that go together where several do, as a share of those that are left, and times as many are looked at.
+_BLOCK_SHARE, _CANDIDATES = 128, 4
 #: Rows whose activations are held at a time, and rows that their means are guessed from.
 _CHUNK, _SHIFT_ROWS = 2048, 256
 
@@ -166,22 +168,54 @@ def least_squares(
     return LeastSquares(normal, target, square, size, mean + shift, mean_target)
 
 
-def eliminate(problem: LeastSquares, width: int) -> Tensor:
+def eliminate(problem: LeastSquares, width: int, *, most: int = 1) -> Tensor:
     """`(width,)` numbers of the neurons that are left, in order, when the cheapest has gone again and again.
 
-    Of equally cheap ones the first goes; neurons that never fire are free.
+    Each block is a step of a Cholesky factorisation of the inverse, pivoted by what neurons cost. Of equally cheap
+    neurons the first goes; neurons that never fire are free.
+
+    Args:
+        problem: the error of subsets.
+        width: how many are left.
+        most: neurons that go before the costs of all others are known again: so many, and more in wide FFNs. They go
+            one after the other among the few that are cheapest at the block's beginning, each when the others have
+            taken over what the last one did: of two that say the same, one stays. With 1 every step is exact.
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.normal))
     weights, left = inverse @ problem.target, inverse.diagonal().clone()
-    steps = len(inverse) - width
-    factor = inverse.new_zeros(steps, len(inverse))
+    factor = inverse.new_zeros(len(inverse) - width, len(inverse))
     gone = torch.zeros(len(inverse), dtype=torch.bool, device=inverse.device)
-    for step in range(steps):
+    done = 0
+    while done < len(factor):
+        block = 1 if most == 1 else min(max(most, (len(inverse) - done) // _BLOCK_SHARE), len(factor) - done)
         cost = torch.where(gone, math.inf, weights.square().sum(dim=1) / left)
-        k = int(cost.argmin())
-        column = (inverse[k] - factor[:step].T @ factor[:step, k]) / left[k].sqrt()
-        factor[step] = column
-        weights -= torch.outer(column, weights[k] / column[k])
-        left = left - column.square()
-        gone[k] = True
+        if block == 1:
+            chosen = cost.argmin().unsqueeze(0)
+        else:
+            candidates = cost.sort(stable=True).indices[: min(_CANDIDATES * block, len(inverse) - done)].sort().values
+            among = inverse[candidates][:, candidates] - factor[:done, candidates].T @ factor[:done, candidates]
+            chosen = candidates[_cheapest(among, weights[candidates], block)]
+        columns = inverse[chosen] - factor[:done, chosen].T @ factor[:done]
+        root = torch.linalg.cholesky(columns[:, chosen])
+        columns = torch.linalg.solve_triangular(root, columns, upper=False)
+        factor[done : done + block] = columns
+        weights -= columns.T @ torch.linalg.solve_triangular(root, weights[chosen], upper=False)
+        left = left - columns.square().sum(dim=0)
+        gone[chosen] = True
+        done += block
     return (~gone).nonzero().squeeze(1)
+
+
+def _cheapest(inverse: Tensor, weights: Tensor, count: int) -> Tensor:
+    """`(count,)` rows in the order in which neurons go, each after the others have taken over what the last one did."""
+    inverse, weights = inverse.clone(), weights.clone()
+    chosen: list[int] = []
+    for _ in range(count):
+        cost = weights.square().sum(dim=1) / inverse.diagonal()
+        cost[chosen] = math.inf
+        k = int(cost.argmin())
+        column = inverse[:, k] / inverse[k, k].sqrt()
+        weights -= torch.outer(column, weights[k] / column[k])
+        inverse -= torch.outer(column, column)
+        chosen.append(k)
+    return torch.tensor(chosen, dtype=torch.int64, device=inverse.device)
