@@ -199,6 +199,13 @@ def test_sequential_targets_lead_back_to_the_original_model(
     torch.testing.assert_close(found, wanted)
 
 
+def test_targets_make_up_for_two_thirds_of_what_was_bent() -> None:
+    y, wanted, present = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    batch = {"input_ids": torch.ones(2, 3, dtype=torch.int64), "attention_mask": torch.ones(2, 3, dtype=torch.int64)}
+    streams = {"wanted": [wanted.view(2, 3, 4)], "present": [present.view(2, 3, 4)]}
+    torch.testing.assert_close(sequential._target(y, streams, batch, "mlp"), y + 2.0 * (wanted - present) / 3.0)
+
+
 def test_automatic_widths_keep_the_budget_and_favour_what_is_hard() -> None:
     model = tiny_model("bert")
     # Layer 1 holds 8 neurons eight times over: it needs no more.
