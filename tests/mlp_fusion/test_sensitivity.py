@@ -285,13 +285,18 @@ def test_fuse_tunes_every_ffn_by_its_own_sensitivity(sequential: bool, monkeypat
     seen: list[Tensor | None] = []
     whole = pipeline.train_locally
 
+    originals: list[Tensor] = []
+
     def recorded(reduced: NeuronBundle, statistics: Sequence[Any], **options: Any) -> Any:
         seen.extend(known.sensitivity for known in statistics)
+        originals.extend(options["originals"].w_in)
         return whole(reduced, statistics, **options)
 
     monkeypatch.setattr(pipeline, "train_locally", recorded)
     model = tiny_model("bert")
     expected = _found(copy.deepcopy(model), seed=3)
+    architecture = architecture_of(model.config)
+    whole_ffns = [architecture.read(site).w_in[0].clone() for site in architecture.sites(model)]
     done: list[tuple[int, int]] = []
     fuse(
         model, 16, calibration=TEXT, tune_steps=4, sequential=sequential, seed=3,
@@ -301,5 +306,27 @@ def test_fuse_tunes_every_ffn_by_its_own_sensitivity(sequential: bool, monkeypat
     for found, wanted in zip(seen, expected, strict=True):
         assert found is not None
         assert torch.equal(found, wanted)
+    assert all(torch.equal(*pair) for pair in zip(originals, whole_ffns, strict=True)), "what mixtures are asked of"
     assert done == sorted(done)
     assert done[-1] == (15, 15)
+
+
+@pytest.mark.parametrize(("method", "asked"), [("merge", True), ("prune", False)])
+def test_merge_alone_asks_for_sensitivities_without_tuning(
+    method: str, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    get = pipeline.get_method
+
+    def recorded(name: str) -> Any:
+        found = get(name)
+
+        def reduce(bundle: NeuronBundle, width: int, *, seed: int, statistics: Any = None) -> Any:
+            seen.extend(known.sensitivity is not None for known in statistics)
+            return found.reduce(bundle, width, seed=seed, statistics=statistics)
+
+        return dataclasses.replace(found, reduce=reduce)
+
+    monkeypatch.setattr(pipeline, "get_method", recorded)
+    fuse(tiny_model("bert"), 16, method=method, calibration=TEXT)
+    assert seen == [asked] * 3
