@@ -21,7 +21,7 @@ from mlp_fusion.families.exchange import install, narrow
 from mlp_fusion.measure import relative_error
 from mlp_fusion.methods import get_method
 from mlp_fusion.neurons import NeuronBundle
-from mlp_fusion.reducing import pipeline, sequential
+from mlp_fusion.reducing import layers, pipeline, sequential
 from mlp_fusion.reducing.layers import layers_of
 from mlp_fusion.reducing.pipeline import Recipe, reduce_ffns
 from mlp_fusion.reducing.sequential import reduce_sequentially
@@ -141,6 +141,36 @@ def test_sequential_calibration_sees_what_the_reduced_ffns_before_produce(family
     for site, ffn in zip((0, 2), reduced, strict=True):
         rows = capture_activations(fused, architecture, [architecture.sites(fused)[site]], HELD_OUT, rows=50, seed=0)
         torch.testing.assert_close(ffn.reduction.bundle.forward(rows[0].x)[0], rows[0].y)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_layers_run_once_less_where_what_they_put_out_is_kept(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same bits; kept are copies, as later modules may write to what a layer has put out."""
+
+    def gathered(room: int) -> tuple[list[FFNStatistics], int]:
+        monkeypatch.setattr(layers, "KEPT_BYTES", room)
+        model = tiny_model(family)
+        architecture = architecture_of(model.config)
+        sites = architecture.sites(model)
+        statistics: list[FFNStatistics] = []
+        runs: list[int] = []
+
+        def reduce(number: int, known: FFNStatistics) -> Any:
+            statistics.append(known)
+            recipe = Recipe(get_method("published"), 0, "folded")
+            return reduce_ffns(recipe, [architecture.read(sites[number])], [8], None)[0]
+
+        layers_of(model, sites)[2].module.register_forward_hook(lambda *_: runs.append(1))
+        for norm in [model.model.norm] if family == "llama" else []:
+            norm.register_forward_pre_hook(lambda _norm, args: args[0].mul_(2))
+        reduce_sequentially(model, architecture, sites, TEXT, reduce, seed=0)
+        return statistics, len(runs)
+
+    (without, often), (kept, seldom) = gathered(0), gathered(2**30)
+    for one, two in zip(without, kept, strict=True):
+        assert torch.equal(one.x, two.x)
+        assert torch.equal(one.y, two.y)
+    assert (often, seldom) == (4 * len(TEXT), 3 * len(TEXT))
 
 
 @pytest.mark.parametrize(("family", "chunk"), [*((family, 0) for family in sorted(FAMILIES)), ("bert", 4)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from mlp_fusion import InputError, fuse
 from mlp_fusion.calibration import output_sensitivities, refit, sensitivity, train_locally
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing import pipeline
+from mlp_fusion.running import excerpts
 from mlp_fusion.running.batches import token_mask
 from mlp_fusion.store.record import architecture_of
 
@@ -154,11 +156,12 @@ def test_chunks_layers_and_padding_make_no_difference() -> None:
 
 def test_what_is_looked_at_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     def probed(batches: list[Any], chunk: int = 1) -> list[Any]:
-        return list(sensitivity._probes(batches, chunk))
+        model: Any = SimpleNamespace(config=SimpleNamespace(chunk_size_feed_forward=chunk))
+        return list(excerpts.excerpts(model, batches))
 
     ids = torch.arange(2 * 40).reshape(2, 40)
     for name, value in {"_TOKENS": 60, "_RUN": 24, "_SEQUENCE": 12}.items():
-        monkeypatch.setattr(sensitivity, name, value)
+        monkeypatch.setattr(excerpts, name, value)
     # Two long sequences: the first 12 positions of both, side by side.
     [part] = probed([{"input_ids": ids}])
     assert torch.equal(part["input_ids"], ids[:, :12])

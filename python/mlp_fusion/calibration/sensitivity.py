@@ -29,12 +29,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mlp_fusion.calibration.statistics import take_calibration
 from mlp_fusion.errors import InputError, named
 from mlp_fusion.families import Architecture, FFNSite
-from mlp_fusion.running.batches import Batch, positions, samples, token_mask
+from mlp_fusion.running.batches import Batch, token_mask
+from mlp_fusion.running.excerpts import cuttable, excerpts, window_of
 from mlp_fusion.running.positions import by_sequence
 from mlp_fusion.running.runner import Runner, not_finite
 
-#: Tokens that gradients are taken at, positions of one run at most, and of one sequence.
-_TOKENS, _RUN, _SEQUENCE = 4096, 1024, 512
 #: Tokens whose predictions are held at a time.
 _LOGITS = 256
 _WITHOUT = "use a method that asks for none, such as fusion, without tune_steps"
@@ -83,7 +82,7 @@ def output_sensitivities(
     with runner, _frozen(model):
         head = _head(runner, batches)
     with runner, _frozen(model), _caught(architecture, sites, outputs), torch.enable_grad(), exact:
-        for batch in _probes(batches, chunk=getattr(model.config, "chunk_size_feed_forward", 0) or 1):
+        for batch in excerpts(model, batches):
             try:
                 states = runner.counted_states(batch)
                 if not all(bool(hidden[mask.to(hidden.device)].isfinite().all()) for hidden, mask in states):
@@ -116,10 +115,10 @@ def output_sensitivities(
 def _head(runner: Runner, batches: Sequence[Batch]) -> nn.Linear | None:
     """What makes logits of the last hidden states, if that is a linear layer and nothing else does anything to them."""
     head = getattr(runner.model, "get_output_embeddings", lambda: None)()
-    if type(head) is not nn.Linear or not _cuttable(batches[0]):
+    if type(head) is not nn.Linear or not cuttable(batches[0]):
         return None
     mask = token_mask(batches[0])[:1]
-    window = _window(batches[0], torch.zeros(1, dtype=torch.int64), mask.int().argmax(dim=1), min(8, mask.shape[1]))
+    window = window_of(batches[0], torch.zeros(1, dtype=torch.int64), mask.int().argmax(dim=1), min(8, mask.shape[1]))
     logits, (states, *others) = runner.whole(window).get("logits"), runner.final_states(window)
     if logits is None or others or logits.shape[:-1] != states.shape[:-1] or states.shape[-1] != head.in_features:
         return None
@@ -156,83 +155,6 @@ def _factor(total: Tensor) -> Tensor:
     identity = torch.eye(len(total), dtype=total.dtype, device=total.device)
     mixed = identity if float(size) == 0.0 else total * ((1.0 - _IDENTITY) / size) + _IDENTITY * identity
     return torch.linalg.cholesky(mixed).float()
-
-
-def _probes(batches: Sequence[Batch], chunk: int) -> Iterator[Batch]:
-    """What gradients are taken on: :func:`_windows` of texts, else :func:`_pieces`."""
-    return _windows(batches, chunk) if all(_cuttable(batch) for batch in batches) else _pieces(batches)
-
-
-def _cuttable(batch: Batch) -> bool:
-    """Whether a batch is one text per row, every tensor token by token."""
-    ids = batch.get("input_ids")
-    return ids is not None and all(
-        value.shape in (ids.shape, (1, ids.shape[1])) and not name.startswith("decoder_")
-        for name, value in batch.items()
-    )
-
-
-def _pieces(batches: Sequence[Batch]) -> Iterator[Batch]:
-    """Whole samples spread evenly over the batches, with about 4,096 positions in all, at most 1,024 at a time.
-
-    At least one sample at a time, or one batch where its samples cannot be told apart.
-    """
-    step = -(-sum(positions(batch) for batch in batches) // _TOKENS)
-    seen = 0
-    for batch in batches:
-        count = samples(batch)
-        if count is None:
-            if seen % step == 0:
-                yield batch
-            seen += 1
-            continue
-        chosen = torch.arange(count)[(seen + torch.arange(count)) % step == 0]
-        seen += count
-        if len(chosen) == 0:
-            continue
-        for part in chosen.split(max(1, _RUN * count // positions(batch))):
-            yield {name: value[part.to(value.device)] for name, value in batch.items()}
-
-
-def _windows(batches: Sequence[Batch], chunk: int) -> Iterator[dict[str, Tensor]]:
-    """Sequences spread evenly over the batches, with about 4,096 tokens in all, cut to what they have of tokens.
-
-    At most 1,024 positions at a time, where a sequence allows; a multiple of `chunk` in length, as that of a batch is.
-    """
-    longest = max(_SEQUENCE - _SEQUENCE % chunk, chunk)
-    masks = [token_mask(batch) for batch in batches]
-    # Per batch: where each sequence begins, behind its padding, and what is looked at of it.
-    starts = [mask.int().argmax(dim=1) for mask in masks]
-    ends = [mask.shape[1] - mask.flip(1).int().argmax(dim=1) for mask in masks]
-    counts = [
-        ((end - start) * mask.any(dim=1)).clamp(max=longest)
-        for mask, start, end in zip(masks, starts, ends, strict=True)
-    ]
-    step = -(-int(torch.cat(counts).sum()) // _TOKENS)
-    seen = 0
-    for batch, start, count in zip(batches, starts, counts, strict=True):
-        present = count.nonzero().squeeze(1)
-        chosen = present[(seen + torch.arange(len(present))) % step == 0]
-        seen += len(present)
-        while len(chosen) > 0:
-            lengths = -(-count[chosen] // chunk) * chunk
-            # As many as fit beside one another at the length of the longest, one at least.
-            fits = lengths.cummax(0).values * torch.arange(1, len(chosen) + 1) <= _RUN
-            size = max(1, int(fits.sum()))
-            part, length = chosen[:size], int(lengths[:size].max())
-            yield _window(batch, part, start[part], length)
-            chosen = chosen[size:]
-
-
-def _window(batch: Batch, rows: Tensor, start: Tensor, length: int) -> dict[str, Tensor]:
-    """`length` positions of the sequences numbered `rows`, from `start` on or from where they fit."""
-    sequences, width = batch["input_ids"].shape
-    columns = torch.minimum(start, torch.tensor(width - length)).unsqueeze(1) + torch.arange(length)
-    return {
-        # Positions may come once for all sequences.
-        key: tensor.expand(sequences, -1)[rows.unsqueeze(1).to(tensor.device), columns.to(tensor.device)]
-        for key, tensor in batch.items()
-    }
 
 
 @contextmanager

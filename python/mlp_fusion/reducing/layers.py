@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,17 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from mlp_fusion.errors import InputError
-from mlp_fusion.families import FFNSite
+from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.families.building import pattern
 from mlp_fusion.running.batches import Batch
 from mlp_fusion.running.runner import Runner
 
 #: What a layer was called with.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+#: What a layer put out, and the residual stream `(batch, length, d)` with its FFN's outputs just added to it.
+Streamed = tuple[Tensor, Tensor]
+#: Bytes of the layers' outputs that a :class:`Recorder` keeps.
+KEPT_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +68,18 @@ class Recorder:
 
     Args:
         layers: those that are watched.
+        architecture: of the model; with it, what the layers put out is kept, as long as all of it fits into
+            :data:`KEPT_BYTES`.
     """
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(self, layers: Sequence[Layer], architecture: Architecture | None = None) -> None:
         self.layers = layers
+        #: Per layer and batch, what it put out; None where that is not kept.
+        self.outputs: list[list[Streamed]] | None = None if architecture is None else [[] for _ in layers]
+        self._architecture = architecture
+        self._bytes = 0
+        #: Per layer, what the call that runs now has told of its stream.
+        self._entered: list[list[Tensor]] = [[] for _ in layers]
         #: Per layer and batch, the call.
         self.calls: list[list[Call]] = [[] for _ in layers]
         #: Numbers of the layers, in the order in which they ran.
@@ -81,17 +94,17 @@ class Recorder:
         Raises:
             InputError: a layer does not run once per batch, or without hidden states.
         """
-        handles = []
-        for number, layer in enumerate(self.layers):
-            handles.append(layer.module.register_forward_pre_hook(self._entering(number), with_kwargs=True))
-            handles.append(layer.module.register_forward_hook(self._left))
-        try:
+        with ExitStack() as stack:
+            for number, layer in enumerate(self.layers):
+                if self._architecture is not None:
+                    self._entered[number] = stack.enter_context(stream_entered(self._architecture, layer))
+                enter = layer.module.register_forward_pre_hook(self._entering(number), with_kwargs=True)
+                leave = layer.module.register_forward_hook(self._leaving(number))
+                stack.callback(enter.remove)
+                stack.callback(leave.remove)
             for batch in batches:
                 self._last = None
                 runner.base(batch, [layer.path for layer in self.layers])
-        finally:
-            for handle in handles:
-                handle.remove()
         if any(len(found) != len(batches) for found in self.calls):
             raise InputError(
                 "a layer did not run once per batch: sequential calibration cannot repeat it, leave it out"
@@ -115,9 +128,22 @@ class Recorder:
 
         return enter
 
-    def _left(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        found = output[0] if isinstance(output, tuple) else output
-        self._last = found if isinstance(found, Tensor) else None
+    def _leaving(self, number: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def leave(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            found = output[0] if isinstance(output, tuple) else output
+            self._last = found if isinstance(found, Tensor) else None
+            if self.outputs is not None and self._last is not None:
+                # A copy: some models add to what a layer has put out in place.
+                self._keep(number, streamed(self._last.clone(), self._entered[number]))
+
+        return leave
+
+    def _keep(self, number: int, found: Streamed) -> None:
+        assert self.outputs is not None
+        self._bytes += sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in found}.values())
+        self.outputs[number].append(found)
+        if self._bytes > KEPT_BYTES:
+            self.outputs = None
 
 
 def hidden_of(call: Call) -> Tensor:
@@ -148,6 +174,54 @@ def run_layer(layer: Layer, call: Call, hidden: Tensor) -> Tensor:
     found = output[0] if isinstance(output, tuple) else output
     assert isinstance(found, Tensor)
     return found
+
+
+def run_streamed(architecture: Architecture, layer: Layer, call: Call, hidden: Tensor) -> Streamed:
+    """What a layer makes of hidden states, and its stream."""
+    with stream_entered(architecture, layer) as entered:
+        output = run_layer(layer, call, hidden)
+    return streamed(output, entered)
+
+
+def streamed(output: Tensor, entered: Sequence[Tensor]) -> Streamed:
+    """A layer's output with its stream, of what :func:`stream_entered` has shown while it ran."""
+    # In chunks of the sequence, where the FFN runs in chunks. Without a normalisation behind it: the layer's output.
+    return output, torch.cat(list(entered), dim=1) if entered else output
+
+
+@contextmanager
+def stream_entered(architecture: Architecture, layer: Layer) -> Iterator[list[Tensor]]:
+    """What enters the layer's first normalisation behind its FFN, if there is one, when the layer last ran inside.
+
+    Nothing of a layer that has several FFNs, or experts.
+    """
+    entered: list[Tensor] = []
+    if len(layer.sites) != 1 or layer.sites[0].kind.experts:
+        yield entered
+        return
+    waiting: list[bool] = []
+
+    def begin(_module: nn.Module, _args: tuple[Any, ...]) -> None:
+        entered.clear()
+        waiting.clear()
+
+    def passed(_module: nn.Module, _args: tuple[Any, ...], _y: Tensor) -> None:
+        waiting.append(True)
+
+    def enter(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        if waiting:
+            entered.append(args[0])
+            waiting.clear()
+
+    norms = [module for module in layer.module.modules() if "norm" in type(module).__name__.lower()]
+    handles = [architecture.projection(layer.sites[0], "w_out").register_forward_hook(passed)]
+    handles += [norm.register_forward_pre_hook(enter) for norm in norms]
+    handles.append(layer.module.register_forward_pre_hook(begin))
+    try:
+        yield entered
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def segments(order: Sequence[int], chained: set[int]) -> list[list[int]]:

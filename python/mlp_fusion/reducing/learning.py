@@ -20,6 +20,7 @@ from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing.chosen import ChosenFFNs
 from mlp_fusion.running.batches import Batch, takes_text, token_mask
 from mlp_fusion.running.drawing import random_batch
+from mlp_fusion.running.excerpts import excerpts
 from mlp_fusion.running.taps import Activations, capture_activations, stream_activations
 from mlp_fusion.settings import FuseSettings
 
@@ -111,8 +112,8 @@ def _measured_on(
     if sample is None and statistics is not None:
         return [sampled_rows(known, seed) for known in statistics], "the calibration text, which was fitted to"
     shown, described = sample, "the given sample"
-    if shown is None:
-        shown, described = batches, "the calibration text, which was fitted to"
+    if shown is None and batches is not None:
+        shown, described = list(excerpts(model, batches)), "the calibration text, which was fitted to"
     if shown is None:
         shown = random_batch(model, seed=seed)
         described = f"random {'token ids' if takes_text(model) else 'inputs'}"

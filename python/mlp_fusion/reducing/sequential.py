@@ -1,9 +1,10 @@
 """Sequential calibration: every FFN is calibrated on what the FFNs before it, already reduced, make of the text.
 
-The model runs once, to catch what each layer is called with; then the layers run one by one on hidden states, each
-with its own FFNs to gather statistics and with the reduced ones to make the next layer's input. Where something else
-lies between two layers (an encoder's end and a decoder's beginning, a merging of patches), the model runs twice more to
-show what the next ones are called with, as it was and with the FFNs reduced so far. The model is not changed.
+The model runs once, to catch what each layer is called with and puts out; then the layers run one by one on hidden
+states, each with its own FFNs to gather statistics and with the reduced ones to make the next layer's input. Where
+something else lies between two layers (an encoder's end and a decoder's beginning, a merging of patches), the model
+runs twice more to show what the next ones are called with, as it was and with the FFNs reduced so far. The model is as
+it was afterwards.
 
 An FFN's outputs are added to a residual stream, which the reduced FFNs before have bent. Its targets are therefore not
 what the original FFN makes of the bent inputs, but what leads the stream back to the original model's:
@@ -27,25 +28,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mlp_fusion.calibration.statistics import (
-    FFNStatistics,
-    collector_of,
-    take_calibration,
-)
+from mlp_fusion.calibration.statistics import FFNStatistics, collector_of, take_calibration
 from mlp_fusion.families import Architecture, FFNSite
+from mlp_fusion.families.exchange import narrowed
 from mlp_fusion.neurons import NeuronBundle
-from mlp_fusion.reducing.layers import Call, Layer, Recorder, hidden_of, layers_of, run_layer, segments
+from mlp_fusion.reducing.layers import (
+    Call,
+    Layer,
+    Recorder,
+    Streamed,
+    hidden_of,
+    layers_of,
+    run_layer,
+    run_streamed,
+    segments,
+)
 from mlp_fusion.reducing.pipeline import ReducedFFN
 from mlp_fusion.running.batches import Batch
 from mlp_fusion.running.positions import by_sequence
 from mlp_fusion.running.runner import Runner
 from mlp_fusion.running.sampling import RowPlan
-from mlp_fusion.running.taps import Taps, replaced, tapped
+from mlp_fusion.running.taps import Taps, tapped
 
 #: The share a of the streams' difference that an FFN is to make up for.
 _CORRECTED = 2.0 / 3.0
@@ -67,9 +74,10 @@ def reduce_sequentially(
     The outputs `y` in the statistics are the targets that this module's docstring gives. `rows` and the length of the
     text are as in :func:`mlp_fusion.calibration.collect`.
 
-    Memory beside the model: three times the hidden states of all calibration tokens at one layer, and the statistics of
-    one layer's FFNs (see :func:`mlp_fusion.calibration.collect`). Time: four runs of the model, and two more for each
-    break in the chain of layers.
+    Memory beside the model: three times the hidden states of all calibration tokens at one layer, those at all layers
+    if they fit into 2 GiB, and the statistics of one layer's FFNs (see :func:`mlp_fusion.calibration.collect`). Time:
+    three runs of the model, another one where the hidden states do not fit, and two more for each break in the chain
+    of layers.
 
     Raises:
         InputError: the calibration text cannot be used, or a layer is called in a way that cannot be repeated.
@@ -81,16 +89,17 @@ def reduce_sequentially(
     layers = layers_of(model, [site for site in architecture.sites(model) if first <= site.index <= last])
     run = SequentialReduction(architecture, sites, batches, reduce, plan, rows)
     with Runner(model, "the calibration text") as runner:
-        recorded = Recorder(layers).run(runner, batches)
+        recorded = Recorder(layers, architecture).run(runner, batches)
         for number, members in enumerate(segments(recorded.order, recorded.chained)):
             inside = [layers[n] for n in members]
+            known = [None if recorded.outputs is None else recorded.outputs[n] for n in members]
             if number == 0:
                 original = reduced = [recorded.calls[n] for n in members]
             else:
                 original = Recorder(inside).run(runner, batches).calls
                 with run.replaced():
                     reduced = Recorder(inside).run(runner, batches).calls
-            run.segment(inside, original, reduced)
+            run.segment(inside, original, reduced, known)
     return [run.results[number] for number in range(len(sites))]
 
 
@@ -118,52 +127,56 @@ class SequentialReduction:
         """Inside, the model runs with the FFNs reduced so far."""
         with ExitStack() as stack:
             for site, bundle in self.done:
-                stack.enter_context(replaced(self.architecture, site, bundle))
+                stack.enter_context(narrowed(site, bundle))
             yield
 
-    def segment(self, layers: Sequence[Layer], original: list[list[Call]], reduced: list[list[Call]]) -> None:
+    def segment(
+        self,
+        layers: Sequence[Layer],
+        original: list[list[Call]],
+        reduced: list[list[Call]],
+        known: Sequence[list[Streamed] | None],
+    ) -> None:
         """Reduce the FFNs of layers that feed one another.
 
         Args:
             layers: they.
             original, reduced: per layer and batch, what it is called with in the original model and in the one with the
                 FFNs reduced so far; hidden states of the first layer only.
+            known: per layer, what it puts out in the original model, if that was kept. It is given back as it is used.
         """
         exact, states = ([hidden_of(call) for call in calls[0]] for calls in (original, reduced))
-        for layer, calls, calls_now in zip(layers, original, reduced, strict=True):
-            exact, states = self.step(layer, calls, calls_now, exact, states)
+        for layer, calls, calls_now, found in zip(layers, original, reduced, known, strict=True):
+            pairs = zip(calls, exact, strict=True)
+            runs = found or [run_streamed(self.architecture, layer, call, x) for call, x in pairs]
+            exact = [output for output, _ in runs]
+            states = self.step(layer, calls_now, states, [stream for _, stream in runs])
+            runs.clear()
 
     def step(
-        self,
-        layer: Layer,
-        original: Sequence[Call],
-        reduced: Sequence[Call],
-        exact: Sequence[Tensor],
-        states: Sequence[Tensor],
-    ) -> tuple[list[Tensor], list[Tensor]]:
+        self, layer: Layer, calls: Sequence[Call], states: Sequence[Tensor], wanted: Sequence[Tensor]
+    ) -> list[Tensor]:
         """Reduce the FFNs of a layer.
 
         Args:
             layer: it.
-            original, reduced: per batch, what it is called with besides hidden states.
-            exact, states: its hidden states in the original model, and with the FFNs reduced so far.
+            calls: per batch, what it is called with besides hidden states.
+            states: its hidden states with the FFNs reduced so far.
+            wanted: the original model's streams.
 
         Returns:
-            Those of the next layer.
+            The hidden states of the next layer.
         """
-        runs = [_streamed(self.architecture, layer, call, x) for call, x in zip(original, exact, strict=True)]
-        wanted = [stream for _, stream in runs]
         indices = {site.index for site in layer.sites}
         numbers = [number for number, site in enumerate(self.sites) if site.index in indices]
         with ExitStack() as stack:
             if numbers:
-                for statistics, number in self._statistics(layer, numbers, reduced, states, wanted):
+                for statistics, number in self._statistics(layer, numbers, calls, states, wanted):
                     self.results[number] = self.reduce(number, statistics)
                 for pair in self._reduced(layer, numbers):
                     self.done.append(pair)
-                    stack.enter_context(replaced(self.architecture, *pair))
-            after = [run_layer(layer, call, x) for call, x in zip(reduced, states, strict=True)]
-        return [output for output, _ in runs], after
+                    stack.enter_context(narrowed(*pair))
+            return [run_layer(layer, call, x) for call, x in zip(calls, states, strict=True)]
 
     def _reduced(self, layer: Layer, numbers: Sequence[int]) -> Iterator[tuple[FFNSite, NeuronBundle]]:
         for site in layer.sites:
@@ -186,7 +199,7 @@ class SequentialReduction:
         with tapped(self.architecture, sites, lambda *found: seen.append(found)) as taps:
             for call, hidden, stream, batch in zip(calls, states, wanted, self.batches, strict=True):
                 taps.start(batch)
-                _, present = _streamed(self.architecture, layer, call, hidden)
+                _, present = run_streamed(self.architecture, layer, call, hidden)
                 taps.finish()
                 for number, mask, found in seen:
                     chosen = mask.to(found.x.device)
@@ -211,38 +224,3 @@ def _target(y: Tensor, streams: dict[str, list[Tensor]], batch: Batch, path: str
     if wanted.shape != y.shape:
         return y
     return (y.to(working) + _CORRECTED * (wanted - present)).to(y.dtype)
-
-
-def _streamed(architecture: Architecture, layer: Layer, call: Call, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The layer's output, and the `(batch, length, d)` residual stream with its FFN's outputs just added to it."""
-    if len(layer.sites) != 1 or layer.sites[0].kind.experts:
-        output = run_layer(layer, call, hidden)
-        return output, output
-    with _normalised(architecture, layer) as entered:
-        output = run_layer(layer, call, hidden)
-    # In chunks of the sequence, where the FFN runs in chunks. Without a normalisation behind it: the layer's output.
-    return output, torch.cat(entered, dim=1) if entered else output
-
-
-@contextmanager
-def _normalised(architecture: Architecture, layer: Layer) -> Iterator[list[Tensor]]:
-    """What enters the layer's first normalisation behind its FFN, if there is one, while the layer runs inside."""
-    entered: list[Tensor] = []
-    waiting: list[bool] = []
-
-    def passed(_module: nn.Module, _args: tuple[Any, ...], _y: Tensor) -> None:
-        waiting.append(True)
-
-    def enter(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        if waiting:
-            entered.append(args[0])
-            waiting.clear()
-
-    norms = [module for module in layer.module.modules() if "norm" in type(module).__name__.lower()]
-    handles = [architecture.projection(layer.sites[0], "w_out").register_forward_hook(passed)]
-    handles += [norm.register_forward_pre_hook(enter) for norm in norms]
-    try:
-        yield entered
-    finally:
-        for handle in handles:
-            handle.remove()

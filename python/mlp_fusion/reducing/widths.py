@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from mlp_fusion.calibration.statistics import FFNStatistics
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
+from mlp_fusion.families.exchange import narrowed
 from mlp_fusion.measure.errors import relative_error
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing.pipeline import Progress, Recipe, ReducedFFN, reduce_ffns
 from mlp_fusion.running.batches import Batch
 from mlp_fusion.running.runner import Runner
-from mlp_fusion.running.taps import replaced
 from mlp_fusion.selection import resolve_width
 
 #: Shares of an FFN's width whose error is measured, besides the whole.
@@ -118,7 +118,7 @@ def hidden_state_changes(
         exact = states(runner)
         for numbers in stacks_of(sites):
             whole = dataclasses.replace(sites[numbers[0]], expert=None)
-            with replaced(architecture, whole, NeuronBundle.stack([bundles[n] for n in numbers])):
+            with narrowed(whole, NeuronBundle.stack([bundles[n] for n in numbers])):
                 changes.append(relative_error(states(runner), exact) ** 2)
     return changes
 

@@ -1,4 +1,4 @@
-"""What goes into and comes out of each FFN while the model runs, and an FFN replaced while it does."""
+"""What goes into and comes out of each FFN while the model runs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
-from mlp_fusion.families.exchange import narrowed
-from mlp_fusion.neurons import UNNAMED, NeuronBundle
 from mlp_fusion.running.batches import POOL, Batch, batches_of
 from mlp_fusion.running.expert_taps import experts_tapped
 from mlp_fusion.running.positions import by_sequence
@@ -201,37 +199,3 @@ class TapStore:
 def _channels_last(module: nn.Module, values: Tensor) -> Tensor:
     """What goes into or comes out of a projection, channels last; pointwise convolutions have them behind the batch."""
     return values.movedim(1, -1) if isinstance(module, _CONVOLUTIONS) else values
-
-
-@contextmanager
-def replaced(architecture: Architecture, site: FFNSite, bundle: NeuronBundle) -> Iterator[None]:
-    """While inside, the FFN at `site` outputs what `bundle` does; its own weights are back afterwards.
-
-    Args:
-        architecture: of the model.
-        site: a dense FFN, or a whole stack of experts.
-        bundle: with B = 1, or the number of experts.
-    """
-    convolved = not site.kind.experts and isinstance(architecture.projection(site, "w_in"), _CONVOLUTIONS)
-    if site.kind.experts or convolved or bundle.activation == UNNAMED:
-        with narrowed(site, bundle):
-            yield
-        return
-    pending: list[Tensor] = []
-
-    def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        pending.append(args[0])
-
-    def replace(_module: nn.Module, _args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        x = pending.pop()
-        return bundle.forward(x.reshape(-1, x.shape[-1]).to(bundle.w_in.dtype))[0].reshape(y.shape).to(y.dtype)
-
-    handles = [
-        architecture.projection(site, "w_in").register_forward_pre_hook(keep),
-        architecture.projection(site, "w_out").register_forward_hook(replace),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -21,7 +21,7 @@ from mlp_fusion.calibration.statistics import FFNStatistics, adding_to, collecto
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.neurons import UNNAMED, NeuronBundle
 from mlp_fusion.reducing.chosen import self_test
-from mlp_fusion.reducing.layers import Call, Layer, hidden_of, run_layer
+from mlp_fusion.reducing.layers import Call, Layer, hidden_of, run_layer, run_streamed
 from mlp_fusion.reducing.learning import SAMPLE_ROWS, sampled_rows
 from mlp_fusion.reducing.pipeline import Recipe, ReducedFFN, reduce_ffns, with_enough_tokens
 from mlp_fusion.reducing.rows import fused_row
@@ -153,7 +153,10 @@ class Calibrated:
                 self.architecture, experts, self.batches, reduce, self._plan, self.work.settings.calibration_rows
             )
             shown = self._shown(layer, experts, calls, at.exact)
-            at.exact, at.states = run.step(layer, calls, calls_now, at.exact, at.states)
+            pairs = zip(calls, at.exact, strict=True)
+            exact = [run_streamed(self.architecture, layer, call, hidden) for call, hidden in pairs]
+            at.exact = [output for output, _ in exact]
+            at.states = run.step(layer, calls_now, at.states, [stream for _, stream in exact])
             found = [run.results[number] for number in range(len(experts))]
         else:
             known: list[FFNStatistics] = []

@@ -1,0 +1,94 @@
+"""Parts of a text, or samples of anything else, that stand for all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mlp_fusion.running.batches import Batch, positions, samples, token_mask
+
+#: Positions in all, of one run at most, and of one sequence.
+_TOKENS, _RUN, _SEQUENCE = 4096, 1024, 512
+
+
+def excerpts(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Batch]:
+    """About 4,096 positions spread evenly over the batches, at most 1,024 at a time where a sample allows.
+
+    Of texts, the first 512 tokens of sequences; of anything else, whole samples.
+    """
+    chunk = getattr(model.config, "chunk_size_feed_forward", 0) or 1
+    return _windows(batches, chunk) if all(cuttable(batch) for batch in batches) else _pieces(batches)
+
+
+def cuttable(batch: Batch) -> bool:
+    """Whether a batch is one text per row, every tensor token by token."""
+    ids = batch.get("input_ids")
+    return ids is not None and all(
+        value.shape in (ids.shape, (1, ids.shape[1])) and not name.startswith("decoder_")
+        for name, value in batch.items()
+    )
+
+
+def _pieces(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """Whole samples spread evenly over the batches, with about 4,096 positions in all, at most 1,024 at a time.
+
+    At least one sample at a time, or one batch where its samples cannot be told apart.
+    """
+    step = -(-sum(positions(batch) for batch in batches) // _TOKENS)
+    seen = 0
+    for batch in batches:
+        count = samples(batch)
+        if count is None:
+            if seen % step == 0:
+                yield batch
+            seen += 1
+            continue
+        chosen = torch.arange(count)[(seen + torch.arange(count)) % step == 0]
+        seen += count
+        if len(chosen) == 0:
+            continue
+        for part in chosen.split(max(1, _RUN * count // positions(batch))):
+            yield {name: value[part.to(value.device)] for name, value in batch.items()}
+
+
+def _windows(batches: Sequence[Batch], chunk: int) -> Iterator[dict[str, Tensor]]:
+    """Sequences spread evenly over the batches, with about 4,096 tokens in all, cut to what they have of tokens.
+
+    At most 1,024 positions at a time, where a sequence allows; a multiple of `chunk` in length, as that of a batch is.
+    """
+    longest = max(_SEQUENCE - _SEQUENCE % chunk, chunk)
+    masks = [token_mask(batch) for batch in batches]
+    # Per batch: where each sequence begins, behind its padding, and what is looked at of it.
+    starts = [mask.int().argmax(dim=1) for mask in masks]
+    ends = [mask.shape[1] - mask.flip(1).int().argmax(dim=1) for mask in masks]
+    counts = [
+        ((end - start) * mask.any(dim=1)).clamp(max=longest)
+        for mask, start, end in zip(masks, starts, ends, strict=True)
+    ]
+    step = -(-int(torch.cat(counts).sum()) // _TOKENS)
+    seen = 0
+    for batch, start, count in zip(batches, starts, counts, strict=True):
+        present = count.nonzero().squeeze(1)
+        chosen = present[(seen + torch.arange(len(present))) % step == 0]
+        seen += len(present)
+        while len(chosen) > 0:
+            lengths = -(-count[chosen] // chunk) * chunk
+            # As many as fit beside one another at the length of the longest, one at least.
+            fits = lengths.cummax(0).values * torch.arange(1, len(chosen) + 1) <= _RUN
+            size = max(1, int(fits.sum()))
+            part, length = chosen[:size], int(lengths[:size].max())
+            yield window_of(batch, part, start[part], length)
+            chosen = chosen[size:]
+
+
+def window_of(batch: Batch, rows: Tensor, start: Tensor, length: int) -> dict[str, Tensor]:
+    """`length` positions of the sequences numbered `rows`, from `start` on or from where they fit."""
+    sequences, width = batch["input_ids"].shape
+    columns = torch.minimum(start, torch.tensor(width - length)).unsqueeze(1) + torch.arange(length)
+    return {
+        # Positions may come once for all sequences.
+        key: tensor.expand(sequences, -1)[rows.unsqueeze(1).to(tensor.device), columns.to(tensor.device)]
+        for key, tensor in batch.items()
+    }
