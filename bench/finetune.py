@@ -92,6 +92,7 @@ MODES: dict[str, Mode] = {
     "full": Mode(None),
     "published": Mode("published", False),
     "published, folded": Mode("published", False, {"optimizer": None}),
+    "auto": Mode("auto"),
     "fusion": Mode("fusion"),
     "fusion, layerwise": Mode("fusion", layerwise=True),
     "fusion, layerwise, logits": Mode("fusion", layerwise=True, logits=True),
