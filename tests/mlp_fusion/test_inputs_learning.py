@@ -173,15 +173,14 @@ def test_sensitivities_of_towers_and_of_what_nobody_reads() -> None:
 
 
 def test_samples_are_looked_at_whole_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(excerpts, "_TOKENS", 9)
     monkeypatch.setattr(excerpts, "_RUN", 6)
     model: Any = SimpleNamespace(config=None)
     images = [{"pixel_values": torch.full((3, 3, 16, 16), float(n))} for n in range(4)]
-    parts = list(excerpts.excerpts(model, images))
+    parts = list(excerpts.excerpts(model, images, 9))
     assert [len(part["pixel_values"]) for part in parts] == [1, 1, 1]  # of 36 positions, 9: every fourth of 12 samples
     assert [float(part["pixel_values"][0, 0, 0, 0]) for part in parts] == [0.0, 1.0, 2.0]
     both = [{**text(n, (5, 5), 5), "pixel_values": torch.full((1, 3, 4, 4), float(n))} for n in range(4)]
-    parts = list(excerpts.excerpts(model, both))
+    parts = list(excerpts.excerpts(model, both, 9))
     assert [float(part["pixel_values"][0, 0, 0, 0]) for part in parts] == [0.0]
     assert torch.equal(parts[0]["input_ids"], both[0]["input_ids"])
 

@@ -173,7 +173,8 @@ def test_mixtures_get_what_the_original_makes_of_them(gated: bool, bias: bool) -
     bundles = [random_bundle(width=7, gated=gated, bias=bias, seed=n) for n in range(2)]
     slope, offset = rows(5, 4, seed=9), rows(1, 4, seed=8)
     each = [statistics_of(bundle, rows()) for bundle in bundles]
-    each = [dataclasses.replace(s, y=s.y + n * (s.x @ slope + offset)) for n, s in enumerate(each)]
+    more = each[1].x @ slope + offset
+    each[1] = dataclasses.replace(each[1], y=each[1].y + more, beyond=more)
     fitted = torch.arange(10, 60)
     both = NeuronBundle.stack(bundles)
     x, y, _ = Mixtures(both, each, fitted).draw(30, torch.Generator().manual_seed(0))

@@ -157,10 +157,10 @@ def test_chunks_layers_and_padding_make_no_difference() -> None:
 def test_what_is_looked_at_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     def probed(batches: list[Any], chunk: int = 1) -> list[Any]:
         model: Any = SimpleNamespace(config=SimpleNamespace(chunk_size_feed_forward=chunk))
-        return list(excerpts.excerpts(model, batches))
+        return list(excerpts.excerpts(model, batches, 60))
 
     ids = torch.arange(2 * 40).reshape(2, 40)
-    for name, value in {"_TOKENS": 60, "_RUN": 24, "_SEQUENCE": 12}.items():
+    for name, value in {"_RUN": 24, "_SEQUENCE": 12}.items():
         monkeypatch.setattr(excerpts, name, value)
     # Two long sequences: the first 12 positions of both, side by side.
     [part] = probed([{"input_ids": ids}])

@@ -37,7 +37,7 @@ BATCH_ROWS = 512
 LEARNING_RATE = 3e-2
 _WARM_UP = 20
 #: How many times the held-out rows are looked at.
-_LOOKS = 4
+_LOOKS = 2
 #: Held-out rows whose activations are held at a time.
 _CHUNK = 2048
 

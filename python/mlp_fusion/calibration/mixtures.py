@@ -6,7 +6,7 @@ m the mean of the rows x, and c^2 + s^2 = 1,
     z = m + c (x_i - m) + s (x_j - m)
 
 has the mean and the covariance of the rows, and lies near them where s is small. Its target is f(z), f the original,
-plus the same mixture of `y_i - f(x_i)` and `y_j - f(x_j)`: in a sequential run, targets are not f's outputs alone.
+plus the same mixture of what the targets of i and j have beyond f's outputs, as they do in a sequential run.
 
 Source: in the way of "mixup" (Zhang et al., ICLR 2018, arXiv 1710.09412), which mixes labels, too; here the original is
 asked.
@@ -24,23 +24,19 @@ from mlp_fusion.neurons import NeuronBundle
 
 #: Largest s; it is drawn uniformly from 0 on.
 LARGEST_SHARE = 0.6
-#: Rows that an original is run on at a time.
-_CHUNK = 2048
-#: Rounding of a sum of thousands of products, in units of the dtype's.
-_ROUNDING = 64.0
 
 
 class Mixtures:
     """Mixtures of the rows `fitted (F,)` of B FFNs side by side, whose statistics have rows of the same tokens.
 
-    Memory: a copy of those rows' outputs, where they are not what the originals make of the inputs (in a sequential
-    run). Time of a drawn row: the original's forward pass.
+    Memory: in a sequential run, a copy of what those rows' targets have beyond the original's outputs. Time of a drawn
+    row: the original's forward pass.
     """
 
     def __init__(self, originals: NeuronBundle, statistics: Sequence[FFNStatistics], fitted: Tensor) -> None:
         self._originals, self._statistics, self._fitted = originals, statistics, fitted
         dtype = originals.w_in.dtype
-        found = [_beyond(originals.select(n), s, fitted) for n, s in enumerate(statistics)]
+        found = [None if s.beyond is None else s.beyond[fitted].to(dtype) for s in statistics]
         self._beyond = [None if more is None else (more, more.mean(dim=0)) for more in found]
         self._mean = torch.stack([s.x[fitted].to(dtype).mean(dim=0, keepdim=True) for s in statistics])
 
@@ -68,16 +64,3 @@ class Mixtures:
     def _mixed(shares: tuple[Tensor, Tensor], first: Tensor, second: Tensor, mean: Tensor) -> Tensor:
         c, s = (share.to(first) for share in shares)
         return mean + c * (first - mean) + s * (second - mean)
-
-
-@torch.no_grad()
-def _beyond(original: NeuronBundle, statistics: FFNStatistics, rows: Tensor) -> Tensor | None:
-    """`(F, d_out)`: the targets of the rows less what the original makes of them; None where that is rounding."""
-    parts = []
-    for chunk in rows.split(_CHUNK):
-        x, y = (t[chunk].to(original.w_in.dtype) for t in (statistics.x, statistics.y))
-        parts.append(y - original.forward(x)[0])
-    beyond = torch.cat(parts)
-    rounding = max(_ROUNDING * torch.finfo(beyond.dtype).eps, 2.0 * torch.finfo(statistics.y.dtype).eps)
-    sizes = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in (beyond, statistics.y[rows])]
-    return beyond if bool(sizes[0] > rounding * sizes[1]) else None

@@ -34,6 +34,8 @@ from mlp_fusion.running.excerpts import cuttable, excerpts, window_of
 from mlp_fusion.running.positions import by_sequence
 from mlp_fusion.running.runner import Runner, not_finite
 
+#: Positions that gradients are taken at.
+_TOKENS = 4096
 #: Tokens whose predictions are held at a time.
 _LOGITS = 256
 _WITHOUT = "use a method that asks for none, such as fusion, without tune_steps"
@@ -82,7 +84,7 @@ def output_sensitivities(
     with runner, _frozen(model):
         head = _head(runner, batches)
     with runner, _frozen(model), _caught(architecture, sites, outputs), torch.enable_grad(), exact:
-        for batch in excerpts(model, batches):
+        for batch in excerpts(model, batches, _TOKENS):
             try:
                 states = runner.counted_states(batch)
                 if not all(bool(hidden[mask.to(hidden.device)].isfinite().all()) for hidden, mask in states):

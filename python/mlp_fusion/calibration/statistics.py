@@ -44,6 +44,8 @@ class FFNStatistics:
         sequence: `(R,)` int64, on the CPU, which sequence a row comes from, counted over the calibration text.
         sensitivity: `(d_out, d_out)` L with `|e L|^2` what an error e of the outputs does to the model, as
             :func:`mlp_fusion.calibration.output_sensitivities` returns it; None: all errors count alike.
+        beyond: `(R, d_out)` what is in `y` beyond what the FFN itself puts out for `x`, in a sequential run; None:
+            nothing is.
     """
 
     tokens: int
@@ -54,6 +56,7 @@ class FFNStatistics:
     y: Tensor
     sequence: Tensor
     sensitivity: Tensor | None = None
+    beyond: Tensor | None = None
 
     @property
     def held_out(self) -> Tensor:
@@ -108,10 +111,13 @@ class Collector:
         self.tokens = 0
         self._moment = self._mean = self._squares = torch.zeros(())
 
-    def add(self, mask: Tensor, x: Tensor, hidden: Tensor, y: Tensor) -> None:
-        """Add the rows `x (T, d)`, `hidden (T, N)`, `y (T, d_out)` of the T positions in `mask`; some are kept."""
+    def add(self, mask: Tensor, x: Tensor, hidden: Tensor, y: Tensor, beyond: Tensor | None = None) -> None:
+        """Add the rows `x (T, d)`, `hidden (T, N)`, `y (T, d_out)` of the T positions in `mask`; some are kept.
+
+        `beyond (T, d_out)` is in `y` already, with every batch or with none.
+        """
         count = len(x)
-        self._sample.add(mask, x, y)
+        self._sample.add(mask, x, y, *(() if beyond is None else (beyond,)))
         if self._moment.ndim == 0:
             side, N = x.shape[1] + 1, hidden.shape[1]
             self._moment = x.new_zeros(side, side, dtype=torch.float64)
@@ -138,7 +144,7 @@ class Collector:
         Raises:
             InputError: no position counts, or something that passed through the FFN is not finite.
         """
-        (x, y), sequence = self._sample.finish(may_be_empty=self._may_be_empty)
+        (x, y, *beyond), sequence = self._sample.finish(may_be_empty=self._may_be_empty)
         if not all(bool(t.isfinite().all()) for t in (self._moment, self._squares, y)):
             raise not_finite("on the calibration text, an FFN's inputs or outputs", y.dtype)
         return FFNStatistics(
@@ -149,6 +155,7 @@ class Collector:
             x=x,
             y=y,
             sequence=sequence,
+            beyond=beyond[0] if beyond else None,
         )
 
 

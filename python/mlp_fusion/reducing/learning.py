@@ -113,7 +113,7 @@ def _measured_on(
         return [sampled_rows(known, seed) for known in statistics], "the calibration text, which was fitted to"
     shown, described = sample, "the given sample"
     if shown is None and batches is not None:
-        shown, described = list(excerpts(model, batches)), "the calibration text, which was fitted to"
+        shown, described = list(excerpts(model, batches, 4 * SAMPLE_ROWS)), "the calibration text, which was fitted to"
     if shown is None:
         shown = random_batch(model, seed=seed)
         described = f"random {'token ids' if takes_text(model) else 'inputs'}"

@@ -203,24 +203,24 @@ class SequentialReduction:
                 taps.finish()
                 for number, mask, found in seen:
                     chosen = mask.to(found.x.device)
-                    y = found.y[chosen]
+                    y, beyond = found.y[chosen], None
                     if len(sites) == 1:
-                        y = _target(y, {"wanted": [stream], "present": [present]}, batch, sites[0].path)
-                    collectors[number].add(mask, found.x[chosen], found.hidden[chosen], y)
+                        streams = {"wanted": [stream], "present": [present]}
+                        beyond = _beyond(y, streams, batch, sites[0].path)
+                    target = y if beyond is None else y + beyond
+                    collectors[number].add(mask, found.x[chosen], found.hidden[chosen], target, beyond)
                 seen.clear()
         for collector, number in zip(collectors, numbers, strict=True):
             yield collector.finish(), number
 
 
-def _target(y: Tensor, streams: dict[str, list[Tensor]], batch: Batch, path: str) -> Tensor:
-    """What an FFN should put out for the stream at hand to become the one that is wanted.
+def _beyond(y: Tensor, streams: dict[str, list[Tensor]], batch: Batch, path: str) -> Tensor | None:
+    """What an FFN should put out beyond its outputs `y` for the stream at hand to become the one that is wanted.
 
-    What it puts out, where the layer goes on to something of another shape (a merging of patches).
+    None where the layer goes on to something of another shape (a merging of patches).
     """
     working = torch.promote_types(y.dtype, torch.float32)
     # The layer may have another form than what the FFN sees: as many rows, in the same order.
     mask, found = by_sequence(streams, batch, path)
     wanted, present = (found[name][mask.to(y.device)].to(working) for name in ("wanted", "present"))
-    if wanted.shape != y.shape:
-        return y
-    return (y.to(working) + _CORRECTED * (wanted - present)).to(y.dtype)
+    return None if wanted.shape != y.shape else (_CORRECTED * (wanted - present)).to(y.dtype)

@@ -9,17 +9,18 @@ from torch import Tensor, nn
 
 from mlp_fusion.running.batches import Batch, positions, samples, token_mask
 
-#: Positions in all, of one run at most, and of one sequence.
-_TOKENS, _RUN, _SEQUENCE = 4096, 1024, 512
+#: Positions of one run at most, and of one sequence.
+_RUN, _SEQUENCE = 1024, 512
 
 
-def excerpts(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Batch]:
-    """About 4,096 positions spread evenly over the batches, at most 1,024 at a time where a sample allows.
+def excerpts(model: nn.Module, batches: Sequence[Batch], count: int) -> Iterator[Batch]:
+    """About `count` positions spread evenly over the batches, at most 1,024 at a time where a sample allows.
 
     Of texts, the first 512 tokens of sequences; of anything else, whole samples.
     """
-    chunk = getattr(model.config, "chunk_size_feed_forward", 0) or 1
-    return _windows(batches, chunk) if all(cuttable(batch) for batch in batches) else _pieces(batches)
+    if not all(cuttable(batch) for batch in batches):
+        return _pieces(batches, count)
+    return _windows(batches, count, chunk=getattr(model.config, "chunk_size_feed_forward", 0) or 1)
 
 
 def cuttable(batch: Batch) -> bool:
@@ -31,12 +32,12 @@ def cuttable(batch: Batch) -> bool:
     )
 
 
-def _pieces(batches: Sequence[Batch]) -> Iterator[Batch]:
-    """Whole samples spread evenly over the batches, with about 4,096 positions in all, at most 1,024 at a time.
+def _pieces(batches: Sequence[Batch], wanted: int) -> Iterator[Batch]:
+    """Whole samples spread evenly over the batches, with about `wanted` positions in all.
 
     At least one sample at a time, or one batch where its samples cannot be told apart.
     """
-    step = -(-sum(positions(batch) for batch in batches) // _TOKENS)
+    step = -(-sum(positions(batch) for batch in batches) // wanted)
     seen = 0
     for batch in batches:
         count = samples(batch)
@@ -53,10 +54,10 @@ def _pieces(batches: Sequence[Batch]) -> Iterator[Batch]:
             yield {name: value[part.to(value.device)] for name, value in batch.items()}
 
 
-def _windows(batches: Sequence[Batch], chunk: int) -> Iterator[dict[str, Tensor]]:
-    """Sequences spread evenly over the batches, with about 4,096 tokens in all, cut to what they have of tokens.
+def _windows(batches: Sequence[Batch], wanted: int, chunk: int) -> Iterator[dict[str, Tensor]]:
+    """Sequences spread evenly over the batches, with about `wanted` tokens in all, cut to what they have of tokens.
 
-    At most 1,024 positions at a time, where a sequence allows; a multiple of `chunk` in length, as that of a batch is.
+    A multiple of `chunk` in length, as that of a batch is.
     """
     longest = max(_SEQUENCE - _SEQUENCE % chunk, chunk)
     masks = [token_mask(batch) for batch in batches]
@@ -67,7 +68,7 @@ def _windows(batches: Sequence[Batch], chunk: int) -> Iterator[dict[str, Tensor]
         ((end - start) * mask.any(dim=1)).clamp(max=longest)
         for mask, start, end in zip(masks, starts, ends, strict=True)
     ]
-    step = -(-int(torch.cat(counts).sum()) // _TOKENS)
+    step = -(-int(torch.cat(counts).sum()) // wanted)
     seen = 0
     for batch, start, count in zip(batches, starts, counts, strict=True):
         present = count.nonzero().squeeze(1)
