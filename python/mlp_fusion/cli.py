@@ -121,14 +121,19 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
 @_model
 @click.argument("out", type=click.Path(path_type=Path))
 @_options(CompressSettings)
-@click.option("--dry-run", is_flag=True, help="Say what would be done, as plan does, and write nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check everything that can be, say what would be done, as plan does, and write nothing.",
+)
 @_json
 def compress(model: str, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Fuse the FFNs of MODEL and write a plain checkpoint to OUT, which must not exist or be empty."""
     settings = _read(CompressSettings, options)
     if dry_run:
-        asked = {field.name: getattr(settings, field.name) for field in fields(PlanSettings)}
-        _emit(mlp_fusion.plan(model, **asked), as_json)
+        from mlp_fusion.verbs.compress import rehearse
+
+        _emit(rehearse(model, out, settings), as_json)
         return
     with _progress() as bar:
         task = bar.add_task("fusing", total=None)

@@ -420,8 +420,11 @@ class CompressSettings(FuseSettings):
         super().check(calibrated=self.calibration is not None if calibrated is None else calibrated)
         if self.resume and self.force:
             raise InputError("resume goes on with a run and force starts it again: choose one")
-        if self.stream and (self.text is not None or self.budget is not None or self.tune_steps):
-            raise InputError("a streamed run has no whole model: leave out text, width auto and tune_steps, or stream")
+        whole = {
+            "text": self.text is not None, "width auto": self.budget is not None, "tune_steps": bool(self.tune_steps),
+        }  # fmt: skip
+        if self.stream and (given := [name for name, asked in whole.items() if asked]):
+            raise InputError(f"a streamed run has no whole model: leave out {' and '.join(given)}, or stream")
         if self.stream and self.method in METHODS and METHODS[self.method].weighs_outputs:
             raise InputError(
                 f"a streamed run has no gradients for method {self.method}: leave out stream, or the method"

@@ -116,7 +116,7 @@ def test_compress_for_inference(run: Run, source: Path, tmp_path: Path) -> None:
 def test_compress_passes_the_text_on(run: Run, source: Path, tmp_path: Path) -> None:
     done = run("compress", source, tmp_path / "out", "--width", "8", "--text", tmp_path / "absent.txt")
     assert done.code == 2
-    assert done.error.startswith(f"mlp-fusion: {tmp_path / 'absent.txt'}: cannot be read")
+    assert done.error.startswith(f"mlp-fusion: {tmp_path / 'absent.txt'}: no such file")
     assert not (tmp_path / "out").exists()
 
 
@@ -207,7 +207,7 @@ def test_finetune_refuses_bad_input(run: Run, sentences: tuple[Path, Path], tmp_
     model, file = sentences
     done = run("finetune", model, tmp_path / "out", "--task", "classification", "--train", tmp_path / "none.tsv")
     assert done.code == 2
-    assert "none.tsv: cannot be read" in done.error
+    assert "none.tsv: no such file" in done.error
     done = run("finetune", model, tmp_path / "out", "--task", "sorting", "--train", file)
     assert done.code == 2
     assert "sorting" in done.error
@@ -288,6 +288,20 @@ def test_bad_options_of_compress(
     done = run("compress", source, tmp_path / "out", "--width", "16", *options, *json_option)
     assert done.code == 2
     assert words in done.error
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_dry_run_refuses_what_the_run_would(run: Run, source: Path, tmp_path: Path) -> None:
+    done = run("compress", source, tmp_path / "out", "--width", "16", "--dry-run")
+    assert (done.code, done.out) == (0, run("plan", source, "--width", "16").out)
+    missing = tmp_path / "missing.txt"
+    done = run("compress", source, tmp_path / "out", "--width", "16", "--dry-run", "--calibration", missing)
+    assert (done.code, done.error) == (2, f"mlp-fusion: {missing}: no such file")
+    assert "is not empty" in run("compress", source, source, "--width", "16", "--dry-run").error
+    tuned = ["--stream", "--tune", "5", "--calibration", __file__, "--dry-run"]
+    assert run("compress", source, tmp_path / "out", "--width", "16", *tuned).error == (
+        "mlp-fusion: a streamed run has no whole model: leave out tune_steps, or stream"
+    )
     assert os.listdir(tmp_path) == []
 
 

@@ -178,8 +178,9 @@ def test_text_without_text(content: bytes, words: str, source: Path, tmp_path: P
 
 
 def test_text_that_is_not_there(source: Path, tmp_path: Path) -> None:
-    for text in (tmp_path / "absent.txt", tmp_path):
-        assert compress_refused(source, tmp_path / "out", text=text).startswith(f"{text}: cannot be read")
+    absent = tmp_path / "absent.txt"
+    assert compress_refused(source, tmp_path / "out", text=absent) == f"{absent}: no such file"
+    assert compress_refused(source, tmp_path / "out", text=tmp_path).startswith(f"{tmp_path}: cannot be read")
 
 
 @pytest.mark.parametrize("device", ["tpu", "meta", "gpu", "cuda:99", "cuda:x", "", "cpu,cuda"])

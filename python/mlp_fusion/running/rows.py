@@ -107,6 +107,8 @@ def _read(file: Path) -> str:
     try:
         # A byte-order mark is no text.
         content = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: no such file") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: cannot be read as UTF-8 text ({error}): {_FORMS}") from error
     if not content.strip():

@@ -94,41 +94,18 @@ def compress(
         >>> mlp_fusion.verify("small").passed
         True
     """
-    out = output_path(out)
     settings = make(CompressSettings, {"width": width, "layers": layers, "method": method, **options}, "compress")
-    replace, finished = settings.force, False
-    resumed = settings.resume and journal_of(out).exists()
-    if resumed:
-        replace, complete = left_behind(journal_of(out))
-        finished = complete and not staging_of(out).exists()
-    if not finished:
-        check_output(out, replace=replace)
-    elif not out.is_dir():
-        raise InputError(f"{journal_of(out)} says that {out} was written, and it is gone: start again with --force")
-    device = resolve_device(settings.device)
-    sentences = read_sentences(_file(settings.text))
-    settings.check()
-    learnt = None
-    if settings.calibration is not None:
-        learnt = read_sentences(_file(settings.calibration), limit=settings.calibration_sentences)
-    planned = plan(path, width, layers, budget=settings.budget, only=settings.only, multiple=settings.multiple)
-    folder = local_folder(path)
-    if folder.resolve() in out.parents:
-        raise InputError(f"{out} lies inside {folder}: choose a folder elsewhere")
-    companion_files(folder)  # what it refuses, it refuses before the work
-    # Only streamed runs have a journal.
-    streamed = resumed or _is_streamed(settings, planned)
-    if settings.engine != "local" and not streamed:
-        raise InputError(f"engine {settings.engine} does streamed runs: pass stream (--stream)")
-    with taken(out, resume=settings.resume and streamed, force=settings.force):
-        if not finished:
-            check_output(out, replace=replace)
-        if streamed:
-            return _stream(folder, out, settings, planned, device, learnt, progress, replace=replace)
-        source = _open(folder, settings.dtype, device)
+    run = _Run.checked(path, output_path(out), settings)
+    out, planned, learnt = run.out, run.planned, run.learnt
+    with taken(out, resume=settings.resume and run.streamed, force=settings.force):
+        if not run.finished:
+            check_output(out, replace=run.replace)
+        if run.streamed:
+            return _stream(run, progress)
+        source = _open(run.folder, settings.dtype, run.device)
         # What the end needs is tried before the work.
         reference_outputs(source.model, settings.seed, head=source.head)
-        batches = _tokenized(source, sentences, settings.text)
+        batches = _tokenized(source, run.sentences, settings.text)
         learning = None if learnt is None else _tokenized(source, learnt, settings.calibration)
         originals = None if batches is None else embed(source.model, batches)
         chosen = [ffn.layer for ffn in planned.ffns if ffn.chosen]
@@ -147,6 +124,77 @@ def compress(
         reference = reference_outputs(source.model, settings.seed, head=source.head)
         _write(out, source, chosen, planned, report, reference, replace=settings.force)
     return report
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A compression of which everything is checked that can be before the work.
+
+    Attributes:
+        folder, out, settings: from where, to where, and how.
+        replace: whether what stands at `out` goes.
+        finished: whether an unfinished run has done everything but its end.
+        streamed: whether it goes from disk to disk.
+        device: where it runs.
+        sentences, learnt: what errors are measured on and what is calibrated on, if anything.
+        planned: what becomes of the FFNs.
+    """
+
+    folder: Path
+    out: Path
+    settings: CompressSettings
+    replace: bool
+    finished: bool
+    streamed: bool
+    device: torch.device
+    sentences: list[str]
+    learnt: list[str] | None
+    planned: FusionPlan
+
+    @staticmethod
+    def checked(path: str | Path, out: Path, settings: CompressSettings) -> _Run:
+        """All of it.
+
+        Raises:
+            InputError: as :func:`compress`.
+        """
+        replace, finished = settings.force, False
+        resumed = settings.resume and journal_of(out).exists()
+        if resumed:
+            replace, complete = left_behind(journal_of(out))
+            finished = complete and not staging_of(out).exists()
+        if not finished:
+            check_output(out, replace=replace)
+        elif not out.is_dir():
+            raise InputError(f"{journal_of(out)} says that {out} was written, and it is gone: start again with --force")
+        device = resolve_device(settings.device)
+        sentences = read_sentences(_file(settings.text))
+        settings.check()
+        learnt = None
+        if settings.calibration is not None:
+            learnt = read_sentences(_file(settings.calibration), limit=settings.calibration_sentences)
+        planned = plan(
+            path, settings.width, settings.layers,
+            budget=settings.budget, only=settings.only, multiple=settings.multiple,
+        )  # fmt: skip
+        folder = local_folder(path)
+        if folder.resolve() in out.parents:
+            raise InputError(f"{out} lies inside {folder}: choose a folder elsewhere")
+        companion_files(folder)  # what it refuses, it refuses before the work
+        # Only streamed runs have a journal.
+        streamed = resumed or _is_streamed(settings, planned)
+        if settings.engine != "local" and not streamed:
+            raise InputError(f"engine {settings.engine} does streamed runs: pass stream (--stream)")
+        return _Run(folder, out, settings, replace, finished, streamed, device, sentences, learnt, planned)
+
+
+def rehearse(path: str | Path, out: str | Path, settings: CompressSettings) -> FusionPlan:
+    """What :func:`compress` would do, after everything that it checks before the work; nothing is written.
+
+    Raises:
+        InputError: as :func:`compress`, for what is found out without the model's weights.
+    """
+    return _Run.checked(path, output_path(out), settings).planned
 
 
 def _is_streamed(settings: CompressSettings, planned: FusionPlan) -> bool:
@@ -176,28 +224,19 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _stream(
-    folder: Path,
-    out: Path,
-    settings: CompressSettings,
-    planned: FusionPlan,
-    device: torch.device,
-    learnt: list[str] | None,
-    progress: Progress | None,
-    *,
-    replace: bool,
-) -> FusionReport:
+def _stream(run: _Run, progress: Progress | None) -> FusionReport:
     """Compress from disk to disk."""
     started = time.perf_counter()
+    folder, settings, planned = run.folder, run.settings, run.planned
     config = read_config(folder)
     text = None
-    if learnt is not None:
-        text = tokenize(folder, learnt, getattr(config, "max_position_embeddings", None))
+    if run.learnt is not None:
+        text = tokenize(folder, run.learnt, getattr(config, "max_position_embeddings", None))
         if text is None:
             raise InputError(f"{folder} has no tokenizer to read {settings.calibration} with: add its files")
     widths = {ffn.layer: ffn.neurons_after for ffn in planned.ffns if ffn.loaded}
     each = [widths[number] for number in range(len(widths))]
-    stream = prepare(folder, settings.fusing(), each, device, settings.dtype, text)
+    stream = prepare(folder, settings.fusing(), each, run.device, settings.dtype, text)
 
     tokens = sum(int(token_mask(batch).sum()) for batch in text or ())
 
@@ -224,7 +263,7 @@ def _stream(
         copy_companions(folder, staging)
         _write_report(staging, planned, reported(rows))
 
-    rows = stream.run(out, finish, engine=settings.engine, replace=replace, progress=progress)
+    rows = stream.run(run.out, finish, engine=settings.engine, replace=run.replace, progress=progress)
     return reported(rows)
 
 
