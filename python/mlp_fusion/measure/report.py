@@ -189,9 +189,9 @@ class FusionReport:
             table.add_row(
                 row.path,
                 f"{row.neurons_before} → {row.neurons_after}",
-                f"{row.output_error:.3f}",
-                f"{row.ntk_error['gd']['total']:.3g}",
-                f"{row.ntk_error['sign']['total']:.3g}",
+                _number(row.output_error, ".3f"),
+                _number(row.ntk_error["gd"]["total"], ".3g"),
+                _number(row.ntk_error["sign"]["total"], ".3g"),
                 _count(row.largest_cluster),
                 _count(row.singletons),
                 f"{row.seconds:.2f}",
@@ -225,10 +225,14 @@ class FusionReport:
         learnt = self.learnt()
         lines += [] if learnt is None else [learnt]
         lines.append(f"method {self.method}")
-        lines.append(
-            f"errors: relative Frobenius, {self.sample_rows} token positions of {self.sample}; "
-            f"parameterization {self.parameterization}" + ("" if self.optimizer is None else f" (for {self.optimizer})")
-        )
+        form = f"parameterization {self.parameterization}"
+        if self.optimizer is not None:
+            form += f" (for {self.optimizer})"
+        if all(row.largest_scale is None for row in self.rows):
+            form = "no neuron has a scale"
+        if self.sample_rows:
+            form = f"errors: relative Frobenius, {self.sample_rows} token positions of {self.sample}; {form}"
+        lines.append(form)
         clustered = sorted({row.clustered_by for row in self.rows if row.clustered_by})
         lines += [f"clustered by k-means on the backend {', '.join(clustered)}"] if clustered else []
         alone = [f"{row.path}: {', '.join(map(str, row.by_weights))}" for row in self.rows if row.by_weights]
@@ -257,6 +261,10 @@ def _measured(record: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 def _change(name: str, before: str, after: str, share: float) -> str:
     return f"{name}: {before} → {after} ({share:.1%})"
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def _count(value: int | None) -> str:
