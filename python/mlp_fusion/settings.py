@@ -321,7 +321,7 @@ class FuseSettings(PlanSettings):
         if self.match is not None and self.parameterization == "folded":
             raise InputError("match needs an optimizer: a model for inference has no tangent kernel to match")
         if self.tune_steps and self.refit is False:
-            raise InputError("tune_steps starts from a refit and ends in one: leave refit to itself")
+            raise InputError("tune_steps starts from a refit: leave refit to itself")
         if self.unmeasured and calibrated:
             raise InputError("calibration runs the model: leave out unmeasured")
         if calibrated is False and (wanting := self._wants_text()) is not None:

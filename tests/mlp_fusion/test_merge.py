@@ -157,12 +157,11 @@ def test_degenerate_neurons_and_rows() -> None:
 
 def test_mixtures_have_the_mean_and_the_covariance_of_the_rows() -> None:
     bundle, known = case()
-    fitted = (~known.held_out).nonzero().squeeze(1)
-    x, _, most = Mixtures(bundle, [known], fitted).draw(40_000, torch.Generator().manual_seed(0))
-    own = known.x[fitted]
+    x, _, most = Mixtures(bundle, [known]).draw(40_000, torch.Generator().manual_seed(0))
+    own = known.x
     torch.testing.assert_close(x[0].mean(dim=0), own.mean(dim=0), rtol=0.0, atol=0.02)
     torch.testing.assert_close(torch.cov(x[0].T, correction=0), torch.cov(own.T, correction=0), rtol=0.0, atol=0.03)
-    assert set(most.tolist()) == set(fitted.tolist())
+    assert set(most.tolist()) == set(range(len(own)))
     near = (x[0] - known.x[most]).norm(dim=1).mean()
     assert 0.05 < float(near / own.std(dim=0).norm()) < mixtures.LARGEST_SHARE
 
@@ -175,9 +174,8 @@ def test_mixtures_get_what_the_original_makes_of_them(gated: bool, bias: bool) -
     each = [statistics_of(bundle, rows()) for bundle in bundles]
     more = each[1].x @ slope + offset
     each[1] = dataclasses.replace(each[1], y=each[1].y + more, beyond=more)
-    fitted = torch.arange(10, 60)
     both = NeuronBundle.stack(bundles)
-    x, y, _ = Mixtures(both, each, fitted).draw(30, torch.Generator().manual_seed(0))
+    x, y, _ = Mixtures(both, each).draw(30, torch.Generator().manual_seed(0))
     torch.testing.assert_close(y[0], both.forward(x)[0])
     torch.testing.assert_close(y[1], both.forward(x)[1] + x[1] @ slope + offset)
     assert torch.equal(x[0], x[1]), "mixtures of the same tokens"

@@ -255,23 +255,22 @@ def test_tuning_heeds_what_matters() -> None:
     original = random_bundle(width=40)
     x = torch.randn(400, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     known = statistics_of(original, x)
-    reduced = refit(original.reduce(torch.arange(40).unsqueeze(0) % 8), known).unseen
+    reduced = refit(original.reduce(torch.arange(40).unsqueeze(0) % 8), known).bundle
     d_out = known.y.shape[1]
     first = torch.eye(d_out, dtype=torch.float64)
     first[0, 0], first[2, 0] = 30.0, 3.0
     weighed = dataclasses.replace(known, sensitivity=first)
-    held_out = known.held_out
 
     def errors(bundle: NeuronBundle) -> Tensor:
-        difference: Tensor = bundle.forward(x[held_out])[0] - known.y[held_out]
+        difference: Tensor = bundle.forward(x)[0] - known.y
         return difference.square().sum(dim=0)
 
     plain, found = (train_locally(reduced, [s], steps=150, seed=0) for s in (known, weighed))
     assert errors(found.bundle)[0] < 0.7 * errors(plain.bundle)[0]
     assert errors(found.bundle)[1:].sum() > errors(plain.bundle)[1:].sum()
-    weights = known.row_weights()[held_out].unsqueeze(1)
-    expected = torch.linalg.norm((found.bundle.forward(x[held_out])[0] - known.y[held_out]) * weights @ first)
-    size = torch.linalg.norm(known.y[held_out] * weights @ first)
+    weights = known.row_weights().unsqueeze(1)
+    expected = torch.linalg.norm((found.bundle.forward(x)[0] - known.y) * weights @ first)
+    size = torch.linalg.norm(known.y * weights @ first)
     assert float(found.after[0]) == pytest.approx(float(expected / size))
     # Weighing all alike changes nothing, and FFNs side by side have each their own.
     alike = dataclasses.replace(known, sensitivity=torch.eye(d_out))

@@ -27,18 +27,18 @@ LARGEST_SHARE = 0.6
 
 
 class Mixtures:
-    """Mixtures of the rows `fitted (F,)` of B FFNs side by side, whose statistics have rows of the same tokens.
+    """Mixtures of the rows of B FFNs side by side, whose statistics have rows of the same tokens.
 
     Memory: in a sequential run, a copy of what those rows' targets have beyond the original's outputs. Time of a drawn
     row: the original's forward pass.
     """
 
-    def __init__(self, originals: NeuronBundle, statistics: Sequence[FFNStatistics], fitted: Tensor) -> None:
-        self._originals, self._statistics, self._fitted = originals, statistics, fitted
+    def __init__(self, originals: NeuronBundle, statistics: Sequence[FFNStatistics]) -> None:
+        self._originals, self._statistics = originals, statistics
         dtype = originals.w_in.dtype
-        found = [None if s.beyond is None else s.beyond[fitted].to(dtype) for s in statistics]
+        found = [None if s.beyond is None else s.beyond.to(dtype) for s in statistics]
         self._beyond = [None if more is None else (more, more.mean(dim=0)) for more in found]
-        self._mean = torch.stack([s.x[fitted].to(dtype).mean(dim=0, keepdim=True) for s in statistics])
+        self._mean = torch.stack([s.x.to(dtype).mean(dim=0, keepdim=True) for s in statistics])
 
     @torch.no_grad()
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,7 +46,8 @@ class Mixtures:
 
         The generator is one of the CPU; every FFN gets mixtures of the same tokens.
         """
-        first, second = torch.randint(len(self._fitted), (2, count), generator=generator).to(self._fitted.device)
+        rows = self._statistics[0].x
+        first, second = torch.randint(len(rows), (2, count), generator=generator).to(rows.device)
         s = torch.rand(count, 1, generator=generator, dtype=torch.float64) * LARGEST_SHARE
         shares = ((1.0 - s.square()).sqrt(), s)
         x = self._mixed(shares, self._inputs(first), self._inputs(second), self._mean)
@@ -55,10 +56,10 @@ class Mixtures:
             if more is not None:
                 beyond, mean = more
                 own += self._mixed(shares, beyond[first], beyond[second], mean)
-        return x, y, self._fitted[first]
+        return x, y, first
 
     def _inputs(self, rows: Tensor) -> Tensor:
-        return torch.stack([s.x[self._fitted[rows]] for s in self._statistics]).to(self._mean.dtype)
+        return torch.stack([s.x[rows] for s in self._statistics]).to(self._mean.dtype)
 
     @staticmethod
     def _mixed(shares: tuple[Tensor, Tensor], first: Tensor, second: Tensor, mean: Tensor) -> Tensor:

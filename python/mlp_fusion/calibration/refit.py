@@ -40,13 +40,11 @@ class Refit:
 
     Attributes:
         bundle: the reduced FFN with new `w_out` and, where it has one, `b_out`.
-        unseen: the same fitted to the rows that are not held out, which the held-out error is of.
         ridge: the regularisation chosen, or None where there was nothing to choose it on.
-        held_out_error: relative Frobenius error on the held-out rows of `unseen`; None without a ridge.
+        held_out_error: relative Frobenius error on the held-out rows of a fit to the others; None without a ridge.
     """
 
     bundle: NeuronBundle
-    unseen: NeuronBundle
     ridge: float | None
     held_out_error: float | None
 
@@ -101,27 +99,24 @@ def refit(reduced: NeuronBundle, statistics: FFNStatistics) -> Refit:
     everything = fitted + tested
     if fitted.rows == 0 or tested.rows == 0:
         bundle = _changed(reduced, _solve(everything, reduced, RIDGES[-1]), shift)
-        return Refit(bundle, bundle, None, None)
+        return Refit(bundle, None, None)
     # Activations and their products are rounded in the working precision: directions smaller than that are noise.
     noise = reduced.width * torch.finfo(reduced.w_out.dtype).eps
     ridges = [ridge for ridge in RIDGES if ridge >= min(noise, RIDGES[-1])]
-    ridge, change, loss = _choose(ridges, fitted, tested, reduced)
-    unseen = _changed(reduced, change, shift)
+    ridge, loss = _choose(ridges, fitted, tested, reduced)
     square, norm = max(0.0, float(tested.residual) + loss), float(tested.target)
     error = (square / norm) ** 0.5 if norm > 0.0 else (0.0 if square == 0.0 else math.inf)
     bundle = _changed(reduced, _solve(everything, reduced, ridge), shift)
-    return Refit(bundle, unseen, ridge, error)
+    return Refit(bundle, ridge, error)
 
 
-def _choose(
-    ridges: Sequence[float], fitted: _Moments, tested: _Moments, reduced: NeuronBundle
-) -> tuple[float, Tensor, float]:
-    """The ridge with the smallest error on held-out rows, its changes, and that error's square less `|R|_F^2`.
+def _choose(ridges: Sequence[float], fitted: _Moments, tested: _Moments, reduced: NeuronBundle) -> tuple[float, float]:
+    """The ridge with the smallest error on held-out rows, and that error's square less `|R|_F^2`.
 
     Downhill from `_FIRST_RIDGE` to the next minimum: the error falls and rises with the ridge, and most of the time is
     in solving.
     """
-    found: dict[int, tuple[float, Tensor]] = {}
+    found: dict[int, float] = {}
 
     def loss(index: int) -> float:
         if not 0 <= index < len(ridges):
@@ -129,14 +124,14 @@ def _choose(
         if index not in found:
             c = _solve(fitted, reduced, ridges[index])
             # |R - D C|^2 up to |R|^2, which is the same for all.
-            found[index] = float(((tested.gram @ c - 2.0 * tested.cross) * c).sum()), c
-        return found[index][0]
+            found[index] = float(((tested.gram @ c - 2.0 * tested.cross) * c).sum())
+        return found[index]
 
     best = min(range(len(ridges)), key=lambda n: abs(math.log(ridges[n] / _FIRST_RIDGE)))
     for direction in (-1, 1):
         while loss(best + direction) < loss(best):
             best += direction
-    return ridges[best], found[best][1], loss(best)
+    return ridges[best], loss(best)
 
 
 def _shift(reduced: NeuronBundle, x: Tensor) -> Tensor:

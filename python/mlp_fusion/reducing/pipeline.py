@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusion_kernels import gpu
 from fusion_kernels.ntk import Kernel
-from mlp_fusion.calibration.local_training import held_out_errors, train_locally
+from mlp_fusion.calibration.local_training import train_locally
 from mlp_fusion.calibration.matching import MATCHING_ROWS, match_ntk
 from mlp_fusion.calibration.refit import Refit, refit
 from mlp_fusion.calibration.statistics import FFNStatistics
@@ -43,7 +43,7 @@ class Recipe:
         seed: of the method and of the rows whose kernel is matched.
         parameterization: the parameterization that the reduced FFNs will have.
         refit: fit output weights and bias to the calibration rows afterwards.
-        tune_steps: steps of local tuning after that, followed by another refit; 0 for none, or where `refit` is False.
+        tune_steps: steps of local tuning after that; 0 for none, or where `refit` is False.
         match: the kernel to match the scale to after that, or None.
     """
 
@@ -76,7 +76,7 @@ class ReducedFFN:
         reduction: of the method, its bundle corrected; B = 1.
         seconds: wall-clock time of the method; FFNs worked on side by side share theirs equally.
         correction_seconds: of refit, tuning and matching; FFNs tuned side by side share that equally.
-        ridge, held_out_error: of the last refit; None without.
+        ridge, held_out_error: of the refit, before any tuning; None without.
         by_weights: whether no token was there to learn from, though others had some; None where there was no text.
     """
 
@@ -206,7 +206,7 @@ def _fit(
     statistics: Sequence[FFNStatistics],
     progress: Callable[[int], None],
 ) -> list[ReducedFFN]:
-    """Refit, one by one; then tuning, all side by side, and another refit of those that it has done good."""
+    """Refit, one by one; then tuning, all side by side."""
     if not recipe.refit:
         return list(ffns)
     fitted: list[Refit] = []
@@ -217,16 +217,11 @@ def _fit(
         seconds.append(time.perf_counter() - started)
     if recipe.tune_steps > 0:
         started = time.perf_counter()
-        # From the fits that have not seen the held-out rows: those are what tuning is judged on.
-        start = NeuronBundle.stack([fit.unseen for fit in fitted])
+        start = NeuronBundle.stack([fit.bundle for fit in fitted])
         tuned = train_locally(
             start, statistics, steps=recipe.tune_steps, seed=recipe.seed, originals=originals, progress=progress
         )
-        for n in (tuned.after < tuned.before).nonzero().squeeze(1).tolist():
-            again = refit(tuned.bundle.select(n), statistics[n])
-            # The refit weighs all directions alike, and its ridge may undo what tuning has won.
-            if held_out_errors(again.unseen, statistics[n : n + 1])[0] < tuned.before[n]:
-                fitted[n] = again
+        fitted = [dataclasses.replace(fit, bundle=tuned.bundle.select(n)) for n, fit in enumerate(fitted)]
         shared = (time.perf_counter() - started) / len(ffns)
         seconds = [own + shared for own in seconds]
     return [
