@@ -53,7 +53,7 @@ def fuse(
         calibration: what the method and its corrections learn from; a few hundred sentences suffice. Batches, the path
             of a text file, a list of sentences (both need a tokenizer), or a `datasets` dataset: see
             :func:`mlp_fusion.calibration.text.calibration_batches`. An iterable that is no list is read for 262,144
-            tokens. The model runs over it once (four times when sequential, as with method auto). Memory: see
+            tokens. The model runs over it once (three times when sequential, as with method auto). Memory: see
             :func:`mlp_fusion.calibration.collect`.
         progress: called as `progress(done, total)` with FFNs done, counting steps where they are tuned.
         options: the fields of :class:`mlp_fusion.settings.FuseSettings`.
