@@ -24,6 +24,7 @@ METHODS: dict[str, tuple[dict[float, str], str, str]] = {
 SINGLE: dict[str, tuple[str, str, str, float]] = {
     "fusion of the trained model, distilled": ("fusion, late, layerwise, logits", "#004d40", "#b2dfdb", -0.045),
     "select, sequential": ("select, sequential", "#8e24aa", "#ce93d8", 0.045),
+    "the default with text": ("auto", "#c62828", "#ef9a9a", 0.09),
 }
 
 

@@ -18,6 +18,7 @@ MODES = {
     "full": "the full model",
     "published": "`published`, without data",
     "published, folded": "`published`, without data, scale folded",
+    "auto": "the default: `merge`, sequential, locally trained for 80 steps",
     "fusion": "`fusion`, calibrated and refitted",
     "fusion, sequential": "`fusion`, sequential",
     "fusion, tuned": "`fusion`, locally trained for 300 steps",
