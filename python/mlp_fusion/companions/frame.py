@@ -1,8 +1,8 @@
 """What companions share as methods of peft: a config, a layer around a module, a model.
 
 A companion changes parameters and not the computation: a module runs with `W + delta(theta)` in place of its parameter
-W, where theta are the companion's own. Here are the forward pass, merging and its exact reverse for any module that owns
-parameters; a method says which modules and parameters it takes, and what delta is.
+W, where theta are the companion's own. Here are the forward pass, merging and its exact reverse for any module that
+owns parameters; a method says which modules and parameters it takes, and what delta is.
 """
 
 from __future__ import annotations
