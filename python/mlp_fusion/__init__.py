@@ -14,6 +14,7 @@ from mlp_fusion.deferred import on_demand, when_imported
 
 if TYPE_CHECKING:
     from mlp_fusion.companions.hiwi import HiWiConfig as HiWiConfig
+    from mlp_fusion.companions.pafi import PafiConfig as PafiConfig
     from mlp_fusion.errors import InputError
     from mlp_fusion.finetuning.result import FinetuneReport
     from mlp_fusion.measure.report import FFNRow, FusionReport
@@ -41,6 +42,7 @@ _PLACES = {
     "HiWiConfig": "companions.hiwi",
     "InputError": "errors",
     "NeuronBundle": "neurons",
+    "PafiConfig": "companions.pafi",
     "Verification": "verbs.verify",
     "compress": "verbs.compress",
     "finetune": "verbs.finetune",

@@ -76,7 +76,7 @@ KEEP_WIDTH = frozenset(name for name, entry in METHODS.items() if not entry.narr
 #: What a model is fine-tuned for.
 TASKS = ("classification", "lm")
 #: Companion methods, each a file in `companions/` that registers itself with peft; and the peft that they need.
-COMPANIONS = ("hiwi",)
+COMPANIONS = ("hiwi", "pafi")
 PEFT_NEEDED = (0, 21)
 #: Optimisers that `finetune` trains with.
 TRAINERS = ("adamw", "sgd")

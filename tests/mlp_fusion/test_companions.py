@@ -19,6 +19,9 @@ CONFIGS = {
     "hiwi-bias": lambda: mlp_fusion.HiWiConfig(),
     "hiwi-weight": lambda: mlp_fusion.HiWiConfig(parameters="weight", r=3),
     "hiwi-both": lambda: mlp_fusion.HiWiConfig(parameters="both", r=2, act_fn="relu"),
+    "pafi": lambda: mlp_fusion.PafiConfig(budget=0.05),
+    "pafi-matrix": lambda: mlp_fusion.PafiConfig(budget=0.05, ranking="matrix", save_indices=False, embeddings=True),
+    "pafi-two": lambda: mlp_fusion.PafiConfig(budget=40, target_modules=["dense"], biases=False),
 }
 
 
