@@ -110,7 +110,7 @@ class PafiLayer(CompanionLayer):
         self._places: dict[str, _Places] = {}
         #: Adapters whose indices have yet to be loaded.
         self._awaited: set[str] = set()
-        self.register_state_dict_pre_hook(lambda layer, *_: layer.restore())  # type: ignore[no-untyped-call]
+        self.register_state_dict_pre_hook(_restored)  # type: ignore[no-untyped-call]
 
     def update_layer(self, adapter: str, indices: Tensor, *, stored: bool, awaited: bool) -> None:
         """Add an adapter whose values change nothing yet.
@@ -259,6 +259,11 @@ class PafiLayer(CompanionLayer):
         else:
             self.restore()
         return self.base_layer
+
+
+def _restored(layer: PafiLayer, prefix: str, keep_vars: bool) -> None:
+    """State dicts hold the base as it was."""
+    layer.restore()
 
 
 class PafiModel(CompanionModel):
