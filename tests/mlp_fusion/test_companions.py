@@ -75,6 +75,20 @@ def test_peft_loads_base_and_companion_by_their_folders(config: Any, tmp_path: P
     assert get_model_status(again).peft_types == {"default": config.peft_type.name}
 
 
+def test_transformers_own_adapters_take_it_too(config: Any, tmp_path: Path) -> None:
+    model, made, again = classifier(), classifier(), classifier()
+    made.add_adapter(config)
+    assert torch.equal(logits(made), logits(model))
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.5)
+    made.save_pretrained(tmp_path)
+    again.load_adapter(tmp_path)
+    assert torch.equal(logits(again), logits(made))
+    made.disable_adapters()
+    assert torch.equal(logits(made), logits(model))
+
+
 def test_the_same_options_make_the_same_file(model: Any, config: Any, tmp_path: Path) -> None:
     made = attached(model, config)
     for place in "ab":
