@@ -30,7 +30,7 @@ from mlp_fusion.errors import InputError
 _PARTS = {"bias": ("bias",), "weight": ("weight",), "both": ("weight", "bias")}
 #: Factor of what is added, by default: at a learning rate of 1e-3 these were the best of powers of ten on SST-2 (see
 #: `docs/decisions.md`). The sum over a bias is one vector, and small; that over a weight has a row for every input.
-SCALES = {"bias": 100.0, "weight": 1.0}
+SCALES = {"bias": 100.0, "weight": 10.0}
 #: Products with fewer columns take as long as with these: what is multiplied has to be read.
 _NARROW = 16
 
