@@ -44,8 +44,8 @@ from mlp_fusion.finetuning.data import read_rows
 from mlp_fusion.finetuning.run import is_unfinished
 
 HEAD = ["classifier"]
-#: Share of the values that PaFi trains: 53,285 of MiniLM's. LoRA of rank 6 in queries and values trains 55,296.
-BUDGET = 0.005
+#: Share of the values that PaFi trains, and the ranks at which LoRA in queries and values trains about as many.
+BUDGET, RANKS = 0.005, {"full": 6, "quarter": 3}
 CALIBRATION = 512
 
 
@@ -69,7 +69,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "all weights": Method(rate=5e-5),
     "bitfit": Method(biases=True),
-    "lora": Method("lora", {"r": 6, "lora_alpha": 12, "target_modules": ["query", "value"]}),
+    "lora": Method("lora", {"target_modules": ["query", "value"]}),
     "pafi global": Method("pafi", {"budget": BUDGET}),
     "pafi matrix": Method("pafi", {"budget": BUDGET, "ranking": "matrix"}),
     "pafi global, indices by rule": Method("pafi", {"budget": BUDGET, "save_indices": False}),
@@ -166,6 +166,7 @@ def step_row(name: str, folder: Path, steps: int) -> dict[str, Any]:
 def task_row(base: str, name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """One fine-tuning on SST-2."""
     method, folder = METHODS[name], options.model or model_folder()
+    asked = {**method.options, **({"r": RANKS[base], "lora_alpha": 2 * RANKS[base]} if name == "lora" else {})}
     model = classifier(folder, seed)
     train = _first(options.data / "sst2_train.tsv", options.examples)
     if base == "quarter":
@@ -175,7 +176,7 @@ def task_row(base: str, name: str, seed: int, options: argparse.Namespace) -> di
         biases_alone(model)
     attached = model
     if method.peft is not None:
-        config = make_config(method.peft, {**method.options, "modules_to_save": HEAD})
+        config = make_config(method.peft, {**asked, "modules_to_save": HEAD})
         other = classifier(folder, seed)
         if base == "quarter":
             mlp_fusion.fuse(other, options.width, method="fusion", calibration=text, seed=seed)
@@ -189,7 +190,7 @@ def task_row(base: str, name: str, seed: int, options: argparse.Namespace) -> di
     report = mlp_fusion.finetune(
         model, out, train, _first(options.data / "sst2_dev.tsv", None), task="classification", seed=seed,
         tokenizer=AutoTokenizer.from_pretrained(folder), resume=goes_on, learning_rate=method.rate,
-        epochs=options.epochs, peft=method.peft, peft_options=method.options or None,
+        epochs=options.epochs, peft=method.peft, peft_options=asked or None,
         progress=lambda *_: times.append(time.perf_counter()),
     )  # fmt: skip
     shutil.rmtree(out)
@@ -198,7 +199,7 @@ def task_row(base: str, name: str, seed: int, options: argparse.Namespace) -> di
     return {
         **kept, "accuracy": report.final["accuracy"], "loss": report.final["loss"],
         "evaluations": [[e["step"], e["accuracy"]] for e in report.evaluations], "learning_rate": method.rate,
-        "examples": report.examples, "epochs": options.epochs, "options": method.options,
+        "examples": report.examples, "epochs": options.epochs, "options": asked,
         "seconds_per_step": statistics.median(between) if between else None,
     }  # fmt: skip
 

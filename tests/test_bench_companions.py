@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "rows", ["step pafi matrix", "step peanut", "step bitfit", "quarter hiwi weight", "full bitfit"]
+    "rows", ["step pafi matrix", "step peanut", "step bitfit", "quarter hiwi weight", "quarter lora"]
 )
 def test_a_row_runs_once(rows: str, companions: ModuleType, folder: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
