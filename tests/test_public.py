@@ -38,6 +38,7 @@ SIGNATURES: dict[Any, str] = {
     fusion_kernels.gradient_norms: "block x cotangents params metric form backend",
     fusion_kernels.gradient_dots: "block x cotangents direction backend",
     fusion_kernels.ntk_compare: "a b x reduce params metrics kernel columns eigenvalues seed block_size backend",
+    fusion_kernels.sampled_product: "g x rows columns backend",
     fusion_kernels.backends: "",
     mlp_fusion.fuse: (
         "model width layers method budget only multiple optimizer seed calibration_sentences calibration_rows refit "
@@ -53,7 +54,8 @@ SIGNATURES: dict[Any, str] = {
     mlp_fusion.state_form: "form",
     mlp_fusion.finetune: (
         "model out train evaluation task layerwise_epochs layerwise_learning_rate distill_weight temperature "
-        "optimizer learning_rate weight_decay warmup epochs batch_size accumulation max_length checkpoint_steps "
+        "optimizer peft peft_options learning_rate weight_decay warmup epochs batch_size accumulation max_length "
+        "checkpoint_steps "
         "seed device resume teacher original columns tokenizer progress"
     ),
     mlp_fusion.FusedMLP.from_mlp: "fc1 fc2 activation scale parameterization checkpoint_level",

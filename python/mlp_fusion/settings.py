@@ -25,10 +25,13 @@ from mlp_fusion.choices import (
     AUTOMATIC_METHOD,
     AUTOMATIC_STEPS,
     CALIBRATION_SENTENCES,
+    FULL_RATE,
     KEEP_WIDTH,
     METHODS,
     NEED_TEXT,
     OPTIMIZER_KERNELS,
+    PEFT_METHODS,
+    PEFT_RATE,
     PLAIN_METHOD,
     TASKS,
     TRAINERS,
@@ -75,8 +78,8 @@ class Option:
         if self.choices:
             words = [*self.choices, *([self.none] if self.none else [])]
             return f"use {', '.join(words[:-1])} or {words[-1]}{self.hint}"
-        if kind is bool:
-            return "give True or False"
+        if kind in (bool, dict):
+            return "give True or False" if kind is bool else "give a dictionary"
         noun = "an integer" if kind is int else "a number"
         if self.least is not None and self.most is not None:
             return f"give {noun} from {_shown(self.least)} to {_shown(self.most)}"
@@ -160,7 +163,7 @@ def fields(record: type[Settings]) -> Iterator[Field]:
     for field in dataclasses.fields(record):
         arguments = set(typing.get_args(hints[field.name])) or {hints[field.name]}
         kinds = arguments - {type(None)}
-        kind = kinds.pop() if len(kinds) == 1 else object
+        kind = (typing.get_origin(only := kinds.pop()) or only) if len(kinds) == 1 else object
         optional = type(None) in arguments
         yield Field(field.name, field.default, kind, optional, field.metadata["option"])
 
@@ -449,7 +452,18 @@ class FinetuneSettings(Settings):
     distill_weight: float = option("Weight of the teacher's logits against the labels.", 0.5, least=0.0, most=1.0)
     temperature: float = option("Temperature of the teacher's logits.", 2.0, above=0.0)
     optimizer: str = option("adamw, or sgd with momentum 0.9.", "adamw", choices=TRAINERS)
-    learning_rate: float = option("Learning rate at its peak.", 5e-5, above=0.0)
+    peft: str | None = option(
+        "Train a method of peft in place of the weights, which stay: OUT gets the merged model, OUT/adapter what was "
+        "trained.",
+        None, choices=PEFT_METHODS, default_help="all weights train",
+    )  # fmt: skip
+    peft_options: dict[str, Any] | None = option(
+        "Options of the method, fields of its config: r, budget, parameters, ...", None, metavar="NAME=VALUE",
+        default_help="the method's own",
+    )  # fmt: skip
+    learning_rate: float | None = option(
+        "Learning rate at its peak.", None, above=0.0, default_help=f"{FULL_RATE:g}, with peft {PEFT_RATE:g}"
+    )
     weight_decay: float = option("Weight decay of all weights that train.", 0.01, least=0.0)
     warmup: float = option(
         "Share of the steps that the learning rate rises over, before it falls linearly to zero.", 0.06, least=0.0,
@@ -471,5 +485,17 @@ class FinetuneSettings(Settings):
     def check(self) -> None:
         """Raise InputError for a value that makes no sense."""
         super().check()
+        if self.peft_options is not None and self.peft is None:
+            raise InputError("peft_options are options of a method: choose one with peft")
         if self.batch_size % self.accumulation:
             raise InputError(f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}")
+
+    def rate(self) -> float:
+        """The learning rate."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return FULL_RATE if self.peft is None else PEFT_RATE
+
+    def recorded(self) -> dict[str, Any]:
+        """As of any record, with the learning rate that is used."""
+        return {**super().recorded(), "learning_rate": self.rate()}
