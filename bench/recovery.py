@@ -1,12 +1,12 @@
 """Which narrower model recovers fastest: forms of the same function, and methods, in equal steps at their best rates.
 
-    python bench/recovery.py --data FOLDER [--models small smollm2] [--parts full lora]
+    python bench/recovery.py --data FOLDER [--parts full lora]
     python bench/recovery.py --summary
 
 Models of equal size (`recovery_students.py`) train on tiny Shakespeare, with AdamW and with SGD with momentum, as a
-whole or through LoRA, on labels alone or on the original's logits too. `small` is a Llama shape of 2.8 million
-parameters that the script first trains itself, another one for each seed; `smollm2` is SmolLM2-135M-Instruct (`--model`,
-as bench/smollm2.py makes it).
+whole or through LoRA, on labels alone or on the original's logits too. `small` is a Llama shape of 1.9 million
+parameters on bytes that the script first trains itself, another one for each seed; `smollm2` is SmolLM2-135M-Instruct, a
+checkpoint (`--model`) that bench/smollm2.py makes.
 
 A cell is a student, an optimiser and a way to train. Its learning rate is found first: from a start, up and down in
 powers of about 3, as long as the loss on validation text, which is cut from the training side, falls after a short run
@@ -28,7 +28,7 @@ import math
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,9 @@ ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 SEARCH = {"small": 100, "smollm2": 30}
 #: Where the search begins, as a rung of `rate`: by model, optimiser, and whether through LoRA.
 START = {
-    ("small", "adamw", False): -5,
-    ("small", "sgd", False): -1,
-    ("small", "adamw", True): -3,
+    ("small", "adamw", False): -7,
+    ("small", "sgd", False): -2,
+    ("small", "adamw", True): -5,
     ("small", "sgd", True): 0,
     ("smollm2", "adamw", False): -8,
     ("smollm2", "sgd", False): -4,
@@ -67,6 +67,7 @@ START = {
 }
 
 CALIBRATED = ("auto", "auto, matched", "fusion, folded", "fusion", "fusion, matched", "prune")
+CHOSEN = ("auto", "auto, matched", "fusion, folded", "fusion, matched", "prune")
 BLIND = ("fusion, no text, folded", "fusion, no text", "prune, no text")
 
 
@@ -111,13 +112,14 @@ class Part:
 
 
 PARTS = {
-    "full": Part("small", 0.125, (*CALIBRATED, "prune, matched"), steps=1000),
+    "full": Part("small", 0.125, (*CALIBRATED, "prune, matched")),
     "no text": Part("small", 0.125, BLIND),
-    "quarter": Part("small", 0.25, CALIBRATED),
-    "taught": Part("small", 0.125, CALIBRATED, taught=True),
-    "lora": Part("small", 0.125, CALIBRATED, lora=True),
-    "lora, taught": Part("small", 0.125, CALIBRATED, lora=True, taught=True),
-    "smollm2": Part("smollm2", 0.5, CALIBRATED, seeds=1),
+    "lora": Part("small", 0.125, CHOSEN, lora=True),
+    "taught": Part("small", 0.125, CHOSEN, taught=True),
+    "long": Part("small", 0.125, CHOSEN, steps=1000),
+    "quarter": Part("small", 0.25, CHOSEN),
+    "lora, taught": Part("small", 0.125, CHOSEN, lora=True, taught=True),
+    "smollm2": Part("smollm2", 0.5, CHOSEN, seeds=1, steps=100),
 }
 
 
@@ -195,9 +197,9 @@ class Runs:
         return float(losses.get(str(steps), math.inf))
 
     def _run(self, cell: Cell, learning_rate: float, seed: int, steps: int, *, search: bool) -> dict[str, Any]:
-        described = {**asdict(cell), "seed": seed, "learning_rate": learning_rate, "search": search, "steps": steps}
+        described = {**asdict(cell), "seed": seed, "learning_rate": learning_rate, "search": search}
         for run in recorded(self.file)["runs"]:
-            if all(run[key] == value for key, value in described.items()):
+            if run["steps"] >= steps and all(run[key] == value for key, value in described.items()):
                 return run
         house = self.house(cell.model)
         model, known = house.student(cell.student, cell.share, seed, cell.optimizer)
@@ -209,7 +211,8 @@ class Runs:
             model, house, cell, learning_rate=learning_rate, seed=seed, steps=steps, teacher=teacher,
             blocks=house.text.validation if search else house.text.held_out,
         )  # fmt: skip
-        run = {**described, **{key: round(value, 4) for key, value in known.items()}, "losses": losses}
+        known = {key: round(value, 4) for key, value in known.items()}
+        run = {**described, "steps": steps, **known, "losses": losses}
         record(self.file, "runs", run)
         return run
 
@@ -233,11 +236,11 @@ def recorded(file: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def record(file: Path, kind: str, line: dict[str, Any]) -> None:
-    """Add a line to `file`, which is whole at any time; other processes may do the same."""
+    """Add a line to `file`, in the place of a shorter run; it is whole at any time: other processes may add to it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_suffix(".lock")):
         known = recorded(file)
-        known[kind].append(line)
+        known[kind] = [*(other for other in known[kind] if _key(other) != _key(line)), line]
         known["originals"].sort(key=lambda o: (o["model"], o["seed"]))
         known["runs"].sort(key=_order)
         head = {
@@ -251,6 +254,11 @@ def record(file: Path, kind: str, line: dict[str, Any]) -> None:
         partial = file.with_suffix(".partial")
         partial.write_text("{\n" + ",\n".join(text) + "\n}\n", encoding="utf-8")
         partial.replace(file)
+
+
+def _key(line: dict[str, Any]) -> list[Any]:
+    """What a line is of, however long it was trained and whatever came of it."""
+    return [line.get(key) for key in (*(field.name for field in fields(Cell)), "seed", "learning_rate", "search")]
 
 
 def _order(run: dict[str, Any]) -> tuple[Any, ...]:
@@ -277,12 +285,14 @@ def summary(file: Path) -> None:
         model, share, lora, taught, optimizer = key
         print(f"\n{model} {share:g} {optimizer}{' LoRA' if lora else ''}{', taught' if taught else ''}")
         for student, runs in students.items():
-            steps = [h for h in HORIZONS if all(str(h) in run["losses"] for run in runs)]
             cells = []
-            for step in steps:
+            for step in (h for h in HORIZONS if all(str(h) in run["losses"] for run in runs)):
                 values = [run["losses"][str(step)] for run in runs]
                 cells.append(f"{step}: {statistics.mean(values):.3f} ±{(max(values) - min(values)) / 2:.3f}")
-            print(f"  {student:26} {runs[0]['learning_rate']:<8g} kernel {runs[0]['kernel_error']:7.2f}  {'  '.join(cells)}")
+            first = runs[0]
+            print(
+                f"  {student:26} {first['learning_rate']:<8g} kernel {first['kernel_error']:7.2f}  {'  '.join(cells)}"
+            )
 
 
 def main() -> None:

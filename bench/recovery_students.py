@@ -9,7 +9,9 @@ that nothing but the form differs between them.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Callable
@@ -20,7 +22,6 @@ from typing import Any, Literal
 import torch
 import transformers
 from filelock import FileLock
-from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -29,7 +30,6 @@ from fusion_kernels import ntk_gram
 from mlp_fusion.calibration.matching import MATCHING_ROWS, match_ntk
 from mlp_fusion.choices import OPTIMIZER_KERNELS
 from mlp_fusion.families.exchange import install
-
 from mlp_fusion.measure.errors import relative_error
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.running.taps import capture_activations
@@ -39,8 +39,8 @@ from mlp_fusion.store.record import architecture_of
 Form = Literal["folded", "sized", "matched"]
 Batch = dict[str, Tensor]
 
-#: Vocabulary of the small model.
-VOCABULARY = 1024
+#: Vocabulary of the small model, whose tokens are bytes.
+VOCABULARY = 256
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class Model:
 
 
 MODELS = {
-    "small": Model(64, 4, 64, 128, 64, bfloat16=False),
+    "small": Model(64, 4, 96, 128, 64, bfloat16=False),
     "smollm2": Model(128, 2, 16, 16, 512, bfloat16=True),
 }
 #: Shape and training of the small model.
-SHAPE = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
-TRAINING = {"steps": 600, "batch": 16, "learning_rate": 3e-3}
+SHAPE = {"hidden_size": 128, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
+TRAINING = {"steps": 1500, "batch": 4, "length": 128, "learning_rate": 2e-3}
 
 
 @dataclass(frozen=True)
@@ -166,10 +166,7 @@ class House:
         text = (data / "tiny_shakespeare.txt").read_text(encoding="utf-8")
         self.work.mkdir(parents=True, exist_ok=True)
         if source is None:
-            bpe = ByteLevelBPETokenizer()
-            learnt = text[: len(text) * 8 // 10]
-            bpe.train_from_iterator([learnt], vocab_size=VOCABULARY, special_tokens=["<pad>"], show_progress=False)
-            self.text = Text(self.model, lambda part: bpe.encode(part).ids, text)
+            self.text = Text(self.model, lambda part: list(part.encode()), text)
         else:
             tokenizer = AutoTokenizer.from_pretrained(source)
             self.text = Text(
@@ -191,7 +188,7 @@ class House:
             optimizer, lambda step: min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         )
         for _ in range(int(steps)):
-            blocks = self.text.drawn(generator, int(TRAINING["batch"]))
+            blocks = self.text.drawn(generator, int(TRAINING["batch"]), int(TRAINING["length"]))
             model(input_ids=blocks, labels=blocks).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -201,7 +198,9 @@ class House:
 
     def base(self, name: str, share: float, seed: int) -> Path:
         """The folder of a narrowed model: a plain checkpoint, with its scale beside it where it has one."""
-        return self._kept(f"{name.replace(', ', '+').replace(' ', '_')}-{share:g}-{seed}", self._narrow, name, share, seed)
+        return self._kept(
+            f"{name.replace(', ', '+').replace(' ', '_')}-{share:g}-{seed}", self._narrow, name, share, seed
+        )
 
     def _narrow(self, name: str, share: float, seed: int) -> Any:
         model, base = self.original(seed), BASES[name]
@@ -227,6 +226,11 @@ class House:
             The model; `kernel_error`, of the tangent kernel that the optimiser sees, on calibration text, the median
             over FFNs; and `largest_scale`.
         """
+        model, known = self._formed(name, share, seed, optimizer)
+        return copy.deepcopy(model), known
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 - a house lives as long as the process, and a cell is many runs
+    def _formed(self, name: str, share: float, seed: int, optimizer: str) -> tuple[Any, dict[str, float]]:
         asked, shape = STUDENTS[name], parameterization_for(optimizer)
         kernel: Any = OPTIMIZER_KERNELS[shape]
         folder = self.base(asked.base, share, seed)

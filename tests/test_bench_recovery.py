@@ -30,8 +30,7 @@ def house(students: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Of a model of two layers of 32 neurons, which has hardly been trained."""
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     monkeypatch.setattr(students, "SHAPE", shape)
-    monkeypatch.setattr(students, "TRAINING", {**students.TRAINING, "steps": 3})
-    monkeypatch.setattr(students, "VOCABULARY", 300)
+    monkeypatch.setattr(students, "TRAINING", {**students.TRAINING, "steps": 3, "length": 16})
     small = dataclasses.replace(students.MODELS["small"], length=16, evaluation=4, calibration=8, calibration_length=16)
     monkeypatch.setitem(students.MODELS, "small", small)
     words = [f"word{n % 97} of line {n % 53}" for n in range(2000)]
@@ -62,7 +61,11 @@ def test_forms_of_a_student_compute_the_same_and_train_differently(recovery: Mod
 
 
 def test_a_run_is_done_once_and_the_best_rate_lies_between_worse_ones(
-    recovery: ModuleType, house: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recovery: ModuleType,
+    house: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(recovery, "SEARCH", {"small": 3})
     file = tmp_path / "recovery.json"
