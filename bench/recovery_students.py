@@ -63,8 +63,8 @@ class Model:
 
 
 MODELS = {
-    "small": Model(64, 4, 96, 128, 64, bfloat16=False),
-    "smollm2": Model(128, 2, 16, 16, 512, bfloat16=True),
+    "small": Model(64, 8, 64, 128, 64, bfloat16=False),
+    "smollm2": Model(128, 2, 8, 16, 512, bfloat16=True),
 }
 #: Shape and training of the small model.
 SHAPE = {"hidden_size": 128, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}

@@ -41,12 +41,9 @@ OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 #: model, share of the neurons, through LoRA, taught by the original's logits.
 Group = tuple[str, float, bool, bool]
 GROUPS: dict[str, Group] = {
-    "full": ("small", 0.125, False, False),
-    "quarter": ("small", 0.25, False, False),
-    "taught": ("small", 0.125, False, True),
-    "lora": ("small", 0.125, True, False),
-    "lora-taught": ("small", 0.125, True, True),
-    "smollm2": ("smollm2", 0.5, False, False),
+    "full": ("small", 1 / 32, False, False),
+    "lora": ("small", 1 / 32, True, False),
+    "taught": ("small", 1 / 32, False, True),
 }
 
 
