@@ -43,6 +43,7 @@ from mlp_fusion.finetuning.trainers import logit_divergence
 
 #: Steps after which losses are noted.
 HORIZONS = (0, 10, 20, 50, 100, 200, 500, 1000)
+OPTIMIZERS = ("adamw", "sgd")
 #: Steps over which the learning rate rises.
 WARM_UP = 10
 #: Of SGD.
@@ -53,13 +54,13 @@ WEIGHT, TEMPERATURE = 0.5, 2.0
 RANK, ALPHA = 8, 16
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 #: Model -> steps of the runs that find the learning rate.
-SEARCH = {"small": 50, "smollm2": 15}
+SEARCH = {"small": 50, "smollm2": 10}
 #: Where the search begins, as a rung of `rate`: by model, optimiser, and whether through LoRA.
 START = {
     ("small", "adamw", False): -7,
-    ("small", "sgd", False): -2,
+    ("small", "sgd", False): -4,
     ("small", "adamw", True): -5,
-    ("small", "sgd", True): 0,
+    ("small", "sgd", True): -2,
     ("smollm2", "adamw", False): -8,
     ("smollm2", "sgd", False): -4,
     ("smollm2", "adamw", True): -5,
@@ -106,9 +107,9 @@ class Part:
     steps: int = 200
     seeds: int = 3
 
-    def cells(self) -> Iterator[Cell]:
-        """Of both optimisers."""
-        for optimizer in ("adamw", "sgd"):
+    def cells(self, optimizers: Sequence[str] = OPTIMIZERS) -> Iterator[Cell]:
+        """Of these optimisers."""
+        for optimizer in optimizers:
             for student in self.students:
                 yield Cell(self.model, self.share, student, optimizer, self.lora, self.taught)
 
@@ -302,6 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with tiny_shakespeare.txt")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART")
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), metavar="NAME")
     parser.add_argument("--model", type=Path, default=Path("build/smollm2"), help="checkpoint of SmolLM2-135M-Instruct")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("build/recovery"))
@@ -323,7 +325,7 @@ def main() -> None:
 
     runs = Runs(options.out, house)
     for part in (PARTS[name] for name in options.parts):
-        for cell in part.cells():
+        for cell in part.cells(options.optimizers):
             runs.cell(cell, part.steps, part.seeds)
         for seed in range(part.seeds):
             runs.original(part.model, seed)

@@ -116,3 +116,32 @@ def test_the_kept_runs_are_of_the_parts(recovery: ModuleType, students: ModuleTy
     names = [field.name for field in dataclasses.fields(recovery.Cell)]
     assert {recovery.Cell(*(run[name] for name in names)) for run in found["runs"]} <= cells
     assert not torch.tensor([loss for run in found["runs"] for loss in run["losses"].values()]).isnan().any()
+
+
+def test_the_page_says_what_the_runs_say() -> None:
+    tables = importlib.import_module("recovery_tables")
+
+    def differing(optimizer: str, first: str, second: str, *steps: int) -> list[float]:
+        found = [tables.differing(tables.GROUPS["full"], optimizer, first, second, step) for step in steps]
+        assert all(len(values) == 3 for values in found)
+        return [value for values in found for value in values]
+
+    assert all(-0.135 < d < -0.08 for d in differing("sgd", "fusion", "fusion, folded", 200))
+    assert all(-0.02 < d < -0.01 for d in differing("sgd", "fusion, no text", "fusion, no text, folded", 200))
+    kept = ("fusion", "fusion, matched")
+    assert all(-0.025 < d < -0.01 for form in kept for d in differing("adamw", form, "fusion, folded", 10))
+    later = [d for form in kept for d in differing("adamw", form, "fusion, folded", 20, 50, 100, 200)]
+    assert -0.02 < min(later) < 0 < max(later) < 0.02
+    assert all(-0.03 < d < -0.005 for d in differing("adamw", "fusion, matched", "prune", 50, 200))
+    assert max(differing("sgd", "fusion, matched", "prune", 20, 50, 100)) < 0
+    for optimizer, steps in (("adamw", (10, 20, 100)), ("sgd", (200,))):
+        for step in steps:
+            assert sum(d < 0 for d in differing(optimizer, "fusion, matched", "prune", step)) == 2
+    for optimizer in ("adamw", "sgd"):
+        for other in (*kept, "prune"):
+            assert max(differing(optimizer, "auto", other, *tables.STEPS)) < 0
+            assert all(-0.095 < d < -0.025 for d in differing(optimizer, "auto", other, 200))
+        assert max(map(abs, differing(optimizer, "auto, matched", "auto", *tables.STEPS))) < 0.0135
+    # Forms of one function start with one loss.
+    starts = [differing(o, a, b, 0) for o in ("adamw", "sgd") for a, b in tables.PAIRS[:3]]
+    assert max(abs(d) for own in starts for d in own) < 1e-4

@@ -10,7 +10,7 @@ from typing import Any
 from results_tables import results, table
 
 #: Steps after which losses are shown.
-STEPS = (0, 10, 20, 50, 100, 200, 1000)
+STEPS = (0, 10, 20, 50, 100, 200)
 #: What the students of bench/recovery_students.py are called.
 STUDENTS = {
     "auto": "`auto`",
@@ -42,8 +42,6 @@ OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 Group = tuple[str, float, bool, bool]
 GROUPS: dict[str, Group] = {
     "full": ("small", 1 / 32, False, False),
-    "lora": ("small", 1 / 32, True, False),
-    "taught": ("small", 1 / 32, False, True),
 }
 
 
@@ -66,8 +64,8 @@ def losses(group: Group) -> str:
         for name, runs in students(group, optimizer).items():
             means = [_mean(runs, step) for step in steps]
             known = f"{runs[0]['learning_rate']:g}", f"{statistics.mean(run['kernel_error'] for run in runs):.2f}"
-            rows.append((f"{shown}, {STUDENTS[name]}", *known, *means))
-    return table(("", "rate", "kernel error", *(f"{step:,}" for step in steps)), rows)
+            rows.append((f"{shown}, {STUDENTS[name]}", *known, *means, str(len(runs))))
+    return table(("", "rate", "kernel error", *(f"{step:,}" for step in steps), "seeds"), rows)
 
 
 def _mean(runs: Sequence[dict[str, Any]], step: int) -> str:
