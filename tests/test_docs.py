@@ -22,9 +22,11 @@ import command_page
 import draw_accuracy
 import draw_fusion
 import draw_large
+import draw_recovery
 import matplotlib
 import option_tables
 import pytest
+import recovery_tables
 import results_tables
 import site_hooks
 import torch
@@ -276,7 +278,7 @@ def test_every_generated_part_stands_on_a_page_and_every_place_is_filled() -> No
 
 
 def test_every_table_has_rows_of_one_length() -> None:
-    for title, make in results_tables.TABLES.items():
+    for title, make in {**results_tables.TABLES, **recovery_tables.TABLES}.items():
         lines = make().splitlines()
         assert len(lines) > 3, title
         assert len({line.count("|") for line in lines}) == 1, title
@@ -355,7 +357,10 @@ def test_pictures_are_as_their_scripts_draw_them(theme: str) -> None:
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize(("name", "draw"), [("accuracy", draw_accuracy.draw), ("large", draw_large.draw)])
+@pytest.mark.parametrize(
+    ("name", "draw"),
+    [("accuracy", draw_accuracy.draw), ("large", draw_large.draw), ("recovery", draw_recovery.draw)],
+)
 def test_plots_are_those_of_the_results(name: str, draw: Callable[[str], str], theme: str) -> None:
     kept = (DOCS / "images" / f"{name}-{theme}.svg").read_text(encoding="utf-8")
     assert "<dc:date>" not in kept

@@ -6,10 +6,16 @@ import re
 from typing import Any
 
 import option_tables
+import recovery_tables
 import results_tables
 from command_page import command_line
 
-GENERATED = {**results_tables.TABLES, **option_tables.TABLES, "command-line": command_line}
+GENERATED = {
+    **results_tables.TABLES,
+    **recovery_tables.TABLES,
+    **option_tables.TABLES,
+    "command-line": command_line,
+}
 _PLACE = re.compile(r"^<!-- generated: ([\w-]+) -->$", flags=re.MULTILINE)
 #: `:func:`~package.module.name`` in docstrings, as the page shows it.
 _ROLE = re.compile(r":(?:func|class|mod|meth|attr|data):<code>~?([\w.]+)</code>")

@@ -1,0 +1,147 @@
+"""The benchmark of recovery: forms of one function, the search for a learning rate, and what it writes down."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.usefixtures("importable")
+
+
+@pytest.fixture(scope="module")
+def recovery(importable: None) -> ModuleType:
+    return importlib.import_module("recovery")
+
+
+@pytest.fixture(scope="module")
+def students(importable: None) -> ModuleType:
+    return importlib.import_module("recovery_students")
+
+
+@pytest.fixture
+def house(students: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Of a model of two layers of 32 neurons, which has hardly been trained."""
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    monkeypatch.setattr(students, "SHAPE", shape)
+    monkeypatch.setattr(students, "TRAINING", {**students.TRAINING, "steps": 3, "length": 16})
+    small = dataclasses.replace(students.MODELS["small"], length=16, evaluation=4, calibration=8, calibration_length=16)
+    monkeypatch.setitem(students.MODELS, "small", small)
+    words = [f"word{n % 97} of line {n % 53}" for n in range(2000)]
+    (tmp_path / "tiny_shakespeare.txt").write_text("\n".join(words), encoding="utf-8")
+    return students.House("small", tmp_path, tmp_path / "work", None)
+
+
+def test_forms_of_a_student_compute_the_same_and_train_differently(recovery: ModuleType, house: Any) -> None:
+    for optimizer, learning_rate in (("adamw", 1e-2), ("sgd", 0.3)):
+        found = {}
+        for name in ("fusion, folded", "fusion", "fusion, matched"):
+            model, known = house.student(name, 0.25, 0, optimizer)
+            cell = recovery.Cell("small", 0.25, name, optimizer)
+            losses = recovery.train(
+                model, house, cell, learning_rate=learning_rate, seed=0, steps=10, blocks=house.text.held_out,
+                teacher=None,
+            )  # fmt: skip
+            assert list(losses) == ["0", "10"]
+            found[name] = losses, known
+        starts = [losses["0"] for losses, _ in found.values()]
+        ends = {losses["10"] for losses, _ in found.values()}
+        assert max(starts) - min(starts) < 1e-4
+        assert len(ends) == 3
+        assert max(ends) < min(starts)
+        folded, sized, matched = (known for _, known in found.values())
+        assert folded["largest_scale"] == 1.0 < sized["largest_scale"]
+        assert matched["kernel_error"] < min(folded["kernel_error"], sized["kernel_error"])
+
+
+def test_a_run_is_done_once_and_the_best_rate_lies_between_worse_ones(
+    recovery: ModuleType,
+    house: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(recovery, "SEARCH", {"small": 3})
+    file = tmp_path / "recovery.json"
+    runs = recovery.Runs(file, lambda _: house)
+    runs.original("small", 0)
+    cell = recovery.Cell("small", 0.25, "fusion, matched", "adamw", lora=True, taught=True)
+    runs.cell(cell, 4, 2)
+    lines = recovery.recorded(file)
+    assert [line["seed"] for line in lines["originals"]] == [0]
+    searched = {run["learning_rate"]: run["losses"]["3"] for run in lines["runs"] if run["search"]}
+    final = [run for run in lines["runs"] if not run["search"]]
+    assert [run["seed"] for run in final] == [0, 1]
+    chosen = sorted(searched).index(final[0]["learning_rate"])
+    assert 0 < chosen < len(searched) - 1
+    assert searched[final[0]["learning_rate"]] == min(searched.values())
+    before = file.read_bytes()
+    monkeypatch.setattr(recovery, "train", None)  # would raise, if it were called
+    runs.cell(cell, 4, 2)
+    runs.original("small", 0)
+    assert file.read_bytes() == before
+    recovery.summary(file)
+    assert "small 0.25 adamw LoRA, taught" in capsys.readouterr().out
+
+
+def test_rates_are_searched_uphill_and_downhill(recovery: ModuleType) -> None:
+    assert [recovery.rate(n) for n in (-3, -2, -1, 0, 1, 2)] == [0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
+    for best in range(-9, 9):
+        seen: list[int] = []
+        assert recovery.best_rung(0, lambda n, best=best, seen=seen: seen.append(n) or abs(n - best)) == best
+        assert {best - 1, best, best + 1} <= set(seen)
+    # Where training fails, the loss is infinite.
+    assert recovery.best_rung(0, lambda n: float("inf") if n > -4 else abs(n + 6)) == 0
+
+
+def test_a_training_that_fails_ends_with_what_it_had(recovery: ModuleType, house: Any) -> None:
+    model, _ = house.student("prune, no text", 0.25, 0, "sgd")
+    cell = recovery.Cell("small", 0.25, "prune, no text", "sgd")
+    losses = recovery.train(
+        model, house, cell, learning_rate=1e9, seed=0, steps=20, blocks=house.text.held_out, teacher=None
+    )
+    assert list(losses) == ["0"]
+    assert all(isinstance(value, float) for value in losses.values())
+
+
+def test_the_kept_runs_are_of_the_parts(recovery: ModuleType, students: ModuleType) -> None:
+    found = json.loads((Path(recovery.__file__).parent / "results" / "recovery-cpu.json").read_text(encoding="utf-8"))
+    cells = {cell for part in recovery.PARTS.values() for cell in part.cells()}
+    names = [field.name for field in dataclasses.fields(recovery.Cell)]
+    assert {recovery.Cell(*(run[name] for name in names)) for run in found["runs"]} <= cells
+    assert not torch.tensor([loss for run in found["runs"] for loss in run["losses"].values()]).isnan().any()
+
+
+def test_the_page_says_what_the_runs_say() -> None:
+    tables = importlib.import_module("recovery_tables")
+
+    def differing(optimizer: str, first: str, second: str, *steps: int) -> list[float]:
+        found = [tables.differing(tables.GROUPS["full"], optimizer, first, second, step) for step in steps]
+        assert all(len(values) == 3 for values in found)
+        return [value for values in found for value in values]
+
+    assert all(-0.135 < d < -0.08 for d in differing("sgd", "fusion", "fusion, folded", 200))
+    assert all(-0.02 < d < -0.01 for d in differing("sgd", "fusion, no text", "fusion, no text, folded", 200))
+    kept = ("fusion", "fusion, matched")
+    assert all(-0.025 < d < -0.01 for form in kept for d in differing("adamw", form, "fusion, folded", 10))
+    later = [d for form in kept for d in differing("adamw", form, "fusion, folded", 20, 50, 100, 200)]
+    assert -0.02 < min(later) < 0 < max(later) < 0.02
+    assert all(-0.03 < d < -0.005 for d in differing("adamw", "fusion, matched", "prune", 50, 200))
+    assert max(differing("sgd", "fusion, matched", "prune", 20, 50, 100)) < 0
+    for optimizer, steps in (("adamw", (10, 20, 100)), ("sgd", (200,))):
+        for step in steps:
+            assert sum(d < 0 for d in differing(optimizer, "fusion, matched", "prune", step)) == 2
+    for optimizer in ("adamw", "sgd"):
+        for other in (*kept, "prune"):
+            assert max(differing(optimizer, "auto", other, *tables.STEPS)) < 0
+            assert all(-0.095 < d < -0.025 for d in differing(optimizer, "auto", other, 200))
+        assert max(map(abs, differing(optimizer, "auto, matched", "auto", *tables.STEPS))) < 0.0135
+    # Forms of one function start with one loss.
+    starts = [differing(o, a, b, 0) for o in ("adamw", "sgd") for a, b in tables.PAIRS[:3]]
+    assert max(abs(d) for own in starts for d in own) < 1e-4
