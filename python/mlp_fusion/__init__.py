@@ -15,6 +15,8 @@ from mlp_fusion.deferred import on_demand, when_imported
 if TYPE_CHECKING:
     from mlp_fusion.companions.hiwi import HiWiConfig as HiWiConfig
     from mlp_fusion.companions.hiwi import save_merged_delta as save_merged_delta
+    from mlp_fusion.companions.mpo import MpoConfig as MpoConfig
+    from mlp_fusion.companions.operators import mpo_decompose as mpo_decompose
     from mlp_fusion.companions.pafi import PafiConfig as PafiConfig
     from mlp_fusion.errors import InputError
     from mlp_fusion.finetuning.result import FinetuneReport
@@ -42,12 +44,14 @@ _PLACES = {
     "FusionReport": "measure.report",
     "HiWiConfig": "companions.hiwi",
     "InputError": "errors",
+    "MpoConfig": "companions.mpo",
     "NeuronBundle": "neurons",
     "PafiConfig": "companions.pafi",
     "Verification": "verbs.verify",
     "compress": "verbs.compress",
     "finetune": "verbs.finetune",
     "fuse": "verbs.fuse",
+    "mpo_decompose": "companions.operators",
     "plan": "verbs.plan",
     "restore": "store.restoring",
     "save_merged_delta": "companions.hiwi",
