@@ -12,6 +12,7 @@ import pytest
 import torch
 from companion_models import attached, classifier, logits
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_model_status, get_peft_model
+from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 import mlp_fusion
 
@@ -74,6 +75,20 @@ def test_peft_loads_base_and_companion_by_their_folders(config: Any, tmp_path: P
     assert get_model_status(again).peft_types == {"default": config.peft_type.name}
 
 
+def test_transformers_own_adapters_take_it_too(config: Any, tmp_path: Path) -> None:
+    model, made, again = classifier(), classifier(), classifier()
+    made.add_adapter(config)
+    assert torch.equal(logits(made), logits(model))
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.5)
+    made.save_pretrained(tmp_path)
+    again.load_adapter(tmp_path)
+    assert torch.equal(logits(again), logits(made))
+    made.disable_adapters()
+    assert torch.equal(logits(made), logits(model))
+
+
 def test_the_same_options_make_the_same_file(model: Any, config: Any, tmp_path: Path) -> None:
     made = attached(model, config)
     for place in "ab":
@@ -94,6 +109,19 @@ def test_merged_it_computes_the_same_and_unmerging_brings_back_the_bits(model: A
     assert torch.allclose(logits(merged), with_it, atol=1e-5)
     assert [name for name, _ in merged.named_parameters()] == [name for name, _ in model.named_parameters()]
     assert made is not merged
+
+
+def test_heads_without_a_weight_of_their_own_are_merged_too(config: Any) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    model = AutoModelForSequenceClassification.from_config(RobertaConfig(vocab_size=90, **sizes))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(0.0, 0.02)
+    config.task_type = "SEQ_CLS"
+    made = attached(model.eval(), config)
+    with_it = logits(made)
+    assert torch.allclose(logits(made.merge_and_unload()), with_it, atol=1e-5)
 
 
 def test_a_broken_one_is_not_merged(model: Any, config: Any) -> None:
