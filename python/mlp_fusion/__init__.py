@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from mlp_fusion.verbs.finetune import finetune
     from mlp_fusion.verbs.fuse import fuse
     from mlp_fusion.verbs.plan import FusionPlan, plan
+    from mlp_fusion.verbs.squeeze import SqueezeReport as SqueezeReport
+    from mlp_fusion.verbs.squeeze import squeeze as squeeze
     from mlp_fusion.verbs.verify import Verification, verify
 
 __version__ = "0.1.0"
@@ -47,6 +49,7 @@ _PLACES = {
     "MpoConfig": "companions.mpo",
     "NeuronBundle": "neurons",
     "PafiConfig": "companions.pafi",
+    "SqueezeReport": "verbs.squeeze",
     "Verification": "verbs.verify",
     "compress": "verbs.compress",
     "finetune": "verbs.finetune",
@@ -55,6 +58,7 @@ _PLACES = {
     "plan": "verbs.plan",
     "restore": "store.restoring",
     "save_merged_delta": "companions.hiwi",
+    "squeeze": "verbs.squeeze",
     "state_form": "store.states",
     "verify": "verbs.verify",
 }

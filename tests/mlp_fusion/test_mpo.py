@@ -252,6 +252,19 @@ def test_the_matrix_is_made_once_until_something_changes() -> None:
     torch.testing.assert_close(layer.matrix("default"), 2.0 * first)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_of_optimisers_are_seen(fused: bool) -> None:
+    """Also those that do not count as changes of a tensor."""
+    made = get_peft_model(classifier(), MpoConfig(target_modules=["query"]))
+    optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=1e-2, fused=fused)
+    for _ in range(2):
+        made(IDS).logits.sum().backward()
+        optimizer.step()
+        for layer in layers(made):
+            expected = chain_matrix(layer.chain("default"), layer._shape())
+            torch.testing.assert_close(layer.matrix("default"), expected)
+
+
 @pytest.mark.parametrize("through", [False, True], ids=["matrix", "tensors"])
 def test_both_ways_compute_the_same(through: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     config = GPT2Config(vocab_size=90, n_embd=24, n_layer=1, n_head=2, n_positions=16)

@@ -104,11 +104,34 @@ class _Rebuild(torch.autograd.Function):
 
 @dataclass(eq=False)
 class _Made:
-    """A chain multiplied out, and the versions of the tensors that it was made of."""
+    """A chain multiplied out, and what it was made of.
+
+    Versions of tensors tell of changes, but not of those that torch's fused optimisers make: what trains is compared by
+    its numbers.
+    """
 
     versions: tuple[tuple[int, int], ...]
+    trained: tuple[Tensor, ...]
     half: Tensor
     whole: Tensor
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor], half: Tensor, whole: Tensor) -> _Made:
+        return _Made(_versions(tensors), tuple(t.detach().clone() for t in tensors if t.requires_grad), half, whole)
+
+    def still(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether it is what these tensors make."""
+        trained = [t.detach() for t in tensors if t.requires_grad]
+        return (
+            self.versions == _versions(tensors)
+            and len(trained) == len(self.trained)
+            and all(torch.equal(*pair) for pair in zip(trained, self.trained, strict=True))
+        )
+
+
+def _versions(tensors: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+    """What tells tensors that have changed, or are others, from those that were there."""
+    return tuple((id(t), t._version) for t in tensors)
 
 
 class MpoLayer(CompanionLayer):
@@ -154,19 +177,15 @@ class MpoLayer(CompanionLayer):
     def matrix(self, adapter: str) -> Tensor:
         """The weight that an adapter stands for, `(out, in)` or `(entries, size)`."""
         tensors = self.chain(adapter)
-        versions = _versions(tensors)
         left, central, right = chain_sides(tensors)
         made = self._made.get(adapter)
         # Autocast multiplies in another dtype.
-        if (
-            made is None
-            or made.versions != versions
-            or (made.whole.device, made.whole.dtype) != (left.device, left.dtype)
-        ):
+        alike = made is not None and (made.whole.device, made.whole.dtype) == (left.device, left.dtype)
+        if made is None or not alike or not made.still(tensors):
             with torch.no_grad():
                 half = left @ central.flatten(1)
-                whole = half.reshape(-1, len(right)) @ right
-            made = self._made[adapter] = _Made(versions, half, whole)
+                made = _Made.of(tensors, half, half.reshape(-1, len(right)) @ right)
+            self._made[adapter] = made
         whole = _Rebuild.apply(left, central, right, made.half, made.whole)  # type: ignore[no-untyped-call]
         return unfolded(whole, tensors, self._shape())
 
@@ -198,7 +217,7 @@ class MpoLayer(CompanionLayer):
             return False
         tensors = self.chain(adapter)
         made = self._made.get(adapter)
-        known = made is not None and made.versions == _versions(tensors)
+        known = made is not None and made.still(tensors)
         shapes = tuple(t.shape[1] for t in tensors), tuple(t.shape[2] for t in tensors)
         bonds = [t.shape[3] for t in tensors[:-1]]
         return not rebuilding_is_cheaper(x.numel() // x.shape[-1], self._shape(), shapes, bonds, made=known)
@@ -210,11 +229,6 @@ class MpoLayer(CompanionLayer):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self._awaited -= {adapter for adapter in self._awaited if f"{prefix}mpo_0.{adapter}" in state_dict}
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _versions(tensors: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
-    """What tells tensors that have changed, or are others, from those that were there."""
-    return tuple((id(t), t._version) for t in tensors)
 
 
 class MpoModel(CompanionModel):
@@ -231,15 +245,7 @@ class MpoModel(CompanionModel):
         peft_config.chains = dict(peft_config.chains or {})
 
     def targets(self, model: nn.Module, config: Any) -> list[str]:
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        kinds = (nn.Embedding,) if config.embeddings else ()
-        return [
-            name
-            for name, module in model.named_modules()
-            if (is_projection(module) or isinstance(module, kinds))
-            and module is not head
-            and (head is None or module.weight is not head.weight)
-        ]
+        return chain_targets(model, embeddings=config.embeddings)
 
     def add(self, layer: MpoLayer, config: MpoConfig, adapter: str, name: str) -> None:
         base = layer.base_layer
@@ -254,11 +260,28 @@ class MpoModel(CompanionModel):
                 raise InputError(f"the stored adapter has no chain for {name}: it is of another model")
             tensors = [torch.zeros(shape, dtype=dtype, device=weight.device) for shape in self._stored[name]]
         else:
-            whole = mpo_decompose(weight.mT if is_transposed(base) else weight, length=config.length)
+            whole = mpo_decompose(as_matrix(base), length=config.length)
             most = (config.bond_pattern or {}).get(name, config.bonds)
             tensors = list((whole if most is None else whole.truncated(most)).tensors)
         config.chains[name] = [list(t.shape) for t in tensors]  # type: ignore[index]
         layer.update_layer(adapter, tensors, train_central=config.train_central, awaited=self._stored is not None)
+
+
+def chain_targets(model: nn.Module, *, embeddings: bool) -> list[str]:
+    """Names of a model's linear layers, and of its embeddings, but for what the output layer multiplies by."""
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    found = []
+    for name, module in model.named_modules():
+        fits = is_projection(module) or (embeddings and type(module) is nn.Embedding)
+        if fits and (head is None or module.weight is not head.weight):
+            found.append(name)
+    return found
+
+
+def as_matrix(module: nn.Module) -> Tensor:
+    """The weight of a linear layer or embedding, `(out, in)` or `(entries, size)`."""
+    weight = module.get_parameter("weight").detach()
+    return weight.mT if is_transposed(module) else weight
 
 
 register(MpoConfig, MpoModel)
