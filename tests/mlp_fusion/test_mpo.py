@@ -130,6 +130,19 @@ def test_a_zero_matrix_and_low_precision() -> None:
     torch.testing.assert_close(chain.matrix(), weight.float())
 
 
+def test_single_precision_is_as_good_as_it_can_be() -> None:
+    weight = matrix((64, 96))
+    weight = (weight[:, :3] @ weight[:3] + 1e-3 * weight).float()
+    shapes = ((4, 4, 4), (4, 6, 4))
+    chain, exact = mpo_decompose(weight, shapes), mpo_decompose(weight.double(), shapes)
+    assert float((chain.matrix() - weight).norm()) <= 1e-6 * float(weight.norm())
+    for own, true in zip(chain.spectra, exact.spectra, strict=True):
+        torch.testing.assert_close(own, true, rtol=1e-7, atol=1e-7 * float(true[0]))
+    for bonds in (1, 3, 9):
+        errors = [float((c.truncated(bonds).matrix() - weight).norm()) for c in (chain, exact)]
+        assert errors[0] == pytest.approx(errors[1], rel=1e-5)
+
+
 def test_the_published_counts_of_albert_base() -> None:
     """Of the tensors that are trained: 936,148 of 11,683,584 parameters."""
     attention = ((3, 4, 4, 4, 4), (4, 4, 4, 4, 3))
