@@ -15,6 +15,7 @@ from results_tables import table
 from mlp_fusion.choices import METHODS
 from mlp_fusion.cli import cli
 from mlp_fusion.settings import CompressSettings, Field, FinetuneSettings, FuseSettings, PlanSettings, Settings, fields
+from mlp_fusion.squeezing import SqueezeSettings
 
 #: Verb -> the record of its options, and the command that has them too.
 VERBS: dict[str, tuple[type[Settings], str]] = {
@@ -22,6 +23,7 @@ VERBS: dict[str, tuple[type[Settings], str]] = {
     "plan": (PlanSettings, "plan"),
     "compress": (CompressSettings, "compress"),
     "finetune": (FinetuneSettings, "finetune"),
+    "squeeze": (SqueezeSettings, "squeeze"),
 }
 
 

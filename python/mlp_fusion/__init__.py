@@ -15,6 +15,8 @@ from mlp_fusion.deferred import on_demand, when_imported
 if TYPE_CHECKING:
     from mlp_fusion.companions.hiwi import HiWiConfig as HiWiConfig
     from mlp_fusion.companions.hiwi import save_merged_delta as save_merged_delta
+    from mlp_fusion.companions.mpo import MpoConfig as MpoConfig
+    from mlp_fusion.companions.operators import mpo_decompose as mpo_decompose
     from mlp_fusion.companions.pafi import PafiConfig as PafiConfig
     from mlp_fusion.errors import InputError
     from mlp_fusion.finetuning.result import FinetuneReport
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from mlp_fusion.verbs.finetune import finetune
     from mlp_fusion.verbs.fuse import fuse
     from mlp_fusion.verbs.plan import FusionPlan, plan
+    from mlp_fusion.verbs.squeeze import SqueezeReport as SqueezeReport
+    from mlp_fusion.verbs.squeeze import squeeze as squeeze
     from mlp_fusion.verbs.verify import Verification, verify
 
 __version__ = "0.1.0"
@@ -42,15 +46,19 @@ _PLACES = {
     "FusionReport": "measure.report",
     "HiWiConfig": "companions.hiwi",
     "InputError": "errors",
+    "MpoConfig": "companions.mpo",
     "NeuronBundle": "neurons",
     "PafiConfig": "companions.pafi",
+    "SqueezeReport": "verbs.squeeze",
     "Verification": "verbs.verify",
     "compress": "verbs.compress",
     "finetune": "verbs.finetune",
     "fuse": "verbs.fuse",
+    "mpo_decompose": "companions.operators",
     "plan": "verbs.plan",
     "restore": "store.restoring",
     "save_merged_delta": "companions.hiwi",
+    "squeeze": "verbs.squeeze",
     "state_form": "store.states",
     "verify": "verbs.verify",
 }

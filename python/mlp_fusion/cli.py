@@ -28,7 +28,16 @@ import click
 import mlp_fusion
 from mlp_fusion.deferred import when_imported
 from mlp_fusion.errors import InputError
-from mlp_fusion.settings import CompressSettings, Field, FinetuneSettings, PlanSettings, Record, Settings, fields
+from mlp_fusion.settings import (
+    CompressSettings,
+    Field,
+    FinetuneSettings,
+    PlanSettings,
+    Record,
+    Settings,
+    fields,
+)
+from mlp_fusion.squeezing import SqueezeSettings
 
 Command = Callable[..., Any]
 #: Signals on which a command cleans up and ends.
@@ -243,6 +252,41 @@ def finetune(
     _part()
     if silent:
         return
+    _emit(report, as_json)
+    if not as_json:
+        click.echo(f"written: {out}")
+
+
+@cli.command()
+@_model
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--train", required=True, type=click.Path(path_type=Path), help="As finetune takes it.")
+@click.option(
+    "--eval", "evaluation", required=True, type=click.Path(path_type=Path), help="The same, to measure every round on."
+)
+@click.option("--text-column", "columns", multiple=True, help="Name of the text's column; twice for pairs of texts.")
+@_options(SqueezeSettings)
+@_json
+def squeeze(
+    model: str, out: Path, train: Path, evaluation: Path, columns: tuple[str, ...], as_json: bool, **options: Any
+) -> None:
+    """Cut the bonds of MODEL's matrices as chains of tensors round by round, tuning in between, and write to OUT."""
+    settings = _read(SqueezeSettings, options)
+    with _progress("steps") as bar:
+        task = bar.add_task("preparing", total=None)
+
+        def show(stage: str, done: int, total: int, loss: float | None) -> None:
+            words = stage if loss is None else f"{stage}, loss {loss:.4f}"
+            bar.update(task, description=words, completed=done, total=total)
+
+        try:
+            report = mlp_fusion.squeeze(
+                model, out, train, evaluation, columns=columns or None, progress=show, **vars(settings)
+            )
+        except KeyboardInterrupt as error:
+            if out.exists():
+                raise _InterruptedRunError(f"interrupted; --resume goes on with the rounds in {out}") from error
+            raise
     _emit(report, as_json)
     if not as_json:
         click.echo(f"written: {out}")

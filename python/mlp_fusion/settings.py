@@ -423,9 +423,7 @@ class CompressSettings(FuseSettings):
         super().check(calibrated=self.calibration is not None if calibrated is None else calibrated)
         if self.resume and self.force:
             raise InputError("resume goes on with a run and force starts it again: choose one")
-        whole = {
-            "text": self.text is not None, "width auto": self.budget is not None, "tune_steps": bool(self.tune_steps),
-        }  # fmt: skip
+        whole = {"text": self.text is not None, "width auto": self.budget is not None, "tune_steps": self.tune_steps}
         if self.stream and (given := [name for name, asked in whole.items() if asked]):
             raise InputError(f"a streamed run has no whole model: leave out {' and '.join(given)}, or stream")
         if self.stream and self.method in METHODS and METHODS[self.method].weighs_outputs:

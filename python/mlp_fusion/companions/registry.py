@@ -19,6 +19,7 @@ class CompanionType(str, Enum):
     PAFI = "PAFI"
     HIWI = "HIWI"
     SAID = "SAID"
+    MPO = "MPO"
 
 
 def register(config: Any, model: Any) -> None:

@@ -106,6 +106,11 @@ def load_student(model: Model, task: str, names: Sequence[str], optimizer: str, 
     return Student(name, loaded, tokenizer, classes, fresh)
 
 
+def load_for(task: str, folder: Path) -> Any:
+    """The model in `folder` with its head for the task, as it is."""
+    return _load(_CLASSES[task][0], folder)
+
+
 def with_companion(student: Student, method: str, options: Mapping[str, Any], task: str) -> Student:
     """The student with a method of peft put into its model, which alone trains, with the classifier's head.
 

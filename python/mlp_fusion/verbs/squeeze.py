@@ -1,0 +1,251 @@
+"""`squeeze`: cut the bonds of a model's matrices round by round, and tune what is left in between."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import nn
+
+from mlp_fusion.companions.mpo import as_matrix, chain_targets
+from mlp_fusion.companions.operators import mpo_decompose
+from mlp_fusion.companions.squeezing import Squeezed, squeeze_bonds
+from mlp_fusion.errors import InputError
+from mlp_fusion.finetuning.data import Data
+from mlp_fusion.finetuning.loading import load_for
+from mlp_fusion.finetuning.result import Progress
+from mlp_fusion.finetuning.run import is_unfinished
+from mlp_fusion.measure.report import render
+from mlp_fusion.report.figures import curves
+from mlp_fusion.settings import make, takes
+from mlp_fusion.squeezing import SqueezeSettings
+from mlp_fusion.store.output import output_path, taken
+from mlp_fusion.verbs.finetune import finetune
+
+#: In the output folder: what was done so far, the rounds of an unfinished run, and the plot.
+JOURNAL, ROUNDS, PLOT = "squeeze.json", "rounds", "squeeze.svg"
+
+
+@dataclass(frozen=True)
+class SqueezeReport:
+    """The outcome of :func:`mlp_fusion.squeeze`.
+
+    Attributes:
+        settings: the options of :class:`mlp_fusion.squeezing.SqueezeSettings` that say what was done.
+        rounds: entries with `parameters`, the estimated relative squared `error` of that round's cuts, `loss` and the
+            task's metric on the evaluation data after the tuning, and the `bonds` by module; the first is uncut.
+        chosen: number of the round that `OUT` holds.
+        metric: `accuracy` or `perplexity`.
+    """
+
+    settings: dict[str, Any]
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    chosen: int = 0
+    metric: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"settings": self.settings, "rounds": self.rounds, "chosen": self.chosen, "metric": self.metric}
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self) -> str:
+        """A line per round."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for title in ("round", "parameters", "share", "estimated\nerror", "loss", self.metric):
+            table.add_column(title, justify="right")
+        whole = self.rounds[0]["parameters"]
+        for number, one in enumerate(self.rounds):
+            mark = " *" if number == self.chosen else ""
+            table.add_row(
+                f"{number}{mark}", f"{one['parameters']:,}", f"{one['parameters'] / whole:.1%}",
+                f"{one['error'] ** 0.5:.3f}", f"{one['loss']:.4f}", f"{one[self.metric]:.4f}",
+            )  # fmt: skip
+        return f"{render(table)}\n* written"
+
+
+@takes(SqueezeSettings)
+def squeeze(
+    model: str | Path,
+    out: str | Path,
+    train: Data,
+    evaluation: Data,
+    *,
+    columns: Sequence[str] | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> SqueezeReport:
+    """Make a model small by cutting the bonds of its matrices as chains of tensors, tuning what is left in between.
+
+    Round 0 trains the whole model's small tensors. Every other round decomposes the matrices anew, cuts where the
+    spectra say that it costs least until a share of the parameters is gone, and trains the small tensors again, the
+    central ones frozen. It ends with the last round that has `target_parameters` or more than `max_loss` allows.
+
+    Args:
+        model: a folder or hub name.
+        out: folder to make. It gets the merged model of the chosen round, its chains under `adapter`, `squeeze.json`
+            and a plot, `squeeze.svg`; until then the rounds.
+        train, evaluation, columns: as in :func:`mlp_fusion.finetune`; what is evaluated decides with `max_loss`.
+        progress: called as `progress(stage, done, total, loss)`; stages are `round 0` and so on.
+        options: the fields of :class:`mlp_fusion.squeezing.SqueezeSettings`.
+
+    Raises:
+        InputError: as :func:`mlp_fusion.finetune`, or the parameters cannot be as few as asked.
+
+    Examples:
+        >>> files = {"train": "train.tsv", "evaluation": "dev.tsv"}
+        >>> report = mlp_fusion.squeeze(
+        ...     "roberta-base", "squeezed", **files, task="classification", target_parameters=0.9, round_share=0.2
+        ... )
+        >>> report.rounds[-1]["parameters"] < report.rounds[0]["parameters"]
+        True
+    """
+    settings = make(SqueezeSettings, options, "squeeze", ("train", "evaluation", "columns", "progress"))
+    settings.check()
+    out = output_path(out)
+    report = _opened(out, settings)
+    with taken(out):
+        out.mkdir(parents=True, exist_ok=True)
+        _write(out / JOURNAL, report)
+        while not _ended(report, settings):
+            number = len(report.rounds)
+            before = out / ROUNDS / str(number - 1)
+            source, plan = (model, None) if number == 0 else (before, _cut(before, report, settings))
+            found = _round(number, source, out, (train, evaluation), columns, plan, settings, progress)
+            report = dataclasses.replace(report, rounds=[*report.rounds, found])
+            report = dataclasses.replace(report, chosen=_chosen(report, settings))
+            _write(out / JOURNAL, report)
+        _finish(out, report)
+    return report
+
+
+def _opened(out: Path, settings: SqueezeSettings) -> SqueezeReport:
+    """What was done so far."""
+    if not out.exists() or not any(out.iterdir()):
+        return SqueezeReport(settings.recorded(), metric=_metric(settings))
+    journal = out / JOURNAL
+    if not settings.resume or not journal.is_file():
+        raise InputError(f"{out} is not empty: choose another folder, or go on with an unfinished run with resume")
+    known = SqueezeReport(**json.loads(journal.read_text(encoding="utf-8")))
+    if not (out / ROUNDS).exists() and known.rounds:
+        raise InputError(f"{out} is complete: choose another folder")
+    if known.settings != settings.recorded():
+        changed = sorted(n for n, value in settings.recorded().items() if known.settings.get(n) != value)
+        raise InputError(f"the run in {out} had other options ({', '.join(changed)}): resume with the same")
+    return known
+
+
+def _metric(settings: SqueezeSettings) -> str:
+    return {"classification": "accuracy", "lm": "perplexity"}[settings.task]
+
+
+def _ended(report: SqueezeReport, settings: SqueezeSettings) -> bool:
+    if not report.rounds:
+        return False
+    last = report.rounds[-1]
+    if settings.max_loss is not None and len(report.rounds) > 1 and last["loss"] > settings.max_loss:
+        return True
+    return settings.target_parameters is not None and last["parameters"] <= _target(report, settings)
+
+
+def _target(report: SqueezeReport, settings: SqueezeSettings) -> int:
+    """Parameters to end with."""
+    asked = settings.target_parameters
+    whole: int = report.rounds[0]["parameters"]
+    if asked is None:
+        return 0
+    return int(asked * whole) if asked < 1.0 else int(asked)
+
+
+def _chosen(report: SqueezeReport, settings: SqueezeSettings) -> int:
+    """The last round whose loss is allowed; round 0 has what it has."""
+    allowed = [
+        number
+        for number, one in enumerate(report.rounds)
+        if number == 0 or settings.max_loss is None or one["loss"] <= settings.max_loss
+    ]
+    return allowed[-1]
+
+
+def _cut(source: Path, report: SqueezeReport, settings: SqueezeSettings) -> Squeezed:
+    """The next round's bonds."""
+    loaded = load_for(settings.task, source)
+    matrices = _matrices(loaded, settings)
+    chains = {name: mpo_decompose(weight, length=settings.length) for name, weight in matrices.items()}
+    before = report.rounds[-1]["bonds"] or {}
+    chains = {name: chain.truncated(before[name]) if name in before else chain for name, chain in chains.items()}
+    rest = sum(p.numel() for p in loaded.parameters()) - sum(weight.numel() for weight in matrices.values())
+    whole, now = report.rounds[0]["parameters"], report.rounds[-1]["parameters"]
+    allowed = max(now - int(settings.round_share * whole), _target(report, settings))
+    found = squeeze_bonds(chains, allowed - rest)
+    return Squeezed(found.bonds, found.parameters + rest, found.error)
+
+
+def _matrices(model: nn.Module, settings: SqueezeSettings) -> dict[str, torch.Tensor]:
+    """Module -> its weight, which the method decomposes."""
+    names = chain_targets(model, embeddings=settings.embeddings)
+    return {name: as_matrix(model.get_submodule(name)) for name in names}
+
+
+def _round(
+    number: int, source: str | Path, out: Path, data: tuple[Data, Data], columns: Sequence[str] | None,
+    plan: Squeezed | None, settings: SqueezeSettings, progress: Progress | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train one round, or go on with it, and say what came of it."""
+    folder = out / ROUNDS / str(number)
+    options = {
+        "length": settings.length,
+        "embeddings": settings.embeddings,
+        "bond_pattern": None if plan is None else plan.bonds,
+    }
+    training = {
+        name: getattr(settings, name)
+        for name in ("task", "epochs", "learning_rate", "batch_size", "max_length", "seed", "device")
+    }
+    result = finetune(
+        source, folder, *data, columns=columns, peft="mpo", peft_options=options,
+        progress=None if progress is None else lambda _stage, *now: progress(f"round {number}", *now),
+        resume=is_unfinished(folder), **training,
+    )  # fmt: skip
+    assert result.final is not None
+    parameters = plan.parameters if plan is not None else _whole(load_for(settings.task, folder))
+    return {
+        "parameters": parameters,
+        "error": 0.0 if plan is None else plan.error,
+        **{name: result.final[name] for name in ("loss", result.metric)},
+        "bonds": None if plan is None else plan.bonds,
+    }
+
+
+def _whole(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _write(file: Path, report: SqueezeReport) -> None:
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
+    unfinished.replace(file)
+
+
+def _finish(out: Path, report: SqueezeReport) -> None:
+    """Put the chosen round into the folder and take the rounds away; what was begun is gone on with."""
+    chosen = out / ROUNDS / str(report.chosen)
+    for entry in sorted(chosen.iterdir()) if chosen.exists() else ():
+        entry.replace(out / entry.name)
+    axis = [one["parameters"] for one in report.rounds]
+    losses = [one["loss"] for one in report.rounds]
+    drawn = curves(
+        [(0, {"x": axis, "mean": losses, "low": losses, "high": losses})],
+        "parameters", "loss", f"loss against parameters of {len(axis)} rounds",
+    )  # fmt: skip
+    (out / PLOT).write_text(drawn, encoding="utf-8")
+    shutil.rmtree(out / ROUNDS)

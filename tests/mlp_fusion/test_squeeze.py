@@ -1,0 +1,127 @@
+"""Dimension squeezing: which bonds go, and the verb from round to round."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+import checkpoints as ck
+import mlp_fusion
+from commands import Run
+from mlp_fusion import InputError, mpo_decompose, squeeze
+from mlp_fusion.companions.squeezing import squeeze_bonds, stored_size
+
+ROWS = [{"text": ("the cat sat a cat", "a the")[n % 2], "label": n % 2} for n in range(32)]
+OPTIONS: dict[str, Any] = {"task": "classification", "batch_size": 8, "max_length": 8, "round_share": 0.2}
+
+
+def chains() -> dict[str, Any]:
+    """Two matrices of one shape; the first is nearly of a chain of small bonds."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 3, 4), (3, 4, 3))
+    noisy = torch.randn(24, 36, generator=generator, dtype=torch.float64)
+    easy = mpo_decompose(noisy, shapes).truncated(2).matrix() + 0.01 * noisy
+    return {name: mpo_decompose(weight, shapes) for name, weight in (("easy", easy), ("noisy", noisy))}
+
+
+def test_what_costs_least_is_cut_first() -> None:
+    known = chains()
+    found = squeeze_bonds(known, 1400)
+    assert found.parameters <= 1400
+    assert found.bonds["noisy"] == list(known["noisy"].bonds), "nothing of the matrix that needs all"
+    assert max(found.bonds["easy"]) < max(known["easy"].bonds)
+    lost = known["easy"].discarded(found.bonds["easy"]).square().sum()
+    assert found.error == pytest.approx(float(lost / known["easy"].spectra[0].square().sum()))
+    # One cut less, and there would be more parameters than allowed.
+    assert squeeze_bonds(known, found.parameters).bonds == found.bonds
+    fewer = squeeze_bonds(known, 800)
+    assert all(a <= b for name in known for a, b in zip(fewer.bonds[name], found.bonds[name], strict=True))
+    least = squeeze_bonds(known, 2 * (6 + 12 + 12))
+    assert all(size == 1 for own in least.bonds.values() for size in own)
+    with pytest.raises(InputError, match="with all bonds at 1"):
+        squeeze_bonds(known, 59)
+
+
+def test_a_chain_that_is_larger_than_its_matrix_is_stored_whole() -> None:
+    assert stored_size((24, 36), [6, 12, 12], [6, 12]) == 24 * 36
+    assert stored_size((24, 36), [6, 12, 12], [2, 3]) == 6 * 2 + 2 * 12 * 3 + 3 * 12
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = ck.save_tiny(tmp_path_factory.mktemp("source") / "bert")
+    return ck.add_tokenizer(folder, pad_token="<pad>", eos_token="</s>")
+
+
+@pytest.mark.slow
+def test_rounds_end_where_they_are_told_to(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = squeeze(source, out, ROWS, ROWS, target_parameters=0.7, **OPTIONS)
+    whole = sum(p.numel() for p in AutoModelForSequenceClassification.from_pretrained(source).parameters())
+    sizes = [one["parameters"] for one in report.rounds]
+    assert sizes[0] == whole
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(sizes) == 3
+    assert sizes[-1] <= 0.7 * whole < sizes[-2]
+    assert report.chosen == 2
+    assert json.loads((out / "squeeze.json").read_text())["rounds"] == report.rounds
+    assert (out / "squeeze.svg").read_text().startswith("<svg")
+    assert not (out / "rounds").exists()
+    assert report.table().splitlines()[-1] == "* written"
+    merged = AutoModelForSequenceClassification.from_pretrained(out).eval()
+    base = AutoModelForSequenceClassification.from_pretrained(source).eval()
+    chained = PeftModel.from_pretrained(base, out / "adapter").eval()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        torch.testing.assert_close(chained(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)
+    stored = sum(t.numel() for name, t in ck.tensors(out / "adapter").items() if ".mpo_" in name)
+    assert stored < whole
+    for name, bonds in report.rounds[-1]["bonds"].items():
+        chain = mpo_decompose(merged.get_submodule(name).weight.double())
+        if tuple(map(math.prod, chain.shapes)) != chain.shape:
+            continue  # what was trained beyond the matrix is cut off
+        assert all(float(s[size:].norm()) < 1e-4 for s, size in zip(chain.spectra, bonds, strict=True)), name
+    with pytest.raises(InputError, match="is complete"):
+        squeeze(source, out, ROWS, ROWS, target_parameters=0.7, resume=True, **OPTIONS)
+    with pytest.raises(InputError, match="is not empty"):
+        squeeze(source, out, ROWS, ROWS, target_parameters=0.7, **OPTIONS)
+
+
+@pytest.mark.slow
+def test_the_last_round_within_the_loss_is_kept_and_an_interrupted_run_goes_on(source: Path, tmp_path: Path) -> None:
+    options = {**OPTIONS, "target_parameters": 0.5, "max_loss": -1.0}
+    whole = squeeze(source, tmp_path / "whole", ROWS, ROWS, **options)
+    assert len(whole.rounds) == 2
+    assert whole.chosen == 0
+
+    def stop(stage: str, done: int, *_: Any) -> None:
+        if (stage, done) == ("round 1", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        squeeze(source, tmp_path / "cut", ROWS, ROWS, progress=stop, **options)
+    with pytest.raises(InputError, match=r"other options \(seed\)"):
+        squeeze(source, tmp_path / "cut", ROWS, ROWS, resume=True, seed=1, **options)
+    resumed = squeeze(source, tmp_path / "cut", ROWS, ROWS, resume=True, **options)
+    assert resumed.rounds == whole.rounds
+    one, other = (ck.tensors(tmp_path / name) for name in ("cut", "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_it_needs_an_end(source: Path, tmp_path: Path, run: Run) -> None:
+    with pytest.raises(InputError, match="nothing ends it"):
+        squeeze(source, tmp_path / "out", ROWS, ROWS, **OPTIONS)
+    done = run(
+        "squeeze", source, tmp_path / "out", "--task", "lm", "--train", tmp_path / "no.txt", "--eval",
+        tmp_path / "no.txt", "--target-parameters", "0.5",
+    )  # fmt: skip
+    assert done.code == 2
+    assert "no.txt" in done.error
+    assert mlp_fusion.SqueezeReport is not None
