@@ -1,4 +1,4 @@
-"""Operators for shrinking feed-forward layers: weighted k-means, empirical-NTK products, and the small layers."""
+"""Operators for shrinking feed-forward layers: k-means, tangent-kernel products, small layers, sparse updates."""
 
 from fusion_kernels.experts import experts_backend, fused_experts
 from fusion_kernels.gates import Gate
@@ -19,6 +19,7 @@ from fusion_kernels.ntk import (
     trace_ntk_vp,
     vjp,
 )
+from fusion_kernels.sparse import sampled_product
 
 __all__ = [
     "BackendUnavailableError",
@@ -43,6 +44,7 @@ __all__ = [
     "ntk_gram",
     "ntk_operator",
     "ntk_vp",
+    "sampled_product",
     "split_gate_up",
     "trace_ntk_vp",
     "vjp",

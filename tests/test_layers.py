@@ -14,12 +14,12 @@ import mlp_fusion
 #: `mlp_fusion`, in order of processing. A folder or file imports itself and what stands before it.
 PRODUCT = (
     "errors", "deferred", "choices", "neurons", "selection", "settings", "modules", "families", "running", "store",
-    "measure", "calibration", "methods", "reducing", "streaming", "finetuning", "companions", "report", "verbs", "cli",
+    "measure", "calibration", "methods", "reducing", "streaming", "companions", "finetuning", "report", "verbs", "cli",
 )  # fmt: skip
 #: `fusion_kernels`, likewise; the operators that use another one's functions come after it.
 KERNELS = (
     "gpu", "native", "library", "proof", "pinning", "transforms", "activations", "gates", "ffn",
-    "kmeans", "mlp", "experts", "ntk",
+    "kmeans", "mlp", "experts", "ntk", "sparse",
 )  # fmt: skip
 _ROOTS = {
     "mlp_fusion": (Path(mlp_fusion.__file__).parent, PRODUCT),

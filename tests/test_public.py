@@ -38,6 +38,7 @@ SIGNATURES: dict[Any, str] = {
     fusion_kernels.gradient_norms: "block x cotangents params metric form backend",
     fusion_kernels.gradient_dots: "block x cotangents direction backend",
     fusion_kernels.ntk_compare: "a b x reduce params metrics kernel columns eigenvalues seed block_size backend",
+    fusion_kernels.sampled_product: "g x rows columns backend",
     fusion_kernels.backends: "",
     mlp_fusion.fuse: (
         "model width layers method budget only multiple optimizer seed calibration_sentences calibration_rows refit "

@@ -1,8 +1,8 @@
 """Shrink the feed-forward layers of a Transformer in one shot, keep their outputs and tangent kernel, and train on.
 
-Importing this package also lets `AutoModel*.from_pretrained` load checkpoints whose layers differ in width. It imports
-neither torch nor transformers: the names below are imported when they are asked for, and what changes in transformers
-changes when transformers is imported.
+Importing this package also lets `AutoModel*.from_pretrained` load checkpoints whose layers differ in width, and adds
+methods to peft. It imports neither torch nor transformers nor peft: the names below are imported when they are asked
+for, and what changes in other libraries changes when they are imported.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from mlp_fusion.deferred import on_demand, when_imported
 
 if TYPE_CHECKING:
+    from mlp_fusion.companions.hiwi import HiWiConfig as HiWiConfig
+    from mlp_fusion.companions.pafi import PafiConfig as PafiConfig
     from mlp_fusion.errors import InputError
     from mlp_fusion.finetuning.result import FinetuneReport
     from mlp_fusion.measure.report import FFNRow, FusionReport
@@ -37,8 +39,10 @@ _PLACES = {
     "FusedMLP": "modules",
     "FusionPlan": "verbs.plan",
     "FusionReport": "measure.report",
+    "HiWiConfig": "companions.hiwi",
     "InputError": "errors",
     "NeuronBundle": "neurons",
+    "PafiConfig": "companions.pafi",
     "Verification": "verbs.verify",
     "compress": "verbs.compress",
     "finetune": "verbs.finetune",
@@ -49,6 +53,7 @@ _PLACES = {
     "verify": "verbs.verify",
 }
 
+#: Without the names that need peft: `from mlp_fusion import *` works without it.
 __all__ = [
     "FFNRow",
     "FinetuneReport",
@@ -74,7 +79,7 @@ __getattr__ = on_demand(__name__, _PLACES)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_PLACES})
 
 
 _HOSTS = {
@@ -92,4 +97,16 @@ def _adapt(module: ModuleType) -> None:
     adapt(module)
 
 
+def _enter_companions(peft: ModuleType) -> None:
+    """Companions enter peft's registry; a peft too old for them stays as it is, and asking for one of them says so."""
+    import importlib
+
+    from mlp_fusion.choices import COMPANIONS, PEFT_NEEDED
+
+    if tuple(map(int, peft.__version__.split(".")[:2])) >= PEFT_NEEDED:
+        for name in COMPANIONS:
+            importlib.import_module(f"mlp_fusion.companions.{name}")
+
+
 when_imported(_HOSTS.__contains__, _adapt)
+when_imported("peft".__eq__, _enter_companions)

@@ -75,6 +75,9 @@ NEED_TEXT = frozenset(name for name, entry in METHODS.items() if entry.text == "
 KEEP_WIDTH = frozenset(name for name, entry in METHODS.items() if not entry.narrows)
 #: What a model is fine-tuned for.
 TASKS = ("classification", "lm")
+#: Companion methods, each a file in `companions/` that registers itself with peft; and the peft that they need.
+COMPANIONS = ("hiwi", "pafi")
+PEFT_NEEDED = (0, 21)
 #: Optimisers that `finetune` trains with.
 TRAINERS = ("adamw", "sgd")
 #: Sentences of a file or a list that are calibrated on, by default.

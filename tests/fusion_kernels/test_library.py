@@ -134,6 +134,7 @@ def test_backends_lists_every_operator() -> None:
         "kmeans_assign": "cpu" if compiled else "reference",
         "mlp": "cpu" if compiled else "torch",
         "mlp_backward": "cpu" if compiled else "torch",
+        "sampled_product": "cpu" if compiled else "torch",
         **dict.fromkeys(("ntk_gram", "ntk_gram_out", "ntk_sums"), "cpu" if compiled else "reference"),
         **dict.fromkeys(("ntk_gradient_gram", "ntk_gradient_norms", "ntk_jvp", "ntk_vjp", "ntk_vp"), "torch"),
     }

@@ -136,3 +136,12 @@ def test_kernels_of_the_mlp_compile_within_the_resources(capability: int) -> Non
         assert {"_linear_act_kernel", "_linear_act_backward_kernel", "_linear_glu_kernel"} <= {
             kernel["kernel"] for kernel in found if kernel["constants"]["maxnreg"] == 128
         }
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernels_of_sparse_products_compile_within_the_resources(capability: int) -> None:
+    found = resources("triton_aot_sparse.py", CAPABILITIES)[capability]
+    assert {kernel["kernel"] for kernel in found} == {"_sampled_kernel"}
+    assert_within(found, capability)
+    # Four programs hide how long loads take.
+    assert all(kernel["programs"] >= 4 for kernel in found)

@@ -1,0 +1,165 @@
+"""Every companion as a method of peft: it starts as the model, trains alone, is stored, merged, taken off."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from companion_models import attached, classifier, logits
+from peft import AutoPeftModelForSequenceClassification, PeftModel, get_model_status, get_peft_model
+
+import mlp_fusion
+
+CONFIGS = {
+    "hiwi-bias": lambda: mlp_fusion.HiWiConfig(),
+    "hiwi-weight": lambda: mlp_fusion.HiWiConfig(parameters="weight", r=3),
+    "hiwi-both": lambda: mlp_fusion.HiWiConfig(parameters="both", r=2, act_fn="relu"),
+    "pafi": lambda: mlp_fusion.PafiConfig(budget=0.05),
+    "pafi-matrix": lambda: mlp_fusion.PafiConfig(budget=0.05, ranking="matrix", save_indices=False, embeddings=True),
+    "pafi-two": lambda: mlp_fusion.PafiConfig(budget=40, target_modules=["dense"], biases=False),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request: pytest.FixtureRequest) -> Any:
+    return CONFIGS[request.param]()
+
+
+@pytest.fixture(scope="module", params=["plain", "fused"])
+def model(request: pytest.FixtureRequest) -> Any:
+    made = classifier()
+    if request.param == "fused":
+        mlp_fusion.fuse(made, 16)
+    return made
+
+
+def test_it_starts_as_the_model_and_alone_requires_gradients(model: Any, config: Any) -> None:
+    made = get_peft_model(copy.deepcopy(model), config).eval()
+    assert torch.equal(logits(made), logits(model))
+    trained = [name for name, parameter in made.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all(f".{made.base_model.prefix}" in name for name in trained)
+
+
+def test_what_it_adds_goes_with_disable_adapter_and_comes_back(model: Any, config: Any) -> None:
+    made = attached(model, config)
+    with_it = logits(made)
+    assert (with_it - logits(model)).abs().max() > 1e-4
+    with made.disable_adapter():
+        assert torch.equal(logits(made), logits(model))
+    assert torch.equal(logits(made), with_it)
+
+
+def test_a_stored_one_is_loaded_to_the_same_bits(model: Any, config: Any, tmp_path: Path) -> None:
+    made = attached(model, config)
+    made.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+    assert torch.equal(logits(again), logits(made))
+
+
+def test_peft_loads_base_and_companion_by_their_folders(config: Any, tmp_path: Path) -> None:
+    base = classifier()
+    base.save_pretrained(tmp_path / "base")
+    loaded = type(base).from_pretrained(tmp_path / "base").eval()
+    config.task_type = "SEQ_CLS"  # the head trains, and is stored
+    made = attached(loaded, config)
+    made.save_pretrained(tmp_path / "companion")
+    again = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "companion").eval()
+    assert torch.equal(logits(again), logits(made))
+    assert get_model_status(again).peft_types == {"default": config.peft_type.name}
+
+
+def test_the_same_options_make_the_same_file(model: Any, config: Any, tmp_path: Path) -> None:
+    made = attached(model, config)
+    for place in "ab":
+        made.save_pretrained(tmp_path / place)
+    texts = {(tmp_path / place / "adapter_config.json").read_text(encoding="utf-8") for place in "ab"}
+    assert len(texts) == 1
+
+
+def test_merged_it_computes_the_same_and_unmerging_brings_back_the_bits(model: Any, config: Any) -> None:
+    made = attached(model, config)
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    with_it = logits(made)
+    made.merge_adapter(safe_merge=True)
+    assert torch.allclose(logits(made), with_it, atol=1e-5)
+    made.unmerge_adapter()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.state_dict().items())
+    merged = made.merge_and_unload()
+    assert torch.allclose(logits(merged), with_it, atol=1e-5)
+    assert [name for name, _ in merged.named_parameters()] == [name for name, _ in model.named_parameters()]
+    assert made is not merged
+
+
+def test_a_broken_one_is_not_merged(model: Any, config: Any) -> None:
+    made = attached(model, config)
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            parameter.data.fill_(float("inf"))
+    with pytest.raises(mlp_fusion.InputError, match="infinite or NaN"):
+        made.merge_adapter(safe_merge=True)
+
+
+def test_unloading_leaves_the_model(model: Any, config: Any) -> None:
+    made = attached(model, config)
+    logits(made)
+    left = made.unload()
+    wanted = dict(model.named_parameters())
+    assert all(torch.equal(parameter, wanted[name]) for name, parameter in left.named_parameters())
+
+
+def test_importing_the_package_enters_the_methods_into_peft_once_that_is_imported() -> None:
+    code = """if True:
+        import sys, mlp_fusion
+        assert not {"torch", "peft"} & sys.modules.keys()
+        import peft
+        assert "HIWI" in peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING
+        assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["HIWI"] is mlp_fusion.HiWiConfig"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_config_may_be_asked_for_before_peft_is() -> None:
+    code = "import mlp_fusion; mlp_fusion.HiWiConfig(); import peft; peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING['HIWI']"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("version", "message"), [("0.17.3", "need peft 0.21 or later, this is 0.17.3"), (None, "missing")]
+)
+def test_a_peft_that_is_old_or_missing_is_said_and_left_alone(
+    version: str | None, message: str, tmp_path: Path
+) -> None:
+    broken = f"__version__ = {version!r}" if version else "raise ModuleNotFoundError"
+    (tmp_path / "peft.py").write_text(broken, encoding="utf-8")
+    importing = "import peft" if version else "pass"
+    code = f"""if True:
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        import mlp_fusion
+        {importing}
+        try:
+            mlp_fusion.HiWiConfig
+        except mlp_fusion.InputError as error:
+            print(error)"""
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_a_module_of_another_method_is_refused(config: Any) -> None:
+    from peft import LoraConfig
+
+    made = get_peft_model(classifier(), LoraConfig(target_modules=["dense"])).base_model.model
+    config.target_modules = {"dense"}
+    with pytest.raises(mlp_fusion.InputError, match="holds an adapter of another method"):
+        get_peft_model(made, config)
+
+
+def test_targets_that_are_not_there_are_named() -> None:
+    with pytest.raises(ValueError, match="nonsense"):
+        get_peft_model(classifier(), mlp_fusion.HiWiConfig(target_modules=["nonsense"]))
