@@ -51,7 +51,7 @@ def _differentiate(of: Operator, by: Operator) -> None:
         x, *rest = inputs
         ctx.given = (x.shape[-1], *rest[1:]) if len(rest) > 1 else tuple(rest)
 
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, *tuple[None, ...]]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return by.overload(dy, *ctx.given), *[None] * len(ctx.given)
 
     torch.library.register_autograd(f"{NAMESPACE}::{of.name}", backward, setup_context=save)

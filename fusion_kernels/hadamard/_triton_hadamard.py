@@ -153,14 +153,14 @@ def _unmix_kernel(
     z_ptr, u_ptr, total, terms, whole0, whole1, part0, part1, r00, r01, r10, r11, r20, r21, r30, r31,
     ROW_BITS: tl.constexpr, U_BITS: tl.constexpr, RUN_BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """u (total,) = (rows, 2^RUN_BITS, 2^U_BITS): sums of `terms` entries of Pi^T G z, 2^U_BITS apart; z has 2^ROW_BITS."""
+    """u (total,) = (rows, 2^RUN_BITS, 2^U_BITS): sums of `terms` of Pi^T G z (rows, 2^ROW_BITS), 2^U_BITS apart."""
     flat = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = flat < total
     j = flat & ((1 << U_BITS) - 1)
     run = (flat >> U_BITS) & ((1 << RUN_BITS) - 1)
     b = flat >> (U_BITS + RUN_BITS)
     u = tl.zeros((BLOCK,), u_ptr.dtype.element_ty)
-    for term in range(0, terms):
+    for term in range(terms):
         place = j + ((run * terms + term) << U_BITS)
         i = _target(place.to(tl.uint32), r00, r01, r10, r11, r20, r21, r30, r31, ROW_BITS)
         z = tl.load(z_ptr + (b << ROW_BITS) + i.to(tl.int64), mask=there, other=0.0)

@@ -16,7 +16,7 @@ from fusion_kernels.proof.cases import Case, Found, beyond, first_of, same_bits
 
 #: Rows and bits of transforms: less than a tile, one, and passes over near and distant bits, over rows and rests.
 TRANSFORMS = ((5, 0), (3, 7), (2, 12), (3, 15), (1, 22))
-#: Entries of theta and of P theta: both in one tile or beyond it, theta longer than P theta, and neither a power of two.
+#: Entries of theta and of P theta: both in one tile or beyond it, theta longer than P theta, and no powers of two.
 PROJECTIONS = ((5, 3), (3000, 768), (200, 70_000), (9000, 20_000))
 SEED = 20
 

@@ -120,7 +120,7 @@ def _ones(x: Tensor) -> Tensor:
     """How many of 32 bits are set."""
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    return (((((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) & _WORD) >> 24)
+    return ((((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) & _WORD) >> 24
 
 
 def _folded(x: Tensor, L: int) -> Tensor:
