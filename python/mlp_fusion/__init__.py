@@ -14,6 +14,7 @@ from mlp_fusion.deferred import on_demand, when_imported
 
 if TYPE_CHECKING:
     from mlp_fusion.companions.hiwi import HiWiConfig as HiWiConfig
+    from mlp_fusion.companions.hiwi import save_merged_delta as save_merged_delta
     from mlp_fusion.companions.pafi import PafiConfig as PafiConfig
     from mlp_fusion.errors import InputError
     from mlp_fusion.finetuning.result import FinetuneReport
@@ -49,6 +50,7 @@ _PLACES = {
     "fuse": "verbs.fuse",
     "plan": "verbs.plan",
     "restore": "store.restoring",
+    "save_merged_delta": "companions.hiwi",
     "state_form": "store.states",
     "verify": "verbs.verify",
 }

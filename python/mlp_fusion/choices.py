@@ -78,6 +78,9 @@ TASKS = ("classification", "lm")
 #: Companion methods, each a file in `companions/` that registers itself with peft; and the peft that they need.
 COMPANIONS = ("hiwi", "pafi")
 PEFT_NEEDED = (0, 21)
+#: What `finetune` may train in place of all weights, and its learning rate by default for these and without.
+PEFT_METHODS = ("hiwi", "lora", "pafi")
+PEFT_RATE, FULL_RATE = 1e-3, 5e-5
 #: Optimisers that `finetune` trains with.
 TRAINERS = ("adamw", "sgd")
 #: Sentences of a file or a list that are calibrated on, by default.

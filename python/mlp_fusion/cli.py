@@ -73,11 +73,13 @@ def _option(field: Field) -> Callable[[Command], Command]:
         name = f"{name}/--no-{name[2:]}"
     elif known.choices:
         more["type"] = click.Choice([*([known.none] if known.none else []), *known.choices])
+    elif field.name == "peft_options":
+        more |= {"type": str, "multiple": True}
     elif field.name == "width":
         more["type"] = _Width()
     else:
         more["type"] = field.kind if field.kind in (int, float) else str
-    if not missing:
+    if not missing and not more.get("multiple"):
         more["default"] = known.none if field.default is None else field.default
         more["show_default"] = more["default"] is not None
     return click.option(name, field.name, **more)
@@ -89,7 +91,8 @@ def _read(record: type[Record], values: dict[str, Any]) -> Record:
     Raises:
         InputError: as its `check`.
     """
-    said = {field.name: values[field.name] for field in fields(record)}
+    # An option that may be given several times, and was not, is an empty tuple.
+    said = {field.name: None if values[field.name] == () else values[field.name] for field in fields(record)}
     words = {field.name: field.option.none for field in fields(record)}
     settings = record(**{name: None if value == words[name] is not None else value for name, value in said.items()})
     settings.check()

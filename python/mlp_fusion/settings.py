@@ -25,10 +25,13 @@ from mlp_fusion.choices import (
     AUTOMATIC_METHOD,
     AUTOMATIC_STEPS,
     CALIBRATION_SENTENCES,
+    FULL_RATE,
     KEEP_WIDTH,
     METHODS,
     NEED_TEXT,
     OPTIMIZER_KERNELS,
+    PEFT_METHODS,
+    PEFT_RATE,
     PLAIN_METHOD,
     TASKS,
     TRAINERS,
@@ -446,7 +449,18 @@ class FinetuneSettings(Settings):
     distill_weight: float = option("Weight of the teacher's logits against the labels.", 0.5, least=0.0, most=1.0)
     temperature: float = option("Temperature of the teacher's logits.", 2.0, above=0.0)
     optimizer: str = option("adamw, or sgd with momentum 0.9.", "adamw", choices=TRAINERS)
-    learning_rate: float = option("Learning rate at its peak.", 5e-5, above=0.0)
+    peft: str | None = option(
+        "Train a method of peft in place of the weights, which stay: OUT gets the merged model, OUT/adapter what was "
+        "trained.",
+        None, choices=PEFT_METHODS, default_help="all weights train",
+    )  # fmt: skip
+    peft_options: dict[str, Any] | Sequence[str] | None = option(
+        "Options of the method by name, fields of its config: r=8, budget=0.01, parameters=weight.", None,
+        metavar="NAME=VALUE", default_help="the method's own",
+    )  # fmt: skip
+    learning_rate: float | None = option(
+        "Learning rate at its peak.", None, above=0.0, default_help=f"{FULL_RATE:g}, with peft {PEFT_RATE:g}"
+    )
     weight_decay: float = option("Weight decay of all weights that train.", 0.01, least=0.0)
     warmup: float = option(
         "Share of the steps that the learning rate rises over, before it falls linearly to zero.", 0.06, least=0.0,
@@ -468,5 +482,36 @@ class FinetuneSettings(Settings):
     def check(self) -> None:
         """Raise InputError for a value that makes no sense."""
         super().check()
+        if self.peft_options is not None and self.peft is None:
+            raise InputError("peft_options are options of a method: choose one with peft")
+        self.method_options()
         if self.batch_size % self.accumulation:
             raise InputError(f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}")
+
+    def rate(self) -> float:
+        """The learning rate."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return FULL_RATE if self.peft is None else PEFT_RATE
+
+    def method_options(self) -> dict[str, Any]:
+        """`peft_options` by name.
+
+        Raises:
+            InputError: one of them is no `name=value`.
+        """
+        given = self.peft_options
+        if given is None or isinstance(given, Mapping):
+            return dict(given or {})
+        found = {}
+        for word in [given] if isinstance(given, str) else given:
+            name, equals, value = str(word).partition("=")
+            if not (name and equals):
+                raise InputError(f"peft_options {word!r}: give name=value")
+            found[name.replace("-", "_")] = value
+        return found
+
+    def recorded(self) -> dict[str, Any]:
+        """As of any record, with the learning rate and the method's options as they are used."""
+        used = dataclasses.replace(self, learning_rate=self.rate(), peft_options=self.method_options() or None)
+        return super(FinetuneSettings, used).recorded()

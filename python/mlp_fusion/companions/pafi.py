@@ -160,7 +160,8 @@ class PafiLayer(CompanionLayer):
         for (name, parameter), first, last in zip(parameters, bounds[:-1], bounds[1:], strict=True):
             if last > first:
                 own = slice(first, last)
-                found[name] = own, torch.unravel_index(indices[own] - begin, parameter.shape)
+                at = torch.unravel_index(indices[own] - begin, parameter.shape)
+                found[name] = own, tuple(axis.contiguous() for axis in at)
             begin += parameter.numel()
         return found
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -47,12 +48,14 @@ class Student:
         model: ready to train: a fused one has its scale, in the parameterization of the optimiser.
         tokenizer: its own.
         classes: label -> class index; empty for language modelling.
+        fresh: names of its parameters that the checkpoint did not have.
     """
 
     name: str
     model: Any
     tokenizer: Any
     classes: dict[str, int]
+    fresh: tuple[str, ...] = ()
 
 
 def load_student(model: Model, task: str, names: Sequence[str], optimizer: str, tokenizer: Any = None) -> Student:
@@ -78,13 +81,13 @@ def load_student(model: Model, task: str, names: Sequence[str], optimizer: str, 
             options["label2id"] = {name: i for i, name in enumerate(names)}
         if task == "lm" and not has_head(config, task) and not getattr(config, "tie_word_embeddings", False):
             raise InputError(f"{model}: it was saved without its language modelling head: start from the whole model")
-        loaded = _load(_CLASSES[task][0], folder, **options)
+        loaded, fresh = _load_with_fresh(_CLASSES[task][0], folder, **options)
         record = fusion_record(loaded.config)
         if record is not None and record["parameterization"] != "folded":
             restore(loaded, folder, optimizer)
         name = str(model)
     else:
-        loaded, name = model, type(model).__name__
+        loaded, name, fresh = model, type(model).__name__, ()
         _check_in_memory(loaded, name, optimizer)
     if tokenizer is None:
         tokenizer = tokenizer_of(loaded) if loaded is model else load_tokenizer(folder)
@@ -100,13 +103,42 @@ def load_student(model: Model, task: str, names: Sequence[str], optimizer: str, 
     classes = _classes(loaded, task, names, name)
     if classes and set(loaded.config.label2id or ()) != set(classes):
         loaded.config.label2id, loaded.config.id2label = classes, {index: label for label, index in classes.items()}
-    return Student(name, loaded, tokenizer, classes)
+    return Student(name, loaded, tokenizer, classes, fresh)
+
+
+def with_companion(student: Student, method: str, options: Mapping[str, Any], task: str) -> Student:
+    """The student with a method of peft put into its model, which alone trains, with the classifier's head.
+
+    Raises:
+        InputError: peft is missing, an option cannot be, or the method does not suit the model.
+    """
+    from mlp_fusion.companions.making import attach
+
+    return dataclasses.replace(student, model=attach(student.model, method, options, task, _heads(student, task)))
+
+
+def _heads(student: Student, task: str) -> list[str]:
+    """Modules that train whole: a classifier's head, and whatever else the checkpoint did not have."""
+    model = student.model
+    heads = {name.rpartition(".")[0] for name in student.fresh}
+    if task == "classification":
+        base = model.base_model
+        others = [(name, child) for name, child in model.named_children() if base not in (child, model)]
+        heads |= {name for name, child in others if next(child.parameters(), None) is not None}
+    # What is in a head goes with it.
+    return sorted(name for name in heads if not any(name.startswith(f"{other}.") for other in heads))
 
 
 def _load(cls: Any, folder: Path, **options: Any) -> Any:
+    return _load_with_fresh(cls, folder, **options)[0]
+
+
+def _load_with_fresh(cls: Any, folder: Path, **options: Any) -> tuple[Any, tuple[str, ...]]:
+    """The model, and the names of its parameters that the checkpoint does not have."""
     read_tensors(folder)  # whatever is wrong with the files is said in our words, and nothing ambiguous is loaded
     try:
-        return cls.from_pretrained(folder, **_LOADING, **options)
+        model, info = cls.from_pretrained(folder, output_loading_info=True, **_LOADING, **options)
+        return model, tuple(sorted(info["missing_keys"]))
     except Exception as error:  # whatever a config of somebody else's makes of transformers' code
         raise InputError(
             f"{folder}: cannot be loaded as {cls.__name__.removeprefix('Auto')} ({one_line(error)})"

@@ -14,6 +14,8 @@ Progress = Callable[[str, int, int, float | None], None]
 
 #: File in the output folder. It is written last: where it is, the run is complete.
 RESULT_FILE = "finetune.json"
+#: Folder in it for what a method of peft has trained.
+ADAPTER_FOLDER = "adapter"
 FORMAT_VERSION = 2
 
 

@@ -28,8 +28,9 @@ from mlp_fusion.finetuning.loading import (
     load_student,
     load_teacher,
     positions,
+    with_companion,
 )
-from mlp_fusion.finetuning.result import RESULT_FILE, FinetuneReport, Progress
+from mlp_fusion.finetuning.result import ADAPTER_FOLDER, RESULT_FILE, FinetuneReport, Progress
 from mlp_fusion.measure.report import finite
 from mlp_fusion.running.runner import naming_outputs, resolve_device
 from mlp_fusion.settings import FinetuneSettings
@@ -72,6 +73,12 @@ class Models:
         """
         classes = class_names(rows) if settings.task == "classification" else []
         student = load_student(model, settings.task, classes, settings.optimizer, tokenizer)
+        if settings.peft is not None:
+            if original is not None:
+                raise InputError(
+                    "original fits the fused layers' own weights, which stay with peft: leave out one of them"
+                )
+            student = with_companion(student, settings.peft, settings.method_options(), settings.task)
         taught = None if teacher is None else load_teacher(teacher, settings.task, student)
         fitted = None if original is None else load_original(original, student)
         names = {"model": student.name, "teacher": _name(teacher), "original": _name(original)}
@@ -155,7 +162,7 @@ class Run:
         s, model, original = self.settings, self.models.student.model, self.models.original
         trainer = TaskTrainer(
             weight=s.distill_weight, temperature=s.temperature,
-            **self._common("train", self.models.teacher, s.learning_rate, s.epochs, evaluate=True),
+            **self._common("train", self.models.teacher, s.rate(), s.epochs, evaluate=True),
         )  # fmt: skip
         checkpoint = last_checkpoint(self.work / "train")
         if self.state["initial"] is None and self.held_out is not None:
@@ -211,7 +218,10 @@ class Run:
             seconds=seconds,
         )
         if is_main():
-            student.model.save_pretrained(self.out)
+            if s.peft is not None:
+                student.model.save_pretrained(self.out / ADAPTER_FOLDER, save_embedding_layers=False)
+            whole = student.model if s.peft is None else student.model.merge_and_unload()
+            whole.save_pretrained(self.out)
             student.tokenizer.save_pretrained(self.out)
             _write(self.out / RESULT_FILE, report.to_dict())
             shutil.rmtree(self.work)
@@ -258,6 +268,7 @@ class Run:
             bf16=not self.cpu and torch.cuda.is_bf16_supported(),
             use_cpu=self.cpu,
             seed=s.seed,
+            label_names=["labels"],  # of a model in a wrapper, the trainer could not tell
             report_to="none",
             disable_tqdm=True,
             log_level="error",

@@ -98,7 +98,12 @@ class _QuietTrainer(Trainer):
         # another one in the last bits, which training amplifies.
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(self.accelerator.unwrap_model(self.model), str(folder / WEIGHTS_FILE))
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        if hasattr(unwrapped, "peft_config"):
+            # What trains; the rest is as it was loaded.
+            unwrapped.save_pretrained(folder, save_embedding_layers=False)
+            return
+        save_model(unwrapped, str(folder / WEIGHTS_FILE))
 
 
 class TaskTrainer(_QuietTrainer):
