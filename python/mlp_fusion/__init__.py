@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mlp_fusion.companions.hiwi import HiWiConfig as HiWiConfig
     from mlp_fusion.companions.hiwi import save_merged_delta as save_merged_delta
     from mlp_fusion.companions.pafi import PafiConfig as PafiConfig
+    from mlp_fusion.companions.said import SaidConfig as SaidConfig
     from mlp_fusion.errors import InputError
     from mlp_fusion.finetuning.result import FinetuneReport
     from mlp_fusion.measure.report import FFNRow, FusionReport
@@ -44,6 +45,7 @@ _PLACES = {
     "InputError": "errors",
     "NeuronBundle": "neurons",
     "PafiConfig": "companions.pafi",
+    "SaidConfig": "companions.said",
     "Verification": "verbs.verify",
     "compress": "verbs.compress",
     "finetune": "verbs.finetune",
