@@ -70,13 +70,14 @@ def linear(x: Tensor, weight: Moved, bias: Tensor | None, transposed: bool) -> T
 
 def call(module: nn.Module, moved: Mapping[str, Moved], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`module` called with moved parameters, of which large ones are not kept for the backward."""
+    # Modules within that share a parameter are moved by themselves.
     made = {name: changed(*of) for name, of in moved.items()}
     # The backward of a look-up keeps ids alone.
     remade = {} if isinstance(module, nn.Embedding) or not torch.is_grad_enabled() else {
         tensor.untyped_storage().data_ptr(): moved[name] for name, tensor in made.items() if tensor.numel() >= LARGE
     }  # fmt: skip
     if not remade:
-        return functional_call(module, made, args, kwargs)
+        return functional_call(module, made, args, kwargs, tie_weights=False)
 
     def pack(tensor: Tensor) -> Tensor | _Remade:
         of = remade.get(tensor.untyped_storage().data_ptr())
@@ -86,7 +87,7 @@ def call(module: nn.Module, moved: Mapping[str, Moved], args: tuple[Any, ...], k
         return kept if isinstance(kept, Tensor) else kept.tensor()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return functional_call(module, made, args, kwargs)
+        return functional_call(module, made, args, kwargs, tie_weights=False)
 
 
 @dataclass(frozen=True)

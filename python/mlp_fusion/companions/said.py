@@ -112,7 +112,7 @@ class SaidLayer(CompanionLayer):
 
     def terms(self, adapters: list[str], name: str) -> list[projected.Term]:
         """What adapters add to the parameter `name`."""
-        parameter, found = self.base_layer.get_parameter(name), []
+        parameter, found = getattr(self.base_layer, name), []
         for adapter in adapters:
             p = self.projections[adapter][name]
             theta = p.holder.said_theta[adapter].to(parameter.device)
@@ -124,7 +124,7 @@ class SaidLayer(CompanionLayer):
         """By name, the parameters and what adapters add to them."""
         names = dict.fromkeys(name for adapter in adapters for name in self.projections[adapter])
         held = {name: [a for a in adapters if name in self.projections[a]] for name in names}
-        return {name: (self.base_layer.get_parameter(name), self.terms(held[name], name)) for name in names}
+        return {name: (getattr(self.base_layer, name), self.terms(held[name], name)) for name in names}
 
     def deltas(self, adapter: str) -> dict[str, Tensor]:
         of = self.moved([adapter])
@@ -132,11 +132,7 @@ class SaidLayer(CompanionLayer):
 
     def changed(self, adapters: list[str]) -> dict[str, Tensor]:
         """Parameters with what is added; of those that layers share, in their owner alone: this is what is merged."""
-        found = {}
-        for name, of in self.moved(adapters).items():
-            if any(self.projections[a][name].owner is self for a in adapters if name in self.projections[a]):
-                found[name] = projected.changed(*of)
-        return found
+        return {name: projected.changed(*of) for name, of in self.moved(adapters).items() if self._owns(name)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.disable_adapters and self.merged:
@@ -148,7 +144,7 @@ class SaidLayer(CompanionLayer):
         if transforms.active() or torch.compiler.is_compiling():
             made = {name: p + sum(projected.delta(p.shape, t) for t in terms) for name, (p, terms) in moved.items()}
             made = {name: value.to(moved[name][0].dtype) for name, value in made.items()}
-            return functional_call(self.base_layer, made, args, kwargs)
+            return functional_call(self.base_layer, made, args, kwargs, tie_weights=False)
         base = self.base_layer
         if "weight" in moved and len(args) == 1 and not kwargs and obstacle(base) is None:
             bias = projected.changed(*moved["bias"]) if "bias" in moved else base.bias
@@ -160,7 +156,7 @@ class SaidLayer(CompanionLayer):
         adapters = [a for a in self.working() if name in self.projections[a]]
         if not adapters:
             return getattr(self.base_layer, name)
-        return projected.changed(self.base_layer.get_parameter(name), self.terms(adapters, name))
+        return projected.changed(getattr(self.base_layer, name), self.terms(adapters, name))
 
     @property
     def weight(self) -> Any:
@@ -182,30 +178,41 @@ class SaidLayer(CompanionLayer):
     ) -> nn.Module:
         """The module within, moved or as it was, and all modules in it; peft calls this."""
         for name, module in self.base_layer.named_children():
-            self._unload(module, merge, safe_merge, adapter_names, self.base_layer, name)
-        if not merge:
+            _unload(module, merge, safe_merge, adapter_names, self.base_layer, name)
+        if merge:
+            self._leave(check_adapters_to_merge(self, adapter_names) or [], safe_merge)
+        else:
             self.unmerge()
-            return self.base_layer
-        adapters = [a for a in check_adapters_to_merge(self, adapter_names) or [] if a in self.projections]
-        for adapter in adapters if safe_merge else []:
-            held = [p for of in self.projections[adapter].values() for p in (of.holder.said_theta, of.owner.said_lambda)]
-            if not all(bool(torch.isfinite(of[adapter]).all()) for of in held if adapter in of):
-                raise InputError(f"merging {adapter} would make weights infinite or NaN: the adapter is broken")
-        # What was there is not kept: the model is in memory once.
-        with torch.no_grad():
-            for name, (parameter, terms) in self.moved(adapters).items():
-                if any(self.projections[a][name].owner is self for a in adapters if name in self.projections[a]):
-                    parameter.data = projected.changed(parameter, terms)
+        self.projections.clear()  # this layer adds nothing any more, whoever reads its parameters
         return self.base_layer
 
-    def _unload(
-        self, module: nn.Module, merge: bool, safe: bool, names: list[str] | None, parent: nn.Module, name: str
-    ) -> None:
-        if isinstance(module, SaidLayer):
-            setattr(parent, name, module.unload_and_optionally_merge_module(merge, safe, names))
-            return
-        for inner, child in module.named_children():
-            self._unload(child, merge, safe, names, module, inner)
+    @torch.no_grad()
+    def _leave(self, adapters: list[str], safe: bool) -> None:
+        """Merge, and keep nothing of what was there: the model is in memory once."""
+        adapters = [adapter for adapter in adapters if adapter in self.projections]
+        for adapter in adapters if safe else []:
+            of = self.projections[adapter].values()
+            held = [h[adapter] for p in of for h in (p.holder.said_theta, p.owner.said_lambda) if adapter in h]
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in held):
+                raise InputError(f"merging {adapter} would make weights infinite or NaN: the adapter is broken")
+        for name, (parameter, terms) in self.moved(adapters).items():
+            if self._owns(name):
+                parameter.data = projected.changed(parameter, terms)
+
+    def _owns(self, name: str) -> bool:
+        """Whether the parameter is merged here, or by another layer that shares it."""
+        return any(of[name].owner is self for of in self.projections.values() if name in of)
+
+
+def _unload(
+    module: nn.Module, merge: bool, safe: bool, names: list[str] | None, parent: nn.Module, name: str
+) -> None:
+    """Take off every layer in `module`, which its parent knows as `name`."""
+    if isinstance(module, SaidLayer):
+        setattr(parent, name, module.unload_and_optionally_merge_module(merge, safe, names))
+        return
+    for inner, child in module.named_children():
+        _unload(child, merge, safe, names, module, inner)
 
 
 @dataclass(frozen=True)
@@ -255,6 +262,10 @@ class SaidModel(CompanionModel):
         if isinstance(parent, BaseTunerLayer):  # a module with parameters and modules of its own
             parent = parent.get_base_layer()
         super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # peft's own expects of a module that it has a weight.
+        setattr(parent, child_name, new_module)
 
     def add(self, layer: SaidLayer, config: SaidConfig, adapter: str, name: str) -> None:
         self._layers[name] = layer
