@@ -57,7 +57,8 @@ SIGNATURES: dict[Any, str] = {
     mlp_fusion.state_form: "form",
     mlp_fusion.finetune: (
         "model out train evaluation task layerwise_epochs layerwise_learning_rate distill_weight temperature "
-        "optimizer peft peft_options learning_rate weight_decay warmup epochs batch_size accumulation max_length checkpoint_steps "
+        "optimizer peft peft_options learning_rate weight_decay warmup epochs batch_size accumulation max_length "
+        "checkpoint_steps "
         "seed device resume teacher original columns tokenizer progress"
     ),
     mlp_fusion.FusedMLP.from_mlp: "fc1 fc2 activation scale parameterization checkpoint_level",

@@ -79,7 +79,7 @@ TASKS = ("classification", "lm")
 COMPANIONS = ("hiwi", "pafi", "said")
 PEFT_NEEDED = (0, 21)
 #: What `finetune` may train in place of all weights, and its learning rate by default for these and without.
-PEFT_METHODS = ("hiwi", "lora", "pafi")
+PEFT_METHODS = tuple(sorted(("lora", *COMPANIONS)))
 PEFT_RATE, FULL_RATE = 1e-3, 5e-5
 #: Optimisers that `finetune` trains with.
 TRAINERS = ("adamw", "sgd")

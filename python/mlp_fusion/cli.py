@@ -19,7 +19,7 @@ import platform
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -73,16 +73,28 @@ def _option(field: Field) -> Callable[[Command], Command]:
         name = f"{name}/--no-{name[2:]}"
     elif known.choices:
         more["type"] = click.Choice([*([known.none] if known.none else []), *known.choices])
-    elif field.name == "peft_options":
+    elif field.kind is dict:
         more |= {"type": str, "multiple": True}
     elif field.name == "width":
         more["type"] = _Width()
     else:
         more["type"] = field.kind if field.kind in (int, float) else str
-    if not missing and not more.get("multiple"):
+    if not missing:
         more["default"] = known.none if field.default is None else field.default
         more["show_default"] = more["default"] is not None
     return click.option(name, field.name, **more)
+
+
+def _named(option: str, words: Sequence[str]) -> dict[str, str] | None:
+    """Values by name, of words `name=value`; None where there are none.
+
+    Raises:
+        InputError: a word is none.
+    """
+    for word in words:
+        if not all(word.partition("=")):
+            raise InputError(f"{option} {word!r}: give name=value")
+    return {name.replace("-", "_"): value for name, _, value in (word.partition("=") for word in words)} or None
 
 
 def _read(record: type[Record], values: dict[str, Any]) -> Record:
@@ -91,8 +103,8 @@ def _read(record: type[Record], values: dict[str, Any]) -> Record:
     Raises:
         InputError: as its `check`.
     """
-    # An option that may be given several times, and was not, is an empty tuple.
-    said = {field.name: None if values[field.name] == () else values[field.name] for field in fields(record)}
+    said = {field.name: values[field.name] for field in fields(record)}
+    said |= {field.name: _named(field.name, said[field.name]) for field in fields(record) if field.kind is dict}
     words = {field.name: field.option.none for field in fields(record)}
     settings = record(**{name: None if value == words[name] is not None else value for name, value in said.items()})
     settings.check()

@@ -78,8 +78,8 @@ class Option:
         if self.choices:
             words = [*self.choices, *([self.none] if self.none else [])]
             return f"use {', '.join(words[:-1])} or {words[-1]}{self.hint}"
-        if kind is bool:
-            return "give True or False"
+        if kind in (bool, dict):
+            return "give True or False" if kind is bool else "give a dictionary"
         noun = "an integer" if kind is int else "a number"
         if self.least is not None and self.most is not None:
             return f"give {noun} from {_shown(self.least)} to {_shown(self.most)}"
@@ -163,7 +163,7 @@ def fields(record: type[Settings]) -> Iterator[Field]:
     for field in dataclasses.fields(record):
         arguments = set(typing.get_args(hints[field.name])) or {hints[field.name]}
         kinds = arguments - {type(None)}
-        kind = kinds.pop() if len(kinds) == 1 else object
+        kind = (typing.get_origin(only := kinds.pop()) or only) if len(kinds) == 1 else object
         optional = type(None) in arguments
         yield Field(field.name, field.default, kind, optional, field.metadata["option"])
 
@@ -454,9 +454,9 @@ class FinetuneSettings(Settings):
         "trained.",
         None, choices=PEFT_METHODS, default_help="all weights train",
     )  # fmt: skip
-    peft_options: dict[str, Any] | Sequence[str] | None = option(
-        "Options of the method by name, fields of its config: r=8, budget=0.01, parameters=weight.", None,
-        metavar="NAME=VALUE", default_help="the method's own",
+    peft_options: dict[str, Any] | None = option(
+        "Options of the method, fields of its config: r, budget, parameters, ...", None, metavar="NAME=VALUE",
+        default_help="the method's own",
     )  # fmt: skip
     learning_rate: float | None = option(
         "Learning rate at its peak.", None, above=0.0, default_help=f"{FULL_RATE:g}, with peft {PEFT_RATE:g}"
@@ -484,7 +484,6 @@ class FinetuneSettings(Settings):
         super().check()
         if self.peft_options is not None and self.peft is None:
             raise InputError("peft_options are options of a method: choose one with peft")
-        self.method_options()
         if self.batch_size % self.accumulation:
             raise InputError(f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}")
 
@@ -494,24 +493,6 @@ class FinetuneSettings(Settings):
             return self.learning_rate
         return FULL_RATE if self.peft is None else PEFT_RATE
 
-    def method_options(self) -> dict[str, Any]:
-        """`peft_options` by name.
-
-        Raises:
-            InputError: one of them is no `name=value`.
-        """
-        given = self.peft_options
-        if given is None or isinstance(given, Mapping):
-            return dict(given or {})
-        found = {}
-        for word in [given] if isinstance(given, str) else given:
-            name, equals, value = str(word).partition("=")
-            if not (name and equals):
-                raise InputError(f"peft_options {word!r}: give name=value")
-            found[name.replace("-", "_")] = value
-        return found
-
     def recorded(self) -> dict[str, Any]:
-        """As of any record, with the learning rate and the method's options as they are used."""
-        used = dataclasses.replace(self, learning_rate=self.rate(), peft_options=self.method_options() or None)
-        return super(FinetuneSettings, used).recorded()
+        """As of any record, with the learning rate that is used."""
+        return {**super().recorded(), "learning_rate": self.rate()}

@@ -12,6 +12,7 @@ import pytest
 import torch
 from companion_models import attached, classifier, logits
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_model_status, get_peft_model
+from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 import mlp_fusion
 
@@ -97,6 +98,19 @@ def test_merged_it_computes_the_same_and_unmerging_brings_back_the_bits(model: A
     assert torch.allclose(logits(merged), with_it, atol=1e-5)
     assert [name for name, _ in merged.named_parameters()] == [name for name, _ in model.named_parameters()]
     assert made is not merged
+
+
+def test_heads_without_a_weight_of_their_own_are_merged_too(config: Any) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    model = AutoModelForSequenceClassification.from_config(RobertaConfig(vocab_size=90, **sizes))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(0.0, 0.02)
+    config.task_type = "SEQ_CLS"
+    made = attached(model.eval(), config)
+    with_it = logits(made)
+    assert torch.allclose(logits(made.merge_and_unload()), with_it, atol=1e-5)
 
 
 def test_a_broken_one_is_not_merged(model: Any, config: Any) -> None:

@@ -126,7 +126,7 @@ def test_a_language_model_trains_without_a_new_head(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the cat sat a cat\n" * 40, encoding="utf-8")
     options = {"task": "lm", "epochs": 1.0, "batch_size": 4, "max_length": 8}
-    mlp_fusion.finetune(source, tmp_path / "out", text, peft="pafi", peft_options=["budget=0.1"], **options)
+    mlp_fusion.finetune(source, tmp_path / "out", text, peft="pafi", peft_options={"budget": 0.1}, **options)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all("pafi_" in name for name in ck.tensors(tmp_path / "out" / "adapter"))
 
@@ -134,13 +134,13 @@ def test_a_language_model_trains_without_a_new_head(tmp_path: Path) -> None:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"peft": "adapter"}, "peft 'adapter': use hiwi, lora"),
     ({"peft_options": {"r": 2}}, "peft_options are options of a method: choose one with peft"),
-    ({"peft": "hiwi", "peft_options": ["r"]}, "peft_options 'r': give name=value"),
+    ({"peft": "hiwi", "peft_options": ["r"]}, r"peft_options \['r'\]: give a dictionary"),
     ({"peft": "hiwi", "peft_options": {"rank": 2}}, "hiwi has no option 'rank'"),
-    ({"peft": "hiwi", "peft_options": ["r=0"]}, "r is 0: HiWi needs a rank of 1 or more"),
-    ({"peft": "hiwi", "peft_options": ["r=two"]}, "r 'two': give an integer"),
-    ({"peft": "pafi", "peft_options": ["budget=1e9"]}, "budget is 1000000000.0: give a count"),
-    ({"peft": "pafi", "peft_options": ["budget=100000000"]}, "budget 100000000 is 100,000,000 values"),
-    ({"peft": "lora", "peft_options": ["target_modules=nonsense"]}, "lora cannot be put into Bert"),
+    ({"peft": "hiwi", "peft_options": {"r": "0"}}, "r is 0: HiWi needs a rank of 1 or more"),
+    ({"peft": "hiwi", "peft_options": {"r": "two"}}, "r 'two': give an integer"),
+    ({"peft": "pafi", "peft_options": {"budget": "1e9"}}, "budget is 1000000000.0: give a count"),
+    ({"peft": "pafi", "peft_options": {"budget": "100000000"}}, "budget 100000000 is 100,000,000 values"),
+    ({"peft": "lora", "peft_options": {"target_modules": "nonsense"}}, "lora cannot be put into Bert"),
     ({"peft": "pafi", "original": "elsewhere"}, "original fits the fused layers' own weights"),
 ]
 
@@ -177,11 +177,12 @@ def test_the_command_line_takes_options_of_the_method(run: Run, source: Path, tm
     assert said.code == 0, said.err
     assert '"parameters": "weight"' in said.out
     assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
-    refused = run(
-        "finetune", source, tmp_path / "no", "--task", "classification", "--train", data, "--peft-options", "r"
-    )
-    assert refused.code == 2
-    assert "choose one with peft" in refused.err
+    for word, message in (("r", "peft_options 'r': give name=value"), ("r=2", "choose one with peft")):
+        refused = run(
+            "finetune", source, tmp_path / "no", "--task", "classification", "--train", data, "--peft-options", word
+        )
+        assert refused.code == 2
+        assert message in refused.err
 
 
 SCRIPT = """

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import checkpoints as ck
 import mlp_fusion
+from families import tiny_model, token_batch
 from mlp_fusion import InputError, PafiConfig
 from mlp_fusion.companions import sparse
 from mlp_fusion.companions.fisher import fisher_scores
@@ -361,6 +362,22 @@ def test_quantised_weights_are_refused() -> None:
     dense.weight = nn.Parameter(dense.weight.data.to(torch.int8), requires_grad=False)
     with pytest.raises(InputError, match="is quantised"):
         get_peft_model(model, PafiConfig())
+
+
+def test_stacks_of_experts_take_part() -> None:
+    """A module with parameters and no weight, whose pass is its own: composed, and with gradients through it."""
+    model = tiny_model("mixtral", task="CausalLM").eval()
+    made = attached(model, PafiConfig(budget=0.05, ranking="matrix"), size=0.05)
+    assert any(name.endswith("experts.down_proj") for name in chosen(made))
+    batch = token_batch()
+    with torch.no_grad():
+        with_it = made(**batch).logits
+    made(**batch).logits.square().sum().backward()
+    assert all(p.grad is not None for p in made.parameters() if p.requires_grad)
+    left = copy.deepcopy(made).unload()
+    assert all(torch.equal(p, dict(model.named_parameters())[n]) for n, p in left.named_parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(made.merge_and_unload()(**batch).logits, with_it, rtol=1e-4, atol=1e-5)
 
 
 def test_fused_modules_train_in_place_of_plain_ones() -> None:

@@ -179,6 +179,10 @@ class CompanionModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)  # type: ignore[operator]
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a module in another's place; peft's own expects every module to have a `weight`."""
+        setattr(parent, child_name, new_module)
+
 
 def refuse_quantised(model: nn.Module) -> None:
     """Raise InputError where weights of `model` are not floating-point numbers that a delta can be added to."""

@@ -78,7 +78,7 @@ class Models:
                 raise InputError(
                     "original fits the fused layers' own weights, which stay with peft: leave out one of them"
                 )
-            student = with_companion(student, settings.peft, settings.method_options(), settings.task)
+            student = with_companion(student, settings.peft, settings.peft_options or {}, settings.task)
         taught = None if teacher is None else load_teacher(teacher, settings.task, student)
         fitted = None if original is None else load_original(original, student)
         names = {"model": student.name, "teacher": _name(teacher), "original": _name(original)}
