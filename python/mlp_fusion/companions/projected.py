@@ -1,19 +1,21 @@
 """Parameters that are moved along random directions, without a second copy of the model.
 
-A module runs with `W + sum of lambda P theta` in place of its parameter W. The sum is made when the module is called and
-forgotten when the call returns; where the backward needs it, it is made again, to the same bits. P is
+A module runs with `W + sum of lambda P theta` in place of its parameter W. The sum is made when the module is called
+and forgotten when the call returns; where the backward needs it, it is made again, to the same bits. P is
 `fusion_kernels.fastfood`, of which nothing is stored; gradients go back through its transpose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from fusion_kernels import fastfood, fastfood_transposed
 
@@ -64,7 +66,7 @@ def linear(x: Tensor, weight: Moved, bias: Tensor | None, transposed: bool) -> T
     with torch.autocast(device, enabled=False):
         bias = None if bias is None else bias.to(x.dtype)
         parameter, terms = weight
-        made: Tensor = _Linear.apply(x, bias, transposed, parameter, *_flat(terms))
+        made: Tensor = _Linear.apply(x, bias, transposed, _origin(x), parameter, *_flat(terms))
         return made
 
 
@@ -102,7 +104,7 @@ class _Remade:
 
     @classmethod
     def like(cls, tensor: Tensor, of: Moved) -> _Remade:
-        return cls(of, _versions(of), tensor.size(), tensor.stride(), tensor.storage_offset())
+        return cls(of, _versions(of), tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
     def tensor(self) -> Tensor:
         if _versions(self.of) != self.versions:
@@ -110,6 +112,36 @@ class _Remade:
                 "theta, lambda or the weight were changed in place between forward and backward: call backward first"
             )
         return _sum(*self.of).as_strided(self.size, self.stride, self.offset)
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What a tensor was made of, which another backward keeps already, and how to make it again."""
+
+    function: Callable[..., Tensor]
+    of: tuple[Tensor, ...]
+
+
+#: Nodes of torch's graph whose backward keeps what their result can be made of, and how.
+_ORIGINS: dict[str, Callable[[Any], tuple[Callable[..., Tensor], tuple[Any, ...]]]] = {
+    "GeluBackward0": lambda n: (functools.partial(F.gelu, approximate=n._saved_approximate), (n._saved_self,)),
+    "SiluBackward0": lambda n: (F.silu, (n._saved_self,)),
+    "MulBackward0": lambda n: (torch.mul, (n._saved_self, n._saved_other)),
+}
+
+
+def _origin(x: Tensor) -> _Origin | None:
+    """The origin of x, if x itself need not be kept: the hidden values of an FFN are the largest of all inputs."""
+    node = x.grad_fn
+    if node is None or x._version or node.name() not in _ORIGINS or not torch.is_grad_enabled():
+        return None
+    # What hooks have taken away, to recompute or to offload it, must not be asked for now.
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return None
+    function, of = _ORIGINS[node.name()](node)
+    if not all(isinstance(t, Tensor) and t.dtype == x.dtype and t.shape == x.shape for t in of):
+        return None
+    return _Origin(function, tuple(t.detach() for t in of))
 
 
 def _versions(of: Moved) -> tuple[int, ...]:
@@ -195,28 +227,32 @@ class _Linear(torch.autograd.Function):
     """x (weight + terms)^T + bias."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, transposed: bool, weight: Tensor, *flat: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, transposed: bool, origin: _Origin | None, weight: Tensor, *flat: Any
+    ) -> Tensor:
         terms = _terms(flat)
-        _Kept.save(ctx, weight, terms, x)
-        ctx.transposed = transposed
+        _Kept.save(ctx, weight, terms, *([x] if origin is None else origin.of))
+        ctx.transposed, ctx.made_by = transposed, None if origin is None else origin.function
         w = _sum(weight, terms).to(x.dtype)
-        return torch.nn.functional.linear(x, w.t() if transposed else w, bias)
+        return F.linear(x, w.t() if transposed else w, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, (x,), terms = _Kept.load(ctx)
+        weight, more, terms = _Kept.load(ctx)
         dx = db = dw = None
         if ctx.needs_input_grad[0]:
             w = _sum(weight, terms).to(dy.dtype)
             dx = dy @ (w.t() if ctx.transposed else w)
             del w
-        g, inputs = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        g = dy.reshape(-1, dy.shape[-1])
         if ctx.needs_input_grad[1]:
             db = g.sum(0)
-        if any(ctx.needs_input_grad[3:]):
+        if any(ctx.needs_input_grad[4:]):
+            x = more[0] if ctx.made_by is None else ctx.made_by(*more)
+            inputs = x.reshape(-1, x.shape[-1])
             dw = inputs.t() @ g if ctx.transposed else g.t() @ inputs
-        found = [None] * (4 * len(terms)) if dw is None else _gradients(dw, terms, ctx.needs_input_grad[4:])
-        return dx, db, None, dw if ctx.needs_input_grad[3] else None, *found
+        found = [None] * (4 * len(terms)) if dw is None else _gradients(dw, terms, ctx.needs_input_grad[5:])
+        return dx, db, None, None, dw if ctx.needs_input_grad[4] else None, *found
 
 
 def _damped(theta: Tensor, damping: float) -> Tensor:

@@ -204,9 +204,7 @@ class SaidLayer(CompanionLayer):
         return any(of[name].owner is self for of in self.projections.values() if name in of)
 
 
-def _unload(
-    module: nn.Module, merge: bool, safe: bool, names: list[str] | None, parent: nn.Module, name: str
-) -> None:
+def _unload(module: nn.Module, merge: bool, safe: bool, names: list[str] | None, parent: nn.Module, name: str) -> None:
     """Take off every layer in `module`, which its parent knows as `name`."""
     if isinstance(module, SaidLayer):
         setattr(parent, name, module.unload_and_optionally_merge_module(merge, safe, names))
@@ -239,8 +237,8 @@ class SaidModel(CompanionModel):
         entries = sum(t.tensor.numel() for t in own)
         if peft_config.entries not in (None, entries):
             raise InputError(
-                f"the projections are of tensors with {peft_config.entries:,} entries, these have {entries:,}: load the "
-                "base that they were trained on"
+                f"the projections are of tensors with {peft_config.entries:,} entries, these have {entries:,}: load "
+                "the base that they were trained on"
             )
         _check_d(peft_config, len(own), entries)
         peft_config.entries = entries
@@ -262,10 +260,6 @@ class SaidModel(CompanionModel):
         if isinstance(parent, BaseTunerLayer):  # a module with parameters and modules of its own
             parent = parent.get_base_layer()
         super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key)
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # peft's own expects of a module that it has a weight.
-        setattr(parent, child_name, new_module)
 
     def add(self, layer: SaidLayer, config: SaidConfig, adapter: str, name: str) -> None:
         self._layers[name] = layer
