@@ -15,6 +15,7 @@ from peft import AutoPeftModelForSequenceClassification, PeftModel, get_model_st
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 import mlp_fusion
+from families import tiny_model, token_batch
 
 CONFIGS = {
     "hiwi-bias": lambda: mlp_fusion.HiWiConfig(),
@@ -59,10 +60,11 @@ def test_what_it_adds_goes_with_disable_adapter_and_comes_back(model: Any, confi
     assert torch.equal(logits(made), with_it)
 
 
-def test_a_stored_one_is_loaded_to_the_same_bits(model: Any, config: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_meta_first", [False, True])
+def test_a_stored_one_is_loaded_to_the_same_bits(model: Any, config: Any, on_meta_first: bool, tmp_path: Path) -> None:
     made = attached(model, config)
     made.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+    again = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path, low_cpu_mem_usage=on_meta_first).eval()
     assert torch.equal(logits(again), logits(made))
 
 
@@ -76,6 +78,20 @@ def test_peft_loads_base_and_companion_by_their_folders(config: Any, tmp_path: P
     again = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "companion").eval()
     assert torch.equal(logits(again), logits(made))
     assert get_model_status(again).peft_types == {"default": config.peft_type.name}
+
+
+def test_transformers_own_adapters_take_it_too(config: Any, tmp_path: Path) -> None:
+    model, made, again = classifier(), classifier(), classifier()
+    made.add_adapter(config)
+    assert torch.equal(logits(made), logits(model))
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.5)
+    made.save_pretrained(tmp_path)
+    again.load_adapter(tmp_path)
+    assert torch.equal(logits(again), logits(made))
+    made.disable_adapters()
+    assert torch.equal(logits(made), logits(model))
 
 
 def test_the_same_options_make_the_same_file(model: Any, config: Any, tmp_path: Path) -> None:
@@ -180,3 +196,25 @@ def test_a_module_of_another_method_is_refused(config: Any) -> None:
 def test_targets_that_are_not_there_are_named() -> None:
     with pytest.raises(ValueError, match="nonsense"):
         get_peft_model(classifier(), mlp_fusion.HiWiConfig(target_modules=["nonsense"]))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["pafi", "hiwi-weight"])
+def test_in_this_projects_own_modules_it_runs_and_merges(family: str, kind: str, tmp_path: Path) -> None:
+    """`FusedMLP` and `FusedGLU` then run through their projections; merged and saved, the checkpoint is right."""
+    batch = token_batch()
+    model = tiny_model(family, task="CausalLM").eval()
+    mlp_fusion.fuse(model, 16)
+    assert any(isinstance(m, (mlp_fusion.FusedMLP, mlp_fusion.FusedGLU)) for m in model.modules())
+    made = get_peft_model(copy.deepcopy(model), CONFIGS[kind]()).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(made(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        with_it = made(**batch).logits
+        merged = made.merge_and_unload()
+        torch.testing.assert_close(merged(**batch).logits, with_it, rtol=1e-4, atol=1e-5)
+        merged.save_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(again(**batch).logits, with_it, rtol=1e-3, atol=1e-4)

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from companion_models import IDS, attached, classifier, logits
+from moe_models import moe_model
 from peft import PeftModel, SupertuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import checkpoints as ck
 import mlp_fusion
-from families import tiny_model, token_batch
+from families import token_batch
 from mlp_fusion import InputError, PafiConfig
 from mlp_fusion.companions import sparse
 from mlp_fusion.companions.fisher import fisher_scores
@@ -364,9 +365,30 @@ def test_quantised_weights_are_refused() -> None:
         get_peft_model(model, PafiConfig())
 
 
+@pytest.mark.slow
+def test_compiled_it_computes_and_learns_the_same() -> None:
+    made = attached(classifier(), PafiConfig(budget=0.1, ranking="matrix"), size=0.05)
+    wanted = gradients(made)
+    compiled = torch.compile(made, backend="aot_eager")
+    made.zero_grad()
+    compiled(IDS).logits.square().sum().backward()
+    for name, layer in layers(made).items():
+        for own, (part, at) in layer.places("default").items():
+            gradient = layer.pafi_values["default"].grad
+            assert gradient is not None
+            torch.testing.assert_close(gradient[part], wanted[f"{name}.{own}"][at], rtol=1e-3, atol=1e-5)
+
+
+def test_a_model_with_it_is_pickled_as_a_whole(tmp_path: Path) -> None:
+    made = attached(classifier(), PafiConfig(budget=0.1))
+    torch.save(made, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(again), logits(made))
+
+
 def test_stacks_of_experts_take_part() -> None:
     """A module with parameters and no weight, whose pass is its own: composed, and with gradients through it."""
-    model = tiny_model("mixtral", task="CausalLM").eval()
+    model = moe_model("MixtralConfig").eval()
     made = attached(model, PafiConfig(budget=0.05, ranking="matrix"), size=0.05)
     assert any(name.endswith("experts.down_proj") for name in chosen(made))
     batch = token_batch()

@@ -133,15 +133,22 @@ class HiWiLayer(CompanionLayer):
         return weight if is_transposed(self.base_layer) else weight.t()
 
     def _hidden(self, part: str, adapter: str, fed: Tensor) -> Tensor:
-        """`s f(fed D)`: `(..., out)` -> `(..., r)`."""
+        """`s f(fed D)`: `(..., out)` -> `(..., r)`; not in autocast's dtype, as when it is merged."""
         down, options = getattr(self, f"hiwi_{part}_down")[adapter], self.options[adapter]
-        hidden: Tensor = options.scaling * ACT2FN[options.act_fn](fed.to(down.dtype) @ down)
-        return hidden
+        with torch.autocast(fed.device.type, enabled=False):
+            hidden: Tensor = options.scaling * ACT2FN[options.act_fn](fed.to(down.dtype) @ down)
+            return hidden
+
+    def _delta(self, part: str, adapter: str, fed: Tensor) -> Tensor:
+        """`s f(fed D) U`."""
+        with torch.autocast(fed.device.type, enabled=False):
+            delta: Tensor = self._hidden(part, adapter, fed) @ getattr(self, f"hiwi_{part}_up")[adapter]
+            return delta
 
     def deltas(self, adapter: str) -> dict[str, Tensor]:
         found = {}
         if adapter in self.hiwi_weight_up:
-            delta = self._hidden("weight", adapter, self._matrix()) @ self.hiwi_weight_up[adapter]
+            delta = self._delta("weight", adapter, self._matrix())
             found["weight"] = delta if is_transposed(self.base_layer) else delta.t()
         if (bias := self._bias_delta(adapter)) is not None:
             found["bias"] = bias
@@ -154,8 +161,7 @@ class HiWiLayer(CompanionLayer):
             return self.hiwi_bias_delta[adapter]
         if adapter not in self.hiwi_bias_up:
             return None
-        bias: Tensor = self.base_layer.bias  # type: ignore[assignment]
-        return self._hidden("bias", adapter, bias) @ self.hiwi_bias_up[adapter]
+        return self._delta("bias", adapter, self.base_layer.bias)  # type: ignore[arg-type]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         adapters = self.working()

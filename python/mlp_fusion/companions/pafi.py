@@ -106,19 +106,16 @@ class PafiLayer(CompanionLayer):
         self.pafi_before = BufferDict(persistent=False)
         self._written: list[str] = []
         self.stamp = 0
-        #: Where the values of an adapter belong, found out once.
-        self._places: dict[str, _Places] = {}
-        #: Adapters whose indices have yet to be loaded.
-        self._awaited: set[str] = set()
-        self.register_state_dict_pre_hook(lambda layer, *_: layer.restore())  # type: ignore[no-untyped-call]
+        #: Where the values of an adapter belong, and the indices, with their version, that say so.
+        self._places: dict[str, tuple[Tensor, int, _Places]] = {}
+        self.register_state_dict_pre_hook(_restored)  # type: ignore[no-untyped-call]
 
-    def update_layer(self, adapter: str, indices: Tensor, *, stored: bool, awaited: bool) -> None:
+    def update_layer(self, adapter: str, indices: Tensor, *, stored: bool) -> None:
         """Add an adapter whose values change nothing yet.
 
         Args:
-            indices: flat, ascending.
+            indices: flat, ascending; -1 of those that come with a checkpoint.
             stored: whether they go to checkpoints.
-            awaited: they only say how many there are, and come with a checkpoint.
         """
         parameters = list(self.base_layer.parameters(recurse=False))
         size = sum(parameter.numel() for parameter in parameters)
@@ -127,33 +124,24 @@ class PafiLayer(CompanionLayer):
         self.pafi_values[adapter] = nn.Parameter(torch.zeros(len(indices), dtype=dtype, device=device))
         held = self.pafi_indices if stored else self.pafi_ruled
         held[adapter] = indices.to(device, torch.int32 if size < 2**31 else torch.int64)
-        if awaited:
-            self._awaited.add(adapter)
-        self._places.clear()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> PafiLayer:
-        self._places.clear()
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        self._awaited -= {a for a in self._awaited if f"{prefix}pafi_indices.{a}" in state_dict}
-        self._places.clear()
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def places(self, adapter: str) -> _Places:
         """By the parameters that have some: which of the adapter's values they are, and their coordinates."""
-        if adapter not in self._places:
-            self._places[adapter] = self._find_places(adapter)
-        return self._places[adapter]
+        indices = (self.pafi_indices if adapter in self.pafi_indices else self.pafi_ruled)[adapter]
+        version = 0 if indices.is_inference() else indices._version
+        known = self._places.get(adapter)
+        if known is None or known[0] is not indices or known[1] != version:
+            known = self._places[adapter] = indices, version, self._find_places(indices.long())
+        return known[2]
 
-    def _find_places(self, adapter: str) -> _Places:
-        if adapter in self._awaited:
+    def _find_places(self, indices: Tensor) -> _Places:
+        if bool((indices < 0).any()):
             raise InputError(
                 "the config is of a stored adapter, whose indices are not loaded: use PeftModel.from_pretrained, or "
                 "a new PafiConfig to begin anew"
             )
-        held = self.pafi_indices if adapter in self.pafi_indices else self.pafi_ruled
-        indices, found, begin = held[adapter].long(), {}, 0
+        found: _Places = {}
+        begin = 0
         parameters = list(self.base_layer.named_parameters(recurse=False))
         ends = torch.tensor([parameter.numel() for _, parameter in parameters]).cumsum(0)
         bounds = [0, *torch.searchsorted(indices, ends.to(indices.device)).tolist()]
@@ -261,6 +249,11 @@ class PafiLayer(CompanionLayer):
         return self.base_layer
 
 
+def _restored(layer: PafiLayer, prefix: str, keep_vars: bool) -> None:
+    """State dicts hold the base as it was."""
+    layer.restore()
+
+
 class PafiModel(CompanionModel):
     """A model in whose modules PaFi has chosen values."""
 
@@ -273,20 +266,19 @@ class PafiModel(CompanionModel):
         stored = peft_config.counts if peft_config.save_indices else None
         if stored is not None:
             # Which ones they are comes with the values.
-            self._chosen = {name: torch.arange(count) for name, count in stored.items()}
+            self._chosen = {name: torch.full((count,), -1) for name, count in stored.items()}
         else:
             for module in model.modules():
                 if isinstance(module, PafiLayer):
                     module.restore()
             self._chosen = _choose(peft_config, model)
-        self._awaited = stored is not None
         peft_config.counts = {name: len(indices) for name, indices in self._chosen.items()}
 
     def _check_target_module_exists(self, peft_config: PafiConfig, key: str) -> bool:  # type: ignore[override]
         return key in self._chosen
 
     def add(self, layer: PafiLayer, config: PafiConfig, adapter: str, name: str) -> None:
-        layer.update_layer(adapter, self._chosen[name], stored=config.save_indices, awaited=self._awaited)
+        layer.update_layer(adapter, self._chosen[name], stored=config.save_indices)
 
 
 def _choose(config: PafiConfig, model: nn.Module) -> dict[str, Tensor]:
