@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_kernels.gpu import device_guard, launch
+from fusion_kernels.gpu import device_guard, launch, packed
 from fusion_kernels.hadamard import heuristics
 from fusion_kernels.hadamard.scaling import scale_of
 from fusion_kernels.hadamard.types import bits_of, keys_of
@@ -23,7 +23,7 @@ _KEYS = (
 
 def hadamard(x: Tensor) -> Tensor:
     """See `reference.hadamard`."""
-    bits, x = bits_of(x.shape[-1]), x.detach().contiguous()
+    bits, x = bits_of(x.shape[-1]), packed(x.detach())
     y = torch.empty_like(x)
     with device_guard(x):
         _transform(x, y, x.shape[:-1].numel(), bits, {})
@@ -34,7 +34,7 @@ def fastfood(theta: Tensor, size: int, seed: int) -> Tensor:
     """See `reference.fastfood`."""
     from fusion_kernels.hadamard import _triton_hadamard as kernels
 
-    theta = theta.detach().contiguous()
+    theta = packed(theta.detach())
     rows, length = theta.shape[:-1].numel(), theta.shape[-1]
     bits = bits_of(size)
     # H repeats what comes of the entries that are not zero by filling up.
@@ -52,7 +52,7 @@ def fastfood_transposed(y: Tensor, length: int, seed: int) -> Tensor:
     """See `reference.fastfood_transposed`."""
     from fusion_kernels.hadamard import _triton_hadamard as kernels
 
-    y = y.detach().contiguous()
+    y = packed(y.detach())
     rows, size = y.shape[:-1].numel(), y.shape[-1]
     bits = bits_of(size)
     u_bits = min(bits, bits_of(length))

@@ -262,6 +262,16 @@ def test_a_step_between_forward_and_backward_is_noticed(which: int) -> None:
         loss.backward()
 
 
+def test_a_step_is_noticed_where_only_the_input_has_a_gradient() -> None:
+    made = get_peft_model(nn.Sequential(nn.Conv1d(1, 128, 150)), mlp_fusion.SaidConfig(d=30))
+    x = torch.randn(2, 1, 151, requires_grad=True)
+    loss = made(x).square().mean()
+    with torch.no_grad():
+        theta_of(made).add_(1.0)
+    with pytest.raises(RuntimeError, match="changed in place between forward and backward"):
+        torch.autograd.grad(loss, x)
+
+
 class Nested(nn.Module):
     """A module that owns parameters and modules, and reads the weight of one that it never calls."""
 

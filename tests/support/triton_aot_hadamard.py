@@ -14,22 +14,22 @@ from unittest import mock
 import torch
 from triton_aot import Launch, keep, of_launches, recorder
 
-#: Entries of the tensors and of theta: fewer than a tile has and more, in passes over near and distant bits.
-SIZES, LENGTHS = (768, 768 * 3072), (200, 20_000)
+#: Entries of theta and of P theta: all within a tile, and in passes over near and distant bits. In float64, whose
+#: tiles are as large, the first.
+PAIRS = {torch.float32: [(200, 768), (20_000, 768 * 3072)], torch.float64: [(200, 768)]}
 
 
 def hadamard_launches() -> Iterable[Launch]:
-    """Every distinct launch for tensors of SIZES and theta of LENGTHS, in both dtypes; nothing is run."""
+    """Every distinct launch for PAIRS, and for transforms of as many entries; nothing is run."""
     from fusion_kernels.hadamard import triton_backend
 
     launches: dict[str, Launch] = {}
     with mock.patch.object(triton_backend, "launch", recorder(launches)):
-        for dtype in (torch.float32, torch.float64):
-            for size in SIZES:
+        for dtype, pairs in PAIRS.items():
+            for length, size in pairs:
                 triton_backend.hadamard(torch.empty(1, 1 << (size - 1).bit_length(), dtype=dtype, device="meta"))
-                for length in LENGTHS:
-                    triton_backend.fastfood(torch.empty(1, length, dtype=dtype, device="meta"), size, 0)
-                    triton_backend.fastfood_transposed(torch.empty(1, size, dtype=dtype, device="meta"), length, 0)
+                triton_backend.fastfood(torch.empty(1, length, dtype=dtype, device="meta"), size, 0)
+                triton_backend.fastfood_transposed(torch.empty(1, size, dtype=dtype, device="meta"), length, 0)
     return launches.values()
 
 
