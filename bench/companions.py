@@ -73,8 +73,8 @@ METHODS: dict[str, Method] = {
     "pafi global": Method("pafi", {"budget": BUDGET}),
     "pafi matrix": Method("pafi", {"budget": BUDGET, "ranking": "matrix"}),
     "pafi global, indices by rule": Method("pafi", {"budget": BUDGET, "save_indices": False}),
-    "hiwi bias": Method("hiwi", {"parameters": "bias", "r": 4}, 5e-3),
-    "hiwi weight": Method("hiwi", {"parameters": "weight", "r": 4}, 5e-3),
+    "hiwi bias": Method("hiwi", {"parameters": "bias", "r": 4}),
+    "hiwi weight": Method("hiwi", {"parameters": "weight", "r": 4}),
     **{
         f"{name} d={d}": Method("said", {"d": d, "structure_aware": name == "said"}, 1e-2)
         for name in ("did", "said")

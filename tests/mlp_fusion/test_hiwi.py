@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 import mlp_fusion
 from mlp_fusion import HiWiConfig, InputError
 from mlp_fusion.companions import hiwi
-from mlp_fusion.companions.hiwi import HiWiLayer, low_rank_is_cheaper
+from mlp_fusion.companions.hiwi import SCALES, HiWiLayer, low_rank_is_cheaper
 
 
 def layers(model: Any) -> list[HiWiLayer]:
@@ -62,6 +62,16 @@ def test_on_biases_it_is_its_formula_and_counts_as_published() -> None:
     assert sum(p.numel() for p in made.parameters() if p.requires_grad) == 2 * 5 * 2 * (32 + 48)
 
 
+def test_the_scale_is_that_of_what_is_adapted_unless_it_is_said() -> None:
+    for scaling, wanted in ((None, SCALES), (3.0, {"bias": 3.0, "weight": 3.0})):
+        layer = layers(attached(classifier(), HiWiConfig(parameters="both", r=2, scaling=scaling)))[0]
+        found = layer.deltas("default")
+        W, b = layer.base_layer.weight, layer.base_layer.bias
+        for own, fed, turned in (("weight", W.t(), found["weight"].t()), ("bias", b, found["bias"])):
+            down, up = (getattr(layer, f"hiwi_{own}_{which}")["default"] for which in ("down", "up"))
+            torch.testing.assert_close(turned, wanted[own] * nn.functional.gelu(fed @ down) @ up, rtol=1e-4, atol=1e-6)
+
+
 def test_gradients_of_biases_are_numeric_ones() -> None:
     made = attached(classifier().double(), HiWiConfig(parameters="both", r=2))
     layer = layers(made)[1]
@@ -83,7 +93,7 @@ def gpt2(zero: bool) -> Any:
 @pytest.mark.parametrize("apart", [True, False])
 def test_projections_that_are_stored_the_other_way_round(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hiwi, "low_rank_is_cheaper", lambda *_, **__: apart)
-    made = attached(gpt2(zero=False), HiWiConfig(parameters="both", r=2))
+    made = attached(gpt2(zero=False), HiWiConfig(parameters="both", r=2, scaling=1.0))
     assert [layer.nf for layer in layers(made)] == [128, 32]
     for layer in layers(made):
         W, down, up = layer.base_layer.weight, layer.hiwi_weight_down["default"], layer.hiwi_weight_up["default"]

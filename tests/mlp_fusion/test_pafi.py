@@ -231,6 +231,17 @@ def test_in_bfloat16_values_are_kept_in_float32_and_the_bits_come_back() -> None
     assert all(torch.equal(parameter, wanted[name]) for name, parameter in left.named_parameters())
 
 
+def test_what_is_moved_or_loaded_anew_leaves_no_values_behind() -> None:
+    model = classifier()
+    made = attached(model, PafiConfig(budget=0.1), size=0.05)
+    logits(made)
+    for layer in layers(made).values():
+        layer.pafi_indices["default"].sub_(1).clamp_(min=0)
+    made.double()
+    left, wanted = made.unload(), dict(model.named_parameters())
+    assert all(torch.equal(parameter, wanted[name].double()) for name, parameter in left.named_parameters())
+
+
 def test_autocast_runs_and_differentiates_in_its_dtype() -> None:
     made = attached(classifier(), PafiConfig(budget=0.1, ranking="matrix"), size=0.05)
     wanted = gradients(made)

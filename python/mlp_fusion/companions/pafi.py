@@ -95,16 +95,15 @@ class PafiLayer(CompanionLayer):
     """
 
     adapter_layer_names = ("pafi_values",)
-    other_param_names = ("pafi_indices", "pafi_ruled", "pafi_before")
+    other_param_names = ("pafi_indices", "pafi_ruled")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.pafi_values = nn.ParameterDict()
         #: Indices of adapters that store them, and of those whose rule finds them again.
         self.pafi_indices, self.pafi_ruled = BufferDict(persistent=True), BufferDict(persistent=False)
-        #: What stood in the parameters, while values are written into them.
-        self.pafi_before = BufferDict(persistent=False)
-        self._written: list[str] = []
+        #: Where values are written into parameters now, and what stood there.
+        self._written: list[tuple[str, tuple[Tensor, ...], Tensor]] = []
         self.stamp = 0
         #: Where the values of an adapter belong, and the indices, with their version, that say so.
         self._places: dict[str, tuple[Tensor, int, _Places]] = {}
@@ -166,24 +165,23 @@ class PafiLayer(CompanionLayer):
         self.restore()
         self.stamp += 1
         for adapter in adapters:
-            values, before = self.pafi_values[adapter], []
             for name, (own, at) in self.places(adapter).items():
                 parameter = self.base_layer.get_parameter(name)
-                before.append(parameter[at])
-                parameter.index_put_(at, (before[-1] + values[own]).to(parameter.dtype))
-            self.pafi_before[adapter] = torch.cat(before) if before else values.new_zeros(0)
-            self._written.append(adapter)
+                before = parameter[at]
+                parameter.index_put_(at, (before + self.pafi_values[adapter][own]).to(parameter.dtype))
+                self._written.append((name, at, before))
 
     @torch.no_grad()
     def restore(self) -> None:
         """Bring back the very bits that stood in the parameters."""
         self.stamp += bool(self._written)
         while self._written:
-            adapter = self._written.pop()
-            for name, (own, at) in self.places(adapter).items():
-                parameter = self.base_layer.get_parameter(name)
-                parameter.index_put_(at, self.pafi_before[adapter][own])
-            del self.pafi_before[adapter]
+            name, at, before = self._written.pop()
+            self.base_layer.get_parameter(name).index_put_(at, before)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PafiLayer:
+        self.restore()  # what is moved or cast is the base as it was
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         adapters = self.working()
