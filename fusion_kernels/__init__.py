@@ -1,7 +1,9 @@
-"""Operators for shrinking feed-forward layers: k-means, tangent-kernel products, small layers, sparse updates."""
+"""Operators for shrinking feed-forward layers: k-means, tangent-kernel products, small layers, sparse and
+projected updates."""
 
 from fusion_kernels.experts import experts_backend, fused_experts
 from fusion_kernels.gates import Gate
+from fusion_kernels.hadamard import fastfood, fastfood_transposed, hadamard_transform
 from fusion_kernels.kmeans import KMeansResult, Status, kmeans, kmeans_assign
 from fusion_kernels.library import BackendUnavailableError, backends
 from fusion_kernels.mlp import fused_glu_mlp, fused_mlp, mlp_backend, split_gate_up
@@ -30,12 +32,15 @@ __all__ = [
     "Status",
     "backends",
     "experts_backend",
+    "fastfood",
+    "fastfood_transposed",
     "fused_experts",
     "fused_glu_mlp",
     "fused_mlp",
     "gradient_dots",
     "gradient_gram",
     "gradient_norms",
+    "hadamard_transform",
     "jvp",
     "kmeans",
     "kmeans_assign",

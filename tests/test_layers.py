@@ -20,7 +20,7 @@ PRODUCT = (
 #: `fusion_kernels`, likewise; the operators that use another one's functions come after it.
 KERNELS = (
     "gpu", "native", "library", "proof", "pinning", "transforms", "activations", "gates", "ffn",
-    "kmeans", "mlp", "experts", "ntk", "sparse",
+    "kmeans", "mlp", "experts", "ntk", "sparse", "hadamard",
 )  # fmt: skip
 _ROOTS = {
     "mlp_fusion": (Path(mlp_fusion.__file__).parent, PRODUCT),

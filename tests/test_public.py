@@ -39,6 +39,9 @@ SIGNATURES: dict[Any, str] = {
     fusion_kernels.gradient_dots: "block x cotangents direction backend",
     fusion_kernels.ntk_compare: "a b x reduce params metrics kernel columns eigenvalues seed block_size backend",
     fusion_kernels.sampled_product: "g x rows columns backend",
+    fusion_kernels.hadamard_transform: "x backend",
+    fusion_kernels.fastfood: "theta size seed backend",
+    fusion_kernels.fastfood_transposed: "y length seed backend",
     fusion_kernels.backends: "",
     mlp_fusion.fuse: (
         "model width layers method budget only multiple optimizer seed calibration_sentences calibration_rows refit "

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlp_fusion.companions.mpo import MpoConfig as MpoConfig
     from mlp_fusion.companions.operators import mpo_decompose as mpo_decompose
     from mlp_fusion.companions.pafi import PafiConfig as PafiConfig
+    from mlp_fusion.companions.said import SaidConfig as SaidConfig
     from mlp_fusion.errors import InputError
     from mlp_fusion.finetuning.result import FinetuneReport
     from mlp_fusion.measure.report import FFNRow, FusionReport
@@ -49,6 +50,7 @@ _PLACES = {
     "MpoConfig": "companions.mpo",
     "NeuronBundle": "neurons",
     "PafiConfig": "companions.pafi",
+    "SaidConfig": "companions.said",
     "SqueezeReport": "verbs.squeeze",
     "Verification": "verbs.verify",
     "compress": "verbs.compress",

@@ -76,7 +76,7 @@ KEEP_WIDTH = frozenset(name for name, entry in METHODS.items() if not entry.narr
 #: What a model is fine-tuned for.
 TASKS = ("classification", "lm")
 #: Companion methods, each a file in `companions/` that registers itself with peft; and the peft that they need.
-COMPANIONS = ("hiwi", "mpo", "pafi")
+COMPANIONS = ("hiwi", "mpo", "pafi", "said")
 PEFT_NEEDED = (0, 21)
 #: What `finetune` may train in place of all weights, and its learning rate by default for these and without.
 PEFT_METHODS = tuple(sorted(("lora", *COMPANIONS)))

@@ -1,4 +1,4 @@
-"""The command line: `mlp-fusion plan | compress | verify | finetune | report | families | gpu | env`.
+"""The command line: `mlp-fusion plan | compress | verify | finetune | squeeze | report | families | gpu | env`.
 
 Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. Errors are one line on standard error; with `--json`,
 standard output holds one JSON object and nothing else.
@@ -9,6 +9,7 @@ been read: help and mistakes in the options are answered at once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -19,7 +20,7 @@ import platform
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -229,13 +230,7 @@ def finetune(
     settings = _read(FinetuneSettings, options)
     # Under torchrun, the first of several processes speaks for all.
     silent = int(os.environ.get("RANK", "0")) > 0
-    with _progress("steps", silent=silent) as bar:
-        task = bar.add_task("preparing", total=None)
-
-        def show(stage: str, done: int, total: int, loss: float | None) -> None:
-            words = stage if loss is None else f"{stage}, loss {loss:.4f}"
-            bar.update(task, description=words, completed=done, total=total)
-
+    with _steps(silent=silent) as show:
         try:
             report = mlp_fusion.finetune(
                 model, out, train, evaluation, columns=columns or None, original=original, teacher=teacher,
@@ -272,13 +267,7 @@ def squeeze(
 ) -> None:
     """Cut the bonds of MODEL's matrices as chains of tensors round by round, tuning in between, and write to OUT."""
     settings = _read(SqueezeSettings, options)
-    with _progress("steps") as bar:
-        task = bar.add_task("preparing", total=None)
-
-        def show(stage: str, done: int, total: int, loss: float | None) -> None:
-            words = stage if loss is None else f"{stage}, loss {loss:.4f}"
-            bar.update(task, description=words, completed=done, total=total)
-
+    with _steps() as show:
         try:
             report = mlp_fusion.squeeze(
                 model, out, train, evaluation, columns=columns or None, progress=show, **vars(settings)
@@ -438,6 +427,19 @@ def _progress(unit: str = "", *, silent: bool = False) -> Any:
     hidden = silent or not sys.stderr.isatty()
     description = TextColumn("{task.description}")
     return Progress(description, *columns, console=Console(stderr=True), transient=True, disable=hidden)
+
+
+@contextlib.contextmanager
+def _steps(*, silent: bool = False) -> Iterator[Callable[[str, int, int, float | None], None]]:
+    """What shows the stage, the steps and the loss of a training in a bar."""
+    with _progress("steps", silent=silent) as bar:
+        task = bar.add_task("preparing", total=None)
+
+        def show(stage: str, done: int, total: int, loss: float | None) -> None:
+            words = stage if loss is None else f"{stage}, loss {loss:.4f}"
+            bar.update(task, description=words, completed=done, total=total)
+
+        yield show
 
 
 @functools.cache

@@ -130,6 +130,7 @@ def test_backends_lists_every_operator() -> None:
     assert {name: row["cpu"] for name, row in backends().items()} == {
         "experts": "loop",
         "experts_backward": "loop",
+        **dict.fromkeys(("fastfood", "fastfood_transposed", "hadamard"), "cpu" if compiled else "reference"),
         "kmeans": "cpu" if compiled else "reference",
         "kmeans_assign": "cpu" if compiled else "reference",
         "mlp": "cpu" if compiled else "torch",

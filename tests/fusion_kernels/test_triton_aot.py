@@ -145,3 +145,10 @@ def test_kernels_of_sparse_products_compile_within_the_resources(capability: int
     assert_within(found, capability)
     # Four programs hide how long loads take.
     assert all(kernel["programs"] >= 4 for kernel in found)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernels_of_transforms_compile_within_the_resources(capability: int) -> None:
+    found = resources("triton_aot_hadamard.py", CAPABILITIES)[capability]
+    assert {kernel["kernel"] for kernel in found} == {"_pass_kernel", "_unmix_kernel"}
+    assert_within(found, capability)

@@ -57,6 +57,11 @@ def test_experts_over_any_numbers_of_tokens() -> None:
     assert counted == {**tiles, "_expert_gradient_kernel": 2}
 
 
+def test_projections_with_any_seed_between_two_powers_of_two() -> None:
+    # Transforms that begin with a fold, with a mixture, with rows cut short, and that end with signs.
+    assert forms("90")["projections"] == {"_pass_kernel": 4, "_unmix_kernel": 1}
+
+
 def test_a_shape_of_k_means_is_compiled_once() -> None:
     counted = forms("90")["kmeans"]
     assert len(counted) == 15
@@ -69,4 +74,5 @@ def test_a_shape_of_k_means_is_compiled_once() -> None:
 def test_the_smallest_shapes_compile() -> None:
     counted = forms("90", "few")["degenerate"]
     assert {"_linear_glu_kernel", "_linear_glu_backward_kernel", "_column_sums_kernel"} <= set(counted)
+    assert {"_pass_kernel", "_unmix_kernel"} <= set(counted)
     assert {"_plus_plus_kernel", "_select_moves_kernel", "_assign_kernel"} <= set(counted)

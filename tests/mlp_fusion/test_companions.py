@@ -23,6 +23,9 @@ CONFIGS = {
     "hiwi-both": lambda: mlp_fusion.HiWiConfig(parameters="both", r=2, act_fn="relu"),
     "pafi": lambda: mlp_fusion.PafiConfig(budget=0.05),
     "pafi-matrix": lambda: mlp_fusion.PafiConfig(budget=0.05, ranking="matrix", save_indices=False, embeddings=True),
+    "said": lambda: mlp_fusion.SaidConfig(d=60),
+    "did": lambda: mlp_fusion.SaidConfig(d=40, structure_aware=False),
+    "said-two": lambda: mlp_fusion.SaidConfig(d=200, target_modules=["dense"], published_gradient=True),
     "pafi-two": lambda: mlp_fusion.PafiConfig(budget=40, target_modules=["dense"], biases=False),
 }
 

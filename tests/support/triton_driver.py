@@ -132,6 +132,25 @@ def kmeans(N: int, K: int, D: int, dtype: torch.dtype, batches: tuple[int, ...] 
         triton_backend.kmeans(x, None, None, Options(K, n_init=n_init, max_iter=1))
 
 
+def projections() -> None:
+    """Fastfood and its transpose, of tensors of many sizes between two powers of two, each with a seed of its own."""
+    from fusion_kernels.hadamard import triton_backend
+
+    for seed, size in enumerate(range(600, 1000, 20)):
+        # One element behind a boundary, as a view of something larger may begin.
+        theta, y = torch.zeros(201)[seed % 2 :][:200], torch.zeros(size)
+        triton_backend.fastfood(theta, size, seed << 20)
+        triton_backend.fastfood_transposed(y, 200 - seed, seed << 20)
+
+
+def smallest_projection(dtype: torch.dtype) -> None:
+    """Of one number to one."""
+    from fusion_kernels.hadamard import triton_backend
+
+    triton_backend.fastfood(torch.zeros(1, 1, dtype=dtype), 1, 0)
+    triton_backend.fastfood_transposed(torch.zeros(1, 1, dtype=dtype), 1, 0)
+
+
 def draws() -> list[int]:
     generator = torch.Generator().manual_seed(0)
     return [*torch.randint(1, MOST_TOKENS + 1, (DRAWS,), generator=generator).tolist(), 1, 16, 17, 64, 65, 1024]
@@ -151,6 +170,7 @@ def families() -> dict[str, Callable[[], None]]:
         kind = "gated" if gated else "plain"
         found[f"epilogue {kind}"] = over_draws(step, torch.bfloat16, gated)
         found[f"cublas {kind}"] = over_draws(passes, torch.bfloat16, gated)
+    found["projections"] = projections
     found["experts"] = over_draws(experts, 8, torch.bfloat16)
     return found
 
@@ -159,6 +179,7 @@ def degenerate(few: bool) -> None:
     """The smallest shapes there are."""
     if few:
         step(1, 1, 1, torch.bfloat16, True)
+        smallest_projection(torch.float32)
         kmeans(2, 1, 1, torch.float64, (1,), 2)
         return
     for dtype in DTYPES:
@@ -168,6 +189,7 @@ def degenerate(few: bool) -> None:
         for E in (1, 2):
             experts(1, 1, 1, E, dtype)
     for dtype in (torch.float32, torch.float64):
+        smallest_projection(dtype)
         for N, K, D in ((2, 1, 1), (3, 2, 1)):
             kmeans(N, K, D, dtype, (1, 2), 2)
 

@@ -63,11 +63,11 @@ def candidates(model: nn.Module, config: Any, wanted: Callable[[str], bool]) -> 
     """
     tables = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     owners: dict[int, int] = {}
-    for _, module in _modules(model):
+    for _, module in modules_of(model):
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     found = []
-    for name, module in _modules(model):
+    for name, module in modules_of(model):
         if not name or not wanted(name):
             continue
         end = 0
@@ -89,7 +89,7 @@ def candidates(model: nn.Module, config: Any, wanted: Callable[[str], bool]) -> 
     return found
 
 
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules by name, what an adapter wraps under the name of the whole; without what trains whole."""
     skipped: tuple[str, ...] = ()
     for name, module in model.named_modules():
