@@ -15,7 +15,7 @@ import mlp_fusion
 PRODUCT = (
     "errors", "deferred", "choices", "neurons", "selection", "settings", "squeezing", "modules", "families", "running",
     "store", "measure", "calibration", "methods", "reducing", "streaming", "companions", "finetuning", "report",
-    "verbs", "cli",
+    "verbs", "bars", "cli",
 )  # fmt: skip
 #: `fusion_kernels`, likewise; the operators that use another one's functions come after it.
 KERNELS = (

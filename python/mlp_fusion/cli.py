@@ -9,7 +9,6 @@ been read: help and mistakes in the options are answered at once.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -20,13 +19,14 @@ import platform
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 import mlp_fusion
+from mlp_fusion.bars import progress_bar, step_bar
 from mlp_fusion.deferred import when_imported
 from mlp_fusion.errors import InputError
 from mlp_fusion.settings import (
@@ -160,7 +160,7 @@ def compress(model: str, out: Path, dry_run: bool, as_json: bool, **options: Any
 
         _emit(rehearse(model, out, settings), as_json)
         return
-    with _progress() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("fusing", total=None)
 
         def show(done: int, total: int) -> None:
@@ -230,7 +230,7 @@ def finetune(
     settings = _read(FinetuneSettings, options)
     # Under torchrun, the first of several processes speaks for all.
     silent = int(os.environ.get("RANK", "0")) > 0
-    with _steps(silent=silent) as show:
+    with step_bar(silent=silent) as show:
         try:
             report = mlp_fusion.finetune(
                 model, out, train, evaluation, columns=columns or None, original=original, teacher=teacher,
@@ -267,7 +267,7 @@ def squeeze(
 ) -> None:
     """Cut the bonds of MODEL's matrices as chains of tensors round by round, tuning in between, and write to OUT."""
     settings = _read(SqueezeSettings, options)
-    with _steps() as show:
+    with step_bar() as show:
         try:
             report = mlp_fusion.squeeze(
                 model, out, train, evaluation, columns=columns or None, progress=show, **vars(settings)
@@ -408,38 +408,6 @@ def parse_width(text: str) -> int | float | str:
         except ValueError:
             continue
     raise InputError(f"--width {text!r}: give a count such as 768 or a share such as 0.25, or auto")
-
-
-def _progress(unit: str = "", *, silent: bool = False) -> Any:
-    """A bar on standard error, which shows the description of its task."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn())
-    # On a pipe, a bar that is drawn once at the end is a blank line in front of the error.
-    hidden = silent or not sys.stderr.isatty()
-    description = TextColumn("{task.description}")
-    return Progress(description, *columns, console=Console(stderr=True), transient=True, disable=hidden)
-
-
-@contextlib.contextmanager
-def _steps(*, silent: bool = False) -> Iterator[Callable[[str, int, int, float | None], None]]:
-    """What shows the stage, the steps and the loss of a training in a bar."""
-    with _progress("steps", silent=silent) as bar:
-        task = bar.add_task("preparing", total=None)
-
-        def show(stage: str, done: int, total: int, loss: float | None) -> None:
-            words = stage if loss is None else f"{stage}, loss {loss:.4f}"
-            bar.update(task, description=words, completed=done, total=total)
-
-        yield show
 
 
 @functools.cache
