@@ -150,6 +150,51 @@ def test_tensors_that_modules_share_are_one(tmp_path: Path) -> None:
     assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
 
 
+class Backwards(nn.Module):
+    """Two projections with one weight, of which the second is called first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(self.second(x).tanh())
+
+
+def test_whoever_is_called_first_unmerges_what_is_shared() -> None:
+    torch.manual_seed(0)
+    model, x = Backwards(), torch.randn(3, 5)
+    made = get_peft_model(copy.deepcopy(model), mlp_fusion.SaidConfig(d=20))
+    assert len(lambdas(made)) == 3
+    theta_of(made).data.normal_()
+    made.merge_adapter()
+    with made.disable_adapter():
+        assert torch.equal(made(x), model(x))
+
+
+def test_a_scale_that_trains_is_not_moved() -> None:
+    fc1, fc2 = nn.Linear(4, 6), nn.Linear(6, 4)
+    block = mlp_fusion.FusedMLP.from_mlp(fc1, fc2, scale=nn.Parameter(torch.ones(6)), parameterization="scaled")
+    made = get_peft_model(nn.Sequential(block), mlp_fusion.SaidConfig(d=20))
+    assert len(lambdas(made)) == 4
+    assert not any("scale" in name for name in lambdas(made))
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_a_broken_one_is_not_left_in_the_model(safe: bool) -> None:
+    made = attached(classifier(), mlp_fusion.SaidConfig(d=100))
+    before = {name: p.clone() for name, p in made.named_parameters()}
+    theta_of(made).data[3] = math.inf
+    if not safe:
+        assert not all(bool(p.isfinite().all()) for p in made.merge_and_unload().parameters())
+        return
+    with pytest.raises(mlp_fusion.InputError, match="merging default would make weights infinite or NaN"):
+        made.merge_and_unload(safe_merge=True)
+    base = {name: p for name, p in made.named_parameters() if "said_" not in name}
+    assert all(torch.equal(p, before[name]) for name, p in base.items())
+
+
 def test_what_is_stored_is_what_was_trained(tmp_path: Path) -> None:
     made = attached(classifier(), mlp_fusion.SaidConfig(d=100))
     made.save_pretrained(tmp_path)

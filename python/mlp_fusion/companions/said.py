@@ -183,7 +183,6 @@ class SaidLayer(CompanionLayer):
             self._leave(check_adapters_to_merge(self, adapter_names) or [], safe_merge)
         else:
             self.unmerge()
-        self.projections.clear()  # this layer adds nothing any more, whoever reads its parameters
         return self.base_layer
 
     @torch.no_grad()
