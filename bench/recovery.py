@@ -132,8 +132,13 @@ def rate(rung: int) -> float:
 
 
 def best_rung(start: int, loss: Callable[[int], float]) -> int:
-    """From `start` uphill or downhill in rungs for as long as the loss falls; the rungs beside the result are worse."""
+    """From `start` up or down in rungs for as long as the loss falls; the rungs beside the result are no better.
+
+    Where training fails, the loss is infinite: then the search begins at the first rung below that does not fail.
+    """
     best = start
+    while math.isinf(loss(best)):
+        best -= 1
     for direction in (1, -1):
         while loss(best + direction) < loss(best):
             best += direction
