@@ -440,6 +440,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "startup": startup,
     "large": large,
     "language-model-half": lambda: language_model(0.5),
+    "language-model-wider": lambda: language_model(0.625),
     "language-model-three-quarters": lambda: language_model(0.75),
     "language-model-completions": completions,
     "families": families,
