@@ -31,7 +31,7 @@ from mlp_fusion.choices import (
     NEED_TEXT,
     OPTIMIZER_KERNELS,
     PEFT_METHODS,
-    PEFT_RATE,
+    PEFT_RATES,
     PLAIN_METHOD,
     TASKS,
     TRAINERS,
@@ -460,7 +460,7 @@ class FinetuneSettings(Settings):
         default_help="the method's own",
     )  # fmt: skip
     learning_rate: float | None = option(
-        "Learning rate at its peak.", None, above=0.0, default_help=f"{FULL_RATE:g}, with peft {PEFT_RATE:g}"
+        "Learning rate at its peak.", None, above=0.0, default_help=f"{FULL_RATE:g}, with peft 0.001, with said 0.01"
     )
     weight_decay: float = option("Weight decay of all weights that train.", 0.01, least=0.0)
     warmup: float = option(
@@ -492,7 +492,7 @@ class FinetuneSettings(Settings):
         """The learning rate."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return FULL_RATE if self.peft is None else PEFT_RATE
+        return FULL_RATE if self.peft is None else PEFT_RATES[self.peft]
 
     def recorded(self) -> dict[str, Any]:
         """As of any record, with the learning rate that is used."""

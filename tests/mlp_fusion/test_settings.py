@@ -208,3 +208,12 @@ def test_a_new_option_is_one_field() -> None:
     assert train(patience=5).recorded() == {"patience": 5}
     with pytest.raises(InputError, match="patience 0: give an integer from 1 on"):
         train(patience=0).check()
+
+
+@pytest.mark.parametrize(
+    ("peft", "rate", "expected"),
+    [(None, None, 5e-5), ("lora", None, 1e-3), ("said", None, 1e-2), ("said", 0.3, 0.3), (None, 0.2, 0.2)],
+)
+def test_the_learning_rate_suits_what_trains(peft: str | None, rate: float | None, expected: float) -> None:
+    settings = FinetuneSettings(task="lm", peft=peft, learning_rate=rate)
+    assert settings.rate() == settings.recorded()["learning_rate"] == expected
