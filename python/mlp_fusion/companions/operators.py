@@ -54,6 +54,13 @@ class MatrixProductOperator:
         spectra: per bond, `(d_k,)` float64 singular values, descending, of the matrix that was decomposed; those behind
             the bond's size are what truncations gave up.
         shape: rows and columns of the matrix; the factors' products may be larger, what is beyond is zero.
+
+    Examples:
+        >>> chain = mlp_fusion.mpo_decompose(torch.eye(6), ((2, 3), (3, 2)))
+        >>> chain.bonds, chain.numel
+        ((6,), 72)
+        >>> bool(chain.truncated(2).error_bound(2) == chain.discarded(2).norm())
+        True
     """
 
     tensors: tuple[Tensor, ...]
@@ -143,7 +150,7 @@ def mpo_decompose(weight: Tensor, shapes: Shapes | None = None, *, length: int =
 
     Examples:
         >>> weight = torch.randn(768, 768, generator=torch.Generator().manual_seed(0))
-        >>> chain = mpo_decompose(weight)
+        >>> chain = mlp_fusion.mpo_decompose(weight)
         >>> chain.shapes, chain.bonds
         (((3, 4, 4, 4, 4), (4, 4, 4, 4, 3)), (12, 192, 192, 12))
         >>> small = chain.truncated(64)
@@ -316,6 +323,7 @@ def choose_shapes(rows: int, columns: int, *, length: int = LENGTH) -> Shapes:
         InputError: a side or the length is less than 1.
 
     Examples:
+        >>> from mlp_fusion.companions.operators import choose_shapes
         >>> choose_shapes(768, 3072)
         ((3, 4, 4, 4, 4), (4, 6, 8, 4, 4))
     """

@@ -44,6 +44,12 @@ class SqueezeReport:
             task's metric on the evaluation data after the tuning, and the `bonds` by module; the first is uncut.
         chosen: number of the round that `OUT` holds.
         metric: `accuracy` or `perplexity`.
+
+    Examples:
+        >>> from mlp_fusion import SqueezeReport
+        >>> rounds = [{"parameters": 100, "error": 0.0, "loss": 0.3, "accuracy": 0.9, "bonds": None}]
+        >>> SqueezeReport({}, rounds, 0, "accuracy").table().splitlines()[-1]
+        '* written'
     """
 
     settings: dict[str, Any]
@@ -97,6 +103,9 @@ def squeeze(
         train, evaluation, columns: as in :func:`mlp_fusion.finetune`; what is evaluated decides with `max_loss`.
         progress: called as `progress(stage, done, total, loss)`; stages are `round 0` and so on.
         options: the fields of :class:`mlp_fusion.squeezing.SqueezeSettings`.
+
+    Returns:
+        A `SqueezeReport`, which is also in `squeeze.json`.
 
     Raises:
         InputError: as :func:`mlp_fusion.finetune`, or the parameters cannot be as few as asked.
