@@ -86,5 +86,6 @@ def test_the_device_and_the_whole_product() -> None:
 def test_what_is_compiled_ahead_and_what_tools_watch() -> None:
     found = lines("calls")["calls"]
     families = {name.split(" ")[0] for name in found["ahead"]["calls"]}
-    assert families == {"kmeans", "mlp", "experts", "whole", "kmeans-proof", "mlp-proof", "experts-proof"}
+    proofs = {f"{name}-proof" for name in ("kmeans", "mlp", "experts", "sparse", "hadamard")}
+    assert families == {"kmeans", "mlp", "experts", "whole", *proofs}
     assert {"mlp", "small-mlp", "small-experts", "small-resident", "small-ntk"} < set(found)

@@ -101,7 +101,7 @@ def test_automatic_widths_are_planned_and_written(source: Path, text: Path, tmp_
         ({"method": "select"}, "method select needs calibration text"),
         ({"width": "auto"}, "width auto and budget go together"),
         ({"budget": 0.5}, "width auto and budget go together"),
-        ({"calibration": "no/such/file"}, "cannot be read"),
+        ({"calibration": "no/such/file"}, "no such file"),
     ],
 )
 def test_refusals_come_before_anything_is_written(

@@ -398,7 +398,7 @@ def test_calibration_from_datasets() -> None:
         ({"width": "auto", "budget": 1.5, "calibration": TEXT}, "strictly between 0 and 1"),
         ({"width": "auto", "budget": 0.05, "calibration": TEXT}, "budget is too small"),
         ({"calibration": []}, "calibration needs at least one batch"),
-        ({"calibration": "no/such/file"}, "no/such/file: cannot be read"),
+        ({"calibration": "no/such/file"}, "no/such/file: no such file"),
     ],
 )
 def test_refusals_leave_the_model_as_it_was(options: dict[str, Any], message: str) -> None:

@@ -71,7 +71,7 @@ def test_text_for_language_models(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("no.tsv", None, "cannot be read"),
+        ("no.tsv", None, "no such file"),
         ("empty.tsv", "\n \n", "no text in it"),
         ("bad.jsonl", '{"text": "a", "label": 1}\n{"text"', "line 2: not JSON"),
         ("list.jsonl", "[1]", "line 1: not a JSON object"),
