@@ -168,7 +168,7 @@ def task_row(base: str, name: str, seed: int, options: argparse.Namespace) -> di
     method, folder = METHODS[name], options.model or model_folder()
     asked = {**method.options, **({"r": RANKS[base], "lora_alpha": 2 * RANKS[base]} if name == "lora" else {})}
     model = classifier(folder, seed)
-    train = _first(options.data / "sst2_train.tsv", options.examples)
+    train = first_rows(options.data / "sst2_train.tsv", options.examples)
     if base == "quarter":
         text = [row["text"] for row in train[:CALIBRATION]]
         mlp_fusion.fuse(model, options.width, method="fusion", calibration=text, seed=seed)
@@ -188,7 +188,7 @@ def task_row(base: str, name: str, seed: int, options: argparse.Namespace) -> di
         shutil.rmtree(out, ignore_errors=True)
     times: list[float] = []
     report = mlp_fusion.finetune(
-        model, out, train, _first(options.data / "sst2_dev.tsv", None), task="classification", seed=seed,
+        model, out, train, first_rows(options.data / "sst2_dev.tsv", None), task="classification", seed=seed,
         tokenizer=AutoTokenizer.from_pretrained(folder), resume=goes_on, learning_rate=method.rate,
         epochs=options.epochs, peft=method.peft, peft_options=asked or None,
         progress=lambda *_: times.append(time.perf_counter()),
@@ -204,7 +204,7 @@ def task_row(base: str, name: str, seed: int, options: argparse.Namespace) -> di
     }  # fmt: skip
 
 
-def _first(file: Path, count: int | None) -> list[dict[str, Any]]:
+def first_rows(file: Path, count: int | None) -> list[dict[str, Any]]:
     rows = read_rows(file, labelled=True)
     texts = [{"text": t, "label": label} for t, label in zip(rows.texts, rows.labels, strict=True)]
     return texts[:count]

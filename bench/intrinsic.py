@@ -16,7 +16,6 @@ time. An interrupted cell goes on from its last epoch.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import platform
 import shutil
@@ -28,12 +27,11 @@ from typing import Any
 
 import torch
 import transformers
-from companions import biases_alone
+from companions import biases_alone, first_rows, record, recorded
 from support import model_folder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import mlp_fusion
-from mlp_fusion.finetuning.data import read_rows
 from mlp_fusion.finetuning.run import is_unfinished
 
 WAYS = ("said", "did")
@@ -69,7 +67,7 @@ def run_cell(cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
     for row in recorded(options.out):
         if all(row[key] == cell[key] for key in KEY):
             return row
-    train, dev = (labelled(options.data / f"sst2_{name}.tsv") for name in ("train", "dev"))
+    train, dev = (first_rows(options.data / f"sst2_{name}.tsv", None) for name in ("train", "dev"))
     train = train[: options.examples]
     model, way = load(cell["seed"], options, train), cell["way"]
     more: dict[str, Any] = {"learning_rate": options.full_rate}
@@ -123,28 +121,6 @@ def scan(seed: int, options: argparse.Namespace) -> None:
                 continue
             if row["accuracy"] >= SHARE * full["accuracy"] and not options.whole:
                 break
-
-
-def labelled(file: Path) -> list[dict[str, Any]]:
-    rows = read_rows(file, labelled=True)
-    return [{"text": text, "label": label} for text, label in zip(rows.texts, rows.labels, strict=True)]
-
-
-def recorded(file: Path) -> list[dict[str, Any]]:
-    """The rows in `file`; none if there is no such file yet."""
-    if not file.is_file():
-        return []
-    found: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    return found
-
-
-def record(file: Path, row: dict[str, Any]) -> None:
-    """Add a row to `file`, a line each."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    lines = ",\n".join(map(json.dumps, [*recorded(file), row]))
-    partial.write_text('{"rows": [\n' + lines + "\n]}\n", encoding="utf-8")
-    partial.replace(file)
 
 
 def d90(rows: Sequence[dict[str, Any]], full: float) -> int | None:

@@ -7,6 +7,7 @@ owns parameters; a method says which modules and parameters it takes, and what d
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -80,9 +81,9 @@ class CompanionLayer(nn.Module, BaseTunerLayer):
                 raise
             return getattr(self.base_layer, name)
 
+    @abstractmethod
     def deltas(self, adapter: str) -> dict[str, Tensor]:
         """What `adapter` adds to parameters of the base layer, by their names there, each of the parameter's shape."""
-        raise NotImplementedError
 
     def working(self) -> list[str]:
         """Adapters that change this pass: active, held by this layer, and not merged."""
@@ -148,12 +149,16 @@ class CompanionModel(BaseTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def targets(self, model: nn.Module, config: Any) -> list[str]:
-        """Names of the modules to work in where the config names none."""
-        raise NotImplementedError
+        """Names of the modules to work in where the config names none.
 
+        Raises:
+            InputError: the method has no choice of its own.
+        """
+        raise InputError(f"{type(self).__name__} works where it is told to: name modules with target_modules")
+
+    @abstractmethod
     def add(self, layer: Any, config: Any, adapter: str, name: str) -> None:
         """Give `layer`, around the module called `name`, what `adapter` has of its own."""
-        raise NotImplementedError
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         return peft_config

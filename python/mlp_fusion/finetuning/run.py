@@ -37,7 +37,7 @@ from mlp_fusion.settings import FinetuneSettings
 from mlp_fusion.store.output import check_output
 from mlp_fusion.store.record import fusion_record
 
-_METRICS = {"classification": "accuracy", "lm": "perplexity"}
+METRICS = {"classification": "accuracy", "lm": "perplexity"}
 #: Points of a learning curve.
 _CURVE = 100
 #: Checkpoints of an unfinished run, and what it was started with; gone when it is complete.
@@ -146,7 +146,7 @@ class Run:
     def _note(self, **known: Any) -> None:
         self.state.update(known)
         if is_main():
-            _write(self.work / _STATE, self.state)
+            write_json(self.work / _STATE, self.state)
 
     def train(self) -> None:
         """Evaluate, distil layer by layer, train."""
@@ -206,7 +206,7 @@ class Run:
             method=None if record is None else record["method"],
             parameterization=None if record is None else record["parameterization"],
             examples=len(self.examples),
-            metric=_METRICS[s.task],
+            metric=METRICS[s.task],
             initial=self.state["initial"],
             final=self.evaluations[-1] if self.evaluations else None,
             train=self.curve,
@@ -223,7 +223,7 @@ class Run:
             whole = student.model if s.peft is None else student.model.merge_and_unload()
             whole.save_pretrained(self.out)
             student.tokenizer.save_pretrained(self.out)
-            _write(self.out / RESULT_FILE, report.to_dict())
+            write_json(self.out / RESULT_FILE, report.to_dict())
             shutil.rmtree(self.work)
         return report
 
@@ -358,7 +358,7 @@ def _name(model: Model | None) -> str | None:
     return str(model) if isinstance(model, (str, Path)) else type(model).__name__
 
 
-def _write(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, Any]) -> None:
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, file)

@@ -21,9 +21,9 @@ from mlp_fusion.companions.squeezing import Squeezed, squeeze_bonds
 from mlp_fusion.errors import InputError
 from mlp_fusion.finetuning.data import Data
 from mlp_fusion.finetuning.loading import load_for
-from mlp_fusion.finetuning.result import Progress
-from mlp_fusion.finetuning.run import is_unfinished
-from mlp_fusion.measure.report import render
+from mlp_fusion.finetuning.result import RESULT_FILE, Progress
+from mlp_fusion.finetuning.run import METRICS, is_unfinished, write_json
+from mlp_fusion.measure.report import finite, render
 from mlp_fusion.report.figures import curves
 from mlp_fusion.settings import make, takes
 from mlp_fusion.squeezing import SqueezeSettings
@@ -59,7 +59,8 @@ class SqueezeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {"settings": self.settings, "rounds": self.rounds, "chosen": self.chosen, "metric": self.metric}
+        result: dict[str, Any] = finite(dataclasses.asdict(self))
+        return result
 
     def __str__(self) -> str:
         return self.table()
@@ -124,7 +125,7 @@ def squeeze(
     report = _opened(out, settings)
     with taken(out):
         out.mkdir(parents=True, exist_ok=True)
-        _write(out / JOURNAL, report)
+        write_json(out / JOURNAL, report.to_dict())
         while not _ended(report, settings):
             number = len(report.rounds)
             before = out / ROUNDS / str(number - 1)
@@ -132,7 +133,7 @@ def squeeze(
             found = _round(number, source, out, (train, evaluation), columns, plan, settings, progress)
             report = dataclasses.replace(report, rounds=[*report.rounds, found])
             report = dataclasses.replace(report, chosen=_chosen(report, settings))
-            _write(out / JOURNAL, report)
+            write_json(out / JOURNAL, report.to_dict())
         _finish(out, report)
     return report
 
@@ -140,7 +141,7 @@ def squeeze(
 def _opened(out: Path, settings: SqueezeSettings) -> SqueezeReport:
     """What was done so far."""
     if not out.exists() or not any(out.iterdir()):
-        return SqueezeReport(settings.recorded(), metric=_metric(settings))
+        return SqueezeReport(settings.recorded(), metric=METRICS[settings.task])
     journal = out / JOURNAL
     if not settings.resume or not journal.is_file():
         raise InputError(f"{out} is not empty: choose another folder, or go on with an unfinished run with resume")
@@ -151,10 +152,6 @@ def _opened(out: Path, settings: SqueezeSettings) -> SqueezeReport:
         changed = sorted(n for n, value in settings.recorded().items() if known.settings.get(n) != value)
         raise InputError(f"the run in {out} had other options ({', '.join(changed)}): resume with the same")
     return known
-
-
-def _metric(settings: SqueezeSettings) -> str:
-    return {"classification": "accuracy", "lm": "perplexity"}[settings.task]
 
 
 def _ended(report: SqueezeReport, settings: SqueezeSettings) -> bool:
@@ -220,29 +217,26 @@ def _round(
         name: getattr(settings, name)
         for name in ("task", "epochs", "learning_rate", "batch_size", "max_length", "seed", "device")
     }
-    result = finetune(
-        source, folder, *data, columns=columns, peft="mpo", peft_options=options,
-        progress=None if progress is None else lambda _stage, *now: progress(f"round {number}", *now),
-        resume=is_unfinished(folder), **training,
-    )  # fmt: skip
-    assert result.final is not None
+    trained = folder / RESULT_FILE
+    if trained.is_file():  # it ended, and the run was killed before it was noted
+        final = json.loads(trained.read_text(encoding="utf-8"))["final"]
+    else:
+        final = finetune(
+            source, folder, *data, columns=columns, peft="mpo", peft_options=options,
+            progress=None if progress is None else lambda _stage, *now: progress(f"round {number}", *now),
+            resume=is_unfinished(folder), **training,
+        ).final  # fmt: skip
     parameters = plan.parameters if plan is not None else _whole(load_for(settings.task, folder))
     return {
         "parameters": parameters,
         "error": 0.0 if plan is None else plan.error,
-        **{name: result.final[name] for name in ("loss", result.metric)},
+        **{name: final[name] for name in ("loss", METRICS[settings.task])},
         "bonds": None if plan is None else plan.bonds,
     }
 
 
 def _whole(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _write(file: Path, report: SqueezeReport) -> None:
-    unfinished = file.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
-    unfinished.replace(file)
 
 
 def _finish(out: Path, report: SqueezeReport) -> None:
