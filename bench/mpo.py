@@ -4,9 +4,10 @@
 
 Matrices of 768 x 768 and 768 x 3072 with the published factors. Per matrix: seconds of `mpo_decompose`, and of
 tensorly's `tensor_train_matrix` on the same tensor (which gives no spectra), with the relative errors of both, whole
-and with bonds of at most 64; then a training step (forward, backward, AdamW) of a layer on 2,048 tokens whose central
-tensor is frozen, of tensorly-torch's `FactorizedLinear` with the same factors, and of a plain `nn.Linear`. Runs of all
-alternate; medians.
+and with bonds of at most 64; then a training step (forward, backward, AdamW) on 2,048 tokens: of a plain `nn.Linear`,
+of one under `MpoConfig`, which chooses the factors (the published ones for 768 x 768, others for 768 x 3072), and of
+tensorly-torch's `FactorizedLinear` with the published ones; central tensors are frozen. All are timed in turn, in
+random order in every round; medians.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from fused_mlp import in_turn
 from peft import get_peft_model
 from torch import Tensor, nn
 
@@ -36,16 +37,9 @@ MATRICES: dict[tuple[int, int], Shapes] = {
 TOKENS, CUT = 2048, 64
 
 
-def alternately(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def medians(works: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median seconds of each."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(repeats + 1):
-        for name, work in works.items():
-            started = time.perf_counter()
-            work()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: found["median"] for name, found in in_turn(works, rounds, math.inf).items()}
 
 
 def tensorly_decompose(weight: Tensor, shapes: Shapes, bonds: list[int]) -> Any:
@@ -75,7 +69,7 @@ def decompositions(weight: Tensor, shapes: Shapes, repeats: int, peer: bool) -> 
         whole, small = (tensorly_decompose(weight, shapes, list(c.bonds)) for c in (chain, cut))
         found["peer_error"] = _error(whole.to_matrix(), weight)
         found["peer_cut_error"] = _error(small.to_matrix(), weight)
-    return {**found, **alternately(works, repeats)}
+    return {**found, **medians(works, repeats)}
 
 
 def _error(found: Tensor, weight: Tensor) -> float:
@@ -104,7 +98,7 @@ def steps(weight: Tensor, shapes: Shapes, repeats: int, peer: bool) -> dict[str,
         other.weight.factors[2].requires_grad_(False)
         models["peer"] = other
     works = {name: _step(model, x) for name, model in models.items()}
-    return alternately(works, repeats)
+    return medians(works, repeats)
 
 
 def _step(model: nn.Module, x: Tensor) -> Callable[[], None]:

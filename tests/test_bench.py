@@ -206,3 +206,14 @@ def test_the_kept_medians_are_those_of_the_kept_runs(importable: None) -> None:
     assert reap["tuned_ratio"] == pytest.approx(1.1)
     assert reap["ratio"] == pytest.approx(1.3)
     assert reap["ratio_range"] == pytest.approx([1.2, 1.4])
+
+
+def test_chains_are_measured_beside_a_plain_layer(importable: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    mpo = importlib.import_module("mpo")
+    monkeypatch.setattr(mpo, "TOKENS", 5)
+    monkeypatch.setattr(mpo, "CUT", 2)
+    weight, shapes = torch.randn(8, 12, generator=torch.Generator().manual_seed(0)), ((2, 2, 2), (3, 2, 2))
+    found = mpo.decompositions(weight, shapes, repeats=1, peer=False)
+    assert found["error"] < 1e-6 < found["cut_error"] <= found["cut_bound"]
+    assert found["seconds"] > 0.0
+    assert set(mpo.steps(weight, shapes, repeats=1, peer=False)) == {"plain", "chain"}

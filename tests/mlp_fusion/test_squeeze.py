@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -17,6 +18,7 @@ import mlp_fusion
 from commands import Run
 from mlp_fusion import InputError, mpo_decompose, squeeze
 from mlp_fusion.companions.squeezing import squeeze_bonds, stored_size
+from mlp_fusion.verbs import squeeze as module
 
 ROWS = [{"text": ("the cat sat a cat", "a the")[n % 2], "label": n % 2} for n in range(32)]
 OPTIONS: dict[str, Any] = {"task": "classification", "batch_size": 8, "max_length": 8, "round_share": 0.2}
@@ -113,6 +115,30 @@ def test_the_last_round_within_the_loss_is_kept_and_an_interrupted_run_goes_on(s
     assert resumed.rounds == whole.rounds
     one, other = (ck.tensors(tmp_path / name) for name in ("cut", "whole"))
     assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.slow
+def test_a_round_that_ended_before_it_was_noted_is_not_trained_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**OPTIONS, "target_parameters": 0.85}
+    whole = squeeze(source, tmp_path / "whole", ROWS, ROWS, **options)
+    write, count = module.write_json, itertools.count()
+
+    def killed(file: Path, content: dict[str, Any]) -> None:
+        if next(count) == 1:  # the journal behind the first round
+            raise KeyboardInterrupt
+        write(file, content)
+
+    monkeypatch.setattr(module, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        squeeze(source, tmp_path / "cut", ROWS, ROWS, **options)
+    stages: list[str] = []
+    resumed = squeeze(
+        source, tmp_path / "cut", ROWS, ROWS, resume=True, progress=lambda stage, *_: stages.append(stage), **options
+    )
+    assert set(stages) == {"round 1"}
+    assert resumed.rounds == whole.rounds
 
 
 def test_it_needs_an_end(source: Path, tmp_path: Path, run: Run) -> None:
