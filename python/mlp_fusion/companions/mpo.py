@@ -9,6 +9,7 @@ tensors one after the other, which only chains with small bonds and few tokens a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -166,13 +167,16 @@ class MpoLayer(CompanionLayer):
         Raises:
             InputError: they are not loaded.
         """
-        if adapter in self._awaited:
+        names = (name for name in self.adapter_layer_names if adapter in getattr(self, name))
+        tensors: list[Tensor] = [getattr(self, name)[adapter] for name in names]
+        # Whoever loads them: they are there when they are numbers.
+        if adapter in self._awaited and bool(tensors[0].isnan().all()):
             raise InputError(
                 "the config is of a stored adapter, whose tensors are not loaded: use PeftModel.from_pretrained, or "
                 "a new MpoConfig to begin anew"
             )
-        names = (name for name in self.adapter_layer_names if adapter in getattr(self, name))
-        return [getattr(self, name)[adapter] for name in names]
+        self._awaited.discard(adapter)
+        return tensors
 
     def matrix(self, adapter: str) -> Tensor:
         """The weight that an adapter stands for, `(out, in)` or `(entries, size)`."""
@@ -226,10 +230,6 @@ class MpoLayer(CompanionLayer):
         rows, columns = self.base_layer.get_parameter("weight").shape
         return (columns, rows) if is_transposed(self.base_layer) else (rows, columns)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        self._awaited -= {adapter for adapter in self._awaited if f"{prefix}mpo_0.{adapter}" in state_dict}
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 class MpoModel(CompanionModel):
     """A model whose matrices are chains of tensors."""
@@ -258,7 +258,7 @@ class MpoModel(CompanionModel):
         if self._stored is not None:
             if name not in self._stored:
                 raise InputError(f"the stored adapter has no chain for {name}: it is of another model")
-            tensors = [torch.zeros(shape, dtype=dtype, device=weight.device) for shape in self._stored[name]]
+            tensors = [weight.new_full(shape, math.nan, dtype=dtype) for shape in self._stored[name]]
         else:
             whole = mpo_decompose(as_matrix(base), length=config.length)
             most = (config.bond_pattern or {}).get(name, config.bonds)
