@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlp_fusion.companions.pafi import PafiConfig as PafiConfig
     from mlp_fusion.companions.said import SaidConfig as SaidConfig
     from mlp_fusion.errors import InputError
+    from mlp_fusion.finetuning.result import DistillReport as DistillReport
     from mlp_fusion.finetuning.result import FinetuneReport
     from mlp_fusion.measure.report import FFNRow, FusionReport
     from mlp_fusion.modules import FusedExperts, FusedGLU, FusedMLP
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from mlp_fusion.store.restoring import restore
     from mlp_fusion.store.states import state_form
     from mlp_fusion.verbs.compress import compress
+    from mlp_fusion.verbs.distill import distill as distill
     from mlp_fusion.verbs.finetune import finetune
     from mlp_fusion.verbs.fuse import fuse
     from mlp_fusion.verbs.plan import FusionPlan, plan
@@ -38,6 +40,7 @@ __version__ = "0.1.0"
 
 #: Public name -> the module that holds it.
 _PLACES = {
+    "DistillReport": "finetuning.result",
     "FFNRow": "measure.report",
     "FinetuneReport": "finetuning.result",
     "FusedExperts": "modules",
@@ -54,6 +57,7 @@ _PLACES = {
     "SqueezeReport": "verbs.squeeze",
     "Verification": "verbs.verify",
     "compress": "verbs.compress",
+    "distill": "verbs.distill",
     "finetune": "verbs.finetune",
     "fuse": "verbs.fuse",
     "mpo_decompose": "companions.operators",
