@@ -75,6 +75,7 @@ METHODS: dict[str, Method] = {
     "pafi global, indices by rule": Method("pafi", {"budget": BUDGET, "save_indices": False}),
     "hiwi bias": Method("hiwi", {"parameters": "bias", "r": 4}),
     "hiwi weight": Method("hiwi", {"parameters": "weight", "r": 4}),
+    "mpo": Method("mpo"),
     **{
         f"{name} d={d}": Method("said", {"d": d, "structure_aware": name == "said"}, 1e-2)
         for name in ("did", "said")
@@ -166,6 +167,7 @@ def step_row(name: str, folder: Path, steps: int) -> dict[str, Any]:
 def task_row(base: str, name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """One fine-tuning on SST-2."""
     method, folder = METHODS[name], options.model or model_folder()
+    rate = options.rate or method.rate
     asked = {**method.options, **({"r": RANKS[base], "lora_alpha": 2 * RANKS[base]} if name == "lora" else {})}
     model = classifier(folder, seed)
     train = first_rows(options.data / "sst2_train.tsv", options.examples)
@@ -182,14 +184,14 @@ def task_row(base: str, name: str, seed: int, options: argparse.Namespace) -> di
             mlp_fusion.fuse(other, options.width, method="fusion", calibration=text, seed=seed)
         attached = get_peft_model(other, config)
     kept = {"trained": trained(attached), **stored_bytes(attached)}
-    out = options.work / f"{base} {name} {seed} {options.examples}".replace(" ", "_")
+    out = options.work / f"{base} {name} {seed} {options.examples} {rate}".replace(" ", "_")
     goes_on = is_unfinished(out)
     if not goes_on:
         shutil.rmtree(out, ignore_errors=True)
     times: list[float] = []
     report = mlp_fusion.finetune(
         model, out, train, first_rows(options.data / "sst2_dev.tsv", None), task="classification", seed=seed,
-        tokenizer=AutoTokenizer.from_pretrained(folder), resume=goes_on, learning_rate=method.rate,
+        tokenizer=AutoTokenizer.from_pretrained(folder), resume=goes_on, learning_rate=rate,
         epochs=options.epochs, peft=method.peft, peft_options=asked or None,
         progress=lambda *_: times.append(time.perf_counter()),
     )  # fmt: skip
@@ -198,7 +200,7 @@ def task_row(base: str, name: str, seed: int, options: argparse.Namespace) -> di
     between = [later - earlier for earlier, later in itertools.pairwise(times)]
     return {
         **kept, "accuracy": report.final["accuracy"], "loss": report.final["loss"],
-        "evaluations": [[e["step"], e["accuracy"]] for e in report.evaluations], "learning_rate": method.rate,
+        "evaluations": [[e["step"], e["accuracy"]] for e in report.evaluations], "learning_rate": rate,
         "examples": report.examples, "epochs": options.epochs, "options": asked,
         "seconds_per_step": statistics.median(between) if between else None,
     }  # fmt: skip
@@ -229,10 +231,10 @@ def record(file: Path, row: dict[str, Any]) -> None:
 
 def summary(rows: Sequence[dict[str, Any]]) -> None:
     """Print a line a row, means over seeds."""
-    together: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
+    together: dict[tuple[str, int | None, float | None], list[dict[str, Any]]] = {}
     for row in rows:
-        together.setdefault((row["row"], row.get("examples")), []).append(row)
-    for (name, examples), found in together.items():
+        together.setdefault((row["row"], row.get("examples"), row.get("learning_rate")), []).append(row)
+    for (name, examples, rate), found in together.items():
         first, step = found[0], statistics.mean(row["seconds_per_step"] or 0.0 for row in found)
         kept = f"{first['trained']:>10,} trained, {first['stored']:>10,} bytes"
         kept += f" ({first['stored_merged']:,} merged)" if "stored_merged" in first else ""
@@ -240,8 +242,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> None:
             print(f"{name:36} {kept}, {step:.3f} s a step, {(first['peak_bytes'] or 0) / 2**20:,.0f} MiB")
             continue
         accuracies = [row["accuracy"] for row in found]
-        spread = f"{min(accuracies):.4f} to {max(accuracies):.4f}, {len(found)} seeds, {examples:,} examples"
-        print(f"{name:36} {kept}, {step:.3f} s a step: {statistics.mean(accuracies):.4f} ({spread})")
+        spread = f"{min(accuracies):.4f} to {max(accuracies):.4f}, {len(found)} seeds, {examples:,} examples, rate {rate})"
+        print(f"{name:36} {kept}, {step:.3f} s a step: {statistics.mean(accuracies):.4f} ({spread}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -252,6 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--examples", type=int, help="train on the first so many rows; all of them by default")
     parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--rate", type=float, help="learning rate, in place of each method's own")
     parser.add_argument("--steps", type=int, default=10, help="steps that are timed")
     parser.add_argument("--width", type=float, default=0.25, help="of the fused FFNs, as a share")
     parser.add_argument("--threads", type=int, default=1)
@@ -276,7 +279,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_row(name: str, seed: int, options: argparse.Namespace) -> None:
     """Run a row and write it down, unless that has been done."""
     base, _, method = name.partition(" ")
-    key = {"row": name, "seed": seed, "asked": None if base == "step" else options.examples}
+    key: dict[str, Any] = {"row": name, "seed": seed, "asked": None}
+    if base != "step":
+        key |= {"asked": options.examples, "learning_rate": options.rate or METHODS[method].rate}
     if (base == "step" and seed) or any(all(row.get(k) == v for k, v in key.items()) for row in recorded(options.out)):
         return
     if base == "step":

@@ -23,6 +23,15 @@ if TYPE_CHECKING:
     from mlp_fusion.finetuning.result import DistillReport as DistillReport
     from mlp_fusion.finetuning.result import FinetuneReport
     from mlp_fusion.measure.report import FFNRow, FusionReport
+    from mlp_fusion.minialbert.configuration import MiniAlbertConfig as MiniAlbertConfig
+    from mlp_fusion.minialbert.modeling import MiniAlbertForMaskedLM as MiniAlbertForMaskedLM
+    from mlp_fusion.minialbert.modeling import (
+        MiniAlbertForSequenceClassification as MiniAlbertForSequenceClassification,
+    )
+    from mlp_fusion.minialbert.modeling import (
+        MiniAlbertForTokenClassification as MiniAlbertForTokenClassification,
+    )
+    from mlp_fusion.minialbert.modeling import MiniAlbertModel as MiniAlbertModel
     from mlp_fusion.modules import FusedExperts, FusedGLU, FusedMLP
     from mlp_fusion.neurons import NeuronBundle
     from mlp_fusion.store.restoring import restore
@@ -50,6 +59,11 @@ _PLACES = {
     "FusionReport": "measure.report",
     "HiWiConfig": "companions.hiwi",
     "InputError": "errors",
+    "MiniAlbertConfig": "minialbert.configuration",
+    "MiniAlbertForMaskedLM": "minialbert.modeling",
+    "MiniAlbertForSequenceClassification": "minialbert.modeling",
+    "MiniAlbertForTokenClassification": "minialbert.modeling",
+    "MiniAlbertModel": "minialbert.modeling",
     "MpoConfig": "companions.mpo",
     "NeuronBundle": "neurons",
     "PafiConfig": "companions.pafi",
@@ -102,6 +116,7 @@ _HOSTS = {
     "accelerate.utils.modeling",
     "torch.distributed.checkpoint.state_dict",
     "transformers.modeling_utils",
+    "transformers.models.auto.configuration_auto",
     "transformers.trainer",
     "transformers.trainer_utils",
 }

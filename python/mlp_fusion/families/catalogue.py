@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fusion_kernels.activations import ACTIVATIONS as KERNELS
 from mlp_fusion.errors import InputError
+from mlp_fusion.minialbert.configuration import MiniAlbertConfig
 
 #: Activations by name: those of the kernels, and further ones that FFNs of transformers have. Compared in this order.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -109,10 +110,10 @@ KNOWN_REFUSALS: tuple[tuple[str, str], ...] = (
 
 
 def model_types() -> list[str]:
-    """Every model type of transformers, sorted."""
+    """Every model type of transformers, and MiniALBERT, sorted."""
     from transformers import CONFIG_MAPPING
 
-    return sorted(CONFIG_MAPPING.keys())
+    return sorted({*CONFIG_MAPPING.keys(), MiniAlbertConfig.model_type})
 
 
 def default_config(model_type: str) -> Any:
@@ -123,6 +124,8 @@ def default_config(model_type: str) -> Any:
     """
     from transformers import CONFIG_MAPPING
 
+    if model_type == MiniAlbertConfig.model_type:
+        return MiniAlbertConfig()
     if model_type not in CONFIG_MAPPING:
         raise InputError(f"{model_type}: neither a folder nor a model type of transformers")
     extra = DEFAULTS[model_type].arguments if model_type in DEFAULTS else {}

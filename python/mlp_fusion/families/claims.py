@@ -168,6 +168,11 @@ def _layer(path: str) -> str:
     return found[0] if found else path
 
 
+def _layers(path: str) -> list[str]:
+    """The paths up to each of its numbers: the layers that a module stands in, one inside the other."""
+    return [path[: found.end()] for found in re.finditer(r"(?:^|(?<=\.))\d+(?=\.|$)", path)]
+
+
 def _no_ffn(claim: Claim, widest: dict[str, int], moved: set[str]) -> str | None:
     """The rule by which two projections with a function between them are no FFN, or None.
 
@@ -190,7 +195,8 @@ def _no_ffn(claim: Claim, widest: dict[str, int], moved: set[str]) -> str | None
         return _HEAD
     if found.output.operation == "conv" and claim.width < claim.d_in:
         return _SQUEEZE
-    narrow = 2 * claim.width < claim.d_in and 2 * claim.width <= widest.get(_layer(path), 0)
+    beside = max((widest.get(layer, 0) for layer in _layers(path)), default=0)
+    narrow = 2 * claim.width < claim.d_in and 2 * claim.width <= beside
     if narrow and not claim.names & moved:
         return _BOTTLENECK
     return None

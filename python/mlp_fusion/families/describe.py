@@ -142,7 +142,7 @@ class _Discovery:
         """Probe one module of each kind, from the inside out; then what cannot be called alone."""
         known: dict[Any, tuple[list[Found], list[tuple[Projection, ...]]]] = {}
         uncalled: dict[Any, list[str]] = {}
-        for path, module in _inside_out(model):
+        for path, module in _inside_out(model, self.taken):
             names = {f"{path}.{name}" for name, _ in matrices(module)}
             left = names - self.taken
             if len(left) < 2 or (not left & suspects and (names & self.claimed or len(names) > _MANY)):
@@ -223,16 +223,21 @@ def _left(path: str, module: nn.Module, claimed: set[str]) -> set[str]:
     return {f"{path}.{name}" for name, _ in matrices(module)} - claimed
 
 
-def _inside_out(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that may hold an FFN, the innermost first; no whole stacks of layers."""
+def _inside_out(model: nn.Module, taken: set[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that may hold an FFN, the innermost first; no whole stacks of layers.
+
+    Args:
+        taken: parameters that have been found so far; a stack of what was found, such as adapters, is none of layers.
+    """
     modules = [(path, module) for path, module in model.named_modules() if path]
     for path, module in sorted(modules, key=lambda named: -named[0].count(".")):
         if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Linear, nn.Embedding)):
             continue
         lists = [
-            part for part in module.modules() if isinstance(part, (nn.ModuleList, nn.Sequential)) and len(part) > 3
+            (f"{path}.{name}", part) for name, part in module.named_modules()
+            if isinstance(part, (nn.ModuleList, nn.Sequential)) and len(part) > 3
         ]  # fmt: skip
-        if not any(len(matrices(part)) > 12 for part in lists):
+        if not any(len(_left(name.rstrip("."), part, taken)) > 12 for name, part in lists):
             yield path, module
 
 

@@ -10,6 +10,8 @@
   whether its weights are plain; the last is refused where it would set tensors one by one. torch's
   `set_model_state_dict`, which fills up a state from the model's own before it loads it, asks the same questions first.
 - transformers' registry of implementations of experts gets one more, `mlp_fusion`.
+- `AutoConfig.from_pretrained` and `for_model` know the model type `minialbert`, whose models are imported with the
+  first such config.
 
 Methods are wrapped rather than classes replaced through `transformers.monkey_patching`: there, any registered class
 makes every later `from_pretrained` list all of transformers' modules, which takes a third of a second and, up to
@@ -42,6 +44,9 @@ def adapt(module: ModuleType) -> None:
         _wrap(cls, "_load_from_state_dict", _loading)
         _wrap(cls, "from_pretrained", _from_pretrained)
         importlib.import_module("mlp_fusion.modules.experts")  # it registers its implementation
+    elif name == "transformers.models.auto.configuration_auto":
+        _wrap(module.AutoConfig, "from_pretrained", _choosing)
+        _wrap(module.AutoConfig, "for_model", _choosing)
     elif name == "transformers.trainer_utils":
         _wrap(module, "load_sharded_checkpoint", _reading_folder)
     elif name == "transformers.trainer":
@@ -112,6 +117,15 @@ def _from_pretrained(load: _Method) -> _Method:
         return (model, info) if output_loading_info else model
 
     return from_pretrained
+
+
+def _choosing(choose: _Method) -> _Method:
+    def chosen(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        # Not when transformers is imported: its modules import each other halfway, and ours would be in between.
+        importlib.import_module("mlp_fusion.minialbert.configuration")
+        return choose(cls, *args, **kwargs)
+
+    return chosen
 
 
 def _reading_folder(load: _Method) -> _Method:
