@@ -242,7 +242,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> None:
             print(f"{name:36} {kept}, {step:.3f} s a step, {(first['peak_bytes'] or 0) / 2**20:,.0f} MiB")
             continue
         accuracies = [row["accuracy"] for row in found]
-        spread = f"{min(accuracies):.4f} to {max(accuracies):.4f}, {len(found)} seeds, {examples:,} examples, rate {rate})"
+        spread = (
+            f"{min(accuracies):.4f} to {max(accuracies):.4f}, {len(found)} seeds, {examples:,} examples, rate {rate})"
+        )
         print(f"{name:36} {kept}, {step:.3f} s a step: {statistics.mean(accuracies):.4f} ({spread}")
 
 

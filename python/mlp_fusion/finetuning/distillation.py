@@ -20,6 +20,8 @@ from mlp_fusion.finetuning.loading import Model, check_tokens, load_masked, name
 from mlp_fusion.finetuning.masking import MaskedText, masked_blocks
 from mlp_fusion.finetuning.result import DISTILL_FILE, DistillReport, Progress
 from mlp_fusion.finetuning.session import Session, learning_curve, with_named_outputs
+from mlp_fusion.minialbert.configuration import MiniAlbertConfig
+from mlp_fusion.minialbert.modeling import MiniAlbertForMaskedLM
 from mlp_fusion.store.record import architecture_of
 from mlp_fusion.store.tokenizers import load_tokenizer, tokenizer_of
 
@@ -99,8 +101,8 @@ def _student(settings: DistillSettings, teacher: Any) -> Any:
     )  # fmt: skip
     known = {name: getattr(config, name) for name in same if getattr(config, name, None) is not None}
     act = next((getattr(config, name) for name in ("hidden_act", "activation") if getattr(config, name, None)), "gelu")
-    return transformers.AlbertForMaskedLM(
-        transformers.AlbertConfig(
+    student = MiniAlbertForMaskedLM(
+        MiniAlbertConfig(
             **known,
             hidden_act=act,
             type_vocab_size=getattr(config, "type_vocab_size", None) or 1,
@@ -108,8 +110,14 @@ def _student(settings: DistillSettings, teacher: Any) -> Any:
             num_hidden_layers=settings.recursions,
             embedding_size=settings.embedding_size,
             intermediate_size=settings.intermediate_size,
+            adapter_size=settings.adapter_size,
         )
     )
+    if settings.start == "teacher":
+        from mlp_fusion.minialbert.start import start_from
+
+        start_from(student, teacher)
+    return student
 
 
 def _tokenizer(teacher: Model, tokenizer: Any) -> Any:
