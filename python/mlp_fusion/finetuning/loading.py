@@ -182,12 +182,12 @@ def _choose_padding(tokenizer: Any, known: int | None, name: str) -> None:
 def _pad_alike(model: Any, tokenizer: Any) -> None:
     # Decoders classify by the last token that is not their config's padding. Where positions are counted from the
     # padding token on, the weights have decided which one that is.
-    if getattr(model.config, "pad_token_id", None) is None or _first_position(model) == 0:
+    if getattr(model.config, "pad_token_id", None) is None or first_position(model) == 0:
         model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def _first_position(model: Any) -> int:
-    # RoBERTa counts positions from behind its padding id, so that the first rows of the table are never reached.
+def first_position(model: Any) -> int:
+    """The first row of the table of positions that is used: RoBERTa counts from behind its padding id."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(module.padding_idx) + 1
@@ -197,7 +197,7 @@ def _first_position(model: Any) -> int:
 def positions(model: Any) -> int | None:
     """How many tokens a sequence may have by the model's config; None where it does not say."""
     count = getattr(model.config, "max_position_embeddings", None)
-    return None if count is None else max(1, count - _first_position(model))
+    return None if count is None else max(1, count - first_position(model))
 
 
 @torch.no_grad()

@@ -2,20 +2,5 @@
 
 Nouriborji, Rohanian, Kouchaki and Clifton, MiniALBERT: Model Distillation via Parameter-Efficient Recursive
 Transformers (EACL 2023, arXiv 2210.06425). `configuration.py` and `modeling.py` are ordinary classes of transformers,
-which importing `mlp_fusion` enters into its Auto classes; `start.py` sets a student's weights from its teacher's.
+which importing `mlp_fusion` enters into its Auto classes.
 """
-
-from mlp_fusion.deferred import on_demand
-
-__getattr__ = on_demand(
-    __name__,
-    {
-        "MiniAlbertConfig": "configuration",
-        "MiniAlbertForMaskedLM": "modeling",
-        "MiniAlbertForSequenceClassification": "modeling",
-        "MiniAlbertForTokenClassification": "modeling",
-        "MiniAlbertModel": "modeling",
-        "MiniAlbertPreTrainedModel": "modeling",
-        "start_from": "start",
-    },
-)
