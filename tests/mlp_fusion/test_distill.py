@@ -21,8 +21,7 @@ from mlp_fusion import InputError, distill
 from mlp_fusion.finetuning.trainers import EpochOrder
 
 SMALL: dict[str, Any] = {
-    "embedding_size": 8, "batch_size": 8, "max_length": 16, "learning_rate": 5e-3, "seed": 3, "start": "random",
-    "mask_share": 0.3,
+    "embedding_size": 8, "batch_size": 8, "max_length": 16, "learning_rate": 5e-3, "seed": 3, "mask_share": 0.3,
 }  # fmt: skip
 
 

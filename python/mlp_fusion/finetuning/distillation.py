@@ -20,9 +20,10 @@ from mlp_fusion.finetuning.loading import Model, check_tokens, load_masked, name
 from mlp_fusion.finetuning.masking import MaskedText, masked_blocks
 from mlp_fusion.finetuning.result import DISTILL_FILE, DistillReport, Progress
 from mlp_fusion.finetuning.session import Session, learning_curve, with_named_outputs
+from mlp_fusion.finetuning.students import start_from
 from mlp_fusion.minialbert.configuration import MiniAlbertConfig
 from mlp_fusion.minialbert.modeling import MiniAlbertForMaskedLM
-from mlp_fusion.store.record import architecture_of
+from mlp_fusion.reducing.chosen import find_ffns
 from mlp_fusion.store.tokenizers import load_tokenizer, tokenizer_of
 
 #: Parts of the text that a teacher is tried on before anything is written.
@@ -88,7 +89,7 @@ def _completed(settings: DistillSettings, teacher: Any) -> DistillSettings:
     mapped_layers(recursions, config.num_hidden_layers)
     width = settings.intermediate_size
     if width is None:
-        width = max(site.neurons for site in architecture_of(config).sites(teacher))
+        width = max(site.neurons for site in find_ffns(teacher)[1])
     adapter = config.hidden_size // 16 if settings.adapter_size is None else settings.adapter_size
     return dataclasses.replace(settings, recursions=recursions, intermediate_size=width, adapter_size=adapter)
 
@@ -114,9 +115,7 @@ def _student(settings: DistillSettings, teacher: Any) -> Any:
         )
     )
     if settings.start == "teacher":
-        from mlp_fusion.minialbert.start import start_from
-
-        start_from(student, teacher)
+        start_from(student, teacher, seed=settings.seed)
     return student
 
 
