@@ -18,7 +18,10 @@ import mlp_fusion
 from commands import Run
 from families import tiny_model
 from mlp_fusion import InputError, distill
+from mlp_fusion.finetuning.layer_to_layer import LayerToLayer
+from mlp_fusion.finetuning.masking import MaskedText, masked_blocks
 from mlp_fusion.finetuning.trainers import EpochOrder
+from mlp_fusion.running.rows import read_rows
 
 SMALL: dict[str, Any] = {
     "embedding_size": 8, "batch_size": 8, "max_length": 16, "learning_rate": 5e-3, "seed": 3, "mask_share": 0.3,
@@ -75,10 +78,6 @@ def test_evaluation_is_that_of_the_same_masks_and_its_own_batches(source: Path, 
     """What is measured at the end is what the written model gives, over all blocks at once."""
     held_out = sentences(16, 1)
     report = distill(source, tmp_path / "out", sentences(16), held_out, **{**SMALL, "batch_size": 3})
-    from mlp_fusion.finetuning.layer_to_layer import LayerToLayer
-    from mlp_fusion.finetuning.masking import MaskedText, masked_blocks
-    from mlp_fusion.running.rows import read_rows
-
     tokenizer = AutoTokenizer.from_pretrained(source)
     ids, own = masked_blocks(read_rows(held_out, labelled=False), tokenizer, 16)
     text = MaskedText(ids, own, tokenizer, 0.3, 3, "evaluation")
@@ -175,6 +174,32 @@ def test_parts_of_a_batch_take_the_same_steps_where_each_has_as_many_masks(sourc
     for name in one:
         if "predictions" not in name:
             torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_under_bfloat16_it_learns_as_in_float32(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: both models run under autocast, the teacher's outputs in 16 bits."""
+    seen = []
+    plain = LayerToLayer.parts
+
+    def watched(pairs: LayerToLayer, *args: Any, **options: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return plain(pairs, *args, **options)
+
+    monkeypatch.setattr(LayerToLayer, "parts", watched)
+    exact = distill(source, tmp_path / "exact", sentences(40), sentences(8, 1), **SMALL)
+    assert not any(seen)
+    seen.clear()
+    arguments = transformers.TrainingArguments
+    monkeypatch.setattr(transformers, "TrainingArguments", lambda **known: arguments(**{**known, "bf16": True}))
+    half = distill(source, tmp_path / "half", sentences(40), sentences(8, 1), **SMALL)
+    assert not seen[0], "the trial of the teacher"
+    assert all(seen[1:])
+    assert exact.final is not None
+    assert half.final is not None
+    assert half.final != exact.final
+    for name in ("mlm", "attention", "hidden", "output"):
+        assert half.final[name] == pytest.approx(exact.final[name], rel=0.1), name
 
 
 def test_a_teacher_in_memory_stays_as_it_is(source: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import checkpoints as ck
@@ -237,6 +239,29 @@ def test_heads_see_the_positions_alone() -> None:
         assert pupil(input_ids=inputs["input_ids"]).logits.shape == (2, 7, 23)
     torch.testing.assert_close(found[0], whole[masked], rtol=1e-5, atol=1e-6)
     assert seen == [7, 3, 7]
+
+
+def test_a_step_keeps_no_map_of_either_model() -> None:
+    """Without dropout, for which torch on CPUs forms maps itself: of their size, only the mask that heads share."""
+    inputs = batch()
+    pupil, model = student(), teacher()
+    pairs = LayerToLayer(pupil, model, WEIGHTS)
+
+    def kept(compute: Callable[[], Tensor]) -> set[tuple[int, ...]]:
+        shapes: set[tuple[int, ...]] = set()
+
+        def pack(tensor: Tensor) -> Tensor:
+            shapes.add(tuple(tensor.shape))
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            compute()
+        return {shape for shape in shapes if shape[-2:] == (7, 7)}
+
+    assert kept(lambda: pairs.total(pairs.parts(pupil, inputs))) <= {(2, 1, 7, 7)}
+    pupil.set_attn_implementation("eager")
+    known = {name: value for name, value in inputs.items() if name != "labels"}
+    assert (2, 2, 7, 7) in kept(lambda: pupil(**known, output_attentions=True).attentions[0].sum())
 
 
 def test_losses_of_half_precision_are_computed_in_float32() -> None:
