@@ -41,7 +41,7 @@ import mlp_fusion
 from mlp_fusion.companions.ffns import ffn_projections
 from mlp_fusion.companions.making import make_config
 from mlp_fusion.finetuning.data import read_rows
-from mlp_fusion.finetuning.run import is_unfinished
+from mlp_fusion.finetuning.session import is_unfinished
 
 HEAD = ["classifier"]
 #: Share of the values that PaFi trains, and the ranks at which LoRA in queries and values trains about as many.

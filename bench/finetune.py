@@ -46,7 +46,7 @@ from transformers import (
 import mlp_fusion
 from mlp_fusion.finetuning.data import language_examples, read_rows
 from mlp_fusion.finetuning.result import RESULT_FILE
-from mlp_fusion.finetuning.run import is_unfinished
+from mlp_fusion.finetuning.session import is_unfinished
 from mlp_fusion.methods import get_method
 from mlp_fusion.store.record import architecture_of
 

@@ -32,7 +32,7 @@ from support import model_folder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import mlp_fusion
-from mlp_fusion.finetuning.run import is_unfinished
+from mlp_fusion.finetuning.session import is_unfinished
 
 WAYS = ("said", "did")
 #: What a score has to reach, of that of all weights.

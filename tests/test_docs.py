@@ -66,7 +66,7 @@ def blocks(page: Path) -> list[tuple[str, str, int]]:
 def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what pages name: tiny models, sentences, and labelled rows."""
     folder = tmp_path_factory.mktemp("docs")
-    special = {"pad_token": "<pad>", "eos_token": "</s>"}
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "mask_token": "<mask>"}
     for path, family, options in (
         ("roberta-base", "roberta", {"num_hidden_layers": 12, "task": "MaskedLM"}),
         ("roberta-base-sst2", "roberta", {"num_hidden_layers": 12, "id2label": {0: "0", 1: "1"}}),

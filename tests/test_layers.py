@@ -13,9 +13,9 @@ import mlp_fusion
 
 #: `mlp_fusion`, in order of processing. A folder or file imports itself and what stands before it.
 PRODUCT = (
-    "errors", "deferred", "choices", "neurons", "selection", "settings", "squeezing", "modules", "minialbert",
-    "families", "running", "store", "measure", "calibration", "methods", "reducing", "streaming", "companions",
-    "finetuning", "report", "verbs", "bars", "cli",
+    "errors", "deferred", "choices", "neurons", "selection", "settings", "squeezing", "distilling", "modules",
+    "minialbert", "families", "running", "store", "measure", "calibration", "methods", "reducing", "streaming",
+    "companions", "finetuning", "report", "verbs", "bars", "cli",
 )  # fmt: skip
 #: `fusion_kernels`, likewise; the operators that use another one's functions come after it.
 KERNELS = (

@@ -61,6 +61,11 @@ SIGNATURES: dict[Any, str] = {
         "checkpoint_steps "
         "seed device resume teacher original columns tokenizer progress"
     ),
+    mlp_fusion.distill: (
+        "teacher out text evaluation recursions embedding_size intermediate_size adapter_size start mlm_weight "
+        "attention_weight hidden_weight output_weight mask_share epochs learning_rate weight_decay warmup batch_size "
+        "accumulation max_length checkpoint_steps seed device resume columns tokenizer progress"
+    ),
     mlp_fusion.FusedMLP.from_mlp: "fc1 fc2 activation scale parameterization checkpoint_level",
     mlp_fusion.FusedGLU.from_mlp: "gate up down activation scale parameterization checkpoint_level gating",
     mlp_fusion.FusedExperts.from_experts: "experts scale parameterization checkpoint_level",

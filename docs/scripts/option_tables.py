@@ -14,6 +14,7 @@ from results_tables import table
 
 from mlp_fusion.choices import METHODS
 from mlp_fusion.cli import cli
+from mlp_fusion.distilling import DistillSettings
 from mlp_fusion.settings import CompressSettings, Field, FinetuneSettings, FuseSettings, PlanSettings, Settings, fields
 from mlp_fusion.squeezing import SqueezeSettings
 
@@ -24,6 +25,7 @@ VERBS: dict[str, tuple[type[Settings], str]] = {
     "compress": (CompressSettings, "compress"),
     "finetune": (FinetuneSettings, "finetune"),
     "squeeze": (SqueezeSettings, "squeeze"),
+    "distill": (DistillSettings, "distill"),
 }
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlp_fusion.companions.pafi import PafiConfig as PafiConfig
     from mlp_fusion.companions.said import SaidConfig as SaidConfig
     from mlp_fusion.errors import InputError
-    from mlp_fusion.finetuning.result import FinetuneReport
+    from mlp_fusion.finetuning.result import DistillReport, FinetuneReport
     from mlp_fusion.measure.report import FFNRow, FusionReport
     from mlp_fusion.minialbert.configuration import MiniAlbertConfig as MiniAlbertConfig
     from mlp_fusion.minialbert.modeling import MiniAlbertForMaskedLM as MiniAlbertForMaskedLM
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mlp_fusion.store.restoring import restore
     from mlp_fusion.store.states import state_form
     from mlp_fusion.verbs.compress import compress
+    from mlp_fusion.verbs.distill import distill
     from mlp_fusion.verbs.finetune import finetune
     from mlp_fusion.verbs.fuse import fuse
     from mlp_fusion.verbs.plan import FusionPlan, plan
@@ -47,6 +48,7 @@ __version__ = "0.1.0"
 
 #: Public name -> the module that holds it.
 _PLACES = {
+    "DistillReport": "finetuning.result",
     "FFNRow": "measure.report",
     "FinetuneReport": "finetuning.result",
     "FusedExperts": "modules",
@@ -68,6 +70,7 @@ _PLACES = {
     "SqueezeReport": "verbs.squeeze",
     "Verification": "verbs.verify",
     "compress": "verbs.compress",
+    "distill": "verbs.distill",
     "finetune": "verbs.finetune",
     "fuse": "verbs.fuse",
     "mpo_decompose": "companions.operators",
@@ -81,6 +84,7 @@ _PLACES = {
 
 #: Without the names that need peft: `from mlp_fusion import *` works without it.
 __all__ = [
+    "DistillReport",
     "FFNRow",
     "FinetuneReport",
     "FusedExperts",
@@ -92,6 +96,7 @@ __all__ = [
     "NeuronBundle",
     "Verification",
     "compress",
+    "distill",
     "finetune",
     "fuse",
     "plan",

@@ -1,4 +1,4 @@
-"""The command line: `mlp-fusion plan | compress | verify | finetune | squeeze | report | families | gpu | env`.
+"""The command line: `mlp-fusion plan | compress | verify | finetune | squeeze | distill | report | families | ...`.
 
 Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. Errors are one line on standard error; with `--json`,
 standard output holds one JSON object and nothing else.
@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import signal
 import sys
 import traceback
@@ -28,6 +26,7 @@ import click
 import mlp_fusion
 from mlp_fusion.bars import progress_bar, step_bar
 from mlp_fusion.deferred import when_imported
+from mlp_fusion.distilling import DistillSettings
 from mlp_fusion.errors import InputError
 from mlp_fusion.settings import (
     CompressSettings,
@@ -228,21 +227,29 @@ def finetune(
 ) -> None:
     """Train MODEL, fused or not, on a task and write the result to OUT."""
     settings = _read(FinetuneSettings, options)
-    # Under torchrun, the first of several processes speaks for all.
+    _train(
+        out,
+        as_json,
+        lambda show: mlp_fusion.finetune(
+            model, out, train, evaluation, columns=columns or None, original=original, teacher=teacher, progress=show,
+            **vars(settings),
+        ),
+    )  # fmt: skip
+
+
+def _train(out: Path, as_json: bool, run: Callable[[Any], Any]) -> None:
+    """Run a training that torchrun may have started several times, and say what came of it."""
+    # The first of several processes speaks for all.
     silent = int(os.environ.get("RANK", "0")) > 0
     with step_bar(silent=silent) as show:
         try:
-            report = mlp_fusion.finetune(
-                model, out, train, evaluation, columns=columns or None, original=original, teacher=teacher,
-                progress=show, **vars(settings),
-            )  # fmt: skip
+            report = run(show)
         except KeyboardInterrupt as error:
-            from mlp_fusion.finetuning.run import is_unfinished
+            from mlp_fusion.finetuning.session import is_unfinished
 
             if is_unfinished(out):
-                raise _InterruptedRunError(
-                    f"interrupted; --resume goes on from the last checkpoint in {out}"
-                ) from error
+                message = f"interrupted; --resume goes on from the last checkpoint in {out}"
+                raise _InterruptedRunError(message) from error
             raise
     _part()
     if silent:
@@ -250,6 +257,39 @@ def finetune(
     _emit(report, as_json)
     if not as_json:
         click.echo(f"written: {out}")
+
+
+@cli.command()
+@click.argument("teacher")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--text",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Text to learn on: plain, or .tsv, .csv or .jsonl with a column of texts.",
+)
+@click.option("--eval", "evaluation", type=click.Path(path_type=Path), help="The same, to measure on after each epoch.")
+@click.option("--text-column", "columns", multiple=True, help="Name of the text's column.")
+@_options(DistillSettings)
+@_json
+def distill(
+    teacher: str,
+    out: Path,
+    text: Path,
+    evaluation: Path | None,
+    columns: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Distil TEACHER, an encoder, into a MiniALBERT with one shared layer, and write it to OUT."""
+    settings = _read(DistillSettings, options)
+    _train(
+        out,
+        as_json,
+        lambda show: mlp_fusion.distill(
+            teacher, out, text, evaluation, columns=columns or None, progress=show, **vars(settings)
+        ),
+    )
 
 
 @cli.command()
@@ -361,6 +401,8 @@ def forget(as_json: bool) -> None:
 @_json
 def env(as_json: bool) -> None:
     """Versions, devices, and which backend each operator uses here and why."""
+    from mlp_fusion.verbs.env import environment
+
     report = environment()
     if as_json:
         click.echo(json.dumps(report, allow_nan=False))
@@ -370,28 +412,6 @@ def env(as_json: bool) -> None:
     rows += [("GPU kernels", ", ".join(f"{k}: {v}" for k, v in row.items())) for row in report["gpu_kernels"]]
     for name, value in rows:
         click.echo(f"{name:14} {value}")
-
-
-def environment() -> dict[str, Any]:
-    """Versions, devices and backends, as plain JSON types."""
-    import torch
-
-    from fusion_kernels import backends
-    from mlp_fusion.verbs.gpu import states
-
-    versions: dict[str, str] = {"python": platform.python_version()}
-    for package in ("mlp-fusion", "torch", "triton", "transformers", "safetensors", "numpy", "accelerate", "peft"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    versions["cuda"] = torch.version.cuda or "none (CPU build of torch)"
-    devices = [f"cpu, {torch.get_num_threads()} threads"]
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        memory = properties.total_memory / 2**30
-        devices.append(f"cuda:{index}, {properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB")
-    return {"versions": versions, "devices": devices, "backends": backends(), "gpu_kernels": states()}
 
 
 def parse_width(text: str) -> int | float | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -242,10 +243,10 @@ def test_env_prints_a_list(run: Run) -> None:
 def test_env_without_a_package(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def version(package: str) -> str:
         if package == "triton":
-            raise cli_module.importlib.metadata.PackageNotFoundError(package)
+            raise importlib.metadata.PackageNotFoundError(package)
         return "1.2.3"
 
-    monkeypatch.setattr(cli_module.importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "version", version)
     versions = run("env", "--json").json["versions"]
     assert (versions["triton"], versions["numpy"]) == ("not installed", "1.2.3")
 

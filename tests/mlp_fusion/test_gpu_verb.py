@@ -12,7 +12,7 @@ from commands import Run
 from fusion_kernels import gpu, library, proof
 from fusion_kernels.mlp.operators import MLP
 from fusion_kernels.proof import Proof, Verdict, cache
-from mlp_fusion import cli
+from mlp_fusion.verbs import env
 from mlp_fusion.verbs import gpu as verb
 
 CPU = torch.device("cpu")
@@ -111,6 +111,6 @@ def test_env_says_which_file_and_what_is_in_it(run: Run, monkeypatch: pytest.Mon
     assert state == {"device": "cuda:0", "switch": "auto", "file": state["file"], "state": "not there yet"}
     run("gpu", "tune", *SHAPE)
     assert states()[0]["state"] == "0 proofs, 1 measured"
-    whole = {**cli.environment(), "gpu_kernels": [state]}
-    monkeypatch.setattr(cli, "environment", lambda: whole)
+    whole = {**env.environment(), "gpu_kernels": [state]}
+    monkeypatch.setattr(env, "environment", lambda: whole)
     assert f"GPU kernels    device: cuda:0, switch: auto, file: {state['file']}, state: not there yet" in run("env").out

@@ -101,6 +101,17 @@ def add_tokenizer(folder: Path, **special: str) -> Path:
     return folder
 
 
+def add_masking_tokenizer(folder: Path) -> Path:
+    """The same with a token to mask with, and `<s> ... </s>` around texts."""
+    add_tokenizer(folder, pad_token="<pad>", cls_token="<s>", sep_token="</s>", mask_token="<mask>")
+    fast = PreTrainedTokenizerFast.from_pretrained(folder)
+    fast.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    fast.save_pretrained(folder)
+    return folder
+
+
 def tie_neurons(model: nn.Module, groups: int, seed: int = 0) -> None:
     """Make every tiny FFN hold only `groups` distinct neurons, each several times over and in mixed order.
 

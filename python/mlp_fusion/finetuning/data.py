@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from mlp_fusion.errors import InputError
 from mlp_fusion.running.rows import Data, Rows, read_rows
 
-__all__ = ["Data", "Rows", "class_names", "labelled_examples", "language_examples", "read_rows"]
+__all__ = ["Data", "Rows", "blocks", "class_names", "labelled_examples", "language_examples", "read_rows"]
 
 
 def class_names(rows: Rows) -> list[str]:
@@ -70,6 +70,10 @@ def language_examples(rows: Rows, tokenizer: Any, block: int) -> list[dict[str, 
     stream = [token for ids in encoded for token in [*ids, *end]]
     if len(stream) < 2:
         raise InputError(f"{rows.source}: fewer than two tokens: there is nothing to predict")
+    return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in blocks(stream, block)]
+
+
+def blocks(stream: Sequence[int], block: int) -> Tensor:
+    """Tokens in rows of `block`, or in one shorter row; what does not fill a row is left out."""
     block = min(block, len(stream))
-    ids = torch.tensor(stream[: len(stream) // block * block]).view(-1, block)
-    return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
+    return torch.tensor(stream[: len(stream) // block * block]).view(-1, block)

@@ -15,12 +15,14 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
 
 from mlp_fusion.errors import InputError, one_line
 from mlp_fusion.modules import Scaled
+from mlp_fusion.running.rows import Rows
 from mlp_fusion.running.runner import Runner
 from mlp_fusion.selection import parameterization_for
 from mlp_fusion.store.record import adopt_fused_config, architecture_of, fusion_record
@@ -35,6 +37,7 @@ Model: TypeAlias = str | Path | PreTrainedModel
 _CLASSES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "classification": (AutoModelForSequenceClassification, ("ForSequenceClassification",)),
     "lm": (AutoModelForCausalLM, ("ForCausalLM", "LMHeadModel")),
+    "mlm": (AutoModelForMaskedLM, ("ForMaskedLM",)),
 }
 _LOADING: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True}
 
@@ -262,6 +265,34 @@ def load_teacher(teacher: Model, task: str, student: Student) -> nn.Module:
     return loaded  # type: ignore[no-any-return]
 
 
+def load_masked(teacher: Model, *, headless: bool) -> Any:
+    """The model with a head for masked tokens that a student is distilled from; one in memory is copied.
+
+    Args:
+        teacher: a folder or hub name, or a model in memory.
+        headless: whether the head may be missing.
+
+    Raises:
+        InputError: it cannot be loaded, or lacks weights that are needed.
+    """
+    auto, needed = _CLASSES["mlm"][0], "train it on masked tokens first, or give output_weight=0"
+    if not isinstance(teacher, (str, Path)):
+        name = type(teacher).__name__
+        if not isinstance(teacher, PreTrainedModel):
+            raise InputError(f"teacher {name}: not a plain model of transformers: merge adapters and unwrap it first")
+        with_head = auto._model_mapping.get(type(teacher.config), ())
+        if not headless and not isinstance(teacher, with_head):
+            raise InputError(f"teacher {name}: it has no head for masked tokens: {needed}")
+        return copy.deepcopy(teacher)
+    loaded, fresh = _load_with_fresh(auto, local_folder(teacher))
+    inside = [name for name in fresh if name.startswith(f"{loaded.base_model_prefix}.")]
+    if inside:
+        raise InputError(f"teacher {teacher}: its checkpoint lacks {inside[0]}: start from the whole model")
+    if fresh and not headless:
+        raise InputError(f"teacher {teacher}: its checkpoint has no head for masked tokens: {needed}")
+    return loaded
+
+
 def load_original(original: Model, student: Student) -> tuple[nn.Module, list[int]]:
     """The unfused model whose hidden states are learnt from, and the layers to learn them in.
 
@@ -313,6 +344,20 @@ def _another(teacher: Any, student: Student) -> Any:
     if teacher is student.model:
         raise InputError("a model cannot teach itself: pass a copy of it from before the fusion")
     return copy.deepcopy(teacher)
+
+
+def check_tokens(rows: Rows, largest: int, model: Any) -> None:
+    """Raise InputError if the tokenizer makes token ids of `rows` that the model does not know."""
+    size = model.config.vocab_size
+    if largest >= size:
+        raise InputError(f"{rows.source}: the tokenizer makes token {largest}, the model knows {size}: another's?")
+
+
+def name_of(model: Model | None) -> str | None:
+    """A folder, a hub name, or the class of a model in memory."""
+    if model is None:
+        return None
+    return str(model) if isinstance(model, (str, Path)) else type(model).__name__
 
 
 def _check_vocabulary(role: str, model: Any, student: Student) -> None:

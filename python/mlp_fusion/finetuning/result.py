@@ -1,4 +1,4 @@
-"""`FinetuneReport`: what a fine-tuning run did, for people (`table`) and for programs (`to_dict`, finetune.json)."""
+"""What training runs did, for people (`table`) and for programs (`to_dict`, finetune.json and distill.json)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ Progress = Callable[[str, int, int, float | None], None]
 
 #: File in the output folder. It is written last: where it is, the run is complete.
 RESULT_FILE = "finetune.json"
+#: The same of a distillation.
+DISTILL_FILE = "distill.json"
 #: Folder in it for what a method of peft has trained.
 ADAPTER_FOLDER = "adapter"
 FORMAT_VERSION = 2
+DISTILL_FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,69 @@ class FinetuneReport:
         for name, found in (("before", self.initial), *((f"step {e['step']}", e) for e in self.evaluations)):
             if found is not None:
                 lines.append(f"{name}: {self.metric} {_shown(self.metric, found)}, loss {found['loss']:.4f}")
+        lines.append(f"{self.seconds:.0f} s")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """The outcome of :func:`mlp_fusion.distill`.
+
+    Attributes:
+        settings: the options of :class:`mlp_fusion.distilling.DistillSettings` that say what was done, defaults that
+            depend on the teacher filled in.
+        teacher: its name or folder.
+        layers: the teacher's layer, from 1, that each recursion learnt from.
+        parameters, teacher_parameters: of the two models, with their heads.
+        examples: blocks of text.
+        initial: before any training, on the evaluation data: the weighted `loss`, `mlm`, the mean cross-entropy of the
+            masked tokens, and `attention`, `hidden` and `output`, those of them that weigh anything; None without.
+        final: the same at the end.
+        train: learning curve, entries with `step`, `epoch`, `loss`, `learning_rate`.
+        evaluations: entries with `step`, `epoch` and what `initial` has, the first at step 0.
+        seconds: wall-clock time of the call that finished the run.
+
+    Examples:
+        >>> from mlp_fusion import DistillReport
+        >>> said = {"settings": {"epochs": 1.0, "seed": 0}, "teacher": "roberta-base", "layers": [2, 4, 6]}
+        >>> print(DistillReport(**said, parameters=10, teacher_parameters=40, examples=8, initial=None, final=None))
+        3 recursions learn from layers 2, 4, 6 of roberta-base: 10 of 40 parameters
+        8 blocks, 1 epochs, seed 0
+        0 s
+    """
+
+    settings: dict[str, Any]
+    teacher: str
+    layers: list[int]
+    parameters: int
+    teacher_parameters: int
+    examples: int
+    initial: dict[str, float] | None
+    final: dict[str, float] | None
+    train: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    format: int = DISTILL_FORMAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, null for numbers that are not finite."""
+        result: dict[str, Any] = finite(dataclasses.asdict(self))
+        return result
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self) -> str:
+        """The outcome as lines of text."""
+        s, learnt = self.settings, ", ".join(map(str, self.layers))
+        lines = [
+            f"{len(self.layers)} recursions learn from layers {learnt} of {self.teacher}: {self.parameters:,} of "
+            f"{self.teacher_parameters:,} parameters",
+            f"{self.examples:,} blocks, {s['epochs']:g} epochs, seed {s['seed']}",
+        ]
+        for found in self.evaluations:
+            parts = [f"{name} {value:.4f}" for name, value in found.items() if name not in ("step", "epoch")]
+            lines.append(f"step {found['step']}: {', '.join(parts)}")
         lines.append(f"{self.seconds:.0f} s")
         return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""`transformers.Trainer` with the two losses of distillation. Importing this needs accelerate."""
+"""`transformers.Trainer` with the losses of distillation. Importing this needs accelerate."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from mlp_fusion.finetuning.layer_to_layer import PARTS, LayerToLayer
 from mlp_fusion.finetuning.result import Progress
 from mlp_fusion.store.weights import WEIGHTS_FILE
 
@@ -61,6 +62,27 @@ class SimilarLengths(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class EpochOrder(Sampler[int]):
+    """`epoch * rows + row` for all rows in random order, a function of seed and epoch alone, as in `SimilarLengths`.
+
+    What is drawn for a row in an epoch can so be a function of the number that the row is asked for with.
+    """
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows, self.seed, self.epoch = rows, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter((self.epoch * self.rows + torch.randperm(self.rows, generator=generator)).tolist())
 
 
 class _QuietTrainer(Trainer):
@@ -145,6 +167,34 @@ class LayerwiseTrainer(_QuietTrainer):
             [hidden_state_error(outputs.hidden_states[n + 1], wanted[n + 1], mask) for n in self.layers]
         ).mean()
         return (loss, outputs) if return_outputs else loss
+
+
+class DistillTrainer(_QuietTrainer):
+    """Trains a student on what a `LayerToLayer` compares; evaluation says each part, too."""
+
+    def __init__(self, *args: Any, pairs: LayerToLayer, **kwargs: Any) -> None:
+        super().__init__(*args, teacher=pairs.teacher, by_length=False, compute_metrics=self._means, **kwargs)
+        self.pairs = pairs
+        #: What evaluation says.
+        self.said = [name for name in PARTS if name == "mlm" or pairs.weights[name]]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return EpochOrder(len(self.train_dataset), self.args.seed)
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        """The weighted sum of the parts."""
+        # Around the teacher as well, which no one has wrapped.
+        with self.accelerator.autocast():
+            parts = self.pairs.parts(model, inputs, predicts=None if model.training else True)
+            loss = self.pairs.total(parts)
+        if not return_outputs:
+            return loss
+        # A row for each of the batch, which is how predictions are gathered.
+        means = torch.stack([parts[name] for name in self.said]).expand(len(inputs["input_ids"]), -1)
+        return loss, {"loss": loss, "parts": means}
+
+    def _means(self, found: Any) -> dict[str, float]:
+        return dict(zip(self.said, map(float, found.predictions.mean(axis=0)), strict=True))
 
 
 def logit_divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:

@@ -15,7 +15,8 @@ from mlp_fusion.errors import InputError
 from mlp_fusion.finetuning.data import Data, read_rows
 from mlp_fusion.finetuning.loading import Model
 from mlp_fusion.finetuning.result import FinetuneReport, Progress
-from mlp_fusion.finetuning.run import Models, Run, check_folder, digest, is_main
+from mlp_fusion.finetuning.run import Models, Run
+from mlp_fusion.finetuning.session import check_folder, digest, is_main
 from mlp_fusion.running.runner import resolve_device
 from mlp_fusion.settings import FinetuneSettings, make, takes
 from mlp_fusion.store.output import output_path, taken
@@ -89,6 +90,6 @@ def finetune(
         models = Models.load(settings, rows, model, teacher, original, tokenizer)
         known, wanted = (models.examples(r, settings.max_length) for r in (rows, held_out))
         run = Run(settings, models, known, wanted, out, progress)
-        run.open(**{"training data": digest(rows), "evaluation data": digest(held_out)})
+        run.open(models.names, **{"training data": digest(rows), "evaluation data": digest(held_out)})
         run.train()
-        return run.write(time.perf_counter() - started)
+        return run.finish(time.perf_counter() - started)

@@ -24,7 +24,8 @@ from mlp_fusion.errors import InputError
 from mlp_fusion.finetuning.data import Data, read_rows
 from mlp_fusion.finetuning.loading import load_for
 from mlp_fusion.finetuning.result import RESULT_FILE, Progress
-from mlp_fusion.finetuning.run import METRICS, is_unfinished, write_json
+from mlp_fusion.finetuning.run import METRICS
+from mlp_fusion.finetuning.session import is_unfinished, write_json
 from mlp_fusion.measure.report import finite, render
 from mlp_fusion.report.figures import curves
 from mlp_fusion.settings import make, takes
