@@ -16,7 +16,7 @@ from transformers import MixtralConfig, SwitchTransformersConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
-from mlp_fusion.settings import FinetuneSettings
+from mlp_fusion.tuning import FinetuneSettings
 
 BENCH = Path(__file__).parents[1] / "bench"
 pytestmark = pytest.mark.usefixtures("importable")

@@ -13,7 +13,7 @@ import mlp_fusion
 
 #: `mlp_fusion`, in order of processing. A folder or file imports itself and what stands before it.
 PRODUCT = (
-    "errors", "deferred", "choices", "neurons", "selection", "settings", "squeezing", "distilling", "modules",
+    "errors", "deferred", "choices", "neurons", "selection", "settings", "tuning", "squeezing", "distilling", "modules",
     "minialbert", "families", "running", "store", "measure", "calibration", "methods", "reducing", "streaming",
     "companions", "finetuning", "report", "verbs", "bars", "cli",
 )  # fmt: skip

@@ -57,7 +57,8 @@ SIGNATURES: dict[Any, str] = {
     mlp_fusion.state_form: "form",
     mlp_fusion.finetune: (
         "model out train evaluation task layerwise_epochs layerwise_learning_rate distill_weight temperature "
-        "optimizer peft peft_options learning_rate weight_decay warmup epochs batch_size accumulation max_length "
+        "optimizer peft peft_options adapters learning_rate weight_decay warmup epochs batch_size accumulation "
+        "max_length "
         "checkpoint_steps "
         "seed device resume teacher original columns tokenizer progress"
     ),

@@ -15,8 +15,9 @@ from results_tables import table
 from mlp_fusion.choices import METHODS
 from mlp_fusion.cli import cli
 from mlp_fusion.distilling import DistillSettings
-from mlp_fusion.settings import CompressSettings, Field, FinetuneSettings, FuseSettings, PlanSettings, Settings, fields
+from mlp_fusion.settings import CompressSettings, Field, FuseSettings, PlanSettings, Settings, fields
 from mlp_fusion.squeezing import SqueezeSettings
+from mlp_fusion.tuning import FinetuneSettings
 
 #: Verb -> the record of its options, and the command that has them too.
 VERBS: dict[str, tuple[type[Settings], str]] = {

@@ -78,9 +78,9 @@ TASKS = ("classification", "lm")
 #: Companion methods, each a file in `companions/` that registers itself with peft; and the peft that they need.
 COMPANIONS = ("hiwi", "mpo", "pafi", "said")
 PEFT_NEEDED = (0, 21)
-#: What `finetune` may train in place of all weights; learning rates by default of these and without.
+#: What `finetune` may train in place of all weights; learning rates by default of these, of adapters, and of all.
 PEFT_METHODS = tuple(sorted(("lora", *COMPANIONS)))
-PEFT_RATES, FULL_RATE = {**dict.fromkeys(PEFT_METHODS, 1e-3), "said": 1e-2}, 5e-5
+PEFT_RATES, ADAPTER_RATE, FULL_RATE = {**dict.fromkeys(PEFT_METHODS, 1e-3), "said": 1e-2}, 1e-3, 5e-5
 #: Optimisers that `finetune` trains with.
 TRAINERS = ("adamw", "sgd")
 #: Sentences of a file or a list that are calibrated on, by default.

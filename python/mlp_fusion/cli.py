@@ -31,13 +31,13 @@ from mlp_fusion.errors import InputError
 from mlp_fusion.settings import (
     CompressSettings,
     Field,
-    FinetuneSettings,
     PlanSettings,
     Record,
     Settings,
     fields,
 )
 from mlp_fusion.squeezing import SqueezeSettings
+from mlp_fusion.tuning import FinetuneSettings
 
 Command = Callable[..., Any]
 #: Signals on which a command cleans up and ends.

@@ -18,6 +18,10 @@ class SqueezeSettings(Settings):
         "Parameters to end with: a count, or a share of the model's.", None, above=0.0
     )
     max_loss: float | None = option("Loss on the evaluation data that ends it; the round before is kept.", None)
+    width: float | None = option(
+        "Fuse the FFNs before anything else, to this share of their width, calibrated on the first training texts.",
+        None, above=0.0, below=1.0,
+    )  # fmt: skip
     round_share: float = option("Share of the model's parameters that a round takes.", 0.05, above=0.0, below=1.0)
     length: int = option("Tensors of a chain.", 5, least=2)
     embeddings: bool = option("Cut embeddings too.", True)

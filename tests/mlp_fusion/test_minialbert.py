@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+import checkpoints as ck
 import mlp_fusion
 from mlp_fusion import InputError, MiniAlbertConfig, MiniAlbertForMaskedLM, MiniAlbertModel
 
@@ -225,6 +226,7 @@ def test_no_adapters_of_no_width() -> None:
 def test_importing_the_package_is_enough(tmp_path: Path) -> None:
     config().save_pretrained(tmp_path)
     code = f"""
+import checkpoints as ck
 import mlp_fusion
 from transformers import BertModel  # its import is where others begin in the middle
 from transformers import AutoConfig, AutoModelForMaskedLM
@@ -232,3 +234,56 @@ print(type(AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained({str(tmp_
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.stdout.split() == ["MiniAlbertForMaskedLM"], run.stderr
+
+
+ROWS = [{"text": ("the cat sat a cat", "a the")[n % 2], "label": n % 2} for n in range(16)]
+TUNING: dict[str, Any] = {"task": "classification", "epochs": 2, "batch_size": 8, "adapters": True}
+
+
+def saved(folder: Path, adapter_size: int) -> Path:
+    """A checkpoint with a head for masked tokens, and a tokenizer."""
+    torch.manual_seed(0)
+    MiniAlbertForMaskedLM(config(adapter_size=adapter_size)).save_pretrained(folder)
+    return ck.add_tokenizer(folder, pad_token="<pad>")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter_size", [4, 0])
+def test_finetune_trains_adapters_and_head(adapter_size: int, tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", adapter_size)
+    for name in ("one", "other"):
+        mlp_fusion.finetune(source, tmp_path / name, ROWS, ROWS, **TUNING)
+    before, after, again = (ck.tensors(tmp_path / name) for name in ("source", "one", "other"))
+    moved = {name for name in before.keys() & after.keys() if not torch.equal(before[name], after[name])}
+    fresh = {name for name in after.keys() - before.keys() if "adapters" in name}
+    assert all("adapters" in name for name in moved)
+    assert bool(moved) == (adapter_size > 0)
+    assert bool(fresh) == (adapter_size == 0)
+    assert all(torch.equal(after[name], again[name]) for name in after)
+    tuned = AutoModelForSequenceClassification.from_pretrained(tmp_path / "one")
+    assert tuned.config.adapter_size == (adapter_size or 2)
+
+
+@pytest.mark.slow
+def test_interrupted_adapter_tuning_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", 0)
+    mlp_fusion.finetune(source, tmp_path / "whole", ROWS, **TUNING)
+
+    def stop(stage: str, done: int, total: int, loss: float | None) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mlp_fusion.finetune(source, tmp_path / "parts", ROWS, progress=stop, **TUNING)
+    mlp_fusion.finetune(source, tmp_path / "parts", ROWS, resume=True, **TUNING)
+    whole, parts = (ck.tensors(tmp_path / name) for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_adapters_are_of_minialbert_alone(tmp_path: Path) -> None:
+    other = ck.add_tokenizer(ck.save_tiny(tmp_path / "bert"), pad_token="<pad>")
+    with pytest.raises(InputError, match="is no MiniALBERT, whose adapters could train: use peft"):
+        mlp_fusion.finetune(other, tmp_path / "out", ROWS, **TUNING)
+    with pytest.raises(InputError, match="peft lora trains its own parameters"):
+        mlp_fusion.finetune(other, tmp_path / "out", ROWS, peft="lora", **TUNING)
+    assert not (tmp_path / "out").exists()

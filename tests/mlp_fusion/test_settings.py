@@ -16,7 +16,6 @@ from mlp_fusion.choices import AUTOMATIC_STEPS, CALIBRATION_SENTENCES
 from mlp_fusion.cli import cli
 from mlp_fusion.settings import (
     CompressSettings,
-    FinetuneSettings,
     FuseSettings,
     PlanSettings,
     Settings,
@@ -25,6 +24,7 @@ from mlp_fusion.settings import (
     option,
     takes,
 )
+from mlp_fusion.tuning import FinetuneSettings
 
 VERBS = {"plan": PlanSettings, "fuse": FuseSettings, "compress": CompressSettings, "finetune": FinetuneSettings}
 

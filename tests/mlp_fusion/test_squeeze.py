@@ -63,6 +63,21 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+def test_fusion_and_chains_together(source: Path, tmp_path: Path) -> None:
+    options = {**OPTIONS, "width": 0.5, "target_parameters": 0.7}
+    report = squeeze(source, tmp_path / "out", ROWS, ROWS, **options)
+    base = AutoModelForSequenceClassification.from_pretrained(source)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert report.whole == base.num_parameters()
+    assert report.rounds[0]["parameters"] == merged.num_parameters() < report.whole, "the FFNs were fused first"
+    assert merged.config.intermediate_size == base.config.intermediate_size // 2
+    # Shares are of the model as it was given.
+    assert report.rounds[-1]["parameters"] <= 0.7 * report.whole < report.rounds[-2]["parameters"]
+    assert not (tmp_path / "out" / "rounds").exists()
+    assert f"{report.rounds[0]['parameters'] / report.whole:.1%}" in report.table()
+
+
+@pytest.mark.slow
 def test_rounds_end_where_they_are_told_to(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = squeeze(source, out, ROWS, ROWS, target_parameters=0.7, **OPTIONS)

@@ -10,7 +10,8 @@ from typing import Any
 from mlp_fusion import FusionReport
 from mlp_fusion.measure import FFNRow
 from mlp_fusion.measure.report import CalibrationRecord, EmbeddingSimilarity
-from mlp_fusion.settings import FinetuneSettings, FuseSettings, fields
+from mlp_fusion.settings import FuseSettings, fields
+from mlp_fusion.tuning import FinetuneSettings
 
 #: A name that a page must escape.
 EVIL = '<b>&"$x_1$'

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from mlp_fusion.errors import InputError, one_line
+from mlp_fusion.minialbert.modeling import MiniAlbertPreTrainedModel
 from mlp_fusion.modules import Scaled
 from mlp_fusion.running.rows import Rows
 from mlp_fusion.running.runner import Runner
@@ -123,6 +124,21 @@ def with_companion(student: Student, method: str, options: Mapping[str, Any], ta
     from mlp_fusion.companions.making import attach
 
     return dataclasses.replace(student, model=attach(student.model, method, options, task, _heads(student, task)))
+
+
+def with_adapters(student: Student) -> Student:
+    """The student, a MiniALBERT, of which the adapters and the head alone train; one without adapters gets them.
+
+    Raises:
+        InputError: it is no MiniALBERT.
+    """
+    model = student.model
+    if not isinstance(model, MiniAlbertPreTrainedModel):
+        raise InputError(f"{student.name} is no MiniALBERT, whose adapters could train: use peft")
+    if not model.config.adapter_size:
+        model.insert_adapters()
+    model.freeze_all_but_adapters()
+    return student
 
 
 def _heads(student: Student, task: str) -> list[str]:

@@ -27,7 +27,7 @@ class FinetuneReport:
     """The outcome of :func:`mlp_fusion.finetune`.
 
     Attributes:
-        settings: the options of :class:`mlp_fusion.settings.FinetuneSettings` that say what was done.
+        settings: the options of :class:`mlp_fusion.tuning.FinetuneSettings` that say what was done.
         model, teacher, original: names or folders; None where there was none.
         method, parameterization: of the fusion; None for a model that is not fused.
         examples: training rows (blocks, for language modelling).

@@ -25,12 +25,13 @@ from mlp_fusion.finetuning.loading import (
     load_teacher,
     name_of,
     positions,
+    with_adapters,
     with_companion,
 )
 from mlp_fusion.finetuning.result import ADAPTER_FOLDER, RESULT_FILE, FinetuneReport, Progress
 from mlp_fusion.finetuning.session import Session, is_main, learning_curve, only_trains, with_named_outputs
-from mlp_fusion.settings import FinetuneSettings
 from mlp_fusion.store.record import fusion_record
+from mlp_fusion.tuning import FinetuneSettings
 
 METRICS = {"classification": "accuracy", "lm": "perplexity"}
 
@@ -63,11 +64,13 @@ class Models:
         """
         classes = class_names(rows) if settings.task == "classification" else []
         student = load_student(model, settings.task, classes, settings.optimizer, tokenizer)
+        if original is not None and (settings.adapters or settings.peft is not None):
+            raise InputError(
+                "original fits the fused layers' own weights, which stay with peft and adapters: leave out one of them"
+            )
+        if settings.adapters:
+            student = with_adapters(student)
         if settings.peft is not None:
-            if original is not None:
-                raise InputError(
-                    "original fits the fused layers' own weights, which stay with peft: leave out one of them"
-                )
             student = with_companion(student, settings.peft, settings.peft_options or {}, settings.task)
         taught = None if teacher is None else load_teacher(teacher, settings.task, student)
         fitted = None if original is None else load_original(original, student)

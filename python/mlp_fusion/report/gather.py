@@ -16,8 +16,9 @@ from mlp_fusion.finetuning import result
 from mlp_fusion.measure import FusionReport
 from mlp_fusion.measure import report as fusion
 from mlp_fusion.measure.errors import KERNELS
-from mlp_fusion.settings import FinetuneSettings, FuseSettings, Settings
+from mlp_fusion.settings import FuseSettings, Settings
 from mlp_fusion.store.record import REPORT_FILE
+from mlp_fusion.tuning import FinetuneSettings
 
 #: Levels of folders below the given one that are searched.
 DEPTH = 2

@@ -18,8 +18,9 @@ from mlp_fusion.finetuning.result import FinetuneReport, Progress
 from mlp_fusion.finetuning.run import Models, Run
 from mlp_fusion.finetuning.session import check_folder, digest, is_main
 from mlp_fusion.running.runner import resolve_device
-from mlp_fusion.settings import FinetuneSettings, make, takes
+from mlp_fusion.settings import make, takes
 from mlp_fusion.store.output import output_path, taken
+from mlp_fusion.tuning import FinetuneSettings
 
 
 @takes(FinetuneSettings)
@@ -55,7 +56,7 @@ def finetune(
         columns: the text's column or columns, where they have unusual names.
         tokenizer: None for the one beside the model's weights.
         progress: called as `progress(stage, done, total, loss)` after each step; stages are `layerwise` and `train`.
-        options: the fields of :class:`mlp_fusion.settings.FinetuneSettings`.
+        options: the fields of :class:`mlp_fusion.tuning.FinetuneSettings`.
 
     Returns:
         A `FinetuneReport`, which is also in `finetune.json`.

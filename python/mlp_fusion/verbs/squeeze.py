@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Sequence
@@ -15,11 +16,12 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
+from mlp_fusion.choices import CALIBRATION_SENTENCES
 from mlp_fusion.companions.mpo import as_matrix, chain_targets
 from mlp_fusion.companions.operators import mpo_decompose
 from mlp_fusion.companions.squeezing import Squeezed, squeeze_bonds
 from mlp_fusion.errors import InputError
-from mlp_fusion.finetuning.data import Data
+from mlp_fusion.finetuning.data import Data, read_rows
 from mlp_fusion.finetuning.loading import load_for
 from mlp_fusion.finetuning.result import RESULT_FILE, Progress
 from mlp_fusion.finetuning.run import METRICS
@@ -29,10 +31,13 @@ from mlp_fusion.report.figures import curves
 from mlp_fusion.settings import make, takes
 from mlp_fusion.squeezing import SqueezeSettings
 from mlp_fusion.store.output import output_path, taken
+from mlp_fusion.verbs.compress import compress
 from mlp_fusion.verbs.finetune import finetune
 
 #: In the output folder: what was done so far, the rounds of an unfinished run, and the plot.
 JOURNAL, ROUNDS, PLOT = "squeeze.json", "rounds", "squeeze.svg"
+#: Among the rounds: the model that begins with fused FFNs.
+FUSED = "fused"
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,12 @@ class SqueezeReport:
             task's metric on the evaluation data after the tuning, and the `bonds` by module; the first is uncut.
         chosen: number of the round that `OUT` holds.
         metric: `accuracy` or `perplexity`.
+        whole: parameters of the model as it was given, which shares are of.
 
     Examples:
         >>> from mlp_fusion import SqueezeReport
         >>> rounds = [{"parameters": 100, "error": 0.0, "loss": 0.3, "accuracy": 0.9, "bonds": None}]
-        >>> SqueezeReport({}, rounds, 0, "accuracy").table().splitlines()[-1]
+        >>> SqueezeReport({}, rounds, 0, "accuracy", 100).table().splitlines()[-1]
         '* written'
     """
 
@@ -57,6 +63,7 @@ class SqueezeReport:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     chosen: int = 0
     metric: str = ""
+    whole: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -71,11 +78,10 @@ class SqueezeReport:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for title in ("round", "parameters", "share", "estimated\nerror", "loss", self.metric):
             table.add_column(title, justify="right")
-        whole = self.rounds[0]["parameters"]
         for number, one in enumerate(self.rounds):
             mark = " *" if number == self.chosen else ""
             table.add_row(
-                f"{number}{mark}", f"{one['parameters']:,}", f"{one['parameters'] / whole:.1%}",
+                f"{number}{mark}", f"{one['parameters']:,}", f"{one['parameters'] / self.whole:.1%}",
                 f"{one['error'] ** 0.5:.3f}", f"{one['loss']:.4f}", f"{one[self.metric]:.4f}",
             )  # fmt: skip
         return f"{render(table)}\n* written"
@@ -94,7 +100,8 @@ def squeeze(
 ) -> SqueezeReport:
     """Make a model small by cutting the bonds of its matrices as chains of tensors, tuning what is left in between.
 
-    Round 0 trains the whole model's small tensors. Every other round decomposes the matrices anew, cuts where the
+    Round 0 trains the whole model's small tensors; with `width`, of the model with fused FFNs, whose matrices are then
+    cut: fusion and chains together. Every other round decomposes the matrices anew, cuts where the
     spectra say that it costs least until a share of the parameters is gone, and trains the small tensors again, the
     central ones frozen. It ends with the last round that has `target_parameters` or more than `max_loss` allows.
 
@@ -130,9 +137,12 @@ def squeeze(
         while not _ended(report, settings):
             number = len(report.rounds)
             before = out / ROUNDS / str(number - 1)
-            source, plan = (model, None) if number == 0 else (before, _cut(before, report, settings))
+            first = functools.partial(_first, model, out, train, columns, settings)
+            source, plan = (first(), None) if number == 0 else (before, _cut(before, report, settings))
             found = _round(number, source, out, (train, evaluation), columns, plan, settings, progress)
-            report = dataclasses.replace(report, rounds=[*report.rounds, found])
+            fused = settings.width is not None and not report.whole
+            whole = report.whole or (_whole(load_for(settings.task, Path(model))) if fused else found["parameters"])
+            report = dataclasses.replace(report, rounds=[*report.rounds, found], whole=whole)
             report = dataclasses.replace(report, chosen=_chosen(report, settings))
             write_json(out / JOURNAL, report.to_dict())
         _finish(out, report)
@@ -155,6 +165,22 @@ def _opened(out: Path, settings: SqueezeSettings) -> SqueezeReport:
     return known
 
 
+def _first(
+    model: str | Path, out: Path, train: Data, columns: Sequence[str] | None, settings: SqueezeSettings
+) -> str | Path:  # fmt: skip
+    """What round 0 trains: the model, or what its fusion has written."""
+    if settings.width is None:
+        return model
+    fused = out / ROUNDS / FUSED
+    if not fused.exists():
+        rows = read_rows(train, labelled=False, columns=columns, limit=CALIBRATION_SENTENCES)
+        text = out / ROUNDS / "calibration.txt"
+        text.parent.mkdir(exist_ok=True)
+        text.write_text("".join(f"{' '.join(one.split())}\n" for one in rows.texts), encoding="utf-8")
+        compress(model, fused, settings.width, calibration=str(text), seed=settings.seed, device=settings.device)
+    return fused
+
+
 def _ended(report: SqueezeReport, settings: SqueezeSettings) -> bool:
     if not report.rounds:
         return False
@@ -167,10 +193,9 @@ def _ended(report: SqueezeReport, settings: SqueezeSettings) -> bool:
 def _target(report: SqueezeReport, settings: SqueezeSettings) -> int:
     """Parameters to end with."""
     asked = settings.target_parameters
-    whole: int = report.rounds[0]["parameters"]
     if asked is None:
         return 0
-    return int(asked * whole) if asked < 1.0 else int(asked)
+    return int(asked * report.whole) if asked < 1.0 else int(asked)
 
 
 def _chosen(report: SqueezeReport, settings: SqueezeSettings) -> int:
@@ -191,8 +216,8 @@ def _cut(source: Path, report: SqueezeReport, settings: SqueezeSettings) -> Sque
     before = report.rounds[-1]["bonds"] or {}
     chains = {name: chain.truncated(before[name]) if name in before else chain for name, chain in chains.items()}
     rest = sum(p.numel() for p in loaded.parameters()) - sum(weight.numel() for weight in matrices.values())
-    whole, now = report.rounds[0]["parameters"], report.rounds[-1]["parameters"]
-    allowed = max(now - int(settings.round_share * whole), _target(report, settings))
+    now = report.rounds[-1]["parameters"]
+    allowed = max(now - int(settings.round_share * report.whole), _target(report, settings))
     found = squeeze_bonds(chains, allowed - rest)
     return Squeezed(found.bonds, found.parameters + rest, found.error)
 
