@@ -92,6 +92,30 @@ def test_evaluation_is_that_of_the_same_masks_and_its_own_batches(source: Path, 
         assert report.final[name] == pytest.approx(mean, rel=1e-4), name
 
 
+def test_every_epoch_has_masks_of_its_own_and_what_weighs_nothing_is_still_measured(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int]] = []
+    plain = MaskedText.__getitem__
+
+    def watched(text: MaskedText, number: int) -> dict[str, torch.Tensor]:
+        asked.append((text.name, number))
+        return plain(text, number)
+
+    monkeypatch.setattr(MaskedText, "__getitem__", watched)
+    options = {**SMALL, "mlm_weight": 0.0, "batch_size": 2}
+    report = distill(source, tmp_path / "out", sentences(14), sentences(4, 1), epochs=2.0, **options)
+    assert report.examples == 8
+    trained = [number for name, number in asked if name == "text"]
+    assert trained[:2] == [0, 1], "the trial of the teacher"
+    assert sorted(trained[2:]) == list(range(16))
+    assert {number for name, number in asked if name == "evaluation"} == {0, 1}
+    assert report.final is not None
+    assert report.final["mlm"] > 1.0
+    rest = 3 * (report.final["attention"] + report.final["hidden"]) + 5 * report.final["output"]
+    assert report.final["loss"] == pytest.approx(rest, rel=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["roberta", "distilbert", "electra"])
 def test_other_teachers_teach(family: str, tmp_path: Path) -> None:

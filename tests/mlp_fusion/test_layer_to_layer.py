@@ -17,7 +17,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenize
 
 import checkpoints as ck
 from mlp_fusion import InputError, MiniAlbertConfig, MiniAlbertForMaskedLM
-from mlp_fusion.finetuning.attention import record, recorded
+from mlp_fusion.finetuning.attention import NAME, record, recorded
 from mlp_fusion.finetuning.layer_to_layer import (
     LayerToLayer,
     at_positions,
@@ -181,6 +181,7 @@ def test_teachers_whose_insides_cannot_be_had_are_refused_with_the_remedy() -> N
         other = teacher(**shape)
         with pytest.raises(InputError, match=rf"in the teacher and \d+ in the student: give {part}_weight=0"):
             LayerToLayer(student(), other, WEIGHTS)
+        LayerToLayer(student(), other, {**WEIGHTS, part: 0.0}).check(batch())
 
 
 def test_heads_that_look_beyond_a_tokens_state_are_refused() -> None:
@@ -220,11 +221,28 @@ def test_recorded_models_compute_what_they_did(kind: str) -> None:
         record(model)
         with recorded({1, 3}) as recording:
             after = model(**inputs).logits
+        model(**inputs)
     assert torch.equal(before, after)
-    assert recording.calls == 4
+    assert recording.calls == 4, "and none outside"
     assert list(recording.scores) == [1, 3]
     assert recording.scores[1].query.shape == (2, 2, 7, 8)
     assert "_attn_implementation" not in model.config.to_dict()
+
+
+def test_scores_have_the_scaling_that_attention_has() -> None:
+    module, (query, key, value) = nn.Module(), torch.randn(3, 1, 2, 4, 16).unbind()
+    attend = transformers.AttentionInterface()[NAME]
+    with recorded({0, 1}) as recording:
+        for scaling in (None, 0.7):
+            attend(module, query, key, value, None, scaling=scaling, is_causal=False)
+    assert [scores.scaling for scores in recording.scores.values()] == [0.25, 0.7]
+
+
+def test_a_mean_over_one_token_is_that_tokens() -> None:
+    logits, wanted = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0.0, 1.0, 0.0]])
+    p, q = (torch.softmax(z, -1) for z in (wanted, logits))
+    torch.testing.assert_close(output_divergence(logits, wanted), (p * (p / q).log()).sum())
+    torch.testing.assert_close(masked_loss(logits, torch.tensor([1])), -q[0, 1].log())
 
 
 def test_heads_see_the_positions_alone() -> None:

@@ -129,8 +129,8 @@ class LayerToLayer:
         return found
 
     def total(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum of the parts that weigh anything."""
-        return torch.stack([self.weights[name] * part for name, part in parts.items() if self.weights[name]]).sum()
+        """Their weighted sum."""
+        return torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
 
     @torch.no_grad()
     def check(self, inputs: Mapping[str, Tensor]) -> None:
