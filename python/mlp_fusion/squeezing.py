@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlp_fusion.choices import TASKS
+from mlp_fusion.choices import PEFT_RATES, TASKS
 from mlp_fusion.errors import InputError
 from mlp_fusion.settings import Settings, option
 
@@ -26,7 +26,7 @@ class SqueezeSettings(Settings):
     length: int = option("Tensors of a chain.", 5, least=2)
     embeddings: bool = option("Cut embeddings too.", True)
     epochs: float = option("Passes over the data in each round.", 1.0, above=0.0)
-    learning_rate: float = option("Learning rate at its peak, in each round.", 1e-3, above=0.0)
+    learning_rate: float = option("Learning rate at its peak, in each round.", PEFT_RATES["mpo"], above=0.0)
     batch_size: int = option("Rows per step.", 32, least=1)
     max_length: int = option("Tokens of a text, beyond which it is cut; for lm, of a block.", 128, least=1)
     seed: int = option("Seed of a new head, the order of the data and dropout.", 0, least=0, most=2**32 - 1)

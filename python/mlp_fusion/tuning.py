@@ -34,7 +34,8 @@ class FinetuneSettings(Settings):
     adapters: bool = option("Of a MiniALBERT, train adapters and head alone; where it has none, it gets them.", False)
     learning_rate: float | None = option(
         "Learning rate at its peak.", None, above=0.0,
-        default_help=f"{FULL_RATE:g}, with peft or adapters 0.001, with said 0.01",
+        default_help=f"{FULL_RATE:g}, with adapters {ADAPTER_RATE:g}, "
+        + ", ".join(f"with {name} {rate:g}" for name, rate in PEFT_RATES.items()),
     )  # fmt: skip
     weight_decay: float = option("Weight decay of all weights that train.", 0.01, least=0.0)
     warmup: float = option(

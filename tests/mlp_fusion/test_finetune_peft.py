@@ -18,6 +18,7 @@ import mlp_fusion
 from commands import Run
 from families import token_batch
 from mlp_fusion import InputError
+from mlp_fusion.choices import PEFT_RATES
 from mlp_fusion.companions.making import make_config
 
 pytestmark = pytest.mark.slow
@@ -62,7 +63,7 @@ def test_the_merged_model_and_the_adapter_compute_the_same(method: str, source: 
     report = mlp_fusion.finetune(source, out, ROWS, ROWS, peft=method, peft_options=METHODS[method], **OPTIONS)
     assert report.final is not None
     assert report.settings["peft"] == method
-    assert report.settings["learning_rate"] == 1e-3
+    assert report.settings["learning_rate"] == PEFT_RATES[method]
     merged = AutoModelForSequenceClassification.from_pretrained(out)
     base = AutoModelForSequenceClassification.from_pretrained(source)
     again = PeftModel.from_pretrained(base, out / "adapter")

@@ -12,7 +12,7 @@ import pytest
 
 import mlp_fusion
 from mlp_fusion import InputError
-from mlp_fusion.choices import AUTOMATIC_STEPS, CALIBRATION_SENTENCES
+from mlp_fusion.choices import AUTOMATIC_STEPS, CALIBRATION_SENTENCES, PEFT_METHODS, PEFT_RATES
 from mlp_fusion.cli import cli
 from mlp_fusion.settings import (
     CompressSettings,
@@ -212,8 +212,13 @@ def test_a_new_option_is_one_field() -> None:
 
 @pytest.mark.parametrize(
     ("peft", "rate", "expected"),
-    [(None, None, 5e-5), ("lora", None, 1e-3), ("said", None, 1e-2), ("said", 0.3, 0.3), (None, 0.2, 0.2)],
+    [(None, None, 5e-5), ("lora", None, 1e-3), ("pafi", None, 1e-2), ("said", 0.3, 0.3), (None, 0.2, 0.2)],
 )
 def test_the_learning_rate_suits_what_trains(peft: str | None, rate: float | None, expected: float) -> None:
     settings = FinetuneSettings(task="lm", peft=peft, learning_rate=rate)
     assert settings.rate() == settings.recorded()["learning_rate"] == expected
+
+
+def test_every_method_has_a_learning_rate() -> None:
+    assert set(PEFT_RATES) == set(PEFT_METHODS)
+    assert FinetuneSettings(task="lm", adapters=True).rate() == 1e-3
