@@ -18,6 +18,7 @@ import mlp_fusion
 from commands import Run
 from families import tiny_model
 from mlp_fusion import InputError, distill
+from mlp_fusion.finetuning import session
 from mlp_fusion.finetuning.layer_to_layer import LayerToLayer
 from mlp_fusion.finetuning.masking import MaskedText, masked_blocks
 from mlp_fusion.finetuning.trainers import EpochOrder
@@ -214,8 +215,10 @@ def test_under_bfloat16_it_learns_as_in_float32(source: Path, tmp_path: Path, mo
     exact = distill(source, tmp_path / "exact", sentences(40), sentences(8, 1), **SMALL)
     assert not any(seen)
     seen.clear()
-    arguments = transformers.TrainingArguments
-    monkeypatch.setattr(transformers, "TrainingArguments", lambda **known: arguments(**{**known, "bf16": True}))
+    # The one that is imported there: with its models, transformers may replace itself among the modules.
+    library: Any = session.transformers
+    arguments = library.TrainingArguments
+    monkeypatch.setattr(library, "TrainingArguments", lambda **known: arguments(**{**known, "bf16": True}))
     half = distill(source, tmp_path / "half", sentences(40), sentences(8, 1), **SMALL)
     assert not seen[0], "the trial of the teacher"
     assert all(seen[1:])
