@@ -229,6 +229,15 @@ def test_under_bfloat16_it_learns_as_in_float32(source: Path, tmp_path: Path, mo
         assert half.final[name] == pytest.approx(exact.final[name], rel=0.1), name
 
 
+def test_a_student_starts_where_it_is_told_to(source: Path, tmp_path: Path) -> None:
+    still = {**SMALL, "learning_rate": 1e-12, "weight_decay": 0.0}
+    theirs = ck.tensors(source)["cls.predictions.transform.dense.weight"]
+    for start in ("teacher", "random"):
+        distill(source, tmp_path / start, sentences(8), start=start, **still)
+        ours = ck.tensors(tmp_path / start)["predictions.dense.weight"]
+        assert torch.allclose(ours, theirs, atol=1e-6) == (start == "teacher")
+
+
 def test_a_teacher_in_memory_stays_as_it_is(source: Path, tmp_path: Path) -> None:
     teacher = tiny_model("bert", task="MaskedLM").train()
     tokenizer = AutoTokenizer.from_pretrained(source)
