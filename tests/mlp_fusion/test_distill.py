@@ -67,7 +67,7 @@ def test_a_student_learns_and_stands_in_the_folder(source: Path, tmp_path: Path)
     assert not (tmp_path / "out/checkpoints").exists()
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
     assert isinstance(model, mlp_fusion.MiniAlbertForMaskedLM)
-    assert sum(p.numel() for p in model.parameters()) == report.parameters
+    assert sum(p.numel() for p in model.albert.parameters()) == report.parameters
     assert AutoTokenizer.from_pretrained(tmp_path / "out").mask_token == "<mask>"
     assert model.config.max_position_embeddings == 40
     lines = report.table().splitlines()
