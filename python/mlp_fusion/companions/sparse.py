@@ -1,7 +1,9 @@
 """Layers some values of whose weights are trained: passes on the weight itself, gradients of those values alone.
 
 The values stand in the weight while a pass runs on it, so that there is no copy of the weight, in memory or for the
-backward; and what the backward computes of the weight's gradient are the entries that are asked for.
+backward; and what the backward computes of the weight's gradient are the entries that are asked for. (Adding the product
+of the sparse matrix to the plain one would take a multiplication for each value and token, where writing takes one store
+for each value and another to bring back what was there: from two tokens on there is nothing to choose.)
 """
 
 from __future__ import annotations
