@@ -241,9 +241,12 @@ def test_a_student_starts_where_it_is_told_to(source: Path, tmp_path: Path) -> N
 def test_a_teacher_in_memory_stays_as_it_is(source: Path, tmp_path: Path) -> None:
     teacher = tiny_model("bert", task="MaskedLM").train()
     tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.backend_tokenizer.enable_truncation(9)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     report = distill(teacher, tmp_path / "out", sentences(8), tokenizer=tokenizer, recursions=1, **SMALL)
     assert (report.teacher, report.layers, report.initial, report.final) == ("BertForMaskedLM", [3], None, None)
+    assert tokenizer.backend_tokenizer.truncation["max_length"] == 9
+    assert json.loads((tmp_path / "out/tokenizer.json").read_text())["truncation"]["max_length"] == 9
     assert teacher.training
     assert teacher.config._attn_implementation == "sdpa"
     assert all(p.requires_grad for p in teacher.parameters())

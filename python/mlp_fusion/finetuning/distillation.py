@@ -120,7 +120,7 @@ def _student(settings: DistillSettings, teacher: Any) -> Any:
 
 def _tokenizer(teacher: Model, tokenizer: Any) -> Any:
     if tokenizer is not None:
-        return copy.deepcopy(tokenizer)
+        return tokenizer
     found = load_tokenizer(teacher) if isinstance(teacher, (str, Path)) else tokenizer_of(teacher)
     if found is None:
         raise InputError("the teacher was not loaded from a folder with a tokenizer: pass tokenizer")
