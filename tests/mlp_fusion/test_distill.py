@@ -18,6 +18,7 @@ import mlp_fusion
 from commands import Run
 from families import tiny_model
 from mlp_fusion import InputError, distill
+from mlp_fusion.finetuning import session
 from mlp_fusion.finetuning.layer_to_layer import LayerToLayer
 from mlp_fusion.finetuning.masking import MaskedText, masked_blocks
 from mlp_fusion.finetuning.trainers import EpochOrder
@@ -66,7 +67,7 @@ def test_a_student_learns_and_stands_in_the_folder(source: Path, tmp_path: Path)
     assert not (tmp_path / "out/checkpoints").exists()
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
     assert isinstance(model, mlp_fusion.MiniAlbertForMaskedLM)
-    assert sum(p.numel() for p in model.parameters()) == report.parameters
+    assert sum(p.numel() for p in model.albert.parameters()) == report.parameters
     assert AutoTokenizer.from_pretrained(tmp_path / "out").mask_token == "<mask>"
     assert model.config.max_position_embeddings == 40
     lines = report.table().splitlines()
@@ -214,8 +215,10 @@ def test_under_bfloat16_it_learns_as_in_float32(source: Path, tmp_path: Path, mo
     exact = distill(source, tmp_path / "exact", sentences(40), sentences(8, 1), **SMALL)
     assert not any(seen)
     seen.clear()
-    arguments = transformers.TrainingArguments
-    monkeypatch.setattr(transformers, "TrainingArguments", lambda **known: arguments(**{**known, "bf16": True}))
+    # The one that is imported there: with its models, transformers may replace itself among the modules.
+    library: Any = session.transformers
+    arguments = library.TrainingArguments
+    monkeypatch.setattr(library, "TrainingArguments", lambda **known: arguments(**{**known, "bf16": True}))
     half = distill(source, tmp_path / "half", sentences(40), sentences(8, 1), **SMALL)
     assert not seen[0], "the trial of the teacher"
     assert all(seen[1:])
@@ -226,12 +229,24 @@ def test_under_bfloat16_it_learns_as_in_float32(source: Path, tmp_path: Path, mo
         assert half.final[name] == pytest.approx(exact.final[name], rel=0.1), name
 
 
+def test_a_student_starts_where_it_is_told_to(source: Path, tmp_path: Path) -> None:
+    still = {**SMALL, "learning_rate": 1e-12, "weight_decay": 0.0}
+    theirs = ck.tensors(source)["cls.predictions.transform.dense.weight"]
+    for start in ("teacher", "random"):
+        distill(source, tmp_path / start, sentences(8), start=start, **still)
+        ours = ck.tensors(tmp_path / start)["predictions.dense.weight"]
+        assert torch.allclose(ours, theirs, atol=1e-6) == (start == "teacher")
+
+
 def test_a_teacher_in_memory_stays_as_it_is(source: Path, tmp_path: Path) -> None:
     teacher = tiny_model("bert", task="MaskedLM").train()
     tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.backend_tokenizer.enable_truncation(9)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     report = distill(teacher, tmp_path / "out", sentences(8), tokenizer=tokenizer, recursions=1, **SMALL)
     assert (report.teacher, report.layers, report.initial, report.final) == ("BertForMaskedLM", [3], None, None)
+    assert tokenizer.backend_tokenizer.truncation["max_length"] == 9
+    assert json.loads((tmp_path / "out/tokenizer.json").read_text())["truncation"]["max_length"] == 9
     assert teacher.training
     assert teacher.config._attn_implementation == "sdpa"
     assert all(p.requires_grad for p in teacher.parameters())

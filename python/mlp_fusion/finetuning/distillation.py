@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import nn
 
 from mlp_fusion.distilling import DistillSettings
 from mlp_fusion.errors import InputError
@@ -60,7 +59,7 @@ class Lesson:
         known = _tokenizer(teacher, tokenizer)
         return Lesson(settings, _student(settings, loaded), loaded, known, str(name_of(teacher)))
 
-    def __iter__(self) -> Iterator[nn.Module]:
+    def __iter__(self) -> Iterator[Any]:
         return iter((self.student, self.teacher))
 
     def text(self, rows: Rows | None, name: str) -> MaskedText | None:
@@ -121,7 +120,7 @@ def _student(settings: DistillSettings, teacher: Any) -> Any:
 
 def _tokenizer(teacher: Model, tokenizer: Any) -> Any:
     if tokenizer is not None:
-        return copy.deepcopy(tokenizer)
+        return tokenizer
     found = load_tokenizer(teacher) if isinstance(teacher, (str, Path)) else tokenizer_of(teacher)
     if found is None:
         raise InputError("the teacher was not loaded from a folder with a tokenizer: pass tokenizer")
@@ -173,7 +172,7 @@ class Distillation(Session):
 
     def finish(self, seconds: float) -> DistillReport:
         """Write the student, its tokenizer and, last, the report; the checkpoints of the run go."""
-        student, teacher = (sum(p.numel() for p in model.parameters()) for model in self.lesson)
+        student, teacher = (sum(p.numel() for p in model.base_model.parameters()) for model in self.lesson)
         report = DistillReport(
             settings=self.settings.recorded(),
             teacher=self.lesson.name,

@@ -96,7 +96,7 @@ class DistillReport:
             depend on the teacher filled in.
         teacher: its name or folder.
         layers: the teacher's layer, from 1, that each recursion learnt from.
-        parameters, teacher_parameters: of the two models, with their heads.
+        parameters, teacher_parameters: of the two encoders, without their heads.
         examples: blocks of text.
         initial: before any training, on the evaluation data: the weighted `loss`, `mlm`, the mean cross-entropy of the
             masked tokens, and `attention`, `hidden` and `output`, those of them that weigh anything; None without.
@@ -109,7 +109,7 @@ class DistillReport:
         >>> from mlp_fusion import DistillReport
         >>> said = {"settings": {"epochs": 1.0, "seed": 0}, "teacher": "roberta-base", "layers": [2, 4, 6]}
         >>> print(DistillReport(**said, parameters=10, teacher_parameters=40, examples=8, initial=None, final=None))
-        3 recursions learn from layers 2, 4, 6 of roberta-base: 10 of 40 parameters
+        3 recursions learn from layers 2, 4, 6 of roberta-base: 10 of 40 parameters without heads
         8 blocks, 1 epochs, seed 0
         0 s
     """
@@ -140,7 +140,7 @@ class DistillReport:
         s, learnt = self.settings, ", ".join(map(str, self.layers))
         lines = [
             f"{len(self.layers)} recursions learn from layers {learnt} of {self.teacher}: {self.parameters:,} of "
-            f"{self.teacher_parameters:,} parameters",
+            f"{self.teacher_parameters:,} parameters without heads",
             f"{self.examples:,} blocks, {s['epochs']:g} epochs, seed {s['seed']}",
         ]
         for found in self.evaluations:
