@@ -93,6 +93,7 @@ def small_teacher(options: argparse.Namespace) -> Path:
     tokenizer.save_pretrained(out / "unfinished")
     for file in (out / "unfinished").iterdir():
         file.replace(out / file.name)
+    (out / "unfinished").rmdir()
     return out
 
 
