@@ -211,6 +211,8 @@ def test_the_shared_ffn_is_found_and_shrinks(tmp_path: Path) -> None:
         ({"num_hidden_groups": 2}, "one layer"),
         ({"inner_group_num": 2}, "one layer"),
         ({"adapter_size": -1}, "adapter_size -1: give a width, or 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers 0: the layer is passed through 1 time or more"),
+        ({"num_attention_heads": 5}, "hidden_size 32 is no multiple of num_attention_heads 5"),
     ],
 )
 def test_wrong_configs_are_refused(wrong: dict[str, Any], message: str) -> None:
