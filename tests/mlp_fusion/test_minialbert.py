@@ -238,6 +238,16 @@ print(type(AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained({str(tmp_
     assert run.stdout.split() == ["MiniAlbertForMaskedLM"], run.stderr
 
 
+@pytest.mark.slow
+def test_a_layer_that_runs_several_times_is_not_calibrated_in_sequence(tmp_path: Path) -> None:
+    source, text = saved(tmp_path / "source", 4), tmp_path / "text.txt"
+    text.write_text("the cat sat a cat\n" * 16, encoding="utf-8")
+    with pytest.raises(InputError, match=r"give sequential=False \(--no-sequential\)"):
+        mlp_fusion.compress(source, tmp_path / "out", 24, calibration=str(text))
+    mlp_fusion.compress(source, tmp_path / "out", 24, calibration=str(text), sequential=False)
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out").config.intermediate_size == 24
+
+
 ROWS = [{"text": ("the cat sat a cat", "a the")[n % 2], "label": n % 2} for n in range(16)]
 TUNING: dict[str, Any] = {"task": "classification", "epochs": 2, "batch_size": 8, "adapters": True}
 
