@@ -76,7 +76,7 @@ def _option(field: Field) -> Callable[[Command], Command]:
     name = known.flag or f"--{field.name.replace('_', '-')}"
     help_text = f"{known.help}  [default: {known.default_help}]" if known.default_help else known.help
     more: dict[str, Any] = {"help": help_text, "required": missing, "metavar": known.metavar}
-    if field.kind is bool and not field.optional:
+    if field.kind is bool and not field.optional and not field.default:
         return click.option(name, field.name, is_flag=True, help=help_text)
     if field.kind is bool:
         name = f"{name}/--no-{name[2:]}"

@@ -339,7 +339,8 @@ class FuseSettings(PlanSettings):
         """
         best = self.method == AUTOMATIC and calibrated and named and whole and self.refit is not False
         plain = PLAIN_METHOD if self.method == AUTOMATIC else self.method
-        sequential = best if self.sequential is None else self.sequential
+        # Of one FFN alone, none before it shrinks; and where it is shared, it has no one place in the sequence.
+        sequential = best and len(layers) > 1 if self.sequential is None else self.sequential
         steps = (AUTOMATIC_STEPS if best else 0) if self.tune_steps is None else self.tune_steps
         match = OPTIMIZER_KERNELS[self.parameterization] if self.match == "auto" else self.match
         refit = calibrated and named if self.refit is None else self.refit

@@ -38,3 +38,5 @@ class SqueezeSettings(Settings):
         super().check()
         if self.target_parameters is None and self.max_loss is None:
             raise InputError("nothing ends it: give target_parameters, max_loss, or both")
+        if self.target_parameters is not None and self.target_parameters >= 1.0 and self.target_parameters % 1.0:
+            raise InputError(f"target_parameters {self.target_parameters}: give a share below 1, or a whole count")

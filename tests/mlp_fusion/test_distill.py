@@ -306,6 +306,9 @@ def test_bad_teachers_and_texts_are_one_line_and_nothing_is_written(source: Path
         distill(torch.nn.Linear(2, 2), out, sentences(8), **SMALL)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="did you mean 'recursions'"):
         distill(source, out, sentences(8), recursion=2, **SMALL)
+    decoder = ck.add_masking_tokenizer(ck.save_tiny(tmp_path / "decoder", "gpt2"))
+    with pytest.raises(InputError, match="gpt2 has no head for masked tokens: take a BERT or its like"):
+        distill(decoder, out, sentences(8), **SMALL)
     assert not out.exists()
 
 

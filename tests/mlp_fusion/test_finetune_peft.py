@@ -19,7 +19,7 @@ from commands import Run
 from families import token_batch
 from mlp_fusion import InputError
 from mlp_fusion.choices import PEFT_RATES
-from mlp_fusion.companions.making import make_config
+from mlp_fusion.companions.making import attach, make_config
 
 pytestmark = pytest.mark.slow
 
@@ -130,6 +130,11 @@ def test_a_language_model_trains_without_a_new_head(tmp_path: Path) -> None:
     mlp_fusion.finetune(source, tmp_path / "out", text, peft="pafi", peft_options={"budget": 0.1}, **options)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all("pafi_" in name for name in ck.tensors(tmp_path / "out" / "adapter"))
+
+
+def test_what_is_deprecated_in_transformers_is_no_users_concern(recwarn: pytest.WarningsRecorder) -> None:
+    attach(ck.tiny_model("bert"), "pafi", {"budget": 10}, "classification", [])
+    assert not [warning for warning in recwarn if warning.category is FutureWarning]
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -211,6 +211,8 @@ def test_the_shared_ffn_is_found_and_shrinks(tmp_path: Path) -> None:
         ({"num_hidden_groups": 2}, "one layer"),
         ({"inner_group_num": 2}, "one layer"),
         ({"adapter_size": -1}, "adapter_size -1: give a width, or 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers 0: the layer is passed through 1 time or more"),
+        ({"num_attention_heads": 5}, "hidden_size 32 is no multiple of num_attention_heads 5"),
     ],
 )
 def test_wrong_configs_are_refused(wrong: dict[str, Any], message: str) -> None:
@@ -226,7 +228,6 @@ def test_no_adapters_of_no_width() -> None:
 def test_importing_the_package_is_enough(tmp_path: Path) -> None:
     config().save_pretrained(tmp_path)
     code = f"""
-import checkpoints as ck
 import mlp_fusion
 from transformers import BertModel  # its import is where others begin in the middle
 from transformers import AutoConfig, AutoModelForMaskedLM
@@ -234,6 +235,18 @@ print(type(AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained({str(tmp_
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.stdout.split() == ["MiniAlbertForMaskedLM"], run.stderr
+
+
+@pytest.mark.slow
+def test_a_layer_that_runs_several_times_learns_from_text(tmp_path: Path) -> None:
+    source, text = saved(tmp_path / "source", 4), tmp_path / "text.txt"
+    text.write_text("the cat sat a cat\n" * 16, encoding="utf-8")
+    with pytest.raises(InputError, match=r"give sequential=False \(--no-sequential\)"):
+        mlp_fusion.compress(source, tmp_path / "out", 24, calibration=str(text), sequential=True)
+    report = mlp_fusion.compress(source, tmp_path / "out", 24, calibration=str(text))
+    assert report.settings.method == "merge"
+    assert report.settings.sequential is False
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out").config.intermediate_size == 24
 
 
 ROWS = [{"text": ("the cat sat a cat", "a the")[n % 2], "label": n % 2} for n in range(16)]

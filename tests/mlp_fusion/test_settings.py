@@ -123,13 +123,16 @@ def test_resolved_settings_leave_nothing_open() -> None:
 
 
 def test_what_is_measured_to_be_best_is_what_no_method_and_text_come_to() -> None:
-    def found(calibrated: bool = True, *, named: bool = True, whole: bool = True, **options: Any) -> tuple[Any, ...]:
+    def found(
+        calibrated: bool = True, *, named: bool = True, whole: bool = True, count: int = 2, **options: Any
+    ) -> tuple[Any, ...]:
         asked = FuseSettings(width=0.5, **options)
-        settings = asked.resolved([0], calibrated=calibrated, named=named, whole=whole)
+        settings = asked.resolved([*range(count)], calibrated=calibrated, named=named, whole=whole)
         return settings.method, settings.sequential, settings.tune_steps
 
     plain = ("fusion", False, 0)
     assert found() == ("merge", True, AUTOMATIC_STEPS)
+    assert found(count=1) == ("merge", False, AUTOMATIC_STEPS), "one FFN has none before it"
     assert found(calibrated=False) == plain
     assert found(named=False) == plain
     assert found(whole=False) == plain

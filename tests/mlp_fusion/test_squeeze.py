@@ -17,6 +17,7 @@ import checkpoints as ck
 import mlp_fusion
 from commands import Run
 from mlp_fusion import InputError, mpo_decompose, squeeze
+from mlp_fusion.cli import cli
 from mlp_fusion.companions.squeezing import squeeze_bonds, stored_size
 from mlp_fusion.verbs import squeeze as module
 
@@ -156,9 +157,28 @@ def test_a_round_that_ended_before_it_was_noted_is_not_trained_again(
     assert resumed.rounds == whole.rounds
 
 
+@pytest.mark.slow
+def test_it_ends_where_nothing_is_left_to_cut(source: Path, tmp_path: Path) -> None:
+    options = {**OPTIONS, "round_share": 0.9, "embeddings": False}
+    with pytest.raises(InputError, match=r"all bonds at 1 leave [\d,]+: raise target_parameters"):
+        squeeze(source, tmp_path / "few", ROWS, ROWS, **options, target_parameters=100)
+    report = squeeze(source, tmp_path / "all", ROWS, ROWS, **options, max_loss=1e9)
+    assert len(report.rounds) == report.chosen + 1 == 2
+    assert all(size == 1 for bonds in report.rounds[-1]["bonds"].values() for size in bonds)
+
+
+@pytest.mark.parametrize(("words", "embeddings"), [([], True), (["--no-embeddings"], False)])
+def test_the_command_line_cuts_embeddings_as_python_does(words: list[str], embeddings: bool) -> None:
+    typed = ["model", "out", "--task", "lm", "--train", __file__, "--eval", __file__, *words]
+    context = cli.commands["squeeze"].make_context("squeeze", typed)  # type: ignore[attr-defined]
+    assert context.params["embeddings"] is embeddings
+
+
 def test_it_needs_an_end(source: Path, tmp_path: Path, run: Run) -> None:
     with pytest.raises(InputError, match="nothing ends it"):
         squeeze(source, tmp_path / "out", ROWS, ROWS, **OPTIONS)
+    with pytest.raises(InputError, match=r"target_parameters 2\.5: give a share below 1, or a whole count"):
+        squeeze(source, tmp_path / "out", ROWS, ROWS, **OPTIONS, target_parameters=2.5)
     done = run(
         "squeeze", source, tmp_path / "out", "--task", "lm", "--train", tmp_path / "no.txt", "--eval",
         tmp_path / "no.txt", "--target-parameters", "0.5",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AlbertConfig,
     AutoModelForMaskedLM,
     BertConfig,
     BertModel,
@@ -202,8 +203,12 @@ def test_students_that_do_not_fit_stay_as_they_are(more: dict[str, Any], message
             ),
             "start at random",
         ),
+        (
+            AutoModelForMaskedLM.from_config(AlbertConfig(**SIZES, embedding_size=16, hidden_act="gelu")),
+            "AlbertModel has embeddings of 16 numbers and the student states of 32, and no projection.*at random",
+        ),
     ],
-    ids=("gpt2", "modernbert"),
+    ids=("gpt2", "modernbert", "albert"),
 )  # fmt: skip
 def test_other_kinds_of_teachers_are_refused(teacher: nn.Module, message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -7,6 +7,7 @@ import difflib
 import json
 import re
 import typing
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,7 +66,10 @@ def attach(model: nn.Module, method: str, options: Mapping[str, Any], task: str,
     config.task_type = _TASKS[task]
     config.modules_to_save = [*(config.modules_to_save or []), *heads] or None
     try:
-        return get_peft_model(model, config)  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            # peft asks by a name that newer releases of transformers deprecate: nothing a user could change.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            return get_peft_model(model, config)  # type: ignore[arg-type]
     except InputError:
         raise
     except (ValueError, TypeError) as error:

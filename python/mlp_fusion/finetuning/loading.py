@@ -300,7 +300,13 @@ def load_masked(teacher: Model, *, headless: bool) -> Any:
         if not headless and not isinstance(teacher, with_head):
             raise InputError(f"teacher {name}: it has no head for masked tokens: {needed}")
         return copy.deepcopy(teacher)
-    loaded, fresh = _load_with_fresh(auto, local_folder(teacher))
+    folder = local_folder(teacher)
+    config = read_config(folder)
+    if type(config) not in auto._model_mapping:
+        raise InputError(
+            f"teacher {teacher}: {config.model_type} has no head for masked tokens: take a BERT or its like"
+        )
+    loaded, fresh = _load_with_fresh(auto, folder)
     inside = [name for name in fresh if name.startswith(f"{loaded.base_model_prefix}.")]
     if inside:
         raise InputError(f"teacher {teacher}: its checkpoint lacks {inside[0]}: start from the whole model")

@@ -181,10 +181,14 @@ class _Embeddings:
         types = getattr(own, "token_type_embeddings", None)
         table = torch.zeros(config.type_vocab_size, words.embedding_dim) if types is None else types.weight
         found = _Embeddings(words.weight, positions.weight[first_position(base) :], table, norm, projection)
+        if found.states != config.hidden_size:
+            raise InputError(
+                f"{type(base).__name__} has embeddings of {found.states} numbers and the student states of "
+                f"{config.hidden_size}, and no projection from one to the other is where BERT's kind has it: {_REMEDY}"
+            )
         for name, has, wants in (
             ("words", len(found.words), config.vocab_size),
             ("kinds of tokens", len(found.types), config.type_vocab_size),
-            ("numbers in the state of a token", found.states, config.hidden_size),
         ):
             if has != wants:
                 raise InputError(f"the teacher has {has} {name}, the student {wants}: they must have as many")

@@ -22,7 +22,8 @@ class MiniAlbertConfig(AlbertConfig):
       then as narrow as the embeddings.
 
     Raises:
-        ValueError: several layers are asked for, or a negative `adapter_size`.
+        ValueError: several layers are asked for, no pass, heads that do not divide `hidden_size`, or a negative
+            `adapter_size`.
 
     Examples:
         >>> from mlp_fusion import MiniAlbertConfig
@@ -49,6 +50,13 @@ class MiniAlbertConfig(AlbertConfig):
         super().__post_init__(**options)
         if self.num_hidden_groups != 1 or self.inner_group_num != 1:
             raise ValueError("MiniALBERT has one layer: num_hidden_groups and inner_group_num are 1")
+        if self.num_hidden_layers < 1:
+            raise ValueError(f"num_hidden_layers {self.num_hidden_layers}: the layer is passed through 1 time or more")
+        if self.hidden_size % self.num_attention_heads:
+            # ALBERT's layer would be built, and its first pass fail.
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
+            )
         if self.adapter_size < 0:
             raise ValueError(f"adapter_size {self.adapter_size}: give a width, or 0 for no adapters")
         # Whoever has a config can build its model by the Auto classes; who has none pays for no import.

@@ -107,7 +107,8 @@ class Recorder:
                 runner.base(batch, [layer.path for layer in self.layers])
         if any(len(found) != len(batches) for found in self.calls):
             raise InputError(
-                "a layer did not run once per batch: sequential calibration cannot repeat it, leave it out"
+                "a layer did not run once per batch, which sequential calibration cannot repeat: give sequential=False "
+                "(--no-sequential)"
             )
         return self
 

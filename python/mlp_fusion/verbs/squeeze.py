@@ -19,7 +19,7 @@ from torch import nn
 from mlp_fusion.choices import CALIBRATION_SENTENCES
 from mlp_fusion.companions.mpo import as_matrix, chain_targets
 from mlp_fusion.companions.operators import mpo_decompose
-from mlp_fusion.companions.squeezing import Squeezed, squeeze_bonds
+from mlp_fusion.companions.squeezing import Squeezed, squeeze_bonds, stored_size
 from mlp_fusion.errors import InputError
 from mlp_fusion.finetuning.data import Data, read_rows
 from mlp_fusion.finetuning.loading import load_for
@@ -138,7 +138,10 @@ def squeeze(
             number = len(report.rounds)
             before = out / ROUNDS / str(number - 1)
             first = functools.partial(_first, model, out, train, columns, settings)
-            source, plan = (first(), None) if number == 0 else (before, _cut(before, report, settings))
+            plan = _cut(before, report, settings) if number else None
+            if number and plan is None:
+                break
+            source = before if number else first()
             found = _round(number, source, out, (train, evaluation), columns, plan, settings, progress)
             fused = settings.width is not None and not report.whole
             whole = report.whole or (_whole(load_for(settings.task, Path(model))) if fused else found["parameters"])
@@ -208,16 +211,28 @@ def _chosen(report: SqueezeReport, settings: SqueezeSettings) -> int:
     return allowed[-1]
 
 
-def _cut(source: Path, report: SqueezeReport, settings: SqueezeSettings) -> Squeezed:
-    """The next round's bonds."""
+def _cut(source: Path, report: SqueezeReport, settings: SqueezeSettings) -> Squeezed | None:
+    """The next round's bonds; None where all are at 1 and only the loss was to end it.
+
+    Raises:
+        InputError: the parameters to end with are fewer than with all bonds at 1, which the first round is told.
+    """
     loaded = load_for(settings.task, source)
     matrices = _matrices(loaded, settings)
     chains = {name: mpo_decompose(weight, length=settings.length) for name, weight in matrices.items()}
     before = report.rounds[-1]["bonds"] or {}
     chains = {name: chain.truncated(before[name]) if name in before else chain for name, chain in chains.items()}
     rest = sum(p.numel() for p in loaded.parameters()) - sum(weight.numel() for weight in matrices.values())
-    now = report.rounds[-1]["parameters"]
-    allowed = max(now - int(settings.round_share * report.whole), _target(report, settings))
+    least = rest + sum(
+        stored_size(chain.shape, [t.shape[1] * t.shape[2] for t in chain.tensors], [1] * len(chain.bonds))
+        for chain in chains.values()
+    )
+    now, target = report.rounds[-1]["parameters"], _target(report, settings)
+    if settings.target_parameters is not None and target < least:
+        raise InputError(f"{target:,} parameters cannot be: all bonds at 1 leave {least:,}: raise target_parameters")
+    if now <= least:
+        return None
+    allowed = max(now - int(settings.round_share * report.whole), target, least)
     found = squeeze_bonds(chains, allowed - rest)
     return Squeezed(found.bonds, found.parameters + rest, found.error)
 
