@@ -243,7 +243,9 @@ def test_a_layer_that_runs_several_times_learns_from_text(tmp_path: Path) -> Non
     text.write_text("the cat sat a cat\n" * 16, encoding="utf-8")
     with pytest.raises(InputError, match=r"give sequential=False \(--no-sequential\)"):
         mlp_fusion.compress(source, tmp_path / "out", 24, calibration=str(text), sequential=True)
+    (source / "distill.json").write_text("{}")
     report = mlp_fusion.compress(source, tmp_path / "out", 24, calibration=str(text))
+    assert not (tmp_path / "out" / "distill.json").exists(), "that tells of another model"
     assert report.settings.method == "merge"
     assert report.settings.sequential is False
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out").config.intermediate_size == 24
@@ -291,6 +293,19 @@ def test_interrupted_adapter_tuning_goes_on_to_the_same_bits(tmp_path: Path) -> 
     mlp_fusion.finetune(source, tmp_path / "parts", ROWS, resume=True, **TUNING)
     whole, parts = (ck.tensors(tmp_path / name) for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "hiwi"])
+def test_methods_of_peft_suit_it(method: str, tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", 4)
+    options = {"task": "classification", "epochs": 1, "batch_size": 8, "peft": method}
+    options["peft_options"] = {"parameters": "weight"} if method == "hiwi" else None
+    mlp_fusion.finetune(source, tmp_path / "out", ROWS, **options)
+    before, after = ck.tensors(source), ck.tensors(tmp_path / "out")
+    moved = {name for name in before.keys() & after.keys() if not torch.equal(before[name], after[name])}
+    wanted = ("query", "value") if method == "lora" else ("ffn", "ffn_output")
+    assert {name.split(".")[-2] for name in moved} == set(wanted)
 
 
 def test_adapters_are_of_minialbert_alone(tmp_path: Path) -> None:

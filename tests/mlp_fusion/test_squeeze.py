@@ -63,6 +63,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ck.add_tokenizer(folder, pad_token="<pad>", eos_token="</s>")
 
 
+def test_a_run_that_cannot_begin_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    rows = [{"text": "the cat", "label": "one"}] * 8  # one class: there is nothing to learn
+    for width in (None, 0.5):
+        with pytest.raises(InputError, match="only one class"):
+            squeeze(source, tmp_path / "out", rows, rows, **OPTIONS, target_parameters=0.9, width=width)
+        assert not any((tmp_path / "out").iterdir())
+
+
 @pytest.mark.slow
 def test_fusion_and_chains_together(source: Path, tmp_path: Path) -> None:
     options = {**OPTIONS, "width": 0.5, "target_parameters": 0.7}

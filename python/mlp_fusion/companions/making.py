@@ -16,6 +16,7 @@ from peft.utils.peft_types import TaskType
 from torch import nn
 
 from mlp_fusion.errors import InputError, one_line
+from mlp_fusion.minialbert.configuration import MiniAlbertConfig
 
 #: What peft calls the tasks of `finetune`.
 _TASKS = {"classification": TaskType.SEQ_CLS, "lm": TaskType.CAUSAL_LM}
@@ -24,6 +25,10 @@ _OWN = {
     "peft_type", "task_type", "inference_mode", "auto_mapping", "peft_version", "revision", "base_model_name_or_path",
     "counts", "base", "merged", "entries", "runtime_config",
 }  # fmt: skip
+
+
+#: What LoRA adapts where peft has no choice of its own: for every encoder that it knows, queries and values.
+_LORA_TARGETS = {MiniAlbertConfig.model_type: ("query", "value")}
 
 
 def make_config(method: str, options: Mapping[str, Any]) -> Any:
@@ -63,6 +68,9 @@ def attach(model: nn.Module, method: str, options: Mapping[str, Any], task: str,
         InputError: as :func:`make_config`, or the method does not suit the model.
     """
     config = make_config(method, options)
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if method == "lora" and config.target_modules is None and kind in _LORA_TARGETS:
+        config.target_modules = set(_LORA_TARGETS[kind])
     config.task_type = _TASKS[task]
     config.modules_to_save = [*(config.modules_to_save or []), *heads] or None
     try:

@@ -19,6 +19,8 @@ from mlp_fusion.store.weights import PICKLES, TensorInfo, check_naming, check_sh
 #: What goes along with the weights into a compressed checkpoint (tokenizer, pooling, generation settings, licence).
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".spm", ".vocab", ".codes")
 _PREFIXES = ("tokenizer", "vocab", "merges", "sentencepiece", "spiece", "LICENSE", "LICENCE", "NOTICE", "COPYING",
+#: What `finetune`, `distill` and `squeeze` tell of a run: of that model alone.
+_RUNS = ("finetune.json", "distill.json", "squeeze.json")
              "USE_POLICY")  # fmt: skip
 _TEMPLATES = "additional_chat_templates"
 _PATTERNS = [
@@ -147,7 +149,7 @@ def companion_files(folder: Path) -> list[Path]:
 
 
 def _is_companion(name: str) -> bool:
-    if name.startswith(".") or name == "config.json" or name.endswith(_WEIGHTS):
+    if name.startswith(".") or name == "config.json" or name in _RUNS or name.endswith(_WEIGHTS):
         return False
     return name.endswith(_SUFFIXES) or name.startswith(_PREFIXES)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import shutil
 from collections.abc import Sequence
@@ -137,12 +136,16 @@ def squeeze(
         while not _ended(report, settings):
             number = len(report.rounds)
             before = out / ROUNDS / str(number - 1)
-            first = functools.partial(_first, model, out, train, columns, settings)
             plan = _cut(before, report, settings) if number else None
             if number and plan is None:
                 break
-            source = before if number else first()
-            found = _round(number, source, out, (train, evaluation), columns, plan, settings, progress)
+            try:
+                source = before if number else _first(model, out, train, columns, settings)
+                found = _round(number, source, out, (train, evaluation), columns, plan, settings, progress)
+            except InputError:
+                if not number:
+                    _forget(out)
+                raise
             fused = settings.width is not None and not report.whole
             whole = report.whole or (_whole(load_for(settings.task, Path(model))) if fused else found["parameters"])
             report = dataclasses.replace(report, rounds=[*report.rounds, found], whole=whole)
@@ -150,6 +153,12 @@ def squeeze(
             write_json(out / JOURNAL, report.to_dict())
         _finish(out, report)
     return report
+
+
+def _forget(out: Path) -> None:
+    """Take away what a run has left that could not even begin."""
+    (out / JOURNAL).unlink()
+    shutil.rmtree(out / ROUNDS, ignore_errors=True)
 
 
 def _opened(out: Path, settings: SqueezeSettings) -> SqueezeReport:
