@@ -19,9 +19,9 @@ from mlp_fusion.store.weights import PICKLES, TensorInfo, check_naming, check_sh
 #: What goes along with the weights into a compressed checkpoint (tokenizer, pooling, generation settings, licence).
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".spm", ".vocab", ".codes")
 _PREFIXES = ("tokenizer", "vocab", "merges", "sentencepiece", "spiece", "LICENSE", "LICENCE", "NOTICE", "COPYING",
+             "USE_POLICY")  # fmt: skip
 #: What `finetune`, `distill` and `squeeze` tell of a run: of that model alone.
 _RUNS = ("finetune.json", "distill.json", "squeeze.json")
-             "USE_POLICY")  # fmt: skip
 _TEMPLATES = "additional_chat_templates"
 _PATTERNS = [
     "*.safetensors", f"{_TEMPLATES}/*", *(f"*{suffix}" for suffix in _SUFFIXES),
