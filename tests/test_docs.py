@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 import command_page
+import companion_tables
 import draw_accuracy
 import draw_fusion
 import draw_large
@@ -278,7 +279,7 @@ def test_every_generated_part_stands_on_a_page_and_every_place_is_filled() -> No
 
 
 def test_every_table_has_rows_of_one_length() -> None:
-    for title, make in {**results_tables.TABLES, **recovery_tables.TABLES}.items():
+    for title, make in {**results_tables.TABLES, **recovery_tables.TABLES, **companion_tables.TABLES}.items():
         lines = make().splitlines()
         assert len(lines) > 3, title
         assert len({line.count("|") for line in lines}) == 1, title

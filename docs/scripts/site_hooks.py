@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import companion_tables
 import option_tables
 import recovery_tables
 import results_tables
@@ -13,6 +14,7 @@ from command_page import command_line
 GENERATED = {
     **results_tables.TABLES,
     **recovery_tables.TABLES,
+    **companion_tables.TABLES,
     **option_tables.TABLES,
     "command-line": command_line,
 }
