@@ -38,6 +38,7 @@ from support import model_folder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import mlp_fusion
+from mlp_fusion.choices import FULL_RATE, PEFT_RATES
 from mlp_fusion.companions.ffns import ffn_projections
 from mlp_fusion.companions.making import make_config
 from mlp_fusion.finetuning.data import read_rows
@@ -56,18 +57,23 @@ class Method:
     Attributes:
         peft: a method of `finetune`, or None for weights themselves.
         options: its options.
-        rate: the learning rate at its peak.
+        own_rate: the learning rate at its peak, without a method of `finetune`, which has one by default.
         biases: without a method, whether biases alone train (BitFit).
     """
 
     peft: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    rate: float = 1e-3
+    own_rate: float = 1e-3
     biases: bool = False
+
+    @property
+    def rate(self) -> float:
+        """The learning rate at its peak."""
+        return self.own_rate if self.peft is None else PEFT_RATES[self.peft]
 
 
 METHODS: dict[str, Method] = {
-    "all weights": Method(rate=5e-5),
+    "all weights": Method(own_rate=FULL_RATE),
     "bitfit": Method(biases=True),
     "lora": Method("lora", {"target_modules": ["query", "value"]}),
     "pafi global": Method("pafi", {"budget": BUDGET}),
@@ -77,7 +83,7 @@ METHODS: dict[str, Method] = {
     "hiwi weight": Method("hiwi", {"parameters": "weight", "r": 4}),
     "mpo": Method("mpo"),
     **{
-        f"{name} d={d}": Method("said", {"d": d, "structure_aware": name == "said"}, 1e-2)
+        f"{name} d={d}": Method("said", {"d": d, "structure_aware": name == "said"})
         for name in ("did", "said")
         for d in (200, 1000, 5000)
     },
@@ -242,10 +248,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> None:
             print(f"{name:36} {kept}, {step:.3f} s a step, {(first['peak_bytes'] or 0) / 2**20:,.0f} MiB")
             continue
         accuracies = [row["accuracy"] for row in found]
-        spread = (
-            f"{min(accuracies):.4f} to {max(accuracies):.4f}, {len(found)} seeds, {examples:,} examples, rate {rate})"
-        )
-        print(f"{name:36} {kept}, {step:.3f} s a step: {statistics.mean(accuracies):.4f} ({spread}")
+        spread = f"{min(accuracies):.4f} to {max(accuracies):.4f}, {len(found)} seeds"
+        asked = f"{examples:,} examples, rate {rate}"
+        print(f"{name:36} {kept}, {step:.3f} s a step: {statistics.mean(accuracies):.4f} ({spread}, {asked})")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

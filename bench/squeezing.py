@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import mlp_fusion
+from mlp_fusion.choices import PEFT_RATES
 from mlp_fusion.companions.mpo import chain_targets
 
 #: Learning rates at their peaks: of all weights, and of chains' small tensors.
-RATE, CHAIN_RATE = 1e-4, 3e-4
+RATE, CHAIN_RATE = 1e-4, PEFT_RATES["mpo"]
 #: The narrowest FFNs.
 LEAST = 1 / 32
 

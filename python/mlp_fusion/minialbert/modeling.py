@@ -141,6 +141,14 @@ class MiniAlbertPreTrainedModel(AlbertPreTrainedModel):
         self.base_model.requires_grad_(False)
         self.base_model.encoder.layers[0].adapters.requires_grad_(True)
 
+    def _build_classifier(self) -> None:
+        """The encoder and a classifier, of texts or of tokens."""
+        self.num_labels = self.config.num_labels
+        self.albert = MiniAlbertModel(self.config)
+        self.dropout = nn.Dropout(self.config.classifier_dropout_prob)
+        self.classifier = nn.Linear(self.config.hidden_size, self.config.num_labels)
+        self.post_init()
+
 
 class MiniAlbertModel(MiniAlbertPreTrainedModel, AlbertModel):
     """Embeddings and encoder. What it gives as `pooler_output` is the first token's state as it is.
@@ -224,11 +232,7 @@ class MiniAlbertForSequenceClassification(MiniAlbertPreTrainedModel, AlbertForSe
 
     def __init__(self, config: MiniAlbertConfig) -> None:
         PreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.albert = MiniAlbertModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout_prob)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+        self._build_classifier()
 
 
 class MiniAlbertForTokenClassification(MiniAlbertPreTrainedModel, AlbertForTokenClassification):
@@ -248,11 +252,7 @@ class MiniAlbertForTokenClassification(MiniAlbertPreTrainedModel, AlbertForToken
 
     def __init__(self, config: MiniAlbertConfig) -> None:
         PreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.albert = MiniAlbertModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout_prob)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+        self._build_classifier()
 
 
 AutoModel.register(MiniAlbertConfig, MiniAlbertModel, exist_ok=True)
