@@ -23,15 +23,11 @@ def companions(importable: None) -> ModuleType:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny BERT with biases, and data."""
     root = tmp_path_factory.mktemp("companions")
-    model = ck.tiny_model("bert", task="Model", vocab_size=1200)
+    model = ck.bert_with_sst2(root)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data.normal_(0.0, 0.02)
     model.save_pretrained(root / "bert")
-    ck.add_tokenizer(root / "bert", pad_token="<pad>")
-    for name in ("train", "dev"):
-        lines = [f"{('the cat sat', 'a the a')[n % 2]}\t{n % 2}\n" for n in range(40)]
-        (root / f"sst2_{name}.tsv").write_text("".join(lines), encoding="utf-8")
     return root
 
 

@@ -31,11 +31,7 @@ def hadamard(importable: None) -> ModuleType:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny BERT, and data that its embeddings tell apart."""
     root = tmp_path_factory.mktemp("intrinsic")
-    ck.tiny_model("bert", task="Model", vocab_size=1200).save_pretrained(root / "bert")
-    ck.add_tokenizer(root / "bert", pad_token="<pad>")
-    for name in ("train", "dev"):
-        lines = [f"{('the cat sat', 'a the a')[n % 2]}\t{n % 2}\n" for n in range(40)]
-        (root / f"sst2_{name}.tsv").write_text("".join(lines), encoding="utf-8")
+    ck.bert_with_sst2(root)
     return root
 
 

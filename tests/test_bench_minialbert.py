@@ -24,11 +24,7 @@ def minialbert(importable: None) -> ModuleType:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny BERT without a head for masked tokens, and data."""
     root = tmp_path_factory.mktemp("minialbert")
-    ck.tiny_model("bert", task="Model", vocab_size=1200, max_position_embeddings=64).save_pretrained(root / "bert")
-    ck.add_tokenizer(root / "bert", pad_token="<pad>", mask_token="<mask>", sep_token="</s>", cls_token="<s>")
-    for name in ("train", "dev"):
-        lines = [f"{('the cat sat', 'a the a')[n % 2]}\t{n % 2}\n" for n in range(40)]
-        (root / f"sst2_{name}.tsv").write_text("".join(lines), encoding="utf-8")
+    ck.bert_with_sst2(root, max_position_embeddings=64)
     (root / "tiny_shakespeare.txt").write_text("the cat\nsat a the\n\nthe the cat\n" * 300, encoding="utf-8")
     return root
 

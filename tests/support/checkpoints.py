@@ -112,6 +112,20 @@ def add_masking_tokenizer(folder: Path) -> Path:
     return folder
 
 
+def bert_with_sst2(root: Path, **sizes: int) -> Any:
+    """A tiny BERT in `root/bert` with a tokenizer, and data as benchmarks read it, which its embeddings tell apart.
+
+    Returns the model, which is written once more where it is changed.
+    """
+    model = tiny_model("bert", task="Model", vocab_size=1200, **sizes)
+    model.save_pretrained(root / "bert")
+    add_masking_tokenizer(root / "bert")
+    for name in ("train", "dev"):
+        lines = [f"{('the cat sat', 'a the a')[n % 2]}\t{n % 2}\n" for n in range(40)]
+        (root / f"sst2_{name}.tsv").write_text("".join(lines), encoding="utf-8")
+    return model
+
+
 def tie_neurons(model: nn.Module, groups: int, seed: int = 0) -> None:
     """Make every tiny FFN hold only `groups` distinct neurons, each several times over and in mixed order.
 
