@@ -22,10 +22,10 @@ from mlp_fusion.families import FFNSite
 from mlp_fusion.measure.embeddings import embed
 from mlp_fusion.measure.models import _first_samples, pooled
 from mlp_fusion.methods import Reduction
+from mlp_fusion.reducing.curves import hidden_state_changes
 from mlp_fusion.reducing.learning import learn
 from mlp_fusion.reducing.pipeline import Recipe, ReducedFFN, reduce_ffns
 from mlp_fusion.reducing.sequential import reduce_sequentially
-from mlp_fusion.reducing.widths import hidden_state_changes
 from mlp_fusion.running import excerpts
 from mlp_fusion.running.batches import main_input, take_batches
 from mlp_fusion.running.drawing import random_batch
@@ -144,7 +144,7 @@ def test_sensitivities_of_images_and_of_encoders() -> None:
     found = output_sensitivities(vit, architecture, sites, [batch], seed=5)
     for n in range(2):
         g = naive_sensitivity(vit, f"layers.{n}.mlp.fc2", batch, lambda o: o.last_hidden_state, None, 5)
-        torch.testing.assert_close(found[n], sensitivity._factor(g.T @ g), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found[n].factor, sensitivity._factor(g.T @ g), rtol=1e-3, atol=1e-5)
     bart = tiny("bart").double()
     architecture, sites = ffns("bart", bart)
     # As long as one another: the path tells whose mask it is.
@@ -155,7 +155,7 @@ def test_sensitivities_of_images_and_of_encoders() -> None:
     for n, (path, mask) in enumerate([("encoder", own), ("encoder", own), ("decoder", other), ("decoder", other)]):
         g = naive_sensitivity(bart, f"{path}.layers.{n % 2}.fc2", batch, lambda o: o.last_hidden_state, decoded, 5)
         g = g[mask["attention_mask"].flatten().bool()]
-        torch.testing.assert_close(found[n], sensitivity._factor(g.T @ g), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found[n].factor, sensitivity._factor(g.T @ g), rtol=1e-3, atol=1e-5)
 
 
 def test_sensitivities_of_towers_and_of_what_nobody_reads() -> None:
@@ -163,13 +163,13 @@ def test_sensitivities_of_towers_and_of_what_nobody_reads() -> None:
     architecture, sites = ffns("clip", clip)
     found = output_sensitivities(clip, architecture, sites, batches, seed=0)
     # A tower's last FFN stands before a residual stream that is read as it is: all but alike, and not quite.
-    assert all(not torch.equal(weight, torch.eye(32)) for weight in found)
+    assert all(not torch.equal(each.factor, torch.eye(32)) for each in found)
     llava = tiny("llava")
     architecture, sites = ffns("llava", llava)
     first, last = output_sensitivities(llava, architecture, sites, [dict(b) for b in batches_of("llava")], seed=0)
     # The last but one of the vision tower's hidden states is what the text model gets.
-    assert torch.equal(last, torch.eye(32))
-    assert float((first - torch.eye(32)).norm()) > 0.5
+    assert torch.equal(last.factor, torch.eye(32))
+    assert float((first.factor - torch.eye(32)).norm()) > 0.5
 
 
 def test_samples_are_looked_at_whole_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ def loss(bundle: NeuronBundle, known: FFNStatistics, kept: list[int], metric: Te
 def test_the_cheapest_neuron_goes_and_the_others_take_over(
     gated: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge, "_BLOCK", 1)
+    monkeypatch.setattr(merge, "BLOCK", 1)
     bundle, known = case(gated, bias)
     assert known.sensitivity is not None
     kept = list(range(bundle.width))
@@ -87,7 +87,7 @@ def test_blocks_lose_little(width: int) -> None:
     def error(kept: Tensor) -> float:
         return problem.square - float((problem.target[kept] * problem.solution(kept)).sum())
 
-    blocks = eliminate(problem, width, most=merge._BLOCK)
+    blocks = eliminate(problem, width, most=merge.BLOCK)
     assert torch.equal(blocks, blocks.unique()), "every neuron once, in order"
     assert len(blocks) == width
     alone = eliminate(problem, width)

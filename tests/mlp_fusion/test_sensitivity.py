@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bundles import random_bundle, statistics_of
 from families import FAMILIES, tiny_model, token_batch
 from mlp_fusion import InputError, fuse
-from mlp_fusion.calibration import output_sensitivities, refit, sensitivity, train_locally
+from mlp_fusion.calibration import collect, output_sensitivities, refit, sensitivity, train_locally
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing import pipeline
 from mlp_fusion.running import excerpts
@@ -30,7 +30,8 @@ WHOLE = {name: torch.cat([batch[name] for batch in TEXT]) for name in TEXT[0]}
 
 def _found(model: Any, text: Sequence[Any] = TEXT, seed: int = 0) -> list[Tensor]:
     architecture = architecture_of(model.config)
-    return output_sensitivities(model, architecture, architecture.sites(model), text, seed=seed)
+    found = output_sensitivities(model, architecture, architecture.sites(model), text, seed=seed)
+    return [each.factor for each in found]
 
 
 def _masked_states(model: Any, batch: Any) -> Tensor:
@@ -146,12 +147,41 @@ def test_chunks_layers_and_padding_make_no_difference() -> None:
         torch.testing.assert_close(one, other)
     model: Any = tiny_model("bert", dtype=torch.float64)
     architecture = architecture_of(model.config)
-    alone = output_sensitivities(model, architecture, architecture.sites(model)[1:2], TEXT, seed=0)
-    torch.testing.assert_close(alone[0], plain[1])
+    [alone] = output_sensitivities(model, architecture, architecture.sites(model)[1:2], TEXT, seed=0)
+    torch.testing.assert_close(alone.factor, plain[1])
     # Ids behind the padding are not looked at.
     other = [{**b, "input_ids": torch.where(token_mask(b), b["input_ids"], 5)} for b in TEXT]
     for one, two in zip(plain, _found(model, other), strict=True):
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_sizes_are_those_of_the_rows_that_excerpts_have(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the gradient is cut off, sizes are 0; the others stand where `collect` has what the FFN saw there."""
+    model: Any = tiny_model(family, dtype=torch.float64)
+    architecture = architecture_of(model.config)
+    site = architecture.sites(model)[-1]
+    seen: list[Tensor] = []
+    wanted: list[Tensor] = []
+
+    def probe(_head: Any, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        chosen = torch.rand(hidden.shape[:-1], generator=generator) < 0.3
+        batch = next(windows)
+        wanted.append(seen[-1][chosen & token_mask(batch)])
+        return torch.randn(hidden.shape, generator=generator).to(hidden) * chosen.unsqueeze(-1)
+
+    monkeypatch.setattr(excerpts, "_RUN", 16)
+    looked_at = list(excerpts.excerpts(model, TEXT, sensitivity.SENSED_TOKENS))
+    windows = iter(looked_at)
+    assert len(looked_at) > len(TEXT)
+    [known] = collect(model, architecture, [site], looked_at, seed=0)
+    monkeypatch.setattr(sensitivity, "_probe", probe)
+    handle = architecture.projection(site, "w_in").register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    [found] = output_sensitivities(model, architecture, [site], TEXT, seed=3)
+    handle.remove()
+    assert len(found.sizes) == len(known.x) == sum(int(token_mask(batch).sum()) for batch in TEXT)
+    assert 0 < int((found.sizes > 0).sum()) < len(found.sizes)
+    torch.testing.assert_close(known.x[found.sizes > 0], torch.cat(wanted))
 
 
 def test_what_is_looked_at_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,13 @@ from mlp_fusion.calibration.local_training import LocallyTrained, train_locally
 from mlp_fusion.calibration.matching import match_ntk
 from mlp_fusion.calibration.nnls import nnls
 from mlp_fusion.calibration.refit import Refit, refit
-from mlp_fusion.calibration.sensitivity import output_sensitivities
+from mlp_fusion.calibration.sensitivity import OutputSensitivity, output_sensitivities
 from mlp_fusion.calibration.statistics import FFNStatistics, collect
 
 __all__ = [
     "FFNStatistics",
     "LocallyTrained",
+    "OutputSensitivity",
     "Refit",
     "collect",
     "match_ntk",

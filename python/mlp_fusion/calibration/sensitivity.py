@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,13 +35,28 @@ from mlp_fusion.running.excerpts import cuttable, excerpts, window_of
 from mlp_fusion.running.positions import by_sequence
 from mlp_fusion.running.runner import Runner, not_finite
 
-#: Positions that gradients are taken at.
-_TOKENS = 4096
+#: Positions that gradients are taken at: those of `excerpts(model, calibration, SENSED_TOKENS)`.
+SENSED_TOKENS = 4096
 #: Tokens whose predictions are held at a time.
 _LOGITS = 256
-_WITHOUT = "use a method that asks for none, such as fusion, without tune_steps"
+_WITHOUT = "use a method that asks for none, such as fusion, without tune_steps and width auto"
 #: Share of the identity: directions in which the few probes say next to nothing must not be free.
 _IDENTITY = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class OutputSensitivity:
+    """What errors of an FFN's outputs do to the model.
+
+    Attributes:
+        factor: `(d_out, d_out)` float32, lower triangular, L with `L L^T = M`, scaled to a mean eigenvalue of 1 and
+            mixed with a tenth of the identity; on the device of the FFN. `|e L|^2` is what an error does in the mean.
+        sizes: `(T,)` float32, root mean squares of the gradients at the tokens that were looked at, in order: `|s e
+            L|^2` is, about, what an error does at one of them. They are estimates, from one probe.
+    """
+
+    factor: Tensor
+    sizes: Tensor
 
 
 def output_sensitivities(
@@ -50,13 +66,11 @@ def output_sensitivities(
     calibration: Batch | Iterable[Batch],
     *,
     seed: int,
-) -> list[Tensor]:
-    """Per FFN in `sites`, L with `|e L|^2` what an error e of its outputs does to the model, in the mean.
+) -> list[OutputSensitivity]:
+    """Per FFN in `sites`, what an error of its outputs does to the model.
 
-    To the predictions of a language model with a linear head, to the last hidden states of any other.
-
-    M is scaled to a mean eigenvalue of 1 and mixed with a tenth of the identity. About 4,096 tokens are looked at, of
-    sequences spread evenly over the text, the first 512 of each.
+    To the predictions of a language model with a linear head, to the last hidden states of any other. About 4,096
+    tokens are looked at, of sequences spread evenly over the text, the first 512 of each.
 
     Memory: the activations of a forward pass over at most 1,024 positions, and `12 d_out^2` bytes per FFN. Time: a
     forward and a backward pass over those tokens. The model's parameters are not touched and get no gradients.
@@ -67,9 +81,6 @@ def output_sensitivities(
         calibration: as in :func:`mlp_fusion.calibration.collect`.
         seed: of the probes.
 
-    Returns:
-        `(d_out, d_out)` float32 each, lower triangular with `L L^T = M`, on the device of the FFN.
-
     Raises:
         InputError: there is no batch or no token, the model cannot run on one, skips an FFN, or cannot be
             differentiated, or its gradients are not finite.
@@ -77,6 +88,7 @@ def output_sensitivities(
     batches = take_calibration(model, calibration)
     outputs: list[list[Tensor]] = [[] for _ in sites]
     sums: list[Tensor | None] = [None] * len(sites)
+    sizes: list[list[Tensor]] = [[] for _ in sites]
     generator = torch.Generator().manual_seed(seed)
     # Attention's fused backward passes add up in no fixed order on a GPU.
     exact = sdpa_kernel(SDPBackend.MATH)
@@ -84,7 +96,7 @@ def output_sensitivities(
     with runner, _frozen(model):
         head = _head(runner, batches)
     with runner, _frozen(model), _caught(architecture, sites, outputs), torch.enable_grad(), exact:
-        for batch in excerpts(model, batches, _TOKENS):
+        for batch in excerpts(model, batches, SENSED_TOKENS):
             try:
                 states = runner.counted_states(batch)
                 if not all(bool(hidden[mask.to(hidden.device)].isfinite().all()) for hidden, mask in states):
@@ -107,10 +119,12 @@ def output_sensitivities(
                 rows = laid["gradients"][mask.to(laid["gradients"].device)]
                 _check_finite(rows)
                 product = (rows.float().T @ rows.float()).double()
+                sizes[number].append(rows.float().square().mean(dim=1).sqrt())
                 known = sums[number]
                 sums[number] = product if known is None else known.add_(product)
                 ys.clear()
-    return [_factor(total) for total in sums if total is not None]
+    pairs = zip(sums, sizes, strict=True)
+    return [OutputSensitivity(_factor(total), torch.cat(own)) for total, own in pairs if total is not None]
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mlp_fusion.calibration.statistics import FFNStatistics
 from mlp_fusion.methods import Reduction
-from mlp_fusion.methods.obs import eliminate, least_squares
+from mlp_fusion.methods.obs import LeastSquares, eliminate, least_squares
 from mlp_fusion.methods.prune import keep_neurons
 from mlp_fusion.neurons import NeuronBundle
 
@@ -30,7 +30,7 @@ MERGING_ROWS = 8192
 #: As :data:`mlp_fusion.methods.obs.DAMPING`.
 _DAMPING = 3e-2
 #: Neurons that go together, at least.
-_BLOCK = 8
+BLOCK = 8
 
 
 def merge(
@@ -52,11 +52,16 @@ def merge(
     reduced = []
     for n, s in enumerate(statistics):
         original = bundle.select(n)
-        rows = _fitted_rows(s, seed)
-        problem = least_squares(original, s, damping=_DAMPING, rows=rows, weights=s.row_weights())
-        seen = problem if s.sensitivity is None else problem.seen_through(s.sensitivity)
-        reduced.append(keep_neurons(original, eliminate(seen, width, most=_BLOCK).unsqueeze(0)))
+        kept = eliminate(merging_problem(original, s, seed=seed), width, most=BLOCK)
+        reduced.append(keep_neurons(original, kept.unsqueeze(0)))
     return Reduction.plain(NeuronBundle.stack(reduced))
+
+
+def merging_problem(original: NeuronBundle, statistics: FFNStatistics, *, seed: int) -> LeastSquares:
+    """What the model loses by the output weights of an FFN (B = 1), on the rows that are not held out."""
+    rows = _fitted_rows(statistics, seed)
+    problem = least_squares(original, statistics, damping=_DAMPING, rows=rows, weights=statistics.row_weights())
+    return problem if statistics.sensitivity is None else problem.seen_through(statistics.sensitivity)
 
 
 def _fitted_rows(statistics: FFNStatistics, seed: int) -> Tensor:

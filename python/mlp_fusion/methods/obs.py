@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,39 +171,55 @@ def least_squares(
 def eliminate(problem: LeastSquares, width: int, *, most: int = 1) -> Tensor:
     """`(width,)` numbers of the neurons that are left, in order, when the cheapest has gone again and again.
 
+    As the last of :func:`eliminations`.
+    """
+    (left,) = (left for left, _ in eliminations(problem, [width], most=most))
+    return left.nonzero().squeeze(1)
+
+
+def eliminations(problem: LeastSquares, widths: Sequence[int], *, most: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    """What is left on the way, when the cheapest neuron goes again and again.
+
     Each block is a step of a Cholesky factorisation of the inverse, pivoted by what neurons cost. Of equally cheap
     neurons the first goes; neurons that never fire are free.
 
     Args:
         problem: the error of subsets.
-        width: how many are left.
+        widths: how many are left at each stop, in descending order.
         most: neurons that go before the costs of all others are known again: so many, and more in wide FFNs. They go
             one after the other among the few that are cheapest at the block's beginning, each when the others have
             taken over what the last one did: of two that say the same, one stays. With 1 every step is exact.
+
+    Yields:
+        For each of `widths`, `(N,)` bool which neurons are left, and `(N, d_out)` float64 s V at the minimum of E over
+        these; 0 of the others.
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.normal))
-    weights, left = inverse @ problem.target, inverse.diagonal().clone()
-    factor = inverse.new_zeros(len(inverse) - width, len(inverse))
-    gone = torch.zeros(len(inverse), dtype=torch.bool, device=inverse.device)
+    weights, rest = inverse @ problem.target, inverse.diagonal().clone()
+    factor = inverse.new_zeros(len(inverse) - widths[-1], len(inverse))
+    left = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
     done = 0
-    while done < len(factor):
-        block = 1 if most == 1 else min(max(most, (len(inverse) - done) // _BLOCK_SHARE), len(factor) - done)
-        cost = torch.where(gone, math.inf, weights.square().sum(dim=1) / left)
-        if block == 1:
-            chosen = cost.argmin().unsqueeze(0)
-        else:
-            candidates = cost.sort(stable=True).indices[: min(_CANDIDATES * block, len(inverse) - done)].sort().values
-            among = inverse[candidates][:, candidates] - factor[:done, candidates].T @ factor[:done, candidates]
-            chosen = candidates[_cheapest(among, weights[candidates], block)]
-        columns = inverse[chosen] - factor[:done, chosen].T @ factor[:done]
-        root = torch.linalg.cholesky(columns[:, chosen])
-        columns = torch.linalg.solve_triangular(root, columns, upper=False)
-        factor[done : done + block] = columns
-        weights -= columns.T @ torch.linalg.solve_triangular(root, weights[chosen], upper=False)
-        left = left - columns.square().sum(dim=0)
-        gone[chosen] = True
-        done += block
-    return (~gone).nonzero().squeeze(1)
+    for width in widths:
+        stop = len(inverse) - width
+        while done < stop:
+            block = 1 if most == 1 else min(max(most, (len(inverse) - done) // _BLOCK_SHARE), stop - done)
+            cost = torch.where(left, weights.square().sum(dim=1) / rest, math.inf)
+            if block == 1:
+                chosen = cost.argmin().unsqueeze(0)
+            else:
+                count = min(_CANDIDATES * block, len(inverse) - done)
+                candidates = cost.sort(stable=True).indices[:count].sort().values
+                among = inverse[candidates][:, candidates] - factor[:done, candidates].T @ factor[:done, candidates]
+                chosen = candidates[_cheapest(among, weights[candidates], block)]
+            columns = inverse[chosen] - factor[:done, chosen].T @ factor[:done]
+            root = torch.linalg.cholesky(columns[:, chosen])
+            columns = torch.linalg.solve_triangular(root, columns, upper=False)
+            factor[done : done + block] = columns
+            weights -= columns.T @ torch.linalg.solve_triangular(root, weights[chosen], upper=False)
+            rest = rest - columns.square().sum(dim=0)
+            left[chosen] = False
+            done += block
+        yield left.clone(), torch.where(left.unsqueeze(1), weights, 0.0)
 
 
 def _cheapest(inverse: Tensor, weights: Tensor, count: int) -> Tensor:

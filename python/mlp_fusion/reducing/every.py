@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 
-from torch import Tensor
-
-from mlp_fusion.calibration import FFNStatistics
+from mlp_fusion.calibration import FFNStatistics, OutputSensitivity, collect
+from mlp_fusion.calibration.sensitivity import SENSED_TOKENS
 from mlp_fusion.families import FFNSite
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing.chosen import ChosenFFNs
-from mlp_fusion.reducing.learning import Learnt
+from mlp_fusion.reducing.curves import elimination_curve, hidden_state_changes, stacks_of, tried_curves
+from mlp_fusion.reducing.learning import Learnt, with_sensitivity
 from mlp_fusion.reducing.pipeline import Progress, Recipe, ReducedFFN, progress_units, reduce_ffns, with_enough_tokens
 from mlp_fusion.reducing.sequential import reduce_sequentially
-from mlp_fusion.reducing.widths import allocate_widths, hidden_state_changes, stacks_of
+from mlp_fusion.reducing.widths import Choice, allocate_widths
+from mlp_fusion.running.batches import Batch
+from mlp_fusion.running.excerpts import excerpts
 from mlp_fusion.settings import FuseSettings
 
 
@@ -33,9 +34,8 @@ def reduce_chosen(
     """
     recipe = Recipe.of(settings)
     if settings.budget is not None and learnt.statistics is not None and learnt.batches is not None:
-        effects = functools.partial(hidden_state_changes, ffns.model, ffns.architecture, ffns.sites, learnt.batches)
-        stacks = stacks_of(ffns.sites)
-        widths = allocate_widths(recipe, ffns.originals, learnt.statistics, settings.budget, effects, stacks, progress)
+        curves = _curves(ffns, recipe, learnt, learnt.statistics, learnt.batches, progress)
+        widths = allocate_widths(curves, stacks_of(ffns.sites), settings.budget)
     if learnt.batches is None or not settings.sequential:
         known = learnt.complete()
         if known is not None:
@@ -48,12 +48,35 @@ def reduce_chosen(
     )  # fmt: skip
 
 
+def _curves(
+    ffns: ChosenFFNs,
+    recipe: Recipe,
+    learnt: Learnt,
+    statistics: Sequence[FFNStatistics],
+    batches: Sequence[Batch],
+    progress: Progress | None,
+) -> list[list[Choice]]:
+    """What the model loses by each FFN, or stack of experts, by its width."""
+    found = [sensitivity for sensitivity in learnt.sensitivities if sensitivity is not None]
+    if len(found) < len(ffns.sites):
+        effects = functools.partial(hidden_state_changes, ffns.model, ffns.architecture, ffns.sites, batches)
+        return tried_curves(recipe, ffns.originals, statistics, effects, stacks_of(ffns.sites), progress)
+    sensed = list(excerpts(ffns.model, batches, SENSED_TOKENS))
+    judged = collect(ffns.model, ffns.architecture, ffns.sites, sensed, seed=recipe.seed, rows=len(found[0].sizes))
+    curves = []
+    for each in zip(ffns.originals, statistics, judged, found, strict=True):
+        curves.append(elimination_curve(*each, seed=recipe.seed))
+        if progress is not None:
+            progress(len(curves), len(ffns.sites))
+    return curves
+
+
 def _reduce_one(
     recipe: Recipe,
     sites: Sequence[FFNSite],
     originals: Sequence[NeuronBundle],
     widths: Sequence[int],
-    sensitivities: Sequence[Tensor | None],
+    sensitivities: Sequence[OutputSensitivity | None],
     progress: Progress | None,
     number: int,
     statistics: FFNStatistics,
@@ -65,5 +88,5 @@ def _reduce_one(
             units = progress_units(recipe)
             progress(units * number + done, units * len(originals))
 
-    known = dataclasses.replace(with_enough_tokens(sites[number], statistics), sensitivity=sensitivities[number])
+    known = with_sensitivity(with_enough_tokens(sites[number], statistics), sensitivities[number])
     return reduce_ffns(recipe, [originals[number]], [widths[number]], [known], report)[0]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlp_fusion.calibration import FFNStatistics, collect, output_sensitivities
+from mlp_fusion.calibration import FFNStatistics, OutputSensitivity, collect, output_sensitivities
 from mlp_fusion.calibration.statistics import take_calibration
 from mlp_fusion.choices import METHODS
 from mlp_fusion.families import FFNSite
@@ -36,7 +36,7 @@ class Learnt:
         batches: the calibration text; None without.
         positions: how many of its positions count, at the first FFN where they are no tokens.
         statistics: per FFN, or None without text and where it is gathered layer by layer.
-        sensitivities: per FFN; None where nothing asks for them.
+        sensitivities: per FFN; None of experts, and where nothing asks for them.
         activations: per FFN, the rows that errors are measured on.
         sample: what those are, in words.
         seconds: of gathering statistics and sensitivities; None where there was nothing to gather beforehand.
@@ -45,7 +45,7 @@ class Learnt:
     batches: list[dict[str, Tensor]] | None
     positions: int
     statistics: list[FFNStatistics] | None
-    sensitivities: list[Tensor | None]
+    sensitivities: list[OutputSensitivity | None]
     activations: list[Activations]
     sample: str
     seconds: float | None
@@ -61,7 +61,12 @@ class Learnt:
         if self.statistics is None:
             return None
         pairs = zip(self.statistics, self.sensitivities, strict=True)
-        return [dataclasses.replace(statistics, sensitivity=found) for statistics, found in pairs]
+        return [with_sensitivity(*pair) for pair in pairs]
+
+
+def with_sensitivity(statistics: FFNStatistics, found: OutputSensitivity | None) -> FFNStatistics:
+    """The statistics with the factor of the sensitivity."""
+    return dataclasses.replace(statistics, sensitivity=None if found is None else found.factor)
 
 
 def learn(ffns: ChosenFFNs, settings: FuseSettings, calibration: Any, sample: Batch | Iterable[Batch] | None) -> Learnt:
@@ -82,9 +87,10 @@ def learn(ffns: ChosenFFNs, settings: FuseSettings, calibration: Any, sample: Ba
     statistics = None
     if batches is not None and (not settings.sequential or settings.budget is not None):
         statistics = collect(model, architecture, sites, batches, seed=seed, rows=settings.calibration_rows)
-    sensitivities: list[Tensor | None] = [None] * len(sites)
+    sensitivities: list[OutputSensitivity | None] = [None] * len(sites)
     tuned = bool(settings.refit) and bool(settings.tune_steps)
-    if batches is not None and (tuned or METHODS[settings.method].weighs_outputs):
+    asked = tuned or METHODS[settings.method].weighs_outputs or settings.budget is not None
+    if batches is not None and asked:
         # Experts' outputs are weighed by a router: their errors count alike.
         dense = [number for number, site in enumerate(sites) if not site.is_expert]
         chosen = [sites[n] for n in dense]
