@@ -190,7 +190,7 @@ def task_row(base: str, name: str, seed: int, options: argparse.Namespace) -> di
             mlp_fusion.fuse(other, options.width, method="fusion", calibration=text, seed=seed)
         attached = get_peft_model(other, config)
     kept = {"trained": trained(attached), **stored_bytes(attached)}
-    out = options.work / f"{base} {name} {seed} {options.examples} {rate}".replace(" ", "_")
+    out = options.work / f"{base} {name} {seed} {options.examples} {options.epochs:g} {rate}".replace(" ", "_")
     goes_on = is_unfinished(out)
     if not goes_on:
         shutil.rmtree(out, ignore_errors=True)
@@ -237,10 +237,11 @@ def record(file: Path, row: dict[str, Any]) -> None:
 
 def summary(rows: Sequence[dict[str, Any]]) -> None:
     """Print a line a row, means over seeds."""
-    together: dict[tuple[str, int | None, float | None], list[dict[str, Any]]] = {}
+    together: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        together.setdefault((row["row"], row.get("examples"), row.get("learning_rate")), []).append(row)
-    for (name, examples, rate), found in together.items():
+        key = tuple(row.get(name) for name in ("row", "examples", "epochs", "learning_rate"))
+        together.setdefault(key, []).append(row)
+    for (name, examples, epochs, rate), found in together.items():
         first, step = found[0], statistics.mean(row["seconds_per_step"] or 0.0 for row in found)
         kept = f"{first['trained']:>10,} trained, {first['stored']:>10,} bytes"
         kept += f" ({first['stored_merged']:,} merged)" if "stored_merged" in first else ""
@@ -249,7 +250,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> None:
             continue
         accuracies = [row["accuracy"] for row in found]
         spread = f"{min(accuracies):.4f} to {max(accuracies):.4f}, {len(found)} seeds"
-        asked = f"{examples:,} examples, rate {rate}"
+        asked = f"{examples:,} examples, {epochs:g} epochs, rate {rate}"
         print(f"{name:36} {kept}, {step:.3f} s a step: {statistics.mean(accuracies):.4f} ({spread}, {asked})")
 
 
@@ -288,7 +289,8 @@ def run_row(name: str, seed: int, options: argparse.Namespace) -> None:
     base, _, method = name.partition(" ")
     key: dict[str, Any] = {"row": name, "seed": seed, "asked": None}
     if base != "step":
-        key |= {"asked": options.examples, "learning_rate": options.rate or METHODS[method].rate}
+        rate = options.rate or METHODS[method].rate
+        key |= {"asked": options.examples, "epochs": options.epochs, "learning_rate": rate}
     if (base == "step" and seed) or any(all(row.get(k) == v for k, v in key.items()) for row in recorded(options.out)):
         return
     if base == "step":

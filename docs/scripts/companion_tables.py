@@ -9,12 +9,13 @@ from typing import Any
 from results_tables import results, table
 
 
-def companions() -> str:
+def companions(base: str, epochs: float) -> str:
     """Every method at its best learning rate, the most accurate first; and what the other rates gave."""
     by_rate: dict[str, dict[float, list[dict[str, Any]]]] = {}
     for row in results("companions-cpu")["rows"]:
-        if "accuracy" in row:
-            by_rate.setdefault(row["row"].removeprefix("full "), {}).setdefault(row["learning_rate"], []).append(row)
+        name, _, method = row["row"].partition(" ")
+        if name == base and row["epochs"] == epochs:
+            by_rate.setdefault(method, {}).setdefault(row["learning_rate"], []).append(row)
 
     def mean(rows: list[dict[str, Any]]) -> float:
         return statistics.mean(row["accuracy"] for row in rows)
@@ -31,7 +32,27 @@ def companions() -> str:
         lines.append((mean(rows), line))
     lines.sort(key=lambda line: -line[0])
     titles = ["", "trained numbers", "learning rate", "accuracy", "by seed", "at other rates, one seed", "stored bytes"]
-    return table(titles, [line for _, line in lines])
+    kept = [n for n in range(len(titles)) if n == 0 or any(line[n] for _, line in lines)]
+    return table([titles[n] for n in kept], [[line[n] for n in kept] for _, line in lines])
+
+
+def intrinsic() -> str:
+    """Accuracy at every d, and the smallest d with nine tenths of that of all weights, by model and projections."""
+    rows = results("intrinsic-cpu")["rows"]
+    dimensions = sorted({row["d"] for row in rows if row["d"] is not None})
+    lines = []
+    for base in dict.fromkeys(row["base"] for row in rows):
+        own = [row for row in rows if row["base"] == base]
+        [full, head] = [next(r["accuracy"] for r in own if r["way"] == way) for way in ("full", "head")]
+        for way in ("said", "did"):
+            found = {row["d"]: row["accuracy"] for row in own if row["way"] == way}
+            d90 = min((d for d, accuracy in found.items() if accuracy >= 0.9 * full), default=None)
+            cells = [f"{found[d]:.1%}" if d in found else "" for d in dimensions]
+            lines.append(
+                [base, way.upper(), f"{full:.1%}", f"{head:.1%}", *cells, f"{d90:,}" if d90 else "not reached"]
+            )
+    titles = ["model", "", "all weights", "head alone", *(f"d = {d:,}" for d in dimensions), "d90"]
+    return table(titles, lines)
 
 
 def squeezing() -> str:
@@ -60,7 +81,10 @@ def students() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "companions-sst2": companions,
+    "companions-sst2": lambda: companions("full", 1),
+    "companions-sst2-fused": lambda: companions("quarter", 1),
+    "companions-sst2-fused-longer": lambda: companions("quarter", 3),
+    "intrinsic": intrinsic,
     "squeezing": squeezing,
     "minialbert": students,
 }

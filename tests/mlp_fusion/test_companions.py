@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 import torch
 from companion_models import attached, classifier, logits
-from peft import AutoPeftModelForSequenceClassification, PeftModel, get_model_status, get_peft_model
+from peft import (
+    AutoPeftModelForSequenceClassification,
+    LoraConfig,
+    PeftModel,
+    get_model_status,
+    get_peft_model,
+)
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
@@ -229,3 +235,30 @@ def test_in_this_projects_own_modules_it_runs_and_merges(family: str, kind: str,
         merged.save_pretrained(tmp_path)
         again = type(model).from_pretrained(tmp_path).eval()
         torch.testing.assert_close(again(**batch).logits, with_it, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lora", *CONFIGS])
+def test_transformers_own_adapters_are_stored_beside_a_fused_model(name: str, tmp_path: Path) -> None:
+    """`add_adapter` and the model's `save_pretrained`: the adapter alone, without the scale, which is the base's."""
+    lora = LoraConfig(target_modules=["intermediate.dense", "output.dense"], r=2, init_lora_weights=False)
+    model = classifier()
+    mlp_fusion.fuse(model, 16, method="fusion")
+    model.save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    mlp_fusion.restore(base, tmp_path / "base")
+    before = logits(base)
+    base.add_adapter(lora if name == "lora" else CONFIGS[name]())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in (p for p in base.parameters() if p.requires_grad):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    expected = logits(base)
+    assert float((expected - before).abs().max()) > 1e-4
+    base.save_pretrained(tmp_path / "adapter")
+    assert {file.name for file in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors"
+    }  # fmt: skip
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    mlp_fusion.restore(again, tmp_path / "base")
+    again.load_adapter(tmp_path / "adapter")
+    torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-6)

@@ -104,9 +104,16 @@ def save_folded(
 ) -> None:
     """`save_pretrained` of a model with fused FFNs: `save`, the host's own, given folded weights; and the side file.
 
+    Where transformers itself has put adapters into the model (`add_adapter`), it writes these alone: there is nothing
+    to fold, and no scale to keep.
+
     Raises:
         InputError: see :func:`fold_state_dict`; or `push_to_hub`, which would leave the side file behind.
     """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        more = {**kwargs, "state_dict": state_dict, "push_to_hub": push_to_hub}
+        save(model, save_directory, is_main_process=is_main_process, **more)
+        return
     if push_to_hub:
         raise InputError("save_pretrained(push_to_hub=True) would leave the scale behind: use model.push_to_hub(name)")
     adopt_fused_config(model)
