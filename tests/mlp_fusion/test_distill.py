@@ -15,7 +15,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import checkpoints as ck
 import mlp_fusion
-from commands import Run
+from commands import Run, run_twice_at_once
 from families import tiny_model
 from mlp_fusion import InputError, distill
 from mlp_fusion.finetuning import session
@@ -353,3 +353,30 @@ def test_an_order_is_that_of_seed_and_epoch() -> None:
     assert sorted(order(0, 2)) == list(range(18, 27))
     assert order(0, 1) == order(0, 1)
     assert len({tuple(n % 9 for n in order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_teach_one_student_what_one_would(source: Path, tmp_path: Path) -> None:
+    """Half of every batch each: the same losses before, all but the same on the way, and one report."""
+    for name, rows in (("train.jsonl", sentences(80)), ("dev.jsonl", sentences(21, 1))):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    files, shared = (tmp_path / "train.jsonl", tmp_path / "dev.jsonl"), {**SMALL, "epochs": 3.0}
+    alone = distill(source, tmp_path / "alone", *files, **shared)
+    halves = distill(source, tmp_path / "halves", *files, **{**shared, "batch_size": 4, "epochs": 1.0})
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in {**shared, "batch_size": 4}.items()]
+    done = run_twice_at_once(
+        tmp_path, "distill", source, tmp_path / "out", "--text", files[0], "--eval", files[1], *options,
+        "--device", "cpu", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err[-2000:]
+    report = done.json
+    assert report == json.loads((tmp_path / "out/distill.json").read_text(encoding="utf-8"))
+    # Losses are means over the batches of one process, each a mean over what is masked in it.
+    assert report["initial"] == pytest.approx(halves.initial, rel=1e-5)
+    assert [e["step"] for e in report["evaluations"]] == [e["step"] for e in alone.evaluations]
+    assert alone.final is not None
+    assert report["final"]["loss"] == pytest.approx(alone.final["loss"], rel=0.1)
+    assert report["final"]["loss"] < 0.7 * report["initial"]["loss"]

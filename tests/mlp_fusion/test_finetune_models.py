@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +15,7 @@ from transformers import AutoTokenizer
 
 import checkpoints as ck
 import mlp_fusion
+from commands import run_twice_at_once
 from families import tiny_model
 from mlp_fusion import InputError
 from mlp_fusion.finetuning.loading import load_student, load_teacher, positions
@@ -184,26 +182,18 @@ def test_language_modelling_needs_a_causal_model_with_its_head(
 
 # --- several processes -----------------------------------------------------------------------------------------------
 
-_MAIN = "from mlp_fusion.cli import main; main()"
-
 
 def test_two_processes_train_one_model_and_speak_with_one_voice(source: Path, tmp_path: Path) -> None:
     fused = tmp_path / "fused"
     mlp_fusion.compress(source, fused, 16)
     (tmp_path / "train.tsv").write_text("\n".join(f"{r['text']}\t{r['label']}" for r in ROWS * 2), encoding="utf-8")
-    (tmp_path / "main.py").write_text(_MAIN, encoding="utf-8")
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            tmp_path / "main.py", "finetune", fused, tmp_path / "out", "--task", "classification",
-            "--train", tmp_path / "train.tsv", "--eval", tmp_path / "train.tsv", "--original", source,
-            "--epochs", "4", "--batch-size", "4", "--warmup", "0.5", "--device", "cpu", "--json",
-        ],
-        capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    done = run_twice_at_once(
+        tmp_path, "finetune", fused, tmp_path / "out", "--task", "classification",
+        "--train", tmp_path / "train.tsv", "--eval", tmp_path / "train.tsv", "--original", source,
+        "--epochs", "4", "--batch-size", "4", "--warmup", "0.5", "--device", "cpu", "--json",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    report = json.loads(done.stdout)
+    assert done.code == 0, done.err[-2000:]
+    report = done.json
     assert report == json.loads((tmp_path / "out/finetune.json").read_text(encoding="utf-8"))
     # 32 rows, 4 a step and process.
     assert [e["step"] for e in report["train"]] == list(range(1, 17))

@@ -53,5 +53,17 @@ def run_for_real(*arguments: object, **environment: str) -> Outcome:
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
+def run_twice_at_once(folder: Path, *arguments: object) -> Outcome:
+    """Run `mlp-fusion` in two processes that train together; `folder` is for what starts them."""
+    main = folder / "main.py"
+    main.write_text("from mlp_fusion.cli import main; main()", encoding="utf-8")
+    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(main)]
+    done = subprocess.run(
+        [*launched, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )  # fmt: skip
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
 #: `mlp-fusion` with arguments.
 Run = Callable[..., Outcome]
