@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bundles import random_bundle, statistics_of
-from mlp_fusion import InputError
+from mlp_fusion import InputError, fuse
 from mlp_fusion.calibration import collect, output_sensitivities, sensitivity
 from mlp_fusion.calibration.text import calibration_batches
 from mlp_fusion.families import FFNSite
@@ -170,6 +171,28 @@ def test_sensitivities_of_towers_and_of_what_nobody_reads() -> None:
     # The last but one of the vision tower's hidden states is what the text model gets.
     assert torch.equal(last.factor, torch.eye(32))
     assert float((first.factor - torch.eye(32)).norm()) > 0.5
+
+
+@pytest.mark.parametrize("kind", ["whisper", "bart", "clip", "wav2vec2", "vit", "xlnet", "albert"])
+def test_sizes_stand_in_the_order_of_the_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs in the place of their gradients: sizes are then those of the outputs that `collect` keeps."""
+    model = tiny(kind).double()
+    architecture, sites = ffns(kind, model)
+    batches = batches_of(kind)
+    looked_at = list(excerpts.excerpts(model, batches, sensitivity.SENSED_TOKENS))
+    monkeypatch.setattr(torch.autograd, "grad", lambda _loss, wanted, **_: [y.detach() for y in wanted])
+    found = output_sensitivities(model, architecture, sites, batches, seed=0)
+    rows = max(len(each.sizes) for each in found)
+    for known, each in zip(collect(model, architecture, sites, looked_at, seed=0, rows=rows), found, strict=True):
+        torch.testing.assert_close(each.sizes, known.y.square().mean(dim=1).sqrt().float())
+
+
+@pytest.mark.parametrize("kind", ["bart", "clip"])
+def test_widths_by_a_budget_where_ffns_see_different_rows(kind: str) -> None:
+    model, batches = copy.deepcopy(tiny(kind)), batches_of(kind)
+    report = fuse(model, "auto", method="fusion", budget=0.5, calibration=batches, optimizer=None)
+    before, after = (sum(getattr(row, name) for row in report.rows) for name in ("neurons_before", "neurons_after"))
+    assert 0.4 * before < after <= 0.5 * before
 
 
 def test_samples_are_looked_at_whole_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:

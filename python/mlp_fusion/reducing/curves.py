@@ -58,11 +58,8 @@ def elimination_curve(
 
     Memory and time: those of `merge` to an eighth of the width, and `2 N^2 d_out` operations in float64 per width.
     """
-    original, sizes, widths = (
-        working_precision(original),
-        sensitivity.sizes.to(judged.x.device),
-        _widths(original.width),
-    )
+    original, widths = working_precision(original), _widths(original.width)
+    sizes = sensitivity.sizes.to(judged.x.device)
     whole = Choice(original.width, _parameters(original, original.width), 0.0)
     if not widths or not bool(sizes.any()):  # there is nothing to choose, or nothing reads the outputs
         return [*(Choice(width, _parameters(original, width), 0.0) for width in widths), whole]

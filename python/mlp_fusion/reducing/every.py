@@ -62,7 +62,8 @@ def _curves(
         effects = functools.partial(hidden_state_changes, ffns.model, ffns.architecture, ffns.sites, batches)
         return tried_curves(recipe, ffns.originals, statistics, effects, stacks_of(ffns.sites), progress)
     sensed = list(excerpts(ffns.model, batches, SENSED_TOKENS))
-    judged = collect(ffns.model, ffns.architecture, ffns.sites, sensed, seed=recipe.seed, rows=len(found[0].sizes))
+    rows = max(len(each.sizes) for each in found)  # all there are
+    judged = collect(ffns.model, ffns.architecture, ffns.sites, sensed, seed=recipe.seed, rows=rows)
     curves = []
     for each in zip(ffns.originals, statistics, judged, found, strict=True):
         curves.append(elimination_curve(*each, seed=recipe.seed))
