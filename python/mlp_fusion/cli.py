@@ -329,7 +329,7 @@ def squeeze(
 def report(folder: Path, out: Path | None, title: str | None, as_json: bool) -> None:
     """Write a page, and its numbers as JSON beside it, about the results in FOLDER.
 
-    FOLDER holds fused checkpoints and fine-tuning runs, up to two levels down, or is one itself.
+    FOLDER holds fused checkpoints, fine-tuning runs, students and squeezed models, up to two levels down, or is one.
     """
     from mlp_fusion.verbs.report import write_report
 

@@ -7,10 +7,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from mlp_fusion import FusionReport
+from mlp_fusion import DistillReport, FusionReport, SqueezeReport
+from mlp_fusion.distilling import DistillSettings
 from mlp_fusion.measure import FFNRow
 from mlp_fusion.measure.report import CalibrationRecord, EmbeddingSimilarity
 from mlp_fusion.settings import FuseSettings, fields
+from mlp_fusion.squeezing import SqueezeSettings
 from mlp_fusion.tuning import FinetuneSettings
 
 #: A name that a page must escape.
@@ -66,8 +68,33 @@ def finetune(seed: int = 0, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def put(folder: Path, *, report: Any = None, run: Any = None) -> Path:
-    """A result's folder, with what `compress` or `finetune` leaves there."""
+def distillation(**changes: Any) -> dict[str, Any]:
+    """The JSON of a distillation."""
+    known = DistillSettings(recursions=2, epochs=2.0, seed=4)
+    parts = {"loss": 9.5, "mlm": 6.25, "hidden": 0.75}
+    report = DistillReport(
+        known.recorded(), "big", [2, 4], 5_000_000, 22_000_000, 640, parts, {**parts, "loss": 3.125},
+        [{"step": s, "epoch": s / 5, "loss": 10.0 - s, "learning_rate": 1e-4} for s in range(1, 11)],
+        [{"step": s, "epoch": s / 5, **parts, "loss": 9.5 - s} for s in (0, 5, 10)], 90.0,
+    )  # fmt: skip
+    return {**report.to_dict(), **changes}
+
+
+def squeezing(**changes: Any) -> dict[str, Any]:
+    """The JSON of a squeezed model, of which the last round but one was written."""
+    rounds = [
+        {"parameters": 1000 - 100 * n, "error": n / 64, "loss": 0.5 + n / 8, "accuracy": 0.875 - n / 16, "bonds": None}
+        for n in range(3)
+    ]
+    settings = SqueezeSettings(task="classification", max_loss=0.7)
+    return {**SqueezeReport(settings.recorded(), rounds, 1, "accuracy", 1000).to_dict(), **changes}
+
+
+def put(folder: Path, *, report: Any = None, run: Any = None, **others: Any) -> Path:
+    """A result's folder, with what `compress` or `finetune` leaves there; `others` by the names of their files."""
+    for name, content in others.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(content))
     if report is not None:
         (folder / "mlp_fusion").mkdir(parents=True)
         (folder / "mlp_fusion" / "report.json").write_text(json.dumps(report))

@@ -16,6 +16,8 @@ Progress = Callable[[str, int, int, float | None], None]
 RESULT_FILE = "finetune.json"
 #: The same of a distillation.
 DISTILL_FILE = "distill.json"
+#: The same of a squeezing, which is there from its first round on; and the rounds of an unfinished one.
+SQUEEZE_FILE, SQUEEZE_ROUNDS = "squeeze.json", "rounds"
 #: Folder in it for what a method of peft has trained.
 ADAPTER_FOLDER = "adapter"
 FORMAT_VERSION = 2

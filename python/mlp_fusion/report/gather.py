@@ -1,4 +1,7 @@
-"""Find what `compress` and `finetune` wrote below a folder, and read it. Nothing is loaded or drawn here."""
+"""Find what `compress`, `finetune`, `distill` and `squeeze` wrote below a folder, and read it.
+
+Nothing is loaded or drawn here.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlp_fusion.distilling import DistillSettings
 from mlp_fusion.errors import InputError
 from mlp_fusion.finetuning import result
 from mlp_fusion.measure import FusionReport
 from mlp_fusion.measure import report as fusion
 from mlp_fusion.measure.errors import KERNELS
 from mlp_fusion.settings import FuseSettings, Settings
+from mlp_fusion.squeezing import SqueezeSettings
 from mlp_fusion.store.record import REPORT_FILE
 from mlp_fusion.tuning import FinetuneSettings
 
@@ -126,43 +131,105 @@ class RunGroup:
 
 
 @dataclass(frozen=True)
+class Student:
+    """A distilled student, as its `DistillReport` tells it; `name` as of a :class:`Checkpoint`.
+
+    Attributes:
+        initial, final: part of the loss -> its value before any training, and at the end; None without evaluation data.
+        train, evaluations: epoch and weighted loss.
+    """
+
+    name: str
+    settings: DistillSettings
+    teacher: str
+    layers: tuple[int, ...]
+    parameters: int
+    teacher_parameters: int
+    examples: int
+    initial: dict[str, float] | None
+    final: dict[str, float] | None
+    train: tuple[tuple[float, float], ...]
+    evaluations: tuple[tuple[float, float], ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round of squeezing: parameters, estimated relative squared error of its cuts, and score after the tuning."""
+
+    parameters: int
+    error: float
+    score: Score
+
+
+@dataclass(frozen=True)
+class Squeezed:
+    """A squeezed model, as its `SqueezeReport` tells it; `name` as of a :class:`Checkpoint`.
+
+    Attributes:
+        metric: of the scores.
+        whole: parameters of the model as it was given.
+        rounds: the first is uncut.
+        chosen: number of the one that was written.
+    """
+
+    name: str
+    settings: SqueezeSettings
+    metric: str
+    whole: int
+    rounds: tuple[Round, ...]
+    chosen: int
+
+
+@dataclass(frozen=True)
 class Results:
     """Everything that was found below `folder`, sorted by name."""
 
     folder: Path
     checkpoints: tuple[Checkpoint, ...]
     groups: tuple[RunGroup, ...]
+    students: tuple[Student, ...] = ()
+    squeezed: tuple[Squeezed, ...] = ()
 
 
 def find_results(folder: Path) -> Results:
-    """Read every fused checkpoint and every fine-tuning run in `folder` and in two levels below it.
+    """Read every fused checkpoint, run, student and squeezed model in `folder` and in two levels below it.
 
     Raises:
         InputError: no such folder, nothing found, or a file that is damaged or of a later version.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    checkpoints, runs = [], []
+    checkpoints, runs, students, squeezed = [], [], [], []
     for found in _folders(folder, DEPTH):
         name = folder.resolve().name if found == folder else found.relative_to(folder).as_posix()
         if (found / REPORT_FILE).is_file():
             checkpoints.append(Checkpoint(name, found, read_fusion_report(found / REPORT_FILE)))
-        if (found / result.RESULT_FILE).is_file():
+        if (found / result.DISTILL_FILE).is_file():
+            students.append(read_student(found / result.DISTILL_FILE, name))
+        if (found / result.SQUEEZE_FILE).is_file():
+            if not (found / result.SQUEEZE_ROUNDS).exists():
+                squeezed.append(read_squeezed(found / result.SQUEEZE_FILE, name))
+        elif (found / result.RESULT_FILE).is_file():
             runs.append(read_run(found / result.RESULT_FILE, name))
-    if not checkpoints and not runs:
+    if not (checkpoints or runs or students or squeezed):
         raise InputError(
-            f"{folder}: neither {REPORT_FILE} (written by compress) nor {result.RESULT_FILE} (written by finetune) in "
-            f"it or within {DEPTH} levels below: name the folder that holds the results"
+            f"{folder}: neither {REPORT_FILE} (written by compress) nor {result.RESULT_FILE} (by finetune), "
+            f"{result.DISTILL_FILE} (by distill) or {result.SQUEEZE_FILE} (by squeeze) in it or within {DEPTH} levels "
+            "below: name the folder that holds the results"
         )
-    return Results(folder, tuple(sorted(checkpoints, key=lambda c: c.name)), group_runs(runs))
+    return Results(
+        folder, tuple(sorted(checkpoints, key=lambda c: c.name)), group_runs(runs), tuple(students), tuple(squeezed)
+    )
 
 
 def _folders(folder: Path, depth: int) -> Iterable[Path]:
-    """`folder` and the visible folders below it, to `depth` levels."""
+    """`folder` and the visible folders below it, to `depth` levels, but for the rounds of an unfinished squeezing."""
     yield folder
     if depth:
+        hidden = {result.SQUEEZE_ROUNDS} if (folder / result.SQUEEZE_FILE).is_file() else set()
         for child in sorted(folder.iterdir()):
-            if child.is_dir() and not child.name.startswith("."):
+            if child.is_dir() and not child.name.startswith(".") and child.name not in hidden:
                 yield from _folders(child, depth - 1)
 
 
@@ -276,6 +343,50 @@ def read_run(file: Path, name: str) -> Run:
         distillation=_read_distillation(data.record("distillation")) if data.has("distillation") else Distillation(),
         seconds=data.number("seconds"),
     )
+
+
+def read_student(file: Path, name: str) -> Student:
+    """The distillation in `file`.
+
+    Raises:
+        InputError: unreadable, damaged, or of a later version.
+    """
+    data = _Record(file, _read_json(file))
+    _check_format(data, result.DISTILL_FORMAT_VERSION)
+    settings = _settings(data, DistillSettings)
+    layers = data.entries("layers")
+    if not layers or not all(type(layer) is int for layer in layers):
+        raise data.damage(f"'layers' is {layers!r}")
+
+    def parts(key: str) -> dict[str, float] | None:
+        return {part: data.record(key).measured(part) for part in data.record(key).content} if data.has(key) else None
+
+    def curve(key: str) -> tuple[tuple[float, float], ...]:
+        return tuple((point.number("epoch"), point.measured("loss")) for point in data.records(key))
+
+    return Student(
+        name, settings, data.text("teacher"), tuple(layers), data.integer("parameters"),
+        data.integer("teacher_parameters"), data.integer("examples"), parts("initial"), parts("final"), curve("train"),
+        curve("evaluations"), data.number("seconds"),
+    )  # fmt: skip
+
+
+def read_squeezed(file: Path, name: str) -> Squeezed:
+    """The rounds in `file`.
+
+    Raises:
+        InputError: unreadable or damaged.
+    """
+    data = _Record(file, _read_json(file))
+    settings, metric = _settings(data, SqueezeSettings), data.text("metric")
+    rounds = tuple(
+        Round(one.integer("parameters"), one.number("error"), Score(one.measured("loss"), one.measured(metric)))
+        for one in data.records("rounds")
+    )
+    chosen = data.integer("chosen")
+    if not 0 <= chosen < len(rounds):
+        raise data.damage(f"'chosen' is {chosen} of {len(rounds)} rounds")
+    return Squeezed(name, settings, metric, data.integer("whole"), rounds, chosen)
 
 
 def _settings(data: _Record, record: type[Settings]) -> Any:

@@ -44,6 +44,8 @@ def render_page(content: Values) -> str:
             for key, line in zip(_keys(("original", "fused")), ("solid", "dashed"), strict=True)
         ],
         learning=_learning(content["runs"]),
+        taught=_taught(content["students"]),
+        cut=_cut(content["squeezed"]),
     )
 
 
@@ -169,3 +171,33 @@ def _learning(runs: Sequence[Values]) -> list[Values]:
             "keys": _keys([run["name"] for run in members]),
         })  # fmt: skip
     return charts
+
+
+def _taught(students: Sequence[Values]) -> Values | None:
+    """Charts of the students, and the parts of the loss that any of them was measured on."""
+    if not students:
+        return None
+    parts = dict.fromkeys(part for student in students for part in student["initial"] or {})
+    drawn = []
+    for curve, caption in (("train", "Training loss over epochs"), ("loss", "Loss on the evaluation data over epochs")):
+        shown = [(number, one["curves"][curve]) for number, one in enumerate(students) if one["curves"][curve]]
+        if any(len(found["x"]) > 1 for _, found in shown):
+            svg = figures.curves(shown, "epoch", "loss", f"students-{curve}")
+            drawn.append({"svg": Markup(svg), "caption": caption})
+    return {"parts": list(parts), "charts": drawn, "keys": _keys([student["name"] for student in students])}
+
+
+def _cut(models: Sequence[Values]) -> list[Values]:
+    """A chart for the squeezed models of each task."""
+    kinds = []
+    for number, (task, metric) in enumerate(sorted({(model["task"], model["metric"]) for model in models})):
+        own = [model for model in models if (model["task"], model["metric"]) == (task, metric)]
+        shown = []
+        for index, model in enumerate(own):
+            losses = [one["loss"] for one in model["rounds"]]
+            x = [one["parameters"] for one in model["rounds"]]
+            shown.append((index, {"x": x, "mean": losses, "low": losses, "high": losses}))
+        svg = Markup(figures.curves(shown, "parameters", "loss", f"squeezed-{number}"))
+        keys = _keys([model["name"] for model in own])
+        kinds.append({"task": task, "metric": metric, "models": own, "svg": svg, "keys": keys})
+    return kinds

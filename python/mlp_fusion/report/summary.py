@@ -9,7 +9,7 @@ from typing import Any
 
 from mlp_fusion.choices import OPTIMIZER_KERNELS
 from mlp_fusion.measure import FFNRow
-from mlp_fusion.report.gather import Checkpoint, Results, Run, RunGroup, Score
+from mlp_fusion.report.gather import Checkpoint, Results, Run, RunGroup, Score, Squeezed, Student
 
 #: Points of a training curve; longer ones are averaged in blocks of equal length.
 CURVE_POINTS = 200
@@ -18,7 +18,7 @@ Values = dict[str, Any]
 
 
 def summarize(results: Results) -> Values:
-    """`summary` (a row per result), `checkpoints` and `runs` (a group of seeds each)."""
+    """`summary` (a row per result), `checkpoints`, `runs` (a group of seeds each), `students` and `squeezed`."""
     checkpoints = [_checkpoint(checkpoint) for checkpoint in results.checkpoints]
     groups = [_group(group, _fused_from(group.runs[0], results.checkpoints)) for group in results.groups]
     rows = []
@@ -26,7 +26,58 @@ def summarize(results: Results) -> Values:
         trained = [group for group in groups if group["checkpoint"] == checkpoint["name"]]
         rows += [_summary_row(checkpoint, group) for group in trained] or [_summary_row(checkpoint, None)]
     rows += [_summary_row(None, group) for group in groups if group["checkpoint"] is None]
-    return {"summary": rows, "checkpoints": checkpoints, "runs": groups}
+    students = [_student(student) for student in results.students]
+    squeezed = [_squeezed(model) for model in results.squeezed]
+    for one in students:
+        scores = [None if found is None else _single(found["loss"]) for found in (one["initial"], one["final"])]
+        rows.append(_other_row(one["name"], "distill", one["teacher_parameters"], one["parameters"], "loss", *scores))
+    for one in squeezed:
+        first, last = one["rounds"][0], one["rounds"][one["chosen"]]
+        scores = [_single(found["score"]) for found in (first, last)]
+        rows.append(_other_row(one["name"], "squeeze", one["whole"], last["parameters"], one["metric"], *scores))
+    return {
+        "summary": rows, "checkpoints": checkpoints, "runs": groups, "students": students, "squeezed": squeezed,
+    }  # fmt: skip
+
+
+def _student(student: Student) -> Values:
+    return {
+        "name": student.name,
+        "teacher": student.teacher,
+        "layers": list(student.layers),
+        "parameters": student.parameters,
+        "teacher_parameters": student.teacher_parameters,
+        "examples": student.examples,
+        "epochs": student.settings.epochs,
+        "seed": student.settings.seed,
+        "start": student.settings.start,
+        "learning_rate": student.settings.learning_rate,
+        "initial": student.initial,
+        "final": student.final,
+        "seconds": student.seconds,
+        "curves": {"train": _curve([student.train]), "loss": _curve([student.evaluations])},
+    }
+
+
+def _squeezed(model: Squeezed) -> Values:
+    return {
+        "name": model.name,
+        "task": model.settings.task,
+        "metric": model.metric,
+        "whole": model.whole,
+        "chosen": model.chosen,
+        "rounds": [
+            {
+                "parameters": one.parameters, "share": one.parameters / model.whole, "error": one.error**0.5,
+                "loss": one.score.loss, "score": one.score.metric,
+            }
+            for one in model.rounds
+        ],
+    }  # fmt: skip
+
+
+def _single(value: float) -> dict[str, float]:
+    return {"mean": value, "low": value, "high": value}
 
 
 def _checkpoint(checkpoint: Checkpoint) -> Values:
@@ -188,6 +239,12 @@ def _spread(values: Sequence[Sequence[float]]) -> list[dict[str, float]]:
     """Per column: mean, smallest and largest over the rows."""
     columns = list(zip(*values, strict=True))
     return [{"mean": fmean(column), "low": min(column), "high": max(column)} for column in columns]
+
+
+def _other_row(name: str, method: str, before: int, after: int, metric: str, initial: Any, final: Any) -> Values:
+    """A row of the summary: of what is neither a fused checkpoint nor a fine-tuning."""
+    row = _summary_row(None, {"name": name, "method": method, "metric": metric, "initial": initial, "final": final})
+    return {**row, "run": None, "parameters_before": before, "parameters_after": after}
 
 
 def _summary_row(checkpoint: Values | None, group: Values | None) -> Values:

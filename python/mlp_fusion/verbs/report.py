@@ -61,15 +61,15 @@ class WrittenReport:
 
 
 def write_report(folder: str | Path, out: str | Path | None = None, *, title: str | None = None) -> WrittenReport:
-    """Write a page about every fused checkpoint and every fine-tuning run in a folder.
+    """Write a page about every fused checkpoint and every fine-tuning run in a folder, students and squeezed models.
 
     The page is one HTML file that needs nothing else: errors per layer, cluster sizes, spectra of the tangent kernels,
-    methods side by side, learning curves. The JSON file beside it holds the numbers. The same results give the same
-    bytes, whenever it is called.
+    methods side by side, learning curves, losses over parameters. The JSON file beside it holds the numbers. The same
+    results give the same bytes, whenever it is called.
 
     Args:
-        folder: a result, or a folder of results up to two levels down; what `compress` and `finetune` wrote is read,
-            no model is loaded.
+        folder: a result, or a folder of results up to two levels down; what `compress`, `finetune`,
+            `distill` and `squeeze` wrote is read, no model is loaded.
         out: the page, `*.html`; the JSON file has the suffix `.json`. None: `report.html` in `folder`.
         title: of the page; None for the folder's name.
 

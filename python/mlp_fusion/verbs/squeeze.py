@@ -23,6 +23,8 @@ from mlp_fusion.errors import InputError
 from mlp_fusion.finetuning.data import Data, read_rows
 from mlp_fusion.finetuning.loading import load_for
 from mlp_fusion.finetuning.result import RESULT_FILE, Progress
+from mlp_fusion.finetuning.result import SQUEEZE_FILE as JOURNAL
+from mlp_fusion.finetuning.result import SQUEEZE_ROUNDS as ROUNDS
 from mlp_fusion.finetuning.run import METRICS
 from mlp_fusion.finetuning.session import is_unfinished, write_json
 from mlp_fusion.measure.report import finite, render
@@ -33,8 +35,8 @@ from mlp_fusion.store.output import output_path, taken
 from mlp_fusion.verbs.compress import compress
 from mlp_fusion.verbs.finetune import finetune
 
-#: In the output folder: what was done so far, the rounds of an unfinished run, and the plot.
-JOURNAL, ROUNDS, PLOT = "squeeze.json", "rounds", "squeeze.svg"
+#: In the output folder: the plot.
+PLOT = "squeeze.svg"
 #: Among the rounds: the model that begins with fused FFNs.
 FUSED = "fused"
 
