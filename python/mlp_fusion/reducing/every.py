@@ -33,8 +33,8 @@ def reduce_chosen(
         progress: as in :func:`mlp_fusion.fuse`.
     """
     recipe = Recipe.of(settings)
-    if settings.budget is not None and learnt.statistics is not None and learnt.batches is not None:
-        curves = _curves(ffns, recipe, learnt, learnt.statistics, learnt.batches, progress)
+    if settings.budget is not None and learnt.batches is not None:
+        curves = _curves(ffns, settings, learnt, learnt.batches, progress)
         widths = allocate_widths(curves, stacks_of(ffns.sites), settings.budget)
     if learnt.batches is None or not settings.sequential:
         known = learnt.complete()
@@ -49,24 +49,22 @@ def reduce_chosen(
 
 
 def _curves(
-    ffns: ChosenFFNs,
-    recipe: Recipe,
-    learnt: Learnt,
-    statistics: Sequence[FFNStatistics],
-    batches: Sequence[Batch],
-    progress: Progress | None,
+    ffns: ChosenFFNs, settings: FuseSettings, learnt: Learnt, batches: Sequence[Batch], progress: Progress | None
 ) -> list[list[Choice]]:
     """What the model loses by each FFN, or stack of experts, by its width."""
+    gather = functools.partial(collect, ffns.model, ffns.architecture, ffns.sites, seed=settings.seed)
+    # In a sequential run they are needed for this alone, and gone before it begins.
+    statistics = learnt.statistics or gather(batches, rows=settings.calibration_rows)
     found = [sensitivity for sensitivity in learnt.sensitivities if sensitivity is not None]
     if len(found) < len(ffns.sites):
         effects = functools.partial(hidden_state_changes, ffns.model, ffns.architecture, ffns.sites, batches)
-        return tried_curves(recipe, ffns.originals, statistics, effects, stacks_of(ffns.sites), progress)
-    sensed = list(excerpts(ffns.model, batches, SENSED_TOKENS))
+        stacks = stacks_of(ffns.sites)
+        return tried_curves(Recipe.of(settings), ffns.originals, statistics, effects, stacks, progress)
     rows = max(len(each.sizes) for each in found)  # all there are
-    judged = collect(ffns.model, ffns.architecture, ffns.sites, sensed, seed=recipe.seed, rows=rows)
+    judged = gather(list(excerpts(ffns.model, batches, SENSED_TOKENS)), rows=rows)
     curves = []
     for each in zip(ffns.originals, statistics, judged, found, strict=True):
-        curves.append(elimination_curve(*each, seed=recipe.seed))
+        curves.append(elimination_curve(*each, seed=settings.seed))
         if progress is not None:
             progress(len(curves), len(ffns.sites))
     return curves

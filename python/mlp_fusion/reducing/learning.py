@@ -85,7 +85,7 @@ def learn(ffns: ChosenFFNs, settings: FuseSettings, calibration: Any, sample: Ba
     batches = None if calibration is None else take_calibration(model, calibration)
     started = time.perf_counter()
     statistics = None
-    if batches is not None and (not settings.sequential or settings.budget is not None):
+    if batches is not None and not settings.sequential:
         statistics = collect(model, architecture, sites, batches, seed=seed, rows=settings.calibration_rows)
     sensitivities: list[OutputSensitivity | None] = [None] * len(sites)
     tuned = bool(settings.refit) and bool(settings.tune_steps)
