@@ -54,7 +54,7 @@ WEIGHT, TEMPERATURE = 0.5, 2.0
 RANK, ALPHA = 8, 16
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 #: Model -> steps of the runs that find the learning rate.
-SEARCH = {"small": 50, "smollm2": 10}
+SEARCH = {"small": 50, "smollm2": 50}
 #: Where the search begins, as a rung of `rate`: by model, optimiser, and whether through LoRA.
 START = {
     ("small", "adamw", False): -7,
@@ -122,7 +122,7 @@ PARTS = {
     "taught": Part("small", NARROW, CHOSEN, taught=True),
     "long": Part("small", NARROW, CHOSEN, steps=1000),
     "eighth": Part("small", 0.125, CHOSEN),
-    "smollm2": Part("smollm2", 0.5, ("fusion, folded", "fusion, matched", "prune"), seeds=1, steps=50),
+    "smollm2": Part("smollm2", 0.5, ("fusion, folded", "fusion, matched", "prune", "auto"), seeds=1, steps=50),
 }
 
 

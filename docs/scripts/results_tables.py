@@ -319,9 +319,9 @@ def large() -> str:
     return table(titles, rows)
 
 
-def language_model(share: float) -> str:
+def language_model(share: float, file: str = "llm-cpu") -> str:
     """SmolLM2-135M-Instruct with that share of its FFNs: perplexity of every row there is, the best first."""
-    rows = [row for row in results("llm-cpu")["rows"] if row["recipe"] is None or row["share"] == share]
+    rows = [row for row in results(file)["rows"] if row["recipe"] is None or row["share"] == share]
     kinds = list(rows[0]["perplexity"])
 
     def mean(form: str) -> float:
@@ -442,6 +442,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "language-model-half": lambda: language_model(0.5),
     "language-model-wider": lambda: language_model(0.625),
     "language-model-three-quarters": lambda: language_model(0.75),
+    "language-model-final": lambda: language_model(0.5, "llm-final-cpu"),
     "language-model-completions": completions,
     "families": families,
     "families-left": families_left,
