@@ -42,6 +42,7 @@ OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 Group = tuple[str, float, bool, bool]
 GROUPS: dict[str, Group] = {
     "full": ("small", 1 / 32, False, False),
+    "smollm2": ("smollm2", 0.5, False, False),
 }
 
 
