@@ -12,7 +12,7 @@ import pytest
 
 from mlp_fusion import InputError
 from mlp_fusion.report.gather import find_results
-from mlp_fusion.report.page import format_score
+from mlp_fusion.report.page import format_number
 from mlp_fusion.report.summary import summarize
 from mlp_fusion.verbs.report import write_report
 from reports import EVIL, distillation, finetune, fusion_report, parse, put, squeezing
@@ -69,8 +69,8 @@ def test_the_page_has_their_numbers(folder: Path) -> None:
         assert f"{part}before, after" in cells
         assert pair in cells
     for number, one in enumerate(squeezing()["rounds"]):
-        expected = [f"{one['parameters']:,}", f"{one['parameters'] / 10:.1f} %", format_score(one["error"] ** 0.5)[:5]]
-        at = [n for n, cell in enumerate(cells) if cell == expected[0] and cells[n + 1] == expected[1]]
+        expected = [f"{one['parameters']:,}", f"{one['parameters'] / 10:.1f} %", format_number(one["error"] ** 0.5)]
+        at = [n for n, cell in enumerate(cells) if cell == expected[0] and cells[n + 1 : n + 3] == expected[1:]]
         assert len(at) == 2, one
         assert {cells[n - 1] for n in at} == {str(number), *([f"{number}, written"] if number else [])}
     # Errors, clusters, spectra; training, metric, loss of the run; two of the student, one of the squeezed models.

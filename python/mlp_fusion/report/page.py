@@ -192,11 +192,7 @@ def _cut(models: Sequence[Values]) -> list[Values]:
     kinds = []
     for number, (task, metric) in enumerate(sorted({(model["task"], model["metric"]) for model in models})):
         own = [model for model in models if (model["task"], model["metric"]) == (task, metric)]
-        shown = []
-        for index, model in enumerate(own):
-            losses = [one["loss"] for one in model["rounds"]]
-            x = [one["parameters"] for one in model["rounds"]]
-            shown.append((index, {"x": x, "mean": losses, "low": losses, "high": losses}))
+        shown = [(index, model["curve"]) for index, model in enumerate(own)]
         svg = Markup(figures.curves(shown, "parameters", "loss", f"squeezed-{number}"))
         keys = _keys([model["name"] for model in own])
         kinds.append({"task": task, "metric": metric, "models": own, "svg": svg, "keys": keys})

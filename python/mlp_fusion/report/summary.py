@@ -66,6 +66,7 @@ def _squeezed(model: Squeezed) -> Values:
         "metric": model.metric,
         "whole": model.whole,
         "chosen": model.chosen,
+        "curve": _curve([[(one.parameters, one.score.loss) for one in model.rounds]]),
         "rounds": [
             {
                 "parameters": one.parameters, "share": one.parameters / model.whole, "error": one.error**0.5,

@@ -22,9 +22,7 @@ from mlp_fusion.companions.squeezing import Squeezed, squeeze_bonds, stored_size
 from mlp_fusion.errors import InputError
 from mlp_fusion.finetuning.data import Data, read_rows
 from mlp_fusion.finetuning.loading import load_for
-from mlp_fusion.finetuning.result import RESULT_FILE, Progress
-from mlp_fusion.finetuning.result import SQUEEZE_FILE as JOURNAL
-from mlp_fusion.finetuning.result import SQUEEZE_ROUNDS as ROUNDS
+from mlp_fusion.finetuning.result import RESULT_FILE, SQUEEZE_FILE, SQUEEZE_ROUNDS, Progress
 from mlp_fusion.finetuning.run import METRICS
 from mlp_fusion.finetuning.session import is_unfinished, write_json
 from mlp_fusion.measure.report import finite, render
@@ -134,10 +132,10 @@ def squeeze(
     report = _opened(out, settings)
     with taken(out):
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / JOURNAL, report.to_dict())
+        write_json(out / SQUEEZE_FILE, report.to_dict())
         while not _ended(report, settings):
             number = len(report.rounds)
-            before = out / ROUNDS / str(number - 1)
+            before = out / SQUEEZE_ROUNDS / str(number - 1)
             plan = _cut(before, report, settings) if number else None
             if number and plan is None:
                 break
@@ -152,26 +150,26 @@ def squeeze(
             whole = report.whole or (_whole(load_for(settings.task, Path(model))) if fused else found["parameters"])
             report = dataclasses.replace(report, rounds=[*report.rounds, found], whole=whole)
             report = dataclasses.replace(report, chosen=_chosen(report, settings))
-            write_json(out / JOURNAL, report.to_dict())
+            write_json(out / SQUEEZE_FILE, report.to_dict())
         _finish(out, report)
     return report
 
 
 def _forget(out: Path) -> None:
     """Take away what a run has left that could not even begin."""
-    (out / JOURNAL).unlink()
-    shutil.rmtree(out / ROUNDS, ignore_errors=True)
+    (out / SQUEEZE_FILE).unlink()
+    shutil.rmtree(out / SQUEEZE_ROUNDS, ignore_errors=True)
 
 
 def _opened(out: Path, settings: SqueezeSettings) -> SqueezeReport:
     """What was done so far."""
     if not out.exists() or not any(out.iterdir()):
         return SqueezeReport(settings.recorded(), metric=METRICS[settings.task])
-    journal = out / JOURNAL
+    journal = out / SQUEEZE_FILE
     if not settings.resume or not journal.is_file():
         raise InputError(f"{out} is not empty: choose another folder, or go on with an unfinished run with resume")
     known = SqueezeReport(**json.loads(journal.read_text(encoding="utf-8")))
-    if not (out / ROUNDS).exists() and known.rounds:
+    if not (out / SQUEEZE_ROUNDS).exists() and known.rounds:
         raise InputError(f"{out} is complete: choose another folder")
     if known.settings != settings.recorded():
         changed = sorted(n for n, value in settings.recorded().items() if known.settings.get(n) != value)
@@ -185,10 +183,10 @@ def _first(
     """What round 0 trains: the model, or what its fusion has written."""
     if settings.width is None:
         return model
-    fused = out / ROUNDS / FUSED
+    fused = out / SQUEEZE_ROUNDS / FUSED
     if not fused.exists():
         rows = read_rows(train, labelled=False, columns=columns, limit=CALIBRATION_SENTENCES)
-        text = out / ROUNDS / "calibration.txt"
+        text = out / SQUEEZE_ROUNDS / "calibration.txt"
         text.parent.mkdir(exist_ok=True)
         text.write_text("".join(f"{' '.join(one.split())}\n" for one in rows.texts), encoding="utf-8")
         compress(model, fused, settings.width, calibration=str(text), seed=settings.seed, device=settings.device)
@@ -259,7 +257,7 @@ def _round(
     plan: Squeezed | None, settings: SqueezeSettings, progress: Progress | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train one round, or go on with it, and say what came of it."""
-    folder = out / ROUNDS / str(number)
+    folder = out / SQUEEZE_ROUNDS / str(number)
     options = {
         "length": settings.length,
         "embeddings": settings.embeddings,
@@ -293,7 +291,7 @@ def _whole(model: nn.Module) -> int:
 
 def _finish(out: Path, report: SqueezeReport) -> None:
     """Put the chosen round into the folder and take the rounds away; what was begun is gone on with."""
-    chosen = out / ROUNDS / str(report.chosen)
+    chosen = out / SQUEEZE_ROUNDS / str(report.chosen)
     for entry in sorted(chosen.iterdir()) if chosen.exists() else ():
         entry.replace(out / entry.name)
     axis = [one["parameters"] for one in report.rounds]
@@ -303,4 +301,4 @@ def _finish(out: Path, report: SqueezeReport) -> None:
         "parameters", "loss", f"loss against parameters of {len(axis)} rounds",
     )  # fmt: skip
     (out / PLOT).write_text(drawn, encoding="utf-8")
-    shutil.rmtree(out / ROUNDS)
+    shutil.rmtree(out / SQUEEZE_ROUNDS)
