@@ -57,10 +57,12 @@ def merge(
     return Reduction.plain(NeuronBundle.stack(reduced))
 
 
-def merging_problem(original: NeuronBundle, statistics: FFNStatistics, *, seed: int) -> LeastSquares:
+def merging_problem(
+    original: NeuronBundle, statistics: FFNStatistics, *, seed: int, damping: float = _DAMPING
+) -> LeastSquares:
     """What the model loses by the output weights of an FFN (B = 1), on the rows that are not held out."""
     rows = _fitted_rows(statistics, seed)
-    problem = least_squares(original, statistics, damping=_DAMPING, rows=rows, weights=statistics.row_weights())
+    problem = least_squares(original, statistics, damping=damping, rows=rows, weights=statistics.row_weights())
     return problem if statistics.sensitivity is None else problem.seen_through(statistics.sensitivity)
 
 

@@ -37,6 +37,8 @@ from mlp_fusion.selection import resolve_width, width_multiple
 
 #: Sixteenths of an FFN's width whose loss is measured by elimination.
 _SIXTEENTHS = range(2, 16)
+#: Less than `merge` has: weights of a neuron that stands for several are to be free to add up.
+_DAMPING = 1e-2
 #: Shares that are tried.
 _TRIED = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 #: The share at which the effect of an FFN's error on the whole model is measured, and on how many batches.
@@ -63,7 +65,8 @@ def elimination_curve(
     whole = Choice(original.width, _parameters(original, original.width), 0.0)
     if not widths or not bool(sizes.any()):  # there is nothing to choose, or nothing reads the outputs
         return [*(Choice(width, _parameters(original, width), 0.0) for width in widths), whole]
-    problem = merging_problem(original, dataclasses.replace(statistics, sensitivity=sensitivity.factor), seed=seed)
+    fitted = dataclasses.replace(statistics, sensitivity=sensitivity.factor)
+    problem = merging_problem(original, fitted, seed=seed, damping=_DAMPING)
     weighed = least_squares(original, judged, damping=0.0, weights=sizes)
     # Of weights in units of the one problem, in those of the other; what never fires there costs nothing here.
     fires = problem.size > 0
