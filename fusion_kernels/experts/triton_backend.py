@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusion_kernels.experts.operators import owned, rows_of_experts
+from fusion_kernels.experts.operators import by_choice, owned, rows_of_experts, tokens_of
+from fusion_kernels.experts.reference import sum_of_choices
 from fusion_kernels.ffn import FFN
 from fusion_kernels.mlp.folding import fold_scale
 from fusion_kernels.mlp.operators import saved
@@ -17,28 +18,29 @@ from fusion_kernels.mlp.torch_backend import output_gradients
 from fusion_kernels.mlp.types import Gradients, Needs, Outputs, Saved
 
 
-def forward(x: Tensor, ends: Tensor, ffn: FFN, checkpoint_level: int) -> Outputs:
+def forward(x: Tensor, order: Tensor, ends: Tensor, ffn: FFN, checkpoint_level: int) -> Outputs:
     """See `fusion_kernels.mlp.operators`."""
     from fusion_kernels.mlp import triton_linear as kernels
 
-    x, offsets = _rows(x), _offsets(ends)
+    x, offsets = _rows(x[tokens_of(order, x)]), _offsets(ends)
     z, g, a = _hidden(x, offsets, ffn, checkpoint_level < 2)
     y = kernels.grouped_linear(a, fold_scale(ffn.w_out, ffn.scale, x.dtype), offsets, _cast(ffn.b_out, x))
     found = saved(y, a if z is None else z, g, a, checkpoint_level)
-    return owned(found, rows_of_experts(ends, len(x)), len(ffn.w_in))
+    y, *kept = owned(found, rows_of_experts(ends, len(x)), len(ffn.w_in))
+    return by_choice(y, order), kept[0], kept[1], kept[2]
 
 
 def backward(
-    dy: Tensor, x: Tensor, ends: Tensor, ffn: FFN, kept: Saved, checkpoint_level: int, needs: Needs
+    dy: Tensor, x: Tensor, order: Tensor, ends: Tensor, ffn: FFN, kept: Saved, checkpoint_level: int, needs: Needs
 ) -> Gradients:
     """See `fusion_kernels.mlp.operators`."""
     from fusion_kernels.mlp import triton_linear as kernels
     from fusion_kernels.mlp.triton_pointwise import column_sums
 
     z, g, a = kept
-    dy, x, offsets = _rows(dy), _rows(x), _offsets(ends)
+    dy, rows, offsets = dy[order], x[tokens_of(order, x)], _offsets(ends)
     if checkpoint_level == 2:
-        again = _hidden(x, offsets, ffn, True)
+        again = _hidden(rows, offsets, ffn, True)
         assert again[0] is not None
         z, g = again[0], g if again[1] is None else again[1]
     need_a = checkpoint_level != 0 and (needs.w_out or needs.scale)
@@ -55,11 +57,12 @@ def backward(
     dx = dw_in = dw_gate = dw_out = dp = None
     if needs.x:
         dx = _input_gradient(dz, dg, offsets, ffn)
-        owned((dx,), rows_of_experts(ends, len(x)), len(ffn.w_in))
+        (dx,) = owned((dx,), rows_of_experts(ends, len(rows)), len(ffn.w_in))
+        dx = sum_of_choices(by_choice(dx, order), x)
     if needs.w_in:
-        dw_in = kernels.grouped_weight_gradient(dz, x, offsets, dtype=ffn.w_in.dtype)
+        dw_in = kernels.grouped_weight_gradient(dz, rows, offsets, dtype=ffn.w_in.dtype)
     if needs.w_gate and dg is not None and ffn.w_gate is not None:
-        dw_gate = kernels.grouped_weight_gradient(dg, x, offsets, dtype=ffn.w_gate.dtype)
+        dw_gate = kernels.grouped_weight_gradient(dg, rows, offsets, dtype=ffn.w_gate.dtype)
     if needs.w_out or needs.scale:
         wide = torch.promote_types(torch.promote_types(ffn.w_out.dtype, x.dtype), torch.float32)
         k = kernels.grouped_weight_gradient(dy, a if remade is None else remade, offsets, dtype=wide)
