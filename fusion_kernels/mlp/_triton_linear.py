@@ -151,11 +151,10 @@ def _linear_act_kernel(
     bias_ptr,
     z_ptr,
     a_ptr,
-    offsets_ptr,
+    map_ptr,
     T,
     N,
     K,
-    E,
     tiles_m,
     x_stride,
     w_stride_e,
@@ -169,12 +168,11 @@ def _linear_act_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
-    BE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """z (T, N) = x (T, K) · w + bias, and a = activation(z). With x2 and w2, of the same strides, z gains x2 · w2."""
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tl.cdiv(N, BN), GROUP)
-    expert, first, end = rows_of(tile_m, offsets_ptr, T, E, BM, BE)
+    expert, first, end = rows_of(tile_m, map_ptr, T, BM)
     if first < end:
         n = tile_n * BN + tl.arange(0, BN)
         acc = tl.zeros((BM, BN), tl.float32)
@@ -201,11 +199,10 @@ def _linear_act_backward_kernel(
     dz_ptr,
     a_ptr,
     partial_ptr,
-    offsets_ptr,
+    map_ptr,
     T,
     N,
     K,
-    E,
     tiles_m,
     dy_stride,
     w_stride_e,
@@ -220,12 +217,11 @@ def _linear_act_backward_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
-    BE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """dz (T, N) = (dy (T, K) · w) * activation'(z), a = activation(z); partial (tiles_m, N): sums of dz over a tile."""
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tl.cdiv(N, BN), GROUP)
-    expert, first, end = rows_of(tile_m, offsets_ptr, T, E, BM, BE)
+    expert, first, end = rows_of(tile_m, map_ptr, T, BM)
     if first < end:
         n = tile_n * BN + tl.arange(0, BN)
         acc = tl.zeros((BM, BN), tl.float32)
@@ -249,11 +245,10 @@ def _linear_glu_kernel(
     zg_ptr,
     zu_ptr,
     a_ptr,
-    offsets_ptr,
+    map_ptr,
     T,
     N,
     K,
-    E,
     tiles_m,
     x_stride,
     w_stride_e,
@@ -268,12 +263,11 @@ def _linear_glu_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
-    BE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """zg = x · gate + bias, zu = x · up + bias, a = activation(zg) * zu, all (T, N); gate and up have equal strides."""
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tl.cdiv(N, BN), GROUP)
-    expert, first, end = rows_of(tile_m, offsets_ptr, T, E, BM, BE)
+    expert, first, end = rows_of(tile_m, map_ptr, T, BM)
     if first < end:
         n = tile_n * BN + tl.arange(0, BN)
         k = tl.arange(0, BK)
@@ -311,11 +305,10 @@ def _linear_glu_backward_kernel(
     a_ptr,
     gate_partial_ptr,
     up_partial_ptr,
-    offsets_ptr,
+    map_ptr,
     T,
     N,
     K,
-    E,
     tiles_m,
     dy_stride,
     w_stride_e,
@@ -332,12 +325,11 @@ def _linear_glu_backward_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
-    BE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """da = dy (T, K) · w; dzg = da * zu * activation'(zg), dzu = da * activation(zg), a = activation(zg) * zu."""
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tl.cdiv(N, BN), GROUP)
-    expert, first, end = rows_of(tile_m, offsets_ptr, T, E, BM, BE)
+    expert, first, end = rows_of(tile_m, map_ptr, T, BM)
     if first < end:
         n = tile_n * BN + tl.arange(0, BN)
         da = tl.zeros((BM, BN), tl.float32)

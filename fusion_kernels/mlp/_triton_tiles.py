@@ -1,9 +1,9 @@
 """Device code that the kernels of the MLP share: activations, which tile a program computes, and its product.
 
 A product is `a (rows, K) · b (K, N)` with float32 accumulators, where b is a weight in either layout. Rows belong to
-experts when `offsets` (E + 1) is given: expert e owns rows `offsets[e]` to `offsets[e + 1]`, a tile never crosses from
-one expert to the next, and each program finds its own expert, so that the host need not know the offsets. The grid is
-sized by the worst case, and the tiles left over have no rows.
+experts when a map of the tiles is given: expert e owns rows `offsets[e]` to `offsets[e + 1]`, a tile never crosses from
+one expert to the next, and the map says whose it is, so that the host need not know the offsets. The grid is sized by
+the worst case, and the tiles left over have no rows.
 """
 
 import triton
@@ -142,26 +142,49 @@ def tile_of(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
     return band * GROUP + within % height, within // height
 
 
+@triton.jit(do_not_specialize=["tiles"])
+def _tile_map_kernel(
+    offsets_ptr, map_ptr, tiles, E, BM: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """map (tiles, 3): expert, first row and end of the rows of every tile of at most BM rows, expert by expert.
+
+    Program e writes the tiles of expert e, BT at a time; program E those that are left over, whose rows end at 0. BE is
+    a power of two and at least E.
+    """
+    expert = tl.program_id(0)
+    e = tl.arange(0, BE)
+    begin = tl.load(offsets_ptr + e, mask=e < E, other=0)
+    stop = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
+    count = tl.cdiv(stop - begin, BM)
+    own = e == expert
+    at = tl.sum(tl.where(e < expert, count, 0), 0)
+    until = tl.where(expert < E, at + tl.sum(tl.where(own, count, 0), 0), tiles)
+    first = tl.sum(tl.where(own, begin, 0), 0)
+    end = tl.sum(tl.where(own, stop, 0), 0)
+    for start in range(at, until, BT):
+        tile = start + tl.arange(0, BT)
+        entry = map_ptr + tile.to(tl.int64) * 3
+        written = tile < until
+        tl.store(entry, tl.zeros_like(tile) + expert, mask=written)
+        tl.store(entry + 1, first + (tile - at) * BM, mask=written)
+        tl.store(entry + 2, tl.zeros_like(tile) + end, mask=written)
+
+
 @triton.jit
-def rows_of(tile, offsets_ptr, T, E, BM: tl.constexpr, BE: tl.constexpr):
+def rows_of(tile, map_ptr, T, BM: tl.constexpr):
     """Expert (int64), first row and end of the rows of a tile of at most BM rows; first >= end for a tile left over.
 
-    Without offsets: expert 0 owns the rows [0, T). BE is a power of two and at least E.
+    map_ptr: what `_tile_map_kernel` has written, or None: expert 0 owns the rows [0, T).
     """
-    if offsets_ptr is None:
+    if map_ptr is None:
         expert = 0
         first = tile * BM
         end = T
     else:
-        e = tl.arange(0, BE)
-        begin = tl.load(offsets_ptr + e, mask=e < E, other=0)
-        stop = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
-        tiles = tl.cdiv(stop - begin, BM)
-        until = tl.cumsum(tiles, 0)
-        expert = tl.sum((until <= tile).to(tl.int64), 0)
-        own = e == expert
-        first = tl.sum(tl.where(own, begin + (tile - (until - tiles)) * BM, 0), 0)
-        end = tl.sum(tl.where(own, stop, 0), 0)
+        entry = map_ptr + tile.to(tl.int64) * 3
+        expert = tl.load(entry).to(tl.int64)
+        first = tl.load(entry + 1)
+        end = tl.load(entry + 2)
     return expert, first, end
 
 

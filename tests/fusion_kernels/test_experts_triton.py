@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from fusion_kernels.experts import loop_backend, triton_backend
 from fusion_kernels.ffn import FFN
 from fusion_kernels.gates import PLAIN, Gate
+from fusion_kernels.mlp import triton_linear, triton_tiles
 from fusion_kernels.mlp.types import Needs
 
 pytestmark = pytest.mark.slow
@@ -67,3 +69,30 @@ def compare(ffn: FFN, level: int, k: int) -> None:
             if need:
                 near = {"rtol": 5e-5, "atol": 5e-6 * max(1.0, float(b.abs().max()))}
                 torch.testing.assert_close(a, b, **near, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_pass_maps_its_tiles_once(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products that have tiles of the same height share the map: forward, and a backward that computes all again."""
+    made: list[int] = []
+    used: list[int] = []
+    for module, heights in ((triton_tiles, made), (triton_linear, used)):
+
+        def start(
+            kernel: Any, *where: Any, heights: list[int] = heights, launch: Any = module.start, **own: Any
+        ) -> None:
+            if "map_ptr" in own:
+                heights.append(own["BM"])
+            launch(kernel, *where, **own)
+
+        monkeypatch.setattr(module, "start", start)
+    ffn, x, order, ends = layer(gated, True, True), torch.randn(12, 9), torch.randperm(24), torch.tensor([7, 7, 20, 21])
+    y, *kept = triton_backend.forward(x, order, ends, ffn, 2)
+    assert len(used) == 2
+    assert sorted(made) == sorted(set(used))
+    made.clear()
+    used.clear()
+    needs = Needs(*(t is not None for t in (x, *ffn.tensors)))
+    triton_backend.backward(y, x, order, ends, ffn, (kept[0], kept[1], kept[2]), 2, needs)
+    assert len(used) == 3
+    assert sorted(made) == sorted(set(used))

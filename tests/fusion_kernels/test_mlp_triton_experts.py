@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fusion_kernels.mlp import triton_linear, triton_pointwise
 from fusion_kernels.mlp.triton_heuristics import TileConfig
+from fusion_kernels.mlp.triton_tiles import ExpertTiles
 
 pytestmark = pytest.mark.slow
 
@@ -40,17 +41,50 @@ def rows(tensor: Tensor | None, offsets: Tensor, e: int) -> Tensor:
     return tensor[int(offsets[e]) : int(offsets[e + 1])]
 
 
+@pytest.mark.parametrize("height", [1, 16, 64])
+@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("counts", [*COUNTS, (1,), (0,), (1, 1, 1), (2200, 3), (0,) * 40 + (17,)])
+def test_the_map_of_tiles(counts: tuple[int, ...], before: int, height: int) -> None:
+    """Against a loop, for rows before the first expert's and behind the last one's, too."""
+    offsets = offsets_of(counts) + before
+    rows = int(offsets[-1]) + 5
+    experts = ExpertTiles(offsets, rows)
+    expected = []
+    for expert, count in enumerate(counts):
+        first, end = int(offsets[expert]), int(offsets[expert]) + count
+        while first < end:
+            expected.append([expert, first, end])
+            first += height
+    found = experts.map(height)
+    assert found.dtype == torch.int32
+    assert found.shape == (experts.count(height), 3)
+    assert len(expected) <= experts.count(height) <= rows // height + len(counts)
+    assert found[: len(expected)].tolist() == expected
+    left_over = found[len(expected) :]
+    assert bool((left_over[:, 1] >= 0).all())
+    assert not bool(left_over[:, 2].any())
+    assert experts.map(height) is found
+
+
+def test_no_rows_make_no_tiles() -> None:
+    experts = ExpertTiles(offsets_of((0, 0)), 0)
+    assert experts.map(16).shape == (0, 3)
+    y = triton_linear.grouped_linear(torch.zeros(0, d), torch.zeros(2, d, h), experts)
+    assert y.shape == (0, h)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("counts", COUNTS)
 def test_plain(counts: tuple[int, ...], dtype: torch.dtype) -> None:
     E, offsets = len(counts), offsets_of(counts)
     T = int(offsets[-1])
+    experts = ExpertTiles(offsets, T)
     x, dy = draw(T, d, dtype=dtype, seed=1), draw(T, d, dtype=dtype, seed=2)
     w, b, out = (draw(E, *s, dtype=dtype, seed=3 + i) for i, s in enumerate([(h, d), (h,), (d, h)]))
-    z, a = triton_linear.linear_act(x, w, b, "gelu", save_z=True, offsets=offsets, config=TILE)
+    z, a = triton_linear.linear_act(x, w, b, "gelu", save_z=True, experts=experts, config=TILE)
     assert z is not None
     dz, again, db = triton_linear.linear_act_backward(
-        dy, out, z, "gelu", need_a=True, need_db1=True, offsets=offsets, config=TILE
+        dy, out, z, "gelu", need_a=True, need_db1=True, experts=experts, config=TILE
     )
     assert again is not None
     assert torch.equal(again, a)
@@ -72,16 +106,17 @@ def test_plain(counts: tuple[int, ...], dtype: torch.dtype) -> None:
 def test_gated(counts: tuple[int, ...], dtype: torch.dtype) -> None:
     E, offsets = len(counts), offsets_of(counts)
     T = int(offsets[-1])
+    experts = ExpertTiles(offsets, T)
     x, dy = draw(T, d, dtype=dtype, seed=1), draw(T, d, dtype=dtype, seed=2)
     # One tensor for both, as experts have it in checkpoints.
     both, out = draw(E, 2 * h, d, dtype=dtype, seed=3), draw(E, d, h, dtype=dtype, seed=4)
     gate, up = both[:, :h], both[:, h:]
     b = draw(E, h, dtype=dtype, seed=5)
-    zg, zu, a = triton_linear.linear_glu(x, gate, up, b, None, "silu", save_z=True, offsets=offsets, config=TILE)
+    zg, zu, a = triton_linear.linear_glu(x, gate, up, b, None, "silu", save_z=True, experts=experts, config=TILE)
     assert zg is not None
     assert zu is not None
     dzg, dzu, again, dbg, dbu = triton_linear.linear_glu_backward(
-        dy, out, zg, zu, "silu", need_a=True, need_db=True, offsets=offsets, config=TILE
+        dy, out, zg, zu, "silu", need_a=True, need_db=True, experts=experts, config=TILE
     )
     assert again is not None
     assert torch.equal(again, a)
@@ -109,10 +144,11 @@ def test_gated(counts: tuple[int, ...], dtype: torch.dtype) -> None:
 def test_products(counts: tuple[int, ...], dtype: torch.dtype) -> None:
     E, offsets = len(counts), offsets_of(counts)
     T = int(offsets[-1])
+    experts = ExpertTiles(offsets, T)
     a, a2 = draw(T, h, dtype=dtype, seed=1), draw(T, h, dtype=dtype, seed=2)
     w, w2, bias = (draw(E, *s, dtype=dtype, seed=3 + i) for i, s in enumerate([(d, h), (d, h), (d,)]))
-    y = triton_linear.grouped_linear(a, w.mT, offsets, bias)
-    back = triton_linear.grouped_linear(a, w.mT, offsets, second=(a2, w2.mT))
+    y = triton_linear.grouped_linear(a, w.mT, experts, bias)
+    back = triton_linear.grouped_linear(a, w.mT, experts, second=(a2, w2.mT))
     x = draw(T, d, dtype=dtype, seed=7)
     gradient = triton_linear.grouped_weight_gradient(a, x, offsets, dtype=torch.float32)
     small = triton_linear.grouped_weight_gradient(a, x, offsets, config=TILE)
@@ -141,7 +177,8 @@ def test_products(counts: tuple[int, ...], dtype: torch.dtype) -> None:
 def test_rows_of_no_expert_are_left_alone() -> None:
     x, w = draw(50, d, dtype=torch.float32, seed=1), draw(2, h, d, dtype=torch.float32, seed=2)
     offsets = torch.tensor([3, 20, 41], dtype=torch.int32)
-    _, a = triton_linear.linear_act(x, w, None, "relu", save_z=False, offsets=offsets, config=TILE)
+    experts = ExpertTiles(offsets, 50)
+    _, a = triton_linear.linear_act(x, w, None, "relu", save_z=False, experts=experts, config=TILE)
     # What is uninitialised is NaN in tests.
     assert bool(a[:3].isnan().all())
     assert bool(a[41:].isnan().all())
@@ -153,4 +190,4 @@ def test_rows_of_no_expert_are_left_alone() -> None:
 def test_pairs_of_different_strides_are_refused() -> None:
     x, w = draw(8, d, dtype=torch.float32, seed=1), draw(1, d, h, dtype=torch.float32, seed=2)
     with pytest.raises(ValueError, match="must have the same strides"):
-        triton_linear.grouped_linear(x, w, offsets_of((8,)), second=(x, w.mT.contiguous().mT))
+        triton_linear.grouped_linear(x, w, ExpertTiles(offsets_of((8,)), 8), second=(x, w.mT.contiguous().mT))
