@@ -3,7 +3,8 @@
 A product is `a (rows, K) · b (K, N)` with float32 accumulators, where b is a weight in either layout. Rows belong to
 experts when a map of the tiles is given: expert e owns rows `offsets[e]` to `offsets[e + 1]`, a tile never crosses from
 one expert to the next, and the map says whose it is, so that the host need not know the offsets. The grid is sized by
-the worst case, and the tiles left over have no rows.
+the worst case, and the tiles left over have no rows. The rows of a may lie anywhere, where a list says: experts read
+their tokens so, and write results back.
 """
 
 import triton
@@ -142,11 +143,9 @@ def tile_of(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
     return band * GROUP + within % height, within // height
 
 
-@triton.jit(do_not_specialize=["tiles"])
-def _tile_map_kernel(
-    offsets_ptr, map_ptr, tiles, E, BM: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
-    """map (tiles, 3): expert, first row and end of the rows of every tile of at most BM rows, expert by expert.
+@triton.jit(do_not_specialize=["tiles", "height"])
+def _tile_map_kernel(offsets_ptr, map_ptr, tiles, height, E, BE: tl.constexpr, BT: tl.constexpr):
+    """map (tiles, 3): expert, first row and end of the rows of every tile of at most `height` rows, expert by expert.
 
     Program e writes the tiles of expert e, BT at a time; program E those that are left over, whose rows end at 0. BE is
     a power of two and at least E.
@@ -155,7 +154,7 @@ def _tile_map_kernel(
     e = tl.arange(0, BE)
     begin = tl.load(offsets_ptr + e, mask=e < E, other=0)
     stop = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
-    count = tl.cdiv(stop - begin, BM)
+    count = tl.cdiv(stop - begin, height)
     own = e == expert
     at = tl.sum(tl.where(e < expert, count, 0), 0)
     until = tl.where(expert < E, at + tl.sum(tl.where(own, count, 0), 0), tiles)
@@ -166,7 +165,7 @@ def _tile_map_kernel(
         entry = map_ptr + tile.to(tl.int64) * 3
         written = tile < until
         tl.store(entry, tl.zeros_like(tile) + expert, mask=written)
-        tl.store(entry + 1, first + (tile - at) * BM, mask=written)
+        tl.store(entry + 1, first + (tile - at) * height, mask=written)
         tl.store(entry + 2, tl.zeros_like(tile) + end, mask=written)
 
 
@@ -189,6 +188,18 @@ def rows_of(tile, map_ptr, T, BM: tl.constexpr):
 
 
 @triton.jit
+def lying(first, end, rows_ptr, BM: tl.constexpr):
+    """(BM,) int64: where the rows of a tile lie, as `rows_ptr` says unless it is None.
+
+    Rows past the end are the last one: no masks for them in a loop, and nothing of them is stored.
+    """
+    rows = tl.minimum(first + tl.arange(0, BM), end - 1).to(tl.int64)
+    if rows_ptr is not None:
+        rows = tl.load(rows_ptr + rows)
+    return rows
+
+
+@triton.jit
 def load(ptr, rows, columns, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr):
     """A tile with zeros where the mask `rows` (R, 1) or `columns` (1, C) is false; EVEN: it is true."""
     if EVEN_ROWS and EVEN_COLUMNS:
@@ -207,8 +218,7 @@ def accumulate(
     acc,
     a_ptr,
     b_ptr,
-    first,
-    end,
+    rows,
     n,
     N,
     K,
@@ -218,15 +228,10 @@ def accumulate(
     PRECISION: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
-    BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """acc (BM, BN) += a[first : first + BM] · b[:, n]; EVEN_N, EVEN_K where the tiles divide N and K.
-
-    Rows past the end are read from the last one: no masks for them in the loop, and nothing of them is stored.
-    """
+    """acc (BM, BN) += a[rows] · b[:, n], rows as `lying` gives them; EVEN_N, EVEN_K where the tiles divide N and K."""
     k = tl.arange(0, BK)
-    rows = tl.minimum(first + tl.arange(0, BM), end - 1).to(tl.int64)
     a = a_ptr + rows[:, None] * a_stride + k[None, :]
     b = b_ptr + n.to(tl.int64)[None, :] * b_stride_n + k.to(tl.int64)[:, None] * b_stride_k
     for start in range(0, K, BK):

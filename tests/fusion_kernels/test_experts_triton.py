@@ -82,7 +82,7 @@ def test_a_pass_maps_its_tiles_once(gated: bool, monkeypatch: pytest.MonkeyPatch
             kernel: Any, *where: Any, heights: list[int] = heights, launch: Any = module.start, **own: Any
         ) -> None:
             if "map_ptr" in own:
-                heights.append(own["BM"])
+                heights.append(own["BM"] if "BM" in own else own["height"])
             launch(kernel, *where, **own)
 
         monkeypatch.setattr(module, "start", start)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -185,6 +187,47 @@ def test_rows_of_no_expert_are_left_alone() -> None:
     torch.testing.assert_close(a[3:20], torch.relu(x[3:20] @ w[0].T), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(a[20:41], torch.relu(x[20:41] @ w[1].T), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(triton_pointwise.column_sums(x, offsets)[1], x[20:41].sum(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("counts", [*COUNTS, (0, 37, 2)])
+def test_rows_are_read_and_written_where_they_lie(counts: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The bits of rows that were copied first; some rows belong to nobody, and no other token is looked at."""
+    E, offsets = len(counts), offsets_of(counts)
+    S = int(offsets[-1]) + 4
+    experts, order = ExpertTiles(offsets, S), torch.randperm(S, generator=torch.Generator().manual_seed(8))
+    x, dy, z = (draw(*s, dtype=dtype, seed=i) for i, s in enumerate([(9, d), (S, d), (S, h)]))
+    x[7:] = torch.nan
+    tokens = order % 7
+    w, b, out = (draw(E, *s, dtype=dtype, seed=3 + i) for i, s in enumerate([(h, d), (h,), (d, h)]))
+    mine, how = slice(0, S - 4), {"experts": experts, "config": TILE}
+
+    def same(found: Sequence[Tensor | None], copied: Sequence[Tensor | None]) -> None:
+        for one, other in zip(found, copied, strict=True):
+            assert one is not None
+            assert other is not None
+            assert one.shape == other.shape
+            places = mine if len(one) == S else slice(None)
+            assert torch.equal(one[places], other[places])
+
+    for function, weights in ((triton_linear.linear_act, (w, b)), (triton_linear.linear_glu, (w, w, b, b))):
+        function_: Any = function
+        read = function_(x, *weights, "gelu", save_z=True, rows=tokens, **how)
+        same(read, function_(x[tokens], *weights, "gelu", save_z=True, **how))
+    plain: Any = {"need_a": True, "need_db1": True, **how}
+    read = triton_linear.linear_act_backward(dy, out, z, "gelu", rows=order, **plain)
+    same(read, triton_linear.linear_act_backward(dy[order], out, z, "gelu", **plain))
+    gated: Any = {"need_a": True, "need_db": True, **how}
+    read = triton_linear.linear_glu_backward(dy, out, z, z, "gelu", rows=order, **gated)
+    same(read, triton_linear.linear_glu_backward(dy[order], out, z, z, "gelu", **gated))
+    sums = triton_linear.grouped_weight_gradient
+    for a, b_, rows_a, rows_b in ((z, x, None, tokens), (dy, z, order, None), (dy, x, order, tokens)):
+        copied = (a if rows_a is None else a[rows_a], b_ if rows_b is None else b_[rows_b])
+        same([sums(a, b_, offsets, a_rows=rows_a, b_rows=rows_b, config=TILE)], [sums(*copied, offsets, config=TILE)])
+    same([triton_pointwise.column_sums(dy, offsets, rows=order)], [triton_pointwise.column_sums(dy[order], offsets)])
+    placed = triton_linear.grouped_linear(z, w, experts, draw(E, d, dtype=dtype, seed=9), places=order, config=TILE)
+    same([placed[order]], [triton_linear.grouped_linear(z, w, experts, draw(E, d, dtype=dtype, seed=9), config=TILE)])
+    assert not bool(placed[order[S - 4 :]].any())
 
 
 def test_pairs_of_different_strides_are_refused() -> None:

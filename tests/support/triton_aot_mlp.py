@@ -83,16 +83,17 @@ def _experts(T: int, d: int, h: int, E: int, dtype: torch.dtype) -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     offsets = torch.empty(E + 1, dtype=torch.int32, device="meta")
-    owners = ExpertTiles(offsets, T)
+    owners, order = ExpertTiles(offsets, T), torch.empty(T, dtype=torch.int64, device="meta")
     x, w, out, b, z = new(T, d), new(E, h, d), new(E, d, h), new(E, h), new(T, h)
-    triton_linear.linear_act(x, w, b, "gelu", save_z=True, experts=owners)
-    triton_linear.linear_act_backward(x, out, z, "gelu", need_a=True, need_db1=True, experts=owners)
-    triton_linear.linear_glu(x, w, w, None, None, "silu", save_z=True, experts=owners)
-    triton_linear.linear_glu_backward(x, out, z, z, "silu", need_a=True, need_db=False, experts=owners)
-    triton_linear.grouped_linear(z, out.mT, owners)
-    triton_linear.grouped_linear(z, w, owners, second=(z, w))
-    triton_linear.grouped_weight_gradient(z, x, offsets)
-    triton_pointwise.column_sums(x, offsets)
+    triton_linear.linear_act(x, w, b, "gelu", save_z=True, experts=owners, rows=order)
+    triton_linear.linear_act_backward(x, out, z, "gelu", need_a=True, need_db1=True, experts=owners, rows=order)
+    triton_linear.linear_glu(x, w, w, None, None, "silu", save_z=True, experts=owners, rows=order)
+    triton_linear.linear_glu_backward(x, out, z, z, "silu", need_a=True, need_db=False, experts=owners, rows=order)
+    triton_linear.grouped_linear(z, out.mT, owners, places=order)
+    triton_linear.grouped_linear(z, w, owners, second=(z, w), places=order)
+    triton_linear.grouped_weight_gradient(z, x, offsets, b_rows=order)
+    triton_linear.grouped_weight_gradient(x, z, offsets, a_rows=order)
+    triton_pointwise.column_sums(x, offsets, rows=order)
 
 
 def main() -> None:
