@@ -29,7 +29,7 @@ def forward(x: Tensor, order: Tensor, ends: Tensor, ffn: FFN, checkpoint_level: 
     from fusion_kernels.mlp import triton_linear as kernels
 
     x, experts = _rows(x), _tiles(order, ends)
-    z, g, a = _hidden(x, order, experts, ffn, checkpoint_level < 2)
+    z, g, a = _hidden(x, tokens_of(order, x), experts, ffn, checkpoint_level < 2)
     w, b = fold_scale(ffn.w_out, ffn.scale, x.dtype), _cast(ffn.b_out, x)
     y = kernels.grouped_linear(a, w, experts, b, places=order)
     found = saved(y, a if z is None else z, g, a, checkpoint_level)
@@ -48,7 +48,7 @@ def backward(
     z, g, a = kept
     dy, x, experts, tokens = _rows(dy), _rows(x), _tiles(order, ends), tokens_of(order, x)
     if checkpoint_level == 2:
-        again = _hidden(x, order, experts, ffn, True)
+        again = _hidden(x, tokens, experts, ffn, True)
         assert again[0] is not None
         z, g = again[0], g if again[1] is None else again[1]
     need_a = checkpoint_level != 0 and (needs.w_out or needs.scale)
@@ -92,12 +92,12 @@ def _input_gradient(dz: Tensor, dg: Tensor | None, order: Tensor, experts: Exper
 
 
 def _hidden(
-    x: Tensor, order: Tensor, experts: ExpertTiles, ffn: FFN, keep: bool
+    x: Tensor, tokens: Tensor, experts: ExpertTiles, ffn: FFN, keep: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """(z, g, a), sorted by expert; z and g are None unless `keep`."""
     from fusion_kernels.mlp import triton_linear as kernels
 
-    w, b, activation, tokens = ffn.w_in.to(x.dtype), _cast(ffn.b_in, x), ffn.activation, tokens_of(order, x)
+    w, b, activation = ffn.w_in.to(x.dtype), _cast(ffn.b_in, x), ffn.activation
     if ffn.w_gate is None:
         z, a = kernels.linear_act(x, w, b, activation, save_z=keep, experts=experts, rows=tokens)
         return z, None, a
