@@ -33,7 +33,7 @@ def forward(x: Tensor, order: Tensor, ends: Tensor, ffn: FFN, checkpoint_level: 
             f"grouped_mm takes float32, bfloat16 and float16 in sizes of whole 16 bytes, not {x.dtype} and {sizes}: "
             "use backend='loop'"
         )
-    x, ends = x[tokens_of(order, x)], ends.int()
+    x, ends = x.index_select(0, tokens_of(order, x)), ends.int()
     owner = rows_of_experts(ends, len(x))
     phi, gate = get_activation(ffn.activation).function, ffn.gating
     z, g = _hidden(x, ffn, ends, owner)
@@ -48,7 +48,7 @@ def backward(
 ) -> Gradients:
     """See `fusion_kernels.mlp.operators`."""
     z, g, a = kept
-    ends, dy, rows = ends.int(), dy[order], x[tokens_of(order, x)]
+    ends, dy, rows = ends.int(), dy.index_select(0, order), x.index_select(0, tokens_of(order, x))
     owner = rows_of_experts(ends, len(rows))
     if checkpoint_level == 2:
         z, again = _hidden(rows, ffn, ends, owner)

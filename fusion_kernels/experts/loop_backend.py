@@ -27,7 +27,7 @@ def forward(x: Tensor, order: Tensor, ends: Tensor, ffn: FFN, checkpoint_level: 
     g = x.new_zeros((S, neurons) if kept and ffn.gated else (0,))
     a = x.new_zeros((S, neurons) if checkpoint_level == 0 else (0,))
     for expert, rows in _experts(ends):
-        one, block = x[tokens[rows]], ffn.at(expert)
+        one, block = x.index_select(0, tokens[rows]), ffn.at(expert)
         part, *hidden = MLP.functions((one,), block, checkpoint_level, mlp_backend.name).forward(
             one, block, checkpoint_level
         )
@@ -46,9 +46,10 @@ def backward(
     totals = Gradients(*(None if t is None else t.zero_() for t in new_gradients(x, ffn, needs._replace(x=False))))
     dx, tokens = x.new_zeros(len(order), x.shape[1]) if needs.x else None, tokens_of(order, x)
     for expert, rows in _experts(ends):
-        one, block, (z, g, a) = x[tokens[rows]], ffn.at(expert), (t[rows] if len(t) else t for t in kept)
+        one, given = x.index_select(0, tokens[rows]), dy.index_select(0, order[rows])
+        block, (z, g, a) = ffn.at(expert), (t[rows] if len(t) else t for t in kept)
         run = MLP.functions((one,), block, checkpoint_level, mlp_backend.name).backward
-        found = run(dy[order[rows]], one, block, (z, g, a), checkpoint_level, needs)
+        found = run(given, one, block, (z, g, a), checkpoint_level, needs)
         if dx is not None and found.x is not None:
             dx.index_copy_(0, order[rows], found.x)
         for total, part in zip(totals[1:], found[1:], strict=True):
