@@ -52,8 +52,8 @@ def fused_experts(
     """Return y_t = sum_k weight_tk expert_(index_tk)(x_t), every expert a block as in `fused_mlp` or `fused_glu_mlp`.
 
     The result does not depend on the order in which experts are worked on, and has the same bits every time: every row
-    is computed once and the k rows of a token are summed in their order. For the backward x is kept as it is, once for all
-    k; where `top_k_weights` are trained, so are the k results of every token.
+    is computed once and the k rows of a token are summed in their order. For the backward x is kept as it is, once for
+    all k; where `top_k_weights` are trained, so are the k results of every token.
 
     Args:
         x: (T, d) tokens.
