@@ -1,13 +1,11 @@
 """The expert layers of Mixture-of-Experts models after fusion: `fused_experts`, the blocks of `fused_mlp` side by side.
 
-Rows are sorted by expert, so that every expert's rows lie together, and all of them go through one operator each way
-(`fusion_kernels::experts`, `fusion_kernels::experts_backward`). Nothing here waits for a GPU to learn how many rows an
-expert has, unless the `loop` backend has to.
+The choices of all tokens are sorted by expert, and go through one operator each way (`fusion_kernels::experts`,
+`fusion_kernels::experts_backward`), which takes the tokens as they are: what is kept for the backward has no copy of
+them. Nothing here waits for a GPU to learn how many rows an expert has, unless the `loop` backend has to.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +52,8 @@ def fused_experts(
     """Return y_t = sum_k weight_tk expert_(index_tk)(x_t), every expert a block as in `fused_mlp` or `fused_glu_mlp`.
 
     The result does not depend on the order in which experts are worked on, and has the same bits every time: every row
-    is computed once and the k rows of a token are summed in their order.
+    is computed once and the k rows of a token are summed in their order. For the backward x is kept as it is, once for
+    all k; where `top_k_weights` are trained, so are the k results of every token.
 
     Args:
         x: (T, d) tokens.
@@ -106,37 +105,15 @@ def fused_experts(
     # Whatever is no expert here comes last.
     ids = torch.where(top_k_index < 0, len(w_in), top_k_index).reshape(-1)
     owner, order = torch.sort(ids, stable=True)
-    inverse = torch.zeros_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     ends = torch.searchsorted(owner, torch.arange(len(w_in), device=owner.device, dtype=owner.dtype), right=True)
     with torch.autocast(x.device.type, enabled=False):
         if transforms.active():
-            y = reference.experts(x[order // k], ends, ffn)[inverse]
+            y = reference.experts(x, order, ends, ffn)
         else:
             trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *ffn.named().values()))
-            rows, level = _Routed.apply(x, order, inverse, k), checkpoint_level if trains else 2
-            y = EXPERTS.run(rows, stored, activation, gating, level, backend, ends.int(), trains=trains)
-            y = _Routed.apply(y, inverse, order, 1)
+            level = checkpoint_level if trains else 2
+            y = EXPERTS.run(x, stored, activation, gating, level, backend, order, ends.int(), trains=trains)
         return (y.unflatten(0, (T, k)) * top_k_weights.unsqueeze(2)).sum(1).to(x.dtype)
-
-
-class _Routed(torch.autograd.Function):
-    """x[order // k]: every row k times, in another order. Its gradient adds up the k in theirs, where indexing's own
-    would add up in any."""
-
-    @staticmethod
-    def forward(x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
-        return x[order if k == 1 else order // k]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:3])
-        ctx.k = inputs[3]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        order, inverse = ctx.saved_tensors
-        dx = _Routed.apply(dy, inverse, order, 1)
-        return dx if ctx.k == 1 else dx.unflatten(0, (-1, ctx.k)).sum(1), None, None, None
 
 
 def _check(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, ffn: FFN) -> None:

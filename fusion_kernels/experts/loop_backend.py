@@ -1,4 +1,4 @@
-"""Expert by expert, each by the backend that answers (or is pinned) for a single block.
+"""Expert by expert, each by the backend that answers (or is pinned) for a single block, on its own tokens.
 
 On a GPU this waits for the ends of the rows, which a CUDA graph cannot record.
 """
@@ -10,45 +10,52 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fusion_kernels.experts.reference import spans
+from fusion_kernels.experts.operators import tokens_of
+from fusion_kernels.experts.reference import spans, sum_of_choices
 from fusion_kernels.ffn import FFN
 from fusion_kernels.mlp import mlp_backend
 from fusion_kernels.mlp.operators import MLP, new_gradients
 from fusion_kernels.mlp.types import Gradients, Needs, Outputs, Saved
 
 
-def forward(x: Tensor, ends: Tensor, ffn: FFN, checkpoint_level: int) -> Outputs:
+def forward(x: Tensor, order: Tensor, ends: Tensor, ffn: FFN, checkpoint_level: int) -> Outputs:
     """See `fusion_kernels.mlp.operators`."""
-    S, neurons = len(x), ffn.w_in.shape[1]
+    S, neurons, tokens = len(order), ffn.w_in.shape[1], tokens_of(order, x)
     kept = checkpoint_level < 2
     y = x.new_zeros(S, ffn.w_out.shape[2])
     z = x.new_zeros((S, neurons) if kept else (0,))
     g = x.new_zeros((S, neurons) if kept and ffn.gated else (0,))
     a = x.new_zeros((S, neurons) if checkpoint_level == 0 else (0,))
     for expert, rows in _experts(ends):
-        one, block = x[rows], ffn.at(expert)
-        found = MLP.functions((one,), block, checkpoint_level, mlp_backend.name).forward(one, block, checkpoint_level)
-        for whole, part in zip((y, z, g, a), found, strict=True):
+        one, block = x.index_select(0, tokens[rows]), ffn.at(expert)
+        part, *hidden = MLP.functions((one,), block, checkpoint_level, mlp_backend.name).forward(
+            one, block, checkpoint_level
+        )
+        y.index_copy_(0, order[rows], part)
+        for whole, part in zip((z, g, a), hidden, strict=True):
             if len(whole):
                 whole[rows] = part
     return y, z, g, a
 
 
 def backward(
-    dy: Tensor, x: Tensor, ends: Tensor, ffn: FFN, kept: Saved, checkpoint_level: int, needs: Needs
+    dy: Tensor, x: Tensor, order: Tensor, ends: Tensor, ffn: FFN, kept: Saved, checkpoint_level: int, needs: Needs
 ) -> Gradients:
     """See `fusion_kernels.mlp.operators`."""
     # An expert without rows has gradients of zero.
-    totals = Gradients(*(None if t is None else t.zero_() for t in new_gradients(x, ffn, needs)))
+    totals = Gradients(*(None if t is None else t.zero_() for t in new_gradients(x, ffn, needs._replace(x=False))))
+    dx, tokens = x.new_zeros(len(order), x.shape[1]) if needs.x else None, tokens_of(order, x)
     for expert, rows in _experts(ends):
-        one, block, (z, g, a) = x[rows], ffn.at(expert), (t[rows] if len(t) else t for t in kept)
+        one, given = x.index_select(0, tokens[rows]), dy.index_select(0, order[rows])
+        block, (z, g, a) = ffn.at(expert), (t[rows] if len(t) else t for t in kept)
         run = MLP.functions((one,), block, checkpoint_level, mlp_backend.name).backward
-        found = run(dy[rows], one, block, (z, g, a), checkpoint_level, needs)
-        places: tuple[slice | int, ...] = (rows, *(expert for _ in ffn.tensors))
-        for total, part, where in zip(totals, found, places, strict=True):
+        found = run(given, one, block, (z, g, a), checkpoint_level, needs)
+        if dx is not None and found.x is not None:
+            dx.index_copy_(0, order[rows], found.x)
+        for total, part in zip(totals[1:], found[1:], strict=True):
             if total is not None and part is not None:
-                total[where] = part
-    return totals
+                total[expert] = part
+    return totals if dx is None else totals._replace(x=sum_of_choices(dx, x))
 
 
 def _experts(ends: Tensor) -> Iterator[tuple[int, slice]]:

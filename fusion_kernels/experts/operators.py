@@ -1,7 +1,8 @@
-"""`fusion_kernels::experts` and its backward: the blocks of many experts on rows that are sorted by expert.
+"""`fusion_kernels::experts` and its backward: the blocks of many experts on routed tokens.
 
-The operator is `BlockOperator` on tensors with an axis of experts before the others; behind x it takes the ends of the
-experts' rows.
+The operator is `BlockOperator` on tensors with an axis of experts before the others; behind x, the tokens as they are,
+it takes the choices sorted by expert and the ends of the experts' rows, see `reference`. Only what is hidden lies in
+that order: who differentiates keeps x and no copy of it, and nothing else has to be put in order before or behind.
 """
 
 from __future__ import annotations
@@ -26,10 +27,21 @@ def _without_measurements(x: Tensor, ffn: FFN) -> str:
     return "grouped_mm" if grouped and aligned and x.dtype == torch.bfloat16 else "loop"
 
 
-#: x (S, d), the ends of the experts' rows (E,), and the tensors of the blocks.
+#: x (T, d), the choices by expert (S,), the ends of the experts' rows (E,), and the tensors of the blocks.
 EXPERTS = BlockOperator(
-    "experts", reference.experts_backward, Choice(_without_measurements, ("triton",)), extra_inputs=("ends",)
+    "experts", reference.experts_backward, Choice(_without_measurements, ("triton",)), extra_inputs=("order", "ends")
 )
+
+
+def tokens_of(order: Tensor, x: Tensor) -> Tensor:
+    """(S,) int64: which token of x is the input of every row."""
+    k = reference.choices(x, order)
+    return order if k == 1 else order // max(1, k)
+
+
+def by_choice(rows: Tensor, order: Tensor) -> Tensor:
+    """The rows (S, n) in the order of the choices. Every one is written once: nothing is added up."""
+    return torch.empty_like(rows).index_copy_(0, order, rows)
 
 
 def rows_of_experts(ends: Tensor, rows: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Device code: products with a weight whose epilogue is the activation of an MLP, or the derivative of it.
 
 One program per tile (BM, BN) of the hidden activations; the hidden tensors are contiguous. Biases, saved tensors and
-second outputs that are not wanted are None. Expert e's weight begins `w_stride_e` entries after the one before.
+second outputs that are not wanted are None. Expert e's weight begins `w_stride_e` entries after the one before. Rows of
+x or dy lie where `rows_ptr` says, if it is there; those of what is hidden lie as experts own them.
 
 What depends on the number of tokens only bounds loops and masks here: no kernel is compiled again for another number.
 """
@@ -15,6 +16,7 @@ from fusion_kernels.mlp._triton_tiles import (
     gated,
     halves,
     load,
+    lying,
     rows_of,
     short,
     stored,
@@ -69,8 +71,8 @@ def _store(
 
 @triton.jit
 def _act(tiles, pointers, strides, expert, rows, n, mask, end, N, ACTIVATION: tl.constexpr, GATE: tl.constexpr):
-    """z = acc + bias, and a = activation(z). pointers: bias, z, a; strides: none."""
-    bias_ptr, z_ptr, a_ptr = pointers
+    """z = acc + bias, and a = activation(z). pointers: bias, z, a, places of a's rows; strides: none."""
+    bias_ptr, z_ptr, a_ptr, places_ptr = pointers
     acc = tiles[0]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -79,6 +81,8 @@ def _act(tiles, pointers, strides, expert, rows, n, mask, end, N, ACTIVATION: tl
     at = rows * N + n[None, :]
     if z_ptr is not None:
         tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=mask)
+    if places_ptr is not None:
+        at = tl.load(places_ptr + rows, mask=rows < end, other=0) * N + n[None, :]
     tl.store(a_ptr + at, a.to(a_ptr.dtype.element_ty), mask=mask)
 
 
@@ -145,17 +149,18 @@ def _glu_backward(
 @triton.jit(do_not_specialize=["T", "tiles_m"])
 def _linear_act_kernel(
     x_ptr,
+    rows_ptr,
     w_ptr,
     x2_ptr,
     w2_ptr,
     bias_ptr,
     z_ptr,
     a_ptr,
-    offsets_ptr,
+    places_ptr,
+    map_ptr,
     T,
     N,
     K,
-    E,
     tiles_m,
     x_stride,
     w_stride_e,
@@ -169,26 +174,29 @@ def _linear_act_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
-    BE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """z (T, N) = x (T, K) · w + bias, and a = activation(z). With x2 and w2, of the same strides, z gains x2 · w2."""
+    """z (T, N) = x (T, K) · w + bias, and a = activation(z). With x2 and w2, of the same strides, z gains x2 · w2.
+
+    Rows of a are written to `places_ptr`'s, if it is there.
+    """
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tl.cdiv(N, BN), GROUP)
-    expert, first, end = rows_of(tile_m, offsets_ptr, T, E, BM, BE)
+    expert, first, end = rows_of(tile_m, map_ptr, T, BM)
     if first < end:
         n = tile_n * BN + tl.arange(0, BN)
+        rows = lying(first, end, rows_ptr, BM)
         acc = tl.zeros((BM, BN), tl.float32)
         acc = accumulate(
-            acc, x_ptr, w_ptr + expert * w_stride_e, first, end, n, N, K,
-            x_stride, w_stride_n, w_stride_k, PRECISION, EVEN_N, EVEN_K, BM, BK,
+            acc, x_ptr, w_ptr + expert * w_stride_e, rows, n, N, K,
+            x_stride, w_stride_n, w_stride_k, PRECISION, EVEN_N, EVEN_K, BK,
         )  # fmt: skip
         if x2_ptr is not None:
             acc = accumulate(
-                acc, x2_ptr, w2_ptr + expert * w_stride_e, first, end, n, N, K,
-                x_stride, w_stride_n, w_stride_k, PRECISION, EVEN_N, EVEN_K, BM, BK,
+                acc, x2_ptr, w2_ptr + expert * w_stride_e, rows, n, N, K,
+                x_stride, w_stride_n, w_stride_k, PRECISION, EVEN_N, EVEN_K, BK,
             )  # fmt: skip
         _store(
-            (acc,), (bias_ptr, z_ptr, a_ptr), (), expert, first, end, tile_n * BN, N,
+            (acc,), (bias_ptr, z_ptr, a_ptr, places_ptr), (), expert, first, end, tile_n * BN, N,
             _act, ACTIVATION, None, EVEN_N, PARTS,
         )  # fmt: skip
 
@@ -196,16 +204,16 @@ def _linear_act_kernel(
 @triton.jit(do_not_specialize=["T", "tiles_m"])
 def _linear_act_backward_kernel(
     dy_ptr,
+    rows_ptr,
     w_ptr,
     z_ptr,
     dz_ptr,
     a_ptr,
     partial_ptr,
-    offsets_ptr,
+    map_ptr,
     T,
     N,
     K,
-    E,
     tiles_m,
     dy_stride,
     w_stride_e,
@@ -220,18 +228,17 @@ def _linear_act_backward_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
-    BE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """dz (T, N) = (dy (T, K) · w) * activation'(z), a = activation(z); partial (tiles_m, N): sums of dz over a tile."""
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tl.cdiv(N, BN), GROUP)
-    expert, first, end = rows_of(tile_m, offsets_ptr, T, E, BM, BE)
+    expert, first, end = rows_of(tile_m, map_ptr, T, BM)
     if first < end:
         n = tile_n * BN + tl.arange(0, BN)
         acc = tl.zeros((BM, BN), tl.float32)
         acc = accumulate(
-            acc, dy_ptr, w_ptr + expert * w_stride_e, first, end, n, N, K,
-            dy_stride, w_stride_n, w_stride_k, PRECISION, EVEN_N, EVEN_K, BM, BK,
+            acc, dy_ptr, w_ptr + expert * w_stride_e, lying(first, end, rows_ptr, BM), n, N, K,
+            dy_stride, w_stride_n, w_stride_k, PRECISION, EVEN_N, EVEN_K, BK,
         )  # fmt: skip
         _store(
             (acc,), (z_ptr, dz_ptr, a_ptr, partial_ptr), (z_stride,), tile_m, first, end, tile_n * BN, N,
@@ -242,6 +249,7 @@ def _linear_act_backward_kernel(
 @triton.jit(do_not_specialize=["T", "tiles_m"])
 def _linear_glu_kernel(
     x_ptr,
+    rows_ptr,
     gate_ptr,
     up_ptr,
     gate_bias_ptr,
@@ -249,11 +257,10 @@ def _linear_glu_kernel(
     zg_ptr,
     zu_ptr,
     a_ptr,
-    offsets_ptr,
+    map_ptr,
     T,
     N,
     K,
-    E,
     tiles_m,
     x_stride,
     w_stride_e,
@@ -268,17 +275,16 @@ def _linear_glu_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
-    BE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """zg = x · gate + bias, zu = x · up + bias, a = activation(zg) * zu, all (T, N); gate and up have equal strides."""
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tl.cdiv(N, BN), GROUP)
-    expert, first, end = rows_of(tile_m, offsets_ptr, T, E, BM, BE)
+    expert, first, end = rows_of(tile_m, map_ptr, T, BM)
     if first < end:
         n = tile_n * BN + tl.arange(0, BN)
         k = tl.arange(0, BK)
         # As in `accumulate`, with one tile of x for both products.
-        x = x_ptr + tl.minimum(first + tl.arange(0, BM), end - 1).to(tl.int64)[:, None] * x_stride + k[None, :]
+        x = x_ptr + lying(first, end, rows_ptr, BM)[:, None] * x_stride + k[None, :]
         at_w = expert * w_stride_e + n.to(tl.int64)[None, :] * w_stride_n + k.to(tl.int64)[:, None] * w_stride_k
         gate = gate_ptr + at_w
         up = up_ptr + at_w
@@ -303,6 +309,7 @@ def _linear_glu_kernel(
 @triton.jit(do_not_specialize=["T", "tiles_m"])
 def _linear_glu_backward_kernel(
     dy_ptr,
+    rows_ptr,
     w_ptr,
     zg_ptr,
     zu_ptr,
@@ -311,11 +318,10 @@ def _linear_glu_backward_kernel(
     a_ptr,
     gate_partial_ptr,
     up_partial_ptr,
-    offsets_ptr,
+    map_ptr,
     T,
     N,
     K,
-    E,
     tiles_m,
     dy_stride,
     w_stride_e,
@@ -332,18 +338,17 @@ def _linear_glu_backward_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
-    BE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """da = dy (T, K) · w; dzg = da * zu * activation'(zg), dzu = da * activation(zg), a = activation(zg) * zu."""
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tl.cdiv(N, BN), GROUP)
-    expert, first, end = rows_of(tile_m, offsets_ptr, T, E, BM, BE)
+    expert, first, end = rows_of(tile_m, map_ptr, T, BM)
     if first < end:
         n = tile_n * BN + tl.arange(0, BN)
         da = tl.zeros((BM, BN), tl.float32)
         da = accumulate(
-            da, dy_ptr, w_ptr + expert * w_stride_e, first, end, n, N, K,
-            dy_stride, w_stride_n, w_stride_k, PRECISION, EVEN_N, EVEN_K, BM, BK,
+            da, dy_ptr, w_ptr + expert * w_stride_e, lying(first, end, rows_ptr, BM), n, N, K,
+            dy_stride, w_stride_n, w_stride_k, PRECISION, EVEN_N, EVEN_K, BK,
         )  # fmt: skip
         _store(
             (da,), (zg_ptr, zu_ptr, dzg_ptr, dzu_ptr, a_ptr, gate_partial_ptr, up_partial_ptr), (zg_stride, zu_stride),

@@ -73,12 +73,13 @@ def _act_backward_kernel(
 
 @triton.jit(do_not_specialize=["R"])
 def _column_sums_kernel(
-    x_ptr, out_ptr, offsets_ptr, R, C, E, stride, TILE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    x_ptr, rows_ptr, out_ptr, offsets_ptr, R, C, E, stride, TILE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     BE: tl.constexpr,
 ):  # fmt: skip
     """out (E, C) float32 = sums of the rows of x (R, C) that belong to each expert, in a fixed order.
 
     A row stands for a tile of TILE tokens, as in `rows_of`: for tokens themselves TILE is 1. Without offsets E is 1.
+    Rows of x lie where `rows_ptr` says, if it is there.
     """
     across = tl.cdiv(C, BC)
     expert = tl.program_id(0) // across
@@ -95,16 +96,20 @@ def _column_sums_kernel(
         end = begin + tl.sum(tl.where(e == expert, tiles, 0), 0)
     total = tl.zeros((BR, BC), tl.float32)
     for first in range(begin, end, BR):
-        r = first + tl.arange(0, BR)
+        r = (first + tl.arange(0, BR)).to(tl.int64)
         mask = (r < end)[:, None] & (c < C)[None, :]
-        total += tl.load(x_ptr + r.to(tl.int64)[:, None] * stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        if rows_ptr is not None:
+            r = tl.load(rows_ptr + r, mask=r < end, other=0)
+        total += tl.load(x_ptr + r[:, None] * stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + expert.to(tl.int64) * C + c, tl.sum(total, 0), mask=c < C)
 
 
 @triton.jit
 def _expert_gradient_kernel(
     a_ptr,
+    a_rows_ptr,
     b_ptr,
+    b_rows_ptr,
     out_ptr,
     offsets_ptr,
     M,
@@ -118,7 +123,10 @@ def _expert_gradient_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """out (E, M, N) = aᵀb over the rows of each expert, a (T, M), b (T, N); one program per tile, expert-major."""
+    """out (E, M, N) = aᵀb over the rows of each expert, a (T, M), b (T, N); one program per tile, expert-major.
+
+    Rows of a and of b lie where `a_rows_ptr` and `b_rows_ptr` say, if they are there.
+    """
     tiles_n = tl.cdiv(N, BN)
     tiles = tl.cdiv(M, BM) * tiles_n
     expert = tl.program_id(0) // tiles
@@ -134,11 +142,18 @@ def _expert_gradient_kernel(
     acc = tl.zeros((BM, BN), tl.float32)
     for first in range(begin, end, BK):
         inside = t < end - first
+        if a_rows_ptr is not None:
+            a = a_ptr + tl.load(a_rows_ptr + rows, mask=inside, other=0)[None, :] * a_stride + m[:, None]
+        if b_rows_ptr is not None:
+            b = b_ptr + tl.load(b_rows_ptr + rows, mask=inside, other=0)[:, None] * b_stride + n[None, :]
         left = load(a, (m < M)[:, None], inside[None, :], EVEN_M, False)
         right = load(b, inside[:, None], (n < N)[None, :], False, EVEN_N)
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
-        a += BK * a_stride
-        b += BK * b_stride
+        rows += BK
+        if a_rows_ptr is None:
+            a += BK * a_stride
+        if b_rows_ptr is None:
+            b += BK * b_stride
     at = (expert.to(tl.int64) * M + m)[:, None] * N + n[None, :]
     mask = (m < M)[:, None] & (n < N)[None, :]
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,9 +1,10 @@
 """Device code that the kernels of the MLP share: activations, which tile a program computes, and its product.
 
 A product is `a (rows, K) · b (K, N)` with float32 accumulators, where b is a weight in either layout. Rows belong to
-experts when `offsets` (E + 1) is given: expert e owns rows `offsets[e]` to `offsets[e + 1]`, a tile never crosses from
-one expert to the next, and each program finds its own expert, so that the host need not know the offsets. The grid is
-sized by the worst case, and the tiles left over have no rows.
+experts when a map of the tiles is given: expert e owns rows `offsets[e]` to `offsets[e + 1]`, a tile never crosses from
+one expert to the next, and the map says whose it is, so that the host need not know the offsets. The grid is sized by
+the worst case, and the tiles left over have no rows. The rows of a may lie anywhere, where a list says: experts read
+their tokens so, and write results back.
 """
 
 import triton
@@ -142,27 +143,60 @@ def tile_of(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
     return band * GROUP + within % height, within // height
 
 
+@triton.jit(do_not_specialize=["tiles", "height"])
+def _tile_map_kernel(offsets_ptr, map_ptr, tiles, height, E, BE: tl.constexpr, BT: tl.constexpr):
+    """map (tiles, 3): expert, first row and end of the rows of every tile of at most `height` rows, expert by expert.
+
+    Program e writes the tiles of expert e, BT at a time; program E those that are left over, whose rows end at 0. BE is
+    a power of two and at least E.
+    """
+    expert = tl.program_id(0)
+    e = tl.arange(0, BE)
+    begin = tl.load(offsets_ptr + e, mask=e < E, other=0)
+    stop = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
+    count = tl.cdiv(stop - begin, height)
+    own = e == expert
+    at = tl.sum(tl.where(e < expert, count, 0), 0)
+    until = tl.where(expert < E, at + tl.sum(tl.where(own, count, 0), 0), tiles)
+    first = tl.sum(tl.where(own, begin, 0), 0)
+    end = tl.sum(tl.where(own, stop, 0), 0)
+    for start in range(at, until, BT):
+        tile = start + tl.arange(0, BT)
+        entry = map_ptr + tile.to(tl.int64) * 3
+        written = tile < until
+        tl.store(entry, tl.zeros_like(tile) + expert, mask=written)
+        tl.store(entry + 1, first + (tile - at) * height, mask=written)
+        tl.store(entry + 2, tl.zeros_like(tile) + end, mask=written)
+
+
 @triton.jit
-def rows_of(tile, offsets_ptr, T, E, BM: tl.constexpr, BE: tl.constexpr):
+def rows_of(tile, map_ptr, T, BM: tl.constexpr):
     """Expert (int64), first row and end of the rows of a tile of at most BM rows; first >= end for a tile left over.
 
-    Without offsets: expert 0 owns the rows [0, T). BE is a power of two and at least E.
+    map_ptr: what `_tile_map_kernel` has written, or None: expert 0 owns the rows [0, T).
     """
-    if offsets_ptr is None:
+    if map_ptr is None:
         expert = 0
         first = tile * BM
         end = T
     else:
-        e = tl.arange(0, BE)
-        begin = tl.load(offsets_ptr + e, mask=e < E, other=0)
-        stop = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
-        tiles = tl.cdiv(stop - begin, BM)
-        until = tl.cumsum(tiles, 0)
-        expert = tl.sum((until <= tile).to(tl.int64), 0)
-        own = e == expert
-        first = tl.sum(tl.where(own, begin + (tile - (until - tiles)) * BM, 0), 0)
-        end = tl.sum(tl.where(own, stop, 0), 0)
+        entry = map_ptr + tile.to(tl.int64) * 3
+        expert = tl.load(entry).to(tl.int64)
+        first = tl.load(entry + 1)
+        end = tl.load(entry + 2)
     return expert, first, end
+
+
+@triton.jit
+def lying(first, end, rows_ptr, BM: tl.constexpr):
+    """(BM,) int64: where the rows of a tile lie, as `rows_ptr` says unless it is None.
+
+    Rows past the end are the last one: no masks for them in a loop, and nothing of them is stored.
+    """
+    rows = tl.minimum(first + tl.arange(0, BM), end - 1).to(tl.int64)
+    if rows_ptr is not None:
+        rows = tl.load(rows_ptr + rows)
+    return rows
 
 
 @triton.jit
@@ -184,8 +218,7 @@ def accumulate(
     acc,
     a_ptr,
     b_ptr,
-    first,
-    end,
+    rows,
     n,
     N,
     K,
@@ -195,15 +228,10 @@ def accumulate(
     PRECISION: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
-    BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """acc (BM, BN) += a[first : first + BM] · b[:, n]; EVEN_N, EVEN_K where the tiles divide N and K.
-
-    Rows past the end are read from the last one: no masks for them in the loop, and nothing of them is stored.
-    """
+    """acc (BM, BN) += a[rows] · b[:, n], rows as `lying` gives them; EVEN_N, EVEN_K where the tiles divide N and K."""
     k = tl.arange(0, BK)
-    rows = tl.minimum(first + tl.arange(0, BM), end - 1).to(tl.int64)
     a = a_ptr + rows[:, None] * a_stride + k[None, :]
     b = b_ptr + n.to(tl.int64)[None, :] * b_stride_n + k.to(tl.int64)[:, None] * b_stride_k
     for start in range(0, K, BK):

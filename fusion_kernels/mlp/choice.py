@@ -24,6 +24,7 @@ from fusion_kernels.ffn import FFN
 from fusion_kernels.library import Operator
 from fusion_kernels.mlp import heuristics, measuring
 from fusion_kernels.mlp.heuristics import Shape
+from fusion_kernels.mlp.types import rows_of_call
 from fusion_kernels.proof.cache import Cache, CacheUnusableError, NoTurnError
 from fusion_kernels.proof.key import facts
 
@@ -89,7 +90,7 @@ class Choice:
         how = proof.mode()
         if how == "off" or x.dtype not in DTYPES:
             return default
-        known, tokens = self._of(x, ffn, level), x.shape[0]
+        known, tokens = self._of(x, ffn, level), rows_of_call(rows)
         if how != "proved" and tokens >= TOKENS and self._is_due(known, heuristics.bucket(tokens)):
             self._learn(known, rows, ffn, level)
         return self._allowed(heuristics.path(known.rows, tokens, default), default, x.device)
@@ -129,7 +130,7 @@ class Choice:
             torch.OutOfMemoryError: the device has no room for it.
         """
         x, cache = rows[0], Cache(facts(proof.indexed(rows[0].device)))
-        tokens, able = heuristics.bucket(x.shape[0]), self._able(x.device)
+        tokens, able = heuristics.bucket(rows_of_call(rows)), self._able(x.device)
         with _ONE_AT_A_TIME, cache.turn(proof.PATIENCE):
             entry = self._measured(rows, ffn, level, able)
             cache.put("measured", _named(x.dtype, _shape(tokens, ffn, level), ffn.activation), entry)
@@ -168,7 +169,7 @@ class Choice:
 
     def _learn(self, known: _Known, rows: tuple[Tensor, ...], ffn: FFN, level: int) -> None:
         """Measure, or wait for another process that does; what hinders it is said once."""
-        x, tokens = rows[0], heuristics.bucket(rows[0].shape[0])
+        x, tokens = rows[0], heuristics.bucket(rows_of_call(rows))
         known.closed.add(tokens)
         name = _named(x.dtype, _shape(tokens, ffn, level), ffn.activation)
         try:

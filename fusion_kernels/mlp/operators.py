@@ -27,7 +27,7 @@ from fusion_kernels.gates import Gate
 from fusion_kernels.library import NAMESPACE, Backend, Provable, operator
 from fusion_kernels.mlp import reference as reference
 from fusion_kernels.mlp.choice import Choice
-from fusion_kernels.mlp.types import Gradients, Needs, Outputs, Saved
+from fusion_kernels.mlp.types import Gradients, Needs, Outputs, Saved, rows_of_call
 
 Result = TypeVar("Result")
 #: A block's tensors in their order, as `torch.nn.Linear` stores them: `FFN.of_linears` makes a block of them.
@@ -128,7 +128,8 @@ class BlockOperator:
             name: the forward's.
             backward: the specification's, (dy, x, *extra, ffn, needs) -> `Gradients`, of differentiable operations.
             choice: which backend `"auto"` is on a GPU.
-            extra_inputs: names of the tensors between x and the block's, which have no gradient.
+            extra_inputs: names of the tensors between x and the block's, which have no gradient. Where there are any,
+                the first has an entry for every row that is computed, of which there may be more than x has.
             inlined: by name of a backend, (x, *extra, ffn) -> y of differentiable operations that a compiler fuses
                 better than the backend is as one node: what it gets instead.
         """
@@ -253,8 +254,8 @@ class BlockOperator:
         return tuple(arguments[: self._before]), ffn, (z, g, a), checkpoint_level, backend, Needs(*needs)
 
     def _fake_forward(self, *arguments: Any) -> Outputs:
-        (x, *_), ffn, checkpoint_level, _ = self._parse_forward(arguments)
-        T, neurons, nothing = x.shape[0], ffn.w_in.shape[-2], (0,)
+        inputs, ffn, checkpoint_level, _ = self._parse_forward(arguments)
+        x, T, neurons, nothing = inputs[0], rows_of_call(inputs), ffn.w_in.shape[-2], (0,)
         return (
             x.new_empty((T, ffn.w_out.shape[-1])),
             x.new_empty((T, neurons) if checkpoint_level < 2 else nothing),

@@ -44,12 +44,13 @@ def glu_act_backward(
     return dzg, dzu, a
 
 
-def column_sums(x: Tensor, offsets: Tensor | None = None, tile: int = 1) -> Tensor:
+def column_sums(x: Tensor, offsets: Tensor | None = None, tile: int = 1, *, rows: Tensor | None = None) -> Tensor:
     """Sums of the rows of x in float32, always in the same order: (n,), or with offsets (E, n) for each expert's rows.
 
     Args:
         x: (R, n) with contiguous rows.
         offsets: (E + 1,) int32, expert e owns the tokens `offsets[e]` to `offsets[e + 1]`.
+        rows: with offsets, (T,) int64: which row of x that of each token is; by default they lie as they are owned.
         tile: x has a row for every `tile` tokens of an expert, the last of them for what is left; experts follow each
             other without gaps. A row for every token if 1.
     """
@@ -61,6 +62,7 @@ def column_sums(x: Tensor, offsets: Tensor | None = None, tile: int = 1) -> Tens
         E * ceil_div(n, _SUM_BLOCK),
         x,
         x_ptr=x,
+        rows_ptr=rows,
         out_ptr=out,
         offsets_ptr=offsets,
         R=R,

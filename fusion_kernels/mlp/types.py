@@ -14,6 +14,11 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 Saved = tuple[Tensor, Tensor, Tensor]
 
 
+def rows_of_call(inputs: tuple[Tensor, ...]) -> int:
+    """How many rows an operator computes of x and its extra inputs, whose first, if any, has an entry for each."""
+    return inputs[min(1, len(inputs) - 1)].shape[0]
+
+
 class Needs(NamedTuple):
     """Of x and of each tensor of a block, in their order, whether its gradient is asked for."""
 

@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusion_kernels import experts_backend, fused_experts
-from fusion_kernels.experts import loop_backend
+from fusion_kernels.experts import loop_backend, reference
+from fusion_kernels.experts.operators import EXPERTS
 from fusion_kernels.ffn import FFN
 from fusion_kernels.gates import PLAIN
+from fusion_kernels.mlp.types import Needs
 
 BACKENDS = ("loop", "grouped_mm")
 #: What a backend is compared in, and how closely.
@@ -278,6 +280,35 @@ def test_what_is_kept() -> None:
     assert counts == {0: 3, 1: 2, 2: 0}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_kept_of_tokens_does_not_grow_with_their_experts(backend: str, compiled: bool) -> None:
+    """Bytes beside the arguments, of a backward that computes hidden tensors again; the rest is integers and y."""
+    T, E, d = 40, 8, 16
+    p, x = layer(E, d, 12, d, True, True, True, torch.float32), torch.randn(T, d, requires_grad=True)
+
+    def kept(k: int, level: int, weighed: bool) -> int:
+        index, weights = routing(T, k, E, torch.float32)
+        weights.requires_grad_(weighed)
+        found = {t.untyped_storage().data_ptr(): t for t in (x, weights, *p.values())}
+        given = set(found)
+
+        def keep(t: Tensor) -> Tensor:
+            found[t.untyped_storage().data_ptr()] = t
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            call(x, index, weights, **p, checkpoint_level=level, backend=backend)
+        return sum(t.untyped_storage().nbytes() for at, t in found.items() if at not in given and t.is_floating_point())
+
+    torch._dynamo.reset()
+    call = torch.compile(fused_experts, fullgraph=True, backend="aot_eager") if compiled else fused_experts
+    assert [kept(k, 2, False) for k in (1, 2, 8)] == [0, 0, 0]
+    # The gradient of the weights needs the results; z and g are what level 1 keeps.
+    assert [kept(k, 2, True) for k in (1, 2, 8)] == [4 * T * k * d for k in (1, 2, 8)]
+    assert [kept(k, 1, False) for k in (1, 2, 8)] == [4 * T * k * 2 * 12 for k in (1, 2, 8)]
+
+
 def test_gradients_of_gradients_and_transforms() -> None:
     p = layer(3, 3, 2, 2, True, True, True)
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
@@ -294,6 +325,8 @@ def test_gradients_of_gradients_and_transforms() -> None:
     u = torch.randn_like(y)
     (back,) = torch.autograd.grad(y, x, u)
     torch.testing.assert_close((found * u).sum(), (back * tangent).sum())
+    of_many = torch.vmap(lambda x: run(x, weights, *p.values()))(torch.stack([x, tangent]))
+    torch.testing.assert_close(of_many, torch.stack([y, run(tangent, weights, *p.values())]))
 
 
 @pytest.mark.slow
@@ -313,23 +346,43 @@ def test_the_same_bits_every_time_and_compiled(backend: str) -> None:
         torch.testing.assert_close(third[name], value)
 
 
+@pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_as_operators(backend: str) -> None:
+def test_as_operators(backend: str, k: int) -> None:
     dtype, _ = EXACT[backend]
     p = layer(3, 4, 8, 4, True, True, True, dtype)
     x = torch.randn(7, 4, dtype=dtype, requires_grad=True)
-    ends = torch.tensor([2, 2, 6], dtype=torch.int32)
+    order, ends = torch.randperm(7 * k), torch.tensor([2, 2, 6 * k], dtype=torch.int32)
     blocks = FFN(**{**p, "w_out": p["w_out"].mT}, activation="silu").tensors
-    arguments = (x, ends, *blocks, "silu", *PLAIN.arguments, 1, backend)
+    arguments = (x, order, ends, *blocks, "silu", *PLAIN.arguments, 1, backend)
     torch.library.opcheck(torch.ops.fusion_kernels.experts.default, arguments)
     with torch.no_grad():
         _, z, g, a = torch.ops.fusion_kernels.experts(*arguments)
-    detached = (t.detach() for t in (x, ends, *blocks))
-    dy = torch.randn(7, 4, dtype=dtype)
+    detached = (t.detach() for t in (x, order, ends, *blocks))
+    dy = torch.randn(7 * k, 4, dtype=dtype)
     torch.library.opcheck(
         torch.ops.fusion_kernels.experts_backward.default,
         (dy, *detached, z, g, a, "silu", *PLAIN.arguments, 1, backend, [True] * 8),
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("T", "k", "ends"), [(9, 2, [4, 4, 17]), (5, 3, [0, 0, 0]), (7, 1, [1, 2, 7]), (0, 2, [0, 0, 0])]
+)
+def test_operators_as_the_reference(backend: str, T: int, k: int, ends: list[int]) -> None:
+    """Choices in any order, experts without rows, rows without expert, none at all; results in the choices' order."""
+    dtype, tolerance = EXACT[backend]
+    p = layer(3, 4, 8, 12, True, True, True, dtype)
+    ffn = FFN(**{**{n: t.detach() for n, t in p.items()}, "w_out": p["w_out"].detach().mT}, activation="silu")
+    routed = torch.randn(T, 4, dtype=dtype), torch.randperm(T * k), torch.tensor(ends, dtype=torch.int32)
+    dy, functions = torch.randn(T * k, 12, dtype=dtype), EXPERTS.functions(routed, ffn, 1, backend)
+    needs = Needs(*[True] * 8)
+    y, *kept = functions.forward(*routed, ffn, 1)
+    found = {"y": y, **functions.backward(dy, *routed, ffn, tuple(kept), 1, needs)._asdict()}
+    expected = {"y": reference.experts(*routed, ffn), **reference.experts_backward(dy, *routed, ffn, needs)._asdict()}
+    same(found, expected, tolerance)
+    assert found["x"].shape == (T, 4)
 
 
 ERRORS: list[tuple[dict[str, Any], str]] = [

@@ -180,8 +180,9 @@ def test_experts(gate: str, level: int, backend: str) -> None:
 def test_experts_operator() -> None:
     block = limited(7, d=4, h=8, d_out=4, scale="float")
     tensors = [torch.stack([t, 2 * t]).requires_grad_() for t in block.ffn.tensors if t is not None]
-    ends = torch.tensor([3, 6], dtype=torch.int32)
-    torch.library.opcheck(EXPERTS.forward_operator.overload, (block.x, ends, *tensors, *block.ffn.function, 1, "loop"))
+    order, ends = torch.randperm(7), torch.tensor([3, 6], dtype=torch.int32)
+    arguments = (block.x, order, ends, *tensors, *block.ffn.function, 1, "loop")
+    torch.library.opcheck(EXPERTS.forward_operator.overload, arguments)
 
 
 # --- tangent kernels --------------------------------------------------------------------------------------------------

@@ -248,6 +248,22 @@ def test_of_experts_rows_are_sorted_already(monkeypatch: pytest.MonkeyPatch) -> 
     assert [heuristics.bucket(n) for n in (0, 1, 2, 3, 1023, 1024, 1025)] == [0, 1, 2, 2, 512, 1024, 1024]
 
 
+def test_of_experts_every_choice_of_a_token_counts() -> None:
+    """20 tokens with 4 choices each are 80 rows: enough to be worth a contest, and kept under as many."""
+    choice = Choice(lambda x, ffn: "loop", ("grouped_mm",))
+    operator = Operator("stand-in of experts", "() -> ()")
+    for name in ("loop", "grouped_mm"):
+        operator.register(Backend(name, failing, ("cpu",)))
+    choice.attach(operator, lambda name: EXPERTS._functions[name][1:])
+    choice.clock = lambda works: {name: float(len(name) + (work() is None)) for name, work in works.items()}
+    ffn = FFN(*(torch.randn(3, 8, 8, dtype=LOW) for _ in range(2)), "silu")
+    rows = torch.randn(20, 8, dtype=LOW), torch.randperm(80), torch.tensor([30, 30, 80], dtype=torch.int32)
+    assert [choice(rows, ffn, 1) for _ in range(4)] == ["loop"] * 4
+    (name,) = kept()
+    assert name == "experts 3, bfloat16, d 8 h 8 out 8, silu, trained, 64 tokens"
+    assert set(kept()[name]["ms"]) == {"loop", "grouped_mm"}
+
+
 # --- compilers -------------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fusion_kernels.kmeans import triton_assign, triton_points
 from fusion_kernels.mlp import triton_linear, triton_resident
+from fusion_kernels.mlp.triton_tiles import ExpertTiles
 
 pytestmark = pytest.mark.slow
 
@@ -110,7 +111,7 @@ def test_experts() -> None:
     offsets = torch.tensor([0, 1900, T], dtype=torch.int32)
     with tensor_cores.truncating() as lengths:
         gradient = triton_linear.grouped_weight_gradient(dz, x, offsets, dtype=torch.float32)
-        y = triton_linear.grouped_linear(x, w, offsets)
+        y = triton_linear.grouped_linear(x, w, ExpertTiles(offsets, T))
     assert lengths
     for e, rows in enumerate((slice(0, 1900), slice(1900, T))):
         exact, plain = dz[rows].double().T @ x[rows].double(), np.zeros((h, d), np.float32)

@@ -77,20 +77,23 @@ def _block(T: int, d: int, h: int, dtype: torch.dtype) -> None:
 
 def _experts(T: int, d: int, h: int, E: int, dtype: torch.dtype) -> None:
     from fusion_kernels.mlp import triton_linear, triton_pointwise
+    from fusion_kernels.mlp.triton_tiles import ExpertTiles
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     offsets = torch.empty(E + 1, dtype=torch.int32, device="meta")
+    owners, order = ExpertTiles(offsets, T), torch.empty(T, dtype=torch.int64, device="meta")
     x, w, out, b, z = new(T, d), new(E, h, d), new(E, d, h), new(E, h), new(T, h)
-    triton_linear.linear_act(x, w, b, "gelu", save_z=True, offsets=offsets)
-    triton_linear.linear_act_backward(x, out, z, "gelu", need_a=True, need_db1=True, offsets=offsets)
-    triton_linear.linear_glu(x, w, w, None, None, "silu", save_z=True, offsets=offsets)
-    triton_linear.linear_glu_backward(x, out, z, z, "silu", need_a=True, need_db=False, offsets=offsets)
-    triton_linear.grouped_linear(z, out.mT, offsets)
-    triton_linear.grouped_linear(z, w, offsets, second=(z, w))
-    triton_linear.grouped_weight_gradient(z, x, offsets)
-    triton_pointwise.column_sums(x, offsets)
+    triton_linear.linear_act(x, w, b, "gelu", save_z=True, experts=owners, rows=order)
+    triton_linear.linear_act_backward(x, out, z, "gelu", need_a=True, need_db1=True, experts=owners, rows=order)
+    triton_linear.linear_glu(x, w, w, None, None, "silu", save_z=True, experts=owners, rows=order)
+    triton_linear.linear_glu_backward(x, out, z, z, "silu", need_a=True, need_db=False, experts=owners, rows=order)
+    triton_linear.grouped_linear(z, out.mT, owners, places=order)
+    triton_linear.grouped_linear(z, w, owners, second=(z, w), places=order)
+    triton_linear.grouped_weight_gradient(z, x, offsets, b_rows=order)
+    triton_linear.grouped_weight_gradient(x, z, offsets, a_rows=order)
+    triton_pointwise.column_sums(x, offsets, rows=order)
 
 
 def main() -> None:

@@ -111,15 +111,17 @@ def passes(T: int, d: int, h: int, dtype: torch.dtype, gated: bool) -> None:
 def experts(T: int, d: int, h: int, E: int, dtype: torch.dtype) -> None:
     """A forward and a backward of gated experts, as `fusion_kernels.experts.triton_backend` makes them."""
     from fusion_kernels.mlp import triton_linear
+    from fusion_kernels.mlp.triton_tiles import ExpertTiles
 
-    offsets = meta(E + 1, dtype=torch.int32)
+    offsets, order = meta(E + 1, dtype=torch.int32), meta(T, dtype=torch.int64)
+    owners = ExpertTiles(offsets, T)
     x, w, out, z = (meta(*s, dtype=dtype) for s in ((T, d), (E, h, d), (E, d, h), (T, h)))
-    triton_linear.linear_glu(x, w, w, None, None, "silu", save_z=True, offsets=offsets)
-    triton_linear.grouped_linear(z, out.mT, offsets)
-    triton_linear.linear_glu_backward(x, out, z, z, "silu", need_a=True, need_db=False, offsets=offsets)
-    triton_linear.grouped_linear(z, w, offsets, second=(z, w))
-    triton_linear.grouped_weight_gradient(z, x, offsets)
-    triton_linear.grouped_weight_gradient(x, z, offsets)
+    triton_linear.linear_glu(x, w, w, None, None, "silu", save_z=True, experts=owners, rows=order)
+    triton_linear.grouped_linear(z, out.mT, owners, places=order)
+    triton_linear.linear_glu_backward(x, out, z, z, "silu", need_a=True, need_db=False, experts=owners, rows=order)
+    triton_linear.grouped_linear(z, w, owners, second=(z, w), places=order)
+    triton_linear.grouped_weight_gradient(z, x, offsets, b_rows=order)
+    triton_linear.grouped_weight_gradient(x, z, offsets, a_rows=order)
 
 
 def kmeans(N: int, K: int, D: int, dtype: torch.dtype, batches: tuple[int, ...] = (1,), n_init: int = 1) -> None:
