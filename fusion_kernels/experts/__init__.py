@@ -13,7 +13,7 @@ from torch import Tensor
 from fusion_kernels import gpu, transforms
 from fusion_kernels.experts import grouped_mm_backend, loop_backend, triton_backend
 from fusion_kernels.experts import reference as reference
-from fusion_kernels.experts.operators import EXPERTS
+from fusion_kernels.experts.operators import EXPERTS, by_expert
 from fusion_kernels.ffn import FFN
 from fusion_kernels.gates import PLAIN, Gate
 from fusion_kernels.mlp.checks import check_options, check_tensors
@@ -102,17 +102,14 @@ def fused_experts(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     T, k = top_k_index.shape
-    # Whatever is no expert here comes last.
-    ids = torch.where(top_k_index < 0, len(w_in), top_k_index).reshape(-1)
-    owner, order = torch.sort(ids, stable=True)
-    ends = torch.searchsorted(owner, torch.arange(len(w_in), device=owner.device, dtype=owner.dtype), right=True)
+    order, ends = by_expert(top_k_index, len(w_in))
     with torch.autocast(x.device.type, enabled=False):
         if transforms.active():
             y = reference.experts(x, order, ends, ffn)
         else:
             trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *ffn.named().values()))
             level = checkpoint_level if trains else 2
-            y = EXPERTS.run(x, stored, activation, gating, level, backend, order, ends.int(), trains=trains)
+            y = EXPERTS.run(x, stored, activation, gating, level, backend, order, ends, trains=trains)
         return (y.unflatten(0, (T, k)) * top_k_weights.unsqueeze(2)).sum(1).to(x.dtype)
 
 

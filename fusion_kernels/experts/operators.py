@@ -33,6 +33,15 @@ EXPERTS = BlockOperator(
 )
 
 
+def by_expert(top_k_index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """The choices `top_k_index` (T, k) by expert, (T k,) int64, and the ends of the experts' rows, (E,) int32."""
+    # Whatever is no expert here comes last.
+    ids = torch.where(top_k_index < 0, experts, top_k_index).reshape(-1)
+    owner, order = torch.sort(ids, stable=True)
+    ends = torch.searchsorted(owner, torch.arange(experts, device=owner.device, dtype=owner.dtype), right=True)
+    return order, ends.int()
+
+
 def tokens_of(order: Tensor, x: Tensor) -> Tensor:
     """(S,) int64: which token of x is the input of every row."""
     k = reference.choices(x, order)

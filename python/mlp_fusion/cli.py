@@ -374,18 +374,15 @@ def check(as_json: bool) -> None:
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16", show_default=True)
 @click.option("--activation", default="gelu", show_default=True, help="As in fused_mlp.")
 @click.option("--gated", is_flag=True, help="With a gate projection.")
+@click.option("--experts", type=int, help="So many FFNs side by side, as in a Mixture-of-Experts layer.")
+@click.option("--choices", type=int, default=1, show_default=True, help="Experts that each token goes to.")
 @click.option("--forward", is_flag=True, help="The forward alone, as without gradients.")
 @_json
-def tune(
-    tokens: int, inputs: int, neurons: int, dtype: str, activation: str, gated: bool, forward: bool, as_json: bool
-) -> None:
-    """Measure which backend of small FFNs is fastest for a shape on every GPU, and keep the answer."""
-    from mlp_fusion.verbs.gpu import tune_block
+def tune(dtype: str, activation: str, forward: bool, as_json: bool, **shape: Any) -> None:
+    """Measure which backend of small FFNs, or of experts, is fastest for a shape on every GPU, and keep the answer."""
+    from mlp_fusion.verbs.gpu import TunedShape, tune_block
 
-    found = tune_block(
-        tokens, inputs, neurons, dtype=dtype, activation=activation, gated=gated, trained=not forward
-    )  # fmt: skip
-    _emit(found, as_json)
+    _emit(tune_block(TunedShape(**shape), dtype=dtype, activation=activation, trained=not forward), as_json)
 
 
 @gpu.command()

@@ -10,6 +10,7 @@ import torch
 
 from commands import Run
 from fusion_kernels import gpu, library, proof
+from fusion_kernels.experts.operators import EXPERTS
 from fusion_kernels.mlp.operators import MLP
 from fusion_kernels.proof import Proof, Verdict, cache
 from mlp_fusion.verbs import env
@@ -23,11 +24,13 @@ SHAPE = ("--tokens", "1100", "--inputs", "16", "--neurons", "8")
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
     monkeypatch.delenv(proof.SWITCH, raising=False)
-    monkeypatch.setattr(MLP.choice, "clock", lambda works: dict.fromkeys(works, 1.0))
+    for operator in (MLP, EXPERTS):
+        monkeypatch.setattr(operator.choice, "clock", lambda works: dict.fromkeys(works, 1.0))
     proof.forget_decisions()
     yield tmp_path
     proof.forget_decisions()
-    MLP.choice.forget()
+    for operator in (MLP, EXPERTS):
+        operator.choice.forget()
 
 
 @pytest.fixture
@@ -72,10 +75,37 @@ def test_tune(gated: bool, run: Run) -> None:
     assert [*kept] == [f"mlp, bfloat16, d 16 h 8 out 16, {'gated ' if gated else ''}silu, trained, 1024 tokens"]
 
 
-def test_tune_names_what_does_not_fit(run: Run) -> None:
-    done = run("gpu", "tune", "--tokens", "0", "--inputs", "16", "--neurons", "8")
-    words = "mlp-fusion: --tokens, --inputs and --neurons are counts: give at least 1"
+@pytest.mark.usefixtures("_one_device")
+def test_tune_of_experts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[torch.Tensor, ...]] = []
+    loop = EXPERTS.choice._pairs("loop")
+    pair = (lambda *given: seen.append(given[:3]) or loop[0](*given), loop[1])
+    monkeypatch.setattr(EXPERTS.choice, "_pairs", {"loop": pair}.__getitem__)
+    done = run("gpu", "tune", *SHAPE, "--activation", "silu", "--gated", "--experts", "5", "--choices", "2", "--json")
+    assert (done.code, done.err) == (0, "")
+    assert done.json["rows"] == [{"device": "cpu", "fastest": "loop", "ms": {"loop": 1.0}, "refused": {}}]
+    # Every token goes to two experts, which have about as many rows each.
+    ((x, order, ends),) = seen
+    assert x.shape == (1100, 16)
+    assert order.sort().values.equal(torch.arange(2200))
+    assert int(ends[-1]) == 2200
+    assert 350 < int(torch.cat([ends[:1], ends.diff()]).min()) <= 440
+    kept = cache.Cache(proof.facts(CPU)).section("measured")
+    assert [*kept] == ["experts 5, bfloat16, d 16 h 8 out 16, gated silu, trained, 2048 tokens"]
+
+
+@pytest.mark.parametrize("wrong", [("--tokens", "0"), ("--experts", "0"), ("--experts", "-2"), ("--choices", "0")])
+def test_tune_refuses_what_is_no_count(wrong: tuple[str, str], run: Run) -> None:
+    done = run("gpu", "tune", *SHAPE, *wrong)
+    words = "mlp-fusion: --tokens, --inputs, --neurons, --experts and --choices are counts: give at least 1"
     assert (done.code, done.error) == (2, words)
+
+
+def test_tune_names_what_does_not_fit(run: Run) -> None:
+    for more in (("--choices", "2"), ("--experts", "1", "--choices", "2")):
+        done = run("gpu", "tune", *SHAPE, *more)
+        words = "mlp-fusion: --choices 2: a token cannot go to more experts than --experts says"
+        assert (done.code, done.error) == (2, words)
     done = run("gpu", "tune", *SHAPE, "--activation", "tanh")
     assert (done.code, "unknown --activation 'tanh': use one of gelu, " in done.error) == (2, True)
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fusion_kernels import gpu, library, proof
 from fusion_kernels.activations import ACTIVATIONS
+from fusion_kernels.experts.operators import EXPERTS, by_expert
 from fusion_kernels.ffn import FFN
 from fusion_kernels.mlp.operators import MLP
 from fusion_kernels.proof import cache
@@ -46,6 +47,34 @@ class Answer:
         return render(table)
 
 
+@dataclass(frozen=True)
+class TunedShape:
+    """A call to measure.
+
+    Attributes:
+        tokens: rows of the input.
+        inputs: its columns, and those of the output.
+        neurons: of each FFN.
+        gated: whether there is a gate projection.
+        experts: FFNs side by side; None for one.
+        choices: experts that each token goes to.
+    """
+
+    tokens: int
+    inputs: int
+    neurons: int
+    gated: bool = False
+    experts: int | None = None
+    choices: int = 1
+
+    def check(self) -> None:
+        """Raise InputError where a number is none of its kind."""
+        if min(self.tokens, self.inputs, self.neurons, self.choices, self.experts or 1) < 1 or self.experts == 0:
+            raise InputError("--tokens, --inputs, --neurons, --experts and --choices are counts: give at least 1")
+        if self.choices > (self.experts or 1):
+            raise InputError(f"--choices {self.choices}: a token cannot go to more experts than --experts says")
+
+
 def check_kernels() -> Answer:
     """Run the proofs of all kernels on every GPU, whatever is known, and keep the verdicts.
 
@@ -64,21 +93,21 @@ def check_kernels() -> Answer:
     return Answer(rows, passed=all(row["verdict"].startswith("proved") for row in rows))
 
 
-def tune_block(tokens: int, d: int, neurons: int, *, dtype: str, activation: str, gated: bool, trained: bool) -> Answer:
-    """Measure which backend of small FFNs is fastest for a shape on every GPU, and keep the answers.
+def tune_block(shape: TunedShape, *, dtype: str, activation: str, trained: bool) -> Answer:
+    """Measure which backend of small FFNs, or of experts, is fastest for a shape on every GPU, and keep the answers.
 
     Raises:
         InputError: an option does not fit, there is no GPU that kernels run on, or answers cannot be kept.
     """
-    if min(tokens, d, neurons) < 1:
-        raise InputError("--tokens, --inputs and --neurons are counts: give at least 1")
+    shape.check()
     if activation not in ACTIVATIONS:
         raise InputError(f"unknown --activation {activation!r}: use one of {', '.join(ACTIVATIONS)}")
     rows = []
     for device in devices():
-        x, ffn = _block(tokens, d, neurons, getattr(torch, dtype), activation, gated, device)
+        given, ffn = _call(shape, getattr(torch, dtype), activation, device)
+        choice = (MLP if shape.experts is None else EXPERTS).choice
         try:
-            entry = MLP.choice.measure((x,), ffn, 1 if trained else 2)
+            entry = choice.measure(given, ffn, 1 if trained else 2)
         except (cache.NoTurnError, cache.CacheUnusableError, torch.OutOfMemoryError) as error:
             raise InputError(" ".join(str(error).split())) from None
         found = {"fastest": entry["backend"], "ms": entry["ms"], "refused": entry["refused"]}
@@ -114,19 +143,25 @@ def devices() -> list[torch.device]:
     return found
 
 
-def _block(
-    tokens: int, d: int, neurons: int, dtype: torch.dtype, activation: str, gated: bool, device: torch.device
-) -> tuple[torch.Tensor, FFN]:
+def _call(
+    shape: TunedShape, dtype: torch.dtype, activation: str, device: torch.device
+) -> tuple[tuple[torch.Tensor, ...], FFN]:
+    """What an operator takes beside the block, and the block: random numbers, and choices that are spread evenly."""
     g = torch.Generator().manual_seed(0)
+    d, h, several = shape.inputs, shape.neurons, () if shape.experts is None else (shape.experts,)
 
     def normal(*size: int, scale: float = 1.0) -> torch.Tensor:
         return (scale * torch.randn(*size, generator=g)).to(device, dtype)
 
-    first, second = normal(neurons, d, scale=d**-0.5), normal(d, neurons, scale=neurons**-0.5)
-    gate = normal(neurons, d, scale=d**-0.5) if gated else None
+    first, second = normal(*several, h, d, scale=d**-0.5), normal(*several, d, h, scale=h**-0.5)
+    gate = normal(*several, h, d, scale=d**-0.5) if shape.gated else None
     # Plain FFNs have biases, gated ones have none.
-    b_in, b_out = (None, None) if gated else (normal(neurons), normal(d))
-    return normal(tokens, d), FFN.of_linears((first, second, gate, b_in, None, b_out, None), activation)
+    b_in, b_out = (None, None) if shape.gated else (normal(*several, h), normal(*several, d))
+    x, ffn = normal(shape.tokens, d), FFN.of_linears((first, second, gate, b_in, None, b_out, None), activation)
+    if shape.experts is None:
+        return (x,), ffn
+    chosen = torch.rand(shape.tokens, shape.experts, generator=g).topk(shape.choices).indices
+    return (x, *by_expert(chosen.to(device), shape.experts)), ffn
 
 
 def _words(value: Any) -> str:
