@@ -8,12 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from fusion_kernels.ffn import FFN
 from fusion_kernels.ntk.weighting import Weights, weigh
+
+
+class Products(NamedTuple):
+    """How two operands are multiplied.
+
+    Attributes:
+        inputs: columns of inputs; 0 if they are not multiplied.
+        neurons: columns of each kind of slopes and of hidden values.
+        slopes: how many kinds there are.
+        hidden: whether there are hidden values.
+        bias: what is added to the products of inputs.
+        constant: what is added to everything.
+        accumulate: whether all of it is added to the result of the pass before.
+    """
+
+    inputs: int
+    neurons: int
+    slopes: int
+    hidden: bool
+    bias: float
+    constant: float
+    accumulate: bool
 
 
 @dataclass(frozen=True)
@@ -46,7 +69,7 @@ def left_and_right(
     kernel: str,
     direction: Tensor | None,
     precision: str,
-) -> Iterator[tuple[Tensor, Tensor, tuple[int | float | bool, ...]]]:
+) -> Iterator[tuple[Tensor, Tensor, Products]]:
     """Both operands of each pass, and how they are multiplied.
 
     Args:
@@ -57,9 +80,7 @@ def left_and_right(
         others: as in `fusion_kernels.ntk.reference.ntk_gram`.
 
     Yields:
-        The operands, which are one where the kernel is symmetric; and the number of inputs, of neurons and of kinds of
-        slopes, whether there are hidden values, the bias and the constant, and whether all of it is added to the result
-        of the pass before.
+        The operands, which are one where the kernel is symmetric, and how they are multiplied.
     """
     gated, symmetric = ffn.gated, x2 is None and kernel == "gd"
     left, right, shrink, coefficient = weigh(ffn, metric, kernel, direction)
@@ -79,6 +100,6 @@ def left_and_right(
         wanted = (part.weights, "in" in part.slopes, "gate" in part.slopes, with_hidden, precision)
         one = of(first, left, wanted)
         other = one if symmetric else of(second, right, wanted)
-        columns = (x1.shape[1] if part.weights else 0, len(ffn.w_in), len(part.slopes), with_hidden)
+        inputs, bias = x1.shape[1] if part.weights else 0, float(part.bias)
         constant = coefficient if number == 0 and "b_out" in params else 0.0
-        yield one, other, (*columns, float(part.bias), constant, number > 0)
+        yield one, other, Products(inputs, len(ffn.w_in), len(part.slopes), with_hidden, bias, constant, number > 0)
