@@ -73,7 +73,7 @@ def ntk_gram(
     is_symmetric = x2 is None and kernel == "gd"
     with device_guard(x1):
         for one, other, how in left_and_right(operand, x1, x2, ffn, params, metric, kernel, direction, precision):
-            _tiles(one, other, how, is_symmetric, precision, out)
+            tiles(one, other, how, is_symmetric, precision, out)
     return out
 
 
@@ -144,7 +144,7 @@ def _to_tf32(values: Tensor) -> Tensor:
     return ((bits + (0xFFF + ((bits >> 13) & 1))) & ~0x1FFF).view(torch.float32)
 
 
-def _tiles(left: Tensor, right: Tensor, how: Products, symmetric: bool, precision: str, out: Tensor) -> None:
+def tiles(left: Tensor, right: Tensor, how: Products, symmetric: bool, precision: str, out: Tensor) -> None:
     """out (n1, n2) = the kernel of two operands, or that added to it."""
     from fusion_kernels.ntk import _triton_tiles as kernels
 
