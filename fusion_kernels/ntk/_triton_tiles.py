@@ -38,7 +38,7 @@ def _with_products(
     return total
 
 
-@triton.jit(do_not_specialize=["M", "N"])
+@triton.jit(do_not_specialize=["M", "N", "stride"])
 def _ntk_tile_kernel(
     left_ptr, right_ptr, constant_ptr, out_ptr, M, N, inputs, slopes, hidden, left_plane, right_plane, stride, bias,
     ACCUMULATE: tl.constexpr, SYMMETRIC: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,

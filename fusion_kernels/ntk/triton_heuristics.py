@@ -21,13 +21,14 @@ def tile_config(rows: int, precision: str, dtype: torch.dtype, shared_memory: in
     """For a kernel of at most `rows` rows and columns.
 
     Two accumulators and a partial sum of 128 x 128 fill the registers of 8 warps, as operands in two planes fill shared
-    memory: tiles for tensor cores are those of the Gram matrices of k-means. Without them it is multiply-adds that
-    take time, and a few smaller tiles on a multiprocessor that hide how long loads take.
+    memory: tiles for tensor cores are those of the exact Gram matrices of k-means. Without them it is multiply-adds
+    that take time, and a few smaller tiles on a multiprocessor hide how long loads take.
 
     Args:
-        major: of the GPU's compute capability.
+        major: of the GPU's compute capability. On 10.x tensor cores accumulate in a memory of their own, and to add two
+            such tiles up takes more registers than there are: tiles are those for little shared memory.
     """
-    of_gram = gram_config(rows, precision != "bf16", shared_memory, major)
+    of_gram = gram_config(rows, True, 0 if major == 10 else shared_memory)
     if precision == "highest":
         edge = min(64, of_gram.tile[0])
         return GramConfig((edge, edge), 16 if dtype == torch.float64 else 32, 4, 2)
