@@ -58,13 +58,13 @@ def _ntk_tile_kernel(
     else:
         i = pid // side
         k = pid % side
-    r = (i * BM + tl.arange(0, BM)).to(tl.int64)
-    c = (k * BN + tl.arange(0, BN)).to(tl.int64)
+    r = i * BM + tl.arange(0, BM)
+    c = k * BN + tl.arange(0, BN)
     hidden_from = inputs + slopes
     columns = hidden_from + hidden
     # Rows past the end are read from the last one: no masks in the loop, and nothing of them is stored.
-    left = left_ptr + tl.minimum(r, M - 1)[:, None] * columns
-    right = right_ptr + tl.minimum(c, N - 1)[None, :] * columns
+    left = left_ptr + tl.minimum(r, M - 1).to(tl.int64)[:, None] * columns
+    right = right_ptr + tl.minimum(c, N - 1).to(tl.int64)[None, :] * columns
 
     none = tl.zeros((BM, BN), out_ptr.dtype.element_ty)
     over = _with_products(none, left, right, 0, inputs, left_plane, right_plane, PLANES, PRECISION, BD)
@@ -76,10 +76,10 @@ def _ntk_tile_kernel(
     mask = (r < M)[:, None] & (c < N)[None, :]
     if SYMMETRIC:
         mask = mask & (r[:, None] >= c[None, :])
-    at = out_ptr + r[:, None] * stride + c[None, :]
+    at = out_ptr + r.to(tl.int64)[:, None] * stride + c[None, :]
     if ACCUMULATE:
         total += tl.load(at, mask=mask, other=0.0)
     tl.store(at, total, mask=mask)
     if SYMMETRIC:
         mirrored = (r[None, :] > c[:, None]) & (r < M)[None, :]
-        tl.store(out_ptr + c[:, None] * stride + r[None, :], tl.trans(total), mask=mirrored)
+        tl.store(out_ptr + c.to(tl.int64)[:, None] * stride + r[None, :], tl.trans(total), mask=mirrored)

@@ -150,7 +150,7 @@ def tiles(left: Tensor, right: Tensor, how: Products, symmetric: bool, precision
 
     M, N = out.shape
     major, shared = capability(out.device)[0], shared_memory(out.device)
-    config = triton_heuristics.tile_config(max(M, N), precision, out.dtype, shared, major)
+    config = triton_heuristics.tile_config(max(M, N), precision, out.dtype, how.accumulate, shared, major)
     rows, columns = (-(-n // edge) for n, edge in zip((M, N), config.tile, strict=True))
     of_neurons = triton_heuristics.padded(how.neurons)
     launch(

@@ -17,7 +17,9 @@ def padded(columns: int) -> int:
     return round_up(columns, COLUMNS)
 
 
-def tile_config(rows: int, precision: str, dtype: torch.dtype, shared_memory: int, major: int) -> GramConfig:
+def tile_config(
+    rows: int, precision: str, dtype: torch.dtype, accumulate: bool, shared_memory: int, major: int
+) -> GramConfig:
     """For a kernel of at most `rows` rows and columns.
 
     Two accumulators and a partial sum of 128 x 128 fill the registers of 8 warps, as operands in two planes fill shared
@@ -25,12 +27,17 @@ def tile_config(rows: int, precision: str, dtype: torch.dtype, shared_memory: in
     that take time, and a few smaller tiles on a multiprocessor hide how long loads take.
 
     Args:
+        accumulate: what is added to, and where it lies, takes as many registers again: tiles are those for little
+            shared memory.
         major: of the GPU's compute capability. On 10.x tensor cores accumulate in a memory of their own, and to add two
-            such tiles up takes more registers than there are: tiles are those for little shared memory.
+            tiles up takes more registers than there are, likewise.
     """
-    of_gram = gram_config(rows, True, 0 if major == 10 else shared_memory)
+    of_gram = gram_config(rows, True, 0 if accumulate or major == 10 else shared_memory)
     if precision == "highest":
         edge = min(64, of_gram.tile[0])
         return GramConfig((edge, edge), 16 if dtype == torch.float64 else 32, 4, 2)
-    # TF32 takes twice the bytes.
-    return replace(of_gram, depth=of_gram.depth // 2) if precision == "tf32x3" else of_gram
+    if precision == "tf32x3":
+        # Twice the bytes; and where four warps would do, they spill what is added to.
+        warps = 8 if of_gram.tile[0] > 32 else of_gram.num_warps
+        return replace(of_gram, depth=of_gram.depth // 2, num_warps=warps)
+    return of_gram

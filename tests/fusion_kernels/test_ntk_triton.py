@@ -283,9 +283,12 @@ def test_tiles_are_square_and_their_steps_divide_every_range(dtype: torch.dtype,
     if dtype == torch.float64 and precision != "highest":
         return
     for major in (8, 9, 10):
-        few, many = (triton_heuristics.tile_config(n, precision, dtype, shared, major) for n in (64, 65))
-        assert few.tile[0] < many.tile[0]
-        for config in (few, many):
+        few, many, added = (
+            triton_heuristics.tile_config(n, precision, dtype, accumulate, shared, major)
+            for n, accumulate in ((64, False), (65, False), (65, True))
+        )
+        assert few.tile[0] < added.tile[0] <= many.tile[0]
+        for config in (few, many, added):
             assert config.tile[0] == config.tile[1]
             assert triton_heuristics.COLUMNS % config.depth == 0
 
