@@ -35,7 +35,10 @@ def tile_config(
     of_gram = gram_config(rows, True, 0 if accumulate or major == 10 else shared_memory)
     if precision == "highest":
         edge = min(64, of_gram.tile[0])
-        return GramConfig((edge, edge), 16 if dtype == torch.float64 else 32, 4, 2)
+        if dtype == torch.float64:
+            # Four warps spill what is added to.
+            return GramConfig((edge, edge), 16, 8 if accumulate and edge > 32 else 4, 2)
+        return GramConfig((edge, edge), 32, 4, 2)
     if precision == "tf32x3":
         # Twice the bytes; and where four warps would do, they spill what is added to.
         warps = 8 if of_gram.tile[0] > 32 else of_gram.num_warps

@@ -18,9 +18,10 @@ from triton_aot import Launch, keep, of_launches, recorder, shared_memory
 
 #: Inputs and neurons of a real layer.
 WIDTH = (768, 192)
-#: Rows of both sides, and parts: many in two passes, many with others, few. As odd as the kernel takes them to be.
+#: Rows of both sides, and parts: many with themselves and with others, in two passes; few. As odd as the kernel takes
+#: them to be.
 CALLS = [
-    (4097, None, ("w_in", "b_gate", "w_out")), (4097, 1001, ("w_in", "w_gate", "w_out")),
+    (4097, None, ("w_in", "b_gate", "w_out")), (4097, 1001, ("w_in", "b_gate", "w_out")),
     (63, None, ("w_in", "w_gate", "w_out")),
 ]  # fmt: skip
 PRECISIONS = [
