@@ -72,6 +72,7 @@ resources: $(VENV)/.test
 	  $(BIN)/python tests/support/triton_aot_mlp.py $(CAPABILITIES) >/dev/null && \
 	  $(BIN)/python tests/support/triton_aot_sparse.py $(CAPABILITIES) >/dev/null && \
 	  $(BIN)/python tests/support/triton_aot_hadamard.py $(CAPABILITIES) >/dev/null && \
+	  $(BIN)/python tests/support/triton_aot_ntk.py $(CAPABILITIES) >/dev/null && \
 	  $(BIN)/python tests/support/triton_driver.py 90 all >/dev/null || exit 1; done
 
 mutants: $(VENV)/.test

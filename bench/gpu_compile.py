@@ -24,7 +24,7 @@ from typing import Any
 from gpu_running import ROOT, Told, Work, environment
 
 #: The stages whose calls are made, the longest first: calls are dealt out in this order.
-MODULES = ("gpu_kmeans", "gpu_mlp", "gpu_experts", "gpu_whole")
+MODULES = ("gpu_kmeans", "gpu_mlp", "gpu_experts", "gpu_ntk", "gpu_whole")
 #: What the build leaves in `fusion_kernels`, without what stands behind the first dot.
 LIBRARIES = ("_C", "_cuda")
 #: Seconds before the end of the share, in which what was said is still read.
@@ -125,6 +125,8 @@ def calls() -> dict[str, Callable[[], object]]:
     for module in MODULES:
         found |= importlib.import_module(module).jobs()
     for name, case in gpu_proofs.cases():
+        if not name.endswith(" triton"):
+            continue  # built with the library
         found[f"{name.split(' ')[0]}-proof {case.name}"] = case.run
     return found
 

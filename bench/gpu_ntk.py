@@ -1,18 +1,18 @@
-"""The tangent kernels of bench/gpu.py: whether the CUDA tiles are right, then how long they take beside cuBLAS.
+"""The tangent kernels of bench/gpu.py: whether the tiles are right, then how long they take beside cuBLAS.
 
-They have no proof of their own: that is checked here. Right: every precision against float64 over odd shapes,
-activations, split parts, metrics and directions, with the error of torch on the same GPU beside it; symmetric and
-repeatable to the bit; on a stream of its own and on another device; results of more than 2^32 values, where an offset
-of 32 bits would show; no memory of the result's size beside it. They need the compiled CUDA library, which the compile
-stage builds. The peer is the closed form composed from torch calls, in place, its three products by cuBLAS in float32,
-TF32 or bfloat16. The floors are the operations of half the tiles (three products for `tf32x3` and `bf16x3`), or the
-bytes of the result, over the rates of the device stage, TF32 at half that of bfloat16.
+Their proofs have few cases; here are many, of Triton's tiles and of the compiled ones. Right: every precision against
+float64 over odd shapes, activations, split parts, metrics and directions, with the error of torch on the same GPU
+beside it; symmetric and repeatable to the bit; on a stream of its own and on another device; results of more than 2^32
+values, where an offset of 32 bits would show; no memory of the result's size beside it. The compiled ones need the CUDA
+library, which the compile stage builds. The peer is the closed form composed from torch calls, in place, its three
+products by cuBLAS in float32, TF32 or bfloat16. The floors are the operations of half the tiles (three products for
+`tf32x3` and `bf16x3`), or the bytes of the result, over the rates of the device stage, TF32 at half that of bfloat16.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,14 @@ from support import ACTIVATIONS, Bundle, make_bundle
 from torch import Tensor
 
 from fusion_kernels import native, ntk_compare, ntk_gram
+from fusion_kernels.ntk import cuda_backend, triton_backend, triton_heuristics
+from fusion_kernels.ntk.passes import Products
 
+#: By name, why a backend cannot run here, or None.
+BACKENDS: Mapping[str, Callable[[], str | None]] = {
+    "triton": triton_backend.why_not,
+    "cuda": cuda_backend.why_not,
+}
 PRECISIONS = ("highest", "tf32x3", "bf16x3", "bf16")
 #: The largest error of a value over the largest value: four rounded factors.
 BOUNDS = {"highest": 1e-5, "tf32x3": 1e-5, "bf16x3": 2**-15, "bf16": 2**-7}
@@ -48,25 +55,40 @@ ROWS = 256
 def lines(told: Told) -> Iterator[tuple[str, Work]]:
     """Checks and times, in the order of what is learnt from them."""
     rates = known_rates(told)
-    works: dict[str, Work] = {
-        "against float64": check_against_float64,
-        **{f"{name}: times": functools.partial(measure, name, rates) for name in SHAPES},
-        "streams and devices": check_streams_and_devices,
-        "comparisons": check_comparisons,
-        "more than 2^32 values": check_large,
-    }
-    for name, work in works.items():
-        yield name, functools.partial(_where_it_is_built, work)
+    for backend in BACKENDS:
+        yield f"{backend}: against float64", functools.partial(_where_it_is, backend, check_against_float64)
+    for name in SHAPES:
+        yield f"{name}: times", functools.partial(measure, name, rates)
+    for backend in BACKENDS:
+        yield f"{backend}: streams and devices", functools.partial(_where_it_is, backend, check_streams_and_devices)
+    yield "comparisons", functools.partial(_where_it_is, "cuda", check_comparisons)
+    for backend in BACKENDS:
+        yield f"{backend}: more than 2^32 values", functools.partial(_where_it_is, backend, check_large)
 
 
 def jobs() -> dict[str, Callable[[], object]]:
-    """Nothing: these kernels are compiled when the library is built."""
-    return {}
+    """Every form of Triton's tiles that is launched here, in small: the compiled ones are built with the library."""
+    found: dict[str, Callable[[], object]] = {}
+    for precision in (*PRECISIONS, "float64"):
+        # Few rows, one of them or more; many, of rows that are aligned and of others; with themselves and others.
+        for n, m in ((1, None), (17, 33), (128, None), (129, None), (129, 112), (128, 99)):
+            for params in (("w_in", "w_out"), ("w_in", "b_gate")):
+                name = f"ntk {precision} of {n} and {m} by {' '.join(params)}"
+                found[name] = functools.partial(_small, n, m, params, precision)
+    return found
 
 
-def _where_it_is_built(work: Work) -> dict[str, Any]:
-    reason = native.cuda_unavailable()
-    return work() if reason is None else {"skipped": f"{reason} (MLP_FUSION_BUILD=cuda builds it)"}
+def _small(n: int, m: int | None, params: tuple[str, ...], precision: str) -> None:
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    block = on_device(make_bundle(33, 70, 5, gated=True), dtype)
+    x1, x2 = (None if k is None else torch.ones(k, 33, dtype=dtype, device=gpu_timing.DEVICE) for k in (n, m))
+    how: Any = "highest" if precision == "float64" else precision
+    ntk_gram(block, x1, x2, params=params, backend="triton", precision=how)  # type: ignore[arg-type]
+
+
+def _where_it_is(backend: str, work: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    reason = BACKENDS[backend]()
+    return work(backend) if reason is None else {"skipped": reason}
 
 
 def on_device(bundle: Bundle, dtype: torch.dtype) -> Bundle:
@@ -83,7 +105,7 @@ def errors(found: Tensor, exact: Tensor) -> tuple[float, float]:
 # --- correctness -----------------------------------------------------------------------------------------------------
 
 
-def check_against_float64() -> dict[str, float]:
+def check_against_float64(backend: str) -> dict[str, float]:
     """The largest RMS error of each precision, and how often float32's error is torch's."""
     worst = {**dict.fromkeys(PRECISIONS, 0.0), "float64": 0.0, "highest over torch float32": 0.0}
     cases: list[tuple[int, int | None, int, int, bool, str, str, tuple[str, ...]]] = [
@@ -117,13 +139,13 @@ def check_against_float64() -> dict[str, float]:
         double, single = on_device(bundle, torch.float64), on_device(bundle, torch.float32)
         wide = (x1.double(), None if x2 is None else x2.double())
         exact = ntk_gram(double, *wide, backend="reference", **options)
-        found = ntk_gram(double, *wide, backend="cuda", **options)
+        found = ntk_gram(double, *wide, backend=backend, **options)
         worst["float64"] = max(worst["float64"], *errors(found, exact))
         with native.exact_products():
             peer = errors(ntk_gram(single, x1, x2, backend="reference", **options), exact)
         for precision in PRECISIONS:
             found, again = (
-                ntk_gram(single, x1, x2, backend="cuda", precision=precision, **options)  # type: ignore[arg-type]
+                ntk_gram(single, x1, x2, backend=backend, precision=precision, **options)  # type: ignore[arg-type]
                 for _ in range(2)
             )
             require(torch.equal(found, again), f"{precision} has other bits when it runs again: {what}")
@@ -142,27 +164,27 @@ def check_against_float64() -> dict[str, float]:
     return {"RMS errors": worst, "cases": len(cases)}
 
 
-def check_streams_and_devices() -> dict[str, Any]:
+def check_streams_and_devices(backend: str) -> dict[str, Any]:
     """A kernel on a stream of its own waits for that stream's work and no other; it runs where its tensors are."""
     block = on_device(make_bundle(64, 96, 5), torch.float32)
     x = torch.randn(1000, 64, device=gpu_timing.DEVICE)
-    expected = ntk_gram(block, x, backend="cuda")
+    expected = ntk_gram(block, x, backend=backend)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         late = x + 0
-        found = ntk_gram(block, late, backend="cuda")
+        found = ntk_gram(block, late, backend=backend)
     stream.synchronize()
     require(torch.equal(found, expected), "on a stream of its own the kernel is another")
     for index in range(1, torch.cuda.device_count()):
         other = replace(block, **{k: t.to(f"cuda:{index}") for k, t in vars(block).items() if isinstance(t, Tensor)})
-        found = ntk_gram(other, x.to(f"cuda:{index}"), backend="cuda")
+        found = ntk_gram(other, x.to(f"cuda:{index}"), backend=backend)
         require(torch.equal(found.to(gpu_timing.DEVICE), expected), f"on device {index} the kernel is another")
     return {"devices": torch.cuda.device_count()}
 
 
-def check_large() -> dict[str, Any]:
+def check_large(backend: str) -> dict[str, Any]:
     """A result of more than 2^32 values, row by row, and the memory beside it in bytes."""
     n, d, h = MANY, 64, 32
     block = on_device(make_bundle(d, h, 5), torch.float32)
@@ -173,17 +195,17 @@ def check_large() -> dict[str, Any]:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        ntk_gram(block, x, backend="cuda", precision=precision, out=out)  # type: ignore[arg-type]
+        ntk_gram(block, x, backend=backend, precision=precision, out=out)  # type: ignore[arg-type]
         beside = torch.cuda.max_memory_allocated() - before
         require(beside <= 64 * n * (d + 3 * h), f"{precision} takes {beside} bytes beside the result")
         for row in sorted({min(row, n - 1) for row in (0, 127, 128, 32_767, 46_341, 65_535, 65_536, n)}):
-            alone = ntk_gram(block, x[row : row + 1], x, backend="cuda", precision=precision)[0]  # type: ignore[arg-type]
+            alone = ntk_gram(block, x[row : row + 1], x, backend=backend, precision=precision)[0]  # type: ignore[arg-type]
             require(errors(out[row], alone)[0] <= BOUNDS[precision], f"{precision}: row {row} of {n} is wrong")
             require(torch.equal(out[row], out[:, row]), f"{precision}: row {row} of {n} is not its column")
     return {"N": n, "bytes beside the result": beside}
 
 
-def check_comparisons() -> dict[str, Any]:
+def check_comparisons(backend: str) -> dict[str, Any]:
     """The largest difference of the sums over two kernels, as errors and cosines, from those in float64."""
     worst = 0.0
     for n, block_size in COMPARED:
@@ -197,7 +219,7 @@ def check_comparisons() -> dict[str, Any]:
             for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
                 blocks = [on_device(bundle.to(torch.float32), dtype) for bundle in bundles]
                 found, again = (
-                    ntk_compare(*blocks, x.to(dtype), backend="cuda", block_size=block_size, **options)
+                    ntk_compare(*blocks, x.to(dtype), backend=backend, block_size=block_size, **options)
                     for _ in range(2)
                 )
                 require(found.relative_error == again.relative_error, f"other bits when compared again: {n}, {kernel}")
@@ -236,8 +258,10 @@ def measure(name: str, rates: dict[str, float]) -> dict[str, Any]:
     bundle = on_device(make_bundle(d, h, outputs), torch.float32)
     x = torch.randn(n, d, device=gpu_timing.DEVICE)
     out = torch.empty(n, n, device=gpu_timing.DEVICE)
+    there = [backend for backend, why_not in BACKENDS.items() if why_not() is None]
     work: dict[str, Callable[[], Tensor]] = {
-        f"cuda {p}": lambda p=p: ntk_gram(bundle, x, backend="cuda", precision=p, out=out)  # type: ignore[misc]
+        f"{k} {p}": lambda k=k, p=p: ntk_gram(bundle, x, backend=k, precision=p, out=out)  # type: ignore[misc]
+        for k in there
         for p in PRECISIONS
     }
     work.update(compositions(bundle, x))
@@ -249,26 +273,39 @@ def measure(name: str, rates: dict[str, float]) -> dict[str, Any]:
     comparisons = {
         backend: functools.partial(ntk_compare, other, bundle, x, backend=backend, eigenvalues=0)
         for backend in ("cuda", "reference")
+        if backend == "reference" or backend in there
     }
+    tiles = {backend: _tiles(backend, n, d, h, out, rates) for backend in there}
     return {
         "N": n, "d": d, "h": h, "outputs": outputs, **compared(rows, "torch tf32", None), "RMS errors": off,
-        "tiles": _tiles(n, d, h, out, rates), "comparison": compared(in_turn(comparisons), "reference", None),
+        "tiles": tiles, "comparison": compared(in_turn(comparisons), "reference", None),
         "brief": in_brief(rows),
     }  # fmt: skip
 
 
-def _tiles(n: int, d: int, h: int, out: Tensor, rates: dict[str, float]) -> dict[str, Any]:
+def _tiles(backend: str, n: int, d: int, h: int, out: Tensor, rates: dict[str, float]) -> dict[str, Any]:
     """Of the kernel that multiplies, by precision: times, and shares of the floors."""
     calls: dict[str, Callable[[], Any]] = {}
     floors: dict[str, float] = {}
+    how = Products(d, h, 1, True, 1.0, 1.0, False)
+    width = _width(backend, d) + 2 * _width(backend, h)
     for precision, planes, products in (("tf32x3", 2, 6), ("bf16x3", 2, 3), ("bf16", 1, 1)):
-        operand = torch.randn(planes, n, d + 2 * h, device=gpu_timing.DEVICE)
+        operand = torch.randn(planes, n, width, device=gpu_timing.DEVICE)
         if precision != "tf32x3":
             operand = operand.bfloat16()
-        arguments = (operand, operand, d, h, 1, True, 1.0, 1.0, False, True, out)
-        calls[precision] = functools.partial(native.cuda_operators().ntk_tiles, *arguments)
+        if backend == "triton":
+            calls[precision] = functools.partial(triton_backend.tiles, operand, operand, how, True, precision, out)
+        else:
+            tiles = native.cuda_operators().ntk_tiles
+            calls[precision] = functools.partial(tiles, operand, operand, *how, True, out)
         multiplied = products * n * (n + 1) * (d + 2 * h) / rates["bf16_flops"]
         floors[precision] = 1e3 * max(4 * n * n / rates["copy_bytes"], multiplied)
     rows = in_turn(calls)
     shares = {precision: floors[precision] / row["median"] for precision, row in rows.items()}
     return {"ms": rows, "floors ms": floors, "share of the floor": shares}
+
+
+def _width(backend: str, columns: int) -> int:
+    """Of a range of so many columns, as the backend's operands have it."""
+    multiple = triton_heuristics.COLUMNS if backend == "triton" else 32
+    return -(-columns // multiple) * multiple

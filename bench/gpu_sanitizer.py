@@ -14,7 +14,8 @@ from typing import Any
 from gpu_running import Told, Work
 from gpu_watched import last, tool, watch
 
-from fusion_kernels import gpu, native
+from fusion_kernels import gpu
+from fusion_kernels.ntk import cuda_backend, triton_backend
 
 #: What the sanitizer ends with where it has found something.
 FOUND = 86
@@ -33,8 +34,10 @@ def calls() -> list[str]:
     found = ["small-kmeans", "small-mlp", "small-experts"]
     if gpu.why_not(None, frozenset({"resident"})) is None:
         found.append("small-resident")
-    if native.cuda_unavailable() is None:
+    if triton_backend.why_not() is None:
         found.append("small-ntk")
+    if cuda_backend.why_not() is None:
+        found.append("small-ntk-cuda")
     return found
 
 

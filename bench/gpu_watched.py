@@ -96,7 +96,7 @@ def _small_resident() -> None:
     triton_resident.glu_resident(x, w, w, None, None, out, None, "silu")
 
 
-def _small_ntk() -> None:
+def _small_ntk(backend: str) -> None:
     from support import make_bundle
 
     from fusion_kernels import ntk_gram
@@ -104,7 +104,7 @@ def _small_ntk() -> None:
     block = make_bundle(33, 70, 5).to(torch.float32).map(lambda t: t.to(gpu_timing.DEVICE))
     x = torch.randn(150, 33, device=gpu_timing.DEVICE)
     for precision in ("highest", "tf32x3", "bf16x3", "bf16"):
-        ntk_gram(block, x, backend="cuda", precision=precision)  # type: ignore[arg-type]
+        ntk_gram(block, x, backend=backend, precision=precision)  # type: ignore[arg-type]
 
 
 def _kmeans() -> None:
@@ -126,7 +126,8 @@ CALLS: dict[str, Callable[[], None]] = {
     "small-mlp": functools.partial(_small, "mlp triton"),
     "small-experts": functools.partial(_small, "experts triton"),
     "small-resident": _small_resident,
-    "small-ntk": _small_ntk,
+    "small-ntk": functools.partial(_small_ntk, "triton"),
+    "small-ntk-cuda": functools.partial(_small_ntk, "cuda"),
     "kmeans": _kmeans,
     "mlp": _mlp,
 }

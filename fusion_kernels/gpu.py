@@ -77,7 +77,7 @@ class KnownBad:
 #: What is refused before anything else is asked: silently wrong numbers, and launches that do not fit.
 KNOWN_BAD = (
     # triton-lang/triton#10821: products that follow each other into one accumulator, in a loop, on tcgen05.
-    KnownBad(10, (3, 9), frozenset({"gram", "nearest", "resident"}), "adds products up wrongly"),
+    KnownBad(10, (3, 9), frozenset({"gram", "nearest", "resident", "ntk_tile"}), "adds products up wrongly"),
 )
 
 

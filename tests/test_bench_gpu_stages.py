@@ -67,10 +67,14 @@ def test_blocks_experts_and_tangent_kernels() -> None:
         else:
             assert set(line["ms"]) == {"torch", "cublas", "epilogue"}
     assert all(set(line["ms"]) == {"grouped_mm", "triton"} for line in found["gpu_experts"].values())
+    of_each = ("{}: against float64", "{}: streams and devices", "{}: more than 2^32 values")
     assert set(found["gpu_ntk"]) == {
-        "against float64", "9 inputs: times", "streams and devices", "comparisons", "more than 2^32 values",
+        "9 inputs: times", "comparisons", *(line.format(k) for line in of_each for k in ("triton", "cuda")),
     }  # fmt: skip
     assert not any("skipped" in line for line in found["gpu_ntk"].values())
+    times, precisions = found["gpu_ntk"]["9 inputs: times"], ("highest", "tf32x3", "bf16x3", "bf16")
+    assert {f"{k} {p}" for k in ("triton", "cuda") for p in precisions} < set(times["ms"])
+    assert set(times["tiles"]) == {"triton", "cuda"}
     assert all(len(line["table"]) > 5 for line in found["gpu_profile"].values())
 
 
@@ -86,6 +90,6 @@ def test_the_device_and_the_whole_product() -> None:
 def test_what_is_compiled_ahead_and_what_tools_watch() -> None:
     found = lines("calls")["calls"]
     families = {name.split(" ")[0] for name in found["ahead"]["calls"]}
-    proofs = {f"{name}-proof" for name in ("kmeans", "mlp", "experts", "sparse", "hadamard")}
-    assert families == {"kmeans", "mlp", "experts", "whole", *proofs}
-    assert {"mlp", "small-mlp", "small-experts", "small-resident", "small-ntk"} < set(found)
+    proofs = {f"{name}-proof" for name in ("kmeans", "mlp", "experts", "sparse", "hadamard", "ntk")}
+    assert families == {"kmeans", "mlp", "experts", "ntk", "whole", *proofs}
+    assert {"mlp", "small-mlp", "small-experts", "small-resident", "small-ntk", "small-ntk-cuda"} < set(found)

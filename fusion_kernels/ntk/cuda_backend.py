@@ -18,20 +18,19 @@ float64 kernels have float64 multiply-add, `highest`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fusion_kernels import gpu, native
 from fusion_kernels.ffn import FFN
 from fusion_kernels.library import check_name
 from fusion_kernels.ntk import heuristics
 from fusion_kernels.ntk.outputs import outputs_gram
+from fusion_kernels.ntk.passes import left_and_right
 from fusion_kernels.ntk.types import Differentiated, check_names
-from fusion_kernels.ntk.weighting import Weights, weigh
 
 # The names that this backend knows: it takes none for another, and refuses a new one until that stands here.
 _KERNELS, _REDUCTIONS = ("gd", "sign"), ("trace", "full", "diagonal", "vector")
@@ -42,59 +41,10 @@ def why_not(device: torch.device | None = None) -> str | None:
     return gpu.no_gpu(device) or native.cuda_unavailable()
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """One sum of products: slopes whose products are multiplied by those of the inputs, a bias, or both."""
-
-    slopes: tuple[str, ...]
-    weights: bool
-    bias: bool
-
-
-def _passes(params: Sequence[str], gated: bool) -> list[_Pass]:
-    """The slopes in as few passes over the result as there are ways to multiply them; at least one."""
-    names = ("in", "gate") if gated else ("in",)
-    passes: dict[tuple[bool, bool], tuple[str, ...]] = {}
-    for name in names:
-        flags = f"w_{name}" in params, f"b_{name}" in params
-        if any(flags):
-            passes[flags] = (*passes.get(flags, ()), name)
-    return [_Pass(slopes, *flags) for flags, slopes in passes.items()] or [_Pass((), False, False)]
-
-
-def _left_and_right(
-    x1: Tensor,
-    x2: Tensor | None,
-    ffn: FFN,
-    params: Sequence[str],
-    metric: Tensor | None,
-    kernel: str,
-    direction: Tensor | None,
-    precision: str,
-) -> Iterator[tuple[Tensor, Tensor, tuple[int | float | bool, ...]]]:
-    """Both operands of each pass, and what `ntk_tiles` takes behind them up to `accumulate`."""
-    gated, symmetric = ffn.gated, x2 is None and kernel == "gd"
-    left, right, shrink, coefficient = weigh(ffn, metric, kernel, direction)
-
-    def rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        x = x.contiguous()
-        gate = None if ffn.w_gate is None else F.linear(x, ffn.w_gate, ffn.b_gate)
-        return x, F.linear(x, ffn.w_in, ffn.b_in), gate
-
-    def operand(of: tuple[Tensor, Tensor, Tensor | None], w: Weights, wanted: tuple[bool | str, ...]) -> Tensor:
-        weights = (w.of_hidden, w.of_in, w.of_gate)
-        return native.cuda_operators().ntk_operand(*of, shrink, *weights, *ffn.function, w.signs, *wanted)
-
-    first = rows(x1)
-    second = first if x2 is None else rows(x2)
-    for number, part in enumerate(_passes(params, gated)):
-        with_hidden = number == 0 and "w_out" in params
-        wanted = (part.weights, "in" in part.slopes, "gate" in part.slopes, with_hidden, precision)
-        one = operand(first, left, wanted)
-        other = one if symmetric else operand(second, right, wanted)
-        columns = (x1.shape[1] if part.weights else 0, len(ffn.w_in), len(part.slopes), with_hidden)
-        constant = coefficient if number == 0 and "b_out" in params else 0.0
-        yield one, other, (*columns, float(part.bias), constant, number > 0)
+def _operand(*given: Any) -> Tensor:
+    """The compiled one, which the library registers when it is loaded."""
+    operand: Tensor = native.cuda_operators().ntk_operand(*given)
+    return operand
 
 
 def ntk_gram(
@@ -122,7 +72,7 @@ def ntk_gram(
     if out is None:
         out = x1.new_empty(len(x1), len(x1 if x2 is None else x2))
     symmetric = x2 is None and kernel == "gd"
-    for one, other, how in _left_and_right(x1, x2, ffn, params, metric, kernel, direction, precision):
+    for one, other, how in left_and_right(_operand, x1, x2, ffn, params, metric, kernel, direction, precision):
         native.cuda_operators().ntk_tiles(one, other, *how, symmetric, out)
     return out
 
@@ -145,7 +95,7 @@ def ntk_sums(
     """
     check_name("kernel", kernel, _KERNELS)
     precision = "tf32x3" if x1.dtype == torch.float32 else "highest"
-    passes = [list(_left_and_right(x1, x2, *block, kernel, direction, precision)) for block in (a, b)]
+    passes = [list(left_and_right(_operand, x1, x2, *block, kernel, direction, precision)) for block in (a, b)]
     n1, n2 = len(x1), len(x1 if x2 is None else x2)
     symmetric = x2 is None and kernel == "gd"
     step = heuristics.row_block(2 * n2 * x1.element_size()) if block_size is None else block_size

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from fusion_kernels.ffn import FFN
 from fusion_kernels.library import Backend, check_name, operator
-from fusion_kernels.ntk import cpu_backend, cuda_backend
+from fusion_kernels.ntk import cpu_backend, cuda_backend, triton_backend
 from fusion_kernels.ntk import reference as reference
 from fusion_kernels.ntk.block import all_finite, prepare
 from fusion_kernels.ntk.operators import FFN_ARGUMENTS, exactly, of_ffn
 from fusion_kernels.ntk.types import KERNELS, Block, Kernel, Precision, Reduce
+from fusion_kernels.proof import Proof
 
 _ARGUMENTS = (
     f"Tensor x1, Tensor? x2, {FFN_ARGUMENTS}, str[] params, str kernel, str reduce='trace', Tensor? direction=None, "
@@ -41,6 +42,8 @@ def _fake_out(out: Tensor, *_: object) -> None:
 _NTK_GRAM = operator("ntk_gram", f"({_ARGUMENTS}) -> Tensor", of_ffn(_fake, 2))
 # The same, into memory that is there: a kernel may be most of what fits.
 _NTK_GRAM_OUT = operator("ntk_gram_out", f"(Tensor(a!) out, {_ARGUMENTS}) -> ()", _fake_out)
+_OF_TRITON = Proof("ntk triton", "fusion_kernels.ntk.gpu_cases:of_triton")
+_OF_CUDA = Proof("ntk cuda", "fusion_kernels.ntk.gpu_cases:of_cuda")
 
 
 def _register(
@@ -48,18 +51,20 @@ def _register(
     gram: Callable[..., Tensor],
     devices: tuple[str, ...],
     why_not: Callable[[torch.device | None], str | None],
+    proof: Proof | None = None,
 ) -> None:
     def into(out: Tensor, *arguments: Any) -> None:
         gram(*arguments, out=out)
 
-    _NTK_GRAM.register(Backend(name, of_ffn(exactly(gram), 2), devices, why_not))
-    _NTK_GRAM_OUT.register(Backend(name, of_ffn(exactly(into), 3), devices, why_not))
+    _NTK_GRAM.register(Backend(name, of_ffn(exactly(gram), 2), devices, why_not, proof=proof))
+    _NTK_GRAM_OUT.register(Backend(name, of_ffn(exactly(into), 3), devices, why_not, proof=proof))
 
 
 _register("cpu", cpu_backend.ntk_gram, ("cpu",), cpu_backend.why_not)
+_register("triton", triton_backend.ntk_gram, ("cuda",), triton_backend.why_not, _OF_TRITON)
 _register("reference", reference.ntk_gram, ("cpu", "cuda"), lambda _: None)
-# Behind the reference, and so for those who ask by name, until stage `ntk` of bench/gpu.py has passed.
-_register("cuda", cuda_backend.ntk_gram, ("cuda",), cuda_backend.why_not)
+# Behind the reference, and so for those who ask by name: what it has over Triton's tiles, only a GPU shows.
+_register("cuda", cuda_backend.ntk_gram, ("cuda",), cuda_backend.why_not, _OF_CUDA)
 
 
 def contraction_named(reduce: Reduce, outputs: int, like: Tensor) -> tuple[str, Tensor | None]:
@@ -99,7 +104,7 @@ def precision_named(precision: Precision | None, backend: str, dtype: torch.dtyp
     if precision not in (None, *get_args(Precision)):
         raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(get_args(Precision))}")
     obstacle = None
-    if backend != "cuda":
+    if backend not in ("triton", "cuda"):
         obstacle = f"backend {backend!r} computes in the dtype itself"
     elif dtype != torch.float32:
         obstacle = f"this kernel is {dtype}"
@@ -109,7 +114,8 @@ def precision_named(precision: Precision | None, backend: str, dtype: torch.dtyp
         return "highest" if obstacle else "bf16x3"
     if precision != "highest" and obstacle:
         raise ValueError(
-            f"precision {precision!r} is for float32 traces and vectors with backend 'cuda': {obstacle}, use 'highest'"
+            f"precision {precision!r} is for float32 traces and vectors with backend 'triton' or 'cuda': {obstacle}, "
+            "use 'highest'"
         )
     return precision
 
@@ -174,10 +180,10 @@ def ntk_gram(
         metric: (neurons,), not negative: a diagonal preconditioner, or learning rates, by neuron. Every parameter of a
             neuron has that of its neuron; what has more than one per neuron is a sum of kernels by `params`.
         kernel: `"gd"` or `"sign"`.
-        precision: `"highest"`, the products of the dtype itself. For a trace or a vector in float32 the backend
-            `"cuda"` also has, on tensor cores, `"tf32x3"` and `"bf16x3"`, three products of TF32 or bfloat16 that keep
-            22 or 16 significant bits of every value, and `"bf16"`, one product that keeps 8. None is `"bf16x3"` where
-            there is such a choice, else `"highest"`.
+        precision: `"highest"`, the products of the dtype itself. For a trace or a vector in float32 the backends
+            `"triton"` and `"cuda"` also have, on tensor cores, `"tf32x3"` and `"bf16x3"`, three products of TF32 or
+            bfloat16 that keep 22 or 16 significant bits of every value, and `"bf16"`, one product that keeps 8. None is
+            `"bf16x3"` where there is such a choice, else `"highest"`.
         block_size: edge of the tiles of the result, or rows at a time where it has an axis of outputs; None picks by
             the cache. It changes memory and time, and the result by rounding only.
         out: a tensor of the result's shape, dtype and device to write to, its rows contiguous; not in the memory of an

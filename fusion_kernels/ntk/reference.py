@@ -37,6 +37,7 @@ from torch.nn import functional as F
 
 from fusion_kernels.activations import get_activation
 from fusion_kernels.ffn import FFN, PARTS
+from fusion_kernels.gates import Gate
 from fusion_kernels.library import check_name
 from fusion_kernels.ntk.types import Differentiated, check_names
 
@@ -53,15 +54,22 @@ def factors(ffn: FFN, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
     All tensors share one dtype, float32 or float64, and one device.
     """
-    phi, a = get_activation(ffn.activation), ffn.scale_exponent
+    a = ffn.scale_exponent
     p = ffn.w_in.new_ones(ffn.w_in.shape[0]) if ffn.scale is None else ffn.scale
     z, of_hidden, of_slopes = F.linear(x, ffn.w_in, ffn.b_in) / p**a, p ** (1 - a), p ** (1 - 2 * a)
-    if ffn.w_gate is None:
-        return of_hidden * phi.function(z), {"in": of_slopes * phi.derivative(z)}
-    g, gate = F.linear(x, ffn.w_gate, ffn.b_gate) / p**a, ffn.gating
+    g = None if ffn.w_gate is None else F.linear(x, ffn.w_gate, ffn.b_gate) / p**a
+    hidden, slopes = of_arguments(ffn.activation, ffn.gating, z, g)
+    return of_hidden * hidden, {name: of_slopes * slope for name, slope in slopes.items()}
+
+
+def of_arguments(activation: str, gate: Gate, z: Tensor, g: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """`factors` without the powers of p that stand before them: of z and, of a gated block, g as they stand above."""
+    phi = get_activation(activation)
+    if g is None:
+        return phi.function(z), {"in": phi.derivative(z)}
     value = phi.function(gate.inside(g))
     s, up, slope = gate.after(value), gate.up(z), gate.through_gate(phi.derivative(gate.inside(g)), g, value)
-    return of_hidden * s * up, {"in": of_slopes * gate.through_up(s, z), "gate": of_slopes * slope * up}
+    return s * up, {"in": gate.through_up(s, z), "gate": slope * up}
 
 
 def contraction(w_out: Tensor, direction: Tensor | None, kernel: str) -> tuple[Tensor, Tensor, float]:

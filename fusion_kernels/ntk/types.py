@@ -13,7 +13,7 @@ from fusion_kernels.library import check_name
 Kernel = Literal["gd", "sign"]
 #: How the outputs of a block enter its kernel; a vector is a direction r, for the kernel of the function r.F.
 Reduce = Literal["trace", "full", "diagonal", "pseudo"] | Sequence[float] | Tensor
-#: How the products of a kernel are computed; all but the first by the backend `"cuda"` only.
+#: How the products of a kernel are computed; all but the first by the backends `"triton"` and `"cuda"` only.
 Precision = Literal["highest", "tf32x3", "bf16x3", "bf16"]
 #: What inner products of gradients are computed through: products of tokens, or the gradients themselves.
 Via = Literal["auto", "ghost", "direct"]

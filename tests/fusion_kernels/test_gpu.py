@@ -15,6 +15,7 @@ from fusion_kernels.experts import operators as experts
 from fusion_kernels.ffn import FFN
 from fusion_kernels.kmeans import gpu_backend as kmeans_backend
 from fusion_kernels.mlp import gpu_backend as mlp_backend
+from fusion_kernels.ntk import triton_backend as ntk_backend
 
 
 def forget() -> None:
@@ -83,7 +84,7 @@ def test_other_makers_are_refused_by_name(machine: Machine) -> None:
     assert str(gpu.no_gpu()).startswith("it is for NVIDIA GPUs, and this torch is built for AMD's: its tiles")
 
 
-@pytest.mark.parametrize("why_not", [kmeans_backend.why_not, mlp_backend.resident_why_not])
+@pytest.mark.parametrize("why_not", [kmeans_backend.why_not, mlp_backend.resident_why_not, ntk_backend.why_not])
 def test_a_triton_that_errs_on_a_gpu_is_refused_there(machine: Machine, why_not: Any) -> None:
     for capability in ((10, 0), (10, 3)):
         for version in ("3.6.0", "3.8.1+git123"):

@@ -24,8 +24,9 @@ import cuda_build
 import ntk_rounding
 import pytest
 import torch
-from ffn_blocks import ACTIVATIONS, KERNELS, Bundle, make_bundle
+from ffn_blocks import ACTIVATIONS, KERNELS, make_bundle
 from ntk_emulation import Emulation
+from ntk_precision import PRECISIONS, assert_precise, moved, rms
 from rounding import Arithmetic, assert_rounding
 
 from fusion_kernels import BackendUnavailableError, native, ntk_compare, ntk_gram
@@ -65,49 +66,6 @@ def _seed() -> Iterator[None]:
         yield
 
 
-def moved(bundle: Bundle, device: str, dtype: torch.dtype) -> Bundle:
-    return bundle.to(dtype).map(lambda t: t.to(device))
-
-
-def rms(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """The RMS error over the RMS of `exact`."""
-    return float((found.detach().cpu().double() - exact).norm() / exact.norm())
-
-
-#: Of each precision: unit roundoff of the two factors of a product, and of its sums, which tensor cores cut off; the
-#: RMS error that it may have, over that of the values, where torch has no such arithmetic to compare with.
-PRECISIONS = {
-    "highest": (None, None, None),
-    "tf32x3": (1.5 * 2**-22, 2**-23, None),
-    "bf16x3": (1.5 * 2**-16, 2**-23, 2**-16),
-    "bf16": (2**-8, 2**-23, 2**-7),
-}
-
-
-def assert_precise(bundle: Bundle, x1: torch.Tensor, x2: torch.Tensor | None, device: str, **options: Any) -> None:
-    """Every precision against float64, beside torch in the same dtype where it has that dtype."""
-    there = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
-    for dtype in (torch.float64, torch.float32):
-        low, wide = bundle.to(dtype), bundle.to(dtype).to(torch.float64)
-        exact = {"K": ntk_gram(wide, x1, x2, backend="reference", **options)}
-        block = moved(low, device, dtype)
-        rows = [None if x is None else x.to(device, dtype) for x in (x1, x2)]
-        given = [None if x is None else x.to(dtype) for x in (x1, x2)]
-        torchs = {"K": ntk_gram(low, *given, backend="reference", **options)}  # type: ignore[arg-type]
-        many = dtype == torch.float32 and ntk_rounding.enough(bundle, x1, x2)
-        for precision, (operand, total, largest) in PRECISIONS.items():
-            if dtype == torch.float64 and precision != "highest":
-                continue
-            found = ntk_gram(block, *rows, backend="cuda", precision=precision, **there)  # type: ignore[arg-type]
-            assert found.dtype == dtype
-            bound = ntk_rounding.gram(Arithmetic(dtype, operand, total), wide, x1, x2, **options)
-            assert_rounding({"K": found}, exact, {"K": bound}, *([torchs] if many and largest is None else []))
-            if many and largest is not None:
-                assert rms(found, exact["K"]) <= largest, precision
-            if x2 is None and options.get("kernel", "gd") == "gd":
-                assert torch.equal(found, found.T)
-
-
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
@@ -115,11 +73,11 @@ def test_every_activation(device: str, kernel: Kernel, activation: str, gated: b
     bundle = make_bundle(33, 40, 5, gated=gated, scale=True, scale_exponent=0.5, activation=activation)
     x = torch.randn(37, 33).double()
     metric = torch.rand(40).double()
-    assert_precise(bundle, x, None, device, kernel=kernel)
+    assert_precise("cuda", bundle, x, None, device, kernel=kernel)
     if activation == "gelu":
         direction = torch.randn(5).double()
         weights = {"metric": metric.float().double(), "reduce": direction.float().double()}
-        assert_precise(bundle, x, x[:20].flip(0), device, kernel=kernel, **weights)
+        assert_precise("cuda", bundle, x, x[:20].flip(0), device, kernel=kernel, **weights)
 
 
 @pytest.mark.parametrize(
@@ -132,14 +90,14 @@ def test_every_activation(device: str, kernel: Kernel, activation: str, gated: b
 def test_odd_shapes(device: str, rows: int, others: int | None, d: int, neurons: int) -> None:
     bundle = make_bundle(d, neurons, 3, gated=rows % 2 == 1, scale=True, scale_exponent=0.5)
     x2 = None if others is None else torch.randn(others, d).double()
-    assert_precise(bundle, torch.randn(rows, d).double(), x2, device)
+    assert_precise("cuda", bundle, torch.randn(rows, d).double(), x2, device)
 
 
 def test_many_tiles(device: str) -> None:
     """More rows of tiles than are walked together, of both kernels."""
     bundle = make_bundle(7, 9, 3)
-    assert_precise(bundle, torch.randn(1200, 7).double(), None, device)
-    assert_precise(bundle, torch.randn(1161, 7).double(), torch.randn(150, 7).double(), device)
+    assert_precise("cuda", bundle, torch.randn(1200, 7).double(), None, device)
+    assert_precise("cuda", bundle, torch.randn(1161, 7).double(), torch.randn(150, 7).double(), device)
 
 
 @pytest.mark.parametrize(
@@ -153,8 +111,8 @@ def test_many_tiles(device: str) -> None:
 def test_every_choice_of_parts(device: str, params: Any) -> None:
     """Terms multiplied by inputs, by a bias or by both take one pass each, and the later ones add to the first."""
     bundle = make_bundle(20, 33, 4, gated=True, scale=True, scale_exponent=0.5)
-    assert_precise(bundle, torch.randn(140, 20).double(), None, device, params=params)
-    assert_precise(bundle, torch.randn(11, 20).double(), torch.randn(5, 20).double(), device, params=params)
+    assert_precise("cuda", bundle, torch.randn(140, 20).double(), None, device, params=params)
+    assert_precise("cuda", bundle, torch.randn(11, 20).double(), torch.randn(5, 20).double(), device, params=params)
 
 
 @pytest.mark.parametrize(("rows", "others"), [(0, None), (0, 4), (4, 0)])

@@ -152,3 +152,17 @@ def test_kernels_of_transforms_compile_within_the_resources(capability: int) -> 
     found = resources("triton_aot_hadamard.py", CAPABILITIES)[capability]
     assert {kernel["kernel"] for kernel in found} == {"_pass_kernel", "_unmix_kernel"}
     assert_within(found, capability)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernels_of_tangent_kernels_compile_within_the_resources(capability: int) -> None:
+    found = resources("triton_aot_ntk.py", CAPABILITIES)[capability]
+    assert {kernel["kernel"] for kernel in found} == {"_ntk_tile_kernel"}
+    assert_within(found, capability)
+    # Of each precision: two passes over many rows with themselves and with others, and few.
+    assert len(found) == (25 if KEPT else 1)
+    for kernel in found:
+        constants, instructions = kernel["constants"], kernel["instructions"]
+        assert instructions.get("cp.async", 0) > 0, kernel
+        if constants["PLANES"] == 2 or constants["PRECISION"] == "tf32":
+            assert instructions.get(products(capability, constants["BM"]), 0) > 0, kernel

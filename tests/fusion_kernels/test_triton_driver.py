@@ -62,6 +62,11 @@ def test_projections_with_any_seed_between_two_powers_of_two() -> None:
     assert forms("90")["projections"] == {"_pass_kernel": 4, "_unmix_kernel": 1}
 
 
+def test_tangent_kernels_of_any_numbers_of_rows() -> None:
+    # Two passes over one set of rows and over two, in the tiles of few rows and of many.
+    assert forms("90")["tangent kernels"] == {"_ntk_tile_kernel": 8}
+
+
 def test_a_shape_of_k_means_is_compiled_once() -> None:
     counted = forms("90")["kmeans"]
     assert len(counted) == 15
@@ -74,5 +79,5 @@ def test_a_shape_of_k_means_is_compiled_once() -> None:
 def test_the_smallest_shapes_compile() -> None:
     counted = forms("90", "few")["degenerate"]
     assert {"_linear_glu_kernel", "_linear_glu_backward_kernel", "_column_sums_kernel"} <= set(counted)
-    assert {"_pass_kernel", "_unmix_kernel"} <= set(counted)
+    assert {"_pass_kernel", "_unmix_kernel", "_ntk_tile_kernel"} <= set(counted)
     assert {"_plus_plus_kernel", "_select_moves_kernel", "_assign_kernel"} <= set(counted)

@@ -33,7 +33,6 @@ from fusion_kernels.experts import gpu_cases as of_experts
 from fusion_kernels.kmeans import gpu_cases as of_kmeans
 from fusion_kernels.mlp import gpu_cases as of_blocks
 from fusion_kernels.mlp.operators import MLP
-from fusion_kernels.ntk import gram
 
 
 class Event:
@@ -96,7 +95,7 @@ def _torch() -> None:
 
 
 def _registry() -> None:
-    gpu.why_not = lambda *_: None
+    gpu.no_gpu = gpu.why_not = lambda *_: None
     native.cuda_unavailable = lambda: None
     native.cuda_operators = mock.MagicMock
     for op in library._OPERATORS.values():
@@ -105,14 +104,19 @@ def _registry() -> None:
             if backend.device_types != ("cuda",):
                 continue
             # There are no compiled tangent kernels for the host: the reference answers for them.
-            function = by_name["reference"].function if op.name.startswith("ntk") else backend.function
+            compiled = op.name.startswith("ntk") and backend.name == "cuda"
+            function = _in_float32(by_name["reference"].function) if compiled else backend.function
             op.backends[place] = dataclasses.replace(
                 backend, device_types=("cpu", "cuda"), why_not=lambda _: None, function=function
             )
         # What runs there anyway answers first.
         op.backends.sort(key=lambda backend: backend.device_types != ("cpu",))
-    gram.precision_named = lambda *_: "highest"
     MLP.choice.clock = lambda works: dict.fromkeys(works, 1.0)
+
+
+def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a reference, for whatever precision is asked for."""
+    return lambda *given: function(*("highest" if of in ("tf32x3", "bf16x3", "bf16") else of for of in given))
 
 
 def _proofs() -> None:

@@ -1,9 +1,10 @@
 """Interpreted Triton kernels with the accumulation of tensor cores, which truncate where an interpreter rounds.
 
-Products of 16-bit numbers are exact; after every 16 of them the sum, of these and of what was accumulated before, is
-cut off towards zero to float32 (arXiv 2512.07004 has the units of V100 to B200). Errors of long sums then have one
-sign and grow with the number of steps, and that decides how a kernel must accumulate: the real kernels run here, with
-the steps that they take. Real units also cut off each product, to a few bits more than float32 has; that is left out.
+Products of 16-bit numbers are exact; after every 16 of them, of TF32 after every 8, the sum, of these and of what was
+accumulated before, is cut off towards zero to float32 (arXiv 2512.07004 has the units of V100 to B200). Errors of long
+sums then have one sign and grow with the number of steps, and that decides how a kernel must accumulate: the real
+kernels run here, with the steps that they take. Real units also cut off each product, to a few bits more than float32
+has; that is left out.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from unittest import mock
 
 import numpy as np
 import torch
-import triton_interpreter  # noqa: F401 - kernels are to be interpreted
+import triton_interpreter
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
-#: Products of 16-bit numbers between two cuts.
-STEP = 16
+#: Products between two cuts, of 16-bit numbers and of TF32.
+STEP, TF32_STEP = 16, 8
 
 
 def towards_zero(exact: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -29,25 +31,38 @@ def towards_zero(exact: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.where(np.abs(near.astype(np.float64)) > np.abs(exact), np.nextafter(near, np.float32(0)), near)
 
 
-def product(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], total: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """total (M, N) float32 + a (M, K) b (K, N), in steps of 16 that are cut off."""
+def product(
+    a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], total: np.ndarray[Any, Any], step: int = STEP
+) -> np.ndarray[Any, Any]:
+    """total (M, N) float32 + a (M, K) b (K, N), in steps that are cut off."""
     left, right = a.astype(np.float64), b.astype(np.float64)
-    for k in range(0, left.shape[-1], STEP):
-        total = towards_zero(total.astype(np.float64) + left[..., k : k + STEP] @ right[..., k : k + STEP, :])
+    for k in range(0, left.shape[-1], step):
+        total = towards_zero(total.astype(np.float64) + left[..., k : k + step] @ right[..., k : k + step, :])
     return total
+
+
+def _step(a: Any, d: Any, precision: Any) -> int | None:
+    """How many products of these operands are summed before a cut; None where no tensor core multiplies."""
+    if d.data.dtype != np.float32:
+        return None
+    if a.dtype.scalar.name in ("fp16", "bf16"):
+        return STEP
+    return TF32_STEP if a.data.dtype == np.float32 and precision == ir.INPUT_PRECISION.TF32 else None
 
 
 @contextmanager
 def truncating() -> Iterator[list[int]]:
-    """Interpreted products of float16 accumulate as tensor cores do; yields a list that gets the length of each."""
+    """Interpreted products accumulate as tensor cores do; yields a list that gets the length of each."""
     original = interpreter.InterpreterBuilder.create_dot
     lengths: list[int] = []
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
-        if a.data.dtype != np.float16 or d.data.dtype != np.float32:
+        step = _step(a, d, options[0])
+        if step is None:
             return original(self, a, b, d, *options)
         lengths.append(a.data.shape[-1])
-        return interpreter.TensorHandle(product(a.data, b.data, d.data), d.dtype.scalar)
+        left, right = (triton_interpreter.as_float32(t).data for t in (a, b))
+        return interpreter.TensorHandle(product(left, right, d.data, step), d.dtype.scalar)
 
     with mock.patch.object(interpreter.InterpreterBuilder, "create_dot", create_dot):
         yield lengths

@@ -15,6 +15,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from unittest import mock
 
 import torch
@@ -24,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton_aot import kmeans_host
+from triton_aot_ntk import ntk_host, tangent_kernel
 
 Forms = dict[str, set[str]]
 #: Where the MLP's kernels are counted: inputs and neurons, and how many random numbers of tokens up to which.
@@ -153,6 +155,14 @@ def smallest_projection(dtype: torch.dtype) -> None:
     triton_backend.fastfood_transposed(torch.zeros(1, 1, dtype=dtype), 1, 0)
 
 
+def tangent_kernels() -> None:
+    """Of a block in one precision, of many numbers of rows with themselves and with others."""
+    params, counts = ("w_in", "b_gate", "w_out"), draws()[::8] + draws()[-6:]
+    for n, m in pairwise(counts):
+        for others in (None, m):
+            tangent_kernel(n, others, 64, 32, params, torch.float32, "bf16x3")
+
+
 def draws() -> list[int]:
     generator = torch.Generator().manual_seed(0)
     return [*torch.randint(1, MOST_TOKENS + 1, (DRAWS,), generator=generator).tolist(), 1, 16, 17, 64, 65, 1024]
@@ -173,6 +183,7 @@ def families() -> dict[str, Callable[[], None]]:
         found[f"epilogue {kind}"] = over_draws(step, torch.bfloat16, gated)
         found[f"cublas {kind}"] = over_draws(passes, torch.bfloat16, gated)
     found["projections"] = projections
+    found["tangent kernels"] = tangent_kernels
     found["experts"] = over_draws(experts, 8, torch.bfloat16)
     return found
 
@@ -182,6 +193,7 @@ def degenerate(few: bool) -> None:
     if few:
         step(1, 1, 1, torch.bfloat16, True)
         smallest_projection(torch.float32)
+        tangent_kernel(1, None, 1, 1, ("b_in",), torch.float32, "bf16x3")
         kmeans(2, 1, 1, torch.float64, (1,), 2)
         return
     for dtype in DTYPES:
@@ -192,6 +204,8 @@ def degenerate(few: bool) -> None:
             experts(1, 1, 1, E, dtype)
     for dtype in (torch.float32, torch.float64):
         smallest_projection(dtype)
+        for others in (None, 1, 2):
+            tangent_kernel(1, others, 1, 1, ("w_in", "b_gate"), dtype, "highest")
         for N, K, D in ((2, 1, 1), (3, 2, 1)):
             kmeans(N, K, D, dtype, (1, 2), 2)
 
@@ -199,7 +213,7 @@ def degenerate(few: bool) -> None:
 def main() -> None:
     """Write the number of forms by family and kernel, or compile those of the degenerate shapes."""
     capability, counted = int(sys.argv[1]), {}
-    with kmeans_host(capability), mlp_host(capability):
+    with kmeans_host(capability), mlp_host(capability), ntk_host(capability):
         if sys.argv[2:]:
             with standing_in(capability, really=True) as forms:
                 degenerate({"few": True, "all": False}[sys.argv[2]])

@@ -61,6 +61,22 @@ def _apply_impl(self: Any, inputs: Any) -> Any:
     return self.to_tensor(data, inputs[0].dtype)
 
 
+_multiplied = interpreter.InterpreterBuilder.create_dot
+
+
+def as_float32(handle: Any) -> Any:
+    """The handle, or of bfloat16 numbers, of which the interpreter has the bits as integers, one of their values."""
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def _create_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+    """As Triton's own, which multiplies the bits of bfloat16 numbers."""
+    return _multiplied(self, as_float32(a), as_float32(b), *others)
+
+
+interpreter.InterpreterBuilder.create_dot = _create_dot
 interpreter.ReduceOps.apply_impl = _apply_impl
 interpreter._patch_lang_tensor = _patch_lang_tensor
 interpreter._patch_builtin = _patch_builtin

@@ -66,9 +66,10 @@ def match_ntk(
     silent = torch.zeros_like(folded.w_out[0, :, 0], dtype=torch.bool) if present is None else present[0] == 0
     parts = tuple(name for name in ("w_gate", "w_in", "b_gate", "b_in") if getattr(original, name) is not None)
     x = x.to(original.w_in.dtype)
-    target = ntk_gram(original, x, params=(*parts, "w_out"), kernel=kernel)
+    # What is solved for is the difference of two kernels: no fewer bits than the dtype has.
+    target = ntk_gram(original, x, params=(*parts, "w_out"), kernel=kernel, precision="highest")
     if SCALE_EXPONENTS[parameterization] == 0.0:
-        rest = target - ntk_gram(folded, x, params=parts, kernel=kernel)
+        rest = target - ntk_gram(folded, x, params=parts, kernel=kernel, precision="highest")
         scale = _explicit(folded, x, rest, kernel)
     else:
         start = torch.ones_like(folded.w_out[0, :, 0]) if present is None else present[0]

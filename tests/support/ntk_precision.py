@@ -1,0 +1,57 @@
+"""What backends of tangent kernels for GPUs are held to, in every precision that they have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ntk_rounding
+import torch
+from ffn_blocks import Bundle
+from rounding import Arithmetic, assert_rounding
+
+from fusion_kernels import ntk_gram
+
+
+def moved(bundle: Bundle, device: str, dtype: torch.dtype) -> Bundle:
+    return bundle.to(dtype).map(lambda t: t.to(device))
+
+
+def rms(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """The RMS error over the RMS of `exact`."""
+    return float((found.detach().cpu().double() - exact).norm() / exact.norm())
+
+
+#: Of each precision: unit roundoff of the two factors of a product, and of its sums, which tensor cores cut off; the
+#: RMS error that it may have, over that of the values, where torch has no such arithmetic to compare with.
+PRECISIONS = {
+    "highest": (None, None, None),
+    "tf32x3": (1.5 * 2**-22, 2**-23, None),
+    "bf16x3": (1.5 * 2**-16, 2**-23, 2**-16),
+    "bf16": (2**-8, 2**-23, 2**-7),
+}
+
+
+def assert_precise(
+    backend: str, bundle: Bundle, x1: torch.Tensor, x2: torch.Tensor | None, device: str, **options: Any
+) -> None:
+    """Every precision against float64, beside torch in the same dtype where it has that dtype."""
+    there = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    for dtype in (torch.float64, torch.float32):
+        low, wide = bundle.to(dtype), bundle.to(dtype).to(torch.float64)
+        exact = {"K": ntk_gram(wide, x1, x2, backend="reference", **options)}
+        block = moved(low, device, dtype)
+        rows = [None if x is None else x.to(device, dtype) for x in (x1, x2)]
+        given = [None if x is None else x.to(dtype) for x in (x1, x2)]
+        torchs = {"K": ntk_gram(low, *given, backend="reference", **options)}  # type: ignore[arg-type]
+        many = dtype == torch.float32 and ntk_rounding.enough(bundle, x1, x2)
+        for precision, (operand, total, largest) in PRECISIONS.items():
+            if dtype == torch.float64 and precision != "highest":
+                continue
+            found = ntk_gram(block, *rows, backend=backend, precision=precision, **there)  # type: ignore[arg-type]
+            assert found.dtype == dtype
+            bound = ntk_rounding.gram(Arithmetic(dtype, operand, total), wide, x1, x2, **options)
+            assert_rounding({"K": found}, exact, {"K": bound}, *([torchs] if many and largest is None else []))
+            if many and largest is not None:
+                assert rms(found, exact["K"]) <= largest, precision
+            if x2 is None and options.get("kernel", "gd") == "gd":
+                assert torch.equal(found, found.T)
