@@ -320,7 +320,10 @@ def large() -> str:
 
 
 def language_model(share: float, file: str = "llm-cpu") -> str:
-    """SmolLM2-135M-Instruct with that share of its FFNs: perplexity of every row there is, the best first."""
+    """SmolLM2-135M-Instruct with that share of its FFNs: perplexity of every row there is, the best first.
+
+    Of several seeds the median, and in brackets the smallest and the largest.
+    """
     rows = [row for row in results(file)["rows"] if row["recipe"] is None or row["share"] == share]
     kinds = list(rows[0]["perplexity"])
 
@@ -330,13 +333,18 @@ def language_model(share: float, file: str = "llm-cpu") -> str:
     lines = []
     for form in sorted({row["form"] for row in rows}, key=mean):
         own = [row for row in rows if row["form"] == form]
-        cells = [f"{statistics.median(row['perplexity'][kind] for row in own):.1f}" for kind in kinds]
+        cells = [_over_seeds([row["perplexity"][kind] for row in own]) for kind in kinds]
         spent = (
             [f"{statistics.median(row['seconds']['processor'] for row in own):.0f}"] if "seconds" in own[0] else [""]
         )
         name = form.removeprefix(f"{share:g} ")
-        lines.append([f"**{name}**" if name.startswith("auto") else name, *cells, *spent])
-    return table(["", *kinds, "processor seconds"], lines)
+        lines.append([f"**{name}**" if name.startswith("auto") else name, *cells, *spent, str(len(own))])
+    return table(["", *kinds, "processor seconds", "seeds"], lines)
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    middle = f"{statistics.median(values):.1f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.1f} to {max(values):.1f})"
 
 
 def completions() -> str:
