@@ -29,7 +29,10 @@ def _without_measurements(x: Tensor, ffn: FFN) -> str:
 
 #: x (T, d), the choices by expert (S,), the ends of the experts' rows (E,), and the tensors of the blocks.
 EXPERTS = BlockOperator(
-    "experts", reference.experts_backward, Choice(_without_measurements, ("triton",)), extra_inputs=("order", "ends")
+    "experts",
+    reference.experts_backward,
+    Choice(_without_measurements, ("triton",), waiting=("loop",)),
+    extra_inputs=("order", "ends"),
 )
 
 

@@ -7,11 +7,12 @@ is measured at the next call that may take a second, once for every power of two
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from fusion_kernels import proof
 from fusion_kernels.ffn import FFN
+from fusion_kernels.gpu import device_guard
 from fusion_kernels.library import Operator
 from fusion_kernels.mlp import heuristics, measuring
 from fusion_kernels.mlp.heuristics import Shape
@@ -37,6 +39,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 #: By the operator's name.
 CHOICES: dict[str, Choice] = {}
 _ONE_AT_A_TIME = threading.RLock()
+_HERE = threading.local()
 
 
 @dataclass
@@ -58,11 +61,14 @@ class Choice:
     Attributes:
         default: (x, ffn) -> what runs without measurements: torch's own operations, whose speed is known.
         rivals: backends that may be faster.
+        waiting: backends that wait for the device.
         clock: times candidates.
     """
 
-    def __init__(self, default: Callable[[Tensor, FFN], str], rivals: tuple[str, ...]) -> None:
-        self.default, self.rivals = default, rivals
+    def __init__(
+        self, default: Callable[[Tensor, FFN], str], rivals: tuple[str, ...], waiting: tuple[str, ...] = ()
+    ) -> None:
+        self.default, self.rivals, self.waiting = default, rivals, waiting
         self.clock: measuring.Clock = measuring.device_clock
         self._known: dict[tuple[Any, ...], _Known] = {}
 
@@ -165,7 +171,8 @@ class Choice:
             return False
         known.calls[tokens] = known.calls.get(tokens, 0) + 1
         undisturbed = torch._C._len_torch_dispatch_stack() == 0 and proof.may_stop_here()
-        return known.calls[tokens] > CALLS and undisturbed
+        # Not within a step that is timed, of experts whose blocks choose, too.
+        return known.calls[tokens] > CALLS and undisturbed and not getattr(_HERE, "measures", False)
 
     def _learn(self, known: _Known, rows: tuple[Tensor, ...], ffn: FFN, level: int) -> None:
         """Measure, or wait for another process that does; what hinders it is said once."""
@@ -194,10 +201,20 @@ class Choice:
         x, *others = rows
         default = self.default(x, ffn)
         synthetic = measuring.synthetic(x.shape[0], x)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False), device_guard(x), _measures_here():
             pairs = {name: self._pairs(name) for name in (default, *able)}
-            block = ffn.map(Tensor.detach)
-            return asdict(measuring.contest(pairs, (synthetic, *others), block, level, self.clock))
+            rows, block = (synthetic, *others), ffn.map(Tensor.detach)
+            return asdict(measuring.contest(pairs, rows, block, level, self.clock, self.waiting))
+
+
+@contextlib.contextmanager
+def _measures_here() -> Iterator[None]:
+    """Inside, this thread measures no other call."""
+    _HERE.measures = True
+    try:
+        yield
+    finally:
+        _HERE.measures = False
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -2,15 +2,16 @@
 
 Each candidate runs forward and, where hidden tensors are saved, backward. Times are those of a CUDA graph of the step,
 after the clock of the device has settled, with the second-level cache emptied before each: short steps are otherwise
-timed as the host's launches, and small ones out of the cache. Candidates take turns. One has to be 3 % faster than what
-runs without measurements, and no less exact.
+timed as the host's launches, and small ones out of the cache. Where a candidate waits for the device, which no graph
+records, all are timed as they are called. Candidates take turns. One has to be 3 % faster than what runs without
+measurements, and no less exact.
 """
 
 from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,8 @@ from fusion_kernels.mlp.types import Needs
 
 #: (forward, backward) of a backend, as in `fusion_kernels.mlp.operators.Functions`.
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
-#: Milliseconds of each of several pieces of work.
-Clock = Callable[[Mapping[str, Callable[[], object]]], dict[str, float]]
+#: Milliseconds of each of several pieces of work; and whether a CUDA graph may record them.
+Clock = Callable[[Mapping[str, Callable[[], object]], bool], dict[str, float]]
 
 #: By how much a kernel has to win.
 MARGIN = 0.03
@@ -50,12 +51,16 @@ class Outcome:
     refused: dict[str, str]
 
 
-def contest(pairs: Mapping[str, Pair], rows: tuple[Tensor, ...], ffn: FFN, level: int, clock: Clock) -> Outcome:
+def contest(
+    pairs: Mapping[str, Pair], rows: tuple[Tensor, ...], ffn: FFN, level: int, clock: Clock, waiting: Collection[str]
+) -> Outcome:
     """Let candidates, the first of them what runs without measurements, compute one step.
 
     Args:
         rows: what is given beside the block: `synthetic` tokens, and what an operator takes behind them.
         level: `checkpoint_level`; 2 for the forward alone.
+        waiting: backends that wait for the device, which no CUDA graph records. Where one of them is timed, all are
+            timed as they are called.
     """
     default, *_ = pairs
     steps = {name: functools.partial(_step, pair, rows, ffn, level) for name, pair in pairs.items()}
@@ -75,7 +80,8 @@ def contest(pairs: Mapping[str, Pair], rows: tuple[Tensor, ...], ffn: FFN, level
             judge = _Judge(rows, ffn, level, found)
         elif reason := judge.objection(found):
             refused[name] = reason
-    times = clock({name: step for name, step in steps.items() if name not in refused})
+    timed = {name: step for name, step in steps.items() if name not in refused}
+    times = clock(timed, timed.keys().isdisjoint(waiting))
     best = min(times, key=times.__getitem__)
     won = best if times[best] <= (1 - MARGIN) * times[default] else default
     return Outcome(won, {name: round(ms, 5) for name, ms in times.items()}, refused)
@@ -129,37 +135,45 @@ def _rms(t: Tensor) -> float:
     return float(t.square().mean().sqrt()) if t.numel() else 0.0
 
 
-def device_clock(works: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Milliseconds of each on the current CUDA device, by replays of a graph; medians of rounds in turn."""
-    graphs: dict[str, torch.cuda.CUDAGraph] = {}
-    for name, work in works.items():
-        graphs[name] = torch.cuda.CUDAGraph()
-        # Other threads may go on using the device.
-        with torch.cuda.graph(graphs[name], capture_error_mode="thread_local"):
-            work()
+def device_clock(works: Mapping[str, Callable[[], object]], recordable: bool) -> dict[str, float]:
+    """Milliseconds of each on the current CUDA device; medians of rounds in turn.
+
+    Args:
+        works: each a piece of work.
+        recordable: time replays of a graph; else calls, with the host's launches in them.
+    """
+    calls = {name: _recorded(work) for name, work in works.items()} if recordable else dict(works)
     emptied = torch.empty(CACHE_BYTES, dtype=torch.uint8, device="cuda")
-    for graph in graphs.values():
-        _settle(graph)
+    for call in calls.values():
+        _settle(call)
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(ROUNDS):
-        for name, graph in graphs.items():
+        for name, call in calls.items():
             emptied.zero_()
-            times[name].append(_timed(graph))
+            times[name].append(_timed(call))
     return {name: statistics.median(own) for name, own in times.items()}
 
 
-def _settle(graph: torch.cuda.CUDAGraph) -> None:
+def _recorded(work: Callable[[], object]) -> Callable[[], object]:
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may go on using the device.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        work()
+    return graph.replay
+
+
+def _settle(call: Callable[[], object]) -> None:
     passed = 0.0
     for _ in range(1000):
-        passed += _timed(graph)
+        passed += _timed(call)
         if passed >= WARM_UP:
             return
 
 
-def _timed(graph: torch.cuda.CUDAGraph) -> float:
+def _timed(call: Callable[[], object]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    graph.replay()
+    call()
     end.record()
     end.synchronize()
     return start.elapsed_time(end)

@@ -76,13 +76,14 @@ class Cache:
 
     @contextlib.contextmanager
     def turn(self, patience: float) -> Iterator[None]:
-        """Let no other process write, or find out what is to be written.
+        """Let no other process write, or find out what is to be written; who has the turn has it at once.
 
         Raises:
             NoTurnError: another one has done so for `patience` seconds.
             CacheUnusableError: there is no place for files.
         """
-        lock = FileLock(f"{self.path}.lock")
+        # One for all of a thread: kernels that are measured may find others that have not been proved.
+        lock = FileLock(f"{self.path}.lock", is_singleton=True)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=patience)

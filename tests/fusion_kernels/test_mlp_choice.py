@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -64,7 +65,8 @@ class Race:
         self.choice.attach(operator, lambda name: (forwards[name], BACKWARD))
         self.choice.clock = self.clock
 
-    def clock(self, works: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    def clock(self, works: Mapping[str, Callable[[], object]], recordable: bool) -> dict[str, float]:
+        assert recordable
         for work in works.values():
             work()
         self.timed.append([*works])
@@ -132,10 +134,10 @@ def test_gradients_are_held_to_their_bounds() -> None:
         return found._replace(w_in=found.w_in * 1.1)
 
     pairs = {"torch": (FORWARD, BACKWARD), "cublas": (FORWARD, late)}
-    outcome = measuring.contest(pairs, (block.x,), block.ffn, 1, lambda works: dict.fromkeys(works, 1.0))
+    outcome = measuring.contest(pairs, (block.x,), block.ffn, 1, lambda works, _: dict.fromkeys(works, 1.0), ())
     assert outcome.backend == "torch"
     assert outcome.refused["cublas"].startswith("gradient of w_in is ")
-    forward = measuring.contest(pairs, (block.x,), block.ffn, 2, lambda works: {"torch": 1.0, "cublas": 0.5})
+    forward = measuring.contest(pairs, (block.x,), block.ffn, 2, lambda works, _: {"torch": 1.0, "cublas": 0.5}, ())
     assert (forward.backend, forward.refused) == ("cublas", {})
 
 
@@ -240,7 +242,7 @@ def test_nothing_is_measured_while_recording_or_in_float32(monkeypatch: pytest.M
     monkeypatch.undo()
 
 
-def test_of_experts_rows_are_sorted_already(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_measured_of_experts_and_of_blocks() -> None:
     known = heuristics.subject(LOW, Shape(0, 8, 6, 8, True, 2, 4), "silu")
     assert known == "experts 4, bfloat16, d 8 h 6 out 8, gated silu, forward"
     assert EXPERTS.choice.rivals == ("triton",)
@@ -248,20 +250,74 @@ def test_of_experts_rows_are_sorted_already(monkeypatch: pytest.MonkeyPatch) -> 
     assert [heuristics.bucket(n) for n in (0, 1, 2, 3, 1023, 1024, 1025)] == [0, 1, 2, 2, 512, 1024, 1024]
 
 
-def test_of_experts_every_choice_of_a_token_counts() -> None:
-    """20 tokens with 4 choices each are 80 rows: enough to be worth a contest, and kept under as many."""
-    choice = Choice(lambda x, ffn: "loop", ("grouped_mm",))
+def of_experts(*rivals: str, waiting: tuple[str, ...] = ()) -> tuple[Choice, tuple[Tensor, ...], FFN]:
+    """A choice between backends of experts, `loop` the default; and a call: 20 tokens with 4 experts each."""
+    choice = Choice(lambda x, ffn: "loop", rivals, waiting)
     operator = Operator("stand-in of experts", "() -> ()")
-    for name in ("loop", "grouped_mm"):
+    for name in ("loop", *rivals):
         operator.register(Backend(name, failing, ("cpu",)))
     choice.attach(operator, lambda name: EXPERTS._functions[name][1:])
-    choice.clock = lambda works: {name: float(len(name) + (work() is None)) for name, work in works.items()}
     ffn = FFN(*(torch.randn(3, 8, 8, dtype=LOW) for _ in range(2)), "silu")
-    rows = torch.randn(20, 8, dtype=LOW), torch.randperm(80), torch.tensor([30, 30, 80], dtype=torch.int32)
+    return (
+        choice,
+        (torch.randn(20, 8, dtype=LOW), torch.randperm(80), torch.tensor([30, 30, 80], dtype=torch.int32)),
+        ffn,
+    )
+
+
+def test_of_experts_every_choice_of_a_token_counts() -> None:
+    """20 tokens with 4 choices each are 80 rows: enough to be worth a contest, and kept under as many."""
+    choice, rows, ffn = of_experts("grouped_mm")
+    choice.clock = lambda works, _: {name: float(len(name) + (work() is None)) for name, work in works.items()}
     assert [choice(rows, ffn, 1) for _ in range(4)] == ["loop"] * 4
     (name,) = kept()
     assert name == "experts 3, bfloat16, d 8 h 8 out 8, silu, trained, 64 tokens"
     assert set(kept()[name]["ms"]) == {"loop", "grouped_mm"}
+
+
+@pytest.mark.parametrize(("waiting", "recordable"), [("loop", False), ("others", True)])
+def test_who_waits_for_the_device_is_timed_without_a_graph(waiting: str, recordable: bool) -> None:
+    assert EXPERTS.choice.waiting == ("loop",)
+    assert MLP.choice.waiting == ()
+    choice, rows, ffn = of_experts("grouped_mm", waiting=(waiting,))
+    choice.clock = lambda works, how: dict.fromkeys(works, float(how))
+    assert choice.measure(rows, ffn, 1)["ms"] == dict.fromkeys(("loop", "grouped_mm"), float(recordable))
+
+
+def test_blocks_of_experts_that_are_measured_measure_nothing_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do they wait for the turn with the file, which this thread has, where something has yet to be proved."""
+    race = Race({"torch": 1.0, "cublas": 0.5, "epilogue": 0.7})
+    choice, rows, ffn = of_experts()
+    monkeypatch.setattr(proof, "PATIENCE", 0.1)
+    choice.clock = lambda works, _: dict.fromkeys(works, 1.0)
+    inner: list[str] = []
+
+    def forward(*given: Any) -> Any:
+        inner.append(race(64, times=9))
+        with cache.Cache(proof.facts(CPU)).turn(0.1):
+            return EXPERTS._functions["loop"][1](*given)
+
+    choice._pairs = lambda name: (forward, EXPERTS._functions["loop"][2])
+    choice.measure(rows, ffn, 1)
+    assert (inner, race.timed) == (["torch"], [])
+    assert race(64, times=9) == "cublas"
+
+
+def test_what_is_timed_runs_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[bool] = []
+
+    @contextlib.contextmanager
+    def guard(x: Tensor) -> Iterator[None]:
+        assert x.shape == (20, 8)
+        inside.append(True)
+        yield
+        inside.pop()
+
+    choice, rows, ffn = of_experts()
+    monkeypatch.setattr(module, "device_guard", guard)
+    choice.clock = lambda works, _: dict.fromkeys(works, float(len(inside)))
+    assert choice.measure(rows, ffn, 1)["ms"] == {"loop": 1.0}
+    assert not inside
 
 
 # --- compilers -------------------------------------------------------------------------------------------------------

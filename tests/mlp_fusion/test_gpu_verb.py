@@ -25,7 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
     monkeypatch.delenv(proof.SWITCH, raising=False)
     for operator in (MLP, EXPERTS):
-        monkeypatch.setattr(operator.choice, "clock", lambda works: dict.fromkeys(works, 1.0))
+        monkeypatch.setattr(operator.choice, "clock", lambda works, _: dict.fromkeys(works, 1.0))
     proof.forget_decisions()
     yield tmp_path
     proof.forget_decisions()

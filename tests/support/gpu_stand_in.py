@@ -111,7 +111,7 @@ def _registry() -> None:
             )
         # What runs there anyway answers first.
         op.backends.sort(key=lambda backend: backend.device_types != ("cpu",))
-    MLP.choice.clock = lambda works: dict.fromkeys(works, 1.0)
+    MLP.choice.clock = lambda works, _: dict.fromkeys(works, 1.0)
 
 
 def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
