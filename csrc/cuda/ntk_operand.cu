@@ -22,13 +22,13 @@ __global__ void __launch_bounds__(kThreads) operand_kernel(const Factors<T> fact
       float* const to = static_cast<float*>(operand);
       const float high = to_tf32(value);
       to[at] = high;
-      to[factors.n * columns + at] = to_tf32(value - high);
+      to[factors.n * columns + at] = to_tf32(left_of(value, high));
     } else {
       uint16_t* const to = static_cast<uint16_t*>(operand);
       const uint16_t high = to_bfloat16(value);
       to[at] = high;
       if constexpr (format == Format::bfloat16_twice) {
-        to[factors.n * columns + at] = to_bfloat16(value - from_bfloat16(high));
+        to[factors.n * columns + at] = to_bfloat16(left_of(value, from_bfloat16(high)));
       }
     }
   }

@@ -116,10 +116,12 @@ MLP_HD T operand_value(const Factors<T>& f, int64_t row, int64_t column) {
   return f.signs ? T((value > T(0)) - (value < T(0))) : value;
 }
 
-// The bfloat16 nearest to a finite value, ties to even, as its bits; and the value of such bits.
+// The bfloat16 nearest to a value, ties to even, as its bits; and the value of such bits. NaN stays NaN: the carry of one
+// of all ones would run into its sign.
 MLP_HD uint16_t to_bfloat16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
+  if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40);
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 MLP_HD float from_bfloat16(uint16_t half) {
@@ -129,13 +131,17 @@ MLP_HD float from_bfloat16(uint16_t half) {
   return value;
 }
 
-// The value of TF32, 11 significant bits, nearest to a finite value, ties to even.
+// The value of TF32, 11 significant bits, nearest to a value, ties to even; NaN stays NaN.
 MLP_HD float to_tf32(float value) {
+  if (value != value) return value;
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   bits = (bits + 0xfff + ((bits >> 13) & 1)) & ~uint32_t{0x1fff};
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
+
+// What rounding a value to `high` has left of it: nothing of what is not finite, or has become so.
+MLP_HD float left_of(float value, float high) { return high - high == 0.0f ? value - high : 0.0f; }
 
 }  // namespace mlp_fusion::cuda

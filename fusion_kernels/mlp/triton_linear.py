@@ -313,7 +313,7 @@ class _Product:
         strides = (0 if experts is None else w.stride(0), w.stride(-1), w.stride(-2))
         if config is None:
             aligned = on_boundary(x, *others) and _aligned(K, N, row_stride(x), *(s for s in strides if s != 1))
-            rows = max(least, ceil_div(T, E))
+            rows = max(least, ceil_div(T, max(1, E)))
             config = triton_heuristics.tile_config(
                 rows, N, K, precision, gpu(x.device), wide=wide, aligned=aligned, problems=E
             )

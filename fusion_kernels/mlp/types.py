@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fusion_kernels.ffn import FFN
 
-#: y (T, d_out); z, g, a (T, N), each empty (0,) where the level does not save it or the block has none.
+#: y (T, d_out); z, g, a (T, N), each empty (0,) where the level does not save it or the block has none. Of experts all
+#: have a row for every choice, y in the order of the choices, the others sorted by expert.
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 #: What the forward has kept for the backward: its z, g, a.
 Saved = tuple[Tensor, Tensor, Tensor]

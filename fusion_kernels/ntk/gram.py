@@ -111,7 +111,7 @@ def precision_named(precision: Precision | None, backend: str, dtype: torch.dtyp
     elif reduce in ("full", "diagonal"):
         obstacle = f"reduce={reduce!r} has an axis of outputs"
     if precision is None:
-        return "highest" if obstacle else "bf16x3"
+        return "highest" if obstacle else "tf32x3"
     if precision != "highest" and obstacle:
         raise ValueError(
             f"precision {precision!r} is for float32 traces and vectors with backend 'triton' or 'cuda': {obstacle}, "
@@ -183,7 +183,8 @@ def ntk_gram(
         precision: `"highest"`, the products of the dtype itself. For a trace or a vector in float32 the backends
             `"triton"` and `"cuda"` also have, on tensor cores, `"tf32x3"` and `"bf16x3"`, three products of TF32 or
             bfloat16 that keep 22 or 16 significant bits of every value, and `"bf16"`, one product that keeps 8. None is
-            `"bf16x3"` where there is such a choice, else `"highest"`.
+            `"tf32x3"` where there is such a choice, whose errors are float32's, else `"highest"`. For `"highest"` and
+            float64 `"auto"` does not take Triton's tiles, which have no tensor cores then.
         block_size: edge of the tiles of the result, or rows at a time where it has an axis of outputs; None picks by
             the cache. It changes memory and time, and the result by rounding only.
         out: a tensor of the result's shape, dtype and device to write to, its rows contiguous; not in the memory of an
@@ -225,6 +226,9 @@ def ntk_gram(
     first, second = prepared.rows["x1"], prepared.rows.get("x2")
     named, direction = contraction_named(reduce, prepared.outputs, first)
     how = precision_named(precision, chosen.name, prepared.dtype, named)
+    if backend == "auto" and chosen.name == "triton" and how == "highest":
+        # Plain multiply-adds, where the reference's products may have tensor cores for float64.
+        backend, chosen = "reference", op.backend("reference")
     function = op.overload if backend == "auto" else chosen.function
     arguments = (
         *(first, second, *prepared.described(), prepared.parts, kernel),

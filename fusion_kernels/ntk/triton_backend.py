@@ -134,14 +134,17 @@ def _round_to(planes: Tensor, values: Tensor, precision: str) -> None:
     """planes (1 or 2, n, columns) = values (n, columns) as `precision` stores them."""
     planes[0] = _to_tf32(values) if precision == "tf32x3" else values
     if len(planes) == 2:
-        rest = values - planes[0]
+        # Nothing is left of what is not finite, or becomes so: infinity less infinity would be NaN.
+        rest = torch.where(planes[0].isfinite(), values - planes[0], 0.0)
         planes[1] = _to_tf32(rest) if precision == "tf32x3" else rest
 
 
 def _to_tf32(values: Tensor) -> Tensor:
-    """The values of TF32, 11 significant bits, nearest to finite ones of float32, ties to even."""
+    """The values of TF32, 11 significant bits, nearest to those of float32, ties to even; NaN stays NaN."""
     bits = values.contiguous().view(torch.int32)
-    return ((bits + (0xFFF + ((bits >> 13) & 1))) & ~0x1FFF).view(torch.float32)
+    rounded = ((bits + (0xFFF + ((bits >> 13) & 1))) & ~0x1FFF).view(torch.float32)
+    # The carry of a NaN of all ones would run into its sign.
+    return torch.where(values.isnan(), values, rounded)
 
 
 def tiles(left: Tensor, right: Tensor, how: Products, symmetric: bool, precision: str, out: Tensor) -> None:

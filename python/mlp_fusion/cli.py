@@ -375,7 +375,7 @@ def check(as_json: bool) -> None:
 @click.option("--activation", default="gelu", show_default=True, help="As in fused_mlp.")
 @click.option("--gated", is_flag=True, help="With a gate projection.")
 @click.option("--experts", type=int, help="So many FFNs side by side, as in a Mixture-of-Experts layer.")
-@click.option("--choices", type=int, default=1, show_default=True, help="Experts that each token goes to.")
+@click.option("--top-k", type=int, default=1, show_default=True, help="Experts that each token goes to.")
 @click.option("--forward", is_flag=True, help="The forward alone, as without gradients.")
 @_json
 def tune(dtype: str, activation: str, forward: bool, as_json: bool, **shape: Any) -> None:

@@ -26,7 +26,7 @@ import pytest
 import torch
 from ffn_blocks import ACTIVATIONS, KERNELS, make_bundle
 from ntk_emulation import Emulation
-from ntk_precision import PRECISIONS, assert_precise, moved, rms
+from ntk_precision import PRECISIONS, assert_not_finite_is_kept, assert_precise, moved, rms
 from rounding import Arithmetic, assert_rounding
 
 from fusion_kernels import BackendUnavailableError, native, ntk_compare, ntk_gram
@@ -259,11 +259,16 @@ def test_outputs_are_products_by_torch(device: str, reduce: Any) -> None:
     torch.testing.assert_close(found.cpu(), exact, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_is_not_finite_stays_so(emulation: Emulation, precision: str) -> None:
+    assert_not_finite_is_kept(emulation.ntk_operand, precision)
+
+
 def test_precisions_are_checked(device: str) -> None:
     x = torch.randn(4, 5, device=device)
     single, double = (moved(make_bundle(5, 6, 3), device, dtype) for dtype in (torch.float32, torch.float64))
     default = ntk_gram(single, x, backend="cuda")
-    assert torch.equal(default, ntk_gram(single, x, backend="cuda", precision="bf16x3"))
+    assert torch.equal(default, ntk_gram(single, x, backend="cuda", precision="tf32x3"))
     assert not torch.equal(default, ntk_gram(single, x, backend="cuda", precision="highest"))
     for block, options, message in (
         (double, {}, "this kernel is torch.float64, use 'highest'"),

@@ -21,7 +21,7 @@ import ntk_rounding
 import tensor_cores
 import torch
 from ffn_blocks import ACTIVATIONS, KERNELS, make_bundle
-from ntk_precision import PRECISIONS, assert_precise, moved, rms
+from ntk_precision import PRECISIONS, assert_not_finite_is_kept, assert_precise, moved, rms
 from rounding import Arithmetic
 from torch import Tensor
 
@@ -252,11 +252,16 @@ def test_outputs_are_products_by_torch(reduce: Any) -> None:
     torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_is_not_finite_stays_so(precision: str) -> None:
+    assert_not_finite_is_kept(triton_backend.operand, precision)
+
+
 def test_precisions_are_checked() -> None:
     x = torch.randn(4, 5)
     single, double = (moved(make_bundle(5, 6, 3), "cpu", dtype) for dtype in (torch.float32, torch.float64))
     default = ntk_gram(single, x, backend="triton")
-    assert torch.equal(default, ntk_gram(single, x, backend="triton", precision="bf16x3"))
+    assert torch.equal(default, ntk_gram(single, x, backend="triton", precision="tf32x3"))
     assert not torch.equal(default, ntk_gram(single, x, backend="triton", precision="highest"))
     for block, options, message in (
         (double, {}, "backend 'triton' or 'cuda': this kernel is torch.float64, use 'highest'"),
@@ -264,6 +269,27 @@ def test_precisions_are_checked() -> None:
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             ntk_gram(block, x, **{"backend": "triton", "precision": "bf16", **options})
+
+
+def test_by_itself_it_answers_where_tensor_cores_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, answered = torch.randn(4, 5), []
+    for operator in (module._NTK_GRAM, module._NTK_GRAM_OUT):
+        triton = operator.backend("triton")
+        function = triton.function
+        seen = replace(triton, function=lambda *given, of=function: (answered.append(True), of(*given))[1])
+        monkeypatch.setattr(operator, "backends", [seen, *operator.backends[1:]])
+    single, double = (moved(make_bundle(5, 6, 3), "cpu", dtype) for dtype in (torch.float32, torch.float64))
+    cases: list[tuple[Any, dict[str, Any], bool]] = [
+        (single, {}, True), (single, {"precision": "bf16"}, True), (single, {"precision": "highest"}, False),
+        (single, {"reduce": "full"}, False), (double, {}, False),
+    ]  # fmt: skip
+    for bundle, options, takes in cases:
+        for out in (None, torch.empty(4, 4, dtype=bundle.w_in.dtype)) if "reduce" not in options else (None,):
+            answered.clear()
+            found = ntk_gram(bundle, x.to(bundle.w_in.dtype), out=out, **options)
+            assert bool(answered) == takes, options
+            if not takes:
+                assert torch.equal(found, ntk_gram(bundle, x.to(found.dtype), backend="reference", **options))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

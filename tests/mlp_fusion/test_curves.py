@@ -12,9 +12,8 @@ from torch import Tensor
 from bundles import random_bundle, statistics_of
 from mlp_fusion.calibration import FFNStatistics, OutputSensitivity
 from mlp_fusion.methods import merge
-from mlp_fusion.methods.obs import eliminate, eliminations, least_squares
+from mlp_fusion.methods.obs import DAMPING, eliminate, eliminations, least_squares
 from mlp_fusion.neurons import NeuronBundle
-from mlp_fusion.reducing import curves
 from mlp_fusion.reducing.curves import elimination_curve
 from mlp_fusion.selection import width_multiple
 
@@ -42,10 +41,10 @@ def loss(
 ) -> float:
     """Of the elimination's neurons, with the output weights that fit: row by row."""
     known = dataclasses.replace(known, sensitivity=seen.factor)
-    problem = merge.merging_problem(bundle, known, seed=0, damping=curves._DAMPING)
+    problem = merge.merging_problem(bundle, known, seed=0, damping=DAMPING)
     kept = eliminate(problem, left, most=merge.BLOCK)
     unseen = dataclasses.replace(known, sensitivity=None)
-    plain = merge.merging_problem(bundle, unseen, seed=0, damping=curves._DAMPING)
+    plain = merge.merging_problem(bundle, unseen, seed=0, damping=DAMPING)
     v = plain.solution(kept) / plain.size[kept].unsqueeze(1)
     hidden = bundle.hidden(judged.x)[0]
     errors = hidden[:, kept] @ v - hidden @ bundle.w_out[0]

@@ -81,7 +81,7 @@ def test_tune_of_experts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = EXPERTS.choice._pairs("loop")
     pair = (lambda *given: seen.append(given[:3]) or loop[0](*given), loop[1])
     monkeypatch.setattr(EXPERTS.choice, "_pairs", {"loop": pair}.__getitem__)
-    done = run("gpu", "tune", *SHAPE, "--activation", "silu", "--gated", "--experts", "5", "--choices", "2", "--json")
+    done = run("gpu", "tune", *SHAPE, "--activation", "silu", "--gated", "--experts", "5", "--top-k", "2", "--json")
     assert (done.code, done.err) == (0, "")
     assert done.json["rows"] == [{"device": "cpu", "fastest": "loop", "ms": {"loop": 1.0}, "refused": {}}]
     # Every token goes to two experts, which have about as many rows each.
@@ -94,17 +94,17 @@ def test_tune_of_experts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [*kept] == ["experts 5, bfloat16, d 16 h 8 out 16, gated silu, trained, 2048 tokens"]
 
 
-@pytest.mark.parametrize("wrong", [("--tokens", "0"), ("--experts", "0"), ("--experts", "-2"), ("--choices", "0")])
+@pytest.mark.parametrize("wrong", [("--tokens", "0"), ("--experts", "0"), ("--experts", "-2"), ("--top-k", "0")])
 def test_tune_refuses_what_is_no_count(wrong: tuple[str, str], run: Run) -> None:
     done = run("gpu", "tune", *SHAPE, *wrong)
-    words = "mlp-fusion: --tokens, --inputs, --neurons, --experts and --choices are counts: give at least 1"
+    words = "mlp-fusion: --tokens, --inputs, --neurons, --experts and --top-k are counts: give at least 1"
     assert (done.code, done.error) == (2, words)
 
 
 def test_tune_names_what_does_not_fit(run: Run) -> None:
-    for more in (("--choices", "2"), ("--experts", "1", "--choices", "2")):
+    for more in (("--top-k", "2"), ("--experts", "1", "--top-k", "2")):
         done = run("gpu", "tune", *SHAPE, *more)
-        words = "mlp-fusion: --choices 2: a token cannot go to more experts than --experts says"
+        words = "mlp-fusion: --top-k 2 are more experts than there are: give --experts, at least as many"
         assert (done.code, done.error) == (2, words)
     done = run("gpu", "tune", *SHAPE, "--activation", "tanh")
     assert (done.code, "unknown --activation 'tanh': use one of gelu, " in done.error) == (2, True)

@@ -233,13 +233,13 @@ void operand(const Factors<T>& factors, Format format, void* to) {
     } else if (format == Format::tf32_twice) {
       const float single = static_cast<float>(value), high = to_tf32(single);
       static_cast<float*>(to)[i] = high;
-      static_cast<float*>(to)[factors.n * columns + i] = to_tf32(single - high);
+      static_cast<float*>(to)[factors.n * columns + i] = to_tf32(left_of(single, high));
     } else {
       const uint16_t high = to_bfloat16(static_cast<float>(value));
       static_cast<uint16_t*>(to)[i] = high;
       if (format == Format::bfloat16_twice) {
         static_cast<uint16_t*>(to)[factors.n * columns + i] =
-            to_bfloat16(static_cast<float>(value) - from_bfloat16(high));
+            to_bfloat16(left_of(static_cast<float>(value), from_bfloat16(high)));
       }
     }
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ntk_rounding
@@ -29,6 +30,20 @@ PRECISIONS = {
     "bf16x3": (1.5 * 2**-16, 2**-23, 2**-16),
     "bf16": (2**-8, 2**-23, 2**-7),
 }
+
+
+def assert_not_finite_is_kept(operand: Callable[..., torch.Tensor], precision: str) -> None:
+    """Each side of the products stores NaN, of any bits, and infinity as they are, with nothing left of them to add."""
+    bits = [0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001, 0x7F800000, -0x800000, 0x3F800001]
+    x = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    one, neurons = torch.ones(1, 1), torch.zeros(1)
+    how = ("gelu", None, "none", 0.0, False, True, False, False, False, precision)
+    planes = operand(x, one, None, None, neurons, neurons, None, *how)[:, 0, : len(bits)].float()
+    assert planes[0, :4].isnan().all()
+    assert planes[0, 4:6].tolist() == [torch.inf, -torch.inf]
+    assert planes[0, 6] == 1.0 or precision == "highest"
+    assert not planes[1:, 4:].isnan().any()
+    assert planes[1:, 4:6].tolist() == [[0.0, 0.0]] * (len(planes) - 1)
 
 
 def assert_precise(

@@ -40,10 +40,12 @@ def mlp_launches(capability: int) -> Iterable[Launch]:
             patches.enter_context(mock.patch.object(module, "gpu", return_value=gpu))
         for shape in SHAPES:
             _block(*shape, torch.bfloat16)
-        _experts(8192, 768, 192, 8, torch.bfloat16)
+        for d, h in ((768, 192), (123, 50)):
+            _experts(8192, d, h, 8, torch.bfloat16)
         for kind in (triton_heuristics.TF32, triton_heuristics.IEEE):
             patches.enter_context(mock.patch.object(triton_linear, "kind", return_value=kind))
             _block(8192, 768, 192, torch.float32)
+            _experts(8192, 768, 192, 8, torch.float32)
     return launches.values()
 
 

@@ -27,7 +27,7 @@ from mlp_fusion.neurons import NeuronBundle
 
 #: Rows that the choice is made on.
 MERGING_ROWS = 8192
-#: As :data:`mlp_fusion.methods.obs.DAMPING`.
+#: As :data:`mlp_fusion.methods.obs.DAMPING`, of this method.
 _DAMPING = 3e-2
 #: Neurons that go together, at least.
 BLOCK = 8

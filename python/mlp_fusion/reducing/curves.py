@@ -1,8 +1,8 @@
 """What the model loses by an FFN, by its width: the curves that widths are chosen on.
 
-Of dense FFNs, what the model's predictions lose by what :mod:`mlp_fusion.methods.merge` leaves, to second order and
-each FFN for itself: with e the error of the outputs at a token, M the sensitivity of the model to it, and s the size of
-the gradient at that token,
+Of dense FFNs, what the model's predictions lose by what an elimination like that of :mod:`mlp_fusion.methods.merge`
+leaves, to second order and each FFN for itself: with e the error of the outputs at a token, M the sensitivity of the
+model to it, and s the size of the gradient at that token,
 
     loss = mean over tokens of  s^2 e^T M e
 
@@ -27,7 +27,7 @@ from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.families.exchange import narrowed
 from mlp_fusion.measure.errors import relative_error
 from mlp_fusion.methods.merge import BLOCK, merging_problem
-from mlp_fusion.methods.obs import eliminations, least_squares
+from mlp_fusion.methods.obs import DAMPING, eliminations, least_squares
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing.pipeline import Progress, Recipe, ReducedFFN, reduce_ffns, working_precision
 from mlp_fusion.reducing.widths import Choice
@@ -37,8 +37,6 @@ from mlp_fusion.selection import resolve_width, width_multiple
 
 #: Sixteenths of an FFN's width whose loss is measured by elimination.
 _SIXTEENTHS = range(2, 16)
-#: Less than `merge` has: weights of a neuron that stands for several are to be free to add up.
-_DAMPING = 1e-2
 #: Shares that are tried.
 _TRIED = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 #: The share at which the effect of an FFN's error on the whole model is measured, and on how many batches.
@@ -66,7 +64,8 @@ def elimination_curve(
     if not widths or not bool(sizes.any()):  # there is nothing to choose, or nothing reads the outputs
         return [*(Choice(width, _parameters(original, width), 0.0) for width in widths), whole]
     fitted = dataclasses.replace(statistics, sensitivity=sensitivity.factor)
-    problem = merging_problem(original, fitted, seed=seed, damping=_DAMPING)
+    # Less damping than `merge` has: weights of a neuron that stands for several are to be free to add up.
+    problem = merging_problem(original, fitted, seed=seed, damping=DAMPING)
     weighed = least_squares(original, judged, damping=0.0, weights=sizes)
     # Of weights in units of the one problem, in those of the other; what never fires there costs nothing here.
     fires = problem.size > 0

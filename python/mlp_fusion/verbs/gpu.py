@@ -57,7 +57,7 @@ class TunedShape:
         neurons: of each FFN.
         gated: whether there is a gate projection.
         experts: FFNs side by side; None for one.
-        choices: experts that each token goes to.
+        top_k: experts that each token goes to.
     """
 
     tokens: int
@@ -65,14 +65,14 @@ class TunedShape:
     neurons: int
     gated: bool = False
     experts: int | None = None
-    choices: int = 1
+    top_k: int = 1
 
     def check(self) -> None:
         """Raise InputError where a number is none of its kind."""
-        if min(self.tokens, self.inputs, self.neurons, self.choices, self.experts or 1) < 1 or self.experts == 0:
-            raise InputError("--tokens, --inputs, --neurons, --experts and --choices are counts: give at least 1")
-        if self.choices > (self.experts or 1):
-            raise InputError(f"--choices {self.choices}: a token cannot go to more experts than --experts says")
+        if min(self.tokens, self.inputs, self.neurons, self.top_k, self.experts or 1) < 1 or self.experts == 0:
+            raise InputError("--tokens, --inputs, --neurons, --experts and --top-k are counts: give at least 1")
+        if self.top_k > (self.experts or 1):
+            raise InputError(f"--top-k {self.top_k} are more experts than there are: give --experts, at least as many")
 
 
 def check_kernels() -> Answer:
@@ -160,7 +160,7 @@ def _call(
     x, ffn = normal(shape.tokens, d), FFN.of_linears((first, second, gate, b_in, None, b_out, None), activation)
     if shape.experts is None:
         return (x,), ffn
-    chosen = torch.rand(shape.tokens, shape.experts, generator=g).topk(shape.choices).indices
+    chosen = torch.rand(shape.tokens, shape.experts, generator=g).topk(shape.top_k).indices
     return (x, *by_expert(chosen.to(device), shape.experts)), ffn
 
 
