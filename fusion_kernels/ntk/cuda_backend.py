@@ -6,14 +6,7 @@ of threads, all products together: memory beyond the result is that of the opera
 hidden values. No sum depends on the launch: the same call has the same bits. Pre-activations are products by cuBLAS in
 the dtype; kernels with an axis of outputs are products by cuBLAS altogether (`outputs.py`).
 
-Precisions of float32 kernels:
-
-    highest   multiply-add in float32, without tensor cores
-    tf32x3    each value as the sum of two TF32, 22 significant bits; three products on tensor cores
-    bf16x3    each value as the sum of two bfloat16, 16 significant bits; three products on tensor cores
-    bf16      each value rounded to bfloat16, 8 significant bits; one product
-
-float64 kernels have float64 multiply-add, `highest`.
+Precisions are those of `fusion_kernels.ntk.types`.
 """
 
 from __future__ import annotations

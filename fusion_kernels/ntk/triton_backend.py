@@ -5,14 +5,7 @@ by one program, all products together: memory beyond the result is that of the o
 the size of the inputs and the hidden values. The same call has the same bits. Kernels with an axis of outputs are
 products by torch altogether (`outputs.py`).
 
-Precisions of float32 kernels:
-
-    highest   multiply-add in float32, without tensor cores
-    tf32x3    each value as the sum of two TF32, 22 significant bits; three products on tensor cores
-    bf16x3    each value as the sum of two bfloat16, 16 significant bits; three products on tensor cores
-    bf16      each value rounded to bfloat16, 8 significant bits; one product
-
-float64 kernels have float64 multiply-add, `highest`. Triton is imported when it is first called.
+Precisions are those of `fusion_kernels.ntk.types`. Triton is imported when it is first called.
 """
 
 from __future__ import annotations

@@ -13,7 +13,14 @@ from fusion_kernels.library import check_name
 Kernel = Literal["gd", "sign"]
 #: How the outputs of a block enter its kernel; a vector is a direction r, for the kernel of the function r.F.
 Reduce = Literal["trace", "full", "diagonal", "pseudo"] | Sequence[float] | Tensor
-#: How the products of a kernel are computed; all but the first by the backends `"triton"` and `"cuda"` only.
+#: How the products of a float32 kernel are computed; all but the first by the backends `"triton"` and `"cuda"` only:
+#:
+#:     highest   multiply-add in float32, without tensor cores
+#:     tf32x3    each value as the sum of two TF32, 22 significant bits; three products on tensor cores
+#:     bf16x3    each value as the sum of two bfloat16, 16 significant bits; three products on tensor cores
+#:     bf16      each value rounded to bfloat16, 8 significant bits; one product
+#:
+#: float64 kernels have float64 multiply-add, `highest`.
 Precision = Literal["highest", "tf32x3", "bf16x3", "bf16"]
 #: What inner products of gradients are computed through: products of tokens, or the gradients themselves.
 Via = Literal["auto", "ghost", "direct"]
