@@ -186,12 +186,13 @@ def _can_go_on(out: Path) -> bool:
 
 @cli.command()
 @click.argument("out")
-@click.option("--against", metavar="MODEL", help="The source: compare its tensors, and the outputs of some FFNs.")
+@click.option("--against", metavar="MODEL", help="The source: compare its tensors, too.")
 @_json
 def verify(out: str, against: str | None, as_json: bool) -> None:
     """Reload what compress wrote to OUT and compare it with what was in memory when it was written.
 
-    What was streamed from disk to disk is compared with its config and, with --against, with its source.
+    What was streamed from disk to disk is compared with its config and, with --against, with its source; nobody has its
+    outputs, and whether fused weights are the right ones is not seen.
     """
     result = mlp_fusion.verify(out, against)
     _emit(result, as_json)

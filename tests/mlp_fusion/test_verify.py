@@ -156,6 +156,20 @@ def test_another_reference(broken: Path) -> None:
     assert failed(mlp_fusion.verify(broken)) == {"outputs"}
 
 
+def test_against_the_source_recorded_outputs_count_too(source: Path, fused: Path, broken: Path) -> None:
+    names = ["shapes", "finite", "loads", "outputs", "scale", "unchanged"]
+    verified = mlp_fusion.verify(fused, source)
+    assert (failed(verified), [check.name for check in verified.checks]) == (set(), names)
+    name = f"bert.encoder.layer.1.{W_IN}"
+    ck.replace_tensor(broken, name, torch.randn_like)
+    assert failed(mlp_fusion.verify(broken, source)) == {"outputs"}
+    ck.replace_tensor(broken, name, lambda _: ck.tensors(fused)[name])
+    ck.replace_tensor(broken, "bert.encoder.layer.1.attention.self.query.weight", lambda weight: weight * (1 + 2e-7))
+    assert failed(mlp_fusion.verify(broken, str(source))) == {"unchanged"}
+    ck.edit_config(broken, intermediate_size=24)
+    assert "shapes" in failed(mlp_fusion.verify(broken, source))
+
+
 def test_against_the_model_in_memory(source: Path, fused: Path, broken: Path) -> None:
     model = load(source)
     original = load(source)

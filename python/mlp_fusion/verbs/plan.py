@@ -288,7 +288,10 @@ def _quantised(config: Any) -> list[str]:
 
 def _warnings(ffns: list[PlannedFFN], *, automatic: bool) -> list[str]:
     if automatic:
-        return ["width auto: shown is the budget spread evenly; the calibration text decides what each FFN gets"]
+        return [
+            "width auto: shown is the budget spread evenly, and rounded, be it up; the calibration text decides what "
+            "each FFN gets, and all together stay within the budget"
+        ]
     odd = sorted({f.neurons_after for f in ffns if f.chosen and not f.divisible_by_128})
     if not odd:
         return []

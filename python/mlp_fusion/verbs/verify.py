@@ -78,14 +78,15 @@ def verify(out: str | Path, against: nn.Module | str | Path | None = None) -> Ve
 
     Args:
         out: the checkpoint's folder.
-        against: the fused model in memory, or the folder of the source, which is compared tensor by tensor. None: the
-            outputs that `compress` recorded; of a streamed checkpoint, there are none.
+        against: the fused model in memory; None: the outputs that `compress` recorded, which a streamed checkpoint has
+            none of. Or the folder of the source, which is compared tensor by tensor besides.
 
     Returns:
         The checks: shapes as config and record state them, every tensor finite, a clean load, equal outputs (relative
         Frobenius difference at most 0.3 sqrt(eps) of the dtype: folding rounds once more than the explicit scale), and
         a side file from which `restore` can take the scale. Against a source: tensors that are no fused FFN's are the
-        same in every bit, and some fused FFNs put out numbers on random inputs; how far off those are is said, no test.
+        same in every bit. Where no outputs are recorded, some fused FFNs put out numbers on random inputs; how far off
+        those are is said, no test.
 
     Raises:
         InputError: not a fused checkpoint, or unreadable, or nothing to compare with.
@@ -105,8 +106,10 @@ def verify(out: str | Path, against: nn.Module | str | Path | None = None) -> Ve
     record = fusion_record(headers.config)
     if record is None:
         raise InputError(f"{folder}: not a fused checkpoint: config.json has no {FUSION_KEY!r} entry")
-    if isinstance(against, (str, Path)) or (against is None and _was_streamed(folder)):
-        return _verified_on_disk(folder, record, headers, None if against is None else Path(against).expanduser())
+    source, against = (Path(against).expanduser(), None) if isinstance(against, (str, Path)) else (None, against)
+    is_recorded = (folder / REFERENCE_FILE).is_file()
+    if against is None and (_was_streamed(folder) or (source is not None and not is_recorded)):
+        return _verified_on_disk(folder, record, headers, source)
     recorded, dtype = _read_reference(folder) if against is None else (None, None)
     ffns = ffn_tensors(headers.config, headers.tensors)
     working = compute_dtype(ffns, headers.tensors, dtype)
@@ -119,6 +122,9 @@ def verify(out: str | Path, against: nn.Module | str | Path | None = None) -> Ve
         _check_outputs(expected, model, headers),
         _check_scale(folder, record, model),
     ]
+    if source is not None and all(check.passed for check in checks[:3]):
+        pair = checking.Checkpoint(folder), checking.Checkpoint(local_folder(source))
+        checks.append(Check("unchanged", *checking.unchanged(*pair)))
     return Verification(str(folder), checks)
 
 
