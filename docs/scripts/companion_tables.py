@@ -31,7 +31,7 @@ def companions(base: str, epochs: float) -> str:
         line = [name, f"{rows[0]['trained']:,}", f"{best:g}", f"{mean(rows):.1%}", each, others, stored]
         lines.append((mean(rows), line))
     lines.sort(key=lambda line: -line[0])
-    titles = ["", "trained numbers", "learning rate", "accuracy", "by seed", "at other rates, one seed", "stored bytes"]
+    titles = ["", "trained numbers", "learning rate", "accuracy", "by seed", "at other rates", "stored bytes"]
     kept = [n for n in range(len(titles)) if n == 0 or any(line[n] for _, line in lines)]
     return table([titles[n] for n in kept], [[line[n] for n in kept] for _, line in lines])
 
