@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,14 @@ import pytest
 import torch
 from ffn_blocks import ACTIVATIONS, KERNELS, make_bundle
 from ntk_emulation import Emulation
-from ntk_precision import PRECISIONS, assert_not_finite_is_kept, assert_precise, moved, rms
+from ntk_precision import (
+    PRECISIONS,
+    assert_bfloat16_beats_torch,
+    assert_long_sums_round,
+    assert_not_finite_is_kept,
+    assert_precise,
+    moved,
+)
 from rounding import Arithmetic, assert_rounding
 
 from fusion_kernels import BackendUnavailableError, native, ntk_compare, ntk_gram
@@ -137,30 +144,12 @@ def test_only_the_result_is_written(device: str, precision: Any) -> None:
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_bfloat16_errs_less_than_torch_in_bfloat16(device: str, gated: bool) -> None:
-    single = make_bundle(64, 100, 5, gated=gated).to(torch.float32)
-    x = torch.randn(150, 64)
-    exact = ntk_gram(single.to(torch.float64), x.double(), backend="reference")
-    prepared = prepare(single, {"x1": x}, None, None)
-    ffn = prepared.ffn.map(lambda t: t.bfloat16())
-    torchs = reference.ntk_gram(x.bfloat16(), None, ffn, prepared.parts, "gd")
-    assert torchs.dtype == torch.bfloat16
-    found = ntk_gram(moved(single, device, torch.float32), x.to(device), backend="cuda", precision="bf16")
-    assert rms(found, exact) <= rms(torchs, exact)
+    assert_bfloat16_beats_torch("cuda", gated, device)
 
 
 @pytest.mark.parametrize("precision", ["tf32x3", "bf16x3"])
 def test_long_sums_round(device: str, precision: Any) -> None:
-    """Tensor cores cut sums off: 4,096 positive products summed there alone would end too low by several 1e-6.
-
-    Everything else is exact: inputs of 8 significant bits, and slopes of 1.
-    """
-    bundle = make_bundle(4096, 4, 1, activation="relu")
-    bundle = replace(bundle, w_out=torch.ones(1, 4, 1).double(), b_in=torch.full((1, 4), 1e4).double())
-    x = (torch.rand(9, 4096) + 0.5).bfloat16()
-    exact = ntk_gram(bundle, x.double(), params="w_in", backend="reference")
-    block = moved(bundle, device, torch.float32)
-    found = ntk_gram(block, x.float().to(device), params="w_in", precision=precision, backend="cuda")
-    assert float((found.cpu() / exact - 1).abs().max()) <= 1e-6
+    assert_long_sums_round("cuda", precision, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -21,7 +21,15 @@ import ntk_rounding
 import tensor_cores
 import torch
 from ffn_blocks import ACTIVATIONS, KERNELS, make_bundle
-from ntk_precision import PRECISIONS, assert_not_finite_is_kept, assert_precise, moved, rms
+from ntk_precision import (
+    PRECISIONS,
+    assert_bfloat16_beats_torch,
+    assert_long_sums_round,
+    assert_not_finite_is_kept,
+    assert_precise,
+    moved,
+    rms,
+)
 from rounding import Arithmetic
 from torch import Tensor
 
@@ -185,31 +193,14 @@ def test_what_splitting_keeps(name: str, bits: int, parts: int) -> None:
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_bfloat16_errs_less_than_torch_in_bfloat16(gated: bool) -> None:
-    single = make_bundle(64, 100, 5, gated=gated).to(torch.float32)
-    x = torch.randn(150, 64)
-    exact = ntk_gram(single.to(torch.float64), x.double(), backend="reference")
-    prepared = prepare(single, {"x1": x}, None, None)
-    ffn = prepared.ffn.map(lambda t: t.bfloat16())
-    torchs = reference.ntk_gram(x.bfloat16(), None, ffn, prepared.parts, "gd")
-    found = ntk_gram(single, x, backend="triton", precision="bf16")
-    assert rms(found, exact) <= rms(torchs, exact)
+    assert_bfloat16_beats_torch("triton", gated, "cpu")
 
 
 @pytest.mark.parametrize("precision", ON_TENSOR_CORES)
 def test_long_sums_round(precision: Any) -> None:
-    """Tensor cores cut sums off: 4,096 positive products summed there alone would end too low by several 1e-6.
-
-    Everything else is exact: inputs of 8 significant bits, and slopes of 1.
-    """
-    bundle = make_bundle(4096, 4, 1, activation="relu")
-    bundle = replace(bundle, w_out=torch.ones(1, 4, 1).double(), b_in=torch.full((1, 4), 1e4).double())
-    x = (torch.rand(9, 4096) + 0.5).bfloat16()
-    exact = ntk_gram(bundle, x.double(), params="w_in", backend="reference")
-    block = moved(bundle, "cpu", torch.float32)
     with tensor_cores.truncating() as lengths:
-        found = ntk_gram(block, x.float(), params="w_in", precision=precision, backend="triton")
+        assert_long_sums_round("triton", precision, "cpu")
     assert lengths
-    assert float((found / exact - 1).abs().max()) <= 1e-6
 
 
 def test_products_of_bfloat16_err_twice_as_float32_does_where_their_factors_are_exact() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ntk_rounding
 import torch
-from ffn_blocks import Bundle
+from ffn_blocks import Bundle, make_bundle
 from rounding import Arithmetic, assert_rounding
 
 from fusion_kernels import ntk_gram
+from fusion_kernels.ntk import reference as reference
+from fusion_kernels.ntk.block import prepare
 
 
 def moved(bundle: Bundle, device: str, dtype: torch.dtype) -> Bundle:
@@ -70,3 +73,30 @@ def assert_precise(
                 assert rms(found, exact["K"]) <= largest, precision
             if x2 is None and options.get("kernel", "gd") == "gd":
                 assert torch.equal(found, found.T)
+
+
+def assert_bfloat16_beats_torch(backend: str, gated: bool, device: str) -> None:
+    """Products of bfloat16 err no more than everything in bfloat16 does."""
+    single = make_bundle(64, 100, 5, gated=gated).to(torch.float32)
+    x = torch.randn(150, 64)
+    exact = ntk_gram(single.to(torch.float64), x.double(), backend="reference")
+    prepared = prepare(single, {"x1": x}, None, None)
+    ffn = prepared.ffn.map(lambda t: t.bfloat16())
+    torchs = reference.ntk_gram(x.bfloat16(), None, ffn, prepared.parts, "gd")
+    assert torchs.dtype == torch.bfloat16
+    found = ntk_gram(moved(single, device, torch.float32), x.to(device), backend=backend, precision="bf16")
+    assert rms(found, exact) <= rms(torchs, exact)
+
+
+def assert_long_sums_round(backend: str, precision: Any, device: str) -> None:
+    """Tensor cores cut sums off: 4,096 positive products summed there alone would end too low by several 1e-6.
+
+    Everything else is exact: inputs of 8 significant bits, and slopes of 1.
+    """
+    bundle = make_bundle(4096, 4, 1, activation="relu")
+    bundle = replace(bundle, w_out=torch.ones(1, 4, 1).double(), b_in=torch.full((1, 4), 1e4).double())
+    x = (torch.rand(9, 4096) + 0.5).bfloat16()
+    exact = ntk_gram(bundle, x.double(), params="w_in", backend="reference")
+    block = moved(bundle, device, torch.float32)
+    found = ntk_gram(block, x.float().to(device), params="w_in", precision=precision, backend=backend)
+    assert float((found.cpu() / exact - 1).abs().max()) <= 1e-6
