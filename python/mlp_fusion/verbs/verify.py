@@ -108,7 +108,7 @@ def verify(out: str | Path, against: nn.Module | str | Path | None = None) -> Ve
         raise InputError(f"{folder}: not a fused checkpoint: config.json has no {FUSION_KEY!r} entry")
     source, against = (Path(against).expanduser(), None) if isinstance(against, (str, Path)) else (None, against)
     is_recorded = (folder / REFERENCE_FILE).is_file()
-    if against is None and (_was_streamed(folder) or (source is not None and not is_recorded)):
+    if against is None and not is_recorded and (source is not None or _was_streamed(folder)):
         return _verified_on_disk(folder, record, headers, source)
     recorded, dtype = _read_reference(folder) if against is None else (None, None)
     ffns = ffn_tensors(headers.config, headers.tensors)
@@ -129,9 +129,7 @@ def verify(out: str | Path, against: nn.Module | str | Path | None = None) -> Ve
 
 
 def _was_streamed(folder: Path) -> bool:
-    """Whether a checkpoint has no recorded outputs, and a report that says why."""
-    if (folder / REFERENCE_FILE).is_file():
-        return False
+    """Whether a checkpoint's report says why no outputs are recorded."""
     try:
         report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
