@@ -71,12 +71,15 @@ void multiply(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, bool
                                     : aoti_torch_cpu_mm_out(to.get(), left.get(), right.get()));
 }
 
-// Call work(begin, count) for pieces of the rows of a tile, on all threads.
+// Call work(begin, count) for pieces of the rows of a tile, on all threads, as many and as large for each.
 template <class Work>
 void in_pieces(int64_t rows, int64_t columns, const Work& work) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(columns, 1)), pieces = (rows + grain - 1) / grain;
-  for_each_if(pieces > 1 && torch::stable::get_num_threads() > 1, pieces, [&](int64_t i) {
-    work(i * grain, std::min(grain, rows - i * grain));
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(columns, 1)), needed = (rows + grain - 1) / grain;
+  const int64_t pieces = (needed + threads - 1) / threads * threads;
+  const int64_t each = std::max<int64_t>(1, (rows + pieces - 1) / std::max<int64_t>(pieces, 1));
+  for_each_if(needed > 1 && threads > 1, (rows + each - 1) / each, [&](int64_t i) {
+    work(i * each, std::min(each, rows - i * each));
   });
 }
 
@@ -160,7 +163,7 @@ class ColumnSums {
   template <class Work>
   void in_blocks(const Matrix<T>& m, const Work& work) {
     if (out_ == nullptr) return;
-    constexpr int64_t width = 64;
+    constexpr int64_t width = 32;
     const int64_t pieces = (m.columns + width - 1) / width;
     for_each_if(m.rows * m.columns > kGrain && torch::stable::get_num_threads() > 1, pieces, [&](int64_t i) {
       work(i * width, std::min(width, m.columns - i * width));

@@ -40,6 +40,8 @@ LENGTH = 5
 _PADDING = 0.02
 #: Sum of factors that pass for even, in units of that of equal ones.
 _UNEVEN = 1.1
+#: Rows of a matrix's product with itself that are made at once: its upper triangle is left out, but for theirs.
+_PANEL = 96
 
 #: Factors of the rows, and of the columns.
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
@@ -142,8 +144,9 @@ def mpo_decompose(weight: Tensor, shapes: Shapes | None = None, *, length: int =
             padded by zeros. None: :func:`choose_shapes`.
         length: tensors, where shapes are chosen.
 
-    The work is done in float64; tensors come in the weight's dtype, float32 at least, spectra in float64. Time: one
-    thin decomposition per bond, `O(rows columns d)` with d the smaller side of the unfolding.
+    Bases and spectra are found in float64; tensors come in the weight's dtype, float32 at least, spectra in float64.
+    Time: a product of the matrix with itself from either side, and per bond a decomposition of something no larger than
+    the smaller side of its unfolding. Of float64 matrices, a thin decomposition takes the place of each product.
 
     Raises:
         InputError: the weight is no matrix of finite numbers, or the shapes do not fit it.
@@ -159,51 +162,93 @@ def mpo_decompose(weight: Tensor, shapes: Shapes | None = None, *, length: int =
     """
     if weight.ndim != 2 or not weight.dtype.is_floating_point or not weight.numel():
         raise InputError(f"a {tuple(weight.shape)} {weight.dtype} tensor: only matrices of numbers are decomposed")
-    if not bool(weight.isfinite().all()):
+    # Both ends are NaN where any number is. (All of them compared take a twentieth of the decomposition.)
+    if not all(math.isfinite(end) for end in torch.aminmax(weight.detach())):
         raise InputError("the matrix holds infinite numbers or NaN: it cannot be decomposed")
     rows, columns = choose_shapes(*weight.shape, length=length) if shapes is None else checked_shapes(weight, shapes)
-    n, precise = len(rows), weight.dtype == torch.float64
-    remainder = _interleaved(weight.detach().double(), rows, columns)
-    sides = [i * j for i, j in zip(rows, columns, strict=True)]
-    before: list[Tensor] = []
-    behind: list[Tensor] = []
-    spectra: dict[int, Tensor] = {}
-    # Both sweeps end at the central tensor, which is what they leave.
-    left = right = 1
-    for k in range(centre(n)):
-        basis, spectra[k], remainder = _left_basis(remainder.reshape(left * sides[k], -1), precise)
-        before.append(basis.reshape(left, rows[k], columns[k], -1))
-        left = basis.shape[1]
-    for k in reversed(range(centre(n) + 1, n)):
-        basis, spectra[k - 1], remainder = _left_basis(remainder.reshape(-1, sides[k] * right).mT, precise)
-        behind.insert(0, basis.mT.reshape(-1, rows[k], columns[k], right))
-        right, remainder = basis.shape[1], remainder.mT
-    central = remainder.reshape(left, rows[centre(n)], columns[centre(n)], right)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    tensors = tuple(t.to(dtype).contiguous() for t in (*before, central, *behind))
-    return MatrixProductOperator(tensors, tuple(spectra[k] for k in range(n - 1)), (len(weight), weight.shape[1]))
+    c, dtype = centre(len(rows)), torch.promote_types(weight.dtype, torch.float32)
+    core = _grouped(weight.detach().to(dtype), rows, columns)
+    first, _, last = (i * j for i, j in zip(_groups(rows), _groups(columns), strict=True))
+    before, left, above = _side(core.reshape(first, -1), rows[:c], columns[:c])
+    behind, right, below = _side(core.reshape(-1, last).mT, rows[c + 1 :], columns[c + 1 :], from_the_end=True)
+    central = (left.mT @ core.reshape(first, -1)).reshape(-1, last) @ right
+    tensors = (
+        *before,
+        central.reshape(left.shape[1], rows[c], columns[c], right.shape[1]),
+        *(t.permute(3, 1, 2, 0).contiguous() for t in reversed(behind)),
+    )
+    return MatrixProductOperator(tensors, (*above, *reversed(below)), (len(weight), weight.shape[1]))
 
 
-def _left_basis(matrix: Tensor, precise: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Left singular vectors `(m, r)`, singular values `(r,)` and the rest `(r, n)` of an `(m, n)` matrix.
+def _side(
+    unfolding: Tensor, rows: Sequence[int], columns: Sequence[int], *, from_the_end: bool = False
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """The tensors on one side of the central one, from their end of the chain on.
 
-    Here r is the smaller of m and n. Of a wide matrix by way of something small that has the same left vectors: its
-    triangular factor, or, unless it is to be `precise`, its product with itself. The basis is orthonormal and complete
-    either way, so that nothing of the matrix is lost; by the product, vectors of values a hundred-millionth as large as
-    the largest are not told apart, which single precision does not tell apart either.
+    Args:
+        unfolding: `(m, n)`, at the bond next to the central tensor, with rows in the order of :func:`_grouped`.
+        rows, columns: factors of m.
+        from_the_end: the last of them stands at the chain's end.
+
+    Returns:
+        Tensors `(d, i, j, d')`, d' being nearer to the centre; what they multiply out to, `(m, d')`; their spectra.
+
+    All bonds of a side can be had from something small that has the unfolding's left singular vectors: its triangular
+    factor or, in float32, its product with itself, of which inner bonds see partial traces. Either way bases are
+    orthonormal, and complete where the unfolding is wide, so that nothing of the matrix is lost. By the product, vectors
+    of values a hundred-millionth as large as the largest are not told apart, which float32 does not tell apart either.
     """
-    m, n = matrix.shape
-    if n < m:
-        basis, values, others = torch.linalg.svd(matrix, full_matrices=False)
-        return basis, values, values.unsqueeze(1) * others
-    if precise:
-        triangle = torch.linalg.qr(matrix.mT, mode="r")[1].mT
-        basis, values, _ = torch.linalg.svd(triangle, full_matrices=False)
-        return basis, values, basis.mT @ matrix
-    basis = torch.linalg.eigh(matrix @ matrix.mT)[1]
-    rest = basis.mT @ matrix
-    values, order = torch.linalg.vector_norm(rest, dim=1).sort(descending=True)
-    return basis[:, order], values, rest[order]
+    count, dtype = len(rows), unfolding.dtype
+    along = range(count)[::-1] if from_the_end else range(count)
+    order = [axis for k in along for axis in (k, count + k)]
+    m, n = unfolding.shape
+    places = torch.arange(m, device=unfolding.device).reshape((*rows, *columns)).permute(order).reshape(-1)
+    by_product = dtype == torch.float32 and m <= n
+    whole = unfolding.double()
+    known = _product(whole)[places][:, places] if by_product else _triangle(whole)[places]
+    reached = known.new_ones(1, 1)
+    tensors, spectra = [], []
+    for k in along:
+        d, side = reached.shape[1], rows[k] * columns[k]
+        basis, values, known = (_by_product if by_product else _by_factor)(known, d * side)
+        reached = (reached @ basis.reshape(d, -1)).reshape(len(reached) * side, -1)
+        tensors.append(basis.reshape(d, rows[k], columns[k], -1).to(dtype))
+        spectra.append(values)
+    found = torch.empty_like(reached)
+    found[places] = reached
+    return tensors, found.to(dtype), spectra
+
+
+def _product(matrix: Tensor) -> Tensor:
+    """`(m, m)`: an `(m, n)` matrix's product with itself, symmetric to the bit."""
+    found = matrix.new_zeros(len(matrix), len(matrix))
+    for begin in range(0, len(matrix), _PANEL):
+        panel = slice(begin, begin + _PANEL)
+        found[begin:, panel] = matrix[begin:] @ matrix[panel].mT
+    return found.tril() + found.tril(-1).mT
+
+
+def _triangle(matrix: Tensor) -> Tensor:
+    """`(m, m)` with the left singular vectors and the singular values of a wide matrix; others as they are."""
+    return torch.linalg.qr(matrix.mT, mode="r")[1].mT if len(matrix) < matrix.shape[1] else matrix
+
+
+def _by_factor(matrix: Tensor, m: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Left singular vectors `(m, r)` and singular values `(r,)` of `matrix` as m rows, and the rest in their basis."""
+    unfolded = matrix.reshape(m, -1)
+    basis, values, _ = torch.linalg.svd(_triangle(unfolded), full_matrices=False)
+    return basis, values, basis.mT @ unfolded
+
+
+def _by_product(product: Tensor, m: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from `(m s, m s)`, the product with itself of a matrix of m s rows, and the product in their basis."""
+    s = len(product) // m
+    outer = product.reshape(m, s, m, s).diagonal(dim1=1, dim2=3).sum(dim=-1)
+    squares, basis = (t.flip(-1) for t in torch.linalg.eigh(outer))
+    if s > 1:
+        for _ in range(2):
+            product = (basis.mT @ product.reshape(m, -1)).reshape(m * s, m * s).mT
+    return basis, squares.clamp(min=0.0).sqrt(), product
 
 
 def centre(length: int) -> int:
@@ -211,13 +256,20 @@ def centre(length: int) -> int:
     return length // 2
 
 
-def _interleaved(weight: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
-    """The padded matrix with its indices in the order `i_1 j_1 i_2 j_2 ...`, flat."""
+def _grouped(weight: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+    """The padded matrix, flat, its indices in the order: before the centre, at it, behind it.
+
+    In each of the three come the indices of rows and then those of columns, so that long stretches stay as they are.
+    """
     more = math.prod(columns) - weight.shape[1], math.prod(rows) - len(weight)
-    padded = torch.nn.functional.pad(weight, (0, more[0], 0, more[1]))
-    n = len(rows)
-    order = [axis for k in range(n) for axis in (k, n + k)]
-    return padded.reshape(*rows, *columns).permute(order).reshape(-1)
+    padded = torch.nn.functional.pad(weight, (0, more[0], 0, more[1])) if any(more) else weight
+    return padded.reshape(_groups(rows) + _groups(columns)).permute(0, 3, 1, 4, 2, 5).reshape(-1)
+
+
+def _groups(factors: Sequence[int]) -> list[int]:
+    """Products of the factors before the centre, at it and behind it."""
+    c = centre(len(factors))
+    return [math.prod(factors[:c]), factors[c], math.prod(factors[c + 1 :])]
 
 
 def chain_matrix(tensors: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
@@ -227,7 +279,10 @@ def chain_matrix(tensors: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
 
 
 def chain_sides(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The tensors before the central one as a `(..., d)` matrix, the central one, those behind it as a `(d', ...)`."""
+    """The tensors before the central one as an `(m, d)` matrix, the central one, those behind it as a `(d', m')`.
+
+    Their m and m' indices are in the order of :func:`_grouped`, so that few strides are left for the whole matrix.
+    """
     c = centre(len(tensors))
     left = tensors[0].new_ones(1, 1)
     for t in tensors[:c]:
@@ -235,15 +290,21 @@ def chain_sides(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     right = left.new_ones(1, 1)
     for t in reversed(tensors[c + 1 :]):
         right = (t.flatten(0, 2) @ right).reshape(len(t), -1)
-    return left, tensors[c], right
+    return _regrouped(left.mT, tensors[:c]).mT, tensors[c], _regrouped(right, tensors[c + 1 :])
+
+
+def _regrouped(side: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """`(d, m)` with its m indices `i_1 j_1 i_2 j_2 ...` in the order of :func:`_grouped`."""
+    factors = [size for t in tensors for size in t.shape[1:3]]
+    order = [0, *range(1, len(factors), 2), *range(2, len(factors) + 1, 2)]
+    return side.reshape((len(side), *factors)).permute(order).reshape(len(side), -1)
 
 
 def unfolded(whole: Tensor, tensors: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
-    """`shape`: a chain's matrix out of what has its indices in the order `i_1 j_1 i_2 j_2 ...`."""
-    rows, columns = [t.shape[1] for t in tensors], [t.shape[2] for t in tensors]
+    """`shape`: a chain's matrix out of what has its indices in the order of :func:`_grouped`."""
+    rows, columns = _groups([t.shape[1] for t in tensors]), _groups([t.shape[2] for t in tensors])
     sides = [side for pair in zip(rows, columns, strict=True) for side in pair]
-    order = [*range(0, len(sides), 2), *range(1, len(sides), 2)]
-    padded = whole.reshape(sides).permute(order).reshape(math.prod(rows), math.prod(columns))
+    padded = whole.reshape(sides).permute(0, 2, 4, 1, 3, 5).reshape(math.prod(rows), math.prod(columns))
     return padded[: shape[0], : shape[1]]
 
 
