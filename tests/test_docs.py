@@ -278,6 +278,24 @@ def test_every_generated_part_stands_on_a_page_and_every_place_is_filled() -> No
         site_hooks.with_generated("<!-- generated: nothing -->")
 
 
+@pytest.mark.parametrize("page", [page.relative_to(DOCS).as_posix() for page in PAGES])
+def test_tables_in_pages_are_those_of_the_results(page: str) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    assert site_hooks.refreshed(text) == text, "run: python docs/scripts/site_hooks.py"
+    # What is not kept in a page stands on one that is made of docstrings.
+    for part in set(re.findall(r"<!-- generated: ([\w-]+) -->", text)):
+        assert f"<!-- end of {part} -->" in text or page.startswith("reference/")
+
+
+def test_an_old_table_is_made_anew_and_the_site_shows_no_marks() -> None:
+    fresh = f"<!-- generated: methods -->\n\n{site_hooks.GENERATED['methods']()}\n\n<!-- end of methods -->"
+    for old in ("\n| old |\n\n", ""):
+        page = f"# A page\n\n<!-- generated: methods -->\n{old}<!-- end of methods -->\n\nmore\n"
+        assert site_hooks.refreshed(page) == f"# A page\n\n{fresh}\n\nmore\n"
+        assert site_hooks.with_generated(page) == f"# A page\n\n{site_hooks.GENERATED['methods']()}\n\nmore\n"
+    assert site_hooks.refreshed("<!-- generated: methods -->\n") == "<!-- generated: methods -->\n"
+
+
 def test_every_table_has_rows_of_one_length() -> None:
     for title, make in {**results_tables.TABLES, **recovery_tables.TABLES, **companion_tables.TABLES}.items():
         lines = make().splitlines()

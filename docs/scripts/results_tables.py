@@ -1,4 +1,4 @@
-"""Tables of the documentation, made from `bench/results` when the site is built: no figure is typed by hand."""
+"""Tables of the documentation, made from `bench/results`: no figure is typed by hand."""
 
 from __future__ import annotations
 

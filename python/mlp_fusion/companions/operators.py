@@ -194,9 +194,9 @@ def _side(
         Tensors `(d, i, j, d')`, d' being nearer to the centre; what they multiply out to, `(m, d')`; their spectra.
 
     All bonds of a side can be had from something small that has the unfolding's left singular vectors: its triangular
-    factor or, in float32, its product with itself, of which inner bonds see partial traces. Either way bases are
-    orthonormal, and complete where the unfolding is wide, so that nothing of the matrix is lost. By the product, vectors
-    of values a hundred-millionth as large as the largest are not told apart, which float32 does not tell apart either.
+    factor or, in float32, its product with itself, of which inner bonds see partial traces. Bases are orthonormal with
+    both, and complete where the unfolding is wide, so that nothing of the matrix is lost. By the product, vectors of
+    values a hundred-millionth as large as the largest are not told apart, which float32 does not tell apart either.
     """
     count, dtype = len(rows), unfolding.dtype
     along = range(count)[::-1] if from_the_end else range(count)
