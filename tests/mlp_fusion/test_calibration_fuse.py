@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -449,3 +450,17 @@ def test_text_files_need_the_models_tokenizer(tmp_path: Path) -> None:
     file.write_text("one\ntwo\n", encoding="utf-8")
     with pytest.raises(InputError, match="not loaded from a folder with a tokenizer"):
         fuse(tiny_model("bert"), 16, calibration=file)
+
+
+def test_a_text_of_few_tokens_is_said_to_be_one() -> None:
+    """Two tokens for each input of the FFNs, and one less."""
+    inputs = tiny_model("bert").config.hidden_size
+    enough = {"input_ids": torch.arange(2 * inputs).reshape(2, -1), "attention_mask": torch.ones(2, inputs)}
+    few = {**enough, "attention_mask": torch.ones(2, inputs)}
+    few["attention_mask"][1, -1] = 0
+    with pytest.warns(UserWarning, match=f"has {2 * inputs - 1} tokens, fewer than 2 for each of {inputs} inputs"):
+        fuse(tiny_model("bert"), 16, calibration=few)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fuse(tiny_model("bert"), 16, calibration=enough)
+        fuse(tiny_model("bert"), 16, calibration=few, refit=False)

@@ -24,6 +24,7 @@ import mlp_fusion
 from families import tiny_model
 from mlp_fusion import InputError
 from mlp_fusion.store import source as source_module
+from mlp_fusion.verbs.families import find_ffns
 
 pytestmark = pytest.mark.slow
 
@@ -87,6 +88,16 @@ def test_names_that_fail(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(source_module, "snapshot_download", unreachable)
     with pytest.raises(InputError, match="neither a folder here nor reachable"):
         source_module.local_folder(NAME)
+
+
+def test_a_misspelt_model_type_is_said_to_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(name: str, **_: Any) -> Any:
+        raise OSError("no route")
+
+    monkeypatch.setattr(source_module.AutoConfig, "from_pretrained", unreachable)
+    with pytest.raises(InputError, match=r"which `mlp-fusion families` lists; brt: no folder here.*no route") as caught:
+        find_ffns("brt")
+    assert "\n" not in str(caught.value)
 
 
 # --- the cache, without a network ------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from mlp_fusion.calibration.mixtures import Mixtures
-from mlp_fusion.calibration.statistics import FFNStatistics
+from mlp_fusion.calibration.statistics import LEAST_ROWS, FFNStatistics
 from mlp_fusion.neurons import NeuronBundle
 
 #: Rows of a mini-batch.
@@ -36,8 +36,6 @@ BATCH_ROWS = 512
 #: Largest step, in units of each tensor's root mean square; reached after the warm-up, then down to 0 by a cosine.
 LEARNING_RATE = 3e-2
 _WARM_UP = 20
-#: Rows that an FFN has to have per input: what fewer say beyond a least-squares fit is chance.
-LEAST_ROWS = 2
 #: Rows at most that are looked at before and after.
 _LOOK_ROWS = 2048
 

@@ -7,6 +7,7 @@ sample of its input and output rows, from which fits are made.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from mlp_fusion.running.taps import Taps, Visitor, stream_activations
 
 #: Most input rows kept per FFN, and the most bytes that they may take, unless the caller asks for a number of rows.
 CALIBRATION_ROWS = 16_384
+#: Rows that an FFN has to have per input to be trained on: what fewer say beyond a least-squares fit is chance.
+LEAST_ROWS = 2
 _ROW_BYTES = 256 * 2**20
 #: Tokens after which calibration text that may be endless is cut.
 CALIBRATION_TOKENS = 2**18
@@ -167,6 +170,16 @@ def take_calibration(model: nn.Module, calibration: Batch | Iterable[Batch]) -> 
     """
     tokens = sys.maxsize if isinstance(calibration, Sequence) else CALIBRATION_TOKENS
     return batches_of(model, calibration, tokens, "calibration")
+
+
+def warn_of_few(tokens: int, inputs: int) -> None:
+    """Say so where the text has fewer than two tokens for each of an FFN's inputs: see local training."""
+    if tokens < LEAST_ROWS * inputs:
+        warnings.warn(
+            f"the calibration text has {tokens:,} tokens, fewer than {LEAST_ROWS} for each of {inputs:,} inputs: too few "
+            "to correct FFNs by, which are not trained on them; give a few hundred sentences",
+            stacklevel=2,
+        )
 
 
 def row_capacity(rows: int | None, d: int, itemsize: int) -> int:

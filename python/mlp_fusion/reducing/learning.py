@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mlp_fusion.calibration import FFNStatistics, OutputSensitivity, collect, output_sensitivities
-from mlp_fusion.calibration.statistics import take_calibration
+from mlp_fusion.calibration.statistics import take_calibration, warn_of_few
 from mlp_fusion.choices import METHODS
 from mlp_fusion.families import FFNSite
 from mlp_fusion.measure.report import CalibrationRecord
@@ -100,6 +100,8 @@ def learn(ffns: ChosenFFNs, settings: FuseSettings, calibration: Any, sample: Ba
     seconds = time.perf_counter() - started if statistics is not None else None
     activations, described = _measured_on(ffns, settings, sample, batches, statistics)
     count = _positions(ffns, batches, statistics)
+    if batches is not None and settings.refit:
+        warn_of_few(count, max(bundle.w_in.shape[2] for bundle in ffns.originals))
     return Learnt(batches, count, statistics, sensitivities, activations, described, seconds)
 
 

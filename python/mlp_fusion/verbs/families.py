@@ -130,7 +130,10 @@ def find_ffns(name: str | Path) -> FoundFFNs:
     elif str(name) in model_types():
         config = default_config(str(name))
     elif is_hub_name(name):
-        config = read_config(str(name))
+        try:
+            config = read_config(str(name))
+        except InputError as error:
+            raise InputError(f"no model type of transformers, which `mlp-fusion families` lists; {error}") from error
     else:
         raise InputError(f"{name}: no such folder, and no model type of transformers")
     return FoundFFNs(str(name), describe(config))
