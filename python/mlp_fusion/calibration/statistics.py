@@ -176,8 +176,8 @@ def warn_of_few(tokens: int, inputs: int) -> None:
     """Say so where the text has fewer than two tokens for each of an FFN's inputs: see local training."""
     if tokens < LEAST_ROWS * inputs:
         warnings.warn(
-            f"calibration text of {tokens:,} tokens has fewer than {LEAST_ROWS} for each of {inputs:,} inputs: too few to "
-            "correct FFNs by, which are not trained on them; give a few hundred sentences",
+            f"calibration text of {tokens:,} tokens has fewer than {LEAST_ROWS} for each of {inputs:,} inputs: too few "
+            "to correct FFNs by, which are not trained on them; give a few hundred sentences",
             stacklevel=2,
         )
 
