@@ -186,6 +186,16 @@ def _modes(x: Tensor, K: int, start: Tensor) -> dict[str, Callable[[], Tensor]]:
     }
 
 
+def _without_graphs(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same with the host launching every kernel of every round."""
+
+    def run() -> Tensor:
+        with mock.patch("fusion_kernels.kmeans.triton_run.recorded", lambda work: work):
+            return call()
+
+    return run
+
+
 def torch_lloyd(x: Tensor, start: Tensor, iterations: int) -> Tensor:
     """Lloyd's iteration as one writes it with torch: bfloat16 products, float32 sums; labels (B, N)."""
     B, N, D = x.shape
@@ -221,6 +231,7 @@ def modes(name: str) -> dict[str, Any]:
     x = points(name, problems)
     start = _start(x, K)
     calls = _modes(x, K, start)
+    calls["default, launched one by one"] = _without_graphs(calls["default"])
     peer = f"torch bf16, given, {ITERATIONS} passes"
     calls[peer] = lambda: torch_lloyd(x, start, ITERATIONS)
     if importlib.util.find_spec("flash_kmeans") is not None:

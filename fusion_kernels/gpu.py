@@ -9,7 +9,7 @@ import functools
 import importlib
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -180,6 +180,22 @@ def pointers(*records: object) -> dict[str, Tensor]:
 def named(kernel: Any, shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a launch: `own`, and of what is `shared` by many kernels what this one has a parameter for."""
     return {name: shared[name] for name in kernel.arg_names if name in shared} | dict(own)
+
+
+def recorded(work: Callable[[], object]) -> Callable[[], None]:
+    """What launches all kernels of `work` at once, on the current stream: they are recorded in a graph, and not run.
+
+    Kernels of `work` have been compiled, it takes no memory, and it asks the device nothing. What the kernels read and
+    write has to last as long as they are launched. Other threads may go on using the device.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            work()
+        finally:
+            graph.capture_end()
+    return graph.replay
 
 
 #: Of the compiler, beside a launch's own: a multiply and an add may become one instruction, which rounds once. That has

@@ -6,6 +6,7 @@ label against the reference; float32 problems by what is true of any clustering,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ GRAMS = [(17, 65), (300, 1537), (1100, 200)]
 #: Points, columns, clusters.
 WIDE = [(65, 17, 16), (123, 65, 40)]
 NARROW = (520, 129, 130)
+#: The same without groups, which takes many rounds of both kinds, so that graphs of them are launched again and again.
+LONG = (400, 3, 12)
 NEAREST = [(1, 1, 1), (700, 123, 70)]
 
 
@@ -34,6 +37,7 @@ def triton(device: torch.device) -> list[Case]:
         *(_gram(n, d, device) for n, d in GRAMS),
         *(_nearest(n, d, k, dtype, device) for n, d, k in NEAREST for dtype in (torch.float32, torch.float64)),
         *(_like_the_reference(n, d, k, options, device) for n, d, k in WIDE for options in modes),
+        _like_the_reference(*LONG, modes[0], device, draw=scattered),
         _float32(device),
     ]
 
@@ -44,6 +48,11 @@ def points(n: int, d: int, seed: int, dtype: torch.dtype = torch.float32) -> Ten
     centres = torch.randn(1 + n // 6, d, generator=g, dtype=torch.float64)
     which = torch.randint(len(centres), (n,), generator=g)
     return (centres[which] + 0.4 * torch.randn(n, d, generator=g, dtype=torch.float64) + 0.5).to(dtype)
+
+
+def scattered(n: int, d: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(n, d) in a cube, the same on every machine."""
+    return torch.rand(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def _gram(n: int, d: int, device: torch.device) -> Case:
@@ -95,8 +104,10 @@ def _not_nearest(x: Tensor, centroids: Tensor, labels: Tensor) -> str | None:
     return beyond("the distance to the nearest", own, distances.amin(1), 1e-13 * distances.amax(1))
 
 
-def _like_the_reference(n: int, d: int, k: int, options: Options, device: torch.device) -> Case:
-    x = torch.stack([points(n, d, seed, torch.float64) for seed in range(2)])
+def _like_the_reference(
+    n: int, d: int, k: int, options: Options, device: torch.device, *, draw: Callable[..., Tensor] = points
+) -> Case:
+    x = torch.stack([draw(n, d, seed, torch.float64) for seed in range(2)])
     weight = torch.rand(2, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     weight[:, ::7] = 0
     told = Options(k, *(value for name, value in vars(options).items() if name != "n_clusters"))

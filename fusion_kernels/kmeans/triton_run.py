@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_kernels.gpu import launch, pointers
+from fusion_kernels.gpu import launch, pointers, recorded
 from fusion_kernels.kmeans import _triton_moves as move_kernels
 from fusion_kernels.kmeans import _triton_results as result_kernels
 from fusion_kernels.kmeans import _triton_sweep as sweep_kernels
@@ -17,7 +17,9 @@ from fusion_kernels.kmeans import triton_heuristics
 from fusion_kernels.kmeans._triton_sweep import State
 from fusion_kernels.kmeans.triton_points import SLACK, Points
 
-# Rounds between two questions whether all problems are done, and how many of them may be on their way unanswered.
+# Rounds between two questions whether all problems are done, and how many of them may be on their way unanswered. So
+# many rounds are recorded and launched as one graph: a round is five launches, which may take the host longer than the
+# device.
 _POLL_EVERY, _UNANSWERED = 8, 2
 
 
@@ -43,6 +45,7 @@ class Run:
             costs, and what every other one costs at least.
         bid, bidder: (B, K), of moves.
         smallest_shift: (B,) float64, at which Lloyd's iteration has settled.
+        replays: what launches recorded rounds, kept as long as they may be on their way.
     """
 
     def __init__(self, points: Points, state: Tensor, labels: Tensor, counts: Tensor, tol: float) -> None:
@@ -68,6 +71,7 @@ class Run:
         self.bid = torch.empty(B, K, dtype=torch.int64, device=labels.device)
         variance = (points.weight * points.diagonal).sum(1) / (points.total * points.x.shape[2])
         self.smallest_shift = self.tol * variance
+        self.replays: list[Callable[[], None]] = []
 
     def launch(self, kernel: Any, programs: int, **own: Any) -> None:
         """Launch a kernel on this run: what it has parameters for, and does not get from `own`, is here."""
@@ -139,19 +143,18 @@ class Run:
 
     def lloyd(self, max_iter: int) -> Tensor:
         """Iterate; return the labels (B, N) that the centroids are the means of."""
-        poll = _Poll(self.state)
-        for i in range(max_iter):
-            if poll.all_done(i):
-                break
-            self.assign(sweep_kernels.STEP)
-            self.commit(sweep_kernels.STEP)
-            self.rebuild(self.tol > 0)
-            if self.tol > 0:
-                self.launch(sweep_kernels._settle_kernel, self.B, smallest_ptr=self.smallest_shift, BLOCK=256)
+        self._iterate(self._step, max_iter)
         means_of = self.labels.clone()
         self.assign(sweep_kernels.LAST)
         self.commit(sweep_kernels.LAST)
         return means_of
+
+    def _step(self) -> None:
+        self.assign(sweep_kernels.STEP)
+        self.commit(sweep_kernels.STEP)
+        self.rebuild(self.tol > 0)
+        if self.tol > 0:
+            self.launch(sweep_kernels._settle_kernel, self.B, smallest_ptr=self.smallest_shift, BLOCK=256)
 
     def hartigan(self, max_iter: int) -> Tensor:
         """Move single points, from what :meth:`lloyd` left; return the labels."""
@@ -159,31 +162,52 @@ class Run:
         over = (self.state == State.ALONE) | (self.state == State.SPOILED)
         self.state = torch.where(over, self.state, int(State.RUNNING))
         self.target.fill_(-1)
-        config, poll = self.config, _Poll(self.state)
-        for i in range(max_iter):
-            if poll.all_done(i):
-                break
-            self.launch(
-                move_kernels._best_move_kernel,
-                self.B * -(-self.N // config.points),
-                gain_ptr=self.cost,
-                lost_ptr=self.assigned,
-                BN=config.points,
-                BC=config.changed,
-                BR=config.again,
-                BK=config.every,
-            )
-            self.launch(
-                move_kernels._select_moves_kernel,
-                self.B,
-                gain_ptr=self.cost,
-                candidate_ptr=self.assigned,
-                BLOCK=config.scan,
-                BK=config.scan,
-                num_warps=config.warps,
-            )
-            self.rebuild(tol=False, moves=True)
+        self._iterate(self._move, max_iter)
         return self.labels.clone()
+
+    def _move(self) -> None:
+        config = self.config
+        self.launch(
+            move_kernels._best_move_kernel,
+            self.B * -(-self.N // config.points),
+            gain_ptr=self.cost,
+            lost_ptr=self.assigned,
+            BN=config.points,
+            BC=config.changed,
+            BR=config.again,
+            BK=config.every,
+        )
+        self.launch(
+            move_kernels._select_moves_kernel,
+            self.B,
+            gain_ptr=self.cost,
+            candidate_ptr=self.assigned,
+            BLOCK=config.scan,
+            BK=config.scan,
+            num_warps=config.warps,
+        )
+        self.rebuild(tol=False, moves=True)
+
+    def _iterate(self, once: Callable[[], None], most: int) -> None:
+        """Do rounds until all problems are done, or `most` of them. What a round launches is the same every time."""
+
+        def many() -> None:
+            for _ in range(_POLL_EVERY):
+                once()
+
+        poll, at, recorded_yet = _Poll(self.state), 0, False
+        while at < most and not poll.all_done(at):
+            rounds = min(poll.until_asking(at), most - at)
+            if rounds < _POLL_EVERY:
+                for _ in range(rounds):
+                    once()
+            else:
+                # Rounds have been done one by one before, and so all kernels are there.
+                if not recorded_yet:
+                    self.replays.append(recorded(many))
+                    recorded_yet = True
+                self.replays[-1]()
+            at += rounds
 
     def inertia(self) -> Tensor:
         """(B,) float64, in units that are a problem's own."""
@@ -196,6 +220,11 @@ class Run:
             num_warps=self.config.warps,
         )
         return cost
+
+
+def _runs_ahead(state: Tensor) -> bool:
+    """Whether the host need not wait for what it launches."""
+    return state.is_cuda
 
 
 class _Poll:
@@ -211,7 +240,7 @@ class _Poll:
 
     def all_done(self, i: int) -> bool:
         """Before round i."""
-        if not self.state.is_cuda:
+        if not _runs_ahead(self.state):
             return not bool((self.state == State.RUNNING).any())
         asks = i % _POLL_EVERY == _POLL_EVERY - 1
         while self.questions and (self.questions[0][1].query() or (asks and len(self.questions) == _UNANSWERED)):
@@ -222,6 +251,10 @@ class _Poll:
         if asks:
             self.questions.append(self._ask())
         return False
+
+    def until_asking(self, i: int) -> int:
+        """Rounds from round i on before which nothing is asked, but for the first of them."""
+        return _POLL_EVERY - (i + 1) % _POLL_EVERY if _runs_ahead(self.state) else 1
 
     def _ask(self) -> tuple[Tensor, torch.cuda.Event]:
         """What will hold the answer, on the host, and the event after which it does."""

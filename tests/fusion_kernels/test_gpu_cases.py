@@ -44,9 +44,10 @@ def test_points(monkeypatch: pytest.MonkeyPatch) -> None:
         of_kmeans._gram(17, 65, CPU),
         of_kmeans._nearest(20, 9, 5, torch.float32, CPU),
         of_kmeans._like_the_reference(12, 3, 3, Options(0, seed=3), CPU),
+        of_kmeans._like_the_reference(15, 2, 3, Options(0, seed=3), CPU, draw=of_kmeans.scattered),
         of_kmeans._float32(CPU),
     ]
-    assert [failure(case) for case in cases] == [None] * 4
+    assert [failure(case) for case in cases] == [None] * 5
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,10 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fusion_kernels import gpu
-from fusion_kernels.kmeans import triton_backend, triton_heuristics, triton_points, triton_run
+from fusion_kernels.kmeans import reference, triton_backend, triton_heuristics, triton_points, triton_run
 from fusion_kernels.kmeans._triton_gram import _tile_in_bands
 from fusion_kernels.kmeans._triton_sweep import State
-from fusion_kernels.kmeans.types import Options
+from fusion_kernels.kmeans.gpu_cases import scattered
+from fusion_kernels.kmeans.types import Algorithm, KMeansResult, Options
 
 
 @triton.jit
@@ -91,6 +94,90 @@ def test_the_host_never_runs_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slow.waited == 3
     busy = Device(late=1, done=10**6)
     assert rounds(busy, 1000, monkeypatch) == 1000
+
+
+class Recorder:
+    """Stands in for graphs: what is recorded is counted, and launched again when it is replayed."""
+
+    def __init__(self) -> None:
+        self.recorded, self.replayed = 0, 0
+
+    def __call__(self, work: Callable[[], object]) -> Callable[[], None]:
+        self.recorded += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            work()
+
+        return replay
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """Tensors of the CPU as on a GPU whose answers are there at once, with two rounds in a graph."""
+    recorder = Recorder()
+    monkeypatch.setattr(triton_run, "_POLL_EVERY", 2)
+    monkeypatch.setattr(triton_run, "_runs_ahead", lambda _: True)
+    monkeypatch.setattr(triton_run, "recorded", recorder)
+    event = SimpleNamespace(query=lambda: True, synchronize=lambda: None)
+    monkeypatch.setattr(triton_run._Poll, "_ask", lambda self: ((self.state != State.RUNNING).all(), event))
+    return recorder
+
+
+@pytest.mark.parametrize(("algorithm", "most"), [("lloyd", 100), ("hartigan", 100), ("hartigan", 4)])
+def test_rounds_of_a_graph_are_rounds(recorder: Recorder, algorithm: str, most: int) -> None:
+    x = torch.stack([scattered(90, 2, seed, torch.float64) for seed in range(2)])
+    options = Options(9, seed=3, algorithm=Algorithm(algorithm), max_iter=most)
+    expected = reference.kmeans(x, None, None, options)
+    found = triton_backend.kmeans(x, None, None, options)
+    iterated = int(expected[KMeansResult._fields.index("n_iter")].max())
+    assert iterated >= 5
+    for name, own, true in zip(KMeansResult._fields, found, expected, strict=True):
+        torch.testing.assert_close(own, true, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+    # Of either kind one graph; the first round, and a last one that is left over, are launched by themselves.
+    assert recorder.recorded == (1 if algorithm == "lloyd" else 2)
+    assert recorder.replayed >= 2
+
+
+def test_few_rounds_are_not_recorded(recorder: Recorder) -> None:
+    x = scattered(90, 2, 0, torch.float64)[None]
+    triton_backend.kmeans(x, None, None, Options(9, seed=3, max_iter=2))
+    assert recorder.recorded == 0
+
+
+def test_a_graph_is_recorded_beside_the_current_stream_and_closed_after_a_mistake(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[Any] = []
+
+    class Graph:
+        def capture_begin(self, **how: Any) -> None:
+            said.append(("begin", how))
+
+        def capture_end(self) -> None:
+            said.append("end")
+
+        def replay(self) -> None:
+            said.append("replay")
+
+    @contextmanager
+    def stream(which: object) -> Iterator[None]:
+        said.append(("on", which))
+        yield
+        said.append("off")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "another")
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    replay = gpu.recorded(lambda: said.append("work"))
+    begin = ("begin", {"capture_error_mode": "thread_local"})
+    assert said == [("on", "another"), begin, "work", "end", "off"]
+    replay()
+    assert said[-1] == "replay"
+    said.clear()
+    with pytest.raises(ZeroDivisionError):
+        gpu.recorded(lambda: 1 // 0)
+    assert said == [("on", "another"), begin, "end"]
 
 
 def test_the_workspace_is_half_of_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,10 +120,11 @@ def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _proofs() -> None:
-    of_kmeans.GRAMS, of_kmeans.WIDE, of_kmeans.NARROW, of_kmeans.NEAREST = (
+    of_kmeans.GRAMS, of_kmeans.WIDE, of_kmeans.NARROW, of_kmeans.LONG, of_kmeans.NEAREST = (
         [(17, 65)],
         [(12, 3, 3)],
         (14, 5, 4),
+        (15, 2, 3),
         [(20, 9, 5)],
     )
     of_blocks.SHAPES = {torch.float16: [(33, 40, 24)]}
