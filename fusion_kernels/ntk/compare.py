@@ -13,10 +13,10 @@ from torch import Tensor
 from fusion_kernels.ffn import FFN
 from fusion_kernels.gates import Gate
 from fusion_kernels.library import Backend, check_name, operator
-from fusion_kernels.ntk import cpu_backend, cuda_backend
+from fusion_kernels.ntk import cpu_backend, cuda_backend, triton_backend
 from fusion_kernels.ntk import reference as reference
 from fusion_kernels.ntk.block import Prepared, prepare
-from fusion_kernels.ntk.gram import check_block_size, contraction_named
+from fusion_kernels.ntk.gram import OF_CUDA, OF_TRITON, check_block_size, contraction_named
 from fusion_kernels.ntk.jacobian import NTKOperator
 from fusion_kernels.ntk.operators import exactly
 from fusion_kernels.ntk.types import KERNELS, Block, Differentiated, Kernel, Reduce
@@ -58,9 +58,12 @@ def _of_blocks(sums: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _NTK_SUMS.register(Backend("cpu", _of_blocks(cpu_backend.ntk_sums), ("cpu",), cpu_backend.why_not))
+_NTK_SUMS.register(
+    Backend("triton", _of_blocks(triton_backend.ntk_sums), ("cuda",), triton_backend.why_not, proof=OF_TRITON)
+)
 _NTK_SUMS.register(Backend("reference", _of_blocks(reference.ntk_sums), ("cpu", "cuda")))
 # Behind the reference, as of `ntk_gram`.
-_NTK_SUMS.register(Backend("cuda", _of_blocks(cuda_backend.ntk_sums), ("cuda",), cuda_backend.why_not))
+_NTK_SUMS.register(Backend("cuda", _of_blocks(cuda_backend.ntk_sums), ("cuda",), cuda_backend.why_not, proof=OF_CUDA))
 
 
 @dataclass(frozen=True)

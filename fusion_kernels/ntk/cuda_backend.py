@@ -20,9 +20,9 @@ from torch import Tensor
 from fusion_kernels import gpu, native
 from fusion_kernels.ffn import FFN
 from fusion_kernels.library import check_name
-from fusion_kernels.ntk import heuristics
 from fusion_kernels.ntk.outputs import outputs_gram
 from fusion_kernels.ntk.passes import left_and_right
+from fusion_kernels.ntk.strips import sums_by_strips
 from fusion_kernels.ntk.types import Differentiated, check_names
 
 # The names that this backend knows: it takes none for another, and refuses a new one until that stands here.
@@ -81,29 +81,12 @@ def ntk_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sums over two kernels; arguments and result as in `fusion_kernels.ntk.reference.ntk_sums`.
 
-    Strips of both kernels, of `ROW_BLOCK_BYTES` unless `block_size` says how many rows, are computed by the tiles, side
-    by side in memory that the next strips use again, and added up in one order: one block of threads with the
-    accumulators of two kernels would need more registers than there are. float32 goes by `"tf32x3"`, whose errors are
-    float32's.
+    By strips (`strips.py`), in float32 by `"tf32x3"`, whose errors are float32's.
     """
     check_name("kernel", kernel, _KERNELS)
-    precision = "tf32x3" if x1.dtype == torch.float32 else "highest"
-    passes = [list(left_and_right(_operand, x1, x2, *block, kernel, direction, precision)) for block in (a, b)]
-    n1, n2 = len(x1), len(x1 if x2 is None else x2)
-    symmetric = x2 is None and kernel == "gd"
-    step = heuristics.row_block(2 * n2 * x1.element_size()) if block_size is None else block_size
-    strips = x1.new_empty(2, min(step, n1) * n2)
-    sums = x1.new_zeros((n2 + 127) // 128, 4, dtype=torch.float64)
-    rows, columns = (x1.new_zeros(2, n, dtype=torch.float64) for n in (n1, n2))
-    for begin in range(0, n1, step):
-        end = min(begin + step, n1)
-        width = end if symmetric else n2
-        pair = [strip[: (end - begin) * width].view(end - begin, width) for strip in strips]
-        for strip, of_one in zip(pair, passes, strict=True):
-            for one, other, how in of_one:
-                native.cuda_operators().ntk_tiles(one[:, begin:end], other[:, :width], *how, False, strip)
-        native.cuda_operators().ntk_strip(*pair, begin, symmetric, sums, rows[:, begin:end], columns)
-    if symmetric:
-        rows += columns
-        columns = rows.clone()
-    return sums.sum(0), rows, columns
+    compiled = native.cuda_operators()
+    return sums_by_strips(
+        x1, x2, a, b, kernel, direction, block_size, operand=_operand,
+        precision="tf32x3" if x1.dtype == torch.float32 else "highest",
+        tiles=lambda one, other, how, out: compiled.ntk_tiles(one, other, *how, False, out), add=compiled.ntk_strip,
+    )  # fmt: skip

@@ -7,7 +7,8 @@ products sum up to within n units of their absolute values, whatever their order
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from fusion_kernels.ffn import FFN
 from fusion_kernels.ntk import cuda_backend, triton_backend
 from fusion_kernels.ntk import reference as reference
 from fusion_kernels.ntk.operators import exactly
-from fusion_kernels.proof.cases import Case, Found, beyond
+from fusion_kernels.ntk.types import Differentiated
+from fusion_kernels.proof.cases import Case, Found, beyond, first_of
 
 #: Of each dtype and precision: unit roundoff of what a product multiplies, and of its sums, which tensor cores cut off.
 UNITS = {
@@ -71,17 +73,25 @@ FURTHER = [
 
 def of_triton(device: torch.device) -> list[Case]:
     """The cases of `triton` on a device."""
-    return _cases(triton_backend.ntk_gram, device)
+    return _cases(triton_backend, device)
 
 
 def of_cuda(device: torch.device) -> list[Case]:
     """The same of `cuda`."""
-    return _cases(cuda_backend.ntk_gram, device)
+    return _cases(cuda_backend, device)
 
 
-def _cases(function: Callable[..., Tensor], device: torch.device) -> list[Case]:
-    every = [gram_case(function, problem, *how, device) for how in UNITS for problem in EVERY]
-    return every + [gram_case(function, problem, torch.float32, "bf16x3", device) for problem in FURTHER]
+def _cases(backend: Any, device: torch.device) -> list[Case]:
+    function = backend.ntk_gram
+    return [
+        *(gram_case(function, problem, *how, device) for how in UNITS for problem in EVERY),
+        *(gram_case(function, problem, torch.float32, "bf16x3", device) for problem in FURTHER),
+        *(
+            sums_case(backend.ntk_sums, problem, dtype, device)
+            for dtype in (torch.float32, torch.float64)
+            for problem in EVERY
+        ),
+    ]
 
 
 def gram_case(
@@ -110,6 +120,58 @@ def gram_case(
         return reason
 
     return Case(f"{precision} of {dtype}, {problem.name}", run, wrong)
+
+
+class _Compared(NamedTuple):
+    """What sums over two kernels are told."""
+
+    x1: Tensor
+    x2: Tensor | None
+    a: Differentiated
+    b: Differentiated
+    kernel: str
+    direction: Tensor | None
+
+
+def sums_case(
+    function: Callable[..., tuple[Tensor, ...]], problem: Problem, dtype: torch.dtype, device: torch.device
+) -> Case:
+    """Sums over the kernel of a block by all its parts and that by its output weights, in strips of 100 rows."""
+    x1, x2, ffn, direction = draw(problem, dtype)
+    both = problem, replace(problem, params=("w_out",))
+
+    def given(of: Callable[[Tensor], Tensor]) -> _Compared:
+        a, b = (Differentiated(ffn.map(of), each.params, None) for each in both)
+        along = None if direction is None else of(direction)
+        return _Compared(of(x1), None if x2 is None else of(x2), a, b, problem.kernel, along)
+
+    def run() -> Found:
+        found = exactly(function)(*given(lambda t: t.to(device)), 100)
+        return dict(zip(("sums", "rows", "columns"), found, strict=True))
+
+    def wrong(found: Found) -> str | None:
+        wide = given(Tensor.double)
+        precision = "tf32x3" if dtype == torch.float32 else "highest"
+        how = problem.kernel, "vector" if problem.along else "trace", wide.direction
+        a, b = (
+            _Value(reference.ntk_gram(wide.x1, wide.x2, block.ffn, block.params, *how), bound(each, dtype, precision))
+            for block, each in zip((wide.a, wide.b), both, strict=True)
+        )
+        difference = _Value(a.value - b.value, a.error + b.error)
+        products = [left * right for left, right in ((a, a), (a, b), (b, b), (difference, difference))]
+        # All of them are added up in float64, in whatever order.
+        total = 2.0**-53 * a.value.numel()
+        allowed = {
+            "sums": torch.stack([(each.error + total * (each.value.abs() + each.error)).sum() for each in products]),
+            "rows": torch.stack([(each.error + total * each.value.abs()).sum(1) for each in (a, b)]),
+            "columns": torch.stack([(each.error + total * each.value.abs()).sum(0) for each in (a, b)]),
+        }
+        exact = reference.ntk_sums(*wide)
+        return first_of(
+            *(beyond(name, found[name], true, allowed[name]) for name, true in zip(allowed, exact, strict=True))
+        )
+
+    return Case(f"sums in {dtype}, {problem.name}", run, wrong)
 
 
 def draw(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, FFN, Tensor | None]:

@@ -42,8 +42,9 @@ def _fake_out(out: Tensor, *_: object) -> None:
 _NTK_GRAM = operator("ntk_gram", f"({_ARGUMENTS}) -> Tensor", of_ffn(_fake, 2))
 # The same, into memory that is there: a kernel may be most of what fits.
 _NTK_GRAM_OUT = operator("ntk_gram_out", f"(Tensor(a!) out, {_ARGUMENTS}) -> ()", _fake_out)
-_OF_TRITON = Proof("ntk triton", "fusion_kernels.ntk.gpu_cases:of_triton")
-_OF_CUDA = Proof("ntk cuda", "fusion_kernels.ntk.gpu_cases:of_cuda")
+#: Of both operators of tangent kernels, and of the sums over two of them.
+OF_TRITON = Proof("ntk triton", "fusion_kernels.ntk.gpu_cases:of_triton")
+OF_CUDA = Proof("ntk cuda", "fusion_kernels.ntk.gpu_cases:of_cuda")
 
 
 def _register(
@@ -61,10 +62,10 @@ def _register(
 
 
 _register("cpu", cpu_backend.ntk_gram, ("cpu",), cpu_backend.why_not)
-_register("triton", triton_backend.ntk_gram, ("cuda",), triton_backend.why_not, _OF_TRITON)
+_register("triton", triton_backend.ntk_gram, ("cuda",), triton_backend.why_not, OF_TRITON)
 _register("reference", reference.ntk_gram, ("cpu", "cuda"), lambda _: None)
 # Behind the reference, and so for those who ask by name: what it has over Triton's tiles, only a GPU shows.
-_register("cuda", cuda_backend.ntk_gram, ("cuda",), cuda_backend.why_not, _OF_CUDA)
+_register("cuda", cuda_backend.ntk_gram, ("cuda",), cuda_backend.why_not, OF_CUDA)
 
 
 def contraction_named(reduce: Reduce, outputs: int, like: Tensor) -> tuple[str, Tensor | None]:

@@ -1,4 +1,4 @@
-"""Tangent kernels on NVIDIA GPUs, in Triton: the tiles of `_triton_tiles.py`.
+"""Tangent kernels on NVIDIA GPUs, in Triton: the tiles of `_triton_tiles.py`, the sums of `_triton_strips.py`.
 
 Operands are made by torch's operations, rounded or split as the precision says. A tile of the kernel is then computed
 by one program, all products together: memory beyond the result is that of the operands and of some of their pieces, of
@@ -24,7 +24,8 @@ from fusion_kernels.ntk import reference as reference
 from fusion_kernels.ntk import triton_heuristics
 from fusion_kernels.ntk.outputs import outputs_gram
 from fusion_kernels.ntk.passes import Products, left_and_right
-from fusion_kernels.ntk.types import check_names
+from fusion_kernels.ntk.strips import COLUMNS, sums_by_strips
+from fusion_kernels.ntk.types import Differentiated, check_names
 
 # The names that this backend knows: it takes none for another, and refuses a new one until that stands here.
 _KERNELS, _REDUCTIONS = ("gd", "sign"), ("trace", "full", "diagonal", "vector")
@@ -66,8 +67,59 @@ def ntk_gram(
     is_symmetric = x2 is None and kernel == "gd"
     with device_guard(x1):
         for one, other, how in left_and_right(operand, x1, x2, ffn, params, metric, kernel, direction, precision):
-            tiles(one, other, how, is_symmetric, precision, out)
+            tiles(one, other, how, is_symmetric, precision, out, max(out.shape))
     return out
+
+
+def ntk_sums(
+    x1: Tensor,
+    x2: Tensor | None,
+    a: Differentiated,
+    b: Differentiated,
+    kernel: str,
+    direction: Tensor | None = None,
+    block_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sums over two kernels; arguments and result as in `fusion_kernels.ntk.reference.ntk_sums`.
+
+    By strips (`strips.py`), in float32 by `"tf32x3"`, whose errors are float32's.
+    """
+    check_name("kernel", kernel, _KERNELS)
+    precision = "tf32x3" if x1.dtype == torch.float32 else "highest"
+    most = max(len(x1), 0 if x2 is None else len(x2))
+    with device_guard(x1):
+        return sums_by_strips(
+            x1, x2, a, b, kernel, direction, block_size, operand=operand, precision=precision,
+            tiles=lambda one, other, how, out: tiles(one, other, how, False, precision, out, most), add=_add_strips,
+        )  # fmt: skip
+
+
+def _add_strips(a: Tensor, b: Tensor, first: int, symmetric: bool, sums: Tensor, rows: Tensor, columns: Tensor) -> None:
+    """What `sums_by_strips` asks of `add`."""
+    from fusion_kernels.ntk import _triton_strips as kernels
+
+    M, N = a.shape
+    programs = -(-N // COLUMNS)
+    # A part of every row from each program, which are added up in order.
+    parts = rows.new_empty(programs, 2, M)
+    launch(
+        kernels._ntk_strip_kernel,
+        programs,
+        a_ptr=a,
+        b_ptr=b,
+        sums_ptr=sums,
+        rows_ptr=parts,
+        columns_ptr=columns,
+        M=M,
+        N=N,
+        first=first,
+        apart=columns.stride(0),
+        SYMMETRIC=symmetric,
+        BM=8,
+        BN=COLUMNS,
+        num_warps=8,
+    )
+    rows += parts.sum(0)
 
 
 def operand(
@@ -140,13 +192,18 @@ def _to_tf32(values: Tensor) -> Tensor:
     return torch.where(values.isnan(), values, rounded)
 
 
-def tiles(left: Tensor, right: Tensor, how: Products, symmetric: bool, precision: str, out: Tensor) -> None:
-    """out (n1, n2) = the kernel of two operands, or that added to it."""
+def tiles(
+    left: Tensor, right: Tensor, how: Products, symmetric: bool, precision: str, out: Tensor, rows_of_all: int
+) -> None:
+    """out (n1, n2) = the kernel of two operands, or that added to it.
+
+    By the tile of a kernel of `rows_of_all` rows or columns: then an entry has the same bits in a strip of it.
+    """
     from fusion_kernels.ntk import _triton_tiles as kernels
 
     M, N = out.shape
     major, shared = capability(out.device)[0], shared_memory(out.device)
-    config = triton_heuristics.tile_config(max(M, N), precision, out.dtype, how.accumulate, shared, major)
+    config = triton_heuristics.tile_config(rows_of_all, precision, out.dtype, how.accumulate, shared, major)
     rows, columns = (-(-n // edge) for n, edge in zip((M, N), config.tile, strict=True))
     of_neurons = triton_heuristics.padded(how.neurons)
     launch(

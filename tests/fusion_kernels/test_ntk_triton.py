@@ -23,10 +23,14 @@ import torch
 from ffn_blocks import ACTIVATIONS, KERNELS, make_bundle
 from ntk_precision import (
     PRECISIONS,
+    STRIPS,
     assert_bfloat16_beats_torch,
+    assert_comparisons,
     assert_long_sums_round,
     assert_not_finite_is_kept,
+    assert_nothing_above_is_read,
     assert_precise,
+    assert_sums,
     moved,
     rms,
 )
@@ -36,6 +40,7 @@ from torch import Tensor
 from fusion_kernels import BackendUnavailableError, Gate, ntk_gram
 from fusion_kernels.library import Backend
 from fusion_kernels.ntk import Kernel, gpu_cases, triton_backend, triton_heuristics
+from fusion_kernels.ntk import compare as comparison
 from fusion_kernels.ntk import gram as module
 from fusion_kernels.ntk import reference as reference
 from fusion_kernels.ntk.block import prepare
@@ -50,7 +55,7 @@ ON_TENSOR_CORES = ["tf32x3", "bf16x3", "bf16"]
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`backend="triton"` takes tensors of the CPU, and new memory is full of NaN."""
-    for operator in (module._NTK_GRAM, module._NTK_GRAM_OUT):
+    for operator in (module._NTK_GRAM, module._NTK_GRAM_OUT, comparison._NTK_SUMS):
         triton = operator.backend("triton")
         others = [backend for backend in operator.backends if backend is not triton]
         monkeypatch.setattr(operator, "backends", [Backend("triton", triton.function, ("cpu",)), *others])
@@ -264,7 +269,7 @@ def test_precisions_are_checked() -> None:
 
 def test_by_itself_it_answers_where_tensor_cores_do(monkeypatch: pytest.MonkeyPatch) -> None:
     x, answered = torch.randn(4, 5), []
-    for operator in (module._NTK_GRAM, module._NTK_GRAM_OUT):
+    for operator in (module._NTK_GRAM, module._NTK_GRAM_OUT, comparison._NTK_SUMS):
         triton = operator.backend("triton")
         function = triton.function
         seen = replace(triton, function=lambda *given, of=function: (answered.append(True), of(*given))[1])
@@ -316,7 +321,7 @@ def test_tiles_are_square_and_their_steps_divide_every_range(dtype: torch.dtype,
 @pytest.mark.usefixtures("sums")
 def test_it_proves_itself() -> None:
     cases = gpu_cases.of_triton(CPU)
-    assert len(cases) == 2 * len(gpu_cases.UNITS) + 3
+    assert len(cases) == 2 * len(gpu_cases.UNITS) + 3 + 2 * 2
     assert len({case.name for case in cases}) == len(cases)
     assert [failure(case) for case in cases] == [None] * len(cases)
 
@@ -381,7 +386,7 @@ def test_a_tile_that_is_not_written_and_a_kernel_that_is_not_symmetric_are_found
 
     def bent(*given: Any) -> None:
         tiles(*given)
-        given[-1][3, 1] *= 1 + 2.0**-52
+        given[-2][3, 1] *= 1 + 2.0**-52
 
     tiles = triton_backend.tiles
     monkeypatch.setattr(triton_backend, "tiles", bent)
@@ -390,3 +395,37 @@ def test_a_tile_that_is_not_written_and_a_kernel_that_is_not_symmetric_are_found
 
 def test_the_compiled_tiles_have_the_same_cases() -> None:
     assert [case.name for case in gpu_cases.of_cuda(CPU)] == [case.name for case in gpu_cases.of_triton(CPU)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("rows", "others", "params", "block_size"), STRIPS)
+def test_sums_of_two_kernels(
+    dtype: torch.dtype, kernel: Kernel, rows: int, others: int | None, params: Any, block_size: int | None
+) -> None:
+    assert_sums(triton_backend, "cpu", dtype, kernel, rows, others, params, block_size)
+
+
+def test_comparisons_by_strips() -> None:
+    assert_comparisons("triton", "cpu")
+
+
+def test_a_strip_reads_nothing_above_the_diagonal() -> None:
+    assert_nothing_above_is_read(triton_backend._add_strips)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("problem", gpu_cases.EVERY, ids=lambda problem: problem.name)
+def test_sums_prove_themselves(problem: gpu_cases.Problem, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And do not where the last row of the second strip is left out."""
+    case = gpu_cases.sums_case(triton_backend.ntk_sums, problem, dtype, CPU)
+    assert failure(case) is None
+    add = triton_backend._add_strips
+
+    def short(a: Tensor, b: Tensor, first: int, *others: Any) -> None:
+        if first:
+            a = torch.cat([a[:-1], torch.zeros_like(a[-1:])])
+        add(a, b, first, *others)
+
+    monkeypatch.setattr(triton_backend, "_add_strips", short)
+    assert ": sums errs by " in str(failure(case))

@@ -158,11 +158,13 @@ def test_kernels_of_transforms_compile_within_the_resources(capability: int) -> 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_of_tangent_kernels_compile_within_the_resources(capability: int) -> None:
     found = resources("triton_aot_ntk.py", CAPABILITIES)[capability]
-    assert {kernel["kernel"] for kernel in found} == {"_ntk_tile_kernel"}
+    assert {kernel["kernel"] for kernel in found} == {"_ntk_tile_kernel", "_ntk_strip_kernel"}
     assert_within(found, capability)
-    # Of each precision: two passes over many rows with themselves and with others, and few.
-    assert len(found) == (25 if KEPT else 1)
-    for kernel in found:
+    tiles = [kernel for kernel in found if kernel["kernel"] == "_ntk_tile_kernel"]
+    # Of each precision: two passes over many rows with themselves and with others, and few. Of either dtype: strips of
+    # two kernels, and what adds them up.
+    assert (len(tiles), len(found)) == ((29, 33) if KEPT else (1, 2))
+    for kernel in tiles:
         constants, instructions = kernel["constants"], kernel["instructions"]
         assert instructions.get("cp.async", 0) > 0, kernel
         if constants["PLANES"] == 2 or constants["PRECISION"] == "tf32":

@@ -7,13 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 import ntk_rounding
+import pytest
 import torch
 from ffn_blocks import Bundle, make_bundle
 from rounding import Arithmetic, assert_rounding
 
-from fusion_kernels import ntk_gram
+from fusion_kernels import ntk_compare, ntk_gram
+from fusion_kernels.ntk import Kernel
 from fusion_kernels.ntk import reference as reference
 from fusion_kernels.ntk.block import prepare
+from fusion_kernels.ntk.types import Differentiated
 
 
 def moved(bundle: Bundle, device: str, dtype: torch.dtype) -> Bundle:
@@ -100,3 +103,90 @@ def assert_long_sums_round(backend: str, precision: Any, device: str) -> None:
     block = moved(bundle, device, torch.float32)
     found = ntk_gram(block, x.float().to(device), params="w_in", precision=precision, backend=backend)
     assert float((found.cpu() / exact - 1).abs().max()) <= 1e-6
+
+
+#: Of sums over two kernels: rows of both sides, parts and the rows of a strip.
+STRIPS = [
+    (300, None, None, None), (300, None, None, 100), (257, 140, None, 128), (1, 17, None, 7), (40, None, None, 1),
+    (140, None, ("w_in", "b_gate", "w_out"), 64), (0, 4, None, None), (4, 0, None, None), (0, None, None, 3),
+]  # fmt: skip
+
+
+def assert_sums(
+    backend: Any, device: str, dtype: torch.dtype, kernel: Kernel, rows: int, others: int | None, params: Any,
+    block_size: int | None,
+) -> None:  # fmt: skip
+    """Strips of a comparison, whatever their height: of the same values as whole kernels, to the last bits of float64.
+
+    They add up what rounding all entries have in common: torch's errors in float32 are one draw of few.
+    """
+    wide = make_bundle(9, 20, 4, gated=True, scale=True, scale_exponent=0.5)
+    narrow = make_bundle(9, 7, 4, gated=True)
+    x1 = torch.randn(rows, 9).double()
+    x2 = None if others is None else torch.randn(others, 9).double()
+    direction = torch.randn(4).double()
+
+    # In what both dtypes hold, or rounding the parameters would be an error too.
+    wide, narrow, direction = wide.to(dtype).to(torch.float64), narrow.to(dtype).to(torch.float64), direction.to(dtype)
+    metrics = [torch.linspace(0.5, 2, bundle.w_in.shape[1], dtype=dtype) for bundle in (wide, narrow)]
+
+    def blocks_in(dtype: torch.dtype, device: str) -> list[Differentiated]:
+        blocks = []
+        for bundle, metric in zip((wide, narrow), metrics, strict=True):
+            prepared = prepare(moved(bundle, device, dtype), {"x": x1.to(device, dtype)}, params, None)
+            blocks.append(Differentiated(prepared.ffn, prepared.parts, metric.to(device, dtype)))
+        return blocks
+
+    def rows_in(dtype: torch.dtype, device: str) -> list[Any]:
+        return [None if x is None else x.to(device, dtype) for x in (x1, x2)]
+
+    precision, names = "tf32x3" if dtype == torch.float32 else "highest", ("sums", "rows", "columns")
+    given, blocks, along = rows_in(dtype, device), blocks_in(dtype, device), direction.to(device)
+    found = backend.ntk_sums(*given, *blocks, kernel, along, block_size)
+    assert all(t.dtype == torch.float64 for t in found)
+    ka, kb = (
+        backend.ntk_gram(*given, b.ffn, b.params, kernel, "vector", along, b.metric, precision).double() for b in blocks
+    )
+    inner = [ka.square().sum(), (ka * kb).sum(), kb.square().sum(), (ka - kb).square().sum()]
+    whole = torch.stack(inner), torch.stack([ka.sum(1), kb.sum(1)]), torch.stack([ka.sum(0), kb.sum(0)])
+    # Row sums of signed values cancel, up to what is lost of the largest.
+    for own, expected in zip(found, whole, strict=True):
+        largest = float(expected.abs().max()) if expected.numel() else 0.0
+        torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12 * largest)
+
+    by = Arithmetic(dtype, *PRECISIONS[precision][:2])
+    how = {"kernel": kernel, "params": params, "reduce": direction}
+    grams = [ntk_rounding.gram(by, b, x1, x2, metric=m, **how) for b, m in zip((wide, narrow), metrics, strict=True)]
+    exact = reference.ntk_sums(
+        *rows_in(torch.float64, "cpu"), *blocks_in(torch.float64, "cpu"), kernel, direction.double()
+    )
+    named = (dict(zip(names, values, strict=True)) for values in (found, exact, ntk_rounding.sums(*grams)))
+    assert_rounding(*named)
+
+
+def assert_comparisons(backend: str, device: str) -> None:
+    """Comparisons by strips against whole kernels in float64."""
+    a, b = make_bundle(9, 20, 4), make_bundle(9, 7, 4)
+    x = torch.randn(150, 9).double()
+    exact = ntk_compare(a, b, x, backend="reference", eigenvalues=0)
+    for dtype, rel in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        blocks = moved(a, device, dtype), moved(b, device, dtype)
+        found = ntk_compare(*blocks, x.to(device, dtype), backend=backend, eigenvalues=0, block_size=64)
+        assert found.relative_error == pytest.approx(exact.relative_error, rel=rel)
+        assert found.cosine == pytest.approx(exact.cosine, rel=rel)
+        assert found.alignment == pytest.approx(exact.alignment, rel=10 * rel)
+
+
+def assert_nothing_above_is_read(add: Callable[..., None]) -> None:
+    """What `add` adds up of the strips of two symmetric kernels."""
+    a, b = torch.randn(5, 9).double(), torch.randn(5, 9).double()
+    above = torch.arange(9) > 4 + torch.arange(5)[:, None]
+    sums, rows, columns = (torch.zeros(*shape).double() for shape in ((1, 4), (2, 5), (2, 12)))
+    add(a.masked_fill(above, torch.nan), b, 4, True, sums, rows, columns)
+    assert sums.isfinite().all()
+    a, b = a.masked_fill(above, 0), b.masked_fill(above, 0)
+    on = torch.arange(9) == 4 + torch.arange(5)[:, None]
+    torch.testing.assert_close(sums[0, 1], (2 * a * b).sum() - (a * b)[on].sum())
+    torch.testing.assert_close(rows[0], a.sum(1))
+    torch.testing.assert_close(columns[1, :9], b.masked_fill(on, 0).sum(0))
+    assert columns[:, 9:].eq(0).all()

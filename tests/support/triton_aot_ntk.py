@@ -39,6 +39,9 @@ def ntk_launches(capability: int) -> Iterable[Launch]:
         for dtype, precision in PRECISIONS:
             for rows, others, params in CALLS:
                 tangent_kernel(rows, others, *WIDTH, params, dtype, precision)
+        for dtype in (torch.float32, torch.float64):
+            for others in (None, 1001):
+                compared(4097, others, *WIDTH, dtype)
     return launches.values()
 
 
@@ -52,6 +55,18 @@ def tangent_kernel(
     x1, x2 = (None if n is None else torch.empty(n, d, dtype=dtype, device="meta") for n in (rows, others))
     assert x1 is not None
     triton_backend.ntk_gram(x1, x2, ffn, params, "gd", precision=precision)
+
+
+def compared(rows: int, others: int | None, d: int, h: int, dtype: torch.dtype) -> None:
+    """What the host does for the sums over the kernels of two blocks, likewise."""
+    from fusion_kernels.ntk import triton_backend
+    from fusion_kernels.ntk.types import Differentiated
+
+    ffn = make_bundle(d, h, 3).at(0).map(lambda t: t.to("meta", dtype))
+    x1, x2 = (None if n is None else torch.empty(n, d, dtype=dtype, device="meta") for n in (rows, others))
+    assert x1 is not None
+    block = Differentiated(ffn, ("w_in", "b_in", "w_out"), None)
+    triton_backend.ntk_sums(x1, x2, block, block, "gd", block_size=rows)
 
 
 @contextmanager
