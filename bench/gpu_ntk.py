@@ -294,7 +294,7 @@ def _tiles(backend: str, n: int, d: int, h: int, out: Tensor, rates: dict[str, f
         if precision != "tf32x3":
             operand = operand.bfloat16()
         if backend == "triton":
-            calls[precision] = functools.partial(triton_backend.tiles, operand, operand, how, True, precision, out)
+            calls[precision] = functools.partial(triton_backend.tiles, operand, operand, how, True, precision, out, n)
         else:
             tiles = native.cuda_operators().ntk_tiles
             calls[precision] = functools.partial(tiles, operand, operand, *how, True, out)
