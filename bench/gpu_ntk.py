@@ -61,7 +61,8 @@ def lines(told: Told) -> Iterator[tuple[str, Work]]:
         yield f"{name}: times", functools.partial(measure, name, rates)
     for backend in BACKENDS:
         yield f"{backend}: streams and devices", functools.partial(_where_it_is, backend, check_streams_and_devices)
-    yield "comparisons", functools.partial(_where_it_is, "cuda", check_comparisons)
+    for backend in BACKENDS:
+        yield f"{backend}: comparisons", functools.partial(_where_it_is, backend, check_comparisons)
     for backend in BACKENDS:
         yield f"{backend}: more than 2^32 values", functools.partial(_where_it_is, backend, check_large)
 
@@ -75,6 +76,9 @@ def jobs() -> dict[str, Callable[[], object]]:
             for params in (("w_in", "w_out"), ("w_in", "b_gate")):
                 name = f"ntk {precision} of {n} and {m} by {' '.join(params)}"
                 found[name] = functools.partial(_small, n, m, params, precision)
+    for dtype in (torch.float32, torch.float64):
+        for kernel in ("gd", "sign"):
+            found[f"ntk sums in {dtype}, {kernel}"] = functools.partial(_small_sums, dtype, kernel)
     return found
 
 
@@ -84,6 +88,12 @@ def _small(n: int, m: int | None, params: tuple[str, ...], precision: str) -> No
     x1, x2 = (None if k is None else torch.ones(k, 33, dtype=dtype, device=gpu_timing.DEVICE) for k in (n, m))
     how: Any = "highest" if precision == "float64" else precision
     ntk_gram(block, x1, x2, params=params, backend="triton", precision=how)  # type: ignore[arg-type]
+
+
+def _small_sums(dtype: torch.dtype, kernel: str) -> None:
+    blocks = [on_device(make_bundle(33, h, 5), dtype) for h in (70, 20)]
+    x = torch.ones(150, 33, dtype=dtype, device=gpu_timing.DEVICE)
+    ntk_compare(*blocks, x, kernel=kernel, eigenvalues=0, backend="triton")  # type: ignore[arg-type]
 
 
 def _where_it_is(backend: str, work: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
@@ -272,8 +282,7 @@ def measure(name: str, rates: dict[str, float]) -> dict[str, Any]:
     other = on_device(make_bundle(d, 4 * h, outputs), torch.float32)
     comparisons = {
         backend: functools.partial(ntk_compare, other, bundle, x, backend=backend, eigenvalues=0)
-        for backend in ("cuda", "reference")
-        if backend == "reference" or backend in there
+        for backend in (*there, "reference")
     }
     tiles = {backend: _tiles(backend, n, d, h, out, rates) for backend in there}
     return {
