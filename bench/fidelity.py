@@ -1,6 +1,7 @@
 """Every compression method on the FFNs of all-MiniLM-L6-v2, as it is and after each correction, on held-out sentences.
 
-    python bench/fidelity.py --data FOLDER [--width 384] [--sentences 512] [--tune STEPS] [--long STEPS] [--out FILE]
+    python bench/fidelity.py --data FOLDER [--width 384] [--sentences 512] [--tune STEPS] [--long STEPS] [--many 3072]
+        [--out FILE]
 
 Calibrated on the first sentences of `FOLDER/sst2_train.tsv`, measured on all of `FOLDER/sst2_dev.tsv`
 (`sentence<TAB>label`). Without `--data`: on the two halves of the package's own sentences, which are few.
@@ -8,8 +9,8 @@ Calibrated on the first sentences of `FOLDER/sst2_train.tsv`, measured on all of
 Per method and layer: relative Frobenius errors of the FFN's outputs (unfitted, after the refit) and of its tangent
 kernel (in the parameterization that suits the kernel: before and after matching, both after the refit). Per method:
 cosines of the sentence embeddings to the original's with all layers reduced. `fuse` from end to end, also sequentially
-and with local tuning (`--tune`), and, with `--long`, tuned for that many steps on all sentences of the file. Seconds of
-every step: the run over the calibration text beside a bare run of the model, clustering, refit, matching.
+and with local tuning (`--tune`), and, with `--long`, the default tuned for that many steps on `--many` sentences.
+Seconds of every step: the run over the calibration text beside a bare run of the model, clustering, refit, matching.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import argparse
 import copy
 import json
 import platform
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -196,9 +196,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=384, help="neurons to keep of 1536")
     parser.add_argument("--sentences", type=int, default=512, help="calibration sentences")
     parser.add_argument("--tune", type=int, default=600, help="steps of local tuning, in the rows that have it")
-    parser.add_argument(
-        "--long", type=int, default=0, help="steps of local tuning on all sentences; 0 for no such rows"
-    )
+    parser.add_argument("--long", type=int, default=0, help="steps of local tuning on many sentences; 0: no such row")
+    parser.add_argument("--many", type=int, default=3072, help="how many those are")
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--out", type=Path, default=Path("build/fidelity.json"), help="JSON to write")
     options = parser.parse_args()
@@ -232,11 +231,10 @@ def main() -> None:
         whole.append(bench.whole(**{"width": options.width, **extra}))
         _show_whole(whole[-1])
     if options.long:
-        everything = tokenize(folder, _sentences(options.data, sys.maxsize)[0], 512) or []
-        long = {"sequential": True, "tune_steps": options.long, "calibration_rows": _tokens(everything)}
-        for method in ("fusion", "select"):
-            whole.append(bench.whole(everything, width=options.width, method=method, **long))
-            _show_whole(whole[-1])
+        many = tokenize(folder, _sentences(options.data, options.many)[0], 512) or []
+        long = {"method": "auto", "tune_steps": options.long, "calibration_rows": _tokens(many)}
+        whole.append(bench.whole(many, width=options.width, **long))
+        _show_whole(whole[-1])
     result = {
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "gpu": None},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -69,6 +69,13 @@ def test_fused_ffns_compute_the_fused_bundles(family: str, optimizer: str | None
     assert not torch.allclose(_logits(model), _logits(original))
 
 
+@pytest.mark.parametrize(("optimizer", "column"), [("adamw", "Adam"), ("sgd", "SGD"), (None, None)])
+def test_the_report_says_which_kernel_counts(optimizer: str | None, column: str | None) -> None:
+    said = fuse(tiny_model("bert"), 16, method="fusion", optimizer=optimizer).table()
+    assert ("tangent kernel" in said) == (column is not None)
+    assert column is None or f"which is to keep {column}'s tangent kernel: the other's error is of no account" in said
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_bare_loop_trains_every_parameter_of_the_fused_ffns(family: str, optimizer: str) -> None:

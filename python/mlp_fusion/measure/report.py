@@ -12,8 +12,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mlp_fusion.choices import OPTIMIZER_KERNELS
 from mlp_fusion.settings import FuseSettings
 
+#: Kernel -> whose steps see it, as columns have it.
+_COLUMNS = {"gd": "SGD", "sign": "Adam"}
 #: Of the report as JSON.
 FORMAT_VERSION = 2
 
@@ -181,7 +184,8 @@ class FusionReport:
         """The report as text: a row per FFN, and the totals under it."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("FFN")
-        for title in ("neurons", "output\nerror", "NTK error\nSGD", "NTK error\nAdam", "largest\ncluster"):
+        kernels = (f"NTK error\n{_COLUMNS[kernel]}" for kernel in ("gd", "sign"))
+        for title in ("neurons", "output\nerror", *kernels, "largest\ncluster"):
             table.add_column(title, justify="right")
         for title in ("singletons", "seconds"):
             table.add_column(title, justify="right")
@@ -228,6 +232,9 @@ class FusionReport:
         form = f"parameterization {self.parameterization}"
         if self.optimizer is not None:
             form += f" (for {self.optimizer})"
+        if self.parameterization in OPTIMIZER_KERNELS:
+            column = _COLUMNS[OPTIMIZER_KERNELS[self.parameterization]]
+            form += f", which is to keep {column}'s tangent kernel: the other's error is of no account"
         if all(row.largest_scale is None for row in self.rows):
             form = "no neuron has a scale"
         if self.sample_rows:
