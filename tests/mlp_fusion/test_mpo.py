@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 import mlp_fusion
 from mlp_fusion import InputError, MpoConfig, mpo_decompose
-from mlp_fusion.companions import mpo
+from mlp_fusion.companions import mpo, operators
 from mlp_fusion.companions.mpo import MpoLayer
 from mlp_fusion.companions.operators import (
     MatrixProductOperator,
@@ -39,7 +39,14 @@ CASES: list[tuple[tuple[int, int], Any]] = [
     ((64, 20), ((2, 2, 2, 2, 4), (1, 5, 2, 2, 1))),
     ((10, 9), ((3, 4), (3, 4))),
     ((5, 6), ((5,), (6,))),
+    # Two tensors and more on a side, with nothing to sum over beside the centre.
+    ((6, 6), ((2, 1, 3, 1), (2, 1, 3, 1))),
+    ((6, 6), ((2, 1, 1, 1, 3), (2, 1, 1, 1, 3))),
+    ((24, 36), ((2, 2, 3, 1, 2), (1, 3, 2, 3, 2))),
+    ((48, 30), ((2, 3, 2, 2, 1, 2), (2, 1, 3, 1, 5, 1))),
 ]
+#: What float32 may be off by, as a share of the matrix's norm; float64, as it is.
+OFF = {torch.float32: 2e-6, torch.float64: 1e-10}
 
 
 def matrix(shape: tuple[int, int], seed: int = 0) -> Tensor:
@@ -54,7 +61,7 @@ def defined(chain: MatrixProductOperator) -> Tensor:
         for c, j in enumerate(itertools.product(*map(range, columns))):
             product = torch.ones(1, 1, dtype=torch.float64)
             for t, a, b in zip(chain.tensors, i, j, strict=True):
-                product = product @ t[:, a, b]
+                product = product @ t[:, a, b].double()
             whole[r, c] = product[0, 0]
     return whole[: chain.shape[0], : chain.shape[1]]
 
@@ -69,30 +76,44 @@ def unfolding(weight: Tensor, chain: MatrixProductOperator, bond: int) -> Tensor
     return padded.reshape(*rows, *columns).permute(order).reshape(first, -1)
 
 
+@pytest.mark.parametrize("dtype", OFF)
 @pytest.mark.parametrize(("shape", "shapes"), CASES)
-def test_a_chain_is_its_matrix(shape: tuple[int, int], shapes: Any) -> None:
-    weight = matrix(shape)
+def test_a_chain_is_its_matrix(shape: tuple[int, int], shapes: Any, dtype: torch.dtype) -> None:
+    weight = matrix(shape).to(dtype)
     chain = mpo_decompose(weight, shapes, length=3)
-    assert float((chain.matrix() - weight).norm()) <= 1e-10 * float(weight.norm())
+    assert {t.dtype for t in chain.tensors} == {dtype}
+    assert all(t.is_contiguous() for t in chain.tensors)
+    assert float((chain.matrix() - weight).norm()) <= OFF[dtype] * float(weight.norm())
+    off = OFF[dtype] if dtype == torch.float64 else OFF[dtype] * float(weight.norm())
     if weight.numel() < 1000:
-        torch.testing.assert_close(defined(chain), weight, rtol=0.0, atol=1e-10)
+        torch.testing.assert_close(defined(chain), weight.double(), rtol=0.0, atol=off)
     small = chain.truncated(2)
     if weight.numel() < 1000:
-        torch.testing.assert_close(small.matrix(), defined(small), rtol=0.0, atol=1e-10)
-    x = matrix((5, shape[1]), seed=1)
-    torch.testing.assert_close(chain_apply(small.tensors, x, shape[0]), x @ small.matrix().mT)
+        torch.testing.assert_close(small.matrix().double(), defined(small), rtol=0.0, atol=off)
+    x = matrix((5, shape[1]), seed=1).to(dtype)
+    y, through = x @ small.matrix().mT, chain_apply(small.tensors, x, shape[0])
+    if dtype == torch.float64:
+        torch.testing.assert_close(through, y)
+    else:
+        torch.testing.assert_close(through, y, rtol=0.0, atol=1e-5 * float(y.norm()))
 
 
+@pytest.mark.parametrize("dtype", OFF)
 @pytest.mark.parametrize(("shape", "shapes"), CASES)
-def test_bonds_stand_in_the_bases_of_their_singular_vectors(shape: tuple[int, int], shapes: Any) -> None:
-    weight = matrix(shape)
+def test_bonds_stand_in_the_bases_of_their_singular_vectors(
+    shape: tuple[int, int], shapes: Any, dtype: torch.dtype
+) -> None:
+    weight = matrix(shape).to(dtype)
     chain = mpo_decompose(weight, shapes, length=3)
+    single = dtype == torch.float32
     for bond, spectrum in enumerate(chain.spectra):
-        values = torch.linalg.svdvals(unfolding(weight, chain, bond))
-        torch.testing.assert_close(spectrum, values[: len(spectrum)], rtol=1e-9, atol=1e-10)
+        values = torch.linalg.svdvals(unfolding(weight.double(), chain, bond))
+        off = 1e-7 * float(values[0]) if single else 1e-10
+        torch.testing.assert_close(spectrum, values[: len(spectrum)], rtol=1e-9, atol=off)
         assert float(values[len(spectrum) :].sum()) < 1e-10
         shares = values.square() / values.square().sum()
-        torch.testing.assert_close(chain.entropies()[bond], -(shares * shares.clamp(min=1e-300).log()).sum())
+        entropy = -(shares * shares.clamp(min=1e-300).log()).sum()
+        torch.testing.assert_close(chain.entropies()[bond], entropy, **({"rtol": 0.0, "atol": 1e-6} if single else {}))
     for t in chain.tensors[: chain.central]:
         side = t.flatten(0, 2)
         torch.testing.assert_close(side.mT @ side, torch.eye(t.shape[3], dtype=t.dtype))
@@ -101,23 +122,53 @@ def test_bonds_stand_in_the_bases_of_their_singular_vectors(shape: tuple[int, in
         torch.testing.assert_close(side @ side.mT, torch.eye(len(t), dtype=t.dtype))
 
 
+#: Factors of a matrix of 24 x 36, and bonds of all sizes.
+BONDS: list[tuple[Any, tuple[tuple[int, ...], ...]]] = [
+    (((2, 3, 4), (3, 4, 3)), ((1, 2, 4, 6), (1, 3, 9, 12))),
+    (((2, 1, 6, 2, 1), (3, 1, 2, 2, 3)), ((1, 2, 6), (1, 3, 6), (1, 5, 12), (1, 2, 3))),
+]
+
+
+@pytest.mark.parametrize("dtype", OFF)
+@pytest.mark.parametrize(("shapes", "sizes"), BONDS)
 @pytest.mark.parametrize("seed", range(4))
-def test_truncations_are_slices_and_keep_their_bound(seed: int) -> None:
+def test_truncations_are_slices_and_keep_their_bound(seed: int, shapes: Any, sizes: Any, dtype: torch.dtype) -> None:
     weight = matrix((24, 36), seed)
     if seed == 3:  # of rank 2, with bonds that are all but empty
         weight = weight[:, :2] @ weight[:2]
-    chain = mpo_decompose(weight, ((2, 3, 4), (3, 4, 3)))
-    for bonds in itertools.product((1, 2, 4, 6), (1, 3, 9, 12)):
+    weight = weight.to(dtype)
+    chain = mpo_decompose(weight, shapes)
+    off = 1e-10 if dtype == torch.float64 else OFF[dtype] * float(weight.norm())
+    for bonds in itertools.product(*sizes):
         small = chain.truncated(bonds)
         assert small.bonds == bonds
         assert torch.equal(small.tensors[1], chain.tensors[1][: bonds[0], :, :, : bonds[1]])
         error = float((small.matrix() - weight).norm())
-        assert error <= chain.error_bound(bonds) + 1e-10
+        assert error <= chain.error_bound(bonds) + off
         # No chain of these bonds is nearer than the best of one bond alone.
-        assert error >= float(chain.discarded(bonds).max()) - 1e-10
+        assert error >= float(chain.discarded(bonds).max()) - off
         assert chain.truncated(12).truncated(bonds).error_bound(bonds) == chain.error_bound(bonds)
     assert chain.truncated(99).bonds == chain.bonds
     assert chain.error_bound(99) == 0.0
+
+
+def test_autocast_and_fast_products_do_not_reach_a_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = matrix((24, 36)).float()
+    expected = mpo_decompose(weight, ((2, 3, 4), (3, 4, 3)))
+    asked: list[str] = []
+    product = operators._product
+    monkeypatch.setattr(
+        operators, "_product", lambda m: (asked.append(torch.backends.mkldnn.matmul.fp32_precision), product(m))[1]
+    )
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = mpo_decompose(weight.requires_grad_(), ((2, 3, 4), (3, 4, 3)))
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert asked == ["ieee", "ieee"]
+    assert all(torch.equal(*pair) for pair in zip(found.tensors, expected.tensors, strict=True))
 
 
 def test_a_zero_matrix_and_low_precision() -> None:

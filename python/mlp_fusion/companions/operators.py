@@ -32,6 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusion_kernels import native
 from mlp_fusion.errors import InputError
 
 #: Tensors of a chain, unless somebody says otherwise: the paper's.
@@ -146,7 +147,8 @@ def mpo_decompose(weight: Tensor, shapes: Shapes | None = None, *, length: int =
 
     Bases and spectra are found in float64; tensors come in the weight's dtype, float32 at least, spectra in float64.
     Time: a product of the matrix with itself from either side, and per bond a decomposition of something no larger than
-    the smaller side of its unfolding. Of float64 matrices, a thin decomposition takes the place of each product.
+    the smaller side of its unfolding. In float64, and where an unfolding is taller than wide, a thin decomposition is in
+    the product's place.
 
     Raises:
         InputError: the weight is no matrix of finite numbers, or the shapes do not fit it.
@@ -166,8 +168,17 @@ def mpo_decompose(weight: Tensor, shapes: Shapes | None = None, *, length: int =
     if not all(math.isfinite(end) for end in torch.aminmax(weight.detach())):
         raise InputError("the matrix holds infinite numbers or NaN: it cannot be decomposed")
     rows, columns = choose_shapes(*weight.shape, length=length) if shapes is None else checked_shapes(weight, shapes)
-    c, dtype = centre(len(rows)), torch.promote_types(weight.dtype, torch.float32)
-    core = _grouped(weight.detach().to(dtype), rows, columns)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), native.exact_products():
+        tensors, spectra = _decomposed(weight.to(torch.promote_types(weight.dtype, torch.float32)), rows, columns)
+    return MatrixProductOperator(tensors, spectra, (len(weight), weight.shape[1]))
+
+
+def _decomposed(
+    weight: Tensor, rows: Sequence[int], columns: Sequence[int]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The tensors of a chain, in the dtype of a weight of float32 or float64, and its spectra."""
+    c = centre(len(rows))
+    core = _grouped(weight, rows, columns)
     first, _, last = (i * j for i, j in zip(_groups(rows), _groups(columns), strict=True))
     before, left, above = _side(core.reshape(first, -1), rows[:c], columns[:c])
     behind, right, below = _side(core.reshape(-1, last).mT, rows[c + 1 :], columns[c + 1 :], from_the_end=True)
@@ -175,9 +186,9 @@ def mpo_decompose(weight: Tensor, shapes: Shapes | None = None, *, length: int =
     tensors = (
         *before,
         central.reshape(left.shape[1], rows[c], columns[c], right.shape[1]),
-        *(t.permute(3, 1, 2, 0).contiguous() for t in reversed(behind)),
+        *(t.permute(3, 1, 2, 0) for t in reversed(behind)),
     )
-    return MatrixProductOperator(tensors, (*above, *reversed(below)), (len(weight), weight.shape[1]))
+    return tuple(t.contiguous() for t in tensors), (*above, *reversed(below))
 
 
 def _side(
@@ -210,7 +221,9 @@ def _side(
     tensors, spectra = [], []
     for k in along:
         d, side = reached.shape[1], rows[k] * columns[k]
-        basis, values, known = (_by_product if by_product else _by_factor)(known, d * side)
+        basis, values = (_of_product if by_product else _of_factor)(known, d * side)
+        if k != along[-1]:
+            known = (_product_in if by_product else _factor_in)(basis, known)
         reached = (reached @ basis.reshape(d, -1)).reshape(len(reached) * side, -1)
         tensors.append(basis.reshape(d, rows[k], columns[k], -1).to(dtype))
         spectra.append(values)
@@ -233,22 +246,30 @@ def _triangle(matrix: Tensor) -> Tensor:
     return torch.linalg.qr(matrix.mT, mode="r")[1].mT if len(matrix) < matrix.shape[1] else matrix
 
 
-def _by_factor(matrix: Tensor, m: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Left singular vectors `(m, r)` and singular values `(r,)` of `matrix` as m rows, and the rest in their basis."""
-    unfolded = matrix.reshape(m, -1)
-    basis, values, _ = torch.linalg.svd(_triangle(unfolded), full_matrices=False)
-    return basis, values, basis.mT @ unfolded
+def _of_factor(matrix: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """Left singular vectors `(m, r)` and singular values `(r,)` of a matrix as m rows."""
+    basis, values, _ = torch.linalg.svd(_triangle(matrix.reshape(m, -1)), full_matrices=False)
+    return basis, values
 
 
-def _by_product(product: Tensor, m: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from `(m s, m s)`, the product with itself of a matrix of m s rows, and the product in their basis."""
+def _factor_in(basis: Tensor, matrix: Tensor) -> Tensor:
+    """The matrix, as the m rows of `basis (m, r)`, in that basis: `(r, ...)`."""
+    return basis.mT @ matrix.reshape(len(basis), -1)
+
+
+def _of_product(product: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """Left singular vectors `(m, m)` and values `(m,)` of a matrix as m rows, by its product with itself as m s."""
     s = len(product) // m
     outer = product.reshape(m, s, m, s).diagonal(dim1=1, dim2=3).sum(dim=-1)
     squares, basis = (t.flip(-1) for t in torch.linalg.eigh(outer))
-    if s > 1:
-        for _ in range(2):
-            product = (basis.mT @ product.reshape(m, -1)).reshape(m * s, m * s).mT
-    return basis, squares.clamp(min=0.0).sqrt(), product
+    return basis, squares.clamp(min=0.0).sqrt()
+
+
+def _product_in(basis: Tensor, product: Tensor) -> Tensor:
+    """The product `(m s, m s)` of a matrix with itself after its change to `basis (m, m)`."""
+    for _ in range(2):
+        product = (basis.mT @ product.reshape(len(basis), -1)).reshape(product.shape).mT
+    return product
 
 
 def centre(length: int) -> int:
