@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import re
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -182,20 +183,40 @@ def named(kernel: Any, shared: Mapping[str, Any], own: Mapping[str, Any]) -> dic
     return {name: shared[name] for name in kernel.arg_names if name in shared} | dict(own)
 
 
+#: One thread records, or launches what was recorded, at a time.
+_RECORDING = threading.Lock()
+
+
+@functools.cache
+def _recording_stream(device: int) -> torch.cuda.Stream:
+    """A stream for recordings alone: what anybody else launches on it meanwhile would be recorded too.
+
+    Of high priority, since streams come from a pool, and hardly anybody asks for those.
+    """
+    return torch.cuda.Stream(device, priority=-1)
+
+
 def recorded(work: Callable[[], object]) -> Callable[[], None]:
     """What launches all kernels of `work` at once, on the current stream: they are recorded in a graph, and not run.
 
     Kernels of `work` have been compiled, it takes no memory, and it asks the device nothing. What the kernels read and
-    write has to last as long as they are launched. Other threads may go on using the device.
+    write has to last until they have run; the graph need not, since CUDA frees one that is on its way when it is over.
+    Other threads may go on using the device, but for its random numbers in releases of torch that know of one recording
+    at a time: those refuse to draw any meanwhile, and so launches wait for recordings, too.
     """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    graph = torch.cuda.CUDAGraph()
+    with _RECORDING, torch.cuda.stream(_recording_stream(torch.cuda.current_device())):
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             work()
         finally:
             graph.capture_end()
-    return graph.replay
+
+    def replay() -> None:
+        with _RECORDING:
+            graph.replay()
+
+    return replay
 
 
 #: Of the compiler, beside a launch's own: a multiply and an add may become one instruction, which rounds once. That has

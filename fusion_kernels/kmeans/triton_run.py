@@ -45,7 +45,6 @@ class Run:
             costs, and what every other one costs at least.
         bid, bidder: (B, K), of moves.
         smallest_shift: (B,) float64, at which Lloyd's iteration has settled.
-        replays: what launches recorded rounds, kept as long as they may be on their way.
     """
 
     def __init__(self, points: Points, state: Tensor, labels: Tensor, counts: Tensor, tol: float) -> None:
@@ -71,7 +70,6 @@ class Run:
         self.bid = torch.empty(B, K, dtype=torch.int64, device=labels.device)
         variance = (points.weight * points.diagonal).sum(1) / (points.total * points.x.shape[2])
         self.smallest_shift = self.tol * variance
-        self.replays: list[Callable[[], None]] = []
 
     def launch(self, kernel: Any, programs: int, **own: Any) -> None:
         """Launch a kernel on this run: what it has parameters for, and does not get from `own`, is here."""
@@ -195,7 +193,7 @@ class Run:
             for _ in range(_POLL_EVERY):
                 once()
 
-        poll, at, recorded_yet = _Poll(self.state), 0, False
+        poll, at, replay = _Poll(self.state), 0, None
         while at < most and not poll.all_done(at):
             rounds = min(poll.until_asking(at), most - at)
             if rounds < _POLL_EVERY:
@@ -203,10 +201,8 @@ class Run:
                     once()
             else:
                 # Rounds have been done one by one before, and so all kernels are there.
-                if not recorded_yet:
-                    self.replays.append(recorded(many))
-                    recorded_yet = True
-                self.replays[-1]()
+                replay = recorded(many) if replay is None else replay
+                replay()
             at += rounds
 
     def inertia(self) -> Tensor:

@@ -208,10 +208,14 @@ def ntk_compare(
     check_block_size(block_size)
     if eigenvalues < 0:
         raise ValueError(f"eigenvalues must not be negative, got {eigenvalues}")
-    function = _NTK_SUMS.function(backend, x)
+    chosen = _NTK_SUMS.select(backend, x.device)
     both = [prepare(block, {"x": x}, params, metric) for block, metric in zip((a, b), metrics, strict=True)]
     named, direction = _contraction(both[0], both[1], reduce)
     rows, n = both[0].rows["x"], len(x)
+    if backend == "auto" and chosen.name == "triton" and rows.dtype == torch.float64:
+        # As of `ntk_gram`: the reference's products may have tensor cores for float64.
+        backend, chosen = "reference", _NTK_SUMS.backend("reference")
+    function = _NTK_SUMS.overload if backend == "auto" else chosen.function
     columns = _columns(columns, n, kernel)
     described = [
         part for p in both for part in ([*p.ffn.tensors, p.metric], p.ffn.scale_exponent, *p.ffn.function, p.parts)

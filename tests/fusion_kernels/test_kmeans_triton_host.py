@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,19 +75,22 @@ class Device:
 
 def rounds(device: Device, most: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """How many rounds the host launches."""
-    poll = triton_run._Poll(torch.full((3,), int(State.RUNNING)).as_subclass(OnGpu))
-    monkeypatch.setattr(poll, "_ask", device.ask)
-    for device.round in range(most):
-        if poll.all_done(device.round):
-            return device.round
-    return most
+    monkeypatch.setattr(triton_run._Poll, "_ask", lambda _: device.ask())
+    monkeypatch.setattr(triton_run, "recorded", lambda work: work)
+
+    def once() -> None:
+        device.round += 1
+
+    running = SimpleNamespace(state=torch.full((3,), int(State.RUNNING)).as_subclass(OnGpu))
+    triton_run.Run._iterate(running, once, most)  # type: ignore[arg-type]
+    return device.round
 
 
 def test_the_host_never_runs_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     every = triton_run._POLL_EVERY
     prompt = Device(late=1, done=20)
-    # Asked at 23, known at 24.
-    assert rounds(prompt, 1000, monkeypatch) == 24
+    # Asked at 23, known when the graph of eight rounds that follows has been launched.
+    assert rounds(prompt, 1000, monkeypatch) == 31
     assert prompt.waited == 0
     slow = Device(late=10**6, done=20)
     assert rounds(slow, 1000, monkeypatch) == 23 + triton_run._UNANSWERED * every
@@ -94,6 +98,8 @@ def test_the_host_never_runs_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slow.waited == 3
     busy = Device(late=1, done=10**6)
     assert rounds(busy, 1000, monkeypatch) == 1000
+    for most in (0, 1, 7, 8, 15, 22):
+        assert rounds(Device(late=1, done=10**6), most, monkeypatch) == most
 
 
 class Recorder:
@@ -167,17 +173,19 @@ def test_a_graph_is_recorded_beside_the_current_stream_and_closed_after_a_mistak
         said.append("off")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: "another")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: f"another of {device}, {priority}")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(gpu, "_recording_stream", functools.cache(gpu._recording_stream.__wrapped__))
     monkeypatch.setattr(torch.cuda, "stream", stream)
     replay = gpu.recorded(lambda: said.append("work"))
     begin = ("begin", {"capture_error_mode": "thread_local"})
-    assert said == [("on", "another"), begin, "work", "end", "off"]
+    assert said == [("on", "another of 3, -1"), begin, "work", "end", "off"]
     replay()
     assert said[-1] == "replay"
     said.clear()
     with pytest.raises(ZeroDivisionError):
         gpu.recorded(lambda: 1 // 0)
-    assert said == [("on", "another"), begin, "end"]
+    assert said == [("on", "another of 3, -1"), begin, "end"]
 
 
 def test_the_workspace_is_half_of_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ from ntk_precision import (
 from rounding import Arithmetic
 from torch import Tensor
 
-from fusion_kernels import BackendUnavailableError, Gate, ntk_gram
+from fusion_kernels import BackendUnavailableError, Gate, ntk_compare, ntk_gram
 from fusion_kernels.library import Backend
 from fusion_kernels.ntk import Kernel, gpu_cases, triton_backend, triton_heuristics
 from fusion_kernels.ntk import compare as comparison
@@ -286,6 +286,10 @@ def test_by_itself_it_answers_where_tensor_cores_do(monkeypatch: pytest.MonkeyPa
             assert bool(answered) == takes, options
             if not takes:
                 assert torch.equal(found, ntk_gram(bundle, x.to(found.dtype), backend="reference", **options))
+    for bundle in (single, double):
+        answered.clear()
+        ntk_compare(bundle, bundle, x.to(bundle.w_in.dtype), eigenvalues=0)
+        assert bool(answered) == (bundle is single)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

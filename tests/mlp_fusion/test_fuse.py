@@ -76,6 +76,13 @@ def test_the_report_says_which_kernel_counts(optimizer: str | None, column: str 
     assert column is None or f"which is to keep {column}'s tangent kernel: the other's error is of no account" in said
 
 
+def test_the_report_names_the_kernel_that_was_matched() -> None:
+    said = fuse(
+        tiny_model("bert"), 16, calibration=token_batch(), method="fusion", optimizer="adamw", match="gd"
+    ).table()
+    assert "parameterization scaled (for adamw), which is to keep SGD's tangent kernel" in said
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_bare_loop_trains_every_parameter_of_the_fused_ffns(family: str, optimizer: str) -> None:

@@ -172,13 +172,13 @@ def take_calibration(model: nn.Module, calibration: Batch | Iterable[Batch]) -> 
     return batches_of(model, calibration, tokens, "calibration")
 
 
-def warn_of_few(tokens: int, inputs: int) -> None:
-    """Say so where the text has fewer than two tokens for each of an FFN's inputs: see local training."""
-    if tokens < LEAST_ROWS * inputs:
+def warn_of_few(rows: int, inputs: int) -> None:
+    """Say so where an FFN keeps fewer than two of the text's tokens for each of its inputs: see local training."""
+    if rows < LEAST_ROWS * inputs:
         warnings.warn(
-            f"calibration text of {tokens:,} tokens has fewer than {LEAST_ROWS} for each of {inputs:,} inputs: too few "
+            f"{rows:,} tokens of calibration text are fewer than {LEAST_ROWS} for each of {inputs:,} inputs: too few "
             "to correct FFNs by, which are not trained on them; give a few hundred sentences",
-            stacklevel=2,
+            stacklevel=4,
         )
 
 

@@ -147,8 +147,8 @@ def mpo_decompose(weight: Tensor, shapes: Shapes | None = None, *, length: int =
 
     Bases and spectra are found in float64; tensors come in the weight's dtype, float32 at least, spectra in float64.
     Time: a product of the matrix with itself from either side, and per bond a decomposition of something no larger than
-    the smaller side of its unfolding. In float64, and where an unfolding is taller than wide, a thin decomposition is in
-    the product's place.
+    the smaller side of its unfolding. In float64, and where an unfolding is taller than wide, a thin decomposition
+    stands in the product's place.
 
     Raises:
         InputError: the weight is no matrix of finite numbers, or the shapes do not fit it.

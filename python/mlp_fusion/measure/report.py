@@ -232,9 +232,9 @@ class FusionReport:
         form = f"parameterization {self.parameterization}"
         if self.optimizer is not None:
             form += f" (for {self.optimizer})"
-        if self.parameterization in OPTIMIZER_KERNELS:
-            column = _COLUMNS[OPTIMIZER_KERNELS[self.parameterization]]
-            form += f", which is to keep {column}'s tangent kernel: the other's error is of no account"
+        kernel = self.settings.match or OPTIMIZER_KERNELS.get(self.parameterization)
+        if kernel in _COLUMNS:
+            form += f", which is to keep {_COLUMNS[kernel]}'s tangent kernel: the other's error is of no account"
         if all(row.largest_scale is None for row in self.rows):
             form = "no neuron has a scale"
         if self.sample_rows:
