@@ -83,6 +83,7 @@ def students() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "companions-sst2": lambda: companions("full", 1),
     "companions-sst2-fused": lambda: companions("quarter", 1),
+    "companions-sst2-fused-longer": lambda: companions("quarter", 3),
     "intrinsic": intrinsic,
     "squeezing": squeezing,
     "minialbert": students,
