@@ -274,7 +274,8 @@ def test_how_much_was_learnt_from(sequential: bool) -> None:
         architecture, sites = ffns(kind, model)
         options = {"width": 16, "sequential": sequential, "tune_steps": 0 if sequential else 2}
         settings = make(FuseSettings, options, "fuse").resolved([0, 1], calibrated=True)
-        chosen: Any = SimpleNamespace(model=model, architecture=architecture, sites=sites)
+        originals = [architecture.read(site) for site in sites]
+        chosen: Any = SimpleNamespace(model=model, architecture=architecture, sites=sites, originals=originals)
         learnt = learn(chosen, settings, batches, None)
         record = learnt.record()
         assert record is not None
