@@ -81,12 +81,11 @@ def ntk_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sums over two kernels; arguments and result as in `fusion_kernels.ntk.reference.ntk_sums`.
 
-    By strips (`strips.py`), in float32 by `"tf32x3"`, whose errors are float32's.
+    By strips: see `strips.py`.
     """
     check_name("kernel", kernel, _KERNELS)
     compiled = native.cuda_operators()
     return sums_by_strips(
         x1, x2, a, b, kernel, direction, block_size, operand=_operand,
-        precision="tf32x3" if x1.dtype == torch.float32 else "highest",
         tiles=lambda one, other, how, out: compiled.ntk_tiles(one, other, *how, False, out), add=compiled.ntk_strip,
     )  # fmt: skip

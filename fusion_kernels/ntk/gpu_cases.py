@@ -19,6 +19,7 @@ from fusion_kernels.ffn import FFN
 from fusion_kernels.ntk import cuda_backend, triton_backend
 from fusion_kernels.ntk import reference as reference
 from fusion_kernels.ntk.operators import exactly
+from fusion_kernels.ntk.strips import precision_of
 from fusion_kernels.ntk.types import Differentiated
 from fusion_kernels.proof.cases import Case, Found, beyond, first_of
 
@@ -151,7 +152,7 @@ def sums_case(
 
     def wrong(found: Found) -> str | None:
         wide = given(Tensor.double)
-        precision = "tf32x3" if dtype == torch.float32 else "highest"
+        precision = precision_of(dtype)
         how = problem.kernel, "vector" if problem.along else "trace", wide.direction
         a, b = (
             _Value(reference.ntk_gram(wide.x1, wide.x2, block.ffn, block.params, *how), bound(each, dtype, precision))

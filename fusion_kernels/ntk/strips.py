@@ -19,6 +19,11 @@ from fusion_kernels.ntk.types import Differentiated
 COLUMNS = 128
 
 
+def precision_of(dtype: torch.dtype) -> str:
+    """What strips are computed in: of float32 by the products of tensor cores whose errors are float32's."""
+    return "tf32x3" if dtype == torch.float32 else "highest"
+
+
 def sums_by_strips(
     x1: Tensor,
     x2: Tensor | None,
@@ -29,7 +34,6 @@ def sums_by_strips(
     block_size: int | None,
     *,
     operand: Callable[..., Tensor],
-    precision: str,
     tiles: Callable[[Tensor, Tensor, Products, Tensor], None],
     add: Callable[..., None],
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,12 +41,13 @@ def sums_by_strips(
 
     Args:
         block_size: rows of a strip; None: as many as keep both within `ROW_BLOCK_BYTES`.
-        operand, precision: as `left_and_right` takes them.
+        operand: as `left_and_right` takes it.
         tiles: writes the products of rows and others, as they say, to where they are told, or adds them to it.
         add: told two strips (n, m), the number of the first row, whether they are of symmetric kernels, of which only
             what is on and below the diagonal is read; adds to sums (groups of `COLUMNS`, 4), to rows (2, n) and to
             columns (2, at least m), where a symmetric kernel adds what is below the diagonal.
     """
+    precision = precision_of(x1.dtype)
     passes = [list(left_and_right(operand, x1, x2, *block, kernel, direction, precision)) for block in (a, b)]
     n1, n2 = len(x1), len(x1 if x2 is None else x2)
     symmetric = x2 is None and kernel == "gd"

@@ -24,7 +24,7 @@ from fusion_kernels.ntk import reference as reference
 from fusion_kernels.ntk import triton_heuristics
 from fusion_kernels.ntk.outputs import outputs_gram
 from fusion_kernels.ntk.passes import Products, left_and_right
-from fusion_kernels.ntk.strips import COLUMNS, sums_by_strips
+from fusion_kernels.ntk.strips import COLUMNS, precision_of, sums_by_strips
 from fusion_kernels.ntk.types import Differentiated, check_names
 
 # The names that this backend knows: it takes none for another, and refuses a new one until that stands here.
@@ -82,14 +82,14 @@ def ntk_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sums over two kernels; arguments and result as in `fusion_kernels.ntk.reference.ntk_sums`.
 
-    By strips (`strips.py`), in float32 by `"tf32x3"`, whose errors are float32's.
+    By strips: see `strips.py`.
     """
     check_name("kernel", kernel, _KERNELS)
-    precision = "tf32x3" if x1.dtype == torch.float32 else "highest"
+    precision = precision_of(x1.dtype)
     most = max(len(x1), 0 if x2 is None else len(x2))
     with device_guard(x1):
         return sums_by_strips(
-            x1, x2, a, b, kernel, direction, block_size, operand=operand, precision=precision,
+            x1, x2, a, b, kernel, direction, block_size, operand=operand,
             tiles=lambda one, other, how, out: tiles(one, other, how, False, precision, out, most), add=_add_strips,
         )  # fmt: skip
 
