@@ -70,7 +70,7 @@ START = {
 #: Share of the small model's neurons, most of which a short training leaves alike: at an eighth, little is lost.
 NARROW = 1 / 32
 CALIBRATED = ("auto", "auto, matched", "fusion, folded", "fusion", "fusion, matched", "prune")
-CHOSEN = ("auto", "auto, matched", "fusion, folded", "fusion, matched", "prune")
+CHOSEN = ("auto", "fusion, folded", "fusion, matched", "prune")
 BLIND = ("fusion, no text, folded", "fusion, no text", "prune, no text")
 
 
@@ -122,7 +122,9 @@ PARTS = {
     "taught": Part("small", NARROW, CHOSEN, taught=True),
     "long": Part("small", NARROW, CHOSEN, steps=1000),
     "eighth": Part("small", 0.125, CHOSEN),
-    "smollm2": Part("smollm2", 0.5, ("fusion, folded", "fusion, matched", "prune", "auto"), seeds=1, steps=50),
+    "smollm2": Part("smollm2", 0.5, CHOSEN, seeds=1),
+    "smollm2 lora": Part("smollm2", 0.5, CHOSEN, lora=True, seeds=1),
+    "smollm2 taught": Part("smollm2", 0.5, CHOSEN, taught=True, seeds=1),
 }
 
 

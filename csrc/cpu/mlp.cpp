@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "gemm.h"
 #include "mlp_few.h"
 #include "mlp_tensors.h"
 #include "parallel.h"
@@ -62,10 +63,19 @@ Matrix<T> contiguous(T* data, int64_t rows, int64_t columns) {
   return {data, rows, columns, columns, 1};
 }
 
+// Whether a product is gemm's: with a short side, packing takes longer than it does.
+template <class T>
+bool for_gemm(const Matrix<T>& a, const Matrix<T>& b) {
+  return std::is_same_v<T, float> && std::min({a.rows, a.columns, b.columns}) > kFewRows && has_gemm();
+}
+
 // out = a b, plus what is there if `add`. The dispatcher has no stable form for the numbers that addmm takes; the
 // interface of compiled models has.
 template <class T>
 void multiply(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, bool add = false) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (for_gemm(a, b)) return gemm(out, a, b, nullptr, add);
+  }
   const Tensor to = view(out), left = view(a), right = view(b);
   STABLE_TORCH_ERROR_CODE_CHECK(add ? aoti_torch_cpu_addmm_out(to.get(), to.get(), left.get(), right.get(), 1.0, 1.0)
                                     : aoti_torch_cpu_mm_out(to.get(), left.get(), right.get()));
@@ -88,6 +98,7 @@ template <class T>
 void project(const Matrix<T>& out, const Matrix<T>& x, const Matrix<T>& w, const T* bias) {
   if constexpr (std::is_same_v<T, float>) {
     if (x.rows <= kFewRows && x.column_stride == 1 && w.column_stride == 1) return project_few(out, x, w, bias);
+    if (for_gemm(x, w.transposed())) return gemm(out, x, w.transposed(), bias, false);
   }
   if (bias != nullptr) {
     in_pieces(out.rows, out.columns, [&](int64_t begin, int64_t count) {

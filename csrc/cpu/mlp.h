@@ -1,5 +1,6 @@
 // A feed-forward block on the CPU, tokens in chunks whose hidden tile stays in the cache: the formulas of
-// fusion_kernels/mlp/reference.py, with products by PyTorch's BLAS, of few tokens by mlp_few.h.
+// fusion_kernels/mlp/reference.py, with products by PyTorch's BLAS or by gemm.h, of few tokens
+// by mlp_few.h.
 #pragma once
 
 #include <cstdint>
