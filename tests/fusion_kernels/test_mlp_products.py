@@ -1,6 +1,6 @@
-"""The products of feed-forward blocks on the CPU, by the library's own kernel and by torch's BLAS, whatever this machine takes.
+"""The products of feed-forward blocks on the CPU, by the library's own kernel and by torch's BLAS.
 
-Which one is taken is decided once in a process, so that either is tried in one of its own.
+Which one is taken is decided once in a process, so that each is tried in one of its own, whatever the machine takes.
 """
 
 from __future__ import annotations
