@@ -15,7 +15,7 @@ import mlp_fusion
 PRODUCT = (
     "errors", "deferred", "choices", "neurons", "selection", "settings", "tuning", "squeezing", "distilling", "modules",
     "minialbert", "families", "running", "store", "measure", "calibration", "methods", "reducing", "streaming",
-    "companions", "finetuning", "report", "verbs", "bars", "cli",
+    "companions", "finetuning", "report", "verbs", "bars", "cli", "__main__",
 )  # fmt: skip
 #: `fusion_kernels`, likewise; the operators that use another one's functions come after it.
 KERNELS = (

@@ -399,17 +399,13 @@ def forget(as_json: bool) -> None:
 @_json
 def env(as_json: bool) -> None:
     """Versions, devices, and which backend each operator uses here and why."""
-    from mlp_fusion.verbs.env import environment
+    from mlp_fusion.verbs.env import environment, lines
 
     report = environment()
     if as_json:
         click.echo(json.dumps(report, allow_nan=False))
         return
-    rows = [*report["versions"].items(), *(("device", device) for device in report["devices"])]
-    rows += [(name, ", ".join(f"{k}: {v}" for k, v in row.items())) for name, row in report["backends"].items()]
-    rows += [("GPU kernels", ", ".join(f"{k}: {v}" for k, v in row.items())) for row in report["gpu_kernels"]]
-    for name, value in rows:
-        click.echo(f"{name:14} {value}")
+    click.echo("\n".join(lines(report)))
 
 
 def parse_width(text: str) -> int | float | str:
@@ -492,7 +488,3 @@ def _interrupt(_number: int, _frame: Any) -> NoReturn:
 def _fail(message: str, code: int) -> NoReturn:
     click.echo(f"mlp-fusion: {message}", err=True)
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

@@ -23,6 +23,7 @@ from families import WIDTH
 from mlp_fusion import InputError
 from mlp_fusion import cli as cli_module
 from mlp_fusion.verbs import compress as compress_module
+from mlp_fusion.verbs.env import lines
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +239,19 @@ def test_env_prints_a_list(run: Run) -> None:
     assert (done.code, done.err) == (0, "")
     for word in (torch.__version__, transformers.__version__, "cpu", *fusion_kernels.backends()):
         assert word in done.out
+    known = {line.split()[0]: line for line in done.out.splitlines()}
+    assert len({len(line) - len(line[len(name) :].lstrip()) for name, line in known.items() if name != "GPU"}) == 1
+
+
+def test_env_names_a_reason_once() -> None:
+    row = {"cpu": "loop", "triton unavailable": "no GPU", "cublas unavailable": "no GPU", "cpu declines": "float16"}
+    report = {"versions": {"python": "3"}, "devices": [], "backends": {"mlp": row}, "gpu_kernels": []}
+    assert lines(report) == ["python 3", "mlp    cpu: loop; triton, cublas unavailable: no GPU; cpu declines: float16"]
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "mlp_fusion", "--version"], capture_output=True, text=True, check=True)
+    assert mlp_fusion.__version__ in done.stdout
 
 
 def test_env_without_a_package(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

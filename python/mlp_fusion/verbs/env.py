@@ -27,3 +27,22 @@ def environment() -> dict[str, Any]:
         memory = properties.total_memory / 2**30
         devices.append(f"cuda:{index}, {properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB")
     return {"versions": versions, "devices": devices, "backends": backends(), "gpu_kernels": states()}
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """The same for people: a name and what is known of it in each."""
+    rows = [*report["versions"].items(), *(("device", device) for device in report["devices"])]
+    rows += [(name, _grouped(row)) for name, row in report["backends"].items()]
+    rows += [("GPU kernels", ", ".join(f"{k}: {v}" for k, v in row.items())) for row in report["gpu_kernels"]]
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:{width}} {value}" for name, value in rows]
+
+
+def _grouped(row: dict[str, str]) -> str:
+    """What is known of an operator, backends that are missing for the same reason together."""
+    found: dict[str, list[str]] = {}
+    for key, value in row.items():
+        name, missing, _ = key.partition(" unavailable")
+        said = f"unavailable: {value}" if missing else f"{key}: {value}"
+        found.setdefault(said, []).extend([name] if missing else [])
+    return "; ".join(f"{', '.join(names)} {said}".strip() for said, names in found.items())
