@@ -9,7 +9,8 @@ its experts' parameters: `fusion` and `prune` narrow every expert and leave rout
 experts (see moe_experts.py), and so does `random`. All but `fusion, no data` and `random` learn from the first blocks
 of the training text. Perplexity is that of the last tenth, before and, for some, after a short fine-tune.
 
-A run is one shape and seed, and one line of `--out`. What is in `--out` already is not run again.
+A run is one shape and seed, and one line of `--out`. What is in `--out` already is not run again; where rows are
+missing, the model is trained once more, and has to come out as it did.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,15 @@ SHARES = (0.75, 0.5, 0.25)
 #: Of the fine-tune.
 TUNE_STEPS, TUNE_RATE = 100, 3e-4
 TUNE_SHARE = 0.5
-TUNED = ("fusion, no data", "fusion", "prune", "reap", "mone")
+TUNED = ("fusion, no data", "auto", "fusion", "prune", "reap", "mone")
 #: How many draws of random experts.
 DRAWS = 3
 #: Method -> options of `fuse`; None for what drops experts.
 METHODS: dict[str, dict[str, Any] | None] = {
     "fusion, no data": {"calibration": None},
-    "fusion": {},
-    "fusion, sequential": {"sequential": True},
+    "auto": {},
+    "fusion": {"method": "fusion"},
+    "fusion, sequential": {"method": "fusion", "sequential": True},
     "prune": {"method": "prune"},
     "prune, sequential": {"method": "prune", "sequential": True},
     "reap": None,
@@ -208,8 +210,14 @@ def reduced(original: Any, name: str, share: float, text: Text, seed: int, known
     return model
 
 
-def run(shape: str, seed: int, text: Text, tune_steps: int) -> dict[str, Any]:
-    """Train a model, and measure what is left of it."""
+def wanted() -> list[tuple[float, str]]:
+    """Share and method of every row of a run."""
+    # At three quarters, sequential calibration has nothing left to win.
+    return [(share, name) for share in SHARES for name in METHODS if "sequential" not in name or share < SHARES[0]]
+
+
+def run(shape: str, seed: int, text: Text, tune_steps: int, earlier: dict[str, Any] | None) -> dict[str, Any]:
+    """Train a model, and measure what is left of it, but for the rows of an `earlier` run."""
     steps, rate = RECIPES[shape]
     transformers.set_seed(seed)
     original = SHAPES[shape]()
@@ -218,23 +226,25 @@ def run(shape: str, seed: int, text: Text, tune_steps: int) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     before = perplexity(original, text.evaluation)
     print(f"{shape} {seed}: loss {loss:.3f}, perplexity {before:.2f}, {seconds:.0f} s", flush=True)
+    if earlier is not None and earlier["whole"]["perplexity"] != before:
+        raise SystemExit(f"{shape} {seed}: perplexity was {earlier['whole']['perplexity']}: give another --out")
     known = expert_statistics(original, text.calibration)
-    rows = []
-    for share in SHARES:
-        for name in METHODS:
-            if "sequential" in name and share == SHARES[0]:
-                continue  # at three quarters, nothing is left to win
-            rows.append(_row(original, name, share, text, seed, known, tune_steps))
-            print(
-                f"  {share} {name:20}", {k: v for k, v in rows[-1].items() if k not in ("method", "share")}, flush=True
-            )
+    rows = {(row["share"], row["method"]): row for row in (earlier or {"rows": []})["rows"]}
+    for share, name in wanted():
+        if (share, name) in rows:
+            continue
+        row = rows[share, name] = _row(original, name, share, text, seed, known, tune_steps)
+        print(f"  {share} {name:20}", {k: v for k, v in row.items() if k not in ("method", "share")}, flush=True)
+    ordered = [rows[place] for place in wanted()]
+    if earlier is not None:
+        return {**earlier, "rows": ordered}
     whole = {"perplexity": before, "parameters": parameters(original)}
     if tune_steps:
         whole["tuned"] = _tuned(copy.deepcopy(original), text, tune_steps, seed)
     return {
         "shape": shape, "seed": seed, "steps": steps, "learning_rate": rate, "train_loss": loss,
         "train_seconds": seconds, "whole": whole,
-        "tokens_per_expert": [k.tokens.int().tolist() for k in known], "rows": rows,
+        "tokens_per_expert": [k.tokens.int().tolist() for k in known], "rows": ordered,
     }  # fmt: skip
 
 
@@ -266,13 +276,15 @@ def medians(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         of_shape = [r for r in runs if r["shape"] == shape]
         whole = [r["whole"] for r in of_shape]
         found.append({"shape": shape, "method": "whole", "share": 1.0, **_median(whole, whole)})
-        for place, row in enumerate(of_shape[0]["rows"]):
-            rows = [r["rows"][place] for r in of_shape]
-            found.append({"shape": shape, "method": row["method"], "share": row["share"], **_median(rows, whole)})
+        for place in [(row["share"], row["method"]) for row in of_shape[0]["rows"]]:
+            # Of runs to which a method was added later, not all may have it yet.
+            pairs = [(row, r["whole"]) for r in of_shape for row in r["rows"] if (row["share"], row["method"]) == place]
+            rows, wholes = zip(*pairs, strict=True)
+            found.append({"shape": shape, "method": place[1], "share": place[0], **_median(rows, wholes)})
     return found
 
 
-def _median(rows: list[dict[str, Any]], whole: list[dict[str, Any]]) -> dict[str, Any]:
+def _median(rows: Sequence[dict[str, Any]], whole: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ratios = [row["perplexity"] / w["perplexity"] for row, w in zip(rows, whole, strict=True)]
     result = {
         "perplexity": statistics.median(row["perplexity"] for row in rows),
@@ -345,11 +357,13 @@ def main() -> None:
     for seed in range(options.seeds):
         for shape in options.shapes:
             runs = recorded(options.out)
-            if (shape, seed) in {(r["shape"], r["seed"]) for r in runs}:
+            others = [r for r in runs if (r["shape"], r["seed"]) != (shape, seed)]
+            earlier = next((r for r in runs if r not in others), None)
+            if earlier is not None and {(row["share"], row["method"]) for row in earlier["rows"]} >= {*wanted()}:
                 continue
             tune_steps = TUNE_STEPS if seed < options.tuned_seeds else 0
             text = Text(options.data, shape)
-            record(options.out, [*runs, run(shape, seed, text, tune_steps)])
+            record(options.out, [*others, run(shape, seed, text, tune_steps, earlier)])
     summary(options.out)
 
 

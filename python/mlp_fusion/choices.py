@@ -66,8 +66,8 @@ METHODS = {
     "twossp": MethodEntry("twossp", "keeps neurons that are most active on the text", text="needed"),
     "wanda": MethodEntry("wanda", "keeps neurons by activity times their output weights", text="needed"),
 }
-#: The name for what is measured to be best: `AUTOMATIC_METHOD`, sequential and with some tuning, of dense FFNs where
-#: there is calibration text; `PLAIN_METHOD` where there is none, of experts and in streamed runs.
+#: The name for what is measured to be best: `AUTOMATIC_METHOD` with some tuning, and sequential without experts, where
+#: there is calibration text; `PLAIN_METHOD` where there is none, and in streamed runs.
 AUTOMATIC = "auto"
 AUTOMATIC_METHOD, PLAIN_METHOD, AUTOMATIC_STEPS = "merge", "fusion", 80
 #: Those that cannot run without calibration text, and those whose result is no narrower FFN.

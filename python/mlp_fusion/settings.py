@@ -255,8 +255,8 @@ class FuseSettings(PlanSettings):
     """How FFNs are shrunk."""
 
     method: str = option(
-        f"auto, or one of {', '.join(METHODS)}. auto: of dense FFNs with calibration {AUTOMATIC_METHOD}, sequential "
-        f"and tuned; else {PLAIN_METHOD}.",
+        f"auto, or one of {', '.join(METHODS)}. auto: with calibration {AUTOMATIC_METHOD}, tuned, and sequential where "
+        f"no FFN is an expert; without, or in a streamed run, {PLAIN_METHOD}.",
         AUTOMATIC,
     )
     optimizer: str | None = option(
@@ -292,7 +292,7 @@ class FuseSettings(PlanSettings):
     )  # fmt: skip
     sequential: bool | None = option(
         "Calibrate each FFN on what the reduced ones before it produce.", None,
-        default_help=f"where method auto is {AUTOMATIC_METHOD}",
+        default_help=f"where method auto is {AUTOMATIC_METHOD}, without experts",
     )  # fmt: skip
     unmeasured: bool = option(
         "Do not run the model: its FFNs are not compared with what was read of them, and their errors stay unknown.",
@@ -325,14 +325,17 @@ class FuseSettings(PlanSettings):
         if calibrated is False and (wanting := self._wants_text()) is not None:
             raise InputError(f"{wanting} needs calibration text: pass calibration (--calibration FILE)")
 
-    def resolved(self, layers: list[int], *, calibrated: bool, named: bool = True, whole: bool = True) -> FuseSettings:
+    def resolved(
+        self, layers: list[int], *, calibrated: bool, named: bool = True, whole: bool = True, dense: bool = True
+    ) -> FuseSettings:
         """The same with nothing left to be decided: `layers`, the method, and what options left to it come to.
 
         Args:
             layers: their numbers.
             calibrated: whether there is text.
             named: whether the function of all FFNs is known.
-            whole: whether they are dense FFNs of a model in memory, so that gradients through it tell what matters.
+            whole: whether the model is in memory.
+            dense: whether none of them is an expert, of which the order of calibration matters little.
 
         Raises:
             InputError: what was asked for has to compute FFNs whose function is not `named`.
@@ -340,7 +343,7 @@ class FuseSettings(PlanSettings):
         best = self.method == AUTOMATIC and calibrated and named and whole and self.refit is not False
         plain = PLAIN_METHOD if self.method == AUTOMATIC else self.method
         # Of one FFN alone, none before it shrinks; and where it is shared, it has no one place in the sequence.
-        sequential = best and len(layers) > 1 if self.sequential is None else self.sequential
+        sequential = best and dense and len(layers) > 1 if self.sequential is None else self.sequential
         steps = (AUTOMATIC_STEPS if best else 0) if self.tune_steps is None else self.tune_steps
         match = OPTIMIZER_KERNELS[self.parameterization] if self.match == "auto" else self.match
         refit = calibrated and named if self.refit is None else self.refit

@@ -124,22 +124,23 @@ def test_resolved_settings_leave_nothing_open() -> None:
 
 def test_what_is_measured_to_be_best_is_what_no_method_and_text_come_to() -> None:
     def found(
-        calibrated: bool = True, *, named: bool = True, whole: bool = True, count: int = 2, **options: Any
+        calibrated: bool = True, *, count: int = 2, known: dict[str, bool] | None = None, **options: Any
     ) -> tuple[Any, ...]:
         asked = FuseSettings(width=0.5, **options)
-        settings = asked.resolved([*range(count)], calibrated=calibrated, named=named, whole=whole)
+        settings = asked.resolved([*range(count)], calibrated=calibrated, **(known or {}))
         return settings.method, settings.sequential, settings.tune_steps
 
     plain = ("fusion", False, 0)
     assert found() == ("merge", True, AUTOMATIC_STEPS)
     assert found(count=1) == ("merge", False, AUTOMATIC_STEPS), "one FFN has none before it"
     assert found(calibrated=False) == plain
-    assert found(named=False) == plain
-    assert found(whole=False) == plain
+    assert found(known={"dense": False}) == ("merge", False, AUTOMATIC_STEPS), "experts, of which order matters little"
+    assert found(known={"named": False}) == plain
+    assert found(known={"whole": False}) == plain
     assert found(refit=False) == plain
     # Each part by itself; a named method brings none of the others.
     assert found(tune_steps=3, sequential=False) == ("merge", False, 3)
-    assert found(whole=False, sequential=True) == ("fusion", True, 0)
+    assert found(known={"whole": False}, sequential=True) == ("fusion", True, 0)
     assert found(method="merge") == ("merge", False, 0)
     assert found(method="prune", tune_steps=5) == ("prune", False, 5)
 

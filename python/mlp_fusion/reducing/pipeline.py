@@ -18,6 +18,7 @@ from mlp_fusion.calibration.local_training import train_locally
 from mlp_fusion.calibration.matching import MATCHING_ROWS, match_ntk
 from mlp_fusion.calibration.refit import Refit, refit
 from mlp_fusion.calibration.statistics import FFNStatistics
+from mlp_fusion.choices import METHODS, PLAIN_METHOD
 from mlp_fusion.families import FFNSite
 from mlp_fusion.methods import Method, Reduction, get_method
 from mlp_fusion.neurons import NeuronBundle, Parameterization
@@ -112,6 +113,18 @@ def _contiguous(tensor: Tensor) -> Tensor:
     return tensor[0].contiguous().unsqueeze(0) if len(tensor) == 1 else tensor.contiguous()
 
 
+def _by_weights(
+    bundle: NeuronBundle, width: int, *, seed: int, statistics: Sequence[FFNStatistics] | None = None
+) -> Reduction:
+    """`PLAIN_METHOD` without text, its scale folded: it lies beside what methods that need text make, which has none."""
+    found = get_method(PLAIN_METHOD)(bundle, width, seed=seed)
+    return dataclasses.replace(found, bundle=found.bundle.parameterized("folded"))
+
+
+#: Of experts that no text has reached, where the method needs some.
+_INSTEAD = Method(PLAIN_METHOD, _by_weights, METHODS[PLAIN_METHOD])
+
+
 def _goes_as_it_is(method: Method, bundle: NeuronBundle) -> bool:
     """Whether a method that has no statistics takes the bundle in the precision that it has."""
     named = bundle.named()
@@ -145,9 +158,10 @@ def reduce_ffns(
     """Reduce FFNs (each with B = 1) to their widths; FFNs of one shape and width go through the method side by side.
 
     An FFN whose width is what it has already keeps its neurons. `statistics` holds one entry per FFN; one that has seen
-    no token is reduced without. Tuned side by side are those whose rows are of the same sequences, as an encoder's and
-    a decoder's are not. Side by side are as many as have `batch_bytes` of neuron vectors in float32, by default
-    :data:`BATCH_BYTES`, on a GPU an eighth of its free memory if that is more.
+    no token is reduced without, by :data:`mlp_fusion.choices.PLAIN_METHOD` where the method needs some. Tuned side by
+    side are those whose rows are of the same sequences, as an encoder's and a decoder's are not. Side by side are as
+    many as have `batch_bytes` of neuron vectors in float32, by default :data:`BATCH_BYTES`, on a GPU an eighth of its
+    free memory if that is more.
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     for number, (bundle, width) in enumerate(zip(bundles, widths, strict=True)):
@@ -176,12 +190,15 @@ def reduce_ffns(
             if known is not None and known[0].tokens == 0:
                 known = None
             narrower = widths[chunk[0]] != first.width
-            as_they_are = narrower and known is None and _goes_as_it_is(recipe.method, first)
+            method = recipe.method
+            if known is None and statistics is not None and method.needs_statistics:
+                method = _INSTEAD
+            as_they_are = narrower and known is None and _goes_as_it_is(method, first)
             stacked = _stacked([bundles[n] for n in chunk], as_they_are=as_they_are)
             if not narrower:
                 reduction = Reduction.plain(stacked)
             else:
-                reduction = recipe.method(stacked, widths[chunk[0]], seed=recipe.seed, statistics=known)
+                reduction = method(stacked, widths[chunk[0]], seed=recipe.seed, statistics=known)
             seconds = (time.perf_counter() - started) / len(chunk)
             alone = None if statistics is None else known is None
             each = [

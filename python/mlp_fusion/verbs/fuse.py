@@ -85,7 +85,7 @@ def fuse(
     ffns = ChosenFFNs.find(model, layers, asked.only)
     chosen = sorted({site.index for site in ffns.sites})
     dense = not any(site.is_expert for site in ffns.sites)
-    settings = asked.resolved(chosen, calibrated=calibration is not None, named=ffns.named, whole=dense)
+    settings = asked.resolved(chosen, calibrated=calibration is not None, named=ffns.named, dense=dense)
     ffns.check(settings)
     widths = [] if isinstance(width, str) else ffns.widths(width, settings.multiple)
     check_finite(model)
