@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <string_view>
 #include <vector>
 
@@ -23,8 +24,8 @@ constexpr int64_t kColumns = 512;
 constexpr int64_t kRows = 56, kApart = kDepth + 16;
 // Strides in elements whose multiples put the rows of a tile into the same few places of a cache.
 constexpr int64_t kColliding = 256;
-// Rows of a part for which packing b once more does not count, and multiply-adds for which threads are woken.
-constexpr int64_t kManyRows = 512, kWorthThreads = 1 << 18;
+// Multiply-adds for which threads are woken, and those that take as long as packing a number.
+constexpr int64_t kWorthThreads = 1 << 18, kPacking = 8;
 
 // What registers of Bytes hold: sums of kTall rows and two vectors of columns, two vectors of b, and a number of a.
 template <int Bytes>
@@ -32,6 +33,9 @@ struct Shape {
   static constexpr int kLanes = Bytes / 4, kWide = 2 * kLanes, kTall = Bytes == 64 ? 14 : 6;
   typedef float V __attribute__((vector_size(Bytes)));
 };
+
+// What threads divide columns into: a multiple of every kWide.
+constexpr int64_t kWidest = Shape<64>::kWide;
 
 template <int... Lanes>
 MLP_INLINE Float8 shuffled(Float8 a, Float8 b) {
@@ -134,7 +138,7 @@ MLP_INLINE void tile(int64_t depth, const float* a, int64_t a_stride, const floa
 #pragma GCC unroll 4
     for (int q = 0; q < (Rows + 3) / 4; ++q) ++fours[q];
   }
-  float whole[2 * kLanes];
+  float whole[2 * kLanes] = {};
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
     float* to = out + i * out_stride;
@@ -224,6 +228,20 @@ MLP_INLINE void part_body(const Matrix<float>& out, const Matrix<float>& a, cons
 MLP_EACH_TARGET(MLP_PART, part)
 #undef MLP_PART
 
+// Bytes of the registers for which the loader takes the code.
+#define MLP_BYTES(Target, Bytes, Name) \
+  Target static int Name() { return Bytes; }
+MLP_EACH_TARGET(MLP_BYTES, bytes)
+#undef MLP_BYTES
+
+bool is_intel() {
+#if defined(MLP_AVX2)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 bool has_gemm() {
@@ -233,11 +251,7 @@ bool has_gemm() {
     STD_TORCH_CHECK(name == "auto" || name == "own" || name == "blas",
                     "FUSION_KERNELS_CPU_PRODUCTS is ", name, ": use auto, own or blas");
     if (name != "auto") return name == "own";
-#if defined(MLP_AVX2)
-    return !__builtin_cpu_is("intel") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-    return false;
-#endif
+    return !is_intel() && bytes() > 16;
   }();
   return has;
 }
@@ -250,16 +264,21 @@ void gemm(const Matrix<float>& out, const Matrix<float>& a, const Matrix<float>&
       bias == nullptr ? std::fill_n(to, out.columns, 0.0f) : std::copy_n(bias, out.columns, to);
     }
   }
-  // Parts of rows, each of which packs b for itself, where there are many; else of columns, too.
   const int64_t threads = out.rows * out.columns * a.columns > kWorthThreads ? torch::stable::get_num_threads() : 1;
-  const int64_t widest = (out.columns + Shape<64>::kWide - 1) / Shape<64>::kWide;
-  const int64_t tall = std::clamp<int64_t>(out.rows / kManyRows, 1, threads);
-  const int64_t wide = std::min((threads + tall - 1) / tall, widest);
-  const int64_t high = std::min((threads + wide - 1) / wide, (out.rows + kRows - 1) / kRows);
+  const int64_t widest = (out.columns + kWidest - 1) / kWidest, highest = (out.rows + kRows - 1) / kRows;
+  int64_t high = 1, wide = 1;
+  double least = std::numeric_limits<double>::infinity();
+  for (int64_t columns = 1; columns <= std::min(threads, widest); ++columns) {
+    const int64_t rows = std::min(threads / columns, highest);
+    const double tall = (out.rows + rows - 1) / rows, broad = (widest + columns - 1) / columns * kWidest;
+    // Of the largest part: multiplying, and packing what is multiplied.
+    const double cost = tall * broad + kPacking * (tall + broad);
+    if (cost < least) least = cost, high = rows, wide = columns;
+  }
   for_each_if(high * wide > 1, high * wide, [&](int64_t item) {
     const int64_t top = item / wide * out.rows / high, bottom = (item / wide + 1) * out.rows / high;
-    const int64_t left = item % wide * widest / wide * Shape<64>::kWide;
-    const int64_t right = std::min((item % wide + 1) * widest / wide * Shape<64>::kWide, out.columns);
+    const int64_t left = item % wide * widest / wide * kWidest;
+    const int64_t right = std::min((item % wide + 1) * widest / wide * kWidest, out.columns);
     part({out.data + top * out.row_stride + left, bottom - top, right - left, out.row_stride, 1}, a.narrow(top, bottom),
          {b.data + left * b.column_stride, b.rows, right - left, b.row_stride, b.column_stride},
          bias == nullptr ? bias : bias + left, add, scratch());

@@ -63,10 +63,10 @@ Matrix<T> contiguous(T* data, int64_t rows, int64_t columns) {
   return {data, rows, columns, columns, 1};
 }
 
-// Whether a product is gemm's: with a short side, packing takes longer than it does.
+// Whether a product is gemm's: with a short side, packing takes longer than the product.
 template <class T>
 bool for_gemm(const Matrix<T>& a, const Matrix<T>& b) {
-  return std::is_same_v<T, float> && std::min({a.rows, a.columns, b.columns}) > kFewRows && has_gemm();
+  return std::is_same_v<T, float> && has_gemm() && std::min({a.rows, a.columns, b.columns}) > kFewRows;
 }
 
 // out = a b, plus what is there if `add`. The dispatcher has no stable form for the numbers that addmm takes; the
@@ -97,8 +97,8 @@ void in_pieces(int64_t rows, int64_t columns, const Work& work) {
 template <class T>
 void project(const Matrix<T>& out, const Matrix<T>& x, const Matrix<T>& w, const T* bias) {
   if constexpr (std::is_same_v<T, float>) {
-    if (x.rows <= kFewRows && x.column_stride == 1 && w.column_stride == 1) return project_few(out, x, w, bias);
     if (for_gemm(x, w.transposed())) return gemm(out, x, w.transposed(), bias, false);
+    if (x.rows <= kFewRows && x.column_stride == 1 && w.column_stride == 1) return project_few(out, x, w, bias);
   }
   if (bias != nullptr) {
     in_pieces(out.rows, out.columns, [&](int64_t begin, int64_t count) {
@@ -185,13 +185,19 @@ class ColumnSums {
   std::vector<double> sum_;
 };
 
-// Rows of the chunks of `rows` tokens, as even as they can be. Every thread has a share of a chunk, and caches of its own.
-int64_t rows_per_chunk(int64_t rows, int64_t h) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t most = threads * std::clamp(kTileElements / std::max<int64_t>(h, 1), kLeastRows, kMostRows);
-  const int64_t chunks = std::max<int64_t>(1, (rows + most - 1) / most);
-  return std::max<int64_t>(1, (rows + chunks - 1) / chunks);
-}
+// How many tokens go through a block at once. Every thread has a share of a chunk, and caches of its own.
+struct Chunks {
+  Chunks(int64_t rows, int64_t h) : rows(rows) {
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t most = threads * std::clamp(kTileElements / std::max<int64_t>(h, 1), kLeastRows, kMostRows);
+    count = (rows + most - 1) / most;
+  }
+  // Chunks differ by a row at most: a short one would be multiplied otherwise.
+  int64_t begin(int64_t i) const { return i * rows / count; }
+  int64_t largest() const { return count == 0 ? 0 : (rows + count - 1) / count; }
+
+  int64_t rows, count;
+};
 
 // The block's factors around phi, ones where only the other is there or a gate wants them; the one behind where it is asked
 // for.
@@ -216,15 +222,16 @@ class Around {
 
 template <class T>
 void mlp_forward(const FFN<T>& ffn, Matrix<T> x, T* y, T* z, T* g, T* a) {
-  const int64_t h = ffn.w_in.rows, d_out = ffn.w_out.columns, step = rows_per_chunk(x.rows, h);
-  const int64_t tile = std::min(step, x.rows) * h;
+  const int64_t h = ffn.w_in.rows, d_out = ffn.w_out.columns;
+  const Chunks chunks(x.rows, h);
+  const int64_t tile = chunks.largest() * h;
   const bool gated = static_cast<bool>(ffn.w_gate), apart = a != nullptr && ffn.behind != nullptr;
   const Around<T> around(ffn, !apart);
   // Activations take the place of pre-activations that nobody keeps; kept ones lack the factors that the product needs.
   const Buffer<T> z_tile(z == nullptr ? tile : 0), g_tile(gated && g == nullptr ? tile : 0);
   const Buffer<T> a_tile(apart || (a == nullptr && z != nullptr) ? tile : 0);
-  for (int64_t begin = 0; begin < x.rows; begin += step) {
-    const int64_t end = std::min(begin + step, x.rows), rows = end - begin;
+  for (int64_t i = 0; i < chunks.count; ++i) {
+    const int64_t begin = chunks.begin(i), end = chunks.begin(i + 1), rows = end - begin;
     const Matrix<T> tokens = x.narrow(begin, end);
     T* zs = z == nullptr ? z_tile.data() : z + begin * h;
     T* gs = !gated ? nullptr : g == nullptr ? g_tile.data() : g + begin * h;
@@ -242,8 +249,9 @@ void mlp_forward(const FFN<T>& ffn, Matrix<T> x, T* y, T* z, T* g, T* a) {
 
 template <class T>
 void mlp_backward(const FFN<T>& ffn, Matrix<T> dy, Matrix<T> x, T* z, T* g, T* a, const MlpGradients<T>& out) {
-  const int64_t h = ffn.w_in.rows, d = x.columns, d_out = ffn.w_out.columns, step = rows_per_chunk(x.rows, h);
-  const int64_t tile = std::min(step, x.rows) * h;
+  const int64_t h = ffn.w_in.rows, d = x.columns, d_out = ffn.w_out.columns;
+  const Chunks chunks(x.rows, h);
+  const int64_t tile = chunks.largest() * h;
   const bool gated = static_cast<bool>(ffn.w_gate);
   const bool inner = out.dx != nullptr || out.dw_in != nullptr || out.db_in != nullptr || out.dw_gate != nullptr ||
                      out.db_gate != nullptr || out.d_before != nullptr;
@@ -257,8 +265,8 @@ void mlp_backward(const FFN<T>& ffn, Matrix<T> dy, Matrix<T> x, T* z, T* g, T* a
   ColumnSums<T> db_in(out.db_in, h), db_gate(out.db_gate, h), db_out(out.db_out, d_out);
   ColumnSums<T> d_before(out.d_before, h), d_behind(out.d_behind, h);
   const Around<T> around(ffn, inner);
-  for (int64_t begin = 0; begin < x.rows; begin += step) {
-    const int64_t end = std::min(begin + step, x.rows), rows = end - begin;
+  for (int64_t i = 0; i < chunks.count; ++i) {
+    const int64_t begin = chunks.begin(i), end = chunks.begin(i + 1), rows = end - begin;
     const bool first = begin == 0;
     const Matrix<T> tokens = x.narrow(begin, end), upstream = dy.narrow(begin, end);
     T *zs = z == nullptr ? z_tile.data() : z + begin * h, *gs = nullptr;

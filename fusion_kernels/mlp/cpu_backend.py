@@ -1,12 +1,13 @@
 """The block on the CPU: tokens in chunks whose hidden tile stays in the cache, with compiled activations.
 
-Products go through torch's BLAS, but float32 ones of up to 20 tokens and weights with contiguous rows: those are dot
-products, because a BLAS takes longer to begin than to multiply. What lies between them is one pass over the tile: the
-activation, or its derivative together with the activation once more for W_out's gradient, computed in float32 (float64
-for float64) whatever the dtype. The scale is a factor in that pass: weights are not copied. No hidden tensor exists
-beyond what the level saves, and the gradients of the weights are summed over chunks where they end up, in float32 for
-half precision. Results are the same bits run to run; with another number of threads a BLAS may split a product, and
-then round, differently.
+Products go through torch's BLAS, but for float32 ones. Of these, such of up to 20 tokens with weights whose rows are
+contiguous are dot products, because a BLAS takes longer to begin than to multiply; and larger ones, on processors with
+AVX2 that are not Intel's, are the library's own (`csrc/cpu/gemm.h`, `FUSION_KERNELS_CPU_PRODUCTS`). What lies between
+them is one pass over the tile: the activation, or its derivative together with the activation once more for W_out's
+gradient, computed in float32 (float64 for float64) whatever the dtype. The scale is a factor in that pass: weights are
+not copied. No hidden tensor exists beyond what the level saves, and the gradients of the weights are summed over chunks
+where they end up, in float32 for half precision. Results are the same bits run to run. With another number of threads a
+BLAS may split a product, and sums over tokens have other chunks: then they round differently.
 """
 
 from __future__ import annotations

@@ -355,6 +355,23 @@ def test_what_is_not_proved_is_refused_with_the_reason() -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("method", ["obs", "select", "wanda"])
+def test_experts_without_text_go_by_the_plain_method_where_the_one_asked_for_needs_some(
+    method: str, sequential: bool
+) -> None:
+    learnt, plain = moe_model("Qwen3MoeConfig"), moe_model("Qwen3MoeConfig")
+    text = [token_batch(seed=n) for n in range(2)]
+    report = mlp_fusion.fuse(learnt, 0.5, calibration=text, method=method, sequential=sequential)
+    mlp_fusion.fuse(plain, 0.5, method="fusion", optimizer=None)
+    (row,) = [row for row in report.rows if row.path.endswith("experts")]
+    assert row.by_weights
+    for name in ("gate_up_proj", "down_proj"):
+        both = [dict(model.get_submodule(row.path).named_parameters())[name] for model in (learnt, plain)]
+        for expert in range(4):
+            assert torch.equal(both[0][expert], both[1][expert]) is (expert in row.by_weights)
+
+
 @pytest.mark.parametrize(("name", "batches"), [("Qwen3MoeConfig", 2), ("Llama4TextConfig", 6)])
 def test_experts_that_few_tokens_reach_are_reduced_by_their_weights_alone(name: str, batches: int) -> None:
     """And the report says which."""
@@ -369,6 +386,7 @@ def test_experts_that_few_tokens_reach_are_reduced_by_their_weights_alone(name: 
     for expert in range(4):
         both = [model.get_submodule(site.path).gate_up_proj[expert] for model in (learnt, plain)]
         assert torch.equal(*both) is (expert in few)
+    assert (report.settings.method, report.settings.sequential) == ("merge", False)
     assert f"reduced by their weights alone: {row.path}: {', '.join(map(str, few))}" in report.table()
     again = mlp_fusion.FusionReport.from_dict(report.to_dict())
     assert [found.by_weights for found in again.rows if found.path == row.path] == [few]

@@ -116,7 +116,7 @@ def _contiguous(tensor: Tensor) -> Tensor:
 def _by_weights(
     bundle: NeuronBundle, width: int, *, seed: int, statistics: Sequence[FFNStatistics] | None = None
 ) -> Reduction:
-    """`PLAIN_METHOD` without text, its scale folded: it lies beside what methods that need text make, which has none."""
+    """`PLAIN_METHOD` without text, its scale folded: it lies beside what methods make that need text, without scale."""
     found = get_method(PLAIN_METHOD)(bundle, width, seed=seed)
     return dataclasses.replace(found, bundle=found.bundle.parameterized("folded"))
 
