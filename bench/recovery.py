@@ -9,8 +9,8 @@ parameters on bytes, which the script first trains itself, another one for each 
 SmolLM2-135M-Instruct, a checkpoint (`--model`) that bench/smollm2.py makes.
 
 A cell is a student, an optimiser and a way to train. Its learning rate is found first: from a start, up and down in
-powers of about 3, as long as the loss on validation text, which is cut from the training side, falls after a short run
-of the first seed. With that rate it is trained with each seed, and the loss on held-out text is noted on the way. All
+powers of about 3, until two more do not lower the loss on validation text, which is cut from the training side, after a
+short run of the first seed. With that rate it is trained with each seed, and the loss on held-out text is noted on the way. All
 cells of a seed see the same batches. The rate rises over ten steps and is constant from there on; weights do not decay,
 and gradients are not clipped, which would see the scale.
 
@@ -134,16 +134,17 @@ def rate(rung: int) -> float:
 
 
 def best_rung(start: int, loss: Callable[[int], float]) -> int:
-    """From `start` up or down in rungs for as long as the loss falls; the rungs beside the result are no better.
+    """From `start` up and down in rungs for as long as the loss falls; two rungs on either side of it are no better.
 
+    Where training swings, a rate that is too high may end below the next lower one, and far above the one below that.
     Where training fails, the loss is infinite: then the search begins at the first rung below that does not fail.
     """
     best = start
     while math.isinf(loss(best)):
         best -= 1
     for direction in (1, -1):
-        while loss(best + direction) < loss(best):
-            best += direction
+        while better := [step for step in (1, 2) if loss(best + direction * step) < loss(best)]:
+            best += direction * better[0]
     return best
 
 

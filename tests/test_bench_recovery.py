@@ -95,7 +95,10 @@ def test_rates_are_searched_uphill_and_downhill(recovery: ModuleType) -> None:
     for best in range(-9, 9):
         seen: list[int] = []
         assert recovery.best_rung(0, lambda n, best=best, seen=seen: seen.append(n) or abs(n - best)) == best
-        assert {best - 1, best, best + 1} <= set(seen)
+        assert {best - 2, best - 1, best, best + 1, best + 2} <= set(seen)
+    # A rate that is too high may end below the next lower one: (rung, loss) of folded fusion with SGD.
+    swinging = {-2: 3.01, -3: 3.01, -4: 2.09, -5: 2.24, -6: 2.05, -7: 2.10, -8: 2.12}
+    assert recovery.best_rung(-4, swinging.__getitem__) == -6
     # Where training fails, the loss is infinite; a failure that ends with a number is none to go on from.
     assert recovery.best_rung(0, lambda n: 50.0 if n == 1 else float("inf") if n > -4 else abs(n + 6)) == -6
 
@@ -111,11 +114,12 @@ def test_a_training_that_fails_ends_with_what_it_had(recovery: ModuleType, house
 
 
 def test_the_kept_runs_are_of_the_parts(recovery: ModuleType, students: ModuleType) -> None:
-    found = json.loads((Path(recovery.__file__).parent / "results" / "recovery-cpu.json").read_text(encoding="utf-8"))
-    cells = {cell for part in recovery.PARTS.values() for cell in part.cells()}
-    names = [field.name for field in dataclasses.fields(recovery.Cell)]
-    assert {recovery.Cell(*(run[name] for name in names)) for run in found["runs"]} <= cells
-    assert not torch.tensor([loss for run in found["runs"] for loss in run["losses"].values()]).isnan().any()
+    for name in ("recovery-cpu.json", "recovery-long-cpu.json"):
+        found = json.loads((Path(recovery.__file__).parent / "results" / name).read_text(encoding="utf-8"))
+        cells = {cell for part in recovery.PARTS.values() for cell in part.cells()}
+        names = [field.name for field in dataclasses.fields(recovery.Cell)]
+        assert {recovery.Cell(*(run[name] for name in names)) for run in found["runs"]} <= cells
+        assert not torch.tensor([loss for run in found["runs"] for loss in run["losses"].values()]).isnan().any()
 
 
 def test_the_page_says_what_the_runs_say() -> None:
@@ -126,6 +130,7 @@ def test_the_page_says_what_the_runs_say() -> None:
         assert all(len(values) == 3 for values in found)
         return [value for values in found for value in values]
 
+    steps_here = [step for step in tables.STEPS if step <= 200]
     assert all(-0.135 < d < -0.08 for d in differing("sgd", "fusion", "fusion, folded", 200))
     assert all(-0.02 < d < -0.01 for d in differing("sgd", "fusion, no text", "fusion, no text, folded", 200))
     kept = ("fusion", "fusion, matched")
@@ -135,7 +140,7 @@ def test_the_page_says_what_the_runs_say() -> None:
     blind = differing("adamw", "fusion, no text", "fusion, no text, folded", 20, 50, 100, 200)
     assert all(-0.05 < d < -0.005 for d in blind)
     for optimizer in ("adamw", "sgd"):
-        assert max(differing(optimizer, "fusion, no text", "prune, no text", *tables.STEPS)) < 0
+        assert max(differing(optimizer, "fusion, no text", "prune, no text", *steps_here)) < 0
         assert all(-0.175 < d < -0.02 for d in differing(optimizer, "fusion, no text", "prune, no text", 200))
     assert all(-0.03 < d < -0.005 for d in differing("adamw", "fusion, matched", "prune", 50, 200))
     assert max(differing("sgd", "fusion, matched", "prune", 20, 50, 100)) < 0
@@ -144,9 +149,9 @@ def test_the_page_says_what_the_runs_say() -> None:
             assert sum(d < 0 for d in differing(optimizer, "fusion, matched", "prune", step)) == 2
     for optimizer in ("adamw", "sgd"):
         for other in (*kept, "prune"):
-            assert max(differing(optimizer, "auto", other, *tables.STEPS)) < 0
+            assert max(differing(optimizer, "auto", other, *steps_here)) < 0
             assert all(-0.095 < d < -0.025 for d in differing(optimizer, "auto", other, 200))
-        assert max(map(abs, differing(optimizer, "auto, matched", "auto", *tables.STEPS))) < 0.0135
+        assert max(map(abs, differing(optimizer, "auto, matched", "auto", *steps_here))) < 0.0135
     assert all(-0.225 < d < -0.09 for d in differing("sgd", "prune, matched", "prune", 20))
     assert all(-0.02 < d < 0 for d in differing("sgd", "prune, matched", "prune", 200))
     # Forms of one function start with one loss.

@@ -50,7 +50,8 @@ def _draw_curves(axes: matplotlib.axes.Axes, theme: str, optimizer: str) -> None
         means = [statistics.mean(f) for f in found]
         axes.plot(at, means, color=colours[theme], linestyle=style, linewidth=1.6, label=name)
     axes.set_xscale("log")
-    axes.set_xticks([max(step, 5) for step in STEPS], [str(step) for step in STEPS])
+    noted = [step for step in STEPS if step <= steps[-1]]
+    axes.set_xticks([max(step, 5) for step in noted], [str(step) for step in noted])
     axes.minorticks_off()
     axes.set_xlabel(f"steps of {OPTIMIZERS[optimizer]}")
     axes.grid(axis="y", color=INK[theme][1], linewidth=0.6)

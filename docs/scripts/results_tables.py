@@ -44,6 +44,7 @@ MODES = {
 EXPERTS = {
     "whole": "nothing: the whole model",
     "fusion, no data": "`fusion`, without text",
+    "auto": "**the default with text**",
     "fusion": "`fusion`, calibrated",
     "fusion, sequential": "`fusion`, sequential",
     "prune": "`prune`, calibrated",

@@ -372,6 +372,20 @@ def test_experts_without_text_go_by_the_plain_method_where_the_one_asked_for_nee
             assert torch.equal(both[0][expert], both[1][expert]) is (expert in row.by_weights)
 
 
+@pytest.mark.parametrize("method", ["auto", "fusion", "prune"])
+def test_experts_without_text_stand_beside_those_whose_kernel_is_matched(method: str) -> None:
+    learnt, plain = moe_model("Llama4TextConfig"), moe_model("Llama4TextConfig")
+    text = [token_batch(seed=n) for n in range(3)]
+    report = mlp_fusion.fuse(learnt, 0.5, calibration=text, method=method, match="auto")
+    mlp_fusion.fuse(plain, 0.5, calibration=text, method=method)
+    (row,) = [row for row in report.rows if row.path.endswith("experts")]
+    assert row.by_weights
+    assert len(row.by_weights) < 4
+    assert row.largest_scale is not None
+    found, expected = (model(**text[0]).logits for model in (learnt, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "batches"), [("Qwen3MoeConfig", 2), ("Llama4TextConfig", 6)])
 def test_experts_that_few_tokens_reach_are_reduced_by_their_weights_alone(name: str, batches: int) -> None:
     """And the report says which."""

@@ -210,6 +210,8 @@ def reduce_ffns(
                 ffn = each[position]
                 if known is not None and reduction.bundle.width < first.width:
                     ffn = _match(recipe, stacked.select(position), ffn, known[position])
+                elif recipe.match is not None and statistics is not None and narrower:
+                    ffn = _with_scale(ffn)
                 results[n] = ffn
                 report(done + (units - 1) * len(chunk) + position + 1)
             done += units * len(chunk)
@@ -264,6 +266,16 @@ def _match(recipe: Recipe, original: NeuronBundle, ffn: ReducedFFN, statistics: 
         reduction=dataclasses.replace(ffn.reduction, bundle=bundle),
         correction_seconds=ffn.correction_seconds + time.perf_counter() - started,
     )
+
+
+def _with_scale(ffn: ReducedFFN) -> ReducedFFN:
+    """With a scale of ones where it has none: those beside it, which are matched, have one."""
+    bundle = ffn.bundle
+    if bundle.scale is not None:
+        return ffn
+    like = torch.promote_types(bundle.w_out.dtype, torch.float32)
+    scaled = bundle.unfolded(torch.ones(bundle.w_out.shape[:2], dtype=like, device=bundle.w_out.device))
+    return dataclasses.replace(ffn, reduction=dataclasses.replace(ffn.reduction, bundle=scaled))
 
 
 def _select(reduction: Reduction, index: int) -> Reduction:
