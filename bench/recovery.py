@@ -10,9 +10,9 @@ SmolLM2-135M-Instruct, a checkpoint (`--model`) that bench/smollm2.py makes.
 
 A cell is a student, an optimiser and a way to train. Its learning rate is found first: from a start, up and down in
 powers of about 3, until two more do not lower the loss on validation text, which is cut from the training side, after a
-short run of the first seed. With that rate it is trained with each seed, and the loss on held-out text is noted on the way. All
-cells of a seed see the same batches. The rate rises over ten steps and is constant from there on; weights do not decay,
-and gradients are not clipped, which would see the scale.
+short run of the first seed. With that rate it is trained with each seed, and the loss on held-out text is noted on the
+way. All cells of a seed see the same batches. The rate rises over ten steps and is constant from there on; weights do
+not decay, and gradients are not clipped, which would see the scale.
 
 A run is a line of `--out`. What is there is not run again, so that the script may be stopped at any time, and run
 several times side by side.

@@ -10,7 +10,7 @@ from typing import Any
 from results_tables import results, table
 
 #: Steps after which losses are shown.
-STEPS = (0, 10, 20, 50, 100, 200)
+STEPS = (0, 10, 20, 50, 100, 200, 500, 1000)
 #: What the students of bench/recovery_students.py are called.
 STUDENTS = {
     "auto": "`auto`",
@@ -35,24 +35,28 @@ PAIRS = (
     ("fusion, no text", "prune, no text"),
     ("auto", "prune"),
     ("auto, matched", "fusion, matched"),
+    ("auto", "fusion, matched"),
 )
 OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 
-#: model, share of the neurons, through LoRA, taught by the original's logits.
-Group = tuple[str, float, bool, bool]
+#: file in bench/results, model, share of the neurons, through LoRA, taught by the original's logits.
+Group = tuple[str, str, float, bool, bool]
 GROUPS: dict[str, Group] = {
-    "full": ("small", 1 / 32, False, False),
-    "smollm2": ("smollm2", 0.5, False, False),
+    "full": ("recovery-cpu", "small", 1 / 32, False, False),
+    "long": ("recovery-long-cpu", "small", 1 / 32, False, False),
+    "lora": ("recovery-long-cpu", "small", 1 / 32, True, False),
+    "taught": ("recovery-long-cpu", "small", 1 / 32, False, True),
+    "smollm2": ("recovery-cpu", "smollm2", 0.5, False, False),
 }
 
 
 def students(group: Group, optimizer: str) -> dict[str, list[dict[str, Any]]]:
     """Student -> its runs on held-out text, by seed; in the order of `STUDENTS`."""
-    model, share, lora, taught = group
+    file, model, share, lora, taught = group
     wanted = {
         "model": model, "share": share, "lora": lora, "taught": taught, "optimizer": optimizer, "search": False,
     }  # fmt: skip
-    runs = [run for run in results("recovery-cpu")["runs"] if all(run[k] == v for k, v in wanted.items())]
+    runs = [run for run in results(file)["runs"] if all(run[k] == v for k, v in wanted.items())]
     found = {name: [run for run in runs if run["student"] == name] for name in STUDENTS}
     return {name: own for name, own in found.items() if own}
 
