@@ -137,7 +137,7 @@ def best_rung(start: int, loss: Callable[[int], float]) -> int:
     """From `start` up and down in rungs for as long as the loss falls; two rungs on either side of it are no better.
 
     Where training swings, a rate that is too high may end below the next lower one, and far above the one below that.
-    Where training fails, the loss is infinite: then the search begins at the first rung below that does not fail.
+    Where nothing is learnt, the loss is infinite: then the search begins at the first rung below where something is.
     """
     best = start
     while math.isinf(loss(best)):
@@ -202,10 +202,11 @@ class Runs:
                 print(f"{name} {rate(rung):g} seed {seed}: {found['losses']}", flush=True)
 
     def _searched(self, cell: Cell, rung: int) -> float:
-        """The loss on validation text after the search's steps; infinite where training has failed."""
+        """The loss on validation text after the search's steps; infinite where it is no lower than before them."""
         steps = SEARCH[cell.model]
         losses = self._run(cell, rate(rung), 0, steps, search=True)["losses"]
-        return float(losses.get(str(steps), math.inf))
+        found = float(losses.get(str(steps), math.inf))
+        return found if found < losses["0"] else math.inf
 
     def _run(self, cell: Cell, learning_rate: float, seed: int, steps: int, *, search: bool) -> dict[str, Any]:
         described = {**asdict(cell), "seed": seed, "learning_rate": learning_rate, "search": search}

@@ -208,6 +208,25 @@ def test_the_kept_medians_are_those_of_the_kept_runs(importable: None) -> None:
     assert reap["ratio_range"] == pytest.approx([1.2, 1.4])
 
 
+def test_the_page_says_what_the_default_does_to_experts() -> None:
+    found = json.loads((BENCH / "results" / "moe-quality-cpu.json").read_text(encoding="utf-8"))
+    added: dict[float, list[float]] = {0.5: [], 0.25: []}
+    for run in found["runs"]:
+        if run["shape"] not in ("mixtral", "qwen3"):
+            continue
+        rows, whole = {(row["share"], row["method"]): row for row in run["rows"]}, run["whole"]["perplexity"]
+        best = {s: min(r["perplexity"] for (at, name), r in rows.items() if at == s and name != "auto") for s in added}
+        for share, ratios in added.items():
+            ratios.append((rows[share, "auto"]["perplexity"] - whole) / (best[share] - whole))
+        least = min(row["perplexity"] for (share, _), row in rows.items() if share == 0.75)
+        assert rows[0.75, "auto"]["perplexity"] < 1.01 * least
+        tuned = {name: row["tuned"] for (_, name), row in rows.items() if "tuned" in row}
+        assert not tuned or min(tuned, key=tuned.__getitem__) == "auto"
+    assert all(len(ratios) == 6 for ratios in added.values())
+    assert all(0.25 < ratio < 0.85 for ratio in added[0.5])
+    assert all(0.35 < ratio < 0.65 for ratio in added[0.25])
+
+
 def test_chains_are_measured_beside_a_plain_layer(importable: None, monkeypatch: pytest.MonkeyPatch) -> None:
     mpo = importlib.import_module("mpo")
     monkeypatch.setattr(mpo, "TOKENS", 5)

@@ -125,9 +125,11 @@ def test_the_kept_runs_are_of_the_parts(recovery: ModuleType, students: ModuleTy
 def test_the_page_says_what_the_runs_say() -> None:
     tables = importlib.import_module("recovery_tables")
 
-    def differing(optimizer: str, first: str, second: str, *steps: int) -> list[float]:
-        found = [tables.differing(tables.GROUPS["full"], optimizer, first, second, step) for step in steps]
-        assert all(len(values) == 3 for values in found)
+    def differing(
+        optimizer: str, first: str, second: str, *steps: int, of: str = "full", seeds: int = 3
+    ) -> list[float]:
+        found = [tables.differing(tables.GROUPS[of], optimizer, first, second, step) for step in steps]
+        assert all(len(values) == seeds for values in found)
         return [value for values in found for value in values]
 
     steps_here = [step for step in tables.STEPS if step <= 200]
@@ -157,3 +159,27 @@ def test_the_page_says_what_the_runs_say() -> None:
     # Forms of one function start with one loss.
     starts = [differing(o, a, b, 0) for o in ("adamw", "sgd") for a, b in tables.PAIRS[:5]]
     assert max(abs(d) for own in starts for d in own) < 1e-4
+    # A thousand steps, logits, LoRA.
+    folded, matched = "fusion, folded", "fusion, matched"
+    assert max(differing("sgd", matched, folded, *tables.STEPS[2:], of="long")) < 0
+    assert all(-0.09 < d < -0.03 for d in differing("sgd", matched, folded, 1000, of="long"))
+    assert all(-0.225 < d < -0.155 for d in differing("sgd", matched, folded, 200, of="lora"))
+    assert all(-0.305 < d < -0.105 for d in differing("sgd", matched, folded, 200, of="taught"))
+    assert max(differing("sgd", matched, "prune", *tables.STEPS[3:], of="long")) < 0
+    assert all(-0.03 < d < -0.015 for d in differing("sgd", matched, "prune", 1000, of="long"))
+    assert all(-0.0315 < d < -0.0015 for d in differing("adamw", matched, folded, 10, 20, 50, 200, of="taught"))
+    assert max(differing("adamw", matched, folded, 10, of="long")) < 0
+    assert all(0.0015 < d < 0.0215 for d in differing("adamw", matched, folded, 1000, of="long"))
+    assert all(abs(d) < 0.02 for o in (folded, "prune") for d in differing("adamw", matched, o, 200, of="lora"))
+    for other in (folded, matched, "prune"):
+        for optimizer, least in (("adamw", -0.075), ("sgd", -0.135)):
+            for group in ("long", "lora", "taught"):
+                steps = tables.STEPS if group == "long" else steps_here
+                assert max(differing(optimizer, "auto", other, *steps, of=group)) < 0
+            assert all(least < d < 0 for d in differing(optimizer, "auto", other, 1000, of="long"))
+        assert max(differing("sgd", "auto", other, 1000, of="long")) < -0.015
+        assert all(-0.075 < d < -0.025 for d in differing("adamw", "auto", other, 200, of="lora"))
+    # SmolLM2.
+    for other in (folded, matched, "prune"):
+        found = differing("adamw", "auto", other, 0, 10, 20, 50, 100, 200, of="smollm2", seeds=1)
+        assert all(-0.135 < d < -0.03 for d in found)
