@@ -212,10 +212,12 @@ def test_the_page_says_what_the_default_does_to_experts() -> None:
     found = json.loads((BENCH / "results" / "moe-quality-cpu.json").read_text(encoding="utf-8"))
     added: dict[float, list[float]] = {0.5: [], 0.25: []}
     for run in found["runs"]:
-        if run["shape"] not in ("mixtral", "qwen3"):
-            continue
         rows, whole = {(row["share"], row["method"]): row for row in run["rows"]}, run["whole"]["perplexity"]
         best = {s: min(r["perplexity"] for (at, name), r in rows.items() if at == s and name != "auto") for s in added}
+        if run["shape"] == "switch":
+            assert all(rows[share, "auto"]["perplexity"] < 1.006 * least for share, least in best.items())
+        if run["shape"] not in ("mixtral", "qwen3"):
+            continue
         for share, ratios in added.items():
             ratios.append((rows[share, "auto"]["perplexity"] - whole) / (best[share] - whole))
         least = min(row["perplexity"] for (share, _), row in rows.items() if share == 0.75)
