@@ -208,10 +208,8 @@ def reduce_ffns(
                 each = _fit(recipe, stacked, each, known, functools.partial(stepped, done, len(chunk)))
             for position, n in enumerate(chunk):
                 ffn = each[position]
-                if known is not None and reduction.bundle.width < first.width:
-                    ffn = _match(recipe, stacked.select(position), ffn, known[position])
-                elif recipe.match is not None and statistics is not None and narrower:
-                    ffn = _with_scale(ffn)
+                if statistics is not None and narrower:
+                    ffn = _match(recipe, stacked.select(position), ffn, None if known is None else known[position])
                 results[n] = ffn
                 report(done + (units - 1) * len(chunk) + position + 1)
             done += units * len(chunk)
@@ -255,9 +253,12 @@ def _fit(
     ]
 
 
-def _match(recipe: Recipe, original: NeuronBundle, ffn: ReducedFFN, statistics: FFNStatistics) -> ReducedFFN:
+def _match(recipe: Recipe, original: NeuronBundle, ffn: ReducedFFN, statistics: FFNStatistics | None) -> ReducedFFN:
+    """Match the kernel, where it is asked for; without text, the scale is what it is."""
     if recipe.match is None:
         return ffn
+    if statistics is None:
+        return _with_scale(ffn)
     started = time.perf_counter()
     x = statistics.rows(MATCHING_ROWS, seed=recipe.seed)
     bundle = match_ntk(original, ffn.reduction.bundle, x, kernel=recipe.match, parameterization=recipe.parameterization)
