@@ -56,7 +56,7 @@ class FFN:
     b_out: Tensor | None = None
     scale: Tensor | None = None
     scale_exponent: float = 0.0
-    gating: Gate = PLAIN
+    gating: Gate = dataclasses.field(default_factory=Gate)
 
     @classmethod
     def of(

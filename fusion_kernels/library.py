@@ -37,8 +37,12 @@ def member(what: str, name: _Member | str, kind: type[_Member]) -> _Member:
     """
     if isinstance(name, kind):
         return name
-    check_name(what, str(name), [str(known.value) for known in kind])
-    return kind(name)
+    # Names are listed where one is wrong: torch.compile of torch 2.11 cannot walk through an enum.
+    try:
+        return kind(name)
+    except ValueError:
+        check_name(what, str(name), [str(known.value) for known in kind])
+        raise
 
 
 def by_member(table: Mapping[_Member, _Entry], asked: _Member) -> _Entry:

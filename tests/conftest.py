@@ -53,7 +53,9 @@ def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
             if tensor.device.type == "meta" or isinstance(tensor, torch._subclasses.FakeTensor):
                 return tensor
             if tensor.is_floating_point():
-                return tensor.fill_(float("nan"))
+                # What a gradient is wanted of may be written in no other way.
+                tensor.detach().fill_(float("nan"))
+                return tensor
             return tensor if tensor.dtype == torch.bool or tensor.is_complex() else tensor.fill_(
                 torch.iinfo(tensor.dtype).max
             )  # fmt: skip

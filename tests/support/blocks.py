@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ class MLPCall:
     b_out: Tensor | None = None
     scale: Tensor | None = None
     activation: str = "gelu"
-    gating: Gate = PLAIN
+    gating: Gate = field(default_factory=Gate)
 
     @property
     def ffn(self) -> FFN:
