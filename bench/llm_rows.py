@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 import mlp_fusion
 from mlp_fusion.calibration import collect, refit
@@ -41,6 +45,7 @@ class Recipe:
         options: others of `fuse`.
         widths: `even`; `flap`, by FLAP's standardised scores; or `auto`, by this project's own.
         bias: FFNs without output bias get one that makes up for what is dropped, as FLAP does it: `PLAIN` only.
+        streamed: from disk to disk, where there are no gradients through the model.
     """
 
     method: str
@@ -48,6 +53,7 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)
     widths: str = "even"
     bias: bool = False
+    streamed: bool = False
 
 
 #: Label -> recipe. Methods that fit their output weights themselves have a sequential form without the refit, too.
@@ -76,6 +82,8 @@ RECIPES = {
     "auto": Recipe("auto", (BOTH,)),
     "auto tuned": Recipe("auto", (BOTH,), {"tune_steps": 400}),
     "auto by layer": Recipe("auto", (BOTH,), widths="auto"),
+    "auto streamed": Recipe("auto", (BOTH,), streamed=True),
+    "fusion streamed": Recipe("fusion", (REFIT,), streamed=True),
 }
 
 
@@ -134,6 +142,8 @@ def shrink(model: nn.Module, row: Row, calibration: Sequence[Batch]) -> list[int
     options = {"refit": row.refit, "sequential": row.sequential, "seed": row.seed, "optimizer": None, **recipe.options}
     if recipe.widths == "flap":
         return _by_scores(model, row, recipe.method, calibration, options)
+    if recipe.streamed:
+        return _from_disk(model, row, recipe.method, calibration, options)
     width: dict[str, Any] = {"width": _count(model, row.share)}
     if recipe.widths == "auto":
         width = {"width": "auto", "budget": row.share}
@@ -141,6 +151,22 @@ def shrink(model: nn.Module, row: Row, calibration: Sequence[Batch]) -> list[int
     blind = not row.refit and METHODS[recipe.method].text == "unused"
     known = None if blind else list(calibration)
     report = mlp_fusion.fuse(model, method=recipe.method, calibration=known, **width, **options)
+    return [found.neurons_after for found in report.rows]
+
+
+def _from_disk(model: Any, row: Row, method: str, calibration: Sequence[Batch], options: dict[str, Any]) -> list[int]:
+    """As `shrink`, by `compress`, which reads files: of the blocks as text, that is."""
+    folder = Path(model.name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = [tokenizer.decode(block) for batch in calibration for block in batch["input_ids"]]
+    with tempfile.TemporaryDirectory() as place:
+        out, file = Path(place) / "out", Path(place) / "text.jsonl"
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        width = _count(model, row.share)
+        report = mlp_fusion.compress(folder, out, width, method=method, calibration=file, stream=True, **options)
+        made = type(model).from_pretrained(out)
+    for name, child in made.named_children():
+        setattr(model, name, child)
     return [found.neurons_after for found in report.rows]
 
 

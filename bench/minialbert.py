@@ -8,7 +8,8 @@ Rows `TEACHER START [bare] STEPS` distil a student of all-MiniLM-L6-v2 (`minilm`
 that a student could learn from) or of a small BERT that the script trains first (`small`), on SST-2's training texts
 and tiny Shakespeare, for a number of steps. `START` is `random`, as in the paper, or `teacher`; `bare` students have no
 adapters. The loss for masked tokens is measured on SST-2's development texts; then the student is fine-tuned on
-`--examples` rows of SST-2. Rows `TEACHER fusion` fine-tune the teacher with its FFNs fused to `--width` instead. `cost`
+`--examples` rows of SST-2. Rows `TEACHER fusion` fine-tune the teacher with its FFNs fused to `--width` instead, and
+`small itself` as it is, after its own loss for masked tokens. `cost`
 times forward and backward of a pass at the shape of BERT-base, its FFN as transformers' layers and by this project's
 operator.
 
@@ -141,6 +142,22 @@ def fusion_row(name: str, seed: int, options: argparse.Namespace) -> dict[str, A
     return {"width": options.width, **tuned(model, seed, TEACHER_RATE, options, teacher.folder)}
 
 
+def teacher_row(seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The small teacher's own loss for masked tokens, and its accuracy."""
+    folder = small_teacher(options)
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    rows = Rows("text", [row["text"] for row in first_rows(options.data / "sst2_dev.tsv", None)])
+    data = MaskedText(*masked_blocks(rows, tokenizer, LENGTH), tokenizer, 0.15, 0, "teacher")
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for begin in range(0, len(data), BATCH):
+            batch = data.batch(range(begin, min(begin + BATCH, len(data))))
+            masked = int((batch["labels"] != -100).sum())
+            total, count = total + float(model(**batch).loss) * masked, count + masked
+    found = tuned(classifier(folder, seed), seed, TEACHER_RATE, options, folder)
+    return {**found, "mlm": total / count, "teacher_steps": options.teacher_steps}
+
+
 def tuned(
     model: Any, seed: int, rate: float, options: argparse.Namespace, tokenizer: Path | None = None
 ) -> dict[str, Any]:
@@ -195,7 +212,7 @@ def all_rows(steps: Sequence[int]) -> list[str]:
         f"{teacher} {start}{bare} {count}"
         for teacher in ("minilm", "small") for count in steps for bare in ADAPTERS for start in STARTS
     ]  # fmt: skip
-    return ["cost", *students, "minilm fusion", "small fusion"]
+    return ["cost", *students, "minilm fusion", "small fusion", "small itself"]
 
 
 def run_row(name: str, seed: int, options: argparse.Namespace) -> None:
@@ -205,7 +222,7 @@ def run_row(name: str, seed: int, options: argparse.Namespace) -> None:
         key["asked_width"] = options.width
     if (name == "cost" and seed) or any(all(row.get(k) == v for k, v in key.items()) for row in recorded(options.out)):
         return
-    run = {"cost": lambda: cost_row(options.repeats)}.get(
+    run = {"cost": lambda: cost_row(options.repeats), "small itself": lambda: teacher_row(seed, options)}.get(
         name, lambda: (fusion_row if "fusion" in name else student_row)(name, seed, options)
     )
     machine = {"machine": platform.machine(), "threads": options.threads, "torch": torch.__version__}
@@ -224,7 +241,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> None:
             said = f"{found[0]['classifier_parameters']:>10,} parameters, accuracy {accuracy:.4f}, {len(found)} seeds"
             if "mlm" in found[0]:
                 said += f", mlm {statistics.mean(row['mlm'] for row in found):.3f}"
-                said += f", {statistics.mean(row['processor_seconds'] for row in found):.0f} processor seconds"
+                seconds = [row["processor_seconds"] for row in found if "processor_seconds" in row]
+                said += f", {statistics.mean(seconds):.0f} processor seconds" if seconds else ""
         print(f"{name[0]:28} {'' if name[1] is None else name[1]} {said}")
 
 

@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
 
+import checkpoints as ck
+import mlp_fusion
+from families import tiny_model
 from mlp_fusion.choices import AUTOMATIC, KEEP_WIDTH, METHODS
 
 pytestmark = pytest.mark.usefixtures("importable")
@@ -138,3 +142,23 @@ def test_no_layer_is_left_without_neurons(rows: ModuleType) -> None:
     widths = rows.standardised_widths(scores, 0.25)
     assert min(widths) == 8
     assert sum(widths) <= 24
+
+
+def test_a_row_from_disk_to_disk_ends_in_the_model_that_was_written(rows: ModuleType, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    tiny_model("llama", task="CausalLM", vocab_size=8).save_pretrained(source)
+    ck.add_tokenizer(source, pad_token="<pad>")
+    model = LlamaForCausalLM.from_pretrained(source)
+    ids = torch.randint(4, 8, (4, 40), generator=torch.Generator().manual_seed(0))
+    row = rows.Row("fusion streamed", rows.RECIPES["fusion streamed"], 0.5, refit=True)
+    before = model(ids).logits.detach()
+    neurons = model.config.intermediate_size // 2
+    assert set(rows.shrink(model, row, [{"input_ids": ids[:2]}, {"input_ids": ids[2:]}])) == {neurons}
+    assert model.model.layers[0].mlp.up_proj.out_features == neurons
+    assert not torch.equal(model(ids).logits, before)
+    text = tmp_path / "text.jsonl"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    text.write_text("".join(json.dumps({"text": tokenizer.decode(block)}) + "\n" for block in ids), encoding="utf-8")
+    options: dict[str, Any] = {"method": "fusion", "refit": True, "optimizer": None, "stream": True}
+    mlp_fusion.compress(source, tmp_path / "out", neurons, calibration=text, **options)
+    torch.testing.assert_close(model(ids).logits, LlamaForCausalLM.from_pretrained(tmp_path / "out")(ids).logits)

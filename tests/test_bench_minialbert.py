@@ -29,7 +29,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("row", ["minilm teacher 4", "minilm random bare 4", "small teacher 4", "minilm fusion"])
+@pytest.mark.parametrize(
+    "row", ["minilm teacher 4", "minilm random bare 4", "small teacher 4", "minilm fusion", "small itself"]
+)
 def test_a_row_runs_once(row: str, minialbert: ModuleType, folder: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     monkeypatch.setattr(minialbert, "SMALL", {**minialbert.SMALL, "hidden_size": 32, "intermediate_size": 32})
@@ -44,7 +46,8 @@ def test_a_row_runs_once(row: str, minialbert: ModuleType, folder: Path, tmp_pat
         minialbert.main(arguments)
     (found,) = minialbert.recorded(tmp_path / "out.json")
     assert 0.0 <= found["accuracy"] <= 1.0
-    if "fusion" not in row:
+    assert ("mlm" in found) == ("fusion" not in row)
+    if "curve" in found:
         assert [point["step"] for point in found["curve"]] == [0, 1, 2, 3, 4]
         assert found["options"]["start"] in row
         assert ("adapter_size" in found["options"]) == ("bare" in row)

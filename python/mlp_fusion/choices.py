@@ -17,7 +17,7 @@ class MethodEntry:
         narrows: the result has fewer neurons. Otherwise it keeps them all and spends the same number of parameters in
             another way, so that it can be measured but not put into a model.
         scales: its neurons have a scale, the number of neurons that each stands for.
-        weighs_outputs: it asks what errors of the outputs do to the model, whose gradients tell.
+        weighs_outputs: it asks what errors of the outputs do to the model, where there are gradients that tell.
         takes_bfloat16: without statistics it takes bfloat16 weights as they are, and gives float32; others get float32.
     """
 
@@ -67,7 +67,7 @@ METHODS = {
     "wanda": MethodEntry("wanda", "keeps neurons by activity times their output weights", text="needed"),
 }
 #: The name for what is measured to be best: `AUTOMATIC_METHOD` with some tuning, and sequential without experts, where
-#: there is calibration text; `PLAIN_METHOD` where there is none, and in streamed runs.
+#: there is calibration text; `PLAIN_METHOD` where there is none, and for experts in streamed runs.
 AUTOMATIC = "auto"
 AUTOMATIC_METHOD, PLAIN_METHOD, AUTOMATIC_STEPS = "merge", "fusion", 80
 #: Those that cannot run without calibration text, and those whose result is no narrower FFN.

@@ -334,13 +334,14 @@ class FuseSettings(PlanSettings):
             layers: their numbers.
             calibrated: whether there is text.
             named: whether the function of all FFNs is known.
-            whole: whether the model is in memory.
+            whole: whether the model is in memory. A streamed run trains dense FFNs alone by itself: experts may be
+                thousands.
             dense: whether none of them is an expert, of which the order of calibration matters little.
 
         Raises:
             InputError: what was asked for has to compute FFNs whose function is not `named`.
         """
-        best = self.method == AUTOMATIC and calibrated and named and whole and self.refit is not False
+        best = self.method == AUTOMATIC and calibrated and named and (whole or dense) and self.refit is not False
         plain = PLAIN_METHOD if self.method == AUTOMATIC else self.method
         # Of one FFN alone, none before it shrinks; and where it is shared, it has no one place in the sequence.
         sequential = best and dense and len(layers) > 1 if self.sequential is None else self.sequential
@@ -422,13 +423,9 @@ class CompressSettings(FuseSettings):
         super().check(calibrated=self.calibration is not None if calibrated is None else calibrated)
         if self.resume and self.force:
             raise InputError("resume goes on with a run and force starts it again: choose one")
-        whole = {"text": self.text is not None, "width auto": self.budget is not None, "tune_steps": self.tune_steps}
+        whole = {"text": self.text is not None, "width auto": self.budget is not None}
         if self.stream and (given := [name for name, asked in whole.items() if asked]):
             raise InputError(f"a streamed run has no whole model: leave out {' and '.join(given)}, or stream")
-        if self.stream and self.method in METHODS and METHODS[self.method].weighs_outputs:
-            raise InputError(
-                f"a streamed run has no gradients for method {self.method}: leave out stream, or the method"
-            )
         if self.engine != "local" and self.calibration is not None:
             raise InputError(f"engine {self.engine} carries no hidden states: leave out calibration, or use local")
 

@@ -313,9 +313,9 @@ def test_a_dry_run_refuses_what_the_run_would(run: Run, source: Path, tmp_path: 
     done = run("compress", source, tmp_path / "out", "--width", "16", "--dry-run", "--calibration", missing)
     assert (done.code, done.error) == (2, f"mlp-fusion: {missing}: no such file")
     assert "is not empty" in run("compress", source, source, "--width", "16", "--dry-run").error
-    tuned = ["--stream", "--tune", "5", "--calibration", __file__, "--dry-run"]
-    assert run("compress", source, tmp_path / "out", "--width", "16", *tuned).error == (
-        "mlp-fusion: a streamed run has no whole model: leave out tune_steps, or stream"
+    measured = ["--stream", "--text", __file__, "--dry-run"]
+    assert run("compress", source, tmp_path / "out", "--width", "16", *measured).error == (
+        "mlp-fusion: a streamed run has no whole model: leave out text, or stream"
     )
     assert os.listdir(tmp_path) == []
 

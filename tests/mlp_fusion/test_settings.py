@@ -136,11 +136,12 @@ def test_what_is_measured_to_be_best_is_what_no_method_and_text_come_to() -> Non
     assert found(calibrated=False) == plain
     assert found(known={"dense": False}) == ("merge", False, AUTOMATIC_STEPS), "experts, of which order matters little"
     assert found(known={"named": False}) == plain
-    assert found(known={"whole": False}) == plain
+    assert found(known={"whole": False}) == ("merge", True, AUTOMATIC_STEPS)
+    assert found(known={"whole": False, "dense": False}) == plain, "thousands of experts, perhaps"
     assert found(refit=False) == plain
     # Each part by itself; a named method brings none of the others.
     assert found(tune_steps=3, sequential=False) == ("merge", False, 3)
-    assert found(known={"whole": False}, sequential=True) == ("fusion", True, 0)
+    assert found(known={"whole": False, "dense": False}, sequential=True) == ("fusion", True, 0)
     assert found(method="merge") == ("merge", False, 0)
     assert found(method="prune", tune_steps=5) == ("prune", False, 5)
 

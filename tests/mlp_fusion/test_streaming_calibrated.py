@@ -20,6 +20,7 @@ from transformers.models.t5.modeling_t5 import T5Block
 import checkpoints as ck
 import mlp_fusion
 from mlp_fusion import InputError
+from mlp_fusion.reducing import learning
 from mlp_fusion.streaming import layerwise
 
 pytestmark = pytest.mark.slow
@@ -83,6 +84,38 @@ def test_calibrated_the_same_bits_as_in_memory(
     assert reports[1].calibration.tokens == reports[0].calibration.tokens
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("name", ["Phi3Config", "Qwen3MoeConfig", "SwitchTransformersConfig"])
+def test_chosen_and_trained_as_in_memory_without_gradients(
+    name: str, sequential: bool, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "output_sensitivities", lambda _m, _a, sites, _b, **_: [None] * len(sites))
+    # Enough of it, and no sentence twice, for an expert to be trained on its share.
+    generator, words = torch.Generator().manual_seed(0), sorted({word for line in _SENTENCES for word in line.split()})
+    drawn = torch.randint(len(words), (200, 12), generator=generator).tolist()
+    text.write_text("\n".join(" ".join(words[n] for n in line) for line in drawn))
+    source = with_tokenizer(name, tmp_path / "source")
+    options: dict[str, Any] = {"method": "merge", "sequential": sequential, "calibration": text}
+    made: dict[str, dict[str, torch.Tensor]] = {}
+    for steps, stream in ((20, False), (20, True), (0, True)):
+        out = tmp_path / f"{steps} {stream}"
+        mlp_fusion.compress(source, out, 0.5, stream=stream, tune_steps=steps, **options)
+        made[out.name] = ck.tensors(out)
+    memory, streamed, untrained = made["20 False"], made["20 True"], made["0 True"]
+    assert memory.keys() == streamed.keys()
+    # A BLAS may round by where weights lie in memory, which a model in memory has as they lie in the file.
+    differences = [float((memory[key] - streamed[key]).abs().max()) for key in memory]
+    assert max(differences) < 1e-3
+    assert any(float((untrained[key] - streamed[key]).abs().max()) > 1e-2 for key in memory)
+
+
+def test_few_sentences_are_warned_of(tmp_path: Path) -> None:
+    source, text = with_tokenizer("Phi3Config", tmp_path / "source"), tmp_path / "text.txt"
+    text.write_text(_SENTENCES[0])
+    with pytest.warns(UserWarning, match=r"^6 tokens of calibration text are fewer than 2 for each of 32 inputs"):
+        mlp_fusion.compress(source, tmp_path / "out", 0.5, stream=True, calibration=text)
+
+
 def test_tokens_that_the_model_does_not_know_are_named(tmp_path: Path, text: Path) -> None:
     source = tmp_path / "source"
     model: Any = moe_model("Qwen3MoeConfig")
@@ -94,12 +127,26 @@ def test_tokens_that_the_model_does_not_know_are_named(tmp_path: Path, text: Pat
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-@pytest.mark.parametrize(("name", "then"), [("Qwen3MoeConfig", 1), ("T5Config", 3), ("T5Config", 4)])
+@pytest.mark.parametrize(
+    ("name", "then", "more"),
+    [
+        ("Qwen3MoeConfig", 1, {}),
+        ("T5Config", 3, {}),
+        ("T5Config", 4, {}),
+        ("Qwen3MoeConfig", 1, {"method": "merge", "tune_steps": 3}),
+    ],
+)
 def test_a_calibrated_run_goes_on(
-    name: str, then: int, sequential: bool, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    then: int,
+    more: dict[str, Any],
+    sequential: bool,
+    tmp_path: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = with_tokenizer(name, tmp_path / "source")
-    options: dict[str, Any] = {"stream": True, "calibration": text, "sequential": sequential}
+    options: dict[str, Any] = {"stream": True, "calibration": text, "sequential": sequential, **more}
     mlp_fusion.compress(source, tmp_path / "whole", 0.5, **options)
     with pytest.raises(StoppedError):
         mlp_fusion.compress(source, tmp_path / "out", 0.5, progress=stop_after(1), **options)

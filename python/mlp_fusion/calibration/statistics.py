@@ -172,8 +172,17 @@ def take_calibration(model: nn.Module, calibration: Batch | Iterable[Batch]) -> 
     return batches_of(model, calibration, tokens, "calibration")
 
 
-def warn_of_few(rows: int, inputs: int) -> None:
-    """Say so where an FFN keeps fewer than two of the text's tokens for each of its inputs: see local training."""
+def warn_of_few(tokens: int, weights: Sequence[Tensor], rows: int | None) -> None:
+    """Say so where an FFN keeps fewer than two of the text's tokens for each of its inputs: see local training.
+
+    Args:
+        tokens: of the text.
+        weights: input weights of the FFNs, `(..., N, d)`.
+        rows: that each keeps, as in :func:`collect`.
+    """
+    widest = max(weights, key=lambda weight: weight.shape[-1])
+    inputs = widest.shape[-1]
+    rows = min(tokens, row_capacity(rows, inputs, widest.element_size()))
     if rows < LEAST_ROWS * inputs:
         warnings.warn(
             f"{rows:,} tokens of calibration text are fewer than {LEAST_ROWS} for each of {inputs:,} inputs: too few "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mlp_fusion.calibration import FFNStatistics, OutputSensitivity, collect, output_sensitivities
-from mlp_fusion.calibration.statistics import row_capacity, take_calibration, warn_of_few
+from mlp_fusion.calibration.statistics import take_calibration, warn_of_few
 from mlp_fusion.choices import METHODS
 from mlp_fusion.families import FFNSite
 from mlp_fusion.measure.report import CalibrationRecord
@@ -101,9 +101,7 @@ def learn(ffns: ChosenFFNs, settings: FuseSettings, calibration: Any, sample: Ba
     activations, described = _measured_on(ffns, settings, sample, batches, statistics)
     count = _positions(ffns, batches, statistics)
     if batches is not None and settings.refit:
-        widest = max((bundle.w_in for bundle in ffns.originals), key=lambda w: w.shape[2])
-        kept = row_capacity(settings.calibration_rows, widest.shape[2], widest.element_size())
-        warn_of_few(min(count, kept), widest.shape[2])
+        warn_of_few(count, [bundle.w_in for bundle in ffns.originals], settings.calibration_rows)
     return Learnt(batches, count, statistics, sensitivities, activations, described, seconds)
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mlp_fusion.calibration.statistics import FFNStatistics, adding_to, collector_of, take_calibration
+from mlp_fusion.calibration.statistics import FFNStatistics, adding_to, collector_of, take_calibration, warn_of_few
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.neurons import UNNAMED, NeuronBundle
 from mlp_fusion.reducing.chosen import self_test
@@ -26,7 +26,7 @@ from mlp_fusion.reducing.learning import SAMPLE_ROWS, sampled_rows
 from mlp_fusion.reducing.pipeline import Recipe, ReducedFFN, reduce_ffns, with_enough_tokens
 from mlp_fusion.reducing.rows import fused_row
 from mlp_fusion.reducing.sequential import SequentialReduction
-from mlp_fusion.running.batches import Batch
+from mlp_fusion.running.batches import Batch, token_mask
 from mlp_fusion.running.sampling import RowPlan, RowSample
 from mlp_fusion.running.taps import Activations, Taps, Visitor, tapped
 from mlp_fusion.store.shards import flush
@@ -59,6 +59,7 @@ class Calibrated:
     sequential: bool
     states_file: Path
     _model: LayerwiseModel = field(init=False)
+    _warned: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         w = self.work
@@ -147,6 +148,10 @@ class Calibrated:
         read = {site.index: self.architecture.read(site) for site in members}
         originals = [read[s.index] if s.expert is None else read[s.index].select(s.expert) for s in experts]
         widths = [self.work.widths[self._numbers[site.index]] for site in experts]
+        if experts and not self._warned and self.work.settings.refit:
+            tokens = sum(int(token_mask(batch).sum()) for batch in self.batches)
+            warn_of_few(tokens, [bundle.w_in for bundle in originals], self.work.settings.calibration_rows)
+            self._warned = True
         if self.sequential:
             reduce = functools.partial(self._reduce_one, experts, originals, widths)
             run = SequentialReduction(

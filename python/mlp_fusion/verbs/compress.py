@@ -16,7 +16,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mlp_fusion.choices import METHODS
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture
 from mlp_fusion.measure import FFNRow, FusionReport
@@ -205,9 +204,7 @@ def _is_streamed(settings: CompressSettings, planned: FusionPlan) -> bool:
     """
     if settings.stream:
         return True
-    entry = METHODS.get(settings.method)
-    asked = settings.text is not None or settings.budget is not None or bool(settings.tune_steps)
-    whole = asked or (entry is not None and entry.weighs_outputs)
+    whole = settings.text is not None or settings.budget is not None
     dropped = [ffn.path for ffn in planned.ffns if not ffn.loaded]
     if dropped and (whole or settings.stream is False):
         raise InputError(
