@@ -20,6 +20,7 @@ from bundles import random_bundle, tie
 from fusion_kernels import Gate, ntk_gram
 from mlp_fusion import FusedExperts, FusedGLU, FusedMLP, NeuronBundle
 from mlp_fusion.calibration import matching
+from mlp_fusion.modules import experts as experts_module
 from mlp_fusion.modules.experts import experts_forward, read_experts
 
 FORMS = ("folded", "scaled", "split")
@@ -191,21 +192,52 @@ def test_own_gates_are_recognised_by_what_they_compute(name: str) -> None:
     assert "limit" not in vars(experts) or bundle.gating.limit == experts.limit
 
 
-def test_experts_with_a_gate_of_their_own_run_fused() -> None:
-    """gpt-oss's, with arguments beyond its limits; compiled too, and with another limit later."""
-    config = GptOssConfig(hidden_size=16, intermediate_size=24, num_local_experts=4, head_dim=8)
-    experts: Any = GptOssExperts(config).double()
-    for parameter in experts.parameters():
+@pytest.fixture
+def own_gate() -> Any:
+    """gpt-oss's experts."""
+    experts: Any = GptOssExperts(GptOssConfig(hidden_size=16, intermediate_size=24, num_local_experts=4, head_dim=8))
+    for parameter in experts.double().parameters():
         torch.nn.init.normal_(parameter)
-    index, weights = torch.randint(0, 4, (9, 2)), torch.rand(9, 2).double()
-    run = torch.compile(lambda x: experts_forward(experts, x, index, weights), fullgraph=True, backend="aot_eager")
-    x = 3 * torch.randn(9, 16).double()
     experts.config._experts_implementation = "eager"
-    torch.testing.assert_close(run(x), experts(x, index, weights))
-    torch.testing.assert_close(FusedExperts.from_experts(experts)(x, index, weights), experts(x, index, weights))
-    before, experts.limit = experts(x, index, weights), 5.0
-    torch.testing.assert_close(experts_forward(experts, x, index, weights), experts(x, index, weights))
-    assert not torch.allclose(experts(x, index, weights), before)
+    return experts
+
+
+INDEX, WEIGHTS = torch.randint(0, 4, (9, 2)), torch.rand(9, 2).double()
+
+
+def test_experts_with_a_gate_of_their_own_run_fused(own_gate: Any) -> None:
+    """With arguments beyond its limits, and with another limit later."""
+    x = 3 * torch.randn(9, 16).double()
+    fused = FusedExperts.from_experts(own_gate)
+    torch.testing.assert_close(fused(x, INDEX, WEIGHTS), own_gate(x, INDEX, WEIGHTS))
+    torch.testing.assert_close(experts_forward(own_gate, x, INDEX, WEIGHTS), own_gate(x, INDEX, WEIGHTS))
+    before, own_gate.limit = own_gate(x, INDEX, WEIGHTS), 5.0
+    torch.testing.assert_close(experts_forward(own_gate, x, INDEX, WEIGHTS), own_gate(x, INDEX, WEIGHTS))
+    assert not torch.allclose(own_gate(x, INDEX, WEIGHTS), before)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_gate_of_their_own_is_asked_for_while_compiling(
+    whole: bool, own_gate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By torch 2.12 on; what cannot ask says so where the graph has to be whole, and runs as it is elsewhere."""
+    if not whole:
+        monkeypatch.setattr(experts_module, "_MODULES_ARE_CONSTANTS", False)
+    x = 3 * torch.randn(9, 16).double()
+
+    def run(fullgraph: bool) -> torch.Tensor:
+        torch.compiler.reset()
+        compiled: Any = torch.compile(
+            lambda x: experts_forward(own_gate, x, INDEX, WEIGHTS), fullgraph=fullgraph, backend="aot_eager"
+        )
+        return compiled(x)  # type: ignore[no-any-return]
+
+    if experts_module._MODULES_ARE_CONSTANTS:
+        torch.testing.assert_close(run(fullgraph=True), own_gate(x, INDEX, WEIGHTS))
+        return
+    with pytest.raises(Exception, match=r"GptOssExperts gates in a way of its own, .* before torch 2\.12"):
+        run(fullgraph=True)
+    torch.testing.assert_close(run(fullgraph=False), own_gate(x, INDEX, WEIGHTS))
 
 
 def test_what_is_refused() -> None:

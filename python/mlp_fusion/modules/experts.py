@@ -28,6 +28,8 @@ from mlp_fusion.neurons import NeuronBundle
 IMPLEMENTATION = "fused"
 
 _ACTIVATIONS = {type(ACT2FN[name]): ours for name, ours in CONFIG_ACTIVATIONS.items()}
+#: Whether torch.compile hands modules to functions whose results it takes as constants, as `form_of` is one.
+_MODULES_ARE_CONSTANTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
 
 
 def read_experts(module: nn.Module) -> NeuronBundle:
@@ -74,6 +76,11 @@ def _own_gate(module: nn.Module, layout: str) -> tuple[str, Gate]:
     Raises:
         InputError: no kernel gates in this way.
     """
+    if torch.compiler.is_compiling() and not _MODULES_ARE_CONSTANTS:
+        raise InputError(
+            f"{type(module).__qualname__} gates in a way of its own, which torch.compile cannot ask it for before "
+            "torch 2.12: use that, or another experts_implementation"
+        )
     found = form_of(module, "_apply_gate", layout)
     if isinstance(found, str):
         raise InputError(
