@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -413,6 +415,7 @@ def test_calibration_from_datasets() -> None:
         ({"width": "auto", "budget": 0.05, "calibration": TEXT}, "budget is too small"),
         ({"calibration": []}, "calibration needs at least one batch"),
         ({"calibration": "no/such/file"}, "no/such/file: no such file"),
+        ({"calibration": ""}, f"{re.escape(os.getcwd())} is a folder: name a file of texts"),
     ],
 )
 def test_refusals_leave_the_model_as_it_was(options: dict[str, Any], message: str) -> None:

@@ -109,6 +109,8 @@ def _read(file: Path) -> str:
         content = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise InputError(f"{file}: no such file") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{file.absolute()} is a folder: name a file of texts") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: cannot be read as UTF-8 text ({error}): {_FORMS}") from error
     if not content.strip():
