@@ -15,6 +15,10 @@ class InputError(ValueError):
     """
 
 
+class SkippableError(InputError):
+    """A model does not allow a step; what takes it by default can do without, and says so."""
+
+
 def one_line(error: BaseException, most: int = 200) -> str:
     """What an error says, on one line of at most `most` characters; its class's name where it says nothing."""
     return " ".join(str(error).split())[:most] or type(error).__name__

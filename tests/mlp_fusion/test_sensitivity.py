@@ -155,6 +155,22 @@ def test_chunks_layers_and_padding_make_no_difference() -> None:
         torch.testing.assert_close(one, two)
 
 
+def test_what_the_model_writes_over_is_seen_as_it_was() -> None:
+    """Some (Falcon) add to an FFN's outputs in place."""
+    found = []
+    for in_place in (False, True):
+        model: Any = tiny_model("llama", dtype=torch.float64)
+        factors = torch.linspace(0.5, 2.0, model.config.hidden_size, dtype=torch.float64)
+
+        def changed(_module: Any, _args: Any, y: Tensor, own: Tensor = factors, over: bool = in_place) -> Tensor:
+            return y.mul_(own) if over else y * own
+
+        for layer in model.model.layers:
+            layer.mlp.register_forward_hook(changed)
+        found.append(_found(model))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_sizes_are_those_of_the_rows_that_excerpts_have(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the gradient is cut off, sizes are 0; the others stand where `collect` has what the FFN saw there."""

@@ -18,7 +18,7 @@ that the model draws is the output factor of K-FAC (Martens & Grosse 2015).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +28,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlp_fusion.calibration.statistics import take_calibration
-from mlp_fusion.errors import InputError, named
+from mlp_fusion.errors import InputError, SkippableError, named
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.running.batches import Batch, token_mask
 from mlp_fusion.running.excerpts import cuttable, excerpts, window_of
 from mlp_fusion.running.positions import by_sequence
 from mlp_fusion.running.runner import Runner, not_finite
+from mlp_fusion.running.taps import channels_last
 
 #: Positions that gradients are taken at: those of `excerpts(model, calibration, SENSED_TOKENS)`.
 SENSED_TOKENS = 4096
@@ -57,6 +58,26 @@ class OutputSensitivity:
 
     factor: Tensor
     sizes: Tensor
+
+
+class GradientSums:
+    """Adds up gradients at the outputs of an FFN."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._sizes: list[Tensor] = []
+
+    def add(self, gradients: Tensor) -> None:
+        """Add `(T, d_out)`."""
+        rows = gradients.float()
+        product = (rows.T @ rows).double()
+        self._sizes.append(rows.square().mean(dim=1).sqrt())
+        self._total = product if self._total is None else self._total.add_(product)
+
+    def finish(self) -> OutputSensitivity:
+        """What they come to; there have to be some."""
+        assert self._total is not None
+        return OutputSensitivity(_factor(self._total), torch.cat(self._sizes))
 
 
 def output_sensitivities(
@@ -85,10 +106,35 @@ def output_sensitivities(
         InputError: there is no batch or no token, the model cannot run on one, skips an FFN, or cannot be
             differentiated, or its gradients are not finite.
     """
+    sums = [GradientSums() for _ in sites]
+
+    def visit(number: int, gradients: Tensor) -> None:
+        sums[number].add(gradients)
+
+    output_gradients(model, architecture, sites, calibration, visit, seed=seed)
+    return [each.finish() for each in sums]
+
+
+def output_gradients(
+    model: nn.Module,
+    architecture: Architecture,
+    sites: Sequence[FFNSite],
+    calibration: Batch | Iterable[Batch],
+    visit: Callable[[int, Tensor], None],
+    *,
+    seed: int,
+) -> None:
+    """The gradients that :func:`output_sensitivities` is about, excerpt by excerpt.
+
+    Args:
+        model, architecture, sites, calibration, seed: as there.
+        visit: called with the number of an FFN and its `(T, d_out)` gradients, for each excerpt with all FFNs in order.
+
+    Raises:
+        InputError: as there.
+    """
     batches = take_calibration(model, calibration)
     outputs: list[list[Tensor]] = [[] for _ in sites]
-    sums: list[Tensor | None] = [None] * len(sites)
-    sizes: list[list[Tensor]] = [[] for _ in sites]
     generator = torch.Generator().manual_seed(seed)
     # Attention's fused backward passes add up in no fixed order on a GPU.
     exact = sdpa_kernel(SDPBackend.MATH)
@@ -102,29 +148,28 @@ def output_sensitivities(
                 if not all(bool(hidden[mask.to(hidden.device)].isfinite().all()) for hidden, mask in states):
                     raise not_finite("on the calibration text, the model's inputs or outputs", states[0][0].dtype)
                 if not all(outputs):
-                    raise InputError("an FFN did not run on the calibration text: the model skips it")
+                    raise SkippableError("an FFN did not run on the calibration text: the model skips it")
                 probed = (
                     hidden * _probe(head, hidden, generator) * mask.unsqueeze(-1).to(hidden) for hidden, mask in states
                 )
                 loss = torch.stack([part.sum() for part in probed]).sum()
                 # Nothing of an FFN whose outputs no state depends on (the last of a tower that is read before it).
                 wanted = [y for ys in outputs for y in ys]
+                counts = [len(ys) for ys in outputs]
                 gradients = iter(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
             except InputError:
                 raise
             except (ValueError, IndexError, TypeError, RuntimeError) as error:
-                raise InputError(f"gradients through the model fail ({named(error)}): {_WITHOUT}") from error
-            for number, ys in enumerate(outputs):
-                mask, laid = by_sequence({"gradients": [next(gradients) for _ in ys]}, batch, sites[number].path)
+                raise SkippableError(f"gradients through the model fail ({named(error)}): {_WITHOUT}") from error
+            # A layer that runs again for its backward pass has put out more since.
+            for number, count in enumerate(counts):
+                last = architecture.projection(sites[number], "w_out")
+                own = {"gradients": [channels_last(last, next(gradients)) for _ in range(count)]}
+                mask, laid = by_sequence(own, batch, sites[number].path)
                 rows = laid["gradients"][mask.to(laid["gradients"].device)]
                 _check_finite(rows)
-                product = (rows.float().T @ rows.float()).double()
-                sizes[number].append(rows.float().square().mean(dim=1).sqrt())
-                known = sums[number]
-                sums[number] = product if known is None else known.add_(product)
-                ys.clear()
-    pairs = zip(sums, sizes, strict=True)
-    return [OutputSensitivity(_factor(total), torch.cat(own)) for total, own in pairs if total is not None]
+                visit(number, rows)
+                outputs[number].clear()
 
 
 @torch.no_grad()
@@ -135,7 +180,10 @@ def _head(runner: Runner, batches: Sequence[Batch]) -> nn.Linear | None:
         return None
     mask = token_mask(batches[0])[:1]
     window = window_of(batches[0], torch.zeros(1, dtype=torch.int64), mask.int().argmax(dim=1), min(8, mask.shape[1]))
-    logits, (states, *others) = runner.whole(window).get("logits"), runner.final_states(window)
+    outputs = runner.whole(window)
+    if not isinstance(outputs, Mapping):
+        return None
+    logits, (states, *others) = outputs.get("logits"), runner.final_states(window)
     if logits is None or others or logits.shape[:-1] != states.shape[:-1] or states.shape[-1] != head.in_features:
         return None
     expected = head(states)
@@ -162,7 +210,7 @@ def _probe(head: nn.Linear | None, hidden: Tensor, generator: torch.Generator) -
 def _check_finite(gradients: Tensor) -> None:
     if not bool(gradients.isfinite().all()):
         remedy = "load it in float32 or bfloat16" if gradients.dtype == torch.float16 else _WITHOUT
-        raise InputError(f"gradients through the model are not finite in {str(gradients.dtype)[6:]}: {remedy}")
+        raise SkippableError(f"gradients through the model are not finite in {str(gradients.dtype)[6:]}: {remedy}")
 
 
 def _factor(total: Tensor) -> Tensor:
@@ -194,7 +242,8 @@ def _caught(architecture: Architecture, sites: Sequence[FFNSite], outputs: list[
     def catch(into: list[Tensor]) -> Any:
         def hook(_module: nn.Module, _args: tuple[Any, ...], y: Tensor) -> Tensor:
             into.append(y if y.requires_grad else y.detach().requires_grad_())
-            return into[-1]
+            # A copy goes on: some models add to what an FFN has put out in place.
+            return into[-1].clone()
 
         return hook
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from mlp_fusion.errors import InputError
+from mlp_fusion.errors import SkippableError
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.families.building import pattern
 from mlp_fusion.running.batches import Batch
@@ -92,7 +92,7 @@ class Recorder:
         """Run the model over the batches.
 
         Raises:
-            InputError: a layer does not run once per batch, or without hidden states.
+            SkippableError: a layer does not run once per batch, or without hidden states.
         """
         with ExitStack() as stack:
             for number, layer in enumerate(self.layers):
@@ -106,7 +106,7 @@ class Recorder:
                 self._last = None
                 runner.base(batch, [layer.path for layer in self.layers])
         if any(len(found) != len(batches) for found in self.calls):
-            raise InputError(
+            raise SkippableError(
                 "a layer did not run once per batch, which sequential calibration cannot repeat: give sequential=False "
                 "(--no-sequential)"
             )
@@ -151,12 +151,12 @@ def hidden_of(call: Call) -> Tensor:
     """The hidden states among a layer's arguments.
 
     Raises:
-        InputError: there are none.
+        SkippableError: there are none.
     """
     args, kwargs = call
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor):
-        raise InputError("a layer is called without hidden states: sequential calibration cannot repeat it")
+        raise SkippableError("a layer is called without hidden states: sequential calibration cannot repeat it")
     return hidden
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from mlp_fusion.calibration import FFNStatistics, OutputSensitivity, collect, output_sensitivities
 from mlp_fusion.calibration.statistics import take_calibration, warn_of_few
 from mlp_fusion.choices import METHODS
+from mlp_fusion.errors import SkippableError
 from mlp_fusion.families import FFNSite
 from mlp_fusion.measure.report import CalibrationRecord
 from mlp_fusion.neurons import NeuronBundle
@@ -69,7 +71,14 @@ def with_sensitivity(statistics: FFNStatistics, found: OutputSensitivity | None)
     return dataclasses.replace(statistics, sensitivity=None if found is None else found.factor)
 
 
-def learn(ffns: ChosenFFNs, settings: FuseSettings, calibration: Any, sample: Batch | Iterable[Batch] | None) -> Learnt:
+def learn(
+    ffns: ChosenFFNs,
+    settings: FuseSettings,
+    calibration: Any,
+    sample: Batch | Iterable[Batch] | None,
+    *,
+    may_skip: bool = False,
+) -> Learnt:
     """Run the model over the text.
 
     Args:
@@ -77,6 +86,7 @@ def learn(ffns: ChosenFFNs, settings: FuseSettings, calibration: Any, sample: Ba
         settings: resolved.
         calibration: batches, or None.
         sample: batches that errors are measured on; None for the calibration text, or else random inputs.
+        may_skip: do without sensitivities, with a warning, where the model does not allow them.
 
     Raises:
         InputError: the text cannot be used.
@@ -94,7 +104,14 @@ def learn(ffns: ChosenFFNs, settings: FuseSettings, calibration: Any, sample: Ba
         # Experts' outputs are weighed by a router: their errors count alike.
         dense = [number for number, site in enumerate(sites) if not site.is_expert]
         chosen = [sites[n] for n in dense]
-        found = output_sensitivities(model, architecture, chosen, batches, seed=seed) if dense else []
+        found: list[OutputSensitivity] = []
+        try:
+            found = output_sensitivities(model, architecture, chosen, batches, seed=seed) if dense else []
+        except SkippableError as error:
+            if not may_skip or settings.budget is not None:
+                raise
+            dense = []
+            warnings.warn(f"all errors of outputs count alike: {error}", stacklevel=3)
         for number, sensitivity in zip(dense, found, strict=True):
             sensitivities[number] = sensitivity
     seconds = time.perf_counter() - started if statistics is not None else None

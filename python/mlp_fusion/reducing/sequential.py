@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from mlp_fusion.calibration.statistics import FFNStatistics, collector_of, take_calibration
+from mlp_fusion.errors import SkippableError
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.families.exchange import narrowed
 from mlp_fusion.neurons import NeuronBundle
@@ -84,9 +85,7 @@ def reduce_sequentially(
     """
     batches = take_calibration(model, calibration)
     plan = RowPlan(batches, seed)
-    chosen = {site.index for site in sites}
-    first, last = min(chosen), max(chosen)
-    layers = layers_of(model, [site for site in architecture.sites(model) if first <= site.index <= last])
+    layers = _layers(model, architecture, sites)
     run = SequentialReduction(architecture, sites, batches, reduce, plan, rows)
     with Runner(model, "the calibration text") as runner:
         recorded = Recorder(layers, architecture).run(runner, batches)
@@ -101,6 +100,35 @@ def reduce_sequentially(
                     reduced = Recorder(inside).run(runner, batches).calls
             run.segment(inside, original, reduced, known)
     return [run.results[number] for number in range(len(sites))]
+
+
+@torch.no_grad()
+def check_sequence(
+    model: nn.Module, architecture: Architecture, sites: Sequence[FFNSite], batches: Sequence[Batch]
+) -> None:
+    """Raise SkippableError where layers of the FFNs in `sites` cannot be run one by one, as the first batch shows."""
+    with Runner(model, "the calibration text") as runner:
+        for calls in Recorder(_layers(model, architecture, sites)).run(runner, batches[:1]).calls:
+            hidden_of(calls[0])
+
+
+def _layers(model: nn.Module, architecture: Architecture, sites: Sequence[FFNSite]) -> list[Layer]:
+    """The layers from the first of the FFNs in `sites` to the last.
+
+    Raises:
+        SkippableError: one is inside another.
+    """
+    chosen = {site.index for site in sites}
+    first, last = min(chosen), max(chosen)
+    layers = layers_of(model, [site for site in architecture.sites(model) if first <= site.index <= last])
+    for outer in layers:
+        for inner in layers:
+            if inner.path.startswith(f"{outer.path}."):
+                raise SkippableError(
+                    f"{inner.path} is inside of {outer.path}, which sequential calibration cannot repeat: give "
+                    "sequential=False (--no-sequential)"
+                )
+    return layers
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlp_fusion.errors import InputError, named
+from mlp_fusion.errors import InputError, SkippableError, named
 from mlp_fusion.running.batches import Batch, has_other_inputs
 from mlp_fusion.running.positions import by_sequence
 
@@ -77,18 +77,21 @@ class Runner:
             InputError: the model cannot run on the batch, or puts out no hidden states.
         """
         outputs = self.base(batch)
-        if "last_hidden_state" in outputs:
-            return [outputs["last_hidden_state"]]
-        parts = [part for part in outputs.values() if isinstance(part, Mapping)]
-        towers = [part["last_hidden_state"] for part in parts if part.get("last_hidden_state") is not None]
-        if towers and "logits" not in outputs:
-            return towers
-        # A model that has no base by itself, such as T5 with its head.
-        outputs = self.base({**batch, "output_hidden_states": True})
-        for part in (outputs, *(part for part in outputs.values() if isinstance(part, Mapping) and "logits" in part)):
-            if states := part.get("decoder_hidden_states") or part.get("hidden_states"):
-                return [states[-1]]
-        raise InputError(f"{type(self.model).__name__} puts out no hidden states to compare: load its base model")
+        if isinstance(outputs, Mapping):
+            if "last_hidden_state" in outputs:
+                return [outputs["last_hidden_state"]]
+            parts = [part for part in outputs.values() if isinstance(part, Mapping)]
+            towers = [part["last_hidden_state"] for part in parts if part.get("last_hidden_state") is not None]
+            if towers and "logits" not in outputs:
+                return towers
+            # A model that has no base by itself, such as T5 with its head.
+            outputs = self.base({**batch, "output_hidden_states": True})
+            headed = [part for part in outputs.values() if isinstance(part, Mapping) and "logits" in part]
+            for part in (outputs, *headed):
+                states = part.get("decoder_hidden_states") or part.get("hidden_states")
+                if states and isinstance(states[-1], Tensor):
+                    return [states[-1]]
+        raise SkippableError(f"{type(self.model).__name__} puts out no hidden states to compare: load its base model")
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """`(batch, length, d)`: the last hidden states of a model that has them in one piece.

@@ -153,11 +153,11 @@ class TapStore:
         self._seen.clear()
 
     def before(self, name: str, number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, args: self._add(name, number, _channels_last(module, args[0]))
+        return lambda module, args: self._add(name, number, channels_last(module, args[0]))
 
     def after(self, name: str, number: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         # A copy: some models add the residual to an FFN's outputs in place.
-        return lambda module, _args, y: self._add(name, number, _channels_last(module, y).clone())
+        return lambda module, _args, y: self._add(name, number, channels_last(module, y).clone())
 
     def complete(self, number: int, x: Tensor, hidden: Tensor, y: Tensor) -> None:
         """All rows of an FFN at once, an expert's: those that were routed to it, `(rows, channels)` each."""
@@ -196,6 +196,6 @@ class TapStore:
             self._seen.add(number)
 
 
-def _channels_last(module: nn.Module, values: Tensor) -> Tensor:
+def channels_last(module: nn.Module, values: Tensor) -> Tensor:
     """What goes into or comes out of a projection, channels last; pointwise convolutions have them behind the batch."""
     return values.movedim(1, -1) if isinstance(module, _CONVOLUTIONS) else values

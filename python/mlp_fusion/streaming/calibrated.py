@@ -22,7 +22,7 @@ from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.neurons import UNNAMED, NeuronBundle
 from mlp_fusion.reducing.chosen import self_test
 from mlp_fusion.reducing.layers import Call, Layer, hidden_of, run_layer, run_streamed
-from mlp_fusion.reducing.learning import SAMPLE_ROWS, sampled_rows
+from mlp_fusion.reducing.learning import SAMPLE_ROWS, sampled_rows, with_sensitivity
 from mlp_fusion.reducing.pipeline import Recipe, ReducedFFN, reduce_ffns, with_enough_tokens
 from mlp_fusion.reducing.rows import fused_row
 from mlp_fusion.reducing.sequential import SequentialReduction
@@ -31,6 +31,7 @@ from mlp_fusion.running.sampling import RowPlan, RowSample
 from mlp_fusion.running.taps import Activations, Taps, Visitor, tapped
 from mlp_fusion.store.shards import flush
 from mlp_fusion.streaming.layerwise import LayerwiseModel
+from mlp_fusion.streaming.sensing import Gradients
 from mlp_fusion.streaming.tasks import Part, Task
 from mlp_fusion.streaming.work import Member, Outcome, Work
 
@@ -59,6 +60,7 @@ class Calibrated:
     sequential: bool
     states_file: Path
     _model: LayerwiseModel = field(init=False)
+    _gradients: Gradients = field(init=False)
     _warned: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -68,6 +70,7 @@ class Calibrated:
         settings = w.settings
         self._plan = RowPlan(self.batches, settings.seed)
         self._recipe = Recipe.of(settings)
+        self._gradients = Gradients(self.states_file.with_name(f"{self.states_file.name}.gradients"), w.device)
         self._numbers = {ffn.index: number for number, ffn in enumerate(w.ffns) if ffn.loaded}
 
     @torch.no_grad()
@@ -77,13 +80,17 @@ class Calibrated:
         Raises:
             InputError: the model cannot be run layer by layer, or not on the text; or an FFN is not what it seems.
         """
-        stacks = self._model.stacks(self.architecture.sites(self._model.model))
-        chosen = set(self.work.settings.layers)  # type: ignore[arg-type]
+        sites, settings = self.architecture.sites(self._model.model), self.work.settings
+        stacks = self._model.stacks(sites)
+        chosen = set(settings.layers)  # type: ignore[arg-type]
         order = [layer for stack in stacks for layer in stack]
         last = max(n for n, layer in enumerate(order) if any(site.index in chosen for site in layer.sites))
         left = [n for n, layer in enumerate(order[: last + 1]) if layer.path not in finished]
         if not left:
             return
+        sensed = [site for site in sites if self._is_sensed(site)]
+        if sensed:
+            self._gradients.gather(self._model, stacks, self.architecture, sensed, self.batches, seed=settings.seed)
         at = self._resumed()
         if at is None or not 0 < at.layer <= left[0]:
             at = _Carried(0, [], [], [], [])
@@ -92,6 +99,18 @@ class Calibrated:
             if begin <= last and at.layer < begin + len(stack):
                 self._stack(stacks, at, begin, min(last + 1 - begin, len(stack)), done, ends=begin + len(stack) <= last)
             begin += len(stack)
+
+    def _is_sensed(self, site: FFNSite) -> bool:
+        """Whether errors of an FFN's outputs are weighed by what they do to the model."""
+        settings, method = self.work.settings, self._recipe.method.entry
+        asked = method.weighs_outputs or (bool(settings.refit) and bool(settings.tune_steps))
+        expert = site.is_expert or bool(site.kind.experts)
+        return asked and not expert and site.index in settings.layers  # type: ignore[operator]
+
+    def _known(self, site: FFNSite, statistics: FFNStatistics) -> FFNStatistics:
+        """All that is known of an FFN."""
+        found = self._gradients.sensitivity(site) if self._is_sensed(site) else None
+        return with_enough_tokens(site, with_sensitivity(statistics, found))
 
     def _stack(
         self, stacks: Sequence[Sequence[Layer]], at: _Carried, begin: int, length: int, done: Done, *, ends: bool
@@ -167,7 +186,7 @@ class Calibrated:
             known: list[FFNStatistics] = []
             for some in _in_turns(experts, originals):
                 known += self._statistics(layer, some, calls, at.exact)
-            enough = [with_enough_tokens(*pair) for pair in zip(experts, known, strict=True)]
+            enough = [self._known(*pair) for pair in zip(experts, known, strict=True)]
             found = reduce_ffns(self._recipe, originals, widths, enough) if experts else []
             shown = [sampled_rows(statistics, self.work.settings.seed) for statistics in known]
             at.exact = [run_layer(layer, call, x) for call, x in zip(calls, at.exact, strict=True)]
@@ -182,7 +201,7 @@ class Calibrated:
         number: int,
         statistics: FFNStatistics,
     ) -> ReducedFFN:
-        known = with_enough_tokens(experts[number], statistics)
+        known = self._known(experts[number], statistics)
         return reduce_ffns(self._recipe, [originals[number]], [widths[number]], [known])[0]
 
     def _statistics(

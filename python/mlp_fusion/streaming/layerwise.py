@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import FFNSite, building
@@ -84,6 +85,34 @@ class LayerwiseModel:
                 for name, parameter in module._parameters.items():
                     if parameter is not None:
                         module._parameters[name] = _empty(parameter)
+
+    @contextmanager
+    def whole(self, stacks: Sequence[Sequence[Layer]]) -> Iterator[nn.Module]:
+        """Inside, the model runs as one that is in memory: layers are read when they run.
+
+        Nothing of a layer is kept for a backward pass: it is read and run again then.
+        """
+
+        def reading(layer: Layer, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                with self.loaded(layer):
+                    return forward(*args, **kwargs)
+
+            def run_again(*args: Any, **kwargs: Any) -> Any:
+                if not torch.is_grad_enabled():
+                    return run(*args, **kwargs)
+                return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+            return run_again
+
+        layers = [layer for stack in stacks for layer in stack]
+        for layer in layers:
+            layer.module.forward = reading(layer, layer.module.forward)
+        try:
+            yield self.model
+        finally:
+            for layer in layers:
+                del layer.module.forward
 
     def _read(self, parameters: Sequence[str]) -> None:
         """Read parameters and buffers, all of those that are made of the same tensors.

@@ -229,7 +229,7 @@ def prepare(
     chosen = sorted(site.index for site in sites if widths[site.index] < site.kind.width)
     named = all(sites[index].kind.name != UNNAMED for index in chosen)
     settings = dataclasses.replace(settings, unmeasured=text is None)
-    dense = not any(sites[index].kind.experts for index in chosen)
+    dense = not any(sites[index].is_expert or sites[index].kind.experts for index in chosen)
     settings = settings.resolved(chosen, calibrated=text is not None, named=named, whole=False, dense=dense)
     scales = METHODS[settings.method].scales
     for index in chosen if scales else ():

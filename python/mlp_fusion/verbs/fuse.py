@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
+from mlp_fusion.calibration.statistics import take_calibration
 from mlp_fusion.calibration.text import Calibration, calibration_batches
+from mlp_fusion.choices import AUTOMATIC
+from mlp_fusion.errors import SkippableError
 from mlp_fusion.measure import FusionReport
 from mlp_fusion.reducing.chosen import ChosenFFNs, check_finite, count_parameters
 from mlp_fusion.reducing.every import reduce_chosen
 from mlp_fusion.reducing.learning import learn
 from mlp_fusion.reducing.pipeline import Progress
 from mlp_fusion.reducing.rows import fused_rows
+from mlp_fusion.reducing.sequential import check_sequence
 from mlp_fusion.running.batches import Batch
 from mlp_fusion.selection import Layers, Width
 from mlp_fusion.settings import FuseSettings, make, takes
@@ -92,8 +98,12 @@ def fuse(
     before = count_parameters(model)
     known = None
     if calibration is not None:
-        known = calibration_batches(calibration, model, sentences=settings.calibration_sentences)
-    learnt = learn(ffns, settings, known, sample)
+        batches = calibration_batches(calibration, model, sentences=settings.calibration_sentences)
+        known = take_calibration(model, batches)
+        if settings.sequential and asked.sequential is None:
+            settings = _in_sequence(ffns, settings, known)
+    by_itself = asked.method == AUTOMATIC and not asked.tune_steps
+    learnt = learn(ffns, settings, known, sample, may_skip=by_itself)
     ffns.self_test(learnt.activations)
     reduced = reduce_chosen(ffns, settings, widths, learnt, progress)
     rows = fused_rows(ffns, reduced, learnt.activations, settings.parameterization)
@@ -115,3 +125,13 @@ def fuse(
         rows=rows,
         calibration=learnt.record(),
     )
+
+
+def _in_sequence(ffns: ChosenFFNs, settings: FuseSettings, batches: Sequence[Batch]) -> FuseSettings:
+    """The settings; without the sequence, which nobody has asked for, where the model does not allow one."""
+    try:
+        check_sequence(ffns.model, ffns.architecture, ffns.sites, batches)
+    except SkippableError as error:
+        warnings.warn(f"all FFNs are calibrated at once: {error}", stacklevel=3)
+        return dataclasses.replace(settings, sequential=False)
+    return settings

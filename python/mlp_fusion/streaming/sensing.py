@@ -1,0 +1,89 @@
+"""Gradients at the outputs of FFNs of a model that is not in memory, kept on disk until the FFNs are reduced.
+
+What they come to in a model in memory, one `(d_out, d_out)` factor per FFN, would be as large as a model. Here the
+gradients themselves lie in files, and an FFN's factor is made of them when it is its turn: the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mlp_fusion.calibration import GradientSums, OutputSensitivity, output_gradients
+from mlp_fusion.families import Architecture, FFNSite
+from mlp_fusion.reducing.layers import Layer
+from mlp_fusion.running.batches import Batch
+from mlp_fusion.store.shards import flush
+from mlp_fusion.streaming.layerwise import LayerwiseModel
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The gradients of a run.
+
+    Attributes:
+        files: what the files are called, but for their endings; they lie where a run that goes on finds them.
+        device: that sensitivities are wanted on.
+    """
+
+    files: Path
+    device: torch.device
+
+    @property
+    def _there(self) -> Path:
+        """A file that is there when all others are."""
+        return self.files.with_name(f"{self.files.name}.all")
+
+    def _excerpt(self, number: int) -> Path:
+        return self.files.with_name(f"{self.files.name}.{number}")
+
+    def gather(
+        self,
+        model: LayerwiseModel,
+        stacks: Sequence[Sequence[Layer]],
+        architecture: Architecture,
+        sites: Sequence[FFNSite],
+        batches: Sequence[Batch],
+        *,
+        seed: int,
+    ) -> None:
+        """Take them at the outputs of `sites`, unless that has been done.
+
+        Memory: of one layer with its activations, and the outputs of all `sites` and their gradients at 1,024
+        positions. Time: for every 1,024 of the 4,096 positions the layers are read twice, and run forward twice and
+        backward.
+
+        Raises:
+            InputError: as :func:`mlp_fusion.calibration.output_sensitivities`.
+        """
+        if self._there.exists():
+            return
+        held: dict[str, Tensor] = {}
+        written: list[Path] = []
+
+        def visit(number: int, gradients: Tensor) -> None:
+            held[str(sites[number].index)] = gradients.cpu().contiguous()
+            if number + 1 == len(sites):
+                written.append(self._excerpt(len(written)))
+                save_file(held, written[-1])
+                held.clear()
+
+        with model.whole(stacks) as whole:
+            output_gradients(whole, architecture, sites, batches, visit, seed=seed)
+        flush(written)
+        self._there.write_text(str(len(written)), encoding="utf-8")
+        flush([self._there])
+
+    def sensitivity(self, site: FFNSite) -> OutputSensitivity:
+        """What they come to at the outputs of an FFN."""
+        sums = GradientSums()
+        for number in range(int(self._there.read_text(encoding="utf-8"))):
+            with safe_open(self._excerpt(number), framework="pt") as file:
+                sums.add(file.get_tensor(str(site.index)).to(self.device))
+        return sums.finish()
