@@ -110,6 +110,12 @@ def test_experts_in_lists_are_found_in_every_layer() -> None:
     assert len({site.group for site in found.sites}) == 1
 
 
+#: Some of what is looked at here is in newer versions alone.
+OLD = "sam_mask_decoder" not in CONFIG_MAPPING
+newer = pytest.mark.skipif(OLD, reason="transformers lacks the models")
+
+
+@newer
 def test_two_ffns_of_one_layer_and_a_stack_of_one_expert_are_found() -> None:
     config = CONFIG_MAPPING["instructblip_qformer"](**{**BERT, "encoder_hidden_size": 32})
     found = describe(config)
@@ -296,10 +302,12 @@ def test_a_config_that_builds_nothing_is_refused_in_one_line() -> None:
     with pytest.raises(InputError, match=r"bert: transformers builds no BertModel from this config") as error:
         describe(config)
     assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="no model class for this config"):
-        describe(CONFIG_MAPPING["sam_mask_decoder"]())
+    if not OLD:
+        with pytest.raises(InputError, match="no model class for this config"):
+            describe(CONFIG_MAPPING["sam_mask_decoder"]())
 
 
+@newer
 @pytest.mark.slow
 def test_what_the_catalogue_holds_is_needed_and_has_its_reason() -> None:
     assert set(catalogue.DEFAULTS) <= set(catalogue.model_types())

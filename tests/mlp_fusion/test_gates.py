@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -183,7 +182,7 @@ OWN = {
 @pytest.mark.parametrize("name", OWN)
 def test_own_gates_are_recognised_by_what_they_compute(name: str) -> None:
     family, _, kind = name.partition(".")
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    module = pytest.importorskip(f"transformers.models.{family}.modeling_{family}")
     config = CONFIG_MAPPING[family]()
     with torch.device("meta"):
         experts = getattr(module, kind)(getattr(config, "text_config", config))

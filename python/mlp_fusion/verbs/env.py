@@ -8,14 +8,18 @@ from typing import Any
 
 import torch
 
+import mlp_fusion
 from fusion_kernels import backends
 from mlp_fusion.verbs.gpu import states
 
 
 def environment() -> dict[str, Any]:
     """Versions, devices and backends, as plain JSON types."""
-    versions: dict[str, str] = {"python": platform.python_version()}
-    for package in ("mlp-fusion", "torch", "triton", "transformers", "safetensors", "numpy", "accelerate", "peft"):
+    # As they run: a build of torch for CUDA may be installed under a version that does not name it.
+    versions: dict[str, str] = {
+        "python": platform.python_version(), "mlp-fusion": mlp_fusion.__version__, "torch": torch.__version__
+    }  # fmt: skip
+    for package in ("triton", "transformers", "safetensors", "numpy", "accelerate", "peft"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
