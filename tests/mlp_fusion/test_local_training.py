@@ -171,6 +171,19 @@ def test_the_pipeline_keeps_what_is_better_and_matches_the_kernel_afterwards() -
     assert [now for now in done if now[1] == 3] == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_ffns_with_a_sensitivity_and_without_one_are_trained_apart() -> None:
+    """As a dense FFN and a shared expert of its shape (GLM's) are."""
+    originals = [random_bundle(width=40, seed=seed, dtype=torch.float32) for seed in range(3)]
+    known = [statistics_of(b, _rows(300, seed=1).float()) for b in originals]
+    factor = torch.diag(torch.linspace(0.2, 2.0, known[1].y.shape[1]))
+    known[1] = dataclasses.replace(known[1], sensitivity=factor)
+    recipe = Recipe(get_method("fusion"), 0, "scaled", refit=True, tune_steps=20)
+    found = reduce_ffns(recipe, originals, [8, 8, 8], known)
+    for number, ffn in enumerate(found):
+        [alone] = reduce_ffns(recipe, [originals[number]], [8], [known[number]])
+        torch.testing.assert_close(ffn.bundle.w_out, alone.bundle.w_out)
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("sequential", [False, True])
 def test_fuse_tunes_every_family(family: str, sequential: bool) -> None:

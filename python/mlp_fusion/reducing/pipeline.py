@@ -159,7 +159,8 @@ def reduce_ffns(
 
     An FFN whose width is what it has already keeps its neurons. `statistics` holds one entry per FFN; one that has seen
     no token is reduced without, by :data:`mlp_fusion.choices.PLAIN_METHOD` where the method needs some. Tuned side by
-    side are those whose rows are of the same sequences, as an encoder's and a decoder's are not. Side by side are as
+    side are those whose rows are of the same sequences, as an encoder's and a decoder's are not, and whose errors are
+    weighed alike, as an expert's and a dense one's are not. Side by side are as
     many as have `batch_bytes` of neuron vectors in float32, by default :data:`BATCH_BYTES`, on a GPU an eighth of its
     free memory if that is more.
     """
@@ -167,8 +168,8 @@ def reduce_ffns(
     for number, (bundle, width) in enumerate(zip(bundles, widths, strict=True)):
         rows: object = None
         if statistics is not None:
-            tuned = recipe.refit and recipe.tune_steps > 0
-            rows = statistics[number].sequence.numpy().tobytes() if tuned else statistics[number].tokens > 0
+            known, tuned = statistics[number], recipe.refit and recipe.tune_steps > 0
+            rows = (known.sequence.numpy().tobytes(), known.sensitivity is None) if tuned else known.tokens > 0
         groups.setdefault((bundle.layout, bundle.w_in.device, width, rows), []).append(number)
     results: dict[int, ReducedFFN] = {}
     done, units = 0, progress_units(recipe)
