@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
+import round_trips
 import torch
 from torch import Tensor
-from transformers import MobileBertConfig, MobileBertModel, PoolFormerConfig, PoolFormerModel
+from transformers import CONFIG_MAPPING, MobileBertConfig, MobileBertModel, PoolFormerConfig, PoolFormerModel
 
 from families import tiny_model, token_batch
 from mlp_fusion import InputError, fuse
 from mlp_fusion.calibration import output_gradients, sensitivity
 from mlp_fusion.errors import SkippableError
+from mlp_fusion.families import building
 from mlp_fusion.reducing import learning
 from mlp_fusion.store.record import architecture_of
 
@@ -71,3 +76,38 @@ def test_gradients_of_pointwise_convolutions_have_their_channels_last(monkeypatc
     wanted = torch.autograd.grad(model(**batch).last_hidden_state.sum(), outputs)
     for rows, gradient in zip(found, wanted, strict=True):
         torch.testing.assert_close(rows, gradient.movedim(1, -1).flatten(0, -2))
+
+
+#: What each has that others have not, and whether it goes without something.
+AWKWARD = {
+    "blt_patcher": "a tuple for outputs",
+    "bridgetower": "hidden states of towers side by side",
+    "falcon": "an addition in place",
+    "glm4v_moe_text": "shared experts of the shape of dense FFNs",
+    "lxmert": "no hidden states",
+    "mobilebert": "layers inside layers",
+    "musicgen_melody_decoder": "codebooks",
+    "openai-gpt": "a list for outputs of layers",
+    "poolformer": "convolutions",
+    "videomt": "layers that run twice",
+}
+WITHOUT = {"blt_patcher", "bridgetower", "lxmert", "mobilebert", "videomt"}
+
+
+@pytest.mark.parametrize("name", sorted(AWKWARD))
+def test_awkward_models_get_the_default(name: str) -> None:
+    if name not in CONFIG_MAPPING:
+        pytest.skip("transformers lacks it")
+    results = Path(__file__).parents[2] / "bench" / "results" / "families-roundtrip-cpu.json"
+    types = json.loads(results.read_text(encoding="utf-8"))["types"]
+    [config] = [known["config"] for known in types if known["type"] == name]
+    with building.undisturbed():
+        trip = round_trips.prepare(name, round_trips.steps_of(config))
+    assert trip.sample is not None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = fuse(trip.model, 0.5, calibration=[dict(trip.sample)] * 3)
+    assert report.settings.method == "merge"
+    said = [str(w.message) for w in caught if "all errors of outputs" in str(w.message) or "all FFNs" in str(w.message)]
+    assert bool(said) == (name in WITHOUT)
+    assert all(row.neurons_after < row.neurons_before for row in report.rows)

@@ -131,7 +131,7 @@ class Recorder:
 
     def _leaving(self, number: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def leave(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            found = output[0] if isinstance(output, tuple) else output
+            found = _first(output)
             self._last = found if isinstance(found, Tensor) else None
             if self.outputs is not None and self._last is not None:
                 # A copy: some models add to what a layer has put out in place.
@@ -171,10 +171,14 @@ def with_hidden(call: Call, hidden: Tensor) -> Call:
 def run_layer(layer: Layer, call: Call, hidden: Tensor) -> Tensor:
     """What a layer makes of hidden states."""
     args, kwargs = with_hidden(call, hidden)
-    output = layer.module(*args, **kwargs)
-    found = output[0] if isinstance(output, tuple) else output
+    found = _first(layer.module(*args, **kwargs))
     assert isinstance(found, Tensor)
     return found
+
+
+def _first(output: Any) -> Any:
+    """The hidden states of what a layer puts out, which may be more, in a tuple or (OpenAI's GPT) in a list."""
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def run_streamed(architecture: Architecture, layer: Layer, call: Call, hidden: Tensor) -> Streamed:

@@ -168,8 +168,8 @@ def reduce_ffns(
     for number, (bundle, width) in enumerate(zip(bundles, widths, strict=True)):
         rows: object = None
         if statistics is not None:
-            known, tuned = statistics[number], recipe.refit and recipe.tune_steps > 0
-            rows = (known.sequence.numpy().tobytes(), known.sensitivity is None) if tuned else known.tokens > 0
+            own, tuned = statistics[number], recipe.refit and recipe.tune_steps > 0
+            rows = (own.sequence.numpy().tobytes(), own.sensitivity is None) if tuned else own.tokens > 0
         groups.setdefault((bundle.layout, bundle.w_in.device, width, rows), []).append(number)
     results: dict[int, ReducedFFN] = {}
     done, units = 0, progress_units(recipe)

@@ -24,11 +24,15 @@ def excerpts(model: nn.Module, batches: Sequence[Batch], count: int) -> Iterator
 
 
 def cuttable(batch: Batch) -> bool:
-    """Whether a batch is one text per row, every tensor token by token."""
+    """Whether a batch is one text per row, every tensor token by token; of codebooks, several rows are one."""
     ids = batch.get("input_ids")
-    return ids is not None and all(
-        value.shape in (ids.shape, (1, ids.shape[1])) and not name.startswith("decoder_")
-        for name, value in batch.items()
+    return (
+        ids is not None
+        and ids.ndim == 2
+        and all(
+            value.shape in (ids.shape, (1, ids.shape[1])) and not name.startswith("decoder_")
+            for name, value in batch.items()
+        )
     )
 
 
