@@ -183,5 +183,8 @@ def test_the_page_says_what_the_runs_say() -> None:
     for other in (folded, matched, "prune"):
         found = differing("adamw", "auto", other, 0, 10, 20, 50, 100, 200, of="smollm2", seeds=1)
         assert all(-0.135 < d < -0.03 for d in found)
+        assert max(differing("adamw", "auto", other, 0, 10, 20, 50, 100, 200, of="smollm2-lora", seeds=1)) < -0.03
+    apart = {step: differing("adamw", matched, folded, step, of="smollm2-lora", seeds=1)[0] for step in steps_here[1:]}
+    assert [step for step, d in apart.items() if d < 0] == [100]
     behind = differing("sgd", matched, folded, 10, 20, of="smollm2", seeds=1)
     assert min(behind) > 0.01 > -0.01 > differing("sgd", matched, folded, 50, of="smollm2", seeds=1)[0] > -0.0155

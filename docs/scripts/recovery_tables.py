@@ -47,6 +47,7 @@ GROUPS: dict[str, Group] = {
     "lora": ("recovery-long-cpu", "small", 1 / 32, True, False),
     "taught": ("recovery-long-cpu", "small", 1 / 32, False, True),
     "smollm2": ("recovery-cpu", "smollm2", 0.5, False, False),
+    "smollm2-lora": ("recovery-cpu", "smollm2", 0.5, True, False),
 }
 
 
