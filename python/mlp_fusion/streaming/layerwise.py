@@ -105,14 +105,14 @@ class LayerwiseModel:
 
             return run_again
 
-        layers = [layer for stack in stacks for layer in stack]
-        for layer in layers:
-            layer.module.forward = reading(layer, layer.module.forward)
-        try:
+        with ExitStack() as stack:
+            for layer in itertools.chain.from_iterable(stacks):
+                # Some modules have a method of their own already.
+                own = vars(layer.module).get("forward")
+                back = (delattr, layer.module, "forward") if own is None else (setattr, layer.module, "forward", own)
+                stack.callback(*back)
+                layer.module.forward = reading(layer, layer.module.forward)
             yield self.model
-        finally:
-            for layer in layers:
-                del layer.module.forward
 
     def _read(self, parameters: Sequence[str]) -> None:
         """Read parameters and buffers, all of those that are made of the same tensors.
