@@ -40,6 +40,34 @@ def test_without_gradients_errors_count_alike(monkeypatch: pytest.MonkeyPatch) -
             fuse(tiny_model("bert"), calibration=TEXT, **asked)  # type: ignore[arg-type]
 
 
+class Stubborn(torch.nn.Module):
+    """A norm that runs without gradients alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(x.numpy().copy())
+
+
+def test_a_model_that_fails_where_gradients_are_recorded() -> None:
+    def model() -> Any:
+        made: Any = tiny_model("llama")
+        made.model.norm = torch.nn.Sequential(made.model.norm, Stubborn())
+        return made
+
+    with pytest.warns(UserWarning, match=r"^all errors of outputs count alike: gradients through the model fail"):
+        fuse(model(), 16, calibration=TEXT)
+    with pytest.raises(InputError, match=r"^gradients through the model fail"):
+        fuse(model(), 16, calibration=TEXT, method="merge")
+
+
+def test_memory_that_is_not_there_is_no_reason_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: Any, **_options: Any) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(torch.autograd, "grad", full)
+    with pytest.raises(InputError, match="need more memory than there is"):
+        fuse(tiny_model("bert"), 16, calibration=TEXT)
+
+
 def mobilebert() -> MobileBertModel:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intra_bottleneck_size": 16, "embedding_size": 16, "intermediate_size": 32}

@@ -187,7 +187,7 @@ def test_sizes_stand_in_the_order_of_the_rows(kind: str, monkeypatch: pytest.Mon
         torch.testing.assert_close(each.sizes, known.y.square().mean(dim=1).sqrt().float())
 
 
-@pytest.mark.parametrize("kind", ["bart", "clip"])
+@pytest.mark.parametrize("kind", ["bart", "clip", "t5"])
 def test_widths_by_a_budget_where_ffns_see_different_rows(kind: str) -> None:
     model, batches = copy.deepcopy(tiny(kind)), batches_of(kind)
     report = fuse(model, "auto", method="fusion", budget=0.5, calibration=batches, optimizer=None)

@@ -236,6 +236,25 @@ def test_what_is_looked_at_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [int(p["input_ids"][0, 0]) for p in parts] == [0, 1, 2, 4, 5, 6, 8, 9]
 
 
+def test_texts_of_several_batches_are_looked_at_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(excerpts, "_RUN", 24)
+    model: Any = SimpleNamespace(config=SimpleNamespace())
+
+    def batch(first: int, rows: int, length: int, **more: Tensor) -> dict[str, Tensor]:
+        ids = first + torch.arange(rows * length).reshape(rows, length)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
+
+    parts = list(excerpts.excerpts(model, [batch(10, 1, 4), batch(20, 2, 6), batch(50, 2, 3)], 99))
+    assert [part["input_ids"].shape for part in parts] == [(3, 6), (2, 3)]
+    assert parts[0]["input_ids"][:, 0].tolist() == [10, 20, 26]
+    assert parts[0]["attention_mask"].sum(dim=1).tolist() == [4, 6, 6]
+    # What no mask leaves out, or has positions of its own, stays as it is.
+    positions = {"position_ids": torch.arange(4).unsqueeze(0)}
+    assert len(list(excerpts.excerpts(model, [batch(10, 1, 4, **positions), batch(20, 1, 4, **positions)], 99))) == 2
+    bare = [{"input_ids": batch(first, 1, 4)["input_ids"]} for first in (10, 20)]
+    assert len(list(excerpts.excerpts(model, bare, 99))) == 2
+
+
 def test_models_without_gradients_are_refused() -> None:
     class Cut(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from discovered_models import model_of
 from moe_models import MOE_MODELS, moe_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from streams import StoppedError, files, stop_after
 from transformers.models.bart.modeling_bart import BartEncoder
@@ -20,7 +21,8 @@ from transformers.models.t5.modeling_t5 import T5Block
 import checkpoints as ck
 import mlp_fusion
 from mlp_fusion import InputError
-from mlp_fusion.streaming import layerwise
+from mlp_fusion.errors import SkippableError
+from mlp_fusion.streaming import layerwise, sensing
 
 pytestmark = pytest.mark.slow
 
@@ -105,6 +107,49 @@ def test_chosen_and_trained_as_in_memory(
     differences = [float((memory[key] - streamed[key]).abs().max()) for key in memory]
     assert max(differences) < 1e-3
     assert any(float((untrained[key] - streamed[key]).abs().max()) > 1e-2 for key in memory)
+
+
+def test_gradients_that_a_model_does_not_allow(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default goes without, and goes on without when it was stopped; what is asked for is refused."""
+    asked: list[int] = []
+
+    def failing(*_args: Any, **_options: Any) -> None:
+        asked.append(1)
+        raise SkippableError("gradients through the model fail")
+
+    monkeypatch.setattr(sensing, "output_gradients", failing)
+    source = with_tokenizer("Phi3Config", tmp_path / "source")
+    options: dict[str, Any] = {"stream": True, "calibration": text}
+    with pytest.warns(UserWarning, match="^all errors of outputs count alike: gradients"), pytest.raises(StoppedError):
+        mlp_fusion.compress(source, tmp_path / "out", 0.5, progress=stop_after(1), **options)
+    report = mlp_fusion.compress(source, tmp_path / "out", 0.5, resume=True, **options)
+    assert (report.settings.method, len(asked)) == ("merge", 1)
+    with pytest.raises(InputError, match=r"^gradients through the model fail"):
+        mlp_fusion.compress(source, tmp_path / "named", 0.5, method="merge", **options)
+    assert not (tmp_path / "named").exists()
+
+
+def test_gradients_that_were_not_written_are_taken_again(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fills up while they are written, and a run that ends before all are there."""
+    source = with_tokenizer("Phi3Config", tmp_path / "source")
+    options: dict[str, Any] = {"stream": True, "calibration": text}
+    mlp_fusion.compress(source, tmp_path / "whole", 0.5, **options)
+    with monkeypatch.context() as full:
+
+        def refuse(*_args: Any, **_options: Any) -> None:
+            raise SafetensorError("No space left on device")
+
+        full.setattr(sensing, "save_file", refuse)
+        with pytest.raises(InputError, match="No space left on device"):
+            mlp_fusion.compress(source, tmp_path / "out", 0.5, **options)
+    with monkeypatch.context() as cut:
+        cut.setattr(sensing, "flush", lambda _files: (_ for _ in ()).throw(StoppedError))
+        with pytest.raises(StoppedError):
+            mlp_fusion.compress(source, tmp_path / "out", 0.5, resume=True, **options)
+    mlp_fusion.compress(source, tmp_path / "out", 0.5, resume=True, **options)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
 def test_few_sentences_are_warned_of(tmp_path: Path) -> None:

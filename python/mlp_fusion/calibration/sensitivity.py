@@ -136,9 +136,15 @@ def output_gradients(
     batches = take_calibration(model, calibration)
     outputs: list[list[Tensor]] = [[] for _ in sites]
     generator = torch.Generator().manual_seed(seed)
+
+    def forget() -> None:
+        for ys in outputs:
+            ys.clear()
+
     # Attention's fused backward passes add up in no fixed order on a GPU.
     exact = sdpa_kernel(SDPBackend.MATH)
     runner = Runner(model, "the calibration text")
+    runner.again = forget
     with runner, _frozen(model):
         head = _head(runner, batches)
     with runner, _frozen(model), _caught(architecture, sites, outputs), torch.enable_grad(), exact:
@@ -157,10 +163,11 @@ def output_gradients(
                 wanted = [y for ys in outputs for y in ys]
                 counts = [len(ys) for ys in outputs]
                 gradients = iter(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
-            except InputError:
-                raise
             except (ValueError, IndexError, TypeError, RuntimeError) as error:
-                raise SkippableError(f"gradients through the model fail ({named(error)}): {_WITHOUT}") from error
+                found = _failed(error)
+                if found is error:
+                    raise
+                raise found from error
             # A layer that runs again for its backward pass has put out more since.
             for number, count in enumerate(counts):
                 last = architecture.projection(sites[number], "w_out")
@@ -205,6 +212,17 @@ def _probe(head: nn.Linear | None, hidden: Tensor, generator: torch.Generator) -
         drawn = torch.searchsorted(p.cumsum(dim=-1), below).clamp(max=p.shape[1] - 1)
         own.copy_(p.to(hidden.dtype) @ head.weight - head.weight[drawn.squeeze(1)])
     return probes
+
+
+def _failed(error: Exception) -> Exception:
+    """What is said of an error: the model's own, which it has not had without gradients, or one of the input."""
+    cause = error.__cause__ if isinstance(error, InputError) else error
+    if isinstance(cause, torch.OutOfMemoryError):
+        # What a run comes to must not depend on what else is in memory.
+        return InputError(f"gradients through the model need more memory than there is ({named(cause)}): {_WITHOUT}")
+    if isinstance(error, InputError) and not isinstance(cause, RuntimeError):
+        return error
+    return SkippableError(f"gradients through the model fail ({named(cause or error)}): {_WITHOUT}")
 
 
 def _check_finite(gradients: Tensor) -> None:

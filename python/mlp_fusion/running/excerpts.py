@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +11,18 @@ from mlp_fusion.running.batches import Batch, positions, samples, token_mask
 
 #: Positions of one run at most, and of one sequence.
 _RUN, _SEQUENCE = 1024, 512
+#: What can be padded where a mask leaves the padding out.
+_PADDED = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 
 
 def excerpts(model: nn.Module, batches: Sequence[Batch], count: int) -> Iterator[Batch]:
     """About `count` positions spread evenly over the batches, at most 1,024 at a time where a sample allows.
 
-    Of texts, the first 512 tokens of sequences; of anything else, whole samples.
+    Of texts, the first 512 tokens of sequences, those of several batches side by side; of anything else, whole samples.
     """
     if not all(cuttable(batch) for batch in batches):
         return _pieces(batches, count)
-    return _windows(batches, count, chunk=getattr(model.config, "chunk_size_feed_forward", 0) or 1)
+    return _joined(_windows(batches, count, chunk=getattr(model.config, "chunk_size_feed_forward", 0) or 1))
 
 
 def cuttable(batch: Batch) -> bool:
@@ -86,6 +88,42 @@ def _windows(batches: Sequence[Batch], wanted: int, chunk: int) -> Iterator[dict
             part, length = chosen[:size], int(lengths[:size].max())
             yield window_of(batch, part, start[part], length)
             chosen = chosen[size:]
+
+
+def _joined(parts: Iterable[Batch]) -> Iterator[Batch]:
+    """The same texts in the same order, those of several batches side by side, at most 1,024 positions at a time.
+
+    Shorter ones are padded behind, where a mask can say so.
+    """
+    held: list[Batch] = []
+    for part in parts:
+        if held and not _fits(held, part):
+            yield _side_by_side(held)
+            held = []
+        held.append(part)
+    if held:
+        yield _side_by_side(held)
+
+
+def _fits(held: Sequence[Batch], part: Batch) -> bool:
+    """Whether a text may stand beside those that are held."""
+    every = [*held, part]
+    if held[0].keys() != part.keys() or "attention_mask" not in part or not part.keys() <= _PADDED:
+        return False
+    if any(value.shape != each["input_ids"].shape for each in every for value in each.values()):
+        return False
+    length = max(each["input_ids"].shape[1] for each in every)
+    return length * sum(len(each["input_ids"]) for each in every) <= _RUN
+
+
+def _side_by_side(held: Sequence[Batch]) -> Batch:
+    if len(held) == 1:
+        return held[0]
+    length = max(each["input_ids"].shape[1] for each in held)
+    return {
+        name: torch.cat([torch.nn.functional.pad(e[name], (0, length - e[name].shape[1])) for e in held])
+        for name in held[0]
+    }
 
 
 def window_of(batch: Batch, rows: Tensor, start: Tensor, length: int) -> dict[str, Tensor]:

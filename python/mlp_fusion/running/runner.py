@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -36,6 +36,8 @@ class Runner:
 
     def __init__(self, model: nn.Module, text: str = "the sample") -> None:
         self.model, self.text = model, text
+        #: Called before a batch is run a second time, for its last hidden states.
+        self.again: Callable[[], object] = lambda: None
         self._inside = ExitStack()
 
     def __enter__(self) -> Runner:
@@ -85,6 +87,7 @@ class Runner:
             if towers and "logits" not in outputs:
                 return towers
             # A model that has no base by itself, such as T5 with its head.
+            self.again()
             outputs = self.base({**batch, "output_hidden_states": True})
             headed = [part for part in outputs.values() if isinstance(part, Mapping) and "logits" in part]
             for part in (outputs, *headed):

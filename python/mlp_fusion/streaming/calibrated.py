@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mlp_fusion.calibration.statistics import FFNStatistics, adding_to, collector_of, take_calibration, warn_of_few
@@ -31,7 +30,7 @@ from mlp_fusion.running.sampling import RowPlan, RowSample
 from mlp_fusion.running.taps import Activations, Taps, Visitor, tapped
 from mlp_fusion.store.shards import flush
 from mlp_fusion.streaming.layerwise import LayerwiseModel
-from mlp_fusion.streaming.sensing import Gradients
+from mlp_fusion.streaming.sensing import Gradients, write_tensors
 from mlp_fusion.streaming.tasks import Part, Task
 from mlp_fusion.streaming.work import Member, Outcome, Work
 
@@ -52,6 +51,7 @@ class Calibrated:
         batches: the calibration text.
         sequential: calibrate on what the reduced FFNs make of it.
         states_file: where hidden states are kept for a run that goes on.
+        may_skip: go without gradients where the model does not allow them.
     """
 
     work: Work
@@ -59,6 +59,7 @@ class Calibrated:
     batches: Sequence[Batch]
     sequential: bool
     states_file: Path
+    may_skip: bool = False
     _model: LayerwiseModel = field(init=False)
     _gradients: Gradients = field(init=False)
     _warned: bool = field(init=False, default=False)
@@ -90,7 +91,11 @@ class Calibrated:
             return
         sensed = [site for site in sites if self._is_sensed(site)]
         if sensed:
-            self._gradients.gather(self._model, stacks, self.architecture, sensed, self.batches, seed=settings.seed)
+            # What cannot be run layer by layer is refused before that takes its time.
+            self._model.record(stacks, self.batches[:1], [])
+            self._gradients.gather(
+                self._model, stacks, self.architecture, sensed, self.batches, seed=settings.seed, may_skip=self.may_skip
+            )
         at = self._resumed()
         if at is None or not 0 < at.layer <= left[0]:
             at = _Carried(0, [], [], [], [])
@@ -264,7 +269,7 @@ class Calibrated:
         held = at.tensors(sequential=self.sequential)
         unfinished = self.states_file.with_name(f"{self.states_file.name}.new")
         tensors = {name: tensor.cpu().contiguous() for name, tensor in held.items()}
-        save_file(tensors, unfinished, metadata={"layer": str(at.layer), "ends": str(len(at.ends))})
+        write_tensors(tensors, unfinished, metadata={"layer": str(at.layer), "ends": str(len(at.ends))})
         flush([unfinished])
         unfinished.rename(self.states_file)
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import mlp_fusion
-from mlp_fusion.choices import METHODS
+from mlp_fusion.choices import AUTOMATIC, METHODS
 from mlp_fusion.errors import InputError, named
 from mlp_fusion.families import Architecture
 from mlp_fusion.families.exchange import check_form
@@ -55,6 +55,7 @@ class Stream:
         changed: the config of what is written.
         architecture: of the model.
         text: what it is calibrated on, or None.
+        may_skip: as of :class:`Calibrated`.
     """
 
     work: Work
@@ -62,6 +63,7 @@ class Stream:
     changed: Any
     architecture: Architecture
     text: Sequence[Batch] | None = None
+    may_skip: bool = False
 
     def run(
         self,
@@ -153,7 +155,7 @@ class Stream:
 
         if self.text is not None:
             states = work.target / _STATES
-            run = Calibrated(work, self.architecture, self.text, bool(work.settings.sequential), states)
+            run = Calibrated(work, self.architecture, self.text, bool(work.settings.sequential), states, self.may_skip)
             run.run(set(journal.done), finished)
             for left_over in work.target.glob(f"{_STATES}*"):
                 left_over.unlink()
@@ -228,6 +230,7 @@ def prepare(
     ffns += dropped_layers(headers, model, architecture, sites)
     chosen = sorted(site.index for site in sites if widths[site.index] < site.kind.width)
     named = all(sites[index].kind.name != UNNAMED for index in chosen)
+    by_itself = settings.method == AUTOMATIC and not settings.tune_steps
     settings = dataclasses.replace(settings, unmeasured=text is None)
     dense = not any(sites[index].is_expert or sites[index].kind.experts for index in chosen)
     settings = settings.resolved(chosen, calibrated=text is not None, named=named, whole=False, dense=dense)
@@ -254,7 +257,7 @@ def prepare(
         wide=wide_patterns(model, working),
     )
     learning = () if text is None else {number for number, ffn in enumerate(ffns) if ffn.loaded}
-    return Stream(work, tasks_of(tensors, ffns, each, learning), changed, architecture, text)
+    return Stream(work, tasks_of(tensors, ffns, each, learning), changed, architecture, text, by_itself)
 
 
 def _scales(ffns: Sequence[DiskFFN], widths: Sequence[int]) -> list[Shard]:

@@ -6,16 +6,19 @@ gradients themselves lie in files, and an FFN's factor is made of them when it i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mlp_fusion.calibration import GradientSums, OutputSensitivity, output_gradients
+from mlp_fusion.errors import SkippableError
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.reducing.layers import Layer
 from mlp_fusion.running.batches import Batch
@@ -52,6 +55,7 @@ class Gradients:
         batches: Sequence[Batch],
         *,
         seed: int,
+        may_skip: bool,
     ) -> None:
         """Take them at the outputs of `sites`, unless that has been done.
 
@@ -59,8 +63,12 @@ class Gradients:
         positions. Time: for every 1,024 of the 4,096 positions the layers are read twice, and run forward twice and
         backward.
 
+        Args:
+            may_skip: where the model does not allow it, do without, with a warning.
+
         Raises:
             InputError: as :func:`mlp_fusion.calibration.output_sensitivities`.
+            OSError: they cannot be written.
         """
         if self._there.exists():
             return
@@ -71,19 +79,40 @@ class Gradients:
             held[str(sites[number].index)] = gradients.cpu().contiguous()
             if number + 1 == len(sites):
                 written.append(self._excerpt(len(written)))
-                save_file(held, written[-1])
+                write_tensors(held, written[-1])
                 held.clear()
 
-        with model.whole(stacks) as whole:
-            output_gradients(whole, architecture, sites, batches, visit, seed=seed)
+        try:
+            with model.whole(stacks) as whole:
+                output_gradients(whole, architecture, sites, batches, visit, seed=seed)
+        except SkippableError as error:
+            if not may_skip:
+                raise
+            warnings.warn(f"all errors of outputs count alike: {error}", stacklevel=2)
+            written.clear()
         flush(written)
-        self._there.write_text(str(len(written)), encoding="utf-8")
-        flush([self._there])
+        # Under its own name when it is whole.
+        unfinished = self._there.with_name(f"{self._there.name}.new")
+        unfinished.write_text(str(len(written)), encoding="utf-8")
+        flush([unfinished])
+        unfinished.rename(self._there)
 
-    def sensitivity(self, site: FFNSite) -> OutputSensitivity:
-        """What they come to at the outputs of an FFN."""
-        sums = GradientSums()
-        for number in range(int(self._there.read_text(encoding="utf-8"))):
+    def sensitivity(self, site: FFNSite) -> OutputSensitivity | None:
+        """What they come to at the outputs of an FFN; None where the model did not allow any."""
+        sums, count = GradientSums(), int(self._there.read_text(encoding="utf-8"))
+        for number in range(count):
             with safe_open(self._excerpt(number), framework="pt") as file:
                 sums.add(file.get_tensor(str(site.index)).to(self.device))
-        return sums.finish()
+        return sums.finish() if count else None
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a file of safetensors.
+
+    Raises:
+        OSError: it cannot be written, a full disk among other things.
+    """
+    try:
+        save_file(dict(tensors), file, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(file)) from error
