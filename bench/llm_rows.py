@@ -45,7 +45,7 @@ class Recipe:
         options: others of `fuse`.
         widths: `even`; `flap`, by FLAP's standardised scores; or `auto`, by this project's own.
         bias: FFNs without output bias get one that makes up for what is dropped, as FLAP does it: `PLAIN` only.
-        streamed: from disk to disk, where there are no gradients through the model.
+        streamed: from disk to disk, by `compress`, with the calibration as text.
     """
 
     method: str

@@ -300,6 +300,17 @@ class FuseSettings(PlanSettings):
     )
 
     @property
+    def weighs_outputs(self) -> bool:
+        """Whether errors of outputs are weighed by what they do to the model, which its gradients tell; resolved."""
+        tuned = bool(self.refit) and bool(self.tune_steps)
+        return tuned or METHODS[self.method].weighs_outputs or self.budget is not None
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether that may be left out where the model does not allow it, since nobody has asked for it; as asked."""
+        return self.method == AUTOMATIC and not self.tune_steps and self.budget is None
+
+    @property
     def parameterization(self) -> Any:
         """The parameterization that suits the optimizer.
 

@@ -180,6 +180,11 @@ class FFNSite:
         """Whether it sees only the tokens that are routed to it, which may be none."""
         return self.expert is not None or bool(re.search(r"(?:^|\.)experts?[._]", f"{self.path}."))
 
+    @property
+    def is_routed(self) -> bool:
+        """Whether it is an expert, or a stack of them."""
+        return self.is_expert or bool(self.kind.experts)
+
     def channels(self) -> tuple[int, int, int]:
         """Inputs, neurons and outputs, of one expert."""
         tensors = {name: self.module.get_parameter(name) for name in self.kind.parameters}

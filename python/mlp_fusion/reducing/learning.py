@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mlp_fusion.calibration import FFNStatistics, OutputSensitivity, collect, output_sensitivities
 from mlp_fusion.calibration.statistics import take_calibration, warn_of_few
-from mlp_fusion.choices import METHODS
 from mlp_fusion.errors import SkippableError
 from mlp_fusion.families import FFNSite
 from mlp_fusion.measure.report import CalibrationRecord
@@ -98,9 +97,7 @@ def learn(
     if batches is not None and not settings.sequential:
         statistics = collect(model, architecture, sites, batches, seed=seed, rows=settings.calibration_rows)
     sensitivities: list[OutputSensitivity | None] = [None] * len(sites)
-    tuned = bool(settings.refit) and bool(settings.tune_steps)
-    asked = tuned or METHODS[settings.method].weighs_outputs or settings.budget is not None
-    if batches is not None and asked:
+    if batches is not None and settings.weighs_outputs:
         # Experts' outputs are weighed by a router: their errors count alike.
         dense = [number for number, site in enumerate(sites) if not site.is_expert]
         chosen = [sites[n] for n in dense]
@@ -108,7 +105,7 @@ def learn(
         try:
             found = output_sensitivities(model, architecture, chosen, batches, seed=seed) if dense else []
         except SkippableError as error:
-            if not may_skip or settings.budget is not None:
+            if not may_skip:
                 raise
             dense = []
             warnings.warn(f"all errors of outputs count alike: {error}", stacklevel=3)

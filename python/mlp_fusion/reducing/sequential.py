@@ -108,8 +108,7 @@ def check_sequence(
 ) -> None:
     """Raise SkippableError where layers of the FFNs in `sites` cannot be run one by one, as the first batch shows."""
     with Runner(model, "the calibration text") as runner:
-        for calls in Recorder(_layers(model, architecture, sites)).run(runner, batches[:1]).calls:
-            hidden_of(calls[0])
+        Recorder(_layers(model, architecture, sites)).run(runner, batches[:1])
 
 
 def _layers(model: nn.Module, architecture: Architecture, sites: Sequence[FFNSite]) -> list[Layer]:

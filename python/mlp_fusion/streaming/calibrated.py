@@ -107,10 +107,8 @@ class Calibrated:
 
     def _is_sensed(self, site: FFNSite) -> bool:
         """Whether errors of an FFN's outputs are weighed by what they do to the model."""
-        settings, method = self.work.settings, self._recipe.method.entry
-        asked = method.weighs_outputs or (bool(settings.refit) and bool(settings.tune_steps))
-        expert = site.is_expert or bool(site.kind.experts)
-        return asked and not expert and site.index in settings.layers  # type: ignore[operator]
+        settings = self.work.settings
+        return settings.weighs_outputs and not site.is_routed and site.index in settings.layers  # type: ignore[operator]
 
     def _known(self, site: FFNSite, statistics: FFNStatistics) -> FFNStatistics:
         """All that is known of an FFN."""

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import mlp_fusion
-from mlp_fusion.choices import AUTOMATIC, METHODS
+from mlp_fusion.choices import METHODS
 from mlp_fusion.errors import InputError, named
 from mlp_fusion.families import Architecture
 from mlp_fusion.families.exchange import check_form
@@ -230,9 +230,9 @@ def prepare(
     ffns += dropped_layers(headers, model, architecture, sites)
     chosen = sorted(site.index for site in sites if widths[site.index] < site.kind.width)
     named = all(sites[index].kind.name != UNNAMED for index in chosen)
-    by_itself = settings.method == AUTOMATIC and not settings.tune_steps
+    may_skip = settings.may_skip
     settings = dataclasses.replace(settings, unmeasured=text is None)
-    dense = not any(sites[index].is_expert or sites[index].kind.experts for index in chosen)
+    dense = not any(sites[index].is_routed for index in chosen)
     settings = settings.resolved(chosen, calibrated=text is not None, named=named, whole=False, dense=dense)
     scales = METHODS[settings.method].scales
     for index in chosen if scales else ():
@@ -257,7 +257,7 @@ def prepare(
         wide=wide_patterns(model, working),
     )
     learning = () if text is None else {number for number, ffn in enumerate(ffns) if ffn.loaded}
-    return Stream(work, tasks_of(tensors, ffns, each, learning), changed, architecture, text, by_itself)
+    return Stream(work, tasks_of(tensors, ffns, each, learning), changed, architecture, text, may_skip)
 
 
 def _scales(ffns: Sequence[DiskFFN], widths: Sequence[int]) -> list[Shard]:

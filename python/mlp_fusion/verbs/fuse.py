@@ -12,7 +12,6 @@ from torch import nn
 
 from mlp_fusion.calibration.statistics import take_calibration
 from mlp_fusion.calibration.text import Calibration, calibration_batches
-from mlp_fusion.choices import AUTOMATIC
 from mlp_fusion.errors import SkippableError
 from mlp_fusion.measure import FusionReport
 from mlp_fusion.reducing.chosen import ChosenFFNs, check_finite, count_parameters
@@ -102,8 +101,7 @@ def fuse(
         known = take_calibration(model, batches)
         if settings.sequential and asked.sequential is None:
             settings = _in_sequence(ffns, settings, known)
-    by_itself = asked.method == AUTOMATIC and not asked.tune_steps
-    learnt = learn(ffns, settings, known, sample, may_skip=by_itself)
+    learnt = learn(ffns, settings, known, sample, may_skip=asked.may_skip)
     ffns.self_test(learnt.activations)
     reduced = reduce_chosen(ffns, settings, widths, learnt, progress)
     rows = fused_rows(ffns, reduced, learnt.activations, settings.parameterization)
