@@ -270,6 +270,11 @@ class FuseSettings(PlanSettings):
         "Calibrate on the first so many sentences of a file, a list or a dataset.", CALIBRATION_SENTENCES, least=1,
         metavar="N",
     )  # fmt: skip
+    synthetic: int | None = option(
+        "Where there is no text, calibrate on so many tokens that need none: what the model itself writes, or, where it "
+        "writes nothing, random inputs. 16384 are good.",
+        None, least=1, metavar="TOKENS",
+    )  # fmt: skip
     calibration_rows: int | None = option(
         "Tokens whose inputs and outputs each FFN keeps to fit and to train on: 2 d numbers each, for all FFNs at once "
         "unless sequential.",
@@ -323,10 +328,16 @@ class FuseSettings(PlanSettings):
         """Raise InputError as :class:`Settings` does, or for what needs calibration text where there is none.
 
         Args:
-            calibrated: whether there is; None: not known yet.
+            calibrated: whether calibration text was given; None: not known yet.
         """
         self._check_method()
         super().check()
+        if self.synthetic is not None:
+            if calibrated:
+                raise InputError("synthetic stands in for calibration text, and there is some: leave out one of them")
+            if self.calibration_sentences != CALIBRATION_SENTENCES:
+                raise InputError("calibration_sentences counts sentences of text: leave it out, or synthetic")
+            calibrated = True
         if self.match is not None and self.parameterization == "folded":
             raise InputError("match needs an optimizer: a model for inference has no tangent kernel to match")
         if self.tune_steps and self.refit is False:
@@ -334,7 +345,7 @@ class FuseSettings(PlanSettings):
         if self.unmeasured and calibrated:
             raise InputError("calibration runs the model: leave out unmeasured")
         if calibrated is False and (wanting := self._wants_text()) is not None:
-            raise InputError(f"{wanting} needs calibration text: pass calibration (--calibration FILE)")
+            raise InputError(f"{wanting} needs calibration text: pass calibration (--calibration FILE), or synthetic")
 
     def resolved(
         self, layers: list[int], *, calibrated: bool, named: bool = True, whole: bool = True, dense: bool = True
@@ -434,7 +445,11 @@ class CompressSettings(FuseSettings):
         super().check(calibrated=self.calibration is not None if calibrated is None else calibrated)
         if self.resume and self.force:
             raise InputError("resume goes on with a run and force starts it again: choose one")
-        whole = {"text": self.text is not None, "width auto": self.budget is not None}
+        whole = {
+            "text": self.text is not None,
+            "width auto": self.budget is not None,
+            "synthetic": self.synthetic is not None,
+        }
         if self.stream and (given := [name for name, asked in whole.items() if asked]):
             raise InputError(f"a streamed run has no whole model: leave out {' and '.join(given)}, or stream")
         if self.engine != "local" and self.calibration is not None:

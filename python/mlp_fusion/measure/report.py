@@ -207,7 +207,8 @@ class FusionReport:
         if self.calibration is None:
             return None
         s = self.settings
-        done = [f"calibrated on {self.calibration.tokens:,} tokens"]
+        made = "" if s.synthetic is None else "synthetic "
+        done = [f"calibrated on {self.calibration.tokens:,} {made}tokens"]
         done += ["layer after layer"] if s.sequential else []
         done += ["outputs refitted"] if s.refit else []
         done += [f"tuned for {s.tune_steps:,} steps"] if s.tune_steps else []

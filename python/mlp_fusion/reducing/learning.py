@@ -131,11 +131,14 @@ def _measured_on(
     if settings.unmeasured:
         nothing = [_nothing(site, bundle) for site, bundle in zip(sites, ffns.originals, strict=True)]
         return nothing, "nothing, as the model was not run"
+    fitted = "the calibration text, which was fitted to"
+    if settings.synthetic is not None:
+        fitted = "synthetic inputs, which were fitted to"
     if sample is None and statistics is not None:
-        return [sampled_rows(known, seed) for known in statistics], "the calibration text, which was fitted to"
+        return [sampled_rows(known, seed) for known in statistics], fitted
     shown, described = sample, "the given sample"
     if shown is None and batches is not None:
-        shown, described = list(excerpts(model, batches, 4 * SAMPLE_ROWS)), "the calibration text, which was fitted to"
+        shown, described = list(excerpts(model, batches, 4 * SAMPLE_ROWS)), fitted
     if shown is None:
         shown = random_batch(model, seed=seed)
         described = f"random {'token ids' if takes_text(model) else 'inputs'}"

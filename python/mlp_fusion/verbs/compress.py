@@ -204,7 +204,7 @@ def _is_streamed(settings: CompressSettings, planned: FusionPlan) -> bool:
     """
     if settings.stream:
         return True
-    whole = settings.text is not None or settings.budget is not None
+    whole = any(asked is not None for asked in (settings.text, settings.budget, settings.synthetic))
     dropped = [ffn.path for ffn in planned.ffns if not ffn.loaded]
     if dropped and (whole or settings.stream is False):
         raise InputError(

@@ -21,6 +21,7 @@ from mlp_fusion.reducing.pipeline import Progress
 from mlp_fusion.reducing.rows import fused_rows
 from mlp_fusion.reducing.sequential import check_sequence
 from mlp_fusion.running.batches import Batch
+from mlp_fusion.running.synthetic import synthetic_batches
 from mlp_fusion.selection import Layers, Width
 from mlp_fusion.settings import FuseSettings, make, takes
 
@@ -87,20 +88,18 @@ def fuse(
         ("sample", "calibration", "progress"),
     )
     asked.check(calibrated=calibration is not None)
+    calibrated = calibration is not None or asked.synthetic is not None
     ffns = ChosenFFNs.find(model, layers, asked.only)
     chosen = sorted({site.index for site in ffns.sites})
     dense = not any(site.is_expert for site in ffns.sites)
-    settings = asked.resolved(chosen, calibrated=calibration is not None, named=ffns.named, dense=dense)
+    settings = asked.resolved(chosen, calibrated=calibrated, named=ffns.named, dense=dense)
     ffns.check(settings)
     widths = [] if isinstance(width, str) else ffns.widths(width, settings.multiple)
     check_finite(model)
     before = count_parameters(model)
-    known = None
-    if calibration is not None:
-        batches = calibration_batches(calibration, model, sentences=settings.calibration_sentences)
-        known = take_calibration(model, batches)
-        if settings.sequential and asked.sequential is None:
-            settings = _in_sequence(ffns, settings, known)
+    known = _batches(model, calibration, settings)
+    if known is not None and settings.sequential and asked.sequential is None:
+        settings = _in_sequence(ffns, settings, known)
     learnt = learn(ffns, settings, known, sample, may_skip=asked.may_skip)
     ffns.self_test(learnt.activations)
     reduced = reduce_chosen(ffns, settings, widths, learnt, progress)
@@ -122,6 +121,17 @@ def fuse(
         seconds=time.perf_counter() - started,
         rows=rows,
         calibration=learnt.record(),
+    )
+
+
+def _batches(model: nn.Module, calibration: Calibration | None, settings: FuseSettings) -> Sequence[Batch] | None:
+    """What is calibrated on: the text, or what stands in for it; None where neither is wanted."""
+    if settings.synthetic is not None:
+        return synthetic_batches(model, settings.synthetic, seed=settings.seed)
+    if calibration is None:
+        return None
+    return take_calibration(
+        model, calibration_batches(calibration, model, sentences=settings.calibration_sentences)
     )
 
 

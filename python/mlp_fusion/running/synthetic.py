@@ -1,0 +1,111 @@
+"""What to calibrate on where there is no text: what the model itself writes, or, where it writes nothing, random inputs.
+
+A language model's own text is close to what it was trained on, which is what calibration wants to see (Williams,
+Chrysostomou, Aletras, "Self-calibration for Language Model Quantization and Pruning", arXiv 2410.17170; LLM-QAT, arXiv
+2305.17888, trains on such text).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from mlp_fusion.errors import InputError
+from mlp_fusion.running.batches import positions, takes_text
+from mlp_fusion.running.drawing import random_batch
+from mlp_fusion.running.runner import Runner, evaluating, placeholders
+
+#: Tokens of a text that is written, and how many are written side by side, and run side by side afterwards.
+_LENGTH, _TOGETHER, _BATCH = 512, 32, 4
+#: The same of random ids: short sequences say more, as nothing in a long one hangs together.
+_RANDOM_LENGTH, _RANDOM_BATCH = 32, 16
+
+
+def writes(model: Any) -> bool:
+    """Whether a model writes text from nothing: it has a language model's head, and no encoder that waits for input."""
+    able = getattr(model, "can_generate", None)
+    return able is not None and able() and takes_text(model) and not model.config.is_encoder_decoder
+
+
+def synthetic_batches(model: nn.Module, tokens: int, *, seed: int) -> list[dict[str, Tensor]]:
+    """Batches with at least `tokens` positions, made without any data.
+
+    A model that :func:`writes` text samples it, at temperature 1 from all of its vocabulary, in sequences of 512 tokens
+    (or as many as it has positions for) that begin with its token for the beginning, or a random one; what ends a text
+    is a token like others. Any other model gets random ids, in sequences of 32, or random images or sounds.
+
+    Memory: of the keys and values of 32 sequences.
+
+    Args:
+        model: a Hugging Face model; it is not changed.
+        tokens: how many at least.
+        seed: of all that is drawn. torch's own generator is left as it was.
+
+    Returns:
+        `input_ids` and `attention_mask` `(4, length)` int64 on the CPU of text; else what
+        :func:`mlp_fusion.running.drawing.random_batch` draws.
+
+    Raises:
+        InputError: the model cannot write, or takes nothing that can be drawn.
+    """
+    if not writes(model):
+        return _drawn(model, tokens, seed)
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _LENGTH
+    length = max(2, min(_LENGTH, int(known), tokens))
+    count = -(-tokens // length)
+    text = torch.cat(list(_written(model, count, length, seed)))
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in text.split(_BATCH)]
+
+
+def _drawn(model: nn.Module, tokens: int, seed: int) -> list[dict[str, Tensor]]:
+    batches: list[dict[str, Tensor]] = []
+    seen = 0
+    while seen < tokens:
+        drawn = random_batch(model, seed=seed + len(batches), batch=_RANDOM_BATCH, length=_RANDOM_LENGTH)
+        batches.append(drawn)
+        seen += positions(drawn)
+    return batches
+
+
+def _written(model: Any, count: int, length: int, seed: int) -> Iterator[Tensor]:
+    """`count` sequences of `length` tokens, `(some, length)` at a time."""
+    device = model.device
+    runner = Runner(model, "text of its own")
+    write = functools.partial(model.generate, max_length=length, do_sample=True, top_k=0, use_cache=True)
+    others = [device] if device.type == "cuda" else []
+    with evaluating(model), _plainly_configured(model), torch.random.fork_rng(others):
+        torch.manual_seed(seed)
+        for first in range(0, count, _TOGETHER):
+            begin = _beginnings(model, min(_TOGETHER, count - first))
+            batch = {"input_ids": begin, "attention_mask": torch.ones_like(begin)}
+            text = runner.call(write, batch)
+            if text.shape != (len(begin), length):
+                raise InputError(f"{type(model).__name__} writes no text: pass calibration (--calibration FILE)")
+            yield text.cpu()
+
+
+def _beginnings(model: Any, count: int) -> Tensor:
+    """The first token of `count` texts, `(count, 1)`."""
+    config = model.config.get_text_config()
+    first = getattr(config, "bos_token_id", None)
+    if type(first) is int and 0 <= first < config.vocab_size:
+        return torch.full((count, 1), first)
+    return torch.randint(0, config.vocab_size, (count, 1))
+
+
+@contextmanager
+def _plainly_configured(model: Any) -> Iterator[None]:
+    """Inside, `generate` samples what the model says, without its config's penalties and cuts, and never stops early."""
+    own = model.generation_config
+    apart = placeholders(model.config)
+    model.generation_config = GenerationConfig(pad_token_id=0, suppress_tokens=apart or None)
+    try:
+        yield
+    finally:
+        model.generation_config = own
