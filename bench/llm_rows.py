@@ -31,6 +31,8 @@ from mlp_fusion.settings import FuseSettings
 SHARES = (0.75, 0.625, 0.5)
 #: What widths by layer are a multiple of.
 MULTIPLE = 8
+#: Tokens that the model writes itself, where there is no text: as many as there are of text otherwise.
+SYNTHETIC = 16_384
 #: Refit and sequential calibration: as it is, each alone, and both.
 PLAIN, REFIT, SEQUENTIAL, BOTH = (False, False), (True, False), (False, True), (True, True)
 
@@ -46,6 +48,7 @@ class Recipe:
         widths: `even`; `flap`, by FLAP's standardised scores; or `auto`, by this project's own.
         bias: FFNs without output bias get one that makes up for what is dropped, as FLAP does it: `PLAIN` only.
         streamed: from disk to disk, by `compress`, with the calibration as text.
+        text: it learns from the blocks, or does without.
     """
 
     method: str
@@ -54,6 +57,7 @@ class Recipe:
     widths: str = "even"
     bias: bool = False
     streamed: bool = False
+    text: bool = True
 
 
 #: Label -> recipe. Methods that fit their output weights themselves have a sequential form without the refit, too.
@@ -84,6 +88,10 @@ RECIPES = {
     "auto by layer": Recipe("auto", (BOTH,), widths="auto"),
     "auto streamed": Recipe("auto", (BOTH,), streamed=True),
     "fusion streamed": Recipe("fusion", (REFIT,), streamed=True),
+    "auto without text": Recipe("auto", (PLAIN,), text=False),
+    "auto synthetic": Recipe("auto", (BOTH,), {"synthetic": SYNTHETIC}, text=False),
+    "prune synthetic": Recipe("prune", (BOTH,), {"synthetic": SYNTHETIC}, text=False),
+    "2ssp synthetic": Recipe("twossp", (BOTH,), {"synthetic": SYNTHETIC}, text=False),
 }
 
 
@@ -148,7 +156,7 @@ def shrink(model: nn.Module, row: Row, calibration: Sequence[Batch]) -> list[int
     if recipe.widths == "auto":
         width = {"width": "auto", "budget": row.share}
     # Time and memory are those of the method: what needs no text does not run over it.
-    blind = not row.refit and METHODS[recipe.method].text == "unused"
+    blind = not recipe.text or (not row.refit and METHODS[recipe.method].text == "unused")
     known = None if blind else list(calibration)
     report = mlp_fusion.fuse(model, method=recipe.method, calibration=known, **width, **options)
     return [found.neurons_after for found in report.rows]

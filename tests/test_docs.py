@@ -72,6 +72,7 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("roberta-base", "roberta", {"num_hidden_layers": 12, "task": "MaskedLM"}),
         ("roberta-base-sst2", "roberta", {"num_hidden_layers": 12, "id2label": {0: "0", 1: "1"}}),
         ("all-MiniLM-L6-v2", "bert", {"task": "Model"}),
+        ("SmolLM2-135M-Instruct", "llama", {"task": "CausalLM"}),
     ):
         ck.add_tokenizer(ck.save_tiny(folder / path, family, **options), **special)
     sentences = [f"the cat sat {'a cat ' * (n % 5)}the {'sat ' * (n % 3)}".strip() for n in range(40)]

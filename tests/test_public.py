@@ -44,13 +44,14 @@ SIGNATURES: dict[Any, str] = {
     fusion_kernels.fastfood_transposed: "y length seed backend",
     fusion_kernels.backends: "",
     mlp_fusion.fuse: (
-        "model width layers method budget only multiple optimizer seed calibration_sentences calibration_rows refit "
-        "match tune_steps sequential unmeasured sample calibration progress"
+        "model width layers method budget only multiple optimizer seed calibration_sentences synthetic "
+        "calibration_rows refit match tune_steps sequential unmeasured sample calibration progress"
     ),
     mlp_fusion.plan: "model_or_path width layers budget only multiple",
     mlp_fusion.compress: (
-        "path out width layers method budget only multiple optimizer seed calibration_sentences calibration_rows refit "
-        "match tune_steps sequential unmeasured text calibration device dtype stream engine resume force progress"
+        "path out width layers method budget only multiple optimizer seed calibration_sentences synthetic "
+        "calibration_rows refit match tune_steps sequential unmeasured text calibration device dtype stream engine "
+        "resume force progress"
     ),
     mlp_fusion.verify: "out against",
     mlp_fusion.restore: "model path optimizer",

@@ -271,7 +271,7 @@ class FuseSettings(PlanSettings):
         metavar="N",
     )  # fmt: skip
     synthetic: int | None = option(
-        "Where there is no text, calibrate on so many tokens that need none: what the model itself writes, or, where it "
+        "Where there is no text, calibrate on so many tokens that need none: what the model itself writes, or, if it "
         "writes nothing, random inputs. 16384 are good.",
         None, least=1, metavar="TOKENS",
     )  # fmt: skip

@@ -15,7 +15,7 @@ from families import FAMILIES, tiny_model, token_batch
 from fusion_kernels import ntk_gram
 from mlp_fusion import FusionReport, InputError
 from mlp_fusion.measure import FFNRow, ffn_errors, relative_error
-from mlp_fusion.measure.report import EmbeddingSimilarity, format_bytes
+from mlp_fusion.measure.report import CalibrationRecord, EmbeddingSimilarity, format_bytes
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.running.drawing import random_batch
 from mlp_fusion.running.taps import capture_activations
@@ -171,6 +171,17 @@ def test_report_table_says_everything() -> None:
     assert "note" not in text
     troubled = FFNRow(**{**_report().rows[0].__dict__, "status": "max_iter", "largest_cluster": None})
     assert "note: encoder.layer.3: max_iter" in _report(rows=[troubled]).table()
+
+
+def test_report_table_says_what_was_learnt_from() -> None:
+    nothing = "reduced by weights alone: with calibration"
+    assert f"{nothing}, or synthetic tokens where there is no text, far more would be kept" in _report().table()
+    assert f"{nothing}, far more would be kept" in _report(streamed=True).table()
+    known = {"settings": FuseSettings(width=0.25, refit=True), "calibration": CalibrationRecord(4096, 1.0)}
+    assert "\ncalibrated on 4,096 tokens, outputs refitted\n" in (text := _report(**known).table())
+    assert nothing not in text
+    known["settings"] = FuseSettings(width=0.25, synthetic=4000)
+    assert "\ncalibrated on 4,096 synthetic tokens\n" in _report(**known).table()
 
 
 def test_report_survives_json() -> None:

@@ -171,7 +171,9 @@ def test_the_command_writes_a_checkpoint_by_it(run: Run, tmp_path: Path) -> None
     assert mlp_fusion.verify(out).passed
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(source)
     mlp_fusion.fuse(model, 32, synthetic=2000)
-    assert torch.equal(model.model.layers[1].mlp.down_proj.weight, ck.tensors(out)["model.layers.1.mlp.down_proj.weight"])
+    assert torch.equal(
+        model.model.layers[1].mlp.down_proj.weight, ck.tensors(out)["model.layers.1.mlp.down_proj.weight"]
+    )
 
 
 @pytest.mark.parametrize(

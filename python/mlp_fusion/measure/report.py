@@ -228,7 +228,8 @@ class FusionReport:
                 f"mean {e.mean:.3f}, smallest {e.minimum:.3f}"
             )
         learnt = self.learnt()
-        lines += [] if learnt is None else [learnt]
+        instead = "" if self.streamed else ", or synthetic tokens where there is no text"
+        lines.append(learnt or f"reduced by weights alone: with calibration{instead}, far more would be kept")
         lines.append(f"method {self.method}")
         form = f"parameterization {self.parameterization}"
         if self.optimizer is not None:

@@ -16,7 +16,7 @@ from mlp_fusion.running.batches import Batch, has_other_inputs
 from mlp_fusion.running.positions import by_sequence
 
 #: What a model raises on inputs that do not suit it.
-_UNFIT = (ValueError, IndexError, TypeError, RuntimeError, AttributeError)
+_UNFIT = (ValueError, IndexError, TypeError, RuntimeError, AttributeError, UnboundLocalError)
 #: Keys of configs for the tokens in whose place images and sounds are put; they may lie beyond the vocabulary.
 _PLACEHOLDER = re.compile(r"(.+_)?(image|video|audio|vision|speech).*_token_(id|index)")
 

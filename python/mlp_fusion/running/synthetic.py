@@ -1,4 +1,4 @@
-"""What to calibrate on where there is no text: what the model itself writes, or, where it writes nothing, random inputs.
+"""What to calibrate on where there is no text: what the model itself writes, or, if it writes nothing, random inputs.
 
 A language model's own text is close to what it was trained on, which is what calibration wants to see (Williams,
 Chrysostomou, Aletras, "Self-calibration for Language Model Quantization and Pruning", arXiv 2410.17170; LLM-QAT, arXiv
@@ -56,10 +56,7 @@ def synthetic_batches(model: nn.Module, tokens: int, *, seed: int) -> list[dict[
     """
     if not writes(model):
         return _drawn(model, tokens, seed)
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _LENGTH
-    length = max(2, min(_LENGTH, int(known), tokens))
-    count = -(-tokens // length)
-    text = torch.cat(list(_written(model, count, length, seed)))
+    text = torch.cat(list(_written(model, tokens, seed)))
     return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in text.split(_BATCH)]
 
 
@@ -73,9 +70,11 @@ def _drawn(model: nn.Module, tokens: int, seed: int) -> list[dict[str, Tensor]]:
     return batches
 
 
-def _written(model: Any, count: int, length: int, seed: int) -> Iterator[Tensor]:
-    """`count` sequences of `length` tokens, `(some, length)` at a time."""
-    device = model.device
+def _written(model: Any, tokens: int, seed: int) -> Iterator[Tensor]:
+    """Sequences of at least `tokens` tokens in all, `(some, length)` at a time."""
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _LENGTH
+    length = max(2, min(_LENGTH, int(known), tokens))
+    count, device = -(-tokens // length), model.device
     runner = Runner(model, "text of its own")
     write = functools.partial(model.generate, max_length=length, do_sample=True, top_k=0, use_cache=True)
     others = [device] if device.type == "cuda" else []
@@ -101,7 +100,7 @@ def _beginnings(model: Any, count: int) -> Tensor:
 
 @contextmanager
 def _plainly_configured(model: Any) -> Iterator[None]:
-    """Inside, `generate` samples what the model says, without its config's penalties and cuts, and never stops early."""
+    """Inside, `generate` samples what the model says, without penalties and cuts, and never stops early."""
     own = model.generation_config
     apart = placeholders(model.config)
     model.generation_config = GenerationConfig(pad_token_id=0, suppress_tokens=apart or None)

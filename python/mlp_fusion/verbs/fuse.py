@@ -130,9 +130,7 @@ def _batches(model: nn.Module, calibration: Calibration | None, settings: FuseSe
         return synthetic_batches(model, settings.synthetic, seed=settings.seed)
     if calibration is None:
         return None
-    return take_calibration(
-        model, calibration_batches(calibration, model, sentences=settings.calibration_sentences)
-    )
+    return take_calibration(model, calibration_batches(calibration, model, sentences=settings.calibration_sentences))
 
 
 def _in_sequence(ffns: ChosenFFNs, settings: FuseSettings, batches: Sequence[Batch]) -> FuseSettings:
