@@ -150,8 +150,9 @@ def test_records_are_plain_and_say_nothing_of_places() -> None:
     settings = CompressSettings(width=0.5, layers=range(2), calibration=Path("mine.txt"), device="cuda:3")
     assert settings.recorded() == {
         "width": 0.5, "budget": None, "layers": [0, 1], "only": None, "multiple": None, "method": "auto",
-        "optimizer": "adamw", "seed": 0, "calibration_sentences": CALIBRATION_SENTENCES, "synthetic": None, "calibration_rows": None,
-        "refit": None, "match": None, "tune_steps": None, "sequential": None, "unmeasured": False,
+        "optimizer": "adamw", "seed": 0, "calibration_sentences": CALIBRATION_SENTENCES, "synthetic": None,
+        "calibration_rows": None, "refit": None, "match": None, "tune_steps": None, "sequential": None,
+        "unmeasured": False,
     }  # fmt: skip
     assert FuseSettings(**settings.recorded()).method == "auto"
 

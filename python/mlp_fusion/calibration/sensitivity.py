@@ -18,6 +18,7 @@ that the model draws is the output factor of K-FAC (Martens & Grosse 2015).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,6 +114,11 @@ def output_sensitivities(
 
     output_gradients(model, architecture, sites, calibration, visit, seed=seed)
     return [each.finish() for each in sums]
+
+
+def warn_unweighed(error: SkippableError) -> None:
+    """Say that errors of outputs are not weighed by what they do to the model, and why."""
+    warnings.warn(f"all errors of outputs count alike: {error}", stacklevel=4)
 
 
 def output_gradients(

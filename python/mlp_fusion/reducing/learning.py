@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mlp_fusion.calibration import FFNStatistics, OutputSensitivity, collect, output_sensitivities
+from mlp_fusion.calibration.sensitivity import warn_unweighed
 from mlp_fusion.calibration.statistics import take_calibration, warn_of_few
 from mlp_fusion.errors import SkippableError
 from mlp_fusion.families import FFNSite
@@ -108,7 +108,7 @@ def learn(
             if not may_skip:
                 raise
             dense = []
-            warnings.warn(f"all errors of outputs count alike: {error}", stacklevel=3)
+            warn_unweighed(error)
         for number, sensitivity in zip(dense, found, strict=True):
             sensitivities[number] = sensitivity
     seconds = time.perf_counter() - started if statistics is not None else None

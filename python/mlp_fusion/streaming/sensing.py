@@ -7,7 +7,6 @@ gradients themselves lie in files, and an FFN's factor is made of them when it i
 from __future__ import annotations
 
 import errno
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mlp_fusion.calibration import GradientSums, OutputSensitivity, output_gradients
+from mlp_fusion.calibration.sensitivity import warn_unweighed
 from mlp_fusion.errors import SkippableError
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.reducing.layers import Layer
@@ -88,7 +88,7 @@ class Gradients:
         except SkippableError as error:
             if not may_skip:
                 raise
-            warnings.warn(f"all errors of outputs count alike: {error}", stacklevel=2)
+            warn_unweighed(error)
             written.clear()
         flush(written)
         # Under its own name when it is whole.
