@@ -9,8 +9,9 @@ Calibrated on the first sentences of `FOLDER/sst2_train.tsv`, measured on all of
 Per method and layer: relative Frobenius errors of the FFN's outputs (unfitted, after the refit) and of its tangent
 kernel (in the parameterization that suits the kernel: before and after matching, both after the refit). Per method:
 cosines of the sentence embeddings to the original's with all layers reduced. `fuse` from end to end, also sequentially
-and with local tuning (`--tune`), and, with `--long`, the default tuned for that many steps on `--many` sentences.
-Seconds of every step: the run over the calibration text beside a bare run of the model, clustering, refit, matching.
+and with local tuning (`--tune`), without text and on random tokens, and, with `--long`, the default tuned for that many
+steps on `--many` sentences. Seconds of every step: the run over the calibration text beside a bare run of the model,
+clustering, refit, matching.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ ROWS, NTK_ROWS = 8192, 512
 #: Parameterization -> the kernel that it is for.
 FORMS: dict[str, Kernel] = {"scaled": "sign", "split": "gd"}
 SEEDS = 3
+#: Random tokens, in the row that learns from those.
+SYNTHETIC = 16_384
 
 
 class Bench:
@@ -140,15 +143,15 @@ class Bench:
             "largest_scale_matched": [float(m.scale.max()) for m in matched if m.scale is not None],
         }
 
-    def whole(self, calibration: Sequence[Batch] | None = None, **options: Any) -> dict[str, Any]:
-        """`fuse` from end to end, on `calibration` where that is given."""
-        learnt = self.calibration if calibration is None else calibration
+    def whole(self, calibration: Sequence[Batch] | None, **options: Any) -> dict[str, Any]:
+        """`fuse` from end to end, on `calibration` if there is any."""
+        given = {"sample": self.held_out, "calibration": calibration, **options}
         model = copy.deepcopy(self.model)
-        report, seconds = _timed(lambda: mlp_fusion.fuse(model, sample=self.held_out, calibration=learnt, **options))
+        report, seconds = _timed(lambda: mlp_fusion.fuse(model, **given))
         found = compare_embeddings(embed(model, self.held_out), self.embeddings)
         return {
             "options": options,
-            "calibration_tokens": _tokens(learnt),
+            "calibration_tokens": 0 if report.calibration is None else report.calibration.tokens,
             "cosine": {"mean": found.mean, "smallest": found.minimum},
             "output_error": [row.output_error for row in report.rows],
             "widths": [row.neurons_after for row in report.rows],
@@ -228,7 +231,10 @@ def main() -> None:
         {**fusion, "width": "auto", "budget": options.width / bench.bundle.width},
         {"method": "auto"}, {"method": "auto", **tuned},
     ):  # fmt: skip
-        whole.append(bench.whole(**{"width": options.width, **extra}))
+        whole.append(bench.whole(calibration, **{"width": options.width, **extra}))
+        _show_whole(whole[-1])
+    for extra in ({}, {"synthetic": SYNTHETIC}):
+        whole.append(bench.whole(None, width=options.width, method="auto", **extra))
         _show_whole(whole[-1])
     if options.long:
         many = tokenize(folder, _sentences(options.data, options.many)[0], 512) or []

@@ -6,8 +6,9 @@
 Small models of three shapes, which the script first trains itself on nine tenths of `FOLDER/tiny_shakespeare.txt`: two
 causal language models, and an encoder-decoder that goes on with what the encoder reads. Each is reduced to shares of
 its experts' parameters: `fusion` and `prune` narrow every expert and leave routers alone, `reap` and `mone` drop
-experts (see moe_experts.py), and so does `random`. All but `fusion, no data` and `random` learn from the first blocks
-of the training text. Perplexity is that of the last tenth, before and, for some, after a short fine-tune.
+experts (see moe_experts.py), and so does `random`. All but `fusion, no data`, `synthetic` and `random` learn from the
+first blocks of the training text; `synthetic` does from as many tokens that need none. Perplexity is that of the last
+tenth, before and, for some, after a short fine-tune.
 
 A run is one shape and seed, and one line of `--out`. What is in `--out` already is not run again; where rows are
 missing, the model is trained once more, and has to come out as it did.
@@ -67,6 +68,7 @@ DRAWS = 3
 #: Method -> options of `fuse`; None for what drops experts.
 METHODS: dict[str, dict[str, Any] | None] = {
     "fusion, no data": {"calibration": None},
+    "synthetic": {"calibration": None, "synthetic": CALIBRATION * LENGTH},
     "auto": {},
     "fusion": {"method": "fusion"},
     "fusion, sequential": {"method": "fusion", "sequential": True},

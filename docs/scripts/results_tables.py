@@ -44,6 +44,7 @@ MODES = {
 EXPERTS = {
     "whole": "nothing: the whole model",
     "fusion, no data": "`fusion`, without text",
+    "synthetic": "the default with synthetic text",
     "auto": "**the default with text**",
     "fusion": "`fusion`, calibrated",
     "fusion, sequential": "`fusion`, sequential",
@@ -147,6 +148,7 @@ def whole_models() -> str:
         words += ["sequential"] if options.get("sequential") else []
         words += [f"{options['tune_steps']:,} steps"] if options.get("tune_steps") else []
         words += ["a width for each FFN"] if options["width"] == "auto" else []
+        words += ["random tokens"] if options.get("synthetic") else [] if row["calibration_tokens"] else ["no text"]
         cosine, seconds = row["cosine"], row["seconds"]
         figures = f"{cosine['mean']:.3f}", f"{cosine['smallest']:.3f}", f"{seconds:,.0f} s"
         rows.append((", ".join(words), f"{row['calibration_tokens']:,}", *figures))
