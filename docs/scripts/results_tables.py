@@ -323,12 +323,18 @@ def large() -> str:
     return table(titles, rows)
 
 
-def language_model(share: float, file: str = "llm-cpu") -> str:
+def language_model(share: float, file: str = "llm-cpu", *, text: bool = True) -> str:
     """SmolLM2-135M-Instruct with that share of its FFNs: perplexity of every row there is, the best first.
 
-    Of several seeds the median, and in brackets the smallest and the largest.
+    Of several seeds the median, and in brackets the smallest and the largest. Rows that learn from no `text` stand by
+    themselves, beside the default.
     """
-    rows = [row for row in results(file)["rows"] if row["recipe"] is None or row["share"] == share]
+    beside = {"full"} if text else {"full", f"{share:g} auto refit sequential"}
+    rows = [
+        row
+        for row in results(file)["rows"]
+        if row["form"] in beside or (row["share"] == share and row["recipe"].get("text", True) == text)
+    ]
     kinds = list(rows[0]["perplexity"])
 
     def mean(form: str) -> float:
@@ -471,6 +477,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "language-model-wider": lambda: language_model(0.625),
     "language-model-three-quarters": lambda: language_model(0.75),
     "language-model-final": lambda: language_model(0.5, "llm-final-cpu"),
+    "language-model-without-text": lambda: language_model(0.5, text=False),
+    "language-model-without-text-final": lambda: language_model(0.5, "llm-final-cpu", text=False),
     "language-model-completions": completions,
     "families": families,
     "families-calibrated": families_calibrated,

@@ -129,6 +129,23 @@ def test_gradients_that_a_model_does_not_allow(tmp_path: Path, text: Path, monke
     assert not (tmp_path / "named").exists()
 
 
+def test_progress_goes_on_while_gradients_are_taken(tmp_path: Path, text: Path) -> None:
+    source = with_tokenizer("Phi3Config", tmp_path / "source")
+    seen: list[tuple[int, int, bool]] = []
+
+    def progress(done: int, total: int) -> None:
+        seen.append((done, total, bool(list(tmp_path.glob("*/*gradients.all")))))
+
+    options: dict[str, Any] = {"stream": True, "calibration": text, "method": "merge", "tune_steps": 2}
+    report = mlp_fusion.compress(source, tmp_path / "out", 0.5, progress=progress, **options)
+    ffns, counts = len(report.rows), [done for done, _, _ in seen]
+    assert counts == sorted(counts)
+    assert {total for _, total, _ in seen} == {counts[-1]}
+    first = [written for _, _, written in seen].index(True)
+    assert set(counts[:first]) == set(range(ffns + 1)), "from nothing to all, layer by layer"
+    assert counts[first] == ffns + 1
+
+
 def test_gradients_that_were_not_written_are_taken_again(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,9 +207,10 @@ def test_a_calibrated_run_goes_on(
 ) -> None:
     source = with_tokenizer(name, tmp_path / "source")
     options: dict[str, Any] = {"stream": True, "calibration": text, "sequential": sequential, **more}
-    mlp_fusion.compress(source, tmp_path / "whole", 0.5, **options)
+    whole = mlp_fusion.compress(source, tmp_path / "whole", 0.5, **options)
+    ahead = len(whole.rows) if more else 0  # gradients at each
     with pytest.raises(StoppedError):
-        mlp_fusion.compress(source, tmp_path / "out", 0.5, progress=stop_after(1), **options)
+        mlp_fusion.compress(source, tmp_path / "out", 0.5, progress=stop_after(1, ahead), **options)
     # Other text, other hidden states.
     text.write_text("\n".join(_SENTENCES[:3]))
     with pytest.raises(InputError, match="the unfinished run had another text"):
@@ -200,7 +218,7 @@ def test_a_calibrated_run_goes_on(
     text.write_text("\n".join(_SENTENCES))
     with pytest.raises(StoppedError):
         # A journal that is ahead of the hidden states: the layer is done again. Then, at the decoder's beginning.
-        mlp_fusion.compress(source, tmp_path / "out", 0.5, resume=True, progress=stop_after(then), **options)
+        mlp_fusion.compress(source, tmp_path / "out", 0.5, resume=True, progress=stop_after(then, ahead), **options)
     mlp_fusion.compress(source, tmp_path / "out", 0.5, resume=True, **options)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source", "text.txt", "whole"]

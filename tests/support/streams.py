@@ -38,12 +38,13 @@ class StoppedError(Exception):
     """A run was stopped on purpose."""
 
 
-def stop_after(tasks_done: int) -> Callable[[int, int], None]:
-    """A progress that stops the run after so many tasks."""
+def stop_after(tasks_done: int, ahead: int = 0) -> Callable[[int, int], None]:
+    """A progress that stops the run after so many tasks, once as much is done as comes `ahead` of them."""
     seen = []
 
     def progress(done: int, _total: int) -> None:
-        seen.append(done)
+        if done > ahead:
+            seen.append(done)
         if len(seen) == tasks_done:
             raise StoppedError
 

@@ -52,6 +52,7 @@ class Calibrated:
         sequential: calibrate on what the reduced FFNs make of it.
         states_file: where hidden states are kept for a run that goes on.
         may_skip: go without gradients where the model does not allow them.
+        sensed: FFNs at whose outputs gradients are taken, before any is reduced.
     """
 
     work: Work
@@ -62,6 +63,8 @@ class Calibrated:
     may_skip: bool = False
     _model: LayerwiseModel = field(init=False)
     _gradients: Gradients = field(init=False)
+    _sites: list[FFNSite] = field(init=False)
+    sensed: list[FFNSite] = field(init=False)
     _warned: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -73,29 +76,36 @@ class Calibrated:
         self._recipe = Recipe.of(settings)
         self._gradients = Gradients(self.states_file.with_name(f"{self.states_file.name}.gradients"), w.device)
         self._numbers = {ffn.index: number for number, ffn in enumerate(w.ffns) if ffn.loaded}
+        self._sites = self.architecture.sites(self._model.model)
+        self.sensed = [site for site in self._sites if self._is_sensed(site)]
 
     @torch.no_grad()
-    def run(self, finished: set[str], done: Done) -> None:
+    def run(self, finished: set[str], done: Done, sensing: Callable[[float], None]) -> None:
         """Reduce what is not `finished`, layer by layer.
+
+        Args:
+            finished: what layers are called that are done.
+            done: called for each of the others.
+            sensing: called with the share of the gradients that is there.
 
         Raises:
             InputError: the model cannot be run layer by layer, or not on the text; or an FFN is not what it seems.
         """
-        sites, settings = self.architecture.sites(self._model.model), self.work.settings
-        stacks = self._model.stacks(sites)
+        settings = self.work.settings
+        stacks = self._model.stacks(self._sites)
         chosen = set(settings.layers)  # type: ignore[arg-type]
         order = [layer for stack in stacks for layer in stack]
         last = max(n for n, layer in enumerate(order) if any(site.index in chosen for site in layer.sites))
         left = [n for n, layer in enumerate(order[: last + 1]) if layer.path not in finished]
         if not left:
             return
-        sensed = [site for site in sites if self._is_sensed(site)]
-        if sensed:
+        if self.sensed:
             # What cannot be run layer by layer is refused before that takes its time.
             self._model.record(stacks, self.batches[:1], [])
             self._gradients.gather(
-                self._model, stacks, self.architecture, sensed, self.batches, seed=settings.seed, may_skip=self.may_skip
-            )
+                self._model, stacks, self.architecture, self.sensed, self.batches,
+                seed=settings.seed, may_skip=self.may_skip, progress=sensing,
+            )  # fmt: skip
         at = self._resumed()
         if at is None or not 0 < at.layer <= left[0]:
             at = _Carried(0, [], [], [], [])

@@ -87,16 +87,19 @@ class LayerwiseModel:
                         module._parameters[name] = _empty(parameter)
 
     @contextmanager
-    def whole(self, stacks: Sequence[Sequence[Layer]]) -> Iterator[nn.Module]:
+    def whole(self, stacks: Sequence[Sequence[Layer]], ran: Callable[[], None]) -> Iterator[nn.Module]:
         """Inside, the model runs as one that is in memory: layers are read when they run.
 
-        Nothing of a layer is kept for a backward pass: it is read and run again then.
+        Nothing of a layer is kept for a backward pass: it is read and run again then. `ran` is called each time that a
+        layer has run.
         """
 
         def reading(layer: Layer, forward: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
                 with self.loaded(layer):
-                    return forward(*args, **kwargs)
+                    found = forward(*args, **kwargs)
+                ran()
+                return found
 
             def run_again(*args: Any, **kwargs: Any) -> Any:
                 if not torch.is_grad_enabled():

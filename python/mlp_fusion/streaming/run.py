@@ -83,7 +83,7 @@ class Stream:
             finish: called with the folder that becomes it, and the report's rows, when all weights are written.
             engine: one of :data:`mlp_fusion.streaming.engines.ENGINES`.
             replace: a checkpoint that was fused by this program may stand there.
-            progress: called with FFNs and experts done, of all.
+            progress: called with FFNs and experts done, of all; those at whose outputs gradients are taken count twice.
 
         Raises:
             InputError: the unfinished run was another one, a tensor cannot be used, or a disk fails. What is done
@@ -143,20 +143,24 @@ class Stream:
         journal.begin()
 
     def _do(self, work: Work, journal: Journal, engine: str, progress: Progress | None) -> None:
-        total = sum(part.count for task in self.tasks for part in task.parts)
-        if self.text is not None:
-            chosen = set(work.settings.layers or ())  # type: ignore[arg-type]
-            total += sum(max(f.kind.experts, 1) for f in work.ffns if f.loaded and f.index in chosen)
+        total, sensed = sum(part.count for task in self.tasks for part in task.parts), 0
 
         def finished(task: str, rows: list[Member]) -> None:
             journal.add(task, rows)
             if progress is not None:
-                progress(sum(map(len, journal.done.values())), total)
+                progress(sensed + sum(map(len, journal.done.values())), total)
+
+        def sensing(share: float) -> None:
+            if progress is not None:
+                progress(int(share * sensed), total)
 
         if self.text is not None:
             states = work.target / _STATES
             run = Calibrated(work, self.architecture, self.text, bool(work.settings.sequential), states, self.may_skip)
-            run.run(set(journal.done), finished)
+            chosen = set(work.settings.layers or ())  # type: ignore[arg-type]
+            sensed = len(run.sensed)
+            total += sensed + sum(max(f.kind.experts, 1) for f in work.ffns if f.loaded and f.index in chosen)
+            run.run(set(journal.done), finished, sensing)
             for left_over in work.target.glob(f"{_STATES}*"):
                 left_over.unlink()
         left = [task for task in self.tasks if task.name not in journal.done]

@@ -7,7 +7,8 @@ gradients themselves lie in files, and an FFN's factor is made of them when it i
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mlp_fusion.calibration import GradientSums, OutputSensitivity, output_gradients
-from mlp_fusion.calibration.sensitivity import warn_unweighed
+from mlp_fusion.calibration.sensitivity import SENSED_TOKENS, warn_unweighed
 from mlp_fusion.errors import SkippableError
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.reducing.layers import Layer
 from mlp_fusion.running.batches import Batch
+from mlp_fusion.running.excerpts import excerpts
 from mlp_fusion.store.shards import flush
 from mlp_fusion.streaming.layerwise import LayerwiseModel
 
@@ -56,6 +58,7 @@ class Gradients:
         *,
         seed: int,
         may_skip: bool,
+        progress: Callable[[float], None],
     ) -> None:
         """Take them at the outputs of `sites`, unless that has been done.
 
@@ -65,6 +68,7 @@ class Gradients:
 
         Args:
             may_skip: where the model does not allow it, do without, with a warning.
+            progress: called with the share that is done, whenever a layer has run.
 
         Raises:
             InputError: as :func:`mlp_fusion.calibration.output_sensitivities`.
@@ -82,8 +86,11 @@ class Gradients:
                 write_tensors(held, written[-1])
                 held.clear()
 
+        # Forward, and again for the backward pass, of each excerpt.
+        runs = 2 * sum(map(len, stacks)) * sum(1 for _ in excerpts(model.model, batches, SENSED_TOKENS))
+        ran = itertools.count(1)
         try:
-            with model.whole(stacks) as whole:
+            with model.whole(stacks, lambda: progress(min(1.0, next(ran) / runs))) as whole:
                 output_gradients(whole, architecture, sites, batches, visit, seed=seed)
         except SkippableError as error:
             if not may_skip:
