@@ -447,7 +447,6 @@ class CompressSettings(FuseSettings):
             raise InputError("resume goes on with a run and force starts it again: choose one")
         whole = {
             "text": self.text is not None,
-            "width auto": self.budget is not None,
             "synthetic": self.synthetic is not None,
         }
         if self.stream and (given := [name for name, asked in whole.items() if asked]):

@@ -346,7 +346,6 @@ def test_only_checkpoints_of_this_program_are_replaced(mixtral: Path, tmp_path: 
     ("options", "message"),
     [
         ({"stream": True, "text": "x.txt"}, "a streamed run has no whole model"),
-        ({"stream": True, "calibration": "x.txt", "width": "auto", "budget": 0.5}, "a streamed run has no whole model"),
         ({"stream": True, "engine": "ray", "calibration": "x.txt"}, "engine ray carries no hidden states"),
         ({"resume": True, "force": True}, "resume goes on with a run and force starts it again"),
         ({"engine": "ray"}, "engine ray does streamed runs"),

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from discovered_models import model_of
-from moe_models import MOE_MODELS, moe_model
+from moe_models import moe_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from streams import StoppedError, files, stop_after
+from streams import StoppedError, files, stop_after, with_tokenizer
 from transformers.models.bart.modeling_bart import BartEncoder
 from transformers.models.t5.modeling_t5 import T5Block
 
@@ -34,12 +33,6 @@ def text(tmp_path: Path) -> Path:
     file = tmp_path / "text.txt"
     file.write_text("\n".join(_SENTENCES))
     return file
-
-
-def with_tokenizer(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    (moe_model if name in MOE_MODELS else model_of)(name).to(dtype).save_pretrained(folder)
-    ck.add_tokenizer(folder, pad_token="<pad>")
-    return folder
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 import transformers
+from discovered_models import model_of
+from moe_models import MOE_MODELS, moe_model
 
 import checkpoints as ck
 
@@ -20,6 +22,13 @@ def sharded_mixtral(folder: Path, layers: int) -> Path:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="100KB")
+    ck.add_tokenizer(folder, pad_token="<pad>")
+    return folder
+
+
+def with_tokenizer(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A tiny model by the name of its config, and a tokenizer of a few words."""
+    (moe_model if name in MOE_MODELS else model_of)(name).to(dtype).save_pretrained(folder)
     ck.add_tokenizer(folder, pad_token="<pad>")
     return folder
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mlp_fusion.calibration.statistics import FFNStatistics, adding_to, collector_of, take_calibration, warn_of_few
+from mlp_fusion.calibration.statistics import FFNStatistics, take_calibration, warn_of_few
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.neurons import UNNAMED, NeuronBundle
 from mlp_fusion.reducing.chosen import self_test
@@ -27,9 +27,10 @@ from mlp_fusion.reducing.rows import fused_row
 from mlp_fusion.reducing.sequential import SequentialReduction
 from mlp_fusion.running.batches import Batch, token_mask
 from mlp_fusion.running.sampling import RowPlan, RowSample
-from mlp_fusion.running.taps import Activations, Taps, Visitor, tapped
+from mlp_fusion.running.taps import Activations, Taps
 from mlp_fusion.store.shards import flush
 from mlp_fusion.streaming.layerwise import LayerwiseModel
+from mlp_fusion.streaming.passing import Passing
 from mlp_fusion.streaming.sensing import Gradients, write_tensors
 from mlp_fusion.streaming.tasks import Part, Task
 from mlp_fusion.streaming.work import Member, Outcome, Work
@@ -51,6 +52,7 @@ class Calibrated:
         batches: the calibration text.
         sequential: calibrate on what the reduced FFNs make of it.
         states_file: where hidden states are kept for a run that goes on.
+        gradients: what files of gradients are called.
         may_skip: go without gradients where the model does not allow them.
         sensed: FFNs at whose outputs gradients are taken, before any is reduced.
     """
@@ -60,6 +62,7 @@ class Calibrated:
     batches: Sequence[Batch]
     sequential: bool
     states_file: Path
+    gradients: Path
     may_skip: bool = False
     _model: LayerwiseModel = field(init=False)
     _gradients: Gradients = field(init=False)
@@ -74,7 +77,7 @@ class Calibrated:
         settings = w.settings
         self._plan = RowPlan(self.batches, settings.seed)
         self._recipe = Recipe.of(settings)
-        self._gradients = Gradients(self.states_file.with_name(f"{self.states_file.name}.gradients"), w.device)
+        self._gradients = Gradients(self.gradients, w.device)
         self._numbers = {ffn.index: number for number, ffn in enumerate(w.ffns) if ffn.loaded}
         self._sites = self.architecture.sites(self._model.model)
         self.sensed = [site for site in self._sites if self._is_sensed(site)]
@@ -221,10 +224,8 @@ class Calibrated:
         self, layer: Layer, experts: Sequence[FFNSite], calls: Sequence[Call], hidden: Sequence[Tensor]
     ) -> list[FFNStatistics]:
         """What passes through some FFNs of a layer."""
-        rows = self.work.settings.calibration_rows
-        collectors = [collector_of(self.architecture, site, self._plan, rows) for site in experts]
-        self._run(layer, experts, calls, hidden, adding_to(collectors))
-        return [collector.finish() for collector in collectors]
+        passing = Passing(self.architecture, layer, self.batches, calls, hidden)
+        return passing.statistics(experts, self._plan, self.work.settings.calibration_rows)
 
     def _shown(
         self, layer: Layer, experts: Sequence[FFNSite], calls: Sequence[Call], hidden: Sequence[Tensor]
@@ -236,23 +237,11 @@ class Calibrated:
             counted = mask.to(taps.x.device)
             kept[number].add(mask, taps.x[counted], taps.y[counted])
 
-        self._run(layer, experts, calls, hidden, visit)
+        Passing(self.architecture, layer, self.batches, calls, hidden).show(experts, visit)
         return [
             Activations(*sample.finish(may_be_empty=site.is_expert)[0])
             for site, sample in zip(experts, kept, strict=True)
         ]
-
-    def _run(
-        self, layer: Layer, experts: Sequence[FFNSite], calls: Sequence[Call], hidden: Sequence[Tensor], visit: Visitor
-    ) -> None:
-        """Run a layer on the text, and show what passes through its FFNs."""
-        if not experts:
-            return
-        with tapped(self.architecture, experts, visit) as taps:
-            for call, x, batch in zip(calls, hidden, self.batches, strict=True):
-                taps.start(batch)
-                run_layer(layer, call, x)
-                taps.finish()
 
     def _outcome(self, members: Sequence[FFNSite], reduced: Sequence[_Reduced]) -> Outcome:
         outcome = Outcome([], [], [])

@@ -40,6 +40,19 @@ def left_behind(file: Path) -> tuple[bool, bool]:
         raise InputError(f"{file}: damaged: start again with --force") from error
 
 
+def widths_left(file: Path) -> dict[int, int]:
+    """The widths that a budget had led to in a run that has ended, by the FFNs' numbers; none in any other run.
+
+    Raises:
+        InputError: the journal is damaged.
+    """
+    head, _ = read_journal(file)
+    try:
+        return {int(number): int(width) for number, width in head["widths"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: damaged: start again with --force") from error
+
+
 class Journal:
     """The file that says what is done.
 
@@ -47,10 +60,13 @@ class Journal:
         file: beside the folder that is written.
         parts: what the run depends on, in words -> its fingerprint.
         replace: whether a checkpoint gives way to what is written.
+        widths: see :func:`widths_left`.
     """
 
-    def __init__(self, file: Path, parts: Mapping[str, str], *, replace: bool = False) -> None:
-        self.file = file
+    def __init__(
+        self, file: Path, parts: Mapping[str, str], *, replace: bool = False, widths: Mapping[int, int] | None = None
+    ) -> None:
+        self.file, self._widths = file, dict(widths or {})
         self._parts, self._replace = dict(parts), replace
         #: Name of a task that is done -> its rows.
         self.done: dict[str, list[Member]] = {}
@@ -62,7 +78,7 @@ class Journal:
         self.done.clear()
         unfinished = self.file.with_name(f"{self.file.name}.new")
         with unfinished.open("w", encoding="utf-8") as handle:
-            handle.write(json.dumps({"parts": self._parts, "replace": self._replace}) + "\n")
+            handle.write(json.dumps({"parts": self._parts, "replace": self._replace, "widths": self._widths}) + "\n")
             handle.flush()
             os.fsync(handle.fileno())
         unfinished.rename(self.file)

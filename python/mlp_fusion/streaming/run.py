@@ -38,6 +38,8 @@ from mlp_fusion.store.writing import write_config, write_index
 from mlp_fusion.streaming.calibrated import Calibrated
 from mlp_fusion.streaming.engines import ENGINES
 from mlp_fusion.streaming.journal import Journal, files_as_they_are, fingerprint
+from mlp_fusion.streaming.sensing import Gradients
+from mlp_fusion.streaming.surveying import Survey
 from mlp_fusion.streaming.tasks import Task, shards_of, tasks_of
 from mlp_fusion.streaming.work import Member, Work
 
@@ -56,6 +58,7 @@ class Stream:
         architecture: of the model.
         text: what it is calibrated on, or None.
         may_skip: as of :class:`Calibrated`.
+        surveyed: a folder with the gradients of a survey, which are taken from there.
     """
 
     work: Work
@@ -64,6 +67,30 @@ class Stream:
     architecture: Architecture
     text: Sequence[Batch] | None = None
     may_skip: bool = False
+    surveyed: Path | None = None
+
+    def widths(self, folder: Path, progress: Progress | None = None) -> dict[int, int]:
+        """What each FFN gets of the budget, by their numbers.
+
+        Args:
+            folder: for the gradients, see `surveyed`.
+            progress: called with what is done, of twice the FFNs.
+
+        Raises:
+            InputError: the widths of such FFNs cannot be found so, or as :meth:`Survey.widths`.
+        """
+        settings = self.work.settings
+        assert self.text is not None
+        assert settings.budget is not None
+        survey = Survey(self.work, self.architecture, self.text, _gradients_in(folder))
+        survey.check()
+        total = 2 * len(settings.layers)  # type: ignore[arg-type]
+
+        def done(share: float) -> None:
+            if progress is not None:
+                progress(int(share * total), total)
+
+        return survey.widths(settings.budget, done)
 
     def run(
         self,
@@ -89,7 +116,7 @@ class Stream:
             InputError: the unfinished run was another one, a tensor cannot be used, or a disk fails. What is done
                 stays.
         """
-        journal = Journal(journal_of(out), self._fingerprints(), replace=replace)
+        journal = Journal(journal_of(out), self._fingerprints(), replace=replace, widths=self._widths())
         try:
             return self._written(journal, out, finish, engine=engine, replace=replace, progress=progress)
         except OSError as error:
@@ -156,7 +183,11 @@ class Stream:
 
         if self.text is not None:
             states = work.target / _STATES
-            run = Calibrated(work, self.architecture, self.text, bool(work.settings.sequential), states, self.may_skip)
+            gradients = _gradients_in(work.target)
+            if self.surveyed is not None:
+                Gradients(_gradients_in(self.surveyed), work.device).move(gradients)
+            sequential = bool(work.settings.sequential)
+            run = Calibrated(work, self.architecture, self.text, sequential, states, gradients, self.may_skip)
             chosen = set(work.settings.layers or ())  # type: ignore[arg-type]
             sensed = len(run.sensed)
             total += sensed + sum(max(f.kind.experts, 1) for f in work.ffns if f.loaded and f.index in chosen)
@@ -176,6 +207,12 @@ class Stream:
             ffn = self.work.ffns[number]
             rows.append(together(each, seen) if ffn.kind.experts else each[0])
         return rows
+
+    def _widths(self) -> dict[int, int]:
+        """What a run that goes on need not find again: by their numbers, where a budget decided about them."""
+        if self.work.settings.budget is None:
+            return {}
+        return {ffn.index: width for ffn, width in zip(self.work.ffns, self.work.widths, strict=True)}
 
     def _fingerprints(self) -> dict[str, str]:
         work = self.work
@@ -199,6 +236,11 @@ class Stream:
                 }
             ),
         }
+
+
+def _gradients_in(folder: Path) -> Path:
+    """What files of gradients are called in a folder."""
+    return folder / f"{_STATES}.gradients"
 
 
 def prepare(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,22 @@ class Gradients:
         unfinished.write_text(str(len(written)), encoding="utf-8")
         flush([unfinished])
         unfinished.rename(self._there)
+
+    def move(self, files: Path) -> None:
+        """Call the files something else, maybe in another folder; nothing where they are not all there.
+
+        Raises:
+            OSError: they cannot be written there.
+        """
+        if not self._there.exists():
+            return
+        others = (file for file in self.files.parent.glob(f"{self.files.name}.*") if file != self._there)
+        moved = [
+            files.with_name(files.name + file.name.removeprefix(self.files.name)) for file in (*others, self._there)
+        ]
+        for file in moved:  # the one that says that all are there is the last
+            shutil.move(self.files.with_name(self.files.name + file.name.removeprefix(files.name)), file)
+            flush([file])
 
     def sensitivity(self, site: FFNSite) -> OutputSensitivity | None:
         """What they come to at the outputs of an FFN; None where the model did not allow any."""

@@ -6,9 +6,10 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -47,8 +48,8 @@ from mlp_fusion.store.source import companion_files, local_folder, read_config
 from mlp_fusion.store.tokenizers import tokenize
 from mlp_fusion.store.weights import COMPUTING, read_tensors, safetensors_name
 from mlp_fusion.store.writing import copy_companions, save_converted, write_config, write_weights
-from mlp_fusion.streaming.journal import left_behind
-from mlp_fusion.streaming.run import prepare
+from mlp_fusion.streaming.journal import left_behind, widths_left
+from mlp_fusion.streaming.run import Stream, prepare
 from mlp_fusion.verbs.fuse import fuse
 from mlp_fusion.verbs.plan import FusionPlan, plan
 
@@ -100,7 +101,8 @@ def compress(
         if not run.finished:
             check_output(out, replace=run.replace)
         if run.streamed:
-            return _stream(run, progress)
+            with TemporaryDirectory() as surveyed:
+                return _stream(run, Path(surveyed), progress)
         source = _open(run.folder, settings.dtype, run.device)
         # What the end needs is tried before the work.
         reference_outputs(source.model, settings.seed, head=source.head)
@@ -133,7 +135,7 @@ class _Run:
         folder, out, settings: from where, to where, and how.
         replace: whether what stands at `out` goes.
         finished: whether an unfinished run has done everything but its end.
-        streamed: whether it goes from disk to disk.
+        streamed, resumed: whether it goes from disk to disk, and goes on there.
         device: where it runs.
         sentences, learnt: what errors are measured on and what is calibrated on, if anything.
         planned: what becomes of the FFNs.
@@ -145,6 +147,7 @@ class _Run:
     replace: bool
     finished: bool
     streamed: bool
+    resumed: bool
     device: torch.device
     sentences: list[str]
     learnt: list[str] | None
@@ -184,7 +187,7 @@ class _Run:
         streamed = resumed or _is_streamed(settings, planned)
         if settings.engine != "local" and not streamed:
             raise InputError(f"engine {settings.engine} does streamed runs: pass stream (--stream)")
-        return _Run(folder, out, settings, replace, finished, streamed, device, sentences, learnt, planned)
+        return _Run(folder, out, settings, replace, finished, streamed, resumed, device, sentences, learnt, planned)
 
 
 def rehearse(path: str | Path, out: str | Path, settings: CompressSettings) -> FusionPlan:
@@ -221,20 +224,17 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _stream(run: _Run, progress: Progress | None) -> FusionReport:
-    """Compress from disk to disk."""
+def _stream(run: _Run, surveyed: Path, progress: Progress | None) -> FusionReport:
+    """Compress from disk to disk; `surveyed` is a folder for what the run that finds widths finds out besides."""
     started = time.perf_counter()
-    folder, settings, planned = run.folder, run.settings, run.planned
+    folder, settings = run.folder, run.settings
     config = read_config(folder)
     text = None
     if run.learnt is not None:
         text = tokenize(folder, run.learnt, getattr(config, "max_position_embeddings", None))
         if text is None:
             raise InputError(f"{folder} has no tokenizer to read {settings.calibration} with: add its files")
-    widths = {ffn.layer: ffn.neurons_after for ffn in planned.ffns if ffn.loaded}
-    each = [widths[number] for number in range(len(widths))]
-    stream = prepare(folder, settings.fusing(), each, run.device, settings.dtype, text)
-
+    stream, planned = _prepared(run, text, surveyed, progress)
     tokens = sum(int(token_mask(batch).sum()) for batch in text or ())
 
     def reported(rows: list[FFNRow]) -> FusionReport:
@@ -262,6 +262,27 @@ def _stream(run: _Run, progress: Progress | None) -> FusionReport:
 
     rows = stream.run(run.out, finish, engine=settings.engine, replace=run.replace, progress=progress)
     return reported(rows)
+
+
+def _prepared(
+    run: _Run, text: Sequence[Batch] | None, surveyed: Path, progress: Progress | None
+) -> tuple[Stream, FusionPlan]:
+    """A streamed run and what becomes of the FFNs, with the widths that a budget leads to."""
+    settings = run.settings
+
+    def prepared(planned: FusionPlan) -> Stream:
+        widths = {ffn.layer: ffn.neurons_after for ffn in planned.ffns if ffn.loaded}
+        each = [widths[number] for number in range(len(widths))]
+        return prepare(run.folder, settings.fusing(), each, run.device, settings.dtype, text)
+
+    stream = prepared(run.planned)
+    if settings.budget is None:
+        return stream, run.planned
+    widths = widths_left(journal_of(run.out)) if run.resumed else stream.widths(surveyed, progress)
+    if not widths:
+        return stream, run.planned  # it goes on with a run of another kind, which is refused
+    planned = plan(run.planned.name, widths, settings.layers, only=settings.only)
+    return dataclasses.replace(prepared(planned), surveyed=surveyed), planned
 
 
 def _file(name: str | Path | None) -> Path | None:
