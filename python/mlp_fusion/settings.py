@@ -345,7 +345,7 @@ class FuseSettings(PlanSettings):
         if self.unmeasured and calibrated:
             raise InputError("calibration runs the model: leave out unmeasured")
         if calibrated is False and (wanting := self._wants_text()) is not None:
-            raise InputError(f"{wanting} needs calibration text: pass calibration (--calibration FILE), or synthetic")
+            raise InputError(f"{wanting} needs calibration text: {self._text_remedy}")
 
     def resolved(
         self, layers: list[int], *, calibrated: bool, named: bool = True, whole: bool = True, dense: bool = True
@@ -379,6 +379,11 @@ class FuseSettings(PlanSettings):
             self, layers=layers, method=AUTOMATIC_METHOD if best else plain, refit=refit, match=match,
             sequential=sequential, tune_steps=steps,
         )  # fmt: skip
+
+    @property
+    def _text_remedy(self) -> str:
+        """What gives text to an option that needs some."""
+        return "pass calibration (--calibration FILE), or synthetic"
 
     def _check_method(self) -> None:
         if self.method not in (AUTOMATIC, *METHODS):
@@ -451,8 +456,13 @@ class CompressSettings(FuseSettings):
         }
         if self.stream and (given := [name for name, asked in whole.items() if asked]):
             raise InputError(f"a streamed run has no whole model: leave out {' and '.join(given)}, or stream")
-        if self.engine != "local" and self.calibration is not None:
-            raise InputError(f"engine {self.engine} carries no hidden states: leave out calibration, or use local")
+        text = "calibration" if self.calibration is not None else "synthetic" if self.synthetic is not None else None
+        if self.engine != "local" and text is not None:
+            raise InputError(f"engine {self.engine} carries no hidden states: leave out {text}, or use local")
+
+    @property
+    def _text_remedy(self) -> str:
+        return "pass calibration (--calibration FILE)" if self.stream else super()._text_remedy
 
     def fusing(self) -> FuseSettings:
         """What of it is the fusion's."""

@@ -174,14 +174,14 @@ def test_report_table_says_everything() -> None:
 
 
 def test_report_table_says_what_was_learnt_from() -> None:
-    nothing = "reduced by weights alone: with calibration"
-    assert f"{nothing}, or synthetic tokens where there is no text, far more would be kept" in _report().table()
-    assert f"{nothing}, far more would be kept" in _report(streamed=True).table()
+    nothing = "reduced by weights alone: calibrated"
+    assert f"{nothing}, or on synthetic tokens where there is no text, it keeps more" in _report().table()
+    assert f"{nothing} it keeps more" in _report(streamed=True).table()
     known = {"settings": FuseSettings(width=0.25, refit=True), "calibration": CalibrationRecord(4096, 1.0)}
     assert "\ncalibrated on 4,096 tokens, outputs refitted\n" in (text := _report(**known).table())
     assert nothing not in text
-    known["settings"] = FuseSettings(width=0.25, synthetic=4000)
-    assert "\ncalibrated on 4,096 synthetic tokens\n" in _report(**known).table()
+    known["calibration"] = CalibrationRecord(4096, 1.0, "random tokens")
+    assert "\ncalibrated on 4,096 random tokens, outputs refitted\n" in _report(**known).table()
 
 
 def test_report_survives_json() -> None:

@@ -16,7 +16,7 @@ from commands import Run
 from families import WIDTH, tiny_model
 from mlp_fusion import InputError
 from mlp_fusion.measure import relative_error
-from mlp_fusion.running.drawing import random_batch
+from mlp_fusion.running import synthetic
 from mlp_fusion.running.synthetic import synthetic_batches, writes
 
 LANGUAGE = {"task": "CausalLM"}
@@ -33,7 +33,7 @@ def text_of(model: Any, tokens: int, seed: int = 0) -> Tensor:
 def test_a_language_model_samples_its_own_distribution(family: str) -> None:
     """Each second token as often as the model says, whatever its own config would have `generate` do."""
     places = "n_positions" if family == "gpt2" else "max_position_embeddings"
-    extra = {"bos_token_id": 0, "eos_token_id": 2, places: 2}
+    extra = {"bos_token_id": 0, "eos_token_id": 2, places: 4}  # two of which may be taken
     model: Any = tiny_model(family, **LANGUAGE, **extra)
     model.generation_config.update(top_k=1, temperature=0.1, repetition_penalty=3.0, num_beams=2, min_new_tokens=1)
     count = 4096
@@ -50,16 +50,43 @@ def test_a_language_model_samples_its_own_distribution(family: str) -> None:
 
 def test_what_ends_a_text_is_a_token_like_others() -> None:
     model: Any = tiny_model("llama", **LANGUAGE)
-    text = text_of(model, 4000)
-    assert text.shape == (100, 40)
+    text = text_of(model, 3800)
+    assert text.shape == (100, 38)
     assert bool((text[:, 1:-1] == 2).any()), "no text has ended, so that nothing is shown"
 
 
 def test_sequences_are_no_longer_than_asked_for_or_than_the_model_reads() -> None:
     model = tiny_model("llama", **LANGUAGE)
     assert text_of(model, 12).shape == (1, 12)
-    assert text_of(model, 41).shape == (2, 40)
+    assert text_of(model, 1).shape == (1, 1)
+    assert text_of(model, 41).shape == (2, 38), "40, but that some models count from their padding id on"
     assert text_of(tiny_model("llama", **LANGUAGE, max_position_embeddings=2048), 513).shape == (2, 512)
+    # A decoder that states its positions under another name, and one that counts them from 2 on.
+    whisper = transformers.WhisperConfig(
+        vocab_size=97, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32,
+        max_target_positions=20, pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=0,
+        suppress_tokens=[], begin_suppress_tokens=[],
+    )  # fmt: skip
+    for decoder in (transformers.WhisperForCausalLM(whisper), tiny_model("roberta", **LANGUAGE, is_decoder=True)):
+        text = text_of(decoder.eval(), 100)
+        assert text.shape[1] == {"whisper": 18, "roberta": 38}[decoder.config.model_type]
+        with torch.no_grad():
+            assert decoder(input_ids=text).logits.isfinite().all()
+
+
+def test_more_than_is_written_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of a second turn are others than those of the first."""
+    monkeypatch.setattr(synthetic, "_TOGETHER", 3)
+    text = text_of(tiny_model("llama", **LANGUAGE), 8 * 38)
+    assert text.shape == (8, 38)
+    assert len(text.unique(dim=0)) == 8
+
+
+def test_a_model_whose_config_asks_for_tuples_writes() -> None:
+    plain, tuples = (tiny_model("llama", **LANGUAGE) for _ in range(2))
+    tuples.config.return_dict = False
+    assert torch.equal(text_of(tuples, 200), text_of(plain, 200))
+    assert not tuples.config.return_dict
 
 
 def test_without_a_token_to_begin_with_texts_begin_with_random_ones() -> None:
@@ -91,7 +118,7 @@ def test_a_model_that_fails_to_write_says_so_and_is_left(monkeypatch: pytest.Mon
         raise RuntimeError("no such cache")
 
     monkeypatch.setattr(model, "generate", broken)
-    with pytest.raises(InputError, match=r"cannot run on text of its own .*no such cache.*"):
+    with pytest.raises(InputError, match=r"LlamaForCausalLM writes no text \(RuntimeError: no such cache\): pass cal"):
         synthetic_batches(model, 400, seed=0)
     assert model.generation_config is own
     monkeypatch.setattr(model, "generate", lambda input_ids, **_: input_ids)
@@ -159,7 +186,10 @@ def test_fusing_by_it_is_better_than_by_weights_alone(kind: str) -> None:
     assert errors[4096] < 0.75 * errors[None]
     assert report.sample == "synthetic inputs, which were fitted to"
     assert report.settings.method == "merge"
-    assert (report.learnt() or "").startswith(f"calibrated on {report.calibration.tokens:,} synthetic tokens, layer")
+    kind = {"writes": "tokens that the model wrote", "reads": "random tokens", "sees": "positions of random inputs"}[
+        kind
+    ]
+    assert (report.learnt() or "").startswith(f"calibrated on {report.calibration.tokens:,} {kind}, layer after layer")
 
 
 def test_the_command_writes_a_checkpoint_by_it(run: Run, tmp_path: Path) -> None:
@@ -167,20 +197,46 @@ def test_the_command_writes_a_checkpoint_by_it(run: Run, tmp_path: Path) -> None
     out = tmp_path / "out"
     found = run("compress", source, out, "--width", 32, "--synthetic", 2000, "--json").json
     assert found["settings"]["synthetic"] == 2000
-    assert found["calibration"]["tokens"] == 2000
+    assert found["calibration"]["tokens"] == 53 * 38
     assert mlp_fusion.verify(out).passed
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(source)
     mlp_fusion.fuse(model, 32, synthetic=2000)
-    assert torch.equal(
-        model.model.layers[1].mlp.down_proj.weight, ck.tensors(out)["model.layers.1.mlp.down_proj.weight"]
-    )
+    written = ck.tensors(out)
+    assert all(torch.equal(value, written[name]) for name, value in model.state_dict().items() if name in written)
+    assert "down_proj" in " ".join(written)
+
+
+def test_nothing_is_written_with_a_head_that_is_not_there(tmp_path: Path) -> None:
+    source = ck.save_tiny(tmp_path / "source", "llama", **LANGUAGE)
+    ck.edit_tensors(source, lambda held: {name: value for name, value in held.items() if name != "lm_head.weight"})
+    with pytest.raises(
+        InputError, match="source lacks weights of the head that text is written with: pass calibration"
+    ):
+        mlp_fusion.compress(source, tmp_path / "out", 32, synthetic=2000)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_is_not_there_is_drawn_the_same_each_time(tmp_path: Path) -> None:
+    """What local training weighs errors by depends on it."""
+    source = ck.save_tiny(tmp_path / "source", "llama", **LANGUAGE)
+    ck.add_tokenizer(source, pad_token="<pad>")
+    ck.edit_tensors(source, lambda held: {name: value for name, value in held.items() if name != "lm_head.weight"})
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on a mat\n" * 40)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        mlp_fusion.compress(source, tmp_path / str(seed), 32, calibration=text)
+        assert torch.equal(torch.get_rng_state(), before)
+    first, second = ck.tensors(tmp_path / "1"), ck.tensors(tmp_path / "2")
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"synthetic": 0}, "synthetic 0: give an integer from 1 on"),
-        ({"synthetic": 9, "calibration": [random_batch]}, "stands in for calibration text, and there is some"),
+        ({"synthetic": 9, "calibration": ["the cat sat"]}, "stands in for calibration text, and there is some"),
         ({"synthetic": 9, "calibration_sentences": 9}, "calibration_sentences counts sentences of text"),
         ({"synthetic": 9, "unmeasured": True}, "calibration runs the model"),
         ({"refit": True}, r"refit needs calibration text: pass calibration \(--calibration FILE\), or synthetic"),
@@ -191,8 +247,16 @@ def test_what_does_not_go_with_it(options: dict[str, Any], message: str) -> None
         mlp_fusion.fuse(tiny_model("llama", **LANGUAGE), 16, **options)
 
 
-def test_streamed_runs_have_no_model_to_write(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"synthetic": 9}, "a streamed run has no whole model: leave out synthetic, or stream"),
+        ({"synthetic": 9, "engine": "ray", "stream": None}, "engine ray carries no hidden states: leave out synthetic"),
+        ({"refit": True}, r"refit needs calibration text: pass calibration \(--calibration FILE\)$"),
+    ],
+)
+def test_streamed_runs_have_no_model_to_write(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     source = ck.save_tiny(tmp_path / "source", "llama", **LANGUAGE)
-    with pytest.raises(InputError, match="a streamed run has no whole model: leave out synthetic, or stream"):
-        mlp_fusion.compress(source, tmp_path / "out", 16, synthetic=9, stream=True)
+    with pytest.raises(InputError, match=message):
+        mlp_fusion.compress(source, tmp_path / "out", 16, **{"stream": True, **options})
     assert not (tmp_path / "out").exists()

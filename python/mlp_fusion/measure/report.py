@@ -93,10 +93,12 @@ class CalibrationRecord:
         tokens: token positions of the calibration text.
         seconds: of the runs that gathered the statistics and, for tuning, the sensitivities; None where statistics were
             gathered layer by layer.
+        synthetic: what stood in for text, in words; None where there was text.
     """
 
     tokens: int
     seconds: float | None
+    synthetic: str | None = None
 
 
 @dataclass(frozen=True)
@@ -207,8 +209,7 @@ class FusionReport:
         if self.calibration is None:
             return None
         s = self.settings
-        made = "" if s.synthetic is None else "synthetic "
-        done = [f"calibrated on {self.calibration.tokens:,} {made}tokens"]
+        done = [f"calibrated on {self.calibration.tokens:,} {self.calibration.synthetic or 'tokens'}"]
         done += ["layer after layer"] if s.sequential else []
         done += ["outputs refitted"] if s.refit else []
         done += [f"tuned for {s.tune_steps:,} steps"] if s.tune_steps else []
@@ -228,8 +229,8 @@ class FusionReport:
                 f"mean {e.mean:.3f}, smallest {e.minimum:.3f}"
             )
         learnt = self.learnt()
-        instead = "" if self.streamed else ", or synthetic tokens where there is no text"
-        lines.append(learnt or f"reduced by weights alone: with calibration{instead}, far more would be kept")
+        instead = "" if self.streamed else ", or on synthetic tokens where there is no text,"
+        lines.append(learnt or f"reduced by weights alone: calibrated{instead} it keeps more")
         lines.append(f"method {self.method}")
         form = f"parameterization {self.parameterization}"
         if self.optimizer is not None:

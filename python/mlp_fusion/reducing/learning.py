@@ -22,6 +22,7 @@ from mlp_fusion.reducing.chosen import ChosenFFNs
 from mlp_fusion.running.batches import Batch, takes_text, token_mask
 from mlp_fusion.running.drawing import random_batch
 from mlp_fusion.running.excerpts import excerpts
+from mlp_fusion.running.synthetic import synthetic_kind
 from mlp_fusion.running.taps import Activations, capture_activations, stream_activations
 from mlp_fusion.settings import FuseSettings
 
@@ -41,6 +42,7 @@ class Learnt:
         activations: per FFN, the rows that errors are measured on.
         sample: what those are, in words.
         seconds: of gathering statistics and sensitivities; None where there was nothing to gather beforehand.
+        synthetic: what stands in for text, in words; None where there is text.
     """
 
     batches: list[dict[str, Tensor]] | None
@@ -50,12 +52,13 @@ class Learnt:
     activations: list[Activations]
     sample: str
     seconds: float | None
+    synthetic: str | None = None
 
     def record(self) -> CalibrationRecord | None:
         """For the report."""
         if self.batches is None:
             return None
-        return CalibrationRecord(self.positions, self.seconds)
+        return CalibrationRecord(self.positions, self.seconds, self.synthetic)
 
     def complete(self) -> list[FFNStatistics] | None:
         """The statistics with the sensitivities."""
@@ -116,7 +119,8 @@ def learn(
     count = _positions(ffns, batches, statistics)
     if batches is not None and settings.refit:
         warn_of_few(count, [bundle.w_in for bundle in ffns.originals], settings.calibration_rows)
-    return Learnt(batches, count, statistics, sensitivities, activations, described, seconds)
+    synthetic = None if settings.synthetic is None else synthetic_kind(model)
+    return Learnt(batches, count, statistics, sensitivities, activations, described, seconds, synthetic)
 
 
 def _measured_on(

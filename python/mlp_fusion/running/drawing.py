@@ -34,7 +34,7 @@ def random_batch(model: nn.Module, *, seed: int, batch: int = 8, length: int = 6
     generator = torch.Generator().manual_seed(seed)
     config: Any = model.config
     if takes_text(model):
-        ids = _tokens(config, generator, batch, _length(config, length))
+        ids = _tokens(config, generator, batch, text_length(config, length))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad(), Runner(model, "random inputs") as runner:
         for drawn in _drawn(runner, generator, batch, length):
@@ -49,7 +49,7 @@ def random_batch(model: nn.Module, *, seed: int, batch: int = 8, length: int = 6
     )
 
 
-def _length(config: Any, length: int) -> int:
+def text_length(config: Any, length: int) -> int:
     """`length` or less, as positions and the chunks of FFNs allow."""
     known = getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None) or length
     # RoBERTa counts positions from its padding id on, so that a few of the table's rows are never reached.
@@ -78,7 +78,7 @@ def _drawn(runner: Runner, generator: torch.Generator, batch: int, length: int) 
     """Guesses at what the model takes, with random numbers and ids in them; none that are text alone."""
     model: Any = runner.model
     text = model.config.get_text_config(decoder=True)
-    length = _length(text, length)
+    length = text_length(text, length)
     # Long sounds cost time, and are needed only where a model takes no shorter ones; images have the config's size.
     for guess in sorted(guessed_inputs(model, length), key=_sound):
         inputs = {name: guess[name] for name in OTHER_INPUTS if name in guess}

@@ -16,7 +16,7 @@ from mlp_fusion.running.batches import Batch, has_other_inputs
 from mlp_fusion.running.positions import by_sequence
 
 #: What a model raises on inputs that do not suit it.
-_UNFIT = (ValueError, IndexError, TypeError, RuntimeError, AttributeError, UnboundLocalError)
+UNFIT = (ValueError, IndexError, TypeError, RuntimeError, AttributeError, UnboundLocalError)
 #: Keys of configs for the tokens in whose place images and sounds are put; they may lie beyond the vocabulary.
 _PLACEHOLDER = re.compile(r"(.+_)?(image|video|audio|vision|speech).*_token_(id|index)")
 
@@ -146,7 +146,7 @@ class Runner:
             return module(**given)
         except InputError:
             raise
-        except _UNFIT as error:
+        except UNFIT as error:
             raise InputError(f"the model cannot run on {self.text} ({named(error)})") from error
 
     def _complete(self, module: Any, batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -213,6 +213,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch's own generators begin at `seed`, for what draws from no other; then they are as they were."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):  # all devices are seeded
+        torch.manual_seed(seed)
+        yield
 
 
 def naming_outputs(model: nn.Module) -> AbstractContextManager[None]:

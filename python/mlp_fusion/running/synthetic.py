@@ -7,7 +7,6 @@ Chrysostomou, Aletras, "Self-calibration for Language Model Quantization and Pru
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from mlp_fusion.errors import InputError
+from mlp_fusion.errors import InputError, named
 from mlp_fusion.running.batches import positions, takes_text
-from mlp_fusion.running.drawing import random_batch
-from mlp_fusion.running.runner import Runner, evaluating, placeholders
+from mlp_fusion.running.drawing import random_batch, text_length
+from mlp_fusion.running.runner import UNFIT, evaluating, naming_outputs, placeholders, seeded
 
 #: Tokens of a text that is written, and how many are written side by side, and run side by side afterwards.
 _LENGTH, _TOGETHER, _BATCH = 512, 32, 4
@@ -31,6 +30,13 @@ def writes(model: Any) -> bool:
     """Whether a model writes text from nothing: it has a language model's head, and no encoder that waits for input."""
     able = getattr(model, "can_generate", None)
     return able is not None and able() and takes_text(model) and not model.config.is_encoder_decoder
+
+
+def synthetic_kind(model: nn.Module) -> str:
+    """What :func:`synthetic_batches` makes for a model, in words."""
+    if writes(model):
+        return "tokens that the model wrote"
+    return "random tokens" if takes_text(model) else "positions of random inputs"
 
 
 def synthetic_batches(model: nn.Module, tokens: int, *, seed: int) -> list[dict[str, Tensor]]:
@@ -45,10 +51,10 @@ def synthetic_batches(model: nn.Module, tokens: int, *, seed: int) -> list[dict[
     Args:
         model: a Hugging Face model; it is not changed.
         tokens: how many at least.
-        seed: of all that is drawn. torch's own generator is left as it was.
+        seed: of all that is drawn. torch's own generators are left as they were.
 
     Returns:
-        `input_ids` and `attention_mask` `(4, length)` int64 on the CPU of text; else what
+        `input_ids` and `attention_mask` `(1 to 4, length)` int64 on the CPU of text; else what
         :func:`mlp_fusion.running.drawing.random_batch` draws.
 
     Raises:
@@ -72,21 +78,26 @@ def _drawn(model: nn.Module, tokens: int, seed: int) -> list[dict[str, Tensor]]:
 
 def _written(model: Any, tokens: int, seed: int) -> Iterator[Tensor]:
     """Sequences of at least `tokens` tokens in all, `(some, length)` at a time."""
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _LENGTH
-    length = max(2, min(_LENGTH, int(known), tokens))
-    count, device = -(-tokens // length), model.device
-    runner = Runner(model, "text of its own")
-    write = functools.partial(model.generate, max_length=length, do_sample=True, top_k=0, use_cache=True)
-    others = [device] if device.type == "cuda" else []
-    with evaluating(model), _plainly_configured(model), torch.random.fork_rng(others):
-        torch.manual_seed(seed)
+    length = min(tokens, text_length(model.config.get_text_config(), _LENGTH))
+    count = -(-tokens // length)
+    with evaluating(model), naming_outputs(model), _plainly_configured(model), seeded(seed):
         for first in range(0, count, _TOGETHER):
             begin = _beginnings(model, min(_TOGETHER, count - first))
-            batch = {"input_ids": begin, "attention_mask": torch.ones_like(begin)}
-            text = runner.call(write, batch)
-            if text.shape != (len(begin), length):
-                raise InputError(f"{type(model).__name__} writes no text: pass calibration (--calibration FILE)")
-            yield text.cpu()
+            yield begin if length == 1 else _continued(model, begin, length)
+
+
+def _continued(model: Any, begin: Tensor, length: int) -> Tensor:
+    """`(sequences, length)`: what the model makes of beginnings."""
+    begin, remedy = begin.to(model.device), "pass calibration (--calibration FILE)"
+    try:
+        text = model.generate(
+            begin, attention_mask=torch.ones_like(begin), max_length=length, do_sample=True, top_k=0, use_cache=True
+        )
+    except UNFIT as error:
+        raise InputError(f"{type(model).__name__} writes no text ({named(error)}): {remedy}") from error
+    if text.shape != (len(begin), length):
+        raise InputError(f"{type(model).__name__} writes no text: {remedy}")
+    return text.cpu()  # type: ignore[no-any-return]
 
 
 def _beginnings(model: Any, count: int) -> Tensor:

@@ -14,7 +14,7 @@ from mlp_fusion.errors import InputError, named
 from mlp_fusion.families import building
 from mlp_fusion.running.batches import Batch
 from mlp_fusion.running.drawing import random_batch
-from mlp_fusion.running.runner import Runner, not_finite
+from mlp_fusion.running.runner import Runner, not_finite, seeded
 from mlp_fusion.store.quantised import forget, quantisation, reading_options
 from mlp_fusion.store.weights import COMPUTING, TensorInfo, widest_dtype
 
@@ -60,15 +60,18 @@ def stays_wide(name: str, patterns: Iterable[str]) -> bool:
 def load_checkpoint(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """The model in `folder`, in evaluation mode and dequantised, and what transformers says of its tensors.
 
+    What the checkpoint lacks, such as a head, is drawn, each time the same.
+
     Raises:
         InputError: it cannot be loaded.
     """
     try:
-        model, info = building.model_class(config).from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-            ignore_mismatched_sizes=True, **experts_options(dtype),
-            **reading_options(config),
-        )  # fmt: skip
+        with seeded(0):
+            model, info = building.model_class(config).from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+                ignore_mismatched_sizes=True, **experts_options(dtype),
+                **reading_options(config),
+            )  # fmt: skip
     except InputError:
         raise
     except Exception as error:  # whatever a config of somebody else's makes of transformers' code

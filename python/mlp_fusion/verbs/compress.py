@@ -28,6 +28,7 @@ from mlp_fusion.reducing.pipeline import Progress
 from mlp_fusion.running.batches import Batch, takes_text, token_mask
 from mlp_fusion.running.runner import resolve_device
 from mlp_fusion.running.sentences import read_sentences
+from mlp_fusion.running.synthetic import writes
 from mlp_fusion.selection import Layers, Width
 from mlp_fusion.settings import CompressSettings, make, takes
 from mlp_fusion.store.coverage import check_written, meta_model
@@ -104,6 +105,8 @@ def compress(
             with TemporaryDirectory() as surveyed:
                 return _stream(run, Path(surveyed), progress)
         source = _open(run.folder, settings.dtype, run.device)
+        if settings.synthetic is not None and writes(source.model) and not source.head:
+            raise InputError(f"{run.folder} lacks weights of the head that text is written with: pass calibration")
         # What the end needs is tried before the work.
         reference_outputs(source.model, settings.seed, head=source.head)
         batches = _tokenized(source, run.sentences, settings.text)
