@@ -17,6 +17,7 @@ class MethodEntry:
         narrows: the result has fewer neurons. Otherwise it keeps them all and spends the same number of parameters in
             another way, so that it can be measured but not put into a model.
         scales: its neurons have a scale, the number of neurons that each stands for.
+        computes: it computes what neurons put out, so that their function must be one of the kernels'.
         weighs_outputs: it asks what errors of the outputs do to the model, where there are gradients that tell.
         takes_bfloat16: without statistics it takes bfloat16 weights as they are, and gives float32; others get float32.
     """
@@ -26,6 +27,7 @@ class MethodEntry:
     text: Literal["unused", "helps", "needed"] = "unused"
     narrows: bool = True
     scales: bool = False
+    computes: bool = False
     weighs_outputs: bool = False
     takes_bfloat16: bool = False
 
@@ -33,7 +35,9 @@ class MethodEntry:
 #: The compression methods by name, sorted. A method is its file and its line here.
 METHODS = {
     "cluster": MethodEntry("fusion", "the function of `published` with the scale folded"),
-    "fasp": MethodEntry("fasp", "the choice of `wanda`, with output weights fitted to the text", text="needed"),
+    "fasp": MethodEntry(
+        "fasp", "the choice of `wanda`, with output weights fitted to the text", text="needed", computes=True
+    ),
     "fusion": MethodEntry(
         "fusion",
         "clusters of neurons, each fused into one; the default without text",
@@ -46,24 +50,32 @@ METHODS = {
         "merge",
         "neurons merged into those that stand for them, by what the model's predictions lose; the default with text",
         text="needed",
+        computes=True,
         weighs_outputs=True,
     ),
     "mmd": MethodEntry("mmd", "neurons whose distribution is like the original's", scales=True),
-    "obs": MethodEntry("obs", "drops the neuron that costs least, fits the others, and again", text="needed"),
-    "osscar": MethodEntry("osscar", "the neurons of `obs`, then swaps while the fitted error falls", text="needed"),
+    "obs": MethodEntry(
+        "obs", "drops the neuron that costs least, fits the others, and again", text="needed", computes=True
+    ),
+    "osscar": MethodEntry(
+        "osscar", "the neurons of `obs`, then swaps while the fitted error falls", text="needed", computes=True
+    ),
     "prune": MethodEntry("prune", "keeps neurons by joint importance", text="helps"),
     "published": MethodEntry("fusion", "the paper's clustering", scales=True),
     "random": MethodEntry("subset", "keeps neurons drawn at random: what every other method should beat"),
-    "select": MethodEntry("select", "keeps neurons by greedy choice of what they do on the text", text="needed"),
+    "select": MethodEntry(
+        "select", "keeps neurons by greedy choice of what they do on the text", text="needed", computes=True
+    ),
     "sketch": MethodEntry("sketch", "a random projection of the neurons"),
     "slice": MethodEntry(
         "slice",
         "principal components of inputs and outputs; to measure only, since it keeps the width",
         text="needed",
+        computes=True,
         narrows=False,
     ),
     "svd": MethodEntry("svd", "low-rank projections; to measure only, since it keeps the width", narrows=False),
-    "twossp": MethodEntry("twossp", "keeps neurons that are most active on the text", text="needed"),
+    "twossp": MethodEntry("twossp", "keeps neurons that are most active on the text", text="needed", computes=True),
     "wanda": MethodEntry("wanda", "keeps neurons by activity times their output weights", text="needed"),
 }
 #: The name for what is measured to be best: `AUTOMATIC_METHOD` with some tuning, and sequential without experts, where

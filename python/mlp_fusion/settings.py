@@ -370,10 +370,12 @@ class FuseSettings(PlanSettings):
         steps = (AUTOMATIC_STEPS if best else 0) if self.tune_steps is None else self.tune_steps
         match = OPTIMIZER_KERNELS[self.parameterization] if self.match == "auto" else self.match
         refit = calibrated and named if self.refit is None else self.refit
-        if not named and (refit or match is not None or self.budget is not None or sequential):
+        computed = refit or match is not None or self.budget is not None or sequential or METHODS[plain].computes
+        if not named and computed:
+            able = ", ".join(name for name, entry in METHODS.items() if entry.narrows and not entry.computes)
             raise InputError(
                 "the function of the model's FFNs is not among those of the kernels: their neurons can be merged and "
-                "chosen, without refit, match, sequential and width auto"
+                f"chosen by {able}, without refit, match, sequential and width auto"
             )
         return dataclasses.replace(
             self, layers=layers, method=AUTOMATIC_METHOD if best else plain, refit=refit, match=match,

@@ -17,6 +17,7 @@ import mlp_fusion
 from families import FAMILIES, WIDTH, tiny_model, token_batch
 from fusion_kernels import native
 from mlp_fusion import FusedGLU, FusedMLP, InputError, fuse, methods
+from mlp_fusion.choices import METHODS
 from mlp_fusion.families.exchange import narrow
 from mlp_fusion.modules import Scaled, ScaledActivation
 from mlp_fusion.neurons import NeuronBundle
@@ -208,6 +209,18 @@ def test_functions_that_the_kernels_do_not_know(family: str) -> None:
     ):
         with pytest.raises(InputError, match="the function of the model's FFNs is not among those of the kernels"):
             fuse(tiny_model(family, hidden_act="tanh"), **{"width": 16, **options})
+
+
+@pytest.mark.parametrize("method", [name for name, entry in METHODS.items() if entry.narrows])
+def test_a_function_that_no_kernel_has_is_refused_by_what_computes_it(method: str) -> None:
+    model, text = tiny_model("bert", hidden_act="tanh"), [token_batch(seed) for seed in range(4)]
+    if METHODS[method].computes:
+        with pytest.raises(
+            InputError, match="is not among those of the kernels: their neurons can be merged and chosen"
+        ):
+            fuse(model, 16, method=method, calibration=text)
+    else:
+        assert fuse(model, 16, method=method, calibration=text).rows[0].neurons_after == 16
 
 
 def test_lora_by_the_familys_own_names() -> None:

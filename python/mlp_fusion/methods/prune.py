@@ -15,7 +15,7 @@ from torch import Tensor
 from mlp_fusion.calibration.statistics import FFNStatistics
 from mlp_fusion.methods import Reduction
 from mlp_fusion.methods.fusion import importance, in_range
-from mlp_fusion.neurons import NeuronBundle
+from mlp_fusion.neurons import UNNAMED, NeuronBundle
 
 
 def prune(
@@ -59,8 +59,11 @@ def keep_neurons(bundle: NeuronBundle, kept: Tensor) -> NeuronBundle:
 
 
 def compensate(reduced: NeuronBundle, statistics: Sequence[FFNStatistics]) -> NeuronBundle:
-    """`reduced` with an output bias under which the mean output over the calibration rows is the original's."""
-    if reduced.b_out is None:
+    """`reduced` with an output bias under which the mean output over the calibration rows is the original's.
+
+    As it is where it has no output bias, or a function that cannot be computed.
+    """
+    if reduced.b_out is None or reduced.activation == UNNAMED:
         return reduced
     shifts = []
     for n, s in enumerate(statistics):
