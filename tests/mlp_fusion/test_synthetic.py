@@ -60,7 +60,7 @@ def test_sequences_are_no_longer_than_asked_for_or_than_the_model_reads() -> Non
     assert text_of(model, 12).shape == (1, 12)
     assert text_of(model, 1).shape == (1, 1)
     assert text_of(model, 41).shape == (2, 38), "40, but that some models count from their padding id on"
-    assert text_of(tiny_model("llama", **LANGUAGE, max_position_embeddings=2048), 513).shape == (2, 512)
+    assert text_of(tiny_model("llama", **LANGUAGE, max_position_embeddings=2048), 129).shape == (2, 128)
     # A decoder that states its positions under another name, and one that counts them from 2 on.
     whisper = transformers.WhisperConfig(
         vocab_size=97, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32,

@@ -20,8 +20,9 @@ from mlp_fusion.running.batches import positions, takes_text
 from mlp_fusion.running.drawing import random_batch, text_length
 from mlp_fusion.running.runner import UNFIT, evaluating, naming_outputs, placeholders, seeded
 
-#: Tokens of a text that is written, and how many are written side by side, and run side by side afterwards.
-_LENGTH, _TOGETHER, _BATCH = 512, 32, 4
+#: Tokens of a text that is written, and how many are written side by side, and run side by side afterwards. Many short
+#: texts cover more than few long ones, and take less time and memory.
+_LENGTH, _TOGETHER, _BATCH = 128, 32, 16
 #: The same of random ids: short sequences say more, as nothing in a long one hangs together.
 _RANDOM_LENGTH, _RANDOM_BATCH = 32, 16
 
@@ -42,7 +43,7 @@ def synthetic_kind(model: nn.Module) -> str:
 def synthetic_batches(model: nn.Module, tokens: int, *, seed: int) -> list[dict[str, Tensor]]:
     """Batches with at least `tokens` positions, made without any data.
 
-    A model that :func:`writes` text samples it, at temperature 1 from all of its vocabulary, in sequences of 512 tokens
+    A model that :func:`writes` text samples it, at temperature 1 from all of its vocabulary, in sequences of 128 tokens
     (or as many as it has positions for) that begin with its token for the beginning, or a random one; what ends a text
     is a token like others. Any other model gets random ids, in sequences of 32, or random images or sounds.
 
@@ -54,7 +55,7 @@ def synthetic_batches(model: nn.Module, tokens: int, *, seed: int) -> list[dict[
         seed: of all that is drawn. torch's own generators are left as they were.
 
     Returns:
-        `input_ids` and `attention_mask` `(1 to 4, length)` int64 on the CPU of text; else what
+        `input_ids` and `attention_mask` `(1 to 16, length)` int64 on the CPU of text; else what
         :func:`mlp_fusion.running.drawing.random_batch` draws.
 
     Raises:
