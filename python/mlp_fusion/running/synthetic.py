@@ -22,7 +22,7 @@ from mlp_fusion.running.runner import UNFIT, evaluating, naming_outputs, placeho
 
 #: Tokens of a text that is written, and how many are written side by side, and run side by side afterwards. Many short
 #: texts cover more than few long ones, and take less time and memory.
-_LENGTH, _TOGETHER, _BATCH = 128, 32, 16
+_LENGTH, _TOGETHER, _BATCH = 128, 64, 16
 #: The same of random ids: short sequences say more, as nothing in a long one hangs together.
 _RANDOM_LENGTH, _RANDOM_BATCH = 32, 16
 
@@ -47,7 +47,7 @@ def synthetic_batches(model: nn.Module, tokens: int, *, seed: int) -> list[dict[
     (or as many as it has positions for) that begin with its token for the beginning, or a random one; what ends a text
     is a token like others. Any other model gets random ids, in sequences of 32, or random images or sounds.
 
-    Memory: of the keys and values of 32 sequences.
+    Memory: of the keys and values of 64 sequences.
 
     Args:
         model: a Hugging Face model; it is not changed.
