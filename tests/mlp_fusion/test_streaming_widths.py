@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from streams import StoppedError, files, with_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -137,6 +138,17 @@ def test_gradients_are_taken_once(tmp_path: Path, text: Path, monkeypatch: pytes
     monkeypatch.setattr(sensing, "output_gradients", counted)
     mlp_fusion.compress(uneven(tmp_path / "source"), tmp_path / "out", calibration=text, **AUTO)
     assert len(taken) == 1
+
+
+def test_a_full_disk_is_said_to_be_one(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: Any, **_options: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(sensing, "save_file", refuse)
+    source = uneven(tmp_path / "source")
+    with pytest.raises(InputError, match="No space left on device: mend that, or name another folder by TMPDIR"):
+        mlp_fusion.compress(source, tmp_path / "out", calibration=text, **AUTO)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "text.txt"]
 
 
 def test_another_budget_is_another_run(tmp_path: Path, text: Path) -> None:

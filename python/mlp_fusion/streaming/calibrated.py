@@ -103,8 +103,6 @@ class Calibrated:
         if not left:
             return
         if self.sensed:
-            # What cannot be run layer by layer is refused before that takes its time.
-            self._model.record(stacks, self.batches[:1], [])
             self._gradients.gather(
                 self._model, stacks, self.architecture, self.sensed, self.batches,
                 seed=settings.seed, may_skip=self.may_skip, progress=sensing,

@@ -90,7 +90,11 @@ class Stream:
             if progress is not None:
                 progress(int(share * total), total)
 
-        return survey.widths(settings.budget, done)
+        try:
+            return survey.widths(settings.budget, done)
+        except OSError as error:
+            cause = error.strerror or named(error)
+            raise InputError(f"{folder}: {cause}: mend that, or name another folder by TMPDIR") from error
 
     def run(
         self,

@@ -87,6 +87,8 @@ class Gradients:
                 write_tensors(held, written[-1])
                 held.clear()
 
+        # What cannot be run layer by layer is refused before that takes its time.
+        model.record(stacks, batches[:1], [])
         # Forward, and again for the backward pass, of each excerpt.
         runs = 2 * sum(map(len, stacks)) * sum(1 for _ in excerpts(model.model, batches, SENSED_TOKENS))
         ran = itertools.count(1)
@@ -113,17 +115,20 @@ class Gradients:
         """
         if not self._there.exists():
             return
-        others = (file for file in self.files.parent.glob(f"{self.files.name}.*") if file != self._there)
-        moved = [
-            files.with_name(files.name + file.name.removeprefix(self.files.name)) for file in (*others, self._there)
-        ]
-        for file in moved:  # the one that says that all are there is the last
-            shutil.move(self.files.with_name(self.files.name + file.name.removeprefix(files.name)), file)
-            flush([file])
+        moved = Gradients(files, self.device)
+        for number in range(self._count()):
+            shutil.move(self._excerpt(number), moved._excerpt(number))
+            flush([moved._excerpt(number)])
+        shutil.move(self._there, moved._there)
+        flush([moved._there])
+
+    def _count(self) -> int:
+        """How many excerpts gradients were taken on; 0 where the model did not allow any."""
+        return int(self._there.read_text(encoding="utf-8"))
 
     def sensitivity(self, site: FFNSite) -> OutputSensitivity | None:
         """What they come to at the outputs of an FFN; None where the model did not allow any."""
-        sums, count = GradientSums(), int(self._there.read_text(encoding="utf-8"))
+        sums, count = GradientSums(), self._count()
         for number in range(count):
             with safe_open(self._excerpt(number), framework="pt") as file:
                 sums.add(file.get_tensor(str(site.index)).to(self.device))

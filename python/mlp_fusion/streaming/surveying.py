@@ -68,8 +68,6 @@ class Survey:
         batches = take_calibration(model.model, list(self.batches))
         sites = [site for site in self.architecture.sites(model.model) if site.index in w.settings.layers]  # type: ignore[operator]
         stacks = model.stacks(self.architecture.sites(model.model))
-        # What cannot be run layer by layer is refused before that takes its time.
-        model.record(stacks, batches[:1], [])
         found = Gradients(self.gradients, w.device)
         found.gather(
             model, stacks, self.architecture, sites, batches,
