@@ -256,7 +256,7 @@ class FuseSettings(PlanSettings):
 
     method: str = option(
         f"auto, or one of {', '.join(METHODS)}. auto: with calibration {AUTOMATIC_METHOD}, tuned, and sequential where "
-        f"no FFN is an expert; without, or in a streamed run, {PLAIN_METHOD}.",
+        f"no FFN is an expert; without, and where experts are streamed, {PLAIN_METHOD}.",
         AUTOMATIC,
     )
     optimizer: str | None = option(
