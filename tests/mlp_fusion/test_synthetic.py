@@ -163,6 +163,17 @@ def test_models_of_images_get_random_ones() -> None:
     assert not torch.equal(batches[0]["pixel_values"][0], batches[1]["pixel_values"][0])
 
 
+def test_a_model_of_which_nothing_is_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = vit()
+
+    def unfit(*_: Any, **__: Any) -> Tensor:
+        raise UnboundLocalError("features")  # as Gemma 4 does without sounds
+
+    monkeypatch.setattr(model, "forward", unfit)
+    with pytest.raises(InputError, match="ViTModel takes nothing that can be drawn: pass calibration"):
+        synthetic_batches(model, 300, seed=0)
+
+
 @pytest.mark.parametrize("kind", ["writes", "reads", "sees"])
 def test_fusing_by_it_is_better_than_by_weights_alone(kind: str) -> None:
     """On inputs of the same kind that were not learnt from: outputs of the model at its end."""

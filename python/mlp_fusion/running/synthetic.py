@@ -26,6 +26,8 @@ _LENGTH, _TOGETHER, _BATCH = 128, 64, 16
 #: The same of random ids: short sequences say more, as nothing in a long one hangs together.
 _RANDOM_LENGTH, _RANDOM_BATCH = 32, 16
 
+_REMEDY = "pass calibration (--calibration FILE)"
+
 
 def writes(model: Any) -> bool:
     """Whether a model writes text from nothing: it has a language model's head, and no encoder that waits for input."""
@@ -71,7 +73,10 @@ def _drawn(model: nn.Module, tokens: int, seed: int) -> list[dict[str, Tensor]]:
     batches: list[dict[str, Tensor]] = []
     seen = 0
     while seen < tokens:
-        drawn = random_batch(model, seed=seed + len(batches), batch=_RANDOM_BATCH, length=_RANDOM_LENGTH)
+        try:
+            drawn = random_batch(model, seed=seed + len(batches), batch=_RANDOM_BATCH, length=_RANDOM_LENGTH)
+        except InputError as error:
+            raise InputError(f"{type(model).__name__} takes nothing that can be drawn: {_REMEDY}") from error
         batches.append(drawn)
         seen += positions(drawn)
     return batches
@@ -89,15 +94,15 @@ def _written(model: Any, tokens: int, seed: int) -> Iterator[Tensor]:
 
 def _continued(model: Any, begin: Tensor, length: int) -> Tensor:
     """`(sequences, length)`: what the model makes of beginnings."""
-    begin, remedy = begin.to(model.device), "pass calibration (--calibration FILE)"
+    begin = begin.to(model.device)
     try:
         text = model.generate(
             begin, attention_mask=torch.ones_like(begin), max_length=length, do_sample=True, top_k=0, use_cache=True
         )
     except UNFIT as error:
-        raise InputError(f"{type(model).__name__} writes no text ({named(error)}): {remedy}") from error
+        raise InputError(f"{type(model).__name__} writes no text ({named(error)}): {_REMEDY}") from error
     if text.shape != (len(begin), length):
-        raise InputError(f"{type(model).__name__} writes no text: {remedy}")
+        raise InputError(f"{type(model).__name__} writes no text: {_REMEDY}")
     return text.cpu()  # type: ignore[no-any-return]
 
 
