@@ -87,6 +87,7 @@ RECIPES = {
     "auto tuned": Recipe("auto", (BOTH,), {"tune_steps": 400}),
     "auto by layer": Recipe("auto", (BOTH,), widths="auto"),
     "auto streamed": Recipe("auto", (BOTH,), streamed=True),
+    "auto by layer streamed": Recipe("auto", (BOTH,), widths="auto", streamed=True),
     "fusion streamed": Recipe("fusion", (REFIT,), streamed=True),
     "auto without text": Recipe("auto", (PLAIN,), text=False),
     "auto synthetic": Recipe("auto", (BOTH,), {"synthetic": SYNTHETIC}, text=False),
@@ -150,11 +151,11 @@ def shrink(model: nn.Module, row: Row, calibration: Sequence[Batch]) -> list[int
     options = {"refit": row.refit, "sequential": row.sequential, "seed": row.seed, "optimizer": None, **recipe.options}
     if recipe.widths == "flap":
         return _by_scores(model, row, recipe.method, calibration, options)
-    if recipe.streamed:
-        return _from_disk(model, row, recipe.method, calibration, options)
     width: dict[str, Any] = {"width": _count(model, row.share)}
     if recipe.widths == "auto":
         width = {"width": "auto", "budget": row.share}
+    if recipe.streamed:
+        return _from_disk(model, recipe.method, calibration, {**width, **options})
     # Time and memory are those of the method: what needs no text does not run over it.
     blind = not recipe.text or (not row.refit and METHODS[recipe.method].text == "unused")
     known = None if blind else list(calibration)
@@ -162,7 +163,7 @@ def shrink(model: nn.Module, row: Row, calibration: Sequence[Batch]) -> list[int
     return [found.neurons_after for found in report.rows]
 
 
-def _from_disk(model: Any, row: Row, method: str, calibration: Sequence[Batch], options: dict[str, Any]) -> list[int]:
+def _from_disk(model: Any, method: str, calibration: Sequence[Batch], options: dict[str, Any]) -> list[int]:
     """As `shrink`, by `compress`, which reads files: of the blocks as text, that is."""
     folder = Path(model.name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -170,8 +171,7 @@ def _from_disk(model: Any, row: Row, method: str, calibration: Sequence[Batch], 
     with tempfile.TemporaryDirectory() as place:
         out, file = Path(place) / "out", Path(place) / "text.jsonl"
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-        width = _count(model, row.share)
-        report = mlp_fusion.compress(folder, out, width, method=method, calibration=file, stream=True, **options)
+        report = mlp_fusion.compress(folder, out, method=method, calibration=file, stream=True, **options)
         made = type(model).from_pretrained(out)
     for name, child in made.named_children():
         setattr(model, name, child)

@@ -162,3 +162,30 @@ def test_a_row_from_disk_to_disk_ends_in_the_model_that_was_written(rows: Module
     options: dict[str, Any] = {"method": "fusion", "refit": True, "optimizer": None, "stream": True}
     mlp_fusion.compress(source, tmp_path / "out", neurons, calibration=text, **options)
     torch.testing.assert_close(model(ids).logits, LlamaForCausalLM.from_pretrained(tmp_path / "out")(ids).logits)
+
+
+def test_widths_of_a_row_from_disk_to_disk_stay_within_the_budget(rows: ModuleType, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    tiny_model("llama", task="CausalLM", vocab_size=8).save_pretrained(source)
+    ck.add_tokenizer(source, pad_token="<pad>")
+    model = LlamaForCausalLM.from_pretrained(source)
+    ids = torch.randint(4, 8, (8, 40), generator=torch.Generator().manual_seed(0))
+    row = rows.Row("by layer", rows.RECIPES["auto by layer streamed"], 0.5, refit=True, sequential=True)
+    widths = rows.shrink(model, row, [{"input_ids": ids}])
+    found = [layer.mlp.up_proj.out_features for layer in model.model.layers]
+    assert set(widths) <= set(found)
+    assert sum(found) <= len(found) * model.config.intermediate_size // 2
+
+
+@pytest.mark.parametrize("label", ["auto without text", "auto synthetic", "prune synthetic", "2ssp synthetic"])
+def test_rows_without_text_never_look_at_the_blocks(label: str, rows: ModuleType) -> None:
+    class Unseen(list[Any]):
+        def __iter__(self) -> Any:
+            raise AssertionError("the blocks were looked at")
+
+    model: Any = tiny_model("llama", task="CausalLM")
+    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    refit = "synthetic" in label
+    row = rows.Row(label, rows.RECIPES[label], 0.5, refit=refit, sequential=refit)
+    assert rows.shrink(model, row, Unseen()) == [32] * 3
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before[:32])
