@@ -353,8 +353,11 @@ def language_model(share: float, file: str = "llm-cpu", *, text: bool = True) ->
 
 
 def _over_seeds(values: Sequence[float]) -> str:
-    middle = f"{statistics.median(values):.1f}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.1f} to {max(values):.1f})"
+    def shown(value: float) -> str:
+        return f"{value:.1f}" if value < 1e4 else f"{value:,.0f}"
+
+    middle = shown(statistics.median(values))
+    return middle if len(values) == 1 else f"{middle} ({shown(min(values))} to {shown(max(values))})"
 
 
 def completions() -> str:
