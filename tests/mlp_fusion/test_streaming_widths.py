@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ def test_a_full_disk_is_said_to_be_one(tmp_path: Path, text: Path, monkeypatch: 
 
     monkeypatch.setattr(sensing, "save_file", refuse)
     source = uneven(tmp_path / "source")
-    with pytest.raises(InputError, match="No space left on device: mend that, or name another folder by TMPDIR"):
+    with pytest.raises(InputError, match=r"No space left on device: once that is mended, start again \(gr"):
         mlp_fusion.compress(source, tmp_path / "out", calibration=text, **AUTO)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "text.txt"]
 
@@ -154,11 +155,52 @@ def test_a_full_disk_is_said_to_be_one(tmp_path: Path, text: Path, monkeypatch: 
 def test_another_budget_is_another_run(tmp_path: Path, text: Path) -> None:
     source, out = uneven(tmp_path / "source"), tmp_path / "out"
     options: dict[str, Any] = {**AUTO, "calibration": text, "tune_steps": 2}
-    for first, then in (({}, {"budget": 0.25}), ({"width": 128, "budget": None}, {})):
+    fixed: dict[str, Any] = {"width": 128, "budget": None}
+    for first, then in (({}, {"budget": 0.25}), (fixed, {}), ({"layers": "first:2"}, {}), ({}, {"layers": "first:2"})):
         with pytest.raises(StoppedError):
             mlp_fusion.compress(source, out, force=True, progress=stop_at("first", out), **{**options, **first})
         with pytest.raises(InputError, match="the unfinished run had another recipe"):
             mlp_fusion.compress(source, out, resume=True, **{**options, **then})
+
+
+def test_another_source_is_another_run(tmp_path: Path, text: Path) -> None:
+    options: dict[str, Any] = {**AUTO, "calibration": text, "tune_steps": 2}
+    for name, layers in (("shorter", 3), ("longer", 6)):
+        tiny_model("llama", task="CausalLM", num_hidden_layers=layers, intermediate_size=256).save_pretrained(
+            tmp_path / name
+        )
+        ck.add_tokenizer(tmp_path / name, pad_token="<pad>")
+    out = tmp_path / "out"
+    with pytest.raises(StoppedError):
+        mlp_fusion.compress(uneven(tmp_path / "source"), out, progress=stop_at("first", out), **options)
+    for name in ("shorter", "longer"):
+        with pytest.raises(InputError, match="the unfinished run had another source"):
+            mlp_fusion.compress(tmp_path / name, out, resume=True, **options)
+
+
+def test_temporary_files_are_made_for_a_survey_alone_and_go(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, place = uneven(tmp_path / "source"), tmp_path / "temporary"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    seen: list[bool] = []
+    options: dict[str, Any] = {**AUTO, "calibration": text, "tune_steps": 2}
+
+    def stop(_done: int, _total: int) -> None:
+        seen.append(bool(list(place.iterdir())))
+        if seen[-1]:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        mlp_fusion.compress(source, tmp_path / "out", progress=stop, **options)
+    assert list(place.iterdir()) == []
+    mlp_fusion.compress(source, tmp_path / "out", **options)
+    assert list(place.iterdir()) == []
+    place.rmdir()
+    with pytest.raises(InputError, match=r"no folder for temporary files .*: name one by TMPDIR"):
+        mlp_fusion.compress(source, tmp_path / "auto", **options)
+    mlp_fusion.compress(source, tmp_path / "fixed", 128, stream=True, calibration=text)
 
 
 def test_experts_get_no_widths_of_their_own(tmp_path: Path, text: Path) -> None:

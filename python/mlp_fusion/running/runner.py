@@ -218,8 +218,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Inside, torch's own generators begin at `seed`, for what draws from no other; then they are as they were."""
-    with torch.random.fork_rng(range(torch.cuda.device_count())):  # all devices are seeded
-        torch.manual_seed(seed)
+    # GPUs that nothing has used have no generators yet, and get none by this.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else range(0)
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed_all(seed)
         yield
 
 

@@ -41,15 +41,15 @@ def left_behind(file: Path) -> tuple[bool, bool]:
 
 
 def widths_left(file: Path) -> dict[int, int]:
-    """The widths that a budget had led to in a run that has ended, by the FFNs' numbers; none in any other run.
+    """What FFNs were given of a budget in a run that has ended, by their numbers; nothing in any other run.
 
     Raises:
         InputError: the journal is damaged.
     """
     head, _ = read_journal(file)
     try:
-        return {int(number): int(width) for number, width in head["widths"].items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return {int(number): int(width) for number, width in head.get("widths", {}).items()}
+    except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{file}: damaged: start again with --force") from error
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Stream:
         architecture: of the model.
         text: what it is calibrated on, or None.
         may_skip: as of :class:`Calibrated`.
+        budgeted: what the chosen FFNs were given of a budget, by their numbers; a run that goes on keeps it.
         surveyed: a folder with the gradients of a survey, which are taken from there.
     """
 
@@ -67,6 +68,7 @@ class Stream:
     architecture: Architecture
     text: Sequence[Batch] | None = None
     may_skip: bool = False
+    budgeted: Mapping[int, int] = field(default_factory=dict)
     surveyed: Path | None = None
 
     def widths(self, folder: Path, progress: Progress | None = None) -> dict[int, int]:
@@ -93,8 +95,9 @@ class Stream:
         try:
             return survey.widths(settings.budget, done)
         except OSError as error:
-            cause = error.strerror or named(error)
-            raise InputError(f"{folder}: {cause}: mend that, or name another folder by TMPDIR") from error
+            place, cause = error.filename or folder, error.strerror or named(error)
+            remedy = "once that is mended, start again (gradients go where TMPDIR says)"
+            raise InputError(f"{place}: {cause}: {remedy}") from error
 
     def run(
         self,
@@ -120,7 +123,7 @@ class Stream:
             InputError: the unfinished run was another one, a tensor cannot be used, or a disk fails. What is done
                 stays.
         """
-        journal = Journal(journal_of(out), self._fingerprints(), replace=replace, widths=self._widths())
+        journal = Journal(journal_of(out), self._fingerprints(), replace=replace, widths=self.budgeted)
         try:
             return self._written(journal, out, finish, engine=engine, replace=replace, progress=progress)
         except OSError as error:
@@ -211,12 +214,6 @@ class Stream:
             ffn = self.work.ffns[number]
             rows.append(together(each, seen) if ffn.kind.experts else each[0])
         return rows
-
-    def _widths(self) -> dict[int, int]:
-        """What a run that goes on need not find again: by their numbers, where a budget decided about them."""
-        if self.work.settings.budget is None:
-            return {}
-        return {ffn.index: width for ffn, width in zip(self.work.ffns, self.work.widths, strict=True)}
 
     def _fingerprints(self) -> dict[str, str]:
         work = self.work

@@ -101,11 +101,7 @@ class Gradients:
             warn_unweighed(error)
             written.clear()
         flush(written)
-        # Under its own name when it is whole.
-        unfinished = self._there.with_name(f"{self._there.name}.new")
-        unfinished.write_text(str(len(written)), encoding="utf-8")
-        flush([unfinished])
-        unfinished.rename(self._there)
+        self._close(len(written))
 
     def move(self, files: Path) -> None:
         """Call the files something else, maybe in another folder; nothing where they are not all there.
@@ -119,8 +115,15 @@ class Gradients:
         for number in range(self._count()):
             shutil.move(self._excerpt(number), moved._excerpt(number))
             flush([moved._excerpt(number)])
-        shutil.move(self._there, moved._there)
-        flush([moved._there])
+        moved._close(self._count())
+        self._there.unlink()
+
+    def _close(self, count: int) -> None:
+        """Note that there are gradients of so many excerpts: in a file that gets its name when it is whole."""
+        unfinished = self._there.with_name(f"{self._there.name}.new")
+        unfinished.write_text(str(count), encoding="utf-8")
+        flush([unfinished])
+        unfinished.rename(self._there)
 
     def _count(self) -> int:
         """How many excerpts gradients were taken on; 0 where the model did not allow any."""

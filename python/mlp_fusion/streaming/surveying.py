@@ -100,6 +100,8 @@ class Survey:
                     judged = Passing(self.architecture, layer, looked, own[count:], hidden[count:])
                     self._of_layer(layer, text, judged, gradients, curves)
                     progress(len(curves))
+                    if len(curves) == len(self.work.settings.layers):  # type: ignore[arg-type]
+                        return curves
                     hidden = [run_layer(layer, call, x) for call, x in zip(own, hidden, strict=True)]
             ends.append(hidden)
         return curves

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mlp_fusion.errors import InputError
+from mlp_fusion.errors import InputError, named
 from mlp_fusion.families import Architecture
 from mlp_fusion.measure import FFNRow, FusionReport
 from mlp_fusion.measure.embeddings import compare_embeddings, embed
@@ -102,8 +103,8 @@ def compress(
         if not run.finished:
             check_output(out, replace=run.replace)
         if run.streamed:
-            with TemporaryDirectory() as surveyed:
-                return _stream(run, Path(surveyed), progress)
+            with ExitStack() as held:
+                return _stream(run, held, progress)
         source = _open(run.folder, settings.dtype, run.device)
         if settings.synthetic is not None and writes(source.model) and not source.head:
             raise InputError(f"{run.folder} lacks weights of the head that text is written with: pass calibration")
@@ -227,8 +228,8 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _stream(run: _Run, surveyed: Path, progress: Progress | None) -> FusionReport:
-    """Compress from disk to disk; `surveyed` is a folder for what the run that finds widths finds out besides."""
+def _stream(run: _Run, held: ExitStack, progress: Progress | None) -> FusionReport:
+    """Compress from disk to disk; `held` is left when that is done."""
     started = time.perf_counter()
     folder, settings = run.folder, run.settings
     config = read_config(folder)
@@ -237,7 +238,7 @@ def _stream(run: _Run, surveyed: Path, progress: Progress | None) -> FusionRepor
         text = tokenize(folder, run.learnt, getattr(config, "max_position_embeddings", None))
         if text is None:
             raise InputError(f"{folder} has no tokenizer to read {settings.calibration} with: add its files")
-    stream, planned = _prepared(run, text, surveyed, progress)
+    stream, planned = _prepared(run, text, held, progress)
     tokens = sum(int(token_mask(batch).sum()) for batch in text or ())
 
     def reported(rows: list[FFNRow]) -> FusionReport:
@@ -268,7 +269,7 @@ def _stream(run: _Run, surveyed: Path, progress: Progress | None) -> FusionRepor
 
 
 def _prepared(
-    run: _Run, text: Sequence[Batch] | None, surveyed: Path, progress: Progress | None
+    run: _Run, text: Sequence[Batch] | None, held: ExitStack, progress: Progress | None
 ) -> tuple[Stream, FusionPlan]:
     """A streamed run and what becomes of the FFNs, with the widths that a budget leads to."""
     settings = run.settings
@@ -278,14 +279,21 @@ def _prepared(
         each = [widths[number] for number in range(len(widths))]
         return prepare(run.folder, settings.fusing(), each, run.device, settings.dtype, text)
 
-    stream = prepared(run.planned)
+    stream, surveyed = prepared(run.planned), None
     if settings.budget is None:
         return stream, run.planned
-    widths = widths_left(journal_of(run.out)) if run.resumed else stream.widths(surveyed, progress)
-    if not widths:
-        return stream, run.planned  # it goes on with a run of another kind, which is refused
+    if run.resumed:
+        widths = widths_left(journal_of(run.out))
+        if widths.keys() != {ffn.layer for ffn in run.planned.ffns if ffn.chosen}:
+            return stream, run.planned  # it is to go on with a run of another kind, which is refused
+    else:
+        try:
+            surveyed = Path(held.enter_context(TemporaryDirectory()))
+        except OSError as error:
+            raise InputError(f"no folder for temporary files ({named(error)}): name one by TMPDIR") from error
+        widths = stream.widths(surveyed, progress)
     planned = plan(run.planned.name, widths, settings.layers, only=settings.only)
-    return dataclasses.replace(prepared(planned), surveyed=surveyed), planned
+    return dataclasses.replace(prepared(planned), budgeted=widths, surveyed=surveyed), planned
 
 
 def _file(name: str | Path | None) -> Path | None:
