@@ -144,10 +144,17 @@ def test_no_layer_is_left_without_neurons(rows: ModuleType) -> None:
     assert sum(widths) <= 24
 
 
-def test_a_row_from_disk_to_disk_ends_in_the_model_that_was_written(rows: ModuleType, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    tiny_model("llama", task="CausalLM", vocab_size=8).save_pretrained(source)
-    ck.add_tokenizer(source, pad_token="<pad>")
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A checkpoint of a few words."""
+    folder = ck.save_tiny(tmp_path / "source", "llama", task="CausalLM", vocab_size=8)
+    ck.add_tokenizer(folder, pad_token="<pad>")
+    return folder
+
+
+def test_a_row_from_disk_to_disk_ends_in_the_model_that_was_written(
+    rows: ModuleType, source: Path, tmp_path: Path
+) -> None:
     model = LlamaForCausalLM.from_pretrained(source)
     ids = torch.randint(4, 8, (4, 40), generator=torch.Generator().manual_seed(0))
     row = rows.Row("fusion streamed", rows.RECIPES["fusion streamed"], 0.5, refit=True)
@@ -164,10 +171,7 @@ def test_a_row_from_disk_to_disk_ends_in_the_model_that_was_written(rows: Module
     torch.testing.assert_close(model(ids).logits, LlamaForCausalLM.from_pretrained(tmp_path / "out")(ids).logits)
 
 
-def test_widths_of_a_row_from_disk_to_disk_stay_within_the_budget(rows: ModuleType, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    tiny_model("llama", task="CausalLM", vocab_size=8).save_pretrained(source)
-    ck.add_tokenizer(source, pad_token="<pad>")
+def test_widths_of_a_row_from_disk_to_disk_stay_within_the_budget(rows: ModuleType, source: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(source)
     ids = torch.randint(4, 8, (8, 40), generator=torch.Generator().manual_seed(0))
     row = rows.Row("by layer", rows.RECIPES["auto by layer streamed"], 0.5, refit=True, sequential=True)

@@ -452,10 +452,7 @@ class CompressSettings(FuseSettings):
         super().check(calibrated=self.calibration is not None if calibrated is None else calibrated)
         if self.resume and self.force:
             raise InputError("resume goes on with a run and force starts it again: choose one")
-        whole = {
-            "text": self.text is not None,
-            "synthetic": self.synthetic is not None,
-        }
+        whole = {"text": self.text is not None, "synthetic": self.synthetic is not None}
         if self.stream and (given := [name for name, asked in whole.items() if asked]):
             raise InputError(f"a streamed run has no whole model: leave out {' and '.join(given)}, or stream")
         text = "calibration" if self.calibration is not None else "synthetic" if self.synthetic is not None else None

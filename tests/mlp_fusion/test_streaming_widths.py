@@ -203,9 +203,10 @@ def test_temporary_files_are_made_for_a_survey_alone_and_go(
     mlp_fusion.compress(source, tmp_path / "fixed", 128, stream=True, calibration=text)
 
 
-def test_experts_get_no_widths_of_their_own(tmp_path: Path, text: Path) -> None:
-    source = with_tokenizer("Qwen3MoeConfig", tmp_path / "source")
-    with pytest.raises(InputError, match="experts: width auto in a streamed run is for dense FFNs"):
+@pytest.mark.parametrize("name", ["Qwen3MoeConfig", "SwitchTransformersConfig"], ids=["stacked", "modules"])
+def test_experts_get_no_widths_of_their_own(name: str, tmp_path: Path, text: Path) -> None:
+    source = with_tokenizer(name, tmp_path / "source")
+    with pytest.raises(InputError, match=r"experts\S*: width auto in a streamed run is for dense FFNs"):
         mlp_fusion.compress(source, tmp_path / "out", calibration=text, **AUTO)
     assert not (tmp_path / "out").exists()
 

@@ -79,13 +79,12 @@ class Stream:
             progress: called with what is done, of twice the FFNs.
 
         Raises:
-            InputError: the widths of such FFNs cannot be found so, or as :meth:`Survey.widths`.
+            InputError: as :meth:`Survey.widths`, or a disk fails.
         """
         settings = self.work.settings
         assert self.text is not None
         assert settings.budget is not None
         survey = Survey(self.work, self.architecture, self.text, _gradients_in(folder))
-        survey.check()
         total = 2 * len(settings.layers)  # type: ignore[arg-type]
 
         def done(share: float) -> None:

@@ -11,7 +11,7 @@ import torch
 from mlp_fusion.calibration.sensitivity import SENSED_TOKENS
 from mlp_fusion.calibration.statistics import take_calibration
 from mlp_fusion.errors import InputError
-from mlp_fusion.families import Architecture
+from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.reducing.curves import elimination_curve
 from mlp_fusion.reducing.layers import Layer, hidden_of, run_layer
 from mlp_fusion.reducing.widths import Choice, allocate_widths
@@ -42,15 +42,6 @@ class Survey:
     batches: Sequence[Batch]
     gradients: Path
 
-    def check(self) -> None:
-        """Raise InputError for FFNs whose widths cannot be found so."""
-        for ffn in self.work.ffns:
-            if ffn.index in self.work.settings.layers and (ffn.kind.experts or not ffn.loaded):  # type: ignore[operator]
-                raise InputError(
-                    f"{ffn.path}: width auto in a streamed run is for dense FFNs of layers that run: choose those "
-                    "(only, layers), or give a width"
-                )
-
     @torch.no_grad()
     def widths(self, budget: float, progress: Callable[[float], None]) -> dict[int, int]:
         """Number of an FFN -> the neurons that it keeps of a budget of parameters.
@@ -60,14 +51,16 @@ class Survey:
             progress: called with the share that is done.
 
         Raises:
-            InputError: the model cannot be run layer by layer, or not on the text, allows no gradients, or the budget
-                is too small.
+            InputError: FFNs are experts, or of layers that do not run; the model cannot be run layer by layer, or not
+                on the text, or allows no gradients; or the budget is too small.
         """
         w = self.work
         model = LayerwiseModel(w.source, w.config, w.dtype, w.device)
         batches = take_calibration(model.model, list(self.batches))
-        sites = [site for site in self.architecture.sites(model.model) if site.index in w.settings.layers]  # type: ignore[operator]
-        stacks = model.stacks(self.architecture.sites(model.model))
+        every = self.architecture.sites(model.model)
+        sites = [site for site in every if site.index in w.settings.layers]  # type: ignore[operator]
+        self._check(sites)
+        stacks = model.stacks(every)
         found = Gradients(self.gradients, w.device)
         found.gather(
             model, stacks, self.architecture, sites, batches,
@@ -77,6 +70,17 @@ class Survey:
         each = [curves[site.index] for site in sites]
         widths = allocate_widths(each, [[number] for number in range(len(sites))], budget)
         return {site.index: width for site, width in zip(sites, widths, strict=True)}
+
+    def _check(self, sites: Sequence[FFNSite]) -> None:
+        """Raise InputError for FFNs whose widths cannot be found so."""
+        numbers = {site.index for site in sites}
+        paths = [site.path for site in sites if site.is_routed]
+        paths += [ffn.path for ffn in self.work.ffns if ffn.index in numbers and not ffn.loaded]
+        if paths:
+            raise InputError(
+                f"{paths[0]}: width auto in a streamed run is for dense FFNs of layers that run: choose those (only, "
+                "layers), or give a width"
+            )
 
     def _curves(
         self,
