@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from mlp_fusion.calibration import sensitivity
 from mlp_fusion.calibration.sensitivity import output_gradients
 from mlp_fusion.reducing import every
 from mlp_fusion.reducing.widths import allocate_widths
+from mlp_fusion.settings import CompressSettings, make
 from mlp_fusion.streaming import sensing, surveying
 from mlp_fusion.streaming.surveying import Survey
+from mlp_fusion.verbs.compress import rehearse
 
 pytestmark = pytest.mark.slow
 
@@ -206,9 +209,27 @@ def test_temporary_files_are_made_for_a_survey_alone_and_go(
 @pytest.mark.parametrize("name", ["Qwen3MoeConfig", "SwitchTransformersConfig"], ids=["stacked", "modules"])
 def test_experts_get_no_widths_of_their_own(name: str, tmp_path: Path, text: Path) -> None:
     source = with_tokenizer(name, tmp_path / "source")
+    asked = make(CompressSettings, {**AUTO, "calibration": text}, "compress")
     with pytest.raises(InputError, match=r"experts\S*: width auto in a streamed run is for dense FFNs"):
-        mlp_fusion.compress(source, tmp_path / "out", calibration=text, **AUTO)
-    assert not (tmp_path / "out").exists()
+        rehearse(source, tmp_path / "out", asked)
+    assert rehearse(source, tmp_path / "out", dataclasses.replace(asked, stream=None)).ffns
+
+
+def test_too_small_a_budget_is_refused_before_the_work(tmp_path: Path, text: Path) -> None:
+    source = uneven(tmp_path / "source")
+    least = r"budget is too small: the narrowest widths take 0\.125 of the parameters"
+    for stream in (True, None):
+        asked = make(CompressSettings, {**AUTO, "budget": 0.12, "calibration": text, "stream": stream}, "compress")
+        with pytest.raises(InputError, match=least):
+            rehearse(source, tmp_path / "out", asked)
+    with pytest.raises(InputError, match=least):
+        mlp_fusion.fuse(AutoModelForCausalLM.from_pretrained(source), "auto", budget=0.12, calibration=never())
+    assert rehearse(source, tmp_path / "out", dataclasses.replace(asked, budget=0.125)).ffns
+
+
+def never() -> Iterator[Any]:
+    """Text that nobody is to read."""
+    yield pytest.fail("the text was read")
 
 
 def test_it_needs_text(tmp_path: Path) -> None:

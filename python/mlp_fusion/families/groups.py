@@ -53,13 +53,9 @@ def only_some(only: str, sites: Sequence[FFNSite]) -> list[FFNSite]:
         only: `experts` or `dense`.
         sites: all FFNs of a model.
     """
-    routed = {(_layer(site), site.kind.group) for site in sites if _is_routed(site)}
-    experts = [_is_routed(site) or (_layer(site), site.kind.group) in routed for site in sites]
+    routed = {(_layer(site), site.kind.group) for site in sites if site.is_routed}
+    experts = [site.is_routed or (_layer(site), site.kind.group) in routed for site in sites]
     return [site for site, is_one in zip(sites, experts, strict=True) if is_one is (only == "experts")]
-
-
-def _is_routed(site: FFNSite) -> bool:
-    return site.kind.experts > 0 or site.is_expert
 
 
 def _layer(site: FFNSite) -> str:

@@ -18,6 +18,7 @@ from mlp_fusion.families.groups import only_some, resolve_widths
 from mlp_fusion.measure.errors import relative_error
 from mlp_fusion.neurons import UNNAMED, NeuronBundle, all_finite
 from mlp_fusion.reducing.pipeline import ReducedFFN, working_precision
+from mlp_fusion.reducing.widths import check_budget
 from mlp_fusion.running.taps import Activations
 from mlp_fusion.selection import Layers, Width, resolve_layers
 from mlp_fusion.settings import FuseSettings
@@ -75,10 +76,12 @@ class ChosenFFNs:
         return resolve_widths(width, self.sites, multiple)
 
     def check(self, settings: FuseSettings) -> None:
-        """Raise InputError where one has no form for the scale that the method, or matching, gives its neurons."""
+        """Raise InputError where one has no form for the scale that its neurons get, or a budget is too small."""
         if METHODS[settings.method].scales or settings.match is not None:
             for site in self.sites:
                 check_form(site, settings.parameterization)
+        if settings.budget is not None:
+            check_budget(settings.budget, list({site.index: site for site in self.sites}.values()))
 
     def self_test(self, activations: Sequence[Activations]) -> None:
         """Compare what was read with the model's own FFNs on real inputs: a wrong entry must not pass unnoticed.

@@ -30,15 +30,15 @@ from mlp_fusion.methods.merge import BLOCK, merging_problem
 from mlp_fusion.methods.obs import DAMPING, eliminations, least_squares
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing.pipeline import Progress, Recipe, ReducedFFN, reduce_ffns, working_precision
-from mlp_fusion.reducing.widths import Choice
+from mlp_fusion.reducing.widths import LEAST, Choice
 from mlp_fusion.running.batches import Batch
 from mlp_fusion.running.runner import Runner
 from mlp_fusion.selection import resolve_width, width_multiple
 
 #: Sixteenths of an FFN's width whose loss is measured by elimination.
-_SIXTEENTHS = range(2, 16)
+_SIXTEENTHS = range(int(16 * LEAST), 16)
 #: Shares that are tried.
-_TRIED = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
+_TRIED = (LEAST, 0.25, 0.375, 0.5, 0.625, 0.75)
 #: The share at which the effect of an FFN's error on the whole model is measured, and on how many batches.
 _PROBED, _PROBES = 0.25, 8
 

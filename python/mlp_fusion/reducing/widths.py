@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlp_fusion.errors import InputError
+from mlp_fusion.families import FFNSite
+from mlp_fusion.selection import resolve_width
+from mlp_fusion.store.widths import narrowed_shapes
+
+#: The least share of its neurons that an FFN can be given.
+LEAST = 0.125
 
 
 @dataclass(frozen=True)
@@ -15,6 +22,23 @@ class Choice:
     width: int
     parameters: int
     loss: float
+
+
+def check_budget(budget: float, sites: Sequence[FFNSite]) -> None:
+    """Raise InputError for a budget that the narrowest widths of FFNs (stacks of experts as one) do not keep."""
+    curves = [[_without_loss(site, w) for w in sorted({_narrowest(site), site.kind.width})] for site in sites]
+    allocate_widths(curves, [[number] for number in range(len(sites))], budget)
+
+
+def _narrowest(site: FFNSite) -> int:
+    try:
+        return resolve_width(LEAST, site.kind.width)
+    except InputError:  # it has too few neurons to lose any
+        return site.kind.width
+
+
+def _without_loss(site: FFNSite, width: int) -> Choice:
+    return Choice(width, sum(math.prod(shape) for _, shape in narrowed_shapes(site, width)), 0.0)
 
 
 def allocate_widths(curves: Sequence[Sequence[Choice]], stacks: Sequence[Sequence[int]], budget: float) -> list[int]:

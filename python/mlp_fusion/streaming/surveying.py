@@ -10,7 +10,6 @@ import torch
 
 from mlp_fusion.calibration.sensitivity import SENSED_TOKENS
 from mlp_fusion.calibration.statistics import take_calibration
-from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.reducing.curves import elimination_curve
 from mlp_fusion.reducing.layers import Layer, hidden_of, run_layer
@@ -26,7 +25,7 @@ from mlp_fusion.streaming.work import Work
 
 @dataclass(frozen=True)
 class Survey:
-    """The run over the layers that widths are found by: those of a model in memory.
+    """The run over the layers that widths of dense FFNs are found by: those of a model in memory.
 
     Memory: that of a run, with the hidden states of the text that gradients are taken on besides.
 
@@ -51,15 +50,13 @@ class Survey:
             progress: called with the share that is done.
 
         Raises:
-            InputError: FFNs are experts, or of layers that do not run; the model cannot be run layer by layer, or not
-                on the text, or allows no gradients; or the budget is too small.
+            InputError: the model cannot be run layer by layer, or not on the text, or allows no gradients.
         """
         w = self.work
         model = LayerwiseModel(w.source, w.config, w.dtype, w.device)
         batches = take_calibration(model.model, list(self.batches))
         every = self.architecture.sites(model.model)
         sites = [site for site in every if site.index in w.settings.layers]  # type: ignore[operator]
-        self._check(sites)
         stacks = model.stacks(every)
         found = Gradients(self.gradients, w.device)
         found.gather(
@@ -70,17 +67,6 @@ class Survey:
         each = [curves[site.index] for site in sites]
         widths = allocate_widths(each, [[number] for number in range(len(sites))], budget)
         return {site.index: width for site, width in zip(sites, widths, strict=True)}
-
-    def _check(self, sites: Sequence[FFNSite]) -> None:
-        """Raise InputError for FFNs whose widths cannot be found so."""
-        numbers = {site.index for site in sites}
-        paths = [site.path for site in sites if site.is_routed]
-        paths += [ffn.path for ffn in self.work.ffns if ffn.index in numbers and not ffn.loaded]
-        if paths:
-            raise InputError(
-                f"{paths[0]}: width auto in a streamed run is for dense FFNs of layers that run: choose those (only, "
-                "layers), or give a width"
-            )
 
     def _curves(
         self,

@@ -191,6 +191,12 @@ class _Run:
         streamed = resumed or _is_streamed(settings, planned)
         if settings.engine != "local" and not streamed:
             raise InputError(f"engine {settings.engine} does streamed runs: pass stream (--stream)")
+        unweighed = [ffn.path for ffn in planned.ffns if ffn.chosen and (ffn.routed or not ffn.loaded)]
+        if streamed and settings.budget is not None and unweighed:
+            raise InputError(
+                f"{unweighed[0]}: width auto in a streamed run is for dense FFNs of layers that run: choose those "
+                "(only, layers), or give a width"
+            )
         return _Run(folder, out, settings, replace, finished, streamed, resumed, device, sentences, learnt, planned)
 
 

@@ -17,6 +17,7 @@ from mlp_fusion.families import FFNSite
 from mlp_fusion.families.groups import resolve_widths
 from mlp_fusion.measure.report import format_bytes, render
 from mlp_fusion.reducing.chosen import choose_sites, find_ffns
+from mlp_fusion.reducing.widths import check_budget
 from mlp_fusion.selection import Layers, Width
 from mlp_fusion.settings import PlanSettings, make, takes
 from mlp_fusion.store.coverage import claimed_tensors, dropped_layers, meta_model, parameters, plain_shapes
@@ -33,7 +34,8 @@ from mlp_fusion.streaming import estimate
 class PlannedFFN:
     """One FFN of the plan; parameters and bytes are those of the FFN alone.
 
-    Layers for multi-token prediction are not `loaded` by transformers: engines build them by the config of the others.
+    Experts are `routed`. Layers for multi-token prediction are not `loaded` by transformers: engines build them by the
+    config of the others.
     """
 
     layer: int
@@ -47,6 +49,7 @@ class PlannedFFN:
     bytes_after: int
     divisible_by_128: bool
     divisible_by_256: bool
+    routed: bool = False
     loaded: bool = True
 
 
@@ -225,6 +228,7 @@ def _widths_after(
         return [width[site.index] for site in chosen]
     if isinstance(width, str):
         assert budget is not None
+        check_budget(budget, chosen)
         return resolve_widths(float(budget), chosen)
     return resolve_widths(width, chosen, multiple)
 
@@ -252,6 +256,7 @@ def _planned(site: FFNSite, chosen: bool, after: int, held: Mapping[str, Sequenc
         bytes_after=size[1],
         divisible_by_128=after % 128 == 0,
         divisible_by_256=after % 256 == 0,
+        routed=site.is_routed,
     )
 
 
@@ -266,7 +271,7 @@ def _dropped(
     size = sum(headers.tensors[name].nbytes for name in ffn.names)
     return PlannedFFN(
         ffn.index, ffn.path, chosen, before, after, counts[0], counts[1], size, size * counts[1] // counts[0],
-        after % 128 == 0, after % 256 == 0, loaded=False,
+        after % 128 == 0, after % 256 == 0, bool(ffn.kind.experts), loaded=False,
     )  # fmt: skip
 
 
