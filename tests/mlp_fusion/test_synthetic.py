@@ -17,14 +17,19 @@ from families import WIDTH, tiny_model
 from mlp_fusion import InputError
 from mlp_fusion.measure import relative_error
 from mlp_fusion.running import synthetic
-from mlp_fusion.running.synthetic import synthetic_batches, writes
+from mlp_fusion.reducing.chosen import find_ffns
+from mlp_fusion.running.synthetic import RANDOM_INPUTS, RANDOM_TOKENS, WRITTEN, synthetic_batches, synthetic_kind
 
 LANGUAGE = {"task": "CausalLM"}
 
 
+def kind_of(model: Any) -> str:
+    return synthetic_kind(model, *find_ffns(model))
+
+
 def text_of(model: Any, tokens: int, seed: int = 0) -> Tensor:
     """All sequences that the model writes, `(sequences, length)`."""
-    batches = synthetic_batches(model, tokens, seed=seed)
+    batches = synthetic_batches(model, WRITTEN, tokens, seed=seed)
     assert all(bool((batch["attention_mask"] == 1).all()) for batch in batches)
     return torch.cat([batch["input_ids"] for batch in batches])
 
@@ -121,21 +126,21 @@ def test_a_model_that_fails_to_write_says_so_and_is_left(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(model, "generate", broken)
     with pytest.raises(InputError, match=r"LlamaForCausalLM writes no text \(RuntimeError: no such cache\): pass cal"):
-        synthetic_batches(model, 400, seed=0)
+        synthetic_batches(model, WRITTEN, 400, seed=0)
     assert model.generation_config is own
     monkeypatch.setattr(model, "generate", lambda input_ids, **_: input_ids)
     with pytest.raises(InputError, match="writes no text: pass calibration"):
-        synthetic_batches(model, 400, seed=0)
+        synthetic_batches(model, WRITTEN, 400, seed=0)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_model_that_writes_nothing_gets_random_tokens(family: str) -> None:
     model = tiny_model(family, task="Model")
-    assert not writes(model)
-    batches = synthetic_batches(model, 1000, seed=0)
+    assert kind_of(model) == RANDOM_TOKENS
+    batches = synthetic_batches(model, RANDOM_TOKENS, 1000, seed=0)
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(16, 32), (16, 32)]
     assert not torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
-    again = synthetic_batches(model, 1000, seed=0)
+    again = synthetic_batches(model, RANDOM_TOKENS, 1000, seed=0)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True))
 
 
@@ -145,8 +150,9 @@ def test_encoders_that_read_for_a_decoder_get_random_tokens() -> None:
     )
     torch.manual_seed(0)
     model = transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
-    assert not writes(model)
-    assert [tuple(batch["input_ids"].shape) for batch in synthetic_batches(model, 600, seed=0)] == [(16, 30), (16, 30)]
+    assert kind_of(model) == RANDOM_TOKENS
+    batches = synthetic_batches(model, RANDOM_TOKENS, 600, seed=0)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(16, 30), (16, 30)]
 
 
 def vit() -> Any:
@@ -159,7 +165,8 @@ def vit() -> Any:
 
 
 def test_models_of_images_get_random_ones() -> None:
-    batches = synthetic_batches(vit(), 300, seed=0)
+    assert kind_of(vit()) == RANDOM_INPUTS
+    batches = synthetic_batches(vit(), RANDOM_INPUTS, 300, seed=0)
     assert len(batches) > 1
     assert all(batch["pixel_values"].shape[1:] == (3, 32, 32) for batch in batches)
     assert not torch.equal(batches[0]["pixel_values"][0], batches[1]["pixel_values"][0])
@@ -173,7 +180,7 @@ def test_a_model_of_which_nothing_is_known_is_refused(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(model, "forward", unfit)
     with pytest.raises(InputError, match="ViTModel takes nothing that can be drawn: pass calibration"):
-        synthetic_batches(model, 300, seed=0)
+        synthetic_batches(model, RANDOM_INPUTS, 300, seed=0)
 
 
 @pytest.mark.parametrize("kind", ["writes", "reads", "sees"])
@@ -185,7 +192,7 @@ def test_fusing_by_it_is_better_than_by_weights_alone(kind: str) -> None:
             return vit()
         return tiny_model("llama", **LANGUAGE) if kind == "writes" else tiny_model("bert", task="Model")
 
-    held_out = synthetic_batches(fresh(), 400, seed=99)
+    held_out = synthetic_batches(fresh(), kind_of(fresh()), 400, seed=99)
 
     def final(model: Any) -> Tensor:
         with torch.no_grad():

@@ -1,20 +1,20 @@
 """Dimension squeezing: which bonds of a model's chains are cut next, by what their spectra say that it costs.
 
-Every cut takes a thirty-second off one bond, of all bonds of all matrices the one whose singular values are the least
-loss. A loss is the relative squared error that :meth:`MatrixProductOperator.error_bound` adds: a cut's discarded
-squares over the squared norm of its matrix. All of it is known from one decomposition, before anything is cut.
+A loss is the relative squared error that :meth:`MatrixProductOperator.error_bound` adds: a cut's discarded squares over
+the squared norm of its matrix. All of it is known from one decomposition, before anything is cut. Cuts are made where a
+parameter that is saved costs least: in a matrix, bond by bond, and among matrices. Where they were made by the loss
+alone, many cheap cuts of small matrices came before few of a large one that save far more: a tenth less of
+all-MiniLM-L6-v2 then took forty times the loss.
 
-Source: dimension squeezing of MPOP (arXiv 2106.02205), which cuts where the estimated error is least.
+Source: dimension squeezing of MPOP (arXiv 2106.02205), which cuts where the estimated error is least, whatever that
+saves.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from mlp_fusion.companions.operators import MatrixProductOperator
 from mlp_fusion.errors import InputError
@@ -38,45 +38,103 @@ class Squeezed:
     error: float
 
 
-def stored_size(shape: tuple[int, int], sides: list[int], bonds: list[int]) -> int:
-    """Numbers in a chain with these bonds, or in its matrix where that has fewer."""
+@dataclass(frozen=True)
+class Cut:
+    """How far a matrix may be cut.
+
+    Attributes:
+        parameters: of it then, as a chain or whole.
+        error: estimated, relative and squared.
+        bonds: the sizes of its bonds.
+    """
+
+    parameters: int
+    error: float
+    bonds: tuple[int, ...]
+
+
+def chain_size(sides: Sequence[int], bonds: Sequence[int]) -> int:
+    """Numbers in a chain with these bonds."""
     ends = [1, *bonds, 1]
-    chain = sum(before * side * after for side, before, after in zip(sides, ends, ends[1:], strict=False))
-    return min(chain, math.prod(shape))
+    return sum(before * side * after for side, before, after in zip(sides, ends, ends[1:], strict=False))
+
+
+def stored_size(shape: tuple[int, int], sides: Sequence[int], bonds: Sequence[int]) -> int:
+    """Numbers in a chain with these bonds, or in its matrix where that has fewer."""
+    return min(chain_size(sides, bonds), math.prod(shape))
 
 
 def squeeze_bonds(chains: Mapping[str, MatrixProductOperator], allowed: int) -> Squeezed:
-    """Cut bonds, the cheapest first, until the matrices have `allowed` parameters or fewer.
+    """Cut bonds, the cheapest for each parameter first, until the matrices have `allowed` parameters or fewer.
+
+    Each matrix goes along the lower convex hull of its :func:`cuts`, and of all matrices the one goes on whose next step
+    there costs least for each parameter; the last one stops as soon as that is enough.
 
     Raises:
         InputError: they have more with all bonds at 1.
     """
-    sides = {name: [t.shape[1] * t.shape[2] for t in chain.tensors] for name, chain in chains.items()}
-    bonds = {name: list(chain.bonds) for name, chain in chains.items()}
-    sizes = {name: stored_size(chain.shape, sides[name], bonds[name]) for name, chain in chains.items()}
-    squares = {name: [s.square() for s in chain.spectra] for name, chain in chains.items()}
-    norms = {name: float(parts[0].sum()) for name, parts in squares.items() if parts}
-    error = 0.0
+    curves = {name: list(cuts(chain)) for name, chain in chains.items()}
+    chosen = {name: curve[0] for name, curve in curves.items()}
+    least = sum(curve[-1].parameters for curve in curves.values())
+    if least > allowed:
+        raise InputError(f"the matrices have {least:,} parameters with all bonds at 1: allow more")
+    steps = [(_price(*pair), name, pair[1]) for name, curve in curves.items() for pair in _steps(_hull(curve))]
+    left = sum(cut.parameters for cut in chosen.values()) - allowed
+    # The steps of one matrix are in order of their prices: its hull is convex.
+    for _, name, cut in sorted(steps, key=lambda step: step[0]):
+        if left <= 0:
+            break
+        most = chosen[name].parameters - left
+        if cut.parameters < most:
+            cut = next(one for one in curves[name] if one.parameters <= most)
+        left -= chosen[name].parameters - cut.parameters
+        chosen[name] = cut
+    return Squeezed(
+        {name: list(cut.bonds) for name, cut in chosen.items()},
+        sum(cut.parameters for cut in chosen.values()),
+        sum(cut.error for cut in chosen.values()),
+    )
 
-    def cut(name: str, bond: int) -> tuple[float, str, int, int]:
-        """What the next cut of a bond costs, and the size that it leaves."""
-        now = bonds[name][bond]
-        left = max(1, now - max(1, chains[name].bonds[bond] // _PARTS))
-        return _share(squares[name][bond][left:now], norms[name]), name, bond, left
 
-    waiting = [cut(name, bond) for name, own in bonds.items() for bond, size in enumerate(own) if size > 1]
-    heapq.heapify(waiting)
-    while sum(sizes.values()) > allowed:
-        if not waiting:
-            raise InputError(f"the matrices have {sum(sizes.values()):,} parameters with all bonds at 1: allow more")
-        cost, name, bond, left = heapq.heappop(waiting)
-        bonds[name][bond] = left
+def cuts(chain: MatrixProductOperator) -> Iterator[Cut]:
+    """From all of a chain's bonds to 1 at each: every cut takes a thirty-second off the bond where it costs least.
+
+    For each number of the chain that it saves, that is.
+    """
+    sides = [t.shape[1] * t.shape[2] for t in chain.tensors]
+    squares = [spectrum.square() for spectrum in chain.spectra]
+    norm = float(squares[0].sum()) if squares else 0.0
+    parts = [max(1, size // _PARTS) for size in chain.bonds]
+    bonds, error = list(chain.bonds), 0.0
+    yield Cut(stored_size(chain.shape, sides, bonds), error, tuple(bonds))
+    while any(size > 1 for size in bonds):
+        found = []
+        for bond, size in enumerate(bonds):
+            if size > 1:
+                fewer = [*bonds[:bond], max(1, size - parts[bond]), *bonds[bond + 1 :]]
+                cost = float(squares[bond][fewer[bond] : size].sum()) / norm if norm > 0.0 else 0.0
+                found.append((cost / (chain_size(sides, bonds) - chain_size(sides, fewer)), cost, fewer))
+        _, cost, bonds = min(found)
         error += cost
-        sizes[name] = stored_size(chains[name].shape, sides[name], bonds[name])
-        if left > 1:
-            heapq.heappush(waiting, cut(name, bond))
-    return Squeezed(bonds, sum(sizes.values()), error)
+        yield Cut(stored_size(chain.shape, sides, bonds), error, tuple(bonds))
 
 
-def _share(squares: Tensor, norm: float) -> float:
-    return float(squares.sum()) / norm if norm > 0.0 else 0.0
+def _hull(curve: Sequence[Cut]) -> list[Cut]:
+    """Those of ever fewer parameters that no mixture of others has at a smaller error."""
+    hull = [curve[0]]
+    for cut in curve[1:]:
+        if cut.parameters == hull[-1].parameters:
+            continue  # still whole: nothing is saved
+        while len(hull) > 1 and _price(hull[-1], cut) <= _price(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(cut)
+    return hull
+
+
+def _steps(hull: Sequence[Cut]) -> Iterator[tuple[Cut, Cut]]:
+    return zip(hull, hull[1:], strict=False)
+
+
+def _price(now: Cut, then: Cut) -> float:
+    """What a parameter costs that is saved between two cuts."""
+    return (then.error - now.error) / (now.parameters - then.parameters)

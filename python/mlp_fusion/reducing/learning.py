@@ -22,7 +22,6 @@ from mlp_fusion.reducing.chosen import ChosenFFNs
 from mlp_fusion.running.batches import Batch, takes_text, token_mask
 from mlp_fusion.running.drawing import random_batch
 from mlp_fusion.running.excerpts import excerpts
-from mlp_fusion.running.synthetic import synthetic_kind
 from mlp_fusion.running.taps import Activations, capture_activations, stream_activations
 from mlp_fusion.settings import FuseSettings
 
@@ -79,6 +78,7 @@ def learn(
     calibration: Any,
     sample: Batch | Iterable[Batch] | None,
     *,
+    synthetic: str | None = None,
     may_skip: bool = False,
 ) -> Learnt:
     """Run the model over the text.
@@ -88,6 +88,7 @@ def learn(
         settings: resolved.
         calibration: batches, or None.
         sample: batches that errors are measured on; None for the calibration text, or else random inputs.
+        synthetic: what the batches are that stand in for text, in words.
         may_skip: do without sensitivities, with a warning, where the model does not allow them.
 
     Raises:
@@ -119,7 +120,6 @@ def learn(
     count = _positions(ffns, batches, statistics)
     if batches is not None and settings.refit:
         warn_of_few(count, [bundle.w_in for bundle in ffns.originals], settings.calibration_rows)
-    synthetic = None if settings.synthetic is None else synthetic_kind(model)
     return Learnt(batches, count, statistics, sensitivities, activations, described, seconds, synthetic)
 
 

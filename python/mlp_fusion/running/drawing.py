@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mlp_fusion.errors import InputError
+from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.families.inputs import OTHER_INPUTS, guessed_inputs
 from mlp_fusion.running.batches import main_input, positions, takes_text
 from mlp_fusion.running.runner import Runner, placeholders
+from mlp_fusion.running.taps import stream_activations
 
 #: What models call the features that stand in the place of placeholders, and the input that those are made of.
 _FEATURES = {
@@ -26,7 +29,8 @@ def random_batch(model: nn.Module, *, seed: int, batch: int = 8, length: int = 6
     """Inputs for `model`, uniformly drawn token ids or normally drawn numbers, for when there is nothing at hand.
 
     Text is `(batch, length)`, or shorter where the model has fewer positions. Images and sounds are of the size that
-    the config says, few where they are large; the model is run on guesses until it takes one.
+    the config says, few where they are large; the model is run on guesses until it takes one. Where it takes none, it
+    gets text alone, if it runs on that.
 
     Raises:
         InputError: the model takes none of them.
@@ -43,10 +47,28 @@ def random_batch(model: nn.Module, *, seed: int, batch: int = 8, length: int = 6
             except InputError:
                 continue  # a guess that the model does not take
             return drawn
+        if main_input(model) == "input_ids":
+            text = config.get_text_config(decoder=True)
+            with contextlib.suppress(InputError):
+                drawn = _text(model, _tokens(text, generator, batch, text_length(text, length)))
+                runner.base(drawn)
+                return drawn
     raise InputError(
         f"{type(model).__name__}: what it takes besides {main_input(model)} cannot be guessed: "
         "give sample, a batch of the model's own processor"
     )
+
+
+def text_reaches(model: nn.Module, architecture: Architecture, sites: Sequence[FFNSite]) -> bool:
+    """Whether text alone runs all of `sites`: those of a model that takes nothing else, or of its part for text."""
+    if takes_text(model) or main_input(model) != "input_ids":
+        return takes_text(model)
+    try:
+        text = [_text(model, torch.full((1, 8), 3))]
+        stream_activations(model, architecture, sites, text, lambda _number, _mask, _taps: None)
+    except InputError:
+        return False
+    return True
 
 
 def text_length(config: Any, length: int) -> int:
@@ -106,9 +128,7 @@ def _with_placeholders(runner: Runner, drawn: dict[str, Tensor]) -> dict[str, Te
     """`drawn`, with as many placeholders before its text as there are features of its images and sounds."""
     model: Any = runner.model
     special = placeholders(model.config)
-    ids = drawn["input_ids"]
-    plain = next(token for token in range(3, 4 + len(special)) if token not in special)
-    ids = ids.masked_fill(torch.isin(ids, torch.tensor(special, dtype=ids.dtype)), plain)
+    ids = _plain(drawn["input_ids"], special)
     kinds = torch.zeros_like(ids)
     for number, (kind, (method, name)) in enumerate(_FEATURES.items(), 1):
         token = next((t for key in ("id", "index") if (t := getattr(model.config, f"{kind}_token_{key}", None))), None)
@@ -126,3 +146,15 @@ def _with_placeholders(runner: Runner, drawn: dict[str, Tensor]) -> dict[str, Te
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         found["mm_token_type_ids"] = kinds
     return found
+
+
+def _text(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """A batch of ids alone, without placeholders for anything else."""
+    plain = _plain(ids, placeholders(model.config))
+    return {"input_ids": plain, "attention_mask": torch.ones_like(plain)}
+
+
+def _plain(ids: Tensor, special: Sequence[int]) -> Tensor:
+    """`ids`, with an ordinary token in the place of special ones."""
+    plain = next(token for token in range(3, 4 + len(special)) if token not in special)
+    return ids.masked_fill(torch.isin(ids, torch.tensor(special, dtype=ids.dtype)), plain)

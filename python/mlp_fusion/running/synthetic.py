@@ -7,7 +7,7 @@ Chrysostomou, Aletras, "Self-calibration for Language Model Quantization and Pru
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from mlp_fusion.errors import InputError, named
+from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.running.batches import positions, takes_text
-from mlp_fusion.running.drawing import random_batch, text_length
+from mlp_fusion.running.drawing import random_batch, text_length, text_reaches
 from mlp_fusion.running.runner import UNFIT, evaluating, naming_outputs, placeholders, seeded
 
 #: Tokens of a text that is written, and how many are written side by side, and run side by side afterwards. Many short
@@ -29,30 +30,36 @@ _RANDOM_LENGTH, _RANDOM_BATCH = 32, 16
 _REMEDY = "pass calibration (--calibration FILE)"
 
 
-def writes(model: Any) -> bool:
-    """Whether a model writes text from nothing: it has a language model's head, and no encoder that waits for input."""
+#: What stands in for text, in words.
+WRITTEN, RANDOM_TOKENS, RANDOM_INPUTS = "tokens that the model wrote", "random tokens", "positions of random inputs"
+
+
+def synthetic_kind(model: Any, architecture: Architecture, sites: Sequence[FFNSite]) -> str:
+    """What stands in for text for some FFNs of a model.
+
+    Returns:
+        :data:`WRITTEN` for a model with a language model's head and no encoder that waits for input, if all of `sites`
+        run on text alone; else :data:`RANDOM_TOKENS` if it takes nothing but text, or :data:`RANDOM_INPUTS`.
+    """
     able = getattr(model, "can_generate", None)
-    return able is not None and able() and takes_text(model) and not model.config.is_encoder_decoder
+    writer = able is not None and able() and not model.config.is_encoder_decoder
+    if writer and text_reaches(model, architecture, sites):
+        return WRITTEN
+    return RANDOM_TOKENS if takes_text(model) else RANDOM_INPUTS
 
 
-def synthetic_kind(model: nn.Module) -> str:
-    """What :func:`synthetic_batches` makes for a model, in words."""
-    if writes(model):
-        return "tokens that the model wrote"
-    return "random tokens" if takes_text(model) else "positions of random inputs"
-
-
-def synthetic_batches(model: nn.Module, tokens: int, *, seed: int) -> list[dict[str, Tensor]]:
+def synthetic_batches(model: nn.Module, kind: str, tokens: int, *, seed: int) -> list[dict[str, Tensor]]:
     """Batches with at least `tokens` positions, made without any data.
 
-    A model that :func:`writes` text samples it, at temperature 1 from all of its vocabulary, in sequences of 128 tokens
-    (or as many as it has positions for) that begin with its token for the beginning, or a random one; what ends a text
-    is a token like others. Any other model gets random ids, in sequences of 32, or random images or sounds.
+    A model that writes text samples it, at temperature 1 from all of its vocabulary, in sequences of 128 tokens (or as
+    many as it has positions for) that begin with its token for the beginning, or a random one; what ends a text is a
+    token like others. Else there are random ids, in sequences of 32, or random images or sounds.
 
     Memory: of the keys and values of 64 sequences.
 
     Args:
         model: a Hugging Face model; it is not changed.
+        kind: see :func:`synthetic_kind`.
         tokens: how many at least.
         seed: of all that is drawn. torch's own generators are left as they were.
 
@@ -63,7 +70,7 @@ def synthetic_batches(model: nn.Module, tokens: int, *, seed: int) -> list[dict[
     Raises:
         InputError: the model cannot write, or takes nothing that can be drawn.
     """
-    if not writes(model):
+    if kind != WRITTEN:
         return _drawn(model, tokens, seed)
     text = torch.cat(list(_written(model, tokens, seed)))
     return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in text.split(_BATCH)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,29 +49,58 @@ class LayerwiseModel:
         self._wide = wide_patterns(self.model, dtype)
         self._hands_on = False
 
-    def stacks(self, sites: Sequence[FFNSite]) -> list[list[Layer]]:
-        """The lists of layers, those without an FFN too, in the order in which they stand; everything else is read.
+    def stacks(self, sites: Sequence[FFNSite], batch: Batch, wanted: Collection[int]) -> list[list[Layer]]:
+        """The lists of layers that run, those without an FFN too, in the order in which they stand.
+
+        Everything else is read, but for lists that do not run: those for images, of a model that reads text.
+
+        Args:
+            sites: all FFNs of the model.
+            batch: what it is run on, layers standing aside.
+            wanted: numbers of FFNs that must be in a list that runs.
 
         Raises:
-            InputError: an FFN stands in no list of layers.
+            InputError: an FFN stands in no list of layers, or one that is wanted does not run.
         """
         found = {layer.path: layer for layer in layers_of(self.model, sites)}
-        lists = dict.fromkeys(path.rpartition(".")[0] for path in found)
-        for path in lists:
-            if not isinstance(self.model.get_submodule(path), (nn.ModuleList, nn.Sequential)):
+        lists = {path: self._listed(path.rpartition(".")[0]) for path in found}
+        inside = tuple(f"{path}." for path in lists.values() if path)
+        self._read([parameter for parameter in self._names if not parameter.startswith(inside)])
+        ran = self._ran(found.values(), batch)
+        for layer in found.values():
+            idle = [site for site in layer.sites if site.index in wanted and layer.path not in ran]
+            if idle:
+                raise InputError(f"{idle[0].path} does not run on text: leave it out (layers), or leave out stream")
+            if layer.path in ran and not lists[layer.path]:
                 raise InputError(
-                    f"{next(iter(found))} is in no list of layers, that could be run one by one: leave out stream"
+                    f"{layer.path} is in no list of layers, that could be run one by one: leave out stream"
                 )
-        stacks = [
+        return [
             [
                 found.get(f"{path}.{name}", Layer(f"{path}.{name}", module, ()))
                 for name, module in self.model.get_submodule(path).named_children()
             ]
-            for path in lists
+            for path in dict.fromkeys(lists[layer] for layer in found if layer in ran)
         ]
-        inside = tuple(f"{path}." for path in lists)
-        self._read([parameter for parameter in self._names if not parameter.startswith(inside)])
-        return stacks
+
+    def _listed(self, path: str) -> str:
+        """The path, if a list of layers is there; else nothing."""
+        return path if isinstance(self.model.get_submodule(path), (nn.ModuleList, nn.Sequential)) else ""
+
+    def _ran(self, layers: Collection[Layer], batch: Batch) -> set[str]:
+        """Paths of those of `layers` that run on a batch; of all, where that cannot be seen while they stand aside."""
+        for handed in (_itself, _in_a_tuple):
+            ran: set[str] = set()
+            with Runner(self.model, "the calibration text") as runner, ExitStack() as inside:
+                for layer in layers:
+                    entered = functools.partial(ran.add, layer.path)
+                    inside.enter_context(_standing_aside([layer], handed, torch.clone, None, entered))
+                try:
+                    runner.base(batch)
+                except InputError:
+                    continue  # something else is expected of layers
+            return ran
+        return {layer.path for layer in layers}
 
     @contextmanager
     def loaded(self, layer: Layer) -> Iterator[None]:

@@ -57,7 +57,7 @@ class Survey:
         batches = take_calibration(model.model, list(self.batches))
         every = self.architecture.sites(model.model)
         sites = [site for site in every if site.index in w.settings.layers]  # type: ignore[operator]
-        stacks = model.stacks(every)
+        stacks = model.stacks(every, batches[0], [site.index for site in sites])
         found = Gradients(self.gradients, w.device)
         found.gather(
             model, stacks, self.architecture, sites, batches,

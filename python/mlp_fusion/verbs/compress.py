@@ -19,17 +19,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mlp_fusion.errors import InputError, named
-from mlp_fusion.families import Architecture
+from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.measure import FFNRow, FusionReport
 from mlp_fusion.measure.embeddings import compare_embeddings, embed
 from mlp_fusion.measure.report import CalibrationRecord
 from mlp_fusion.reducing.chosen import check_finite
 from mlp_fusion.reducing.learning import SAMPLE_ROWS
 from mlp_fusion.reducing.pipeline import Progress
-from mlp_fusion.running.batches import Batch, takes_text, token_mask
+from mlp_fusion.running.batches import Batch, token_mask
+from mlp_fusion.running.drawing import text_reaches
 from mlp_fusion.running.runner import resolve_device
 from mlp_fusion.running.sentences import read_sentences
-from mlp_fusion.running.synthetic import writes
+from mlp_fusion.running.synthetic import WRITTEN, synthetic_kind
 from mlp_fusion.selection import Layers, Width
 from mlp_fusion.settings import CompressSettings, make, takes
 from mlp_fusion.store.coverage import check_written, meta_model
@@ -106,14 +107,16 @@ def compress(
             with ExitStack() as held:
                 return _stream(run, held, progress)
         source = _open(run.folder, settings.dtype, run.device)
-        if settings.synthetic is not None and writes(source.model) and not source.head:
+        chosen = [ffn.layer for ffn in planned.ffns if ffn.chosen]
+        sites = [site for site in source.architecture.sites(source.model) if site.index in chosen]
+        kind = synthetic_kind(source.model, source.architecture, sites) if settings.synthetic else None
+        if kind == WRITTEN and not source.head:
             raise InputError(f"{run.folder} lacks weights of the head that text is written with: pass calibration")
         # What the end needs is tried before the work.
         reference_outputs(source.model, settings.seed, head=source.head)
-        batches = _tokenized(source, run.sentences, settings.text)
-        learning = None if learnt is None else _tokenized(source, learnt, settings.calibration)
+        batches = _tokenized(source, sites, run.sentences, settings.text)
+        learning = None if learnt is None else _tokenized(source, sites, learnt, settings.calibration)
         originals = None if batches is None else embed(source.model, batches)
-        chosen = [ffn.layer for ffn in planned.ffns if ffn.chosen]
         fusing = {**vars(settings.fusing()), "layers": chosen}
         report = fuse(source.model, sample=batches, calibration=learning, progress=progress, **fusing)
         if settings.budget is not None:
@@ -347,12 +350,15 @@ def _open(folder: Path, dtype: str | None, device: torch.device) -> _Source:
     return _Source(folder, config, architecture, model.to(device), head, working, widened, placed)
 
 
-def _tokenized(source: _Source, texts: list[str], file: str | Path | None) -> list[Batch] | None:
-    """Batches of the texts in `file`; None where the package's own are meant and the model does not read them."""
-    if not takes_text(source.model):
+def _tokenized(
+    source: _Source, sites: Sequence[FFNSite], texts: list[str], file: str | Path | None
+) -> list[Batch] | None:
+    """Batches of the texts in `file`; None where the package's own are meant and `sites` do not run on text."""
+    if not text_reaches(source.model, source.architecture, sites):
         if file is not None:
             raise InputError(
-                f"{source.folder}: the model does not run on text alone: use fuse, with batches of its processor"
+                f"{source.folder}: not all FFNs that are to be narrowed run on text alone: choose those of the part "
+                "for text (layers 'language_model.*'), or use fuse, with batches of the model's processor"
             )
         return None
     batches = tokenize(source.folder, texts, getattr(source.config, "max_position_embeddings", None))

@@ -21,7 +21,7 @@ from mlp_fusion.reducing.pipeline import Progress
 from mlp_fusion.reducing.rows import fused_rows
 from mlp_fusion.reducing.sequential import check_sequence
 from mlp_fusion.running.batches import Batch
-from mlp_fusion.running.synthetic import synthetic_batches
+from mlp_fusion.running.synthetic import synthetic_batches, synthetic_kind
 from mlp_fusion.selection import Layers, Width
 from mlp_fusion.settings import FuseSettings, make, takes
 
@@ -97,10 +97,10 @@ def fuse(
     widths = [] if isinstance(width, str) else ffns.widths(width, settings.multiple)
     check_finite(model)
     before = count_parameters(model)
-    known = _batches(model, calibration, settings)
+    known, synthetic = _batches(ffns, calibration, settings)
     if known is not None and settings.sequential and asked.sequential is None:
         settings = _in_sequence(ffns, settings, known)
-    learnt = learn(ffns, settings, known, sample, may_skip=asked.may_skip)
+    learnt = learn(ffns, settings, known, sample, synthetic=synthetic, may_skip=asked.may_skip)
     ffns.self_test(learnt.activations)
     reduced = reduce_chosen(ffns, settings, widths, learnt, progress)
     rows = fused_rows(ffns, reduced, learnt.activations, settings.parameterization)
@@ -124,13 +124,18 @@ def fuse(
     )
 
 
-def _batches(model: nn.Module, calibration: Calibration | None, settings: FuseSettings) -> Sequence[Batch] | None:
-    """What is calibrated on: the text, or what stands in for it; None where neither is wanted."""
+def _batches(
+    ffns: ChosenFFNs, calibration: Calibration | None, settings: FuseSettings
+) -> tuple[Sequence[Batch] | None, str | None]:
+    """What is calibrated on, or None, and if it is something that stands in for text, what."""
+    model = ffns.model
     if settings.synthetic is not None:
-        return synthetic_batches(model, settings.synthetic, seed=settings.seed)
+        kind = synthetic_kind(model, ffns.architecture, ffns.sites)
+        return synthetic_batches(model, kind, settings.synthetic, seed=settings.seed), kind
     if calibration is None:
-        return None
-    return take_calibration(model, calibration_batches(calibration, model, sentences=settings.calibration_sentences))
+        return None, None
+    text = calibration_batches(calibration, model, sentences=settings.calibration_sentences)
+    return take_calibration(model, text), None
 
 
 def _in_sequence(ffns: ChosenFFNs, settings: FuseSettings, batches: Sequence[Batch]) -> FuseSettings:
