@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -201,3 +202,25 @@ def test_sources_compile_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(OSError, match="no such compiler"):
         side_by_side(failing, 2)(["a"])
+
+
+#: What the sources name of torch, all of it in the headers of 2.10, the oldest that they are compiled for. Before a name
+#: is added: it must be there, too.
+NAMES_OF_TORCH = {
+    "CPU", "Device", "DeviceGuard", "DeviceType", "Double", "Float", "STABLE_TORCH_LIBRARY",
+    "STABLE_TORCH_LIBRARY_FRAGMENT", "STABLE_TORCH_LIBRARY_IMPL", "ScalarType", "TORCH_ABI_VERSION", "TORCH_BOX",
+    "TORCH_ERROR_CODE_CHECK", "Tensor", "aoti_torch_cpu_addmm_out", "aoti_torch_cpu_mm_out",
+    "aoti_torch_device_type_cpu", "aoti_torch_empty_strided", "aoti_torch_get_current_cuda_stream", "empty", "from",
+    "from_blob", "get_num_threads", "new_empty", "parallel_for", "to", "torch_call_dispatcher",
+}  # fmt: skip
+
+
+def test_the_sources_name_nothing_that_the_oldest_torch_lacks() -> None:
+    """Macros and functions came with later versions, and nothing says so where a later one is installed."""
+    assert "\nTORCH = (2, 10)\n" in (ROOT / "setup.py").read_text(encoding="utf-8")
+    named: set[str] = set()
+    for file in sorted((ROOT / "csrc").rglob("*.*")):
+        code = re.sub(r"#include[^\n]*|//[^\n]*|/\*.*?\*/", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+        named.update(re.findall(r"\b(?:STABLE|TORCH|torch|aoti)_\w+", code))
+        named.update(re.findall(r"torch::(?:\w+::)*(\w+)", code))
+    assert named == NAMES_OF_TORCH

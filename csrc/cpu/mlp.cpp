@@ -77,7 +77,7 @@ void multiply(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, bool
     if (for_gemm(a, b)) return gemm(out, a, b, nullptr, add);
   }
   const Tensor to = view(out), left = view(a), right = view(b);
-  STABLE_TORCH_ERROR_CODE_CHECK(add ? aoti_torch_cpu_addmm_out(to.get(), to.get(), left.get(), right.get(), 1.0, 1.0)
+  TORCH_ERROR_CODE_CHECK(add ? aoti_torch_cpu_addmm_out(to.get(), to.get(), left.get(), right.get(), 1.0, 1.0)
                                     : aoti_torch_cpu_mm_out(to.get(), left.get(), right.get()));
 }
 

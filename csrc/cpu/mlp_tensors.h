@@ -17,7 +17,7 @@ torch::stable::Tensor allocate_strided(const std::array<int64_t, Dimensions>& sh
                                        const std::array<int64_t, Dimensions>& strides,
                                        torch::headeronly::ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       Dimensions, shape.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle));
   return torch::stable::Tensor(handle);

@@ -33,7 +33,7 @@ void apply(const char* name, T* values, int64_t n) {
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   std::array<StableIValue, 1> stack{torch::stable::detail::from(
       torch::stable::from_blob(values, {sizes.data(), 1}, {strides.data(), 1}, cpu, dtype))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<torch::stable::Tensor>(stack[0]);  // the returned reference, to be released
 }
 

@@ -89,7 +89,7 @@ void multiply_transposed(const T* a, int64_t m, int64_t a_stride, const T* b, in
       torch::stable::detail::from(matrix(b, k, n, 1, b_stride)),
       torch::stable::detail::from(matrix(c, m, n, c_stride, 1)),
   };
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // the returned reference to c, to be released
 }
 

@@ -16,8 +16,8 @@ from commands import Run
 from families import WIDTH, tiny_model
 from mlp_fusion import InputError
 from mlp_fusion.measure import relative_error
-from mlp_fusion.running import synthetic
 from mlp_fusion.reducing.chosen import find_ffns
+from mlp_fusion.running import synthetic
 from mlp_fusion.running.synthetic import RANDOM_INPUTS, RANDOM_TOKENS, WRITTEN, synthetic_batches, synthetic_kind
 
 LANGUAGE = {"task": "CausalLM"}

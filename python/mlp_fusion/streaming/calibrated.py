@@ -95,7 +95,7 @@ class Calibrated:
             InputError: the model cannot be run layer by layer, or not on the text; or an FFN is not what it seems.
         """
         settings = self.work.settings
-        chosen = set(settings.layers)  # type: ignore[arg-type]
+        chosen: set[int] = set(settings.layers)  # type: ignore[arg-type]
         stacks = self._model.stacks(self._sites, self.batches[0], chosen)
         order = [layer for stack in stacks for layer in stack]
         last = max(n for n, layer in enumerate(order) if any(site.index in chosen for site in layer.sites))

@@ -10,7 +10,7 @@ import torch
 
 from mlp_fusion.calibration.sensitivity import SENSED_TOKENS
 from mlp_fusion.calibration.statistics import take_calibration
-from mlp_fusion.families import Architecture, FFNSite
+from mlp_fusion.families import Architecture
 from mlp_fusion.reducing.curves import elimination_curve
 from mlp_fusion.reducing.layers import Layer, hidden_of, run_layer
 from mlp_fusion.reducing.widths import Choice, allocate_widths
