@@ -1,15 +1,15 @@
 """Dimension squeezing beside fusion and singular values, at equal parameters: accuracy on SST-2.
 
-    python bench/squeezing.py --data FOLDER [--shares 0.9 0.8 0.7] [--examples 2000] [--epochs 1]
+    python bench/squeezing.py --data FOLDER [--shares 0.9 0.8 0.7] [--examples 2000] [--epochs 1] [--seeds 3]
     python bench/squeezing.py --summary
 
 all-MiniLM-L6-v2 is fine-tuned first (`full`). From there, `squeeze` cuts bonds of all matrices, embeddings too, a share
-of the parameters a round, and tunes the small tensors in between; the others go to each share at once and tune all
-weights for as many steps as squeezing has had by then: `fusion`, the FFNs fused, where 1/32 of their width is
+of the parameters a round, and tunes the small tensors before the first and after each; the others go to each share at once
+and tune all weights for as many steps as squeezing has had by then: `fusion`, the FFNs fused, where 1/32 of their width is
 enough; `svd`, all matrices and the embeddings as two factors, cut where the relative squared error is least for each
 parameter. `fusion, then squeeze` is `squeeze --width`, with the FFNs fused to `--width`.
 
-Every row is written to `--out` when it is done, and what is there already is not run again.
+Every row of a seed is written to `--out` when it is done, and what is there already is not run again.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def tuned(model: Any, out: Path, epochs: float, options: argparse.Namespace) -> 
 
 def base(options: argparse.Namespace) -> Path:
     """The fine-tuned model's folder."""
-    out: Path = options.work / "full"
+    out: Path = options.work / f"full-{options.seed}"
     if not (out / "finetune.json").is_file():
         tuned(classifier(options.model or model_folder(), options.seed), out, options.epochs, options)
     return out
@@ -143,7 +143,8 @@ def other_row(way: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             text = [row["text"] for row in data_of(options)[0][:512]]
             mlp_fusion.fuse(model, width, calibration=text, seed=options.seed)
         size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        known = tuned(model, options.work / "tuned", number * options.epochs, options)
+        # Squeezing trains before its first cut, too.
+        known = tuned(model, options.work / "tuned", (number + 1) * options.epochs, options)
         made.append({"share": share, "parameters": size, **known})
     return made
 
@@ -185,7 +186,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> None:
     """Print a line for every point."""
     for row in rows:
         for point in row["points"]:
-            print(f"{row['row']:22} {point['parameters']:>12,} ({point['share']:.1%}): {point['accuracy']:.4f}")
+            print(f"{row['row']:22} seed {row['asked']['seed']} {point['parameters']:>12,} ({point['share']:.1%}): {point['accuracy']:.4f}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -197,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=float, default=0.5, help="of FFNs that are fused before they are squeezed")
     parser.add_argument("--examples", type=int, help="train on the first so many rows; all of them by default")
     parser.add_argument("--epochs", type=float, default=1.0, help="of the first fine-tuning, and of every round")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0 on")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model", type=Path, help="folder of another model of BERT's shape")
     parser.add_argument("--work", type=Path, default=Path("build/squeezing"))
@@ -210,9 +211,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if options.data is None:
         parser.error("--data FOLDER is needed")
-    done = {row["row"] for row in recorded(options.out)}
-    for name, run in ROWS.items():
-        if fnmatch.fnmatch(name, options.rows) and name not in done:
+    done = {(row["row"], row["asked"]["seed"]) for row in recorded(options.out)}
+    for options.seed, (name, run) in itertools.product(range(options.seeds), ROWS.items()):
+        if fnmatch.fnmatch(name, options.rows) and (name, options.seed) not in done:
             machine = {"machine": platform.machine(), "threads": options.threads, "torch": torch.__version__}
             asked = {key: getattr(options, key) for key in ("examples", "epochs", "seed", "width")}
             record(options.out, {"row": name, "points": run(options), "asked": asked, **machine})

@@ -56,14 +56,20 @@ def intrinsic() -> str:
 
 
 def squeezing() -> str:
-    """Accuracy at shares of the parameters."""
-    rows = []
+    """Accuracy at shares of the parameters: medians over seeds, with the least and the largest."""
+    points: dict[tuple[str, int], list[dict[str, float]]] = {}
     for row in results("squeezing-cpu")["rows"]:
-        for point in row["points"]:
-            rows.append(
-                [row["row"], f"{point['parameters']:,}", f"{point['share']:.1%}", f"{point['accuracy']:.1%}"]
-            )  # fmt: skip
-    return table(["", "parameters", "share", "accuracy"], rows)
+        for number, point in enumerate(row["points"]):
+            points.setdefault((row["row"], number), []).append(point)
+    rows = []
+    for (name, _), seeds in points.items():
+        found = sorted(point["accuracy"] for point in seeds)
+        spread = f" ({found[0]:.1%} to {found[-1]:.1%})" if len(found) > 1 else ""
+        size, share = (statistics.median(point[key] for point in seeds) for key in ("parameters", "share"))
+        rows.append(
+            [name, f"{size:,.0f}", f"{share:.1%}", f"{statistics.median(found):.1%}{spread}", str(len(found))]
+        )  # fmt: skip
+    return table(["", "parameters", "share", "accuracy", "seeds"], rows)
 
 
 def students() -> str:

@@ -18,7 +18,7 @@ import mlp_fusion
 from commands import Run
 from mlp_fusion import InputError, mpo_decompose, squeeze
 from mlp_fusion.cli import cli
-from mlp_fusion.companions.squeezing import squeeze_bonds, stored_size
+from mlp_fusion.companions.squeezing import cuts, squeeze_bonds, stored_size
 from mlp_fusion.verbs import squeeze as module
 
 ROWS = [{"text": ("the cat sat a cat", "a the")[n % 2], "label": n % 2} for n in range(32)]
@@ -50,6 +50,64 @@ def test_what_costs_least_is_cut_first() -> None:
     assert all(size == 1 for own in least.bonds.values() for size in own)
     with pytest.raises(InputError, match="with all bonds at 1"):
         squeeze_bonds(known, 59)
+
+
+def share_lost(chain: Any, bonds: Any) -> float:
+    return float(chain.discarded(bonds).square().sum() / chain.spectra[0].square().sum())
+
+
+def test_a_matrix_is_cut_at_the_bond_where_a_number_costs_least() -> None:
+    weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    chain = mpo_decompose(weight.cumsum(dim=0), ((2, 4, 5), (4, 4, 4)))
+    found = list(cuts(chain))
+    assert found[0].bonds == chain.bonds
+    assert found[-1].bonds == (1, 1)
+    for now, then in itertools.pairwise(found):
+        prices = {}
+        for bond, size in enumerate(now.bonds):
+            if size > 1:
+                fewer = list(now.bonds)
+                fewer[bond] = max(1, size - max(1, chain.bonds[bond] // 32))
+                saved = chain.truncated(now.bonds).numel - chain.truncated(fewer).numel
+                lost = share_lost(chain, fewer) - share_lost(chain, now.bonds)
+                prices[tuple(fewer)] = lost / saved
+        assert prices[then.bonds] == pytest.approx(min(prices.values()), rel=1e-9, abs=1e-15)
+        assert then.error == pytest.approx(share_lost(chain, then.bonds), abs=1e-12)
+        assert then.parameters == min(weight.numel(), chain.truncated(then.bonds).numel)
+
+
+def test_no_other_choice_of_cuts_loses_less() -> None:
+    """Among matrices of several sizes; as long as the last one is not left with more than it needed."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = {"small": (24, 36), "large": (64, 96), "even": (30, 30)}
+    known = {
+        name: mpo_decompose(torch.randn(*size, generator=generator, dtype=torch.float64).cumsum(dim=1), length=3)
+        for name, size in sizes.items()
+    }
+    curves = [list(cuts(chain)) for chain in known.values()]
+    every = [(sum(c.parameters for c in some), sum(c.error for c in some)) for some in itertools.product(*curves)]
+    whole = sum(curve[0].parameters for curve in curves)
+    gaps = []
+    for allowed in range(200, whole, 150):
+        found = squeeze_bonds(known, allowed)
+        assert found.parameters <= allowed
+        assert found.error == pytest.approx(sum(share_lost(known[name], own) for name, own in found.bonds.items()))
+        gaps.append(found.error - min(error for count, error in every if count <= allowed))
+    assert max(gaps) < 0.05
+    assert sorted(gaps)[len(gaps) // 2] < 0.01
+
+
+def test_a_large_matrix_is_cut_where_it_saves_more() -> None:
+    """Of matrices with spectra alike, though the same share of a small one is as cheap."""
+    generator = torch.Generator().manual_seed(3)
+    known = {
+        name: mpo_decompose(torch.randn(*size, generator=generator, dtype=torch.float64), length=3)
+        for name, size in (("small", (32, 32)), ("large", (512, 64)))
+    }
+    whole = sum(chain.shape[0] * chain.shape[1] for chain in known.values())
+    found = squeeze_bonds(known, int(0.9 * whole))
+    assert found.bonds["small"] == list(known["small"].bonds)
+    assert found.bonds["large"] != list(known["large"].bonds)
 
 
 def test_a_chain_that_is_larger_than_its_matrix_is_stored_whole() -> None:

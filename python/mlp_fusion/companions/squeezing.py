@@ -12,6 +12,7 @@ saves.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,8 +68,8 @@ def stored_size(shape: tuple[int, int], sides: Sequence[int], bonds: Sequence[in
 def squeeze_bonds(chains: Mapping[str, MatrixProductOperator], allowed: int) -> Squeezed:
     """Cut bonds, the cheapest for each parameter first, until the matrices have `allowed` parameters or fewer.
 
-    Each matrix goes along the lower convex hull of its :func:`cuts`, and of all matrices the one goes on whose next step
-    there costs least for each parameter; the last one stops as soon as that is enough.
+    Each matrix goes along the lower convex hull of its :func:`cuts`, and of all matrices the one goes on whose next
+    step there costs least for each parameter; the last one stops as soon as that is enough.
 
     Raises:
         InputError: they have more with all bonds at 1.
@@ -132,7 +133,7 @@ def _hull(curve: Sequence[Cut]) -> list[Cut]:
 
 
 def _steps(hull: Sequence[Cut]) -> Iterator[tuple[Cut, Cut]]:
-    return zip(hull, hull[1:], strict=False)
+    return itertools.pairwise(hull)
 
 
 def _price(now: Cut, then: Cut) -> float:
