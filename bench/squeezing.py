@@ -4,10 +4,10 @@
     python bench/squeezing.py --summary
 
 all-MiniLM-L6-v2 is fine-tuned first (`full`). From there, `squeeze` cuts bonds of all matrices, embeddings too, a share
-of the parameters a round, and tunes the small tensors before the first and after each; the others go to each share at once
-and tune all weights for as many steps as squeezing has had by then: `fusion`, the FFNs fused, where 1/32 of their width is
-enough; `svd`, all matrices and the embeddings as two factors, cut where the relative squared error is least for each
-parameter. `fusion, then squeeze` is `squeeze --width`, with the FFNs fused to `--width`.
+of the parameters a round, and tunes the small tensors before the first and after each; the others go to each share at
+once and tune all weights for as many steps as squeezing has had by then: `fusion`, the FFNs fused, where 1/32 of their
+width is enough; `svd`, all matrices and the embeddings as two factors, cut where the relative squared error is least
+for each parameter. `fusion, then squeeze` is `squeeze --width`, with the FFNs fused to `--width`.
 
 Every row of a seed is written to `--out` when it is done, and what is there already is not run again.
 """
@@ -186,7 +186,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> None:
     """Print a line for every point."""
     for row in rows:
         for point in row["points"]:
-            print(f"{row['row']:22} seed {row['asked']['seed']} {point['parameters']:>12,} ({point['share']:.1%}): {point['accuracy']:.4f}")
+            what = f"{row['row']:22} seed {row['asked']['seed']} {point['parameters']:>12,}"
+            print(f"{what} ({point['share']:.1%}): {point['accuracy']:.4f}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -212,8 +213,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.data is None:
         parser.error("--data FOLDER is needed")
     done = {(row["row"], row["asked"]["seed"]) for row in recorded(options.out)}
-    for options.seed, (name, run) in itertools.product(range(options.seeds), ROWS.items()):
-        if fnmatch.fnmatch(name, options.rows) and (name, options.seed) not in done:
+    for seed, (name, run) in itertools.product(range(options.seeds), ROWS.items()):
+        options.seed = seed
+        if fnmatch.fnmatch(name, options.rows) and (name, seed) not in done:
             machine = {"machine": platform.machine(), "threads": options.threads, "torch": torch.__version__}
             asked = {key: getattr(options, key) for key in ("examples", "epochs", "seed", "width")}
             record(options.out, {"row": name, "points": run(options), "asked": asked, **machine})

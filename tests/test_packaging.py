@@ -204,8 +204,8 @@ def test_sources_compile_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
         side_by_side(failing, 2)(["a"])
 
 
-#: What the sources name of torch, all of it in the headers of 2.10, the oldest that they are compiled for. Before a name
-#: is added: it must be there, too.
+#: What the sources name of torch, all of it in the headers of 2.10, the oldest that they are compiled for. Before a
+#: name is added: it must be there, too.
 NAMES_OF_TORCH = {
     "CPU", "Device", "DeviceGuard", "DeviceType", "Double", "Float", "STABLE_TORCH_LIBRARY",
     "STABLE_TORCH_LIBRARY_FRAGMENT", "STABLE_TORCH_LIBRARY_IMPL", "ScalarType", "TORCH_ABI_VERSION", "TORCH_BOX",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from companion_models import attached, classifier, logits
+from companion_models import IDS, attached, classifier, logits
 from peft import (
     AutoPeftModelForSequenceClassification,
     LoraConfig,
@@ -75,6 +75,20 @@ def test_what_it_adds_goes_with_disable_adapter_and_comes_back(model: Any, confi
     with made.disable_adapter():
         assert torch.equal(logits(made), logits(model))
     assert torch.equal(logits(made), with_it)
+
+
+def test_it_trains_after_inference(model: Any, config: Any) -> None:
+    gradients = []
+    for inferred in (True, False):
+        torch.manual_seed(0)
+        one = get_peft_model(copy.deepcopy(model), copy.deepcopy(config)).eval()
+        if inferred:
+            with torch.inference_mode():
+                logits(one)
+        one(IDS).logits.square().sum().backward()
+        gradients.append([p.grad for p in one.parameters() if p.requires_grad])
+    assert any(bool(g.any()) for g in gradients[0])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("on_meta_first", [False, True])

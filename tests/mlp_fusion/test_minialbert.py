@@ -74,6 +74,40 @@ def test_passes_without_adapters_are_those_of_albert() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found.hidden_states, wanted.hidden_states, strict=True))
 
 
+def test_passes_are_stacked_layers_of_tied_weights() -> None:
+    """ALBERT with a layer for each pass, all with the same numbers."""
+    ours = drawn(MiniAlbertModel(config(adapter_size=0)))
+    apart = AlbertConfig(**SHAPE, num_hidden_groups=3, hidden_act="gelu")
+    theirs = AlbertModel(apart, add_pooling_layer=False).eval()
+    theirs.embeddings.load_state_dict(ours.embeddings.state_dict())
+    theirs.encoder.embedding_hidden_mapping_in.load_state_dict(ours.encoder.projection.state_dict())
+    groups = theirs.encoder.albert_layer_groups
+    assert len(groups) == 3
+    for group in groups:
+        group.albert_layers[0].load_state_dict(ours.encoder.layers[0].state_dict())
+    assert torch.equal(ours(IDS, MASK).last_hidden_state, theirs(IDS, MASK).last_hidden_state)
+
+
+def test_gradients_are_numeric() -> None:
+    """Of what runs several times, and of an adapter that runs once."""
+    model = drawn(MiniAlbertModel(config(num_hidden_layers=2))).double()
+    layer = model.encoder.layers[0]
+    parameters = [layer.ffn.bias, layer.attention.key.weight[:3, :4], layer.adapters[1].ffn.up.weight[:4]]
+    names = ["ffn.bias", "attention.key.weight", "adapters.1.ffn.up.weight"]
+    starts = [parameter.detach().clone().requires_grad_() for parameter in parameters]
+
+    def outputs(*values: torch.Tensor) -> torch.Tensor:
+        whole = {}
+        for name, value in zip(names, values, strict=True):
+            known = layer.get_parameter(name).detach()
+            whole[f"encoder.layers.0.{name}"] = known.index_put(
+                torch.meshgrid(*(torch.arange(n) for n in value.shape), indexing="ij"), value
+            )
+        return torch.func.functional_call(model, whole, (IDS, MASK)).last_hidden_state[:, :2]
+
+    assert torch.autograd.gradcheck(outputs, starts)
+
+
 def test_a_pass_with_adapters_is_the_formula() -> None:
     model = drawn(MiniAlbertModel(config(layer_norm_eps=1e-6))).double()
     states = model(IDS[:1], output_hidden_states=True).hidden_states
@@ -124,34 +158,42 @@ def test_a_text_is_classified_by_its_first_token() -> None:
     assert torch.equal(model(IDS, MASK).logits, wanted)
 
 
+@pytest.mark.parametrize("auto", AUTO)
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_vocabulary_grows(tied: bool) -> None:
-    model = drawn(MiniAlbertForMaskedLM(config(tie_word_embeddings=tied)))
-    before = model(IDS, MASK).logits
+def test_the_vocabulary_grows(auto: Any, tied: bool, tmp_path: Path) -> None:
+    model = drawn(auto.from_config(config(tie_word_embeddings=tied)))
+    before = model(IDS, MASK)[0]
     model.resize_token_embeddings(70, mean_resizing=False)
-    after = model(IDS, MASK).logits
-    assert model.config.vocab_size == after.shape[-1] == 70
-    torch.testing.assert_close(after[..., :67], before)
+    after = model(IDS, MASK)[0]
+    assert model.config.vocab_size == len(model.get_input_embeddings().weight) == 70
+    assert after.shape[-1] == (70 if auto is AutoModelForMaskedLM else before.shape[-1])
+    torch.testing.assert_close(after[..., : before.shape[-1]], before)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(auto.from_pretrained(tmp_path)(IDS, MASK)[0], after)
 
 
-def test_checkpointing_changes_no_gradient() -> None:
-    model = drawn(MiniAlbertForMaskedLM(config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))).train()
+@pytest.mark.parametrize("auto", AUTO)
+def test_checkpointing_changes_no_gradient(auto: Any) -> None:
+    dropless = config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout_prob=0.0)
+    model = drawn(auto.from_config(dropless)).train()
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable()
         model.zero_grad()
-        model(IDS, MASK, labels=IDS).loss.backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters()})
-    assert model.albert.encoder.layers[0].gradient_checkpointing
+        model(IDS, MASK)[0].square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert model.base_model.encoder.layers[0].gradient_checkpointing
+    assert len(gradients[0]) == len(gradients[1]) > 20
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
-def test_it_is_compiled_in_one_graph() -> None:
-    model = drawn(MiniAlbertModel(config()))
+@pytest.mark.parametrize("auto", AUTO)
+def test_it_is_compiled_in_one_graph(auto: Any) -> None:
+    model = drawn(auto.from_config(config()))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(IDS, MASK).last_hidden_state, model(IDS, MASK).last_hidden_state)
+    torch.testing.assert_close(compiled(IDS, MASK)[0], model(IDS, MASK)[0])
 
 
 def test_attention_maps_are_given_for_every_pass() -> None:

@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AlbertConfig, AlbertModel, AutoModelForCausalLM, GPT2Config
 
 import mlp_fusion
 from mlp_fusion import InputError, MpoConfig, mpo_decompose
@@ -142,7 +142,9 @@ def test_truncations_are_slices_and_keep_their_bound(seed: int, shapes: Any, siz
     for bonds in itertools.product(*sizes):
         small = chain.truncated(bonds)
         assert small.bonds == bonds
-        assert torch.equal(small.tensors[1], chain.tensors[1][: bonds[0], :, :, : bonds[1]])
+        ends = [1, *bonds, 1]
+        for t, whole, before, after in zip(small.tensors, chain.tensors, ends, ends[1:], strict=False):
+            assert torch.equal(t, whole[:before, :, :, :after])
         error = float((small.matrix() - weight).norm())
         assert error <= chain.error_bound(bonds) + off
         # No chain of these bonds is nearer than the best of one bond alone.
@@ -195,7 +197,7 @@ def test_single_precision_is_as_good_as_it_can_be() -> None:
 
 
 def test_the_published_counts_of_albert_base() -> None:
-    """Of the tensors that are trained: 936,148 of 11,683,584 parameters."""
+    """Of the tensors that are trained: 936,148, and of the model: 11,683,584."""
     attention = ((3, 4, 4, 4, 4), (4, 4, 4, 4, 3))
     of = {
         ((30000, 128), ((5, 10, 10, 10, 6), (2, 2, 4, 4, 2))): (1, 270_644),
@@ -211,6 +213,9 @@ def test_the_published_counts_of_albert_base() -> None:
         assert sum(each) - each[2] == small
         total += times * small
     assert total == 936_148
+    with torch.device("meta"):
+        albert = AlbertModel(AlbertConfig(hidden_size=768, num_attention_heads=12, intermediate_size=3072))
+    assert albert.num_parameters() == 11_683_584
     chain = mpo_decompose(matrix((768, 768)).float(), attention)
     assert chain.numel - chain.tensors[2].numel() == 74_016
 
@@ -369,6 +374,46 @@ def test_what_is_stored_loads_without_the_original(tmp_path: Path) -> None:
     config.inference_mode = False
     with pytest.raises(InputError, match="whose tensors are not loaded"):
         logits(get_peft_model(classifier(), config))
+
+
+def test_tensors_of_inference_mode_are_compared_by_their_numbers() -> None:
+    """They have no versions."""
+    with torch.inference_mode():
+        made = get_peft_model(classifier(), MpoConfig(bonds=4)).eval()
+        before = logits(made)
+        layers(made)[0].chain("default")[2].mul_(2)
+        assert not torch.equal(logits(made), before)
+
+
+def test_a_chain_that_is_multiplied_out_has_numeric_gradients() -> None:
+    layer = MpoLayer(nn.Linear(6, 4).double())
+    layer.update_layer(
+        "one", mpo_decompose(matrix((4, 6)), length=3).tensors, train_central=True, awaited=False
+    )  # fmt: skip
+    tensors = layer.chain("one")
+
+    def whole(*values: Tensor) -> Tensor:
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.data.copy_(value)  # what trains is compared by its numbers
+        left, central, right = operators.chain_sides(values)
+        half = left @ central.flatten(1)
+        made = half.reshape(-1, len(right)) @ right
+        return mpo._Rebuild.apply(left, central, right, half.detach(), made.detach())
+
+    assert torch.autograd.gradcheck(whole, [t.detach().clone().requires_grad_() for t in tensors])
+    layer.matrix("one").square().sum().backward()
+    direct = [t.detach().clone().requires_grad_() for t in tensors]
+    chain_matrix(direct, (4, 6)).square().sum().backward()
+    for tensor, other in zip(tensors, direct, strict=True):
+        torch.testing.assert_close(tensor.grad, other.grad)
+
+
+def test_bonds_of_modules_that_are_not_there_and_of_no_number() -> None:
+    pattern = {"encoder.layer.0.attention.self.query": [2, 3, 3, 1]}
+    with pytest.raises(InputError, match=r"bond_pattern names encoder\.layer\.0\S+: the model has no such module"):
+        get_peft_model(classifier(), MpoConfig(bond_pattern=pattern))
+    with pytest.raises(InputError, match="bonds is True: give a size"):
+        get_peft_model(classifier(), MpoConfig(bonds=True))
 
 
 def test_bonds_by_module_and_two_adapters() -> None:

@@ -129,6 +129,13 @@ def test_a_run_that_cannot_begin_leaves_nothing(source: Path, tmp_path: Path) ->
         assert not any((tmp_path / "out").iterdir())
 
 
+def test_more_parameters_than_there_are_is_no_target(source: Path, tmp_path: Path) -> None:
+    whole = AutoModelForSequenceClassification.from_pretrained(source).num_parameters()
+    with pytest.raises(InputError, match=f"target_parameters {whole}: the model has {whole:,}, so that nothing"):
+        squeeze(source, tmp_path / "out", ROWS, ROWS, **OPTIONS, target_parameters=whole)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_fusion_and_chains_together(source: Path, tmp_path: Path) -> None:
     options = {**OPTIONS, "width": 0.5, "target_parameters": 0.7}

@@ -71,7 +71,7 @@ class MpoConfig(CompanionConfig):
     chains: dict[str, list[list[int]]] | None = field(default=None, metadata={"help": "filled in: shapes of tensors"})
 
     def check(self) -> None:
-        if self.bonds is not None and (not isinstance(self.bonds, int) or self.bonds < 1):
+        if self.bonds is not None and (type(self.bonds) is not int or self.bonds < 1):
             raise InputError(f"bonds is {self.bonds!r}: give a size of 1 or more, or None for all")
         if not isinstance(self.length, int) or self.length < 2:
             raise InputError(f"length is {self.length!r}: a chain has 2 tensors or more")
@@ -108,31 +108,36 @@ class _Made:
     """A chain multiplied out, and what it was made of.
 
     Versions of tensors tell of changes, but not of those that torch's fused optimisers make: what trains is compared by
-    its numbers.
+    its numbers. So is what was made in inference mode, which has no versions.
     """
 
     versions: tuple[tuple[int, int], ...]
-    trained: tuple[Tensor, ...]
+    compared: tuple[Tensor, ...]
     half: Tensor
     whole: Tensor
 
     @staticmethod
     def of(tensors: Sequence[Tensor], half: Tensor, whole: Tensor) -> _Made:
-        return _Made(_versions(tensors), tuple(t.detach().clone() for t in tensors if t.requires_grad), half, whole)
+        return _Made(_versions(tensors), tuple(t.detach().clone() for t in _unversioned(tensors)), half, whole)
 
     def still(self, tensors: Sequence[Tensor]) -> bool:
         """Whether it is what these tensors make."""
-        trained = [t.detach() for t in tensors if t.requires_grad]
+        compared = _unversioned(tensors)
         return (
             self.versions == _versions(tensors)
-            and len(trained) == len(self.trained)
-            and all(torch.equal(*pair) for pair in zip(trained, self.trained, strict=True))
+            and len(compared) == len(self.compared)
+            and all(torch.equal(*pair) for pair in zip(compared, self.compared, strict=True))
         )
 
 
 def _versions(tensors: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
     """What tells tensors that have changed, or are others, from those that were there."""
-    return tuple((id(t), t._version) for t in tensors)
+    return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
+
+
+def _unversioned(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those whose changes versions do not tell of."""
+    return [t.detach() for t in tensors if t.requires_grad or t.is_inference()]
 
 
 class MpoLayer(CompanionLayer):
@@ -186,7 +191,8 @@ class MpoLayer(CompanionLayer):
         # Autocast multiplies in another dtype.
         alike = made is not None and (made.whole.device, made.whole.dtype) == (left.device, left.dtype)
         if made is None or not alike or not made.still(tensors):
-            with torch.no_grad():
+            # What inference has multiplied out serves training as well.
+            with torch.inference_mode(mode=False), torch.no_grad():
                 half = left @ central.flatten(1)
                 made = _Made.of(tensors, half, half.reshape(-1, len(right)) @ right)
             self._made[adapter] = made
@@ -241,6 +247,10 @@ class MpoModel(CompanionModel):
         super()._prepare_model(peft_config, model)
         head: Any = getattr(model, "get_output_embeddings", lambda: None)()
         self._head = getattr(head, "weight", None)
+        known = {name for name, _ in model.named_modules()}
+        unknown = [name for name in peft_config.bond_pattern or {} if name not in known]
+        if unknown:
+            raise InputError(f"bond_pattern names {unknown[0]}: the model has no such module")
         self._stored = peft_config.chains
         peft_config.chains = dict(peft_config.chains or {})
 

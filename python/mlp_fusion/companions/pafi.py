@@ -130,7 +130,9 @@ class PafiLayer(CompanionLayer):
         version = 0 if indices.is_inference() else indices._version
         known = self._places.get(adapter)
         if known is None or known[0] is not indices or known[1] != version:
-            known = self._places[adapter] = indices, version, self._find_places(indices.long())
+            # Those that inference has found serve training as well.
+            with torch.inference_mode(mode=False):
+                known = self._places[adapter] = indices, version, self._find_places(indices.long())
         return known[2]
 
     def _find_places(self, indices: Tensor) -> _Places:

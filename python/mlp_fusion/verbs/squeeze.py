@@ -130,6 +130,8 @@ def squeeze(
     settings.check()
     out = output_path(out)
     report = _opened(out, settings)
+    if not report.rounds:
+        _check_target(model, settings)
     with taken(out):
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / SQUEEZE_FILE, report.to_dict())
@@ -153,6 +155,16 @@ def squeeze(
             write_json(out / SQUEEZE_FILE, report.to_dict())
         _finish(out, report)
     return report
+
+
+def _check_target(model: str | Path, settings: SqueezeSettings) -> None:
+    """Raise InputError for a count of parameters that the model does not exceed."""
+    asked = settings.target_parameters
+    if asked is None or asked < 1.0:
+        return
+    whole = _whole(load_for(settings.task, Path(model)))
+    if asked >= whole:
+        raise InputError(f"target_parameters {asked:.0f}: the model has {whole:,}, so that nothing is to be cut")
 
 
 def _forget(out: Path) -> None:
