@@ -7,7 +7,8 @@
 Rows `TEACHER START [bare] STEPS` distil a student of all-MiniLM-L6-v2 (`minilm`, which has no head for masked tokens
 that a student could learn from) or of a small BERT that the script trains first (`small`), on SST-2's training texts
 and tiny Shakespeare, for a number of steps. `START` is `random`, as in the paper, or `teacher`; `bare` students have no
-adapters. The loss for masked tokens is measured on SST-2's development texts; then the student is fine-tuned on
+adapters. `--rate`, `--mlm-weight`, `--embedding-size` and `--intermediate-size` make others of them, which are noted as
+rows of their own. The loss for masked tokens is measured on SST-2's development texts; then the student is fine-tuned on
 `--examples` rows of SST-2. Rows `TEACHER fusion` fine-tune the teacher with its FFNs fused to `--width` instead, and
 `small itself` as it is, after its own loss for masked tokens. `cost`
 times forward and backward of a pass at the shape of BERT-base, its FFN as transformers' layers and by this project's
@@ -47,6 +48,8 @@ SMALL = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "
 SMALL_STEPS, SMALL_RATE = 1000, 1e-3
 #: Blocks of text, and how many are worked on at a time.
 LENGTH, BATCH = 64, 16
+#: Options that make a student's row another one.
+ASKED = ("rate", "mlm_weight", "embedding_size", "intermediate_size")
 #: A distillation is evaluated so many times.
 PARTS = 4
 #: Weights of fine-tuned students and teachers are trained at these rates.
@@ -111,6 +114,7 @@ def student_row(name: str, seed: int, options: argparse.Namespace) -> dict[str, 
     shutil.rmtree(out, ignore_errors=True)
     known: dict[str, Any] = {
         "start": start, "seed": seed, "embedding_size": options.embedding_size, "max_length": LENGTH,
+        "intermediate_size": options.intermediate_size, "mlm_weight": options.mlm_weight,
         **({"adapter_size": 0} if "bare" in rest else {}), **({} if teacher.head else {"output_weight": 0.0}),
     }  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(teacher.folder)
@@ -220,6 +224,8 @@ def run_row(name: str, seed: int, options: argparse.Namespace) -> None:
     key: dict[str, Any] = {"row": name, "seed": seed}
     if "fusion" in name:
         key["asked_width"] = options.width
+    elif name not in ("cost", "small itself"):
+        key["asked"] = {asked: getattr(options, asked) for asked in ASKED}
     if (name == "cost" and seed) or any(all(row.get(k) == v for k, v in key.items()) for row in recorded(options.out)):
         return
     run = {"cost": lambda: cost_row(options.repeats), "small itself": lambda: teacher_row(seed, options)}.get(
@@ -232,8 +238,8 @@ def run_row(name: str, seed: int, options: argparse.Namespace) -> None:
 
 def summary(rows: Sequence[dict[str, Any]]) -> None:
     """Print a line a row, means over seeds."""
-    for name in dict.fromkeys((row["row"], row.get("width")) for row in rows):
-        found = [row for row in rows if (row["row"], row.get("width")) == name]
+    for name in dict.fromkeys(map(_kind, rows)):
+        found = [row for row in rows if _kind(row) == name]
         if "seconds" in found[0]:
             said = json.dumps(found[0]["seconds"])
         else:
@@ -243,7 +249,13 @@ def summary(rows: Sequence[dict[str, Any]]) -> None:
                 said += f", mlm {statistics.mean(row['mlm'] for row in found):.3f}"
                 seconds = [row["processor_seconds"] for row in found if "processor_seconds" in row]
                 said += f", {statistics.mean(seconds):.0f} processor seconds" if seconds else ""
-        print(f"{name[0]:28} {'' if name[1] is None else name[1]} {said}")
+        print(f"{name[0]:28} {name[1] or ''} {said}")
+
+
+def _kind(row: dict[str, Any]) -> tuple[str, str]:
+    """What rows have in common that differ by their seed: their name, and what was asked for."""
+    asked = row.get("asked", {}).values()
+    return row["row"], str(row.get("width", "")) or " ".join(str(value) for value in asked if value is not None)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -253,7 +265,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", default="*", help="which rows, as a pattern")
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 100, 400], help="steps of distillation")
     parser.add_argument("--rate", type=float, default=5e-4, help="learning rate of the distillation")
+    parser.add_argument("--mlm-weight", type=float, default=1.0, help="of masked tokens in the distillation")
     parser.add_argument("--embedding-size", type=int, default=128, help="of the students")
+    parser.add_argument("--intermediate-size", type=int, help="neurons of the students' FFN; the teacher's by default")
     parser.add_argument("--teacher-steps", type=int, default=SMALL_STEPS, help="steps of the small teacher")
     parser.add_argument("--width", type=float, default=0.25, help="share of the FFNs in rows of fusion; 1: all")
     parser.add_argument("--seeds", type=int, default=1)
