@@ -1,6 +1,6 @@
 """Feed-forward blocks of few neurons beside ordinary layers: seconds, memory and share of the floor, in one run.
 
-    python bench/fused_mlp.py [--tokens T ...] [--threads N] [--rounds N] [--out FILE]
+    python bench/fused_mlp.py [--tokens T ...] [--widths D,H ...] [--threads N] [--rounds N] [--out FILE]
 
 On a CPU; `bench/gpu.py --only mlp` is for GPUs. `FusedMLP` beside `torch.nn.Sequential` of the same width and
 `FusedGLU` beside the same layers composed by hand, float32, forward without gradients and a training step (forward and
@@ -9,7 +9,7 @@ backward); ours with the scale folded into the weights, as the layers have it, a
 With `--threads 1` what counts are processor seconds, which other programs disturb less than elapsed ones. Variants are
 timed in turn, in random order in every round; given are medians and quartiles of the rounds, and ratios of medians. The
 floor is the operations of the products over the rate that a large product reaches in the same run. Peak memory is that
-of one training step beyond x and the weights.
+of one training step beyond x and the weights. With `--widths`, what `--out` holds of other widths stays.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fusion_kernels import backends, fused_glu_mlp, fused_mlp
 from mlp_fusion import FusedGLU, FusedMLP
 
 #: d and h; outputs are as wide as inputs.
-CPU_WIDTHS = [(384, 384), (768, 192), (768, 768)]
+CPU_WIDTHS = [(384, 384), (768, 192), (768, 768), (2048, 512)]
 CPU_TOKENS = [1, 128, 1024, 8192]
 #: Seconds that one timing of calls takes at least, and rounds of a comparison, whatever they take.
 LEAST_SECONDS = 2e-3
@@ -243,9 +243,9 @@ def run_cpu(options: argparse.Namespace) -> dict[str, Any]:
         "shapes": [],
     }
     for gated in (False, True):
-        for d, h in CPU_WIDTHS:
+        for d, h in options.widths or CPU_WIDTHS:
             for tokens in options.tokens or CPU_TOKENS:
-                found = cpu_shape(tokens, d, h, gated, options, rate)
+                found = {**cpu_shape(tokens, d, h, gated, options, rate), "product operations per second": rate}
                 result["shapes"].append(found)
                 ratios = {name: found[name]["ratios to layers"] for name in ("forward", "both")}
                 rounded = {n: {k: round(v, 3) for k, v in row.items()} for n, row in ratios.items()}
@@ -254,16 +254,38 @@ def run_cpu(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def beside(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Earlier results with the shapes of another run, in the place of what they have of its widths."""
+    if known["machine"] != found["machine"]:
+        raise SystemExit(f"{known['machine']} made what is there, and this is {found['machine']}: choose another --out")
+    widths = {(shape["d"], shape["h"]) for shape in found["shapes"]}
+    kept = [shape for shape in known["shapes"] if (shape["d"], shape["h"]) not in widths]
+    return {**known, "shapes": sorted([*kept, *found["shapes"]], key=_order)}
+
+
+def _order(shape: dict[str, Any]) -> tuple[bool, int, int, int]:
+    return shape["gated"], shape["d"], shape["h"], shape["tokens"]
+
+
+def width(text: str) -> tuple[int, int]:
+    """`768,192` as d and h."""
+    d, h = map(int, text.split(","))
+    return d, h
+
+
 def main() -> None:
     """Measure, print, and write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", nargs="*", type=int, help="instead of the usual token counts")
+    parser.add_argument("--widths", nargs="*", type=width, metavar="D,H", help="instead of the usual ones")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--rounds", type=int, default=60, help="at most, of each comparison")
     parser.add_argument("--budget", type=float, default=5.0, help="seconds for the rounds of a comparison")
     parser.add_argument("--out", type=Path, default=Path("bench/results/fused_mlp-cpu.json"))
     options = parser.parse_args()
     result = run_cpu(options)
+    if options.widths and options.out.is_file():
+        result = beside(json.loads(options.out.read_text(encoding="utf-8")), result)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"written: {options.out}")
