@@ -1,13 +1,16 @@
 """Everything that needs a GPU, in one run of at most ten minutes, of which nothing is lost.
 
-    python bench/gpu.py [--only STAGE ...] [--resume] [--model FOLDER ...] [--seconds 600] [--out FILE]
+    python bench/gpu.py [--only STAGE ...] [--resume] [--keep STAGE ...] [--model FOLDER ...] [--seconds 600]
+                        [--out FILE]
     python bench/gpu.py --plan
 
 From a bare checkout: neither this project nor its compiled libraries need be installed. `--plan` prints the stages and
 their seconds, and needs no GPU. Every stage runs in a process of its own, and the file is written anew after every
 line. What raises, crashes or never ends is kept under `failures`, and the run goes on; the status is 1 then. `--resume`
 leaves out the lines that the file has already, if they are of the same device, driver, torch, Triton and bytes of the
-kernels. Without it, a file that is there is renamed to `FILE.before`.
+kernels. Where kernels have been mended since, `--keep` names the stages whose lines still hold: these stay, each with
+the digests that it was `found with`, and all others are found out anew. Without either, a file that is there is renamed
+to `FILE.before`.
 """
 
 from __future__ import annotations
@@ -21,10 +24,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gpu_running import Record, Stage, planned, run
+from gpu_running import FOUND_WITH, Record, Stage, planned, run
 
 #: Which device that is, and its ceilings; always.
 DEVICE = Stage("device", 18, 60, "gpu_device", "what results depend on; rates of a large product and a large copy")
@@ -44,6 +48,8 @@ STAGES = (
 )
 #: Seconds that the first stage may take where nothing is in memory yet, and for what is left to do behind the last one.
 BEGINNING, END = 60.0, 5.0
+#: What may have changed under the lines of stages that are kept.
+MENDED = ("kernels", "compiled sources")
 _ASKED = "power.draw,clocks.sm,clocks.mem,temperature.gpu,pstate"
 
 
@@ -79,12 +85,17 @@ def device_facts(record: Record) -> dict[str, Any]:
     return facts["about"]
 
 
-def kept_lines(path: Path, resume: bool, about: dict[str, Any]) -> dict[str, Any] | None:
-    """What the file has, to go on with; None, and an older file out of the way, where the run begins anew."""
+def kept_lines(path: Path, resume: bool, about: dict[str, Any], keep: Sequence[str] = ()) -> dict[str, Any] | None:
+    """What the file has, to go on with; None, and an older file out of the way, where the run begins anew.
+
+    Args:
+        keep: stages whose lines are gone on with even if the kernels are others now.
+    """
+    before = path.with_name(f"{path.name}.before")
     if not path.exists():
         return None
-    if not resume:
-        path.replace(path.with_name(f"{path.name}.before"))
+    if not resume and not keep:
+        path.replace(before)
         return None
     try:
         kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -92,9 +103,30 @@ def kept_lines(path: Path, resume: bool, about: dict[str, Any]) -> dict[str, Any
     except (ValueError, KeyError) as error:
         refuse(f"--resume: {path} is no file of this script ({error}): name another one with --out")
     differ = sorted(name for name in {*known, *about} if known.get(name) != about.get(name))
+    mended = set(differ) <= set(MENDED)
+    if differ and not (mended and keep):
+        instead = ", or the stages whose lines still hold with --keep" if mended else ""
+        refuse(f"--resume: {path} is of another {', '.join(differ)}: name another file with --out{instead}")
     if differ:
-        refuse(f"--resume: {path} is of another {', '.join(differ)}: name another file with --out")
+        shutil.copy(path, before)  # it has lines that are not kept
+        return _marked(kept, keep, {name: known.get(name) for name in differ})
     return kept
+
+
+def _marked(kept: Mapping[str, Any], keep: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
+    """The lines of these stages with what they were found with; of lines that were kept before, that was earlier."""
+
+    def marked(line: Mapping[str, Any]) -> dict[str, Any]:
+        return {**line, FOUND_WITH: {**known, **line.get(FOUND_WITH, {})}}
+
+    return {
+        part: {
+            stage: {name: marked(line) for name, line in lines.items()}
+            for stage, lines in kept[part].items()
+            if stage in keep
+        }
+        for part in ("stages", "failures")
+    }
 
 
 def arguments() -> argparse.Namespace:
@@ -102,6 +134,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=[stage.name for stage in STAGES], help="these stages")
     parser.add_argument("--resume", action="store_true", help="leave out the lines that the file has already")
+    lasting = [stage.name for stage in STAGES if stage.lasting]
+    parser.add_argument(
+        "--keep", nargs="+", default=[], choices=lasting, metavar="STAGE",
+        help="go on as by --resume though kernels have changed: what these stages have found still holds",
+    )  # fmt: skip
     parser.add_argument("--model", type=Path, action="append", default=[], help="a checkpoint to compress; repeatable")
     parser.add_argument("--seconds", type=float, default=600.0, help="for all of it")
     parser.add_argument("--out", type=Path, default=Path("bench/results/gpu.json"))
@@ -139,7 +176,7 @@ def main() -> int:
         run([DEVICE], record, told, BEGINNING, first.append)
         about = device_facts(record)
         say("; ".join(first))
-        kept = kept_lines(options.out, options.resume, about)
+        kept = kept_lines(options.out, options.resume, about, options.keep)
         if kept is not None:
             record.adopt(kept, chosen)
         record.note("about", about)

@@ -33,6 +33,9 @@ GRACE = 10.0
 #: How a process ends whose device has become unusable; and how long it has had to say its last words, in seconds.
 UNUSABLE, LAST_WORDS = 23, 2.0
 
+#: Under this a line says which digests it was found with, where these are not those of the file.
+FOUND_WITH = "found with"
+
 Work = Callable[[], dict[str, Any]]
 
 
@@ -80,7 +83,7 @@ class Record:
 
     Attributes:
         stages: result by stage and line. A result with `skipped` says why there is none; one with `failed` what speaks
-            against what was found.
+            against what was found; one with :data:`FOUND_WITH` was found by an earlier run with other kernels.
         failures: by stage and line, type and message. What has no line of its own is under the stage's name.
         notes: everything else, by name.
     """
@@ -89,7 +92,7 @@ class Record:
         self.path: Path | None = None
         self.notes: dict[str, Any] = {}
         self.stages: dict[str, dict[str, dict[str, Any]]] = {}
-        self.failures: dict[str, dict[str, dict[str, str]]] = {}
+        self.failures: dict[str, dict[str, dict[str, Any]]] = {}
 
     def keep(self, path: Path) -> None:
         """Write the file now, and anew after every line."""
@@ -113,12 +116,13 @@ class Record:
         """Keep a line."""
         self.stages.setdefault(stage, {})[line] = result
         if "failed" in result:
-            self.fail(stage, line, "Failed", result["failed"])
+            found_with = {name: value for name, value in result.items() if name == FOUND_WITH}
+            self.fail(stage, line, "Failed", result["failed"], found_with)
         self.write()
 
-    def fail(self, stage: str, line: str, kind: str, message: str) -> None:
+    def fail(self, stage: str, line: str, kind: str, message: str, found_with: Mapping[str, Any] | None = None) -> None:
         """Keep a failure."""
-        self.failures.setdefault(stage, {})[line] = {"type": kind, "message": message}
+        self.failures.setdefault(stage, {})[line] = {"type": kind, "message": message, **(found_with or {})}
         self.write()
 
     def note(self, name: str, value: Any) -> None:

@@ -252,6 +252,45 @@ def test_an_older_file_is_kept_or_gone_on_with(command: ModuleType, tmp_path: Pa
         command.kept_lines(file, True, about)
 
 
+def test_after_a_kernel_is_mended_the_lines_that_still_hold_are_kept(command: ModuleType, tmp_path: Path) -> None:
+    file, about = tmp_path / "out.json", {"device": "A", "kernels": "1", "compiled sources": "a"}
+    stages = {"mlp": {"x": {"ms": 3}, "y": {"failed": "errs"}}, "kmeans": {"z": {"ms": 4}}}
+    failures = {"mlp": {"y": {"type": "Failed", "message": "errs"}, "v": {"type": "T", "message": "m"}}}
+    content = {"about": about, "stages": stages, "failures": failures}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    # Kernels that are the same need no mark.
+    assert command.kept_lines(file, False, about, ["mlp"]) == content
+    mended = {**about, "kernels": "2"}
+    with pytest.raises(SystemExit, match=r"with --out, or the stages whose lines still hold with --keep$"):
+        command.kept_lines(file, True, mended)
+    with pytest.raises(SystemExit, match=r"is of another device, kernels: name another file with --out$"):
+        command.kept_lines(file, True, {**mended, "device": "B"}, ["mlp"])
+    kept = command.kept_lines(file, False, mended, ["mlp"])
+    mark = {"found with": {"kernels": "1"}}
+    assert kept["stages"] == {"mlp": {"x": {"ms": 3, **mark}, "y": {"failed": "errs", **mark}}}
+    assert json.loads((tmp_path / "out.json.before").read_text(encoding="utf-8")) == content
+    record = command.Record()
+    record.adopt(kept, command.STAGES)
+    assert record.failures == {"mlp": {"y": {"type": "Failed", "message": "errs", **mark}}}
+    record.adopt(kept, [])
+    assert record.failures["mlp"]["v"] == {"type": "T", "message": "m", **mark}
+    # Mended once more: what was kept before says what it was found with at first.
+    record.add("mlp", "new", {"ms": 5})
+    record.note("about", mended)
+    record.keep(file)
+    again = command.kept_lines(file, True, {**mended, "kernels": "3", "compiled sources": "b"}, ["mlp"])
+    assert again["stages"]["mlp"]["x"]["found with"] == {"kernels": "1", "compiled sources": "a"}
+    assert again["stages"]["mlp"]["new"]["found with"] == {"kernels": "2", "compiled sources": "a"}
+
+
+def test_a_library_that_the_bench_builds_leaves_its_own_file_usable(importable: None, tmp_path: Path) -> None:
+    of_device = importlib.import_module("gpu_device")
+    about = {"device": "A", "kernels": "1", "cuda library": "not there"}
+    before, after = (of_device.what_lines_depend_on({**about, "cuda library": there}) for there in ("none", "built"))
+    assert before == after
+    assert {"device", "kernels", "compiled sources"} == set(before)
+
+
 def test_a_model_that_is_none_is_refused_before_anything_runs(tmp_path: Path) -> None:
     done = gpu("--model", str(tmp_path))
     assert done.returncode == 1

@@ -227,12 +227,26 @@ def test_where_nothing_can_be_written(asked: list[str], folder: Path) -> None:
 
 def test_the_key_is_of_everything_that_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     about = facts(CPU)
-    assert about.keys() >= {"project", "kernels", "torch", "triton", "ptxas", "TRITON_DEFAULT_FP_FUSION", "device"}
+    names = {"project", "kernels", "cuda library", "torch", "triton", "ptxas", "TRITON_DEFAULT_FP_FUSION", "device"}
+    assert about.keys() >= names
     assert len({key_of(about), *(key_of({**about, name: "another"}) for name in about)}) == len(about) + 1
     (tmp_path / "gpu.py").write_text("1", encoding="utf-8")
-    before = key_module._digest(tmp_path)
+    monkeypatch.setattr(key_module, "PACKAGE", tmp_path)
+
+    def found() -> tuple[str, str]:
+        about = facts.__wrapped__(CPU)
+        return about["kernels"], about["cuda library"]
+
+    first = found()
     (tmp_path / "gpu.py").write_text("2", encoding="utf-8")
-    assert key_module._digest(tmp_path) != before
+    second = found()
+    assert second[0] != first[0]
+    assert second[1] == first[1]
+    # A library that is built later is another fact, and another key.
+    (tmp_path / "_cuda.abi3.so").write_bytes(b"1")
+    third = found()
+    assert third[0] == second[0]
+    assert third[1] != second[1]
 
 
 def test_of_two_processes_one_checks_and_the_other_waits(
