@@ -36,15 +36,15 @@ STAGES = (
     Stage(
         "compile", 72, 70, "gpu_compile", "every launch, by a process for each processor; the libraries", lasting=False
     ),
-    Stage("proofs", 50, 25, "gpu_proofs", "every case of fusion_kernels.proof, and the verdicts that users get"),
+    Stage("proofs", 65, 45, "gpu_proofs", "every case of fusion_kernels.proof, and the verdicts that users get"),
     Stage("sanitizer", 50, 25, "gpu_sanitizer", "compute-sanitizer: memcheck and racecheck of small cases"),
     Stage("kmeans", 110, 40, "gpu_kmeans", "by step, by mode, beside Lloyd's iteration in torch and the CPU"),
-    Stage("mlp", 105, 50, "gpu_mlp", "blocks beside eager and compiled layers; kernels by tile beside cuBLAS"),
+    Stage("mlp", 100, 50, "gpu_mlp", "blocks beside eager and compiled layers; kernels by tile beside cuBLAS"),
     Stage("experts", 30, 20, "gpu_experts", "8 and 128 experts beside torch's grouped products"),
     Stage("ntk", 35, 20, "gpu_ntk", "tangent kernels: checks, then times beside torch"),
     Stage("whole", 60, 40, "gpu_whole", "compress on the GPU and the CPU; tokens per second in training"),
     Stage("profile", 20, 15, "gpu_profile", "torch.profiler: one call of k-means, one training step"),
-    Stage("ncu", 45, 30, "gpu_ncu", "Nsight Compute on six kernels"),
+    Stage("ncu", 35, 30, "gpu_ncu", "Nsight Compute on six kernels"),
 )
 #: Seconds that the first stage may take where nothing is in memory yet, and for what is left to do behind the last one.
 BEGINNING, END = 60.0, 5.0

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -310,6 +310,30 @@ def test_what_the_sanitizer_says_is_understood(importable: None) -> None:
     assert judged(0, "Target application returned an error") == {
         "outcome": "status 0", "said": "Target application returned an error",
     }  # fmt: skip
+
+
+def test_a_verdict_is_asked_for_only_where_there_is_time_for_one(
+    command: ModuleType, running: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proofs = importlib.import_module("gpu_proofs")
+    monkeypatch.setattr(proofs.gpu_timing, "DEVICE", "cpu")
+    limits: list[float] = []
+
+    def check(_: Any, limit: float) -> Any:
+        limits.append(limit)
+        return SimpleNamespace(text="proved", why=None, cases=3, seconds=1.0)
+
+    def asked(seconds: float) -> Any:
+        return proofs._verdict(SimpleNamespace(check=check), running.Told({}, {}, time.monotonic() + seconds))
+
+    assert asked(15.0)["skipped"].startswith("not reached: 15 s are left")
+    assert asked(-3.0)["skipped"].startswith("not reached: 0 s are left")
+    assert limits == []
+    assert asked(30.0)["verdict"] == asked(500.0)["verdict"] == "proved"
+    assert limits == pytest.approx([30.0, proofs.MOST_SECONDS], abs=2.0)
+    # The line itself is given up later than that.
+    line_seconds = {stage.name: stage.line_seconds for stage in command.STAGES}
+    assert proofs.LEAST_SECONDS < proofs.MOST_SECONDS < line_seconds["proofs"]
 
 
 def test_what_nsight_compute_says_is_understood(importable: None) -> None:

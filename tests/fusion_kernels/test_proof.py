@@ -119,6 +119,7 @@ def test_cases_run_in_a_process_of_their_own(function: str, outcome: str, words:
     ("said", "ending", "outcome", "words", "cases"),
     [
         ([{"key": "k"}, {"begin": "a"}], "time.sleep(600)", "failed", "case 'a' did not end within 2 s", 0),
+        ([{"key": "k"}], "time.sleep(600)", "unknown", "the preparation did not end within 2 s", 0),
         (
             [{"key": "k"}, {"begin": "a"}, {"failure": None}, {"begin": "b"}],
             "os.abort()",
@@ -144,6 +145,11 @@ def test_what_the_other_process_comes_to(
     verdict = child.ask("proof_cases:right", CPU, "k", 2.0)
     assert (verdict.outcome, verdict.cases) == (outcome, cases)
     assert str(verdict.why).startswith(words)
+
+
+def test_without_time_for_a_case_nothing_speaks_against_kernels() -> None:
+    verdict = child.ask("proof_cases:right", CPU, key_of(facts(CPU)), 0.2)
+    assert (verdict.outcome, verdict.why) == ("unknown", "the preparation did not end within 0.2 s")
 
 
 @pytest.mark.parametrize(
