@@ -35,6 +35,8 @@ UNUSABLE, LAST_WORDS = 23, 2.0
 
 #: Under this a line says which digests it was found with, where these are not those of the file.
 FOUND_WITH = "found with"
+#: Under this it is kept which lines of a stage there was no time for.
+LEFT_OUT = "left out for lack of time"
 
 Work = Callable[[], dict[str, Any]]
 
@@ -111,6 +113,7 @@ class Record:
                 lasts = stage not in tried or (tried[stage] and "skipped" not in result)
                 if lasts and line not in self.stages.get(stage, {}):
                     self.add(stage, line, result)
+        self.note("taken", {**kept.get("taken", {}), **self.notes.get("taken", {})})
 
     def add(self, stage: str, line: str, result: dict[str, Any]) -> None:
         """Keep a line."""
@@ -157,6 +160,21 @@ def planned(stages: Sequence[Stage], seconds: float) -> list[tuple[Stage, float]
     return [(stage, stage.seconds * seconds / whole) for stage in stages]
 
 
+def outstanding(stages: Sequence[Stage], kept: Mapping[str, Any]) -> list[Stage]:
+    """The stages of which an earlier run has left something to do, so that no other one gets a share or a process."""
+
+    def over(stage: Stage) -> bool:
+        lines, taken = kept["stages"].get(stage.name, {}), kept.get("taken", {}).get(stage.name)
+        again = kept["failures"].get(stage.name, {}).keys() - lines.keys()
+        skipped = any("skipped" in line for line in lines.values())
+        return taken is not None and not taken[LEFT_OUT] and not again and not skipped
+
+    lasting = [stage for stage in stages if stage.lasting]
+    left = [stage for stage in lasting if not over(stage)]
+    # What does not last is done for the others.
+    return [stage for stage in stages if stage in left or (not stage.lasting and (left or not lasting))]
+
+
 def run(
     stages: Sequence[Stage],
     record: Record,
@@ -171,7 +189,7 @@ def run(
         started = time.monotonic()
         ends = min(share_ends + GRACE, began + seconds)
         left_out = _Run(stage, record, options, share_ends, ends, say).to_the_end()
-        taken = {"seconds": round(time.monotonic() - started, 1), "left out for lack of time": left_out}
+        taken = {"seconds": round(time.monotonic() - started, 1), LEFT_OUT: left_out}
         record.note("taken", {**record.notes.get("taken", {}), stage.name: taken})
 
 

@@ -192,6 +192,37 @@ def test_a_later_run_goes_on_where_one_has_ended(running: ModuleType, tmp_path: 
     assert other.lasting
 
 
+def test_what_is_over_gets_no_share_of_a_later_run(running: ModuleType, tmp_path: Path) -> None:
+    def names(stages: list[Any], kept: dict[str, Any]) -> list[str]:
+        return [one.name for one in running.outstanding(stages, kept)]
+
+    good, broken, slow = (stage(running, name, f"{name}_stage") for name in ("good", "broken", "slow"))
+    ahead = running.Stage("ahead", 1, 10, "short_stage", "", lasting=False)
+    record = running.Record()
+    record.keep(tmp_path / "out.json")
+    running.run([ahead, good, broken], record, {"folder": str(tmp_path)}, 60.0, lambda _: None)
+    running.run([slow], record, {"folder": str(tmp_path)}, 1.0, lambda _: None)
+    found = kept(tmp_path)
+    assert names([ahead, good, broken, slow], found) == ["ahead", "broken", "slow"]
+    assert names([ahead, good], found) == []
+    assert names([ahead], found) == ["ahead"]
+    # What was not begun, skipped or failed without a result is not over; what has failed with one will do so again.
+    assert names([stage(running, "new", "m")], found) == ["new"]
+    lines = found["stages"]["good"]
+    lines["first"]["failed"] = "errs"
+    found["failures"]["good"] = {"first": {}}
+    assert names([good], found) == []
+    found["failures"]["good"]["lost"] = {}
+    assert names([good], found) == ["good"]
+    del found["failures"]["good"]
+    lines["first"]["skipped"] = "no tool"
+    assert names([good], found) == ["good"]
+    # What an earlier run says of its stages stays.
+    later = running.Record()
+    later.adopt(found, [good])
+    assert later.notes["taken"]["good"] == found["taken"]["good"]
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +244,9 @@ def test_the_plan_is_printed_without_a_gpu_and_fits(command: ModuleType) -> None
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     assert [row[2] for row in rows[:-1]] == ["device", *(stage.name for stage in command.STAGES)]
-    assert sum(float(row[0]) for row in rows[:-1]) <= 600
+    # Two runs make ten minutes, and one that is told nothing fits where a command may take as long.
+    assert sum(float(row[0]) for row in rows[:-1]) <= command.SECONDS == 400
+    assert command.BEGINNING >= command.DEVICE.line_seconds >= 120
     assert sum(stage.seconds for stage in (command.DEVICE, *command.STAGES)) <= 600
     for stage in command.STAGES:
         assert (BENCH / f"{stage.module}.py").is_file()
@@ -256,7 +289,8 @@ def test_after_a_kernel_is_mended_the_lines_that_still_hold_are_kept(command: Mo
     file, about = tmp_path / "out.json", {"device": "A", "kernels": "1", "compiled sources": "a"}
     stages = {"mlp": {"x": {"ms": 3}, "y": {"failed": "errs"}}, "kmeans": {"z": {"ms": 4}}}
     failures = {"mlp": {"y": {"type": "Failed", "message": "errs"}, "v": {"type": "T", "message": "m"}}}
-    content = {"about": about, "stages": stages, "failures": failures}
+    taken = {"mlp": {"seconds": 1}, "kmeans": {"seconds": 2}}
+    content = {"about": about, "stages": stages, "failures": failures, "taken": taken, "models": ["m"]}
     file.write_text(json.dumps(content), encoding="utf-8")
     # Kernels that are the same need no mark.
     assert command.kept_lines(file, False, about, ["mlp"]) == content
@@ -266,6 +300,7 @@ def test_after_a_kernel_is_mended_the_lines_that_still_hold_are_kept(command: Mo
     with pytest.raises(SystemExit, match=r"is of another device, kernels: name another file with --out$"):
         command.kept_lines(file, True, {**mended, "device": "B"}, ["mlp"])
     kept = command.kept_lines(file, False, mended, ["mlp"])
+    assert (kept["taken"], kept["models"]) == ({"mlp": {"seconds": 1}}, ["m"])
     mark = {"found with": {"kernels": "1"}}
     assert kept["stages"] == {"mlp": {"x": {"ms": 3, **mark}, "y": {"failed": "errs", **mark}}}
     assert json.loads((tmp_path / "out.json.before").read_text(encoding="utf-8")) == content

@@ -90,6 +90,10 @@ def test_the_device_and_the_whole_product() -> None:
 def test_what_is_compiled_ahead_and_what_tools_watch() -> None:
     found = lines("calls")["calls"]
     families = {name.split(" ")[0] for name in found["ahead"]["calls"]}
+    some = found["ahead"]["calls of"]
+    assert {name.split(" ")[0] for name in some["experts"]} == {"experts"}
+    assert {name.split(" ")[0] for name in some["ncu"]} == {"kmeans", "mlp"}
+    assert some["compile"] == found["ahead"]["calls"]
     proofs = {f"{name}-proof" for name in ("kmeans", "mlp", "experts", "sparse", "hadamard", "ntk")}
     assert families == {"kmeans", "mlp", "experts", "ntk", "whole", *proofs}
     assert {"mlp", "small-mlp", "small-experts", "small-resident", "small-ntk", "small-ntk-cuda"} < set(found)

@@ -169,8 +169,10 @@ def _benchmark() -> None:
 
 def calls(_: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     """As lines: what is compiled ahead, but for what other tests interpret, and what tools watch."""
-    ahead = importlib.import_module("gpu_compile").calls()
-    yield "ahead", lambda: {"calls": [*ahead]}
+    of = importlib.import_module("gpu_compile").calls
+    ahead = of()
+    some = {stage: [*of(["compile", stage])] for stage in ("experts", "ncu", "compile")}
+    yield "ahead", lambda: {"calls": [*ahead], "calls of": some}
     watched = importlib.import_module("gpu_watched").CALLS
     for name, call in {**ahead, **watched}.items():
         if "proof" not in name and "kmeans" not in name:
