@@ -10,11 +10,11 @@ minutes has some left to start in, and to run again what was mended.
 
 From a bare checkout: neither this project nor its compiled libraries need be installed. `--plan` prints the stages and
 their seconds, and needs no GPU. Every stage runs in a process of its own, and the file is written anew after every
-line. What raises, crashes or never ends is kept under `failures`, and the run goes on; the status is 1 then. `--resume`
-leaves out the lines that the file has already, if they are of the same device, driver, torch, Triton and bytes of the
-kernels. Where kernels have been mended since, `--keep` names the stages whose lines still hold: these stay, each with
-the digests that it was `found with`, and all others are found out anew. Without either, a file that is there is renamed
-to `FILE.before`.
+line. At the end each bar is said to hold or not. What raises, crashes or never ends is kept under `failures`, and the
+run goes on; the status is 1 then. `--resume` leaves out the lines that the file has already, if they are of the same
+device, driver, torch, Triton and bytes of the kernels. Where kernels have been mended since, `--keep` names the stages
+whose lines still hold: these stay, each with the digests that it was `found with`, and all others are found out anew.
+Without either, a file that is there is renamed to `FILE.before`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gpu_bars import bars, in_words
 from gpu_running import FOUND_WITH, Record, Stage, outstanding, planned, run
 
 #: Which device that is, and its ceilings; always.
@@ -198,6 +199,9 @@ def main() -> int:
         record.keep(options.out)
         run(chosen, record, told, options.seconds - END - (time.monotonic() - began), say)
         record.note("nvidia-smi", {**record.notes["nvidia-smi"], "at the end": nvidia_smi()})
+        record.note("bars", bars(record.stages, record.failures))
+    for entry in record.notes["bars"]:
+        say(in_words(entry))
     failed = [f"{stage}: {line}" for stage, lines in record.failures.items() for line in lines]
     say(f"written: {options.out}; {len(failed)} failures{''.join(f'{chr(10)}  {name}' for name in failed)}")
     return 1 if failed else 0

@@ -24,7 +24,7 @@ from typing import Any
 
 from gpu_running import ROOT, Told, Work, environment
 
-#: The modules whose calls are made, the longest first, in which order they are dealt out; and the stages that make them.
+#: The modules whose calls are made, the longest first, as they are dealt out; and the stages that make the same calls.
 MODULES = {
     "gpu_kmeans": ("kmeans", "profile", "ncu"),
     "gpu_mlp": ("mlp", "profile", "ncu"),

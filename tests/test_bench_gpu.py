@@ -17,6 +17,9 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+
+from fusion_kernels.kmeans import gpu_cases as of_kmeans
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
@@ -231,6 +234,44 @@ def command(importable: None) -> ModuleType:
     return importlib.import_module("gpu")
 
 
+DEVICE_STAND_IN = """
+def lines(told):
+    yield "facts", lambda: {"about": {"device": "A", "kernels": told.options["scratch"] and "1"}, "brief": "a stand-in"}
+"""
+
+
+def test_a_run_and_one_that_goes_on_with_it(
+    command: ModuleType, running: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "device_stage.py").write_text(DEVICE_STAND_IN, encoding="utf-8")
+    ahead = running.Stage("compile", 1, 20, "short_stage", "", lasting=False)
+    monkeypatch.setattr(command, "DEVICE", stage(running, "device", "device_stage"))
+    monkeypatch.setattr(
+        command, "STAGES", (ahead, stage(running, "short", "short_stage"), stage(running, "broken", "no"))
+    )
+    out = tmp_path / "out.json"
+
+    def of_run(*arguments: str) -> tuple[int, dict[str, Any], str]:
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(out), "--seconds", "60", *arguments])
+        return command.main(), kept(tmp_path), capsys.readouterr().out
+
+    status, first, said = of_run()
+    assert status == 1
+    assert [*first["stages"]] == ["device", "compile", "short"]
+    assert [*first["failures"]] == ["broken"]
+    assert len(first["bars"]) == said.count("UNKNOWN: ") > 3
+    (tmp_path / "no.py").write_text("def lines(told):\n    yield 'stages', lambda: {'of': told.options['stages']}\n")
+    status, second, said = of_run("--resume")
+    assert status == 0
+    # What is over has no share, and the rest has all of the time.
+    assert [*second["plan"]] == ["device", "compile", "broken"]
+    assert second["stages"]["broken"]["stages"]["of"] == ["compile", "broken"]
+    assert second["stages"]["short"] == first["stages"]["short"]
+    assert [*second["taken"]] == ["device", "compile", "short", "broken"]
+    assert " short: " not in said
+
+
 def gpu(*arguments: str, checkout: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
     return subprocess.run(
@@ -395,6 +436,16 @@ def test_small_cases_of_every_kind_are_watched(importable: None) -> None:
         "cublas, gated, torch.float16, 300 x 256 x 192"
     )
     assert kind("cublas, gated, torch.bfloat16, 1 x 1 x 1") != kind("cublas, plain, torch.bfloat16, 1 x 1 x 1")
+
+
+def test_what_the_sanitizer_watches_is_of_every_operator_and_larger_than_one(importable: None) -> None:
+    watched, sanitizer = (importlib.import_module(f"gpu_{name}") for name in ("watched", "sanitizer"))
+    cases = of_kmeans.triton(torch.device("cpu"))
+    names = [case.name for case in watched.one_of_each(cases, watched._kind)]
+    assert [name for name in names if "nearest" in name] == ["nearest of 70 centroids in torch.float32, 700 x 123"]
+    assert {watched._kind(case.name) for case in cases} == {watched._kind(name) for name in names}
+    assert set(sanitizer.calls()) >= {"small-sparse", "small-hadamard"}
+    assert set(sanitizer.calls()) <= set(watched.CALLS)
 
 
 def test_a_tool_that_does_not_end_is_ended_with_all_that_it_has_started(

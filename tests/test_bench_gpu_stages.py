@@ -51,6 +51,7 @@ def test_kmeans() -> None:
     assert {"default", "lloyd", "given"} < set(modes["inertia"])
     assert set(modes["ms"]) == set(modes["inertia"])
     assert "share of the floor" in found["nearest centroids"]
+    assert set(found["mixtral: whole layer"]["ms"]) == {"default"}
     on_the_cpu = found["bert: on the CPU"]
     assert "skipped" in on_the_cpu or on_the_cpu["inertia, device over CPU"] == pytest.approx(1, rel=1e-5)
 
@@ -62,6 +63,8 @@ def test_blocks_experts_and_tangent_kernels() -> None:
         if "forward" in name or "step" in name:
             assert {"eager", "compile", "torch", "cublas", "epilogue", "epilogue, other tile"} <= set(line["ms"]), name
             assert set(line["times eager"]) == set(line["ms"]) - {"eager"}
+            assert set(line["compile over"]) == {"torch", "cublas", "epilogue", "epilogue, other tile"}
+            assert "; compile over torch " in line["brief"]
         elif "tiles" in name:
             assert {"forward", "backward"} <= set(line)
         else:
@@ -97,3 +100,4 @@ def test_what_is_compiled_ahead_and_what_tools_watch() -> None:
     proofs = {f"{name}-proof" for name in ("kmeans", "mlp", "experts", "sparse", "hadamard", "ntk")}
     assert families == {"kmeans", "mlp", "experts", "ntk", "whole", *proofs}
     assert {"mlp", "small-mlp", "small-experts", "small-resident", "small-ntk", "small-ntk-cuda"} < set(found)
+    assert {"small-sparse", "small-hadamard", "small-ntk-sums"} < set(found)
