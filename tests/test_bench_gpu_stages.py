@@ -101,3 +101,23 @@ def test_what_is_compiled_ahead_and_what_tools_watch() -> None:
     assert families == {"kmeans", "mlp", "experts", "ntk", "whole", *proofs}
     assert {"mlp", "small-mlp", "small-experts", "small-resident", "small-ntk", "small-ntk-cuda"} < set(found)
     assert {"small-sparse", "small-hadamard", "small-ntk-sums"} < set(found)
+
+
+def test_what_a_round_and_a_seed_wait_for(tmp_path: Path) -> None:
+    """As they are launched and compiled now: a third of what they waited for at first, and no fence for the whole device."""
+    out = tmp_path / "latency.json"
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = {**clean, "PYTHONPATH": os.pathsep.join(map(str, FOLDERS)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "bench" / "gpu_latency.py"), "--out", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    stored = json.loads((ROOT / "bench" / "results" / "gpu-latency.json").read_text(encoding="utf-8"))
+    for found in (json.loads(out.read_text(encoding="utf-8")), stored):
+        assert found["problem"] == {"points": 3072, "clusters": 768, "dtype": "float32", "capability": 90}
+        steps = found["dependent steps"]
+        assert 3 * steps["now"]["mean"] <= steps["first"]["mean"]
+        assert 3 * steps["now"]["of a seed"] <= steps["first"]["of a seed"]
+        assert len(found["code"]["now"]) == found["launches"]["of a round"] + found["launches"]["of all seeds"] == 6
+        assert all(code["barriers"] > 0 == code["fences"] for code in found["code"]["now"].values())
+        # The blocks that are launched now are those of the stored figures.
+        assert steps["now"]["form"] == stored["dependent steps"]["now"]["form"]
