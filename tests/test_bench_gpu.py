@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-
-from fusion_kernels.kmeans import gpu_cases as of_kmeans
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
@@ -373,21 +372,6 @@ def test_a_model_that_is_none_is_refused_before_anything_runs(tmp_path: Path) ->
     assert done.stderr == f"bench/gpu.py --model: {tmp_path} has no config.json: name the folder of a checkpoint\n"
 
 
-# --- tools -----------------------------------------------------------------------------------------------------------
-
-
-def test_what_the_sanitizer_says_is_understood(importable: None) -> None:
-    judged = importlib.import_module("gpu_sanitizer").judged
-    assert judged(0, "========= ERROR SUMMARY: 0 errors\n") == {"outcome": "clean"}
-    hazards = "========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)\n"
-    assert judged(86, hazards)["outcome"] == "2 errors"
-    assert judged(None, "loading") == {"outcome": "too slow", "said": "loading"}
-    # What ends well without having counted has not looked.
-    assert judged(0, "Target application returned an error") == {
-        "outcome": "status 0", "said": "Target application returned an error",
-    }  # fmt: skip
-
-
 def test_a_verdict_is_asked_for_only_where_there_is_time_for_one(
     command: ModuleType, running: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -412,55 +396,39 @@ def test_a_verdict_is_asked_for_only_where_there_is_time_for_one(
     assert proofs.LEAST_SECONDS < proofs.MOST_SECONDS < line_seconds["proofs"]
 
 
-def test_what_nsight_compute_says_is_understood(importable: None) -> None:
-    launches = importlib.import_module("gpu_ncu").launches
-    page = [
-        "==PROF== Connected to process 5", "a line of the call",
-        '"ID","Kernel Name","dram__throughput.avg.pct_of_peak_sustained_elapsed","gpu__time_duration.sum","device__id"',
-        '"","","%","us",""', '"0","_gram_kernel","12.5","85.1","0"', '"1","_gram_kernel","","85.3","0"',
-    ]  # fmt: skip
-    assert launches("\n".join(page)) == [
-        {
-            "kernel": "_gram_kernel", "dram__throughput.avg.pct_of_peak_sustained_elapsed": "12.5 %",
-            "gpu__time_duration.sum": "85.1 us",
-        },
-        {"kernel": "_gram_kernel", "gpu__time_duration.sum": "85.3 us"},
-    ]  # fmt: skip
-    assert launches("==ERROR== The user does not have permission") == launches("\n".join(page[:4])) == []
+# --- times, and what the documentation says ---------------------------------------------------------------------------
 
 
-def test_small_cases_of_every_kind_are_watched(importable: None) -> None:
-    kind = importlib.import_module("gpu_watched")._kind
-    assert kind("65 float64 points in 16 clusters, k-means++, lloyd") != kind("520 float32 points in 130 clusters")
-    assert kind("cublas, gated, torch.bfloat16, 300 x 768 x 192") == kind(
-        "cublas, gated, torch.float16, 300 x 256 x 192"
-    )
-    assert kind("cublas, gated, torch.bfloat16, 1 x 1 x 1") != kind("cublas, plain, torch.bfloat16, 1 x 1 x 1")
-
-
-def test_what_the_sanitizer_watches_is_of_every_operator_and_larger_than_one(importable: None) -> None:
-    watched, sanitizer = (importlib.import_module(f"gpu_{name}") for name in ("watched", "sanitizer"))
-    cases = of_kmeans.triton(torch.device("cpu"))
-    names = [case.name for case in watched.one_of_each(cases, watched._kind)]
-    assert [name for name in names if "nearest" in name] == ["nearest of 70 centroids in torch.float32, 700 x 123"]
-    assert {watched._kind(case.name) for case in cases} == {watched._kind(name) for name in names}
-    assert set(sanitizer.calls()) >= {"small-sparse", "small-hadamard"}
-    assert set(sanitizer.calls()) <= set(watched.CALLS)
-
-
-def test_a_tool_that_does_not_end_is_ended_with_all_that_it_has_started(
-    importable: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_call_is_timed_behind_an_emptied_cache_and_a_busy_device(
+    importable: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watched = importlib.import_module("gpu_watched")
-    endless = tmp_path / "endless"
-    endless.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {tmp_path}/child\necho said\nwait\n", encoding="utf-8")
-    endless.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert watched.tool("endless") == str(endless)
-    assert watched.tool("no-such-tool") is None
-    assert watched.watch([str(endless)], "kmeans", 3.0) == (None, "said\n")
-    child = int((tmp_path / "child").read_text(encoding="utf-8"))
-    state, until = Path(f"/proc/{child}/stat"), time.monotonic() + 20
-    # Whoever takes over orphans may leave a zombie.
-    while state.exists() and state.read_text(encoding="utf-8").split()[2] != "Z":
-        assert time.monotonic() < until, "what the tool has started goes on"
+    timing, done = importlib.import_module("gpu_timing"), []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("event")
+
+        def synchronize(self) -> None:
+            done.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 2.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append(f"sleep {cycles}"))
+    emptied = SimpleNamespace(zero_=lambda: done.append("empty"))
+    assert timing.timed(lambda: done.append("call"), emptied) == 2.5
+    assert done == ["empty", f"sleep {timing.WAIT}", "event", "call", "event", "wait"]
+    # Second-level caches have 50 MiB and more.
+    assert timing.CACHE_BYTES >= 128 << 20
+
+
+def test_the_tests_that_the_page_names_are_there() -> None:
+    page = (ROOT / "docs" / "develop" / "gpu-bring-up.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
+    assert len(named) > 10
+    missing = [(file, test) for file, test in named if f"def {test}(" not in (ROOT / file).read_text(encoding="utf-8")]
+    assert missing == []

@@ -104,7 +104,7 @@ def test_what_is_compiled_ahead_and_what_tools_watch() -> None:
 
 
 def test_what_a_round_and_a_seed_wait_for(tmp_path: Path) -> None:
-    """As they are launched and compiled now: a third of what they waited for at first, and no fence for the whole device."""
+    """As launched and compiled now: a third of what they waited for at first, and no fence for the whole device."""
     out = tmp_path / "latency.json"
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment = {**clean, "PYTHONPATH": os.pathsep.join(map(str, FOLDERS)), "OMP_NUM_THREADS": "1"}
