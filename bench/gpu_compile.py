@@ -1,8 +1,9 @@
 """What is compiled before anything is timed, for bench/gpu.py: by as many processes as there are processors.
 
-    python bench/gpu_compile.py 3 16
+    python bench/gpu_compile.py 3 16 [STAGE ...]
 
-makes every 16th of all calls, from the third on: one call of each case of the proofs and of each shape that is timed.
+makes every 16th of all calls, from the third on: one call of each case of the proofs and of each shape that is timed,
+or of those that the named stages make.
 So the caches of Triton and Inductor hold what the stages after this one launch, compiled for the device at hand, and a
 call that fails or crashes takes away no other process. Beside them the compiled libraries are built in the checkout.
 """
@@ -17,14 +18,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from gpu_running import ROOT, Told, Work, environment
 
-#: The stages whose calls are made, the longest first: calls are dealt out in this order.
-MODULES = ("gpu_kmeans", "gpu_mlp", "gpu_experts", "gpu_ntk", "gpu_whole")
+#: The modules whose calls are made, the longest first, as they are dealt out; and the stages that make the same calls.
+MODULES = {
+    "gpu_kmeans": ("kmeans", "profile", "ncu"),
+    "gpu_mlp": ("mlp", "profile", "ncu"),
+    "gpu_experts": ("experts",),
+    "gpu_ntk": ("ntk",),
+    "gpu_whole": ("whole",),
+}
+#: The stages that run the cases of proofs: two of them where there is no verdict yet.
+PROVING = ("proofs", "sanitizer", "mlp", "whole")
 #: What the build leaves in `fusion_kernels`, without what stands behind the first dot.
 LIBRARIES = ("_C", "_cuda")
 #: Seconds before the end of the share, in which what was said is still read.
@@ -76,7 +85,8 @@ def all_compiled(told: Told) -> dict[str, Any]:
     count = len(os.sched_getaffinity(0))
     # Processors are busy as it is: Inductor need not start processes of its own.
     alone = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    workers = [started([str(Path(__file__)), str(number), str(count)], **alone) for number in range(count)]
+    stages = told.options.get("stages", [])
+    workers = [started([str(Path(__file__)), str(number), str(count), *stages], **alone) for number in range(count)]
     families: dict[str, dict[str, float]] = {}
     failures: dict[str, str] = {}
     calls = 0
@@ -117,21 +127,23 @@ def built(building: Running, told: Told) -> dict[str, Any]:
 # --- one process of many ---------------------------------------------------------------------------------------------
 
 
-def calls() -> dict[str, Callable[[], object]]:
-    """Everything that is launched later, by name; the first word is the family."""
+def calls(stages: Sequence[str] = ()) -> dict[str, Callable[[], object]]:
+    """What the stages launch later, by name; the first word is the family. Everything if none is named but this one."""
     import gpu_proofs
 
+    wanted = set(stages) - {"compile"} or {*PROVING, *(stage for makers in MODULES.values() for stage in makers)}
     found: dict[str, Callable[[], object]] = {}
-    for module in MODULES:
-        found |= importlib.import_module(module).jobs()
-    for name, case in gpu_proofs.cases():
+    for module, makers in MODULES.items():
+        if wanted & {*makers}:
+            found |= importlib.import_module(module).jobs()
+    for name, case in gpu_proofs.cases() if wanted & {*PROVING} else ():
         if not name.endswith(" triton"):
             continue  # built with the library
         found[f"{name.split(' ')[0]}-proof {case.name}"] = case.run
     return found
 
 
-def make(number: int, of: int) -> None:
+def make(number: int, of: int, stages: Sequence[str]) -> None:
     """Make every `of`-th call, and say what was compiled for it."""
     from triton import knobs
 
@@ -142,7 +154,7 @@ def make(number: int, of: int) -> None:
             compiled.append(times.total / 1e6)
 
     knobs.compilation.listener = listen
-    for name, call in [*calls().items()][number::of]:
+    for name, call in [*calls(stages).items()][number::of]:
         say(call=name)
         compiled.clear()
         began, failure = time.monotonic(), None
@@ -160,4 +172,4 @@ def say(**message: Any) -> None:
 
 
 if __name__ == "__main__":
-    make(int(sys.argv[1]), int(sys.argv[2]))
+    make(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

@@ -8,10 +8,10 @@ from typing import Any
 
 import gpu_timing
 import torch
-from gpu_running import Told, Work
+from gpu_running import ROOT, Told, Work
 
 from fusion_kernels import backends, gpu
-from fusion_kernels.proof.key import facts
+from fusion_kernels.proof.key import digest, facts
 
 
 def lines(told: Told) -> Iterator[tuple[str, Work]]:
@@ -26,11 +26,18 @@ def _facts() -> dict[str, Any]:
     if reason is not None:
         return {"why_not": reason}
     properties: Any = torch.cuda.get_device_properties(gpu_timing.DEVICE)
-    about = facts(torch.device(gpu_timing.DEVICE, torch.cuda.current_device()))
+    about = what_lines_depend_on(facts(torch.device(gpu_timing.DEVICE, torch.cuda.current_device())))
     return {
         "about": about, "memory": properties.total_memory, "processors": len(os.sched_getaffinity(0)),
         "backends": backends(), "brief": f"{about['device']}, torch {about['torch']}, triton {about['triton']}",
     }  # fmt: skip
+
+
+def what_lines_depend_on(about: dict[str, str]) -> dict[str, str]:
+    """The facts of a proof, but sources of compiled libraries in place of the library that a later stage builds."""
+    return {name: value for name, value in about.items() if name != "cuda library"} | {
+        "compiled sources": digest(ROOT / "csrc", ("**/*",))
+    }
 
 
 def rates() -> dict[str, Any]:

@@ -28,7 +28,7 @@ from gpu_timing import compared, in_brief, in_turn
 from support import neuron_like
 from torch import Tensor
 
-from fusion_kernels import kmeans, kmeans_assign, native
+from fusion_kernels import gpu, kmeans, kmeans_assign, native
 
 #: N, K, D and how many problems: the FFNs of MiniLM, of BERT-base, the experts of a layer, one FFN of Llama's size.
 SHAPES = {
@@ -38,6 +38,11 @@ SHAPES = {
     "llama": (14336, 3584, 12288, 1),
 }
 LARGE = "llama"
+#: N, K, D and how many problems: the experts of a layer of Mixtral's, to half their neurons; and the bytes that they
+#: need, in those of their points: these twice while they are drawn, Gram matrices, and copies in parts.
+LAYER, LAYER_COPIES = (14336, 7168, 12288, 8), 6
+#: Seconds that there have to be left for it: drawn, and timed a few times.
+LAYER_NEEDS = 20.0
 #: N, K, D of the search for nearest centroids alone.
 ASSIGN = (262_144, 1024, 1024)
 ITERATIONS = 15
@@ -67,11 +72,13 @@ def lines(told: Told) -> Iterator[tuple[str, Work]]:
         yield f"{name}: steps", functools.partial(steps, name, rates)
         yield f"{name}: modes", functools.partial(modes, name)
         yield f"{name}: on the CPU", functools.partial(on_the_cpu, name)
+    yield "mixtral: whole layer", functools.partial(whole_layer, told)
 
 
 def jobs() -> dict[str, Callable[[], object]]:
     """Calls that launch everything that is timed here, by name: one problem each."""
     found: dict[str, Callable[[], object]] = {f"kmeans {name}": functools.partial(_once, name) for name in SHAPES}
+    found["kmeans whole layer"] = lambda: kmeans(_drawn(LAYER, 1), LAYER[1], backend="triton")
     found["kmeans nearest centroids"] = functools.partial(_assigned, 4096)
     return found
 
@@ -85,7 +92,11 @@ def _once(name: str) -> None:
 
 def points(name: str, problems: int) -> Tensor:
     """(B, N, D) float32, drawn on the device."""
-    N, _, D, _ = SHAPES[name]
+    return _drawn(SHAPES[name], problems)
+
+
+def _drawn(shape: tuple[int, int, int, int], problems: int) -> Tensor:
+    N, _, D, _ = shape
     return torch.stack([neuron_like(N, D, seed, device=gpu_timing.DEVICE) for seed in range(problems)])
 
 
@@ -268,6 +279,19 @@ def on_the_cpu(name: str) -> dict[str, Any]:
         "times faster": cpu / device["median"],
         "brief": f"CPU {cpu:.1f} ms, device {device['median']:.1f} ms, inertia {ratio:.5f} of the CPU's",
     }  # fmt: skip
+
+
+def whole_layer(told: Told) -> dict[str, Any]:
+    """All experts of one layer side by side, where memory and time are enough for them."""
+    N, K, D, problems = LAYER
+    needed, free = LAYER_COPIES * 4 * problems * N * D, gpu.free_memory(torch.device(gpu_timing.DEVICE))
+    if free < needed:
+        return {"skipped": f"needs {needed / 2**30:.0f} GiB of the device, of which {free / 2**30:.0f} are free"}
+    if told.left() < LAYER_NEEDS:
+        return {"skipped": f"not reached: {max(0.0, told.left()):.0f} s are left of {LAYER_NEEDS:.0f}"}
+    x = _drawn(LAYER, problems)
+    rows = in_turn({"default": lambda: kmeans(x, K, backend="triton")}, seconds=5.0)
+    return {"N": N, "K": K, "D": D, "problems": problems, "ms": rows, "brief": in_brief(rows)}
 
 
 # --- nearest centroids -----------------------------------------------------------------------------------------------

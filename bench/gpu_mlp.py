@@ -20,6 +20,7 @@ from unittest import mock
 import gpu_timing
 import torch
 from fused_mlp import Problem, Step, forward_only, training
+from gpu_bars import over_compiled
 from gpu_device import known_rates
 from gpu_running import Told, Work
 from gpu_timing import all_captured, compared, in_brief, in_turn, peak_bytes
@@ -192,6 +193,7 @@ def timed_blocks(block: Block, rates: dict[str, float], *, trained: bool) -> dic
     graphs, refused = all_captured(steps)
     rows = in_turn(graphs)
     found = compared(rows, BASE, floors(block, rates)["both" if trained else "forward"])
+    found["compile over"] = over_compiled(rows)
     if trained:
         found["peak bytes"] = {name: peak_bytes(steps[name]) for name in graphs}
     # Peers may not run here; what is ours, and fits the shape, has to.
@@ -199,7 +201,8 @@ def timed_blocks(block: Block, rates: dict[str, float], *, trained: bool) -> dic
     if ours:
         found["failed"] = "; ".join(f"{name}: {why}" for name, why in ours.items())
     found["other tile"] = other_tile(problem)
-    return {**asdict(block), **found, "not run": refused, "brief": in_brief(rows)}
+    times = ", ".join(f"{name} {ratio:.2f}" for name, ratio in found["compile over"].items())
+    return {**asdict(block), **found, "not run": refused, "brief": f"{in_brief(rows)}; compile over {times}"}
 
 
 def floors(block: Block, rates: dict[str, float]) -> dict[str, float]:

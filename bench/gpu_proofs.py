@@ -20,6 +20,10 @@ from fusion_kernels import library
 from fusion_kernels.proof import Proof, indexed
 from fusion_kernels.proof.cases import Case, failure, noting
 
+#: Seconds below which no verdict is asked for: a cold start of Python and torch takes some of them. And those that one
+#: may take, which are fewer than a line of this stage has: it would be ended without having said why.
+LEAST_SECONDS, MOST_SECONDS = 20.0, 40.0
+
 
 def lines(told: Told) -> Iterator[tuple[str, Work]]:
     """Cases, then verdicts."""
@@ -52,6 +56,10 @@ def _judged(case: Case) -> dict[str, Any]:
 
 
 def _verdict(proof: Proof, told: Told) -> dict[str, Any]:
-    verdict = proof.check(torch.device(gpu_timing.DEVICE), limit=max(5.0, told.left()))
+    left = told.left()
+    if left < LEAST_SECONDS:
+        reason = f"not reached: {max(0.0, left):.0f} s are left, and a verdict may need {LEAST_SECONDS:.0f}"
+        return {"skipped": reason, "brief": reason}
+    verdict = proof.check(torch.device(gpu_timing.DEVICE), limit=min(left, MOST_SECONDS))
     found = {"verdict": verdict.text, "cases": verdict.cases, "seconds of the process": verdict.seconds}
     return found if verdict.why is None else {**found, "failed": verdict.text}

@@ -33,6 +33,11 @@ GRACE = 10.0
 #: How a process ends whose device has become unusable; and how long it has had to say its last words, in seconds.
 UNUSABLE, LAST_WORDS = 23, 2.0
 
+#: Under this a line says which digests it was found with, where these are not those of the file.
+FOUND_WITH = "found with"
+#: Under this it is kept which lines of a stage there was no time for.
+LEFT_OUT = "left out for lack of time"
+
 Work = Callable[[], dict[str, Any]]
 
 
@@ -80,7 +85,7 @@ class Record:
 
     Attributes:
         stages: result by stage and line. A result with `skipped` says why there is none; one with `failed` what speaks
-            against what was found.
+            against what was found; one with :data:`FOUND_WITH` was found by an earlier run with other kernels.
         failures: by stage and line, type and message. What has no line of its own is under the stage's name.
         notes: everything else, by name.
     """
@@ -89,7 +94,7 @@ class Record:
         self.path: Path | None = None
         self.notes: dict[str, Any] = {}
         self.stages: dict[str, dict[str, dict[str, Any]]] = {}
-        self.failures: dict[str, dict[str, dict[str, str]]] = {}
+        self.failures: dict[str, dict[str, dict[str, Any]]] = {}
 
     def keep(self, path: Path) -> None:
         """Write the file now, and anew after every line."""
@@ -108,17 +113,19 @@ class Record:
                 lasts = stage not in tried or (tried[stage] and "skipped" not in result)
                 if lasts and line not in self.stages.get(stage, {}):
                     self.add(stage, line, result)
+        self.note("taken", {**kept.get("taken", {}), **self.notes.get("taken", {})})
 
     def add(self, stage: str, line: str, result: dict[str, Any]) -> None:
         """Keep a line."""
         self.stages.setdefault(stage, {})[line] = result
         if "failed" in result:
-            self.fail(stage, line, "Failed", result["failed"])
+            found_with = {name: value for name, value in result.items() if name == FOUND_WITH}
+            self.fail(stage, line, "Failed", result["failed"], found_with)
         self.write()
 
-    def fail(self, stage: str, line: str, kind: str, message: str) -> None:
+    def fail(self, stage: str, line: str, kind: str, message: str, found_with: Mapping[str, Any] | None = None) -> None:
         """Keep a failure."""
-        self.failures.setdefault(stage, {})[line] = {"type": kind, "message": message}
+        self.failures.setdefault(stage, {})[line] = {"type": kind, "message": message, **(found_with or {})}
         self.write()
 
     def note(self, name: str, value: Any) -> None:
@@ -153,6 +160,21 @@ def planned(stages: Sequence[Stage], seconds: float) -> list[tuple[Stage, float]
     return [(stage, stage.seconds * seconds / whole) for stage in stages]
 
 
+def outstanding(stages: Sequence[Stage], kept: Mapping[str, Any]) -> list[Stage]:
+    """The stages of which an earlier run has left something to do, so that no other one gets a share or a process."""
+
+    def over(stage: Stage) -> bool:
+        lines, taken = kept["stages"].get(stage.name, {}), kept.get("taken", {}).get(stage.name)
+        again = kept["failures"].get(stage.name, {}).keys() - lines.keys()
+        skipped = any("skipped" in line for line in lines.values())
+        return taken is not None and not taken[LEFT_OUT] and not again and not skipped
+
+    lasting = [stage for stage in stages if stage.lasting]
+    left = [stage for stage in lasting if not over(stage)]
+    # What does not last is done for the others.
+    return [stage for stage in stages if stage in left or (not stage.lasting and (left or not lasting))]
+
+
 def run(
     stages: Sequence[Stage],
     record: Record,
@@ -167,7 +189,7 @@ def run(
         started = time.monotonic()
         ends = min(share_ends + GRACE, began + seconds)
         left_out = _Run(stage, record, options, share_ends, ends, say).to_the_end()
-        taken = {"seconds": round(time.monotonic() - started, 1), "left out for lack of time": left_out}
+        taken = {"seconds": round(time.monotonic() - started, 1), LEFT_OUT: left_out}
         record.note("taken", {**record.notes.get("taken", {}), stage.name: taken})
 
 

@@ -31,11 +31,11 @@ def lines(told: Told) -> Iterator[tuple[str, Work]]:
 
 def calls() -> list[str]:
     """What can run here."""
-    found = ["small-kmeans", "small-mlp", "small-experts"]
+    found = ["small-kmeans", "small-mlp", "small-experts", "small-sparse", "small-hadamard"]
     if gpu.why_not(None, frozenset({"resident"})) is None:
         found.append("small-resident")
     if triton_backend.why_not() is None:
-        found.append("small-ntk")
+        found += ["small-ntk", "small-ntk-sums"]
     if cuda_backend.why_not() is None:
         found.append("small-ntk-cuda")
     return found

@@ -22,6 +22,8 @@ import gpu_timing
 import torch
 from gpu_running import environment
 
+from fusion_kernels.proof.cases import Case
+
 
 def tool(name: str) -> str | None:
     """A tool of the CUDA toolkit: on the PATH, or beside nvcc."""
@@ -66,22 +68,38 @@ def last(said: str, lines: int = 8) -> str:
 # --- the calls -------------------------------------------------------------------------------------------------------
 
 
-def _small(proof: str) -> None:
-    """The first case of each kind that a proof has."""
+def _small(proof: str, kind: Callable[[str], str] | None = None, beginning: str = "") -> None:
+    """A case of each kind that a proof has, of those whose names begin so."""
     import gpu_proofs
 
-    kinds: dict[str, Callable[[], object]] = {}
-    for name, case in gpu_proofs.cases():
-        if name == proof:
-            kinds.setdefault(_kind(case.name), case.run)
-    for run in kinds.values():
-        run()
+    cases = [case for name, case in gpu_proofs.cases() if name == proof and case.name.startswith(beginning)]
+    for case in one_of_each(cases, kind or _kind):
+        case.run()
+
+
+def one_of_each(cases: Sequence[Case], kind: Callable[[str], str]) -> list[Case]:
+    """The first case of each kind whose sizes are beyond 1, as a tile has neighbours only there; else the first."""
+    found: dict[str, Case] = {}
+    for case in cases:
+        before = found.setdefault(kind(case.name), case)
+        if _single(before.name) and not _single(case.name):
+            found[kind(case.name)] = case
+    return [*found.values()]
+
+
+def _single(name: str) -> bool:
+    return "1" in name.replace(",", "").split()
 
 
 def _kind(name: str) -> str:
     """A case's name without numbers and dtypes of tensors."""
     words = name.replace(",", "").split()
     return " ".join(word for word in words if not word.isdigit() and not word.startswith("torch."))
+
+
+def _sized(name: str) -> str:
+    """A case's name without dtypes of tensors: sizes decide which kernels run."""
+    return " ".join(word for word in name.split() if not word.startswith("torch."))
 
 
 def _small_resident() -> None:
@@ -125,8 +143,11 @@ CALLS: dict[str, Callable[[], None]] = {
     "small-kmeans": functools.partial(_small, "kmeans triton"),
     "small-mlp": functools.partial(_small, "mlp triton"),
     "small-experts": functools.partial(_small, "experts triton"),
+    "small-sparse": functools.partial(_small, "sparse triton"),
+    "small-hadamard": functools.partial(_small, "hadamard triton", _sized),
     "small-resident": _small_resident,
     "small-ntk": functools.partial(_small_ntk, "triton"),
+    "small-ntk-sums": functools.partial(_small, "ntk triton", _sized, "sums in torch.float32"),
     "small-ntk-cuda": functools.partial(_small_ntk, "cuda"),
     "kmeans": _kmeans,
     "mlp": _mlp,

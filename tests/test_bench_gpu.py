@@ -8,15 +8,17 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
@@ -192,12 +194,81 @@ def test_a_later_run_goes_on_where_one_has_ended(running: ModuleType, tmp_path: 
     assert other.lasting
 
 
+def test_what_is_over_gets_no_share_of_a_later_run(running: ModuleType, tmp_path: Path) -> None:
+    def names(stages: list[Any], kept: dict[str, Any]) -> list[str]:
+        return [one.name for one in running.outstanding(stages, kept)]
+
+    good, broken, slow = (stage(running, name, f"{name}_stage") for name in ("good", "broken", "slow"))
+    ahead = running.Stage("ahead", 1, 10, "short_stage", "", lasting=False)
+    record = running.Record()
+    record.keep(tmp_path / "out.json")
+    running.run([ahead, good, broken], record, {"folder": str(tmp_path)}, 60.0, lambda _: None)
+    running.run([slow], record, {"folder": str(tmp_path)}, 1.0, lambda _: None)
+    found = kept(tmp_path)
+    assert names([ahead, good, broken, slow], found) == ["ahead", "broken", "slow"]
+    assert names([ahead, good], found) == []
+    assert names([ahead], found) == ["ahead"]
+    # What was not begun, skipped or failed without a result is not over; what has failed with one will do so again.
+    assert names([stage(running, "new", "m")], found) == ["new"]
+    lines = found["stages"]["good"]
+    lines["first"]["failed"] = "errs"
+    found["failures"]["good"] = {"first": {}}
+    assert names([good], found) == []
+    found["failures"]["good"]["lost"] = {}
+    assert names([good], found) == ["good"]
+    del found["failures"]["good"]
+    lines["first"]["skipped"] = "no tool"
+    assert names([good], found) == ["good"]
+    # What an earlier run says of its stages stays.
+    later = running.Record()
+    later.adopt(found, [good])
+    assert later.notes["taken"]["good"] == found["taken"]["good"]
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def command(importable: None) -> ModuleType:
     return importlib.import_module("gpu")
+
+
+DEVICE_STAND_IN = """
+def lines(told):
+    yield "facts", lambda: {"about": {"device": "A", "kernels": told.options["scratch"] and "1"}, "brief": "a stand-in"}
+"""
+
+
+def test_a_run_and_one_that_goes_on_with_it(
+    command: ModuleType, running: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "device_stage.py").write_text(DEVICE_STAND_IN, encoding="utf-8")
+    ahead = running.Stage("compile", 1, 20, "short_stage", "", lasting=False)
+    monkeypatch.setattr(command, "DEVICE", stage(running, "device", "device_stage"))
+    monkeypatch.setattr(
+        command, "STAGES", (ahead, stage(running, "short", "short_stage"), stage(running, "broken", "no"))
+    )
+    out = tmp_path / "out.json"
+
+    def of_run(*arguments: str) -> tuple[int, dict[str, Any], str]:
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(out), "--seconds", "60", *arguments])
+        return command.main(), kept(tmp_path), capsys.readouterr().out
+
+    status, first, said = of_run()
+    assert status == 1
+    assert [*first["stages"]] == ["device", "compile", "short"]
+    assert [*first["failures"]] == ["broken"]
+    assert len(first["bars"]) == said.count("UNKNOWN: ") > 3
+    (tmp_path / "no.py").write_text("def lines(told):\n    yield 'stages', lambda: {'of': told.options['stages']}\n")
+    status, second, said = of_run("--resume")
+    assert status == 0
+    # What is over has no share, and the rest has all of the time.
+    assert [*second["plan"]] == ["device", "compile", "broken"]
+    assert second["stages"]["broken"]["stages"]["of"] == ["compile", "broken"]
+    assert second["stages"]["short"] == first["stages"]["short"]
+    assert [*second["taken"]] == ["device", "compile", "short", "broken"]
+    assert " short: " not in said
 
 
 def gpu(*arguments: str, checkout: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -213,7 +284,9 @@ def test_the_plan_is_printed_without_a_gpu_and_fits(command: ModuleType) -> None
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     assert [row[2] for row in rows[:-1]] == ["device", *(stage.name for stage in command.STAGES)]
-    assert sum(float(row[0]) for row in rows[:-1]) <= 600
+    # Two runs make ten minutes, and one that is told nothing fits where a command may take as long.
+    assert sum(float(row[0]) for row in rows[:-1]) <= command.SECONDS == 400
+    assert command.BEGINNING >= command.DEVICE.line_seconds >= 120
     assert sum(stage.seconds for stage in (command.DEVICE, *command.STAGES)) <= 600
     for stage in command.STAGES:
         assert (BENCH / f"{stage.module}.py").is_file()
@@ -252,66 +325,110 @@ def test_an_older_file_is_kept_or_gone_on_with(command: ModuleType, tmp_path: Pa
         command.kept_lines(file, True, about)
 
 
+def test_after_a_kernel_is_mended_the_lines_that_still_hold_are_kept(command: ModuleType, tmp_path: Path) -> None:
+    file, about = tmp_path / "out.json", {"device": "A", "kernels": "1", "compiled sources": "a"}
+    stages = {"mlp": {"x": {"ms": 3}, "y": {"failed": "errs"}}, "kmeans": {"z": {"ms": 4}}}
+    failures = {"mlp": {"y": {"type": "Failed", "message": "errs"}, "v": {"type": "T", "message": "m"}}}
+    taken = {"mlp": {"seconds": 1}, "kmeans": {"seconds": 2}}
+    content = {"about": about, "stages": stages, "failures": failures, "taken": taken, "models": ["m"]}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    # Kernels that are the same need no mark.
+    assert command.kept_lines(file, False, about, ["mlp"]) == content
+    mended = {**about, "kernels": "2"}
+    with pytest.raises(SystemExit, match=r"with --out, or the stages whose lines still hold with --keep$"):
+        command.kept_lines(file, True, mended)
+    with pytest.raises(SystemExit, match=r"is of another device, kernels: name another file with --out$"):
+        command.kept_lines(file, True, {**mended, "device": "B"}, ["mlp"])
+    kept = command.kept_lines(file, False, mended, ["mlp"])
+    assert (kept["taken"], kept["models"]) == ({"mlp": {"seconds": 1}}, ["m"])
+    mark = {"found with": {"kernels": "1"}}
+    assert kept["stages"] == {"mlp": {"x": {"ms": 3, **mark}, "y": {"failed": "errs", **mark}}}
+    assert json.loads((tmp_path / "out.json.before").read_text(encoding="utf-8")) == content
+    record = command.Record()
+    record.adopt(kept, command.STAGES)
+    assert record.failures == {"mlp": {"y": {"type": "Failed", "message": "errs", **mark}}}
+    record.adopt(kept, [])
+    assert record.failures["mlp"]["v"] == {"type": "T", "message": "m", **mark}
+    # Mended once more: what was kept before says what it was found with at first.
+    record.add("mlp", "new", {"ms": 5})
+    record.note("about", mended)
+    record.keep(file)
+    again = command.kept_lines(file, True, {**mended, "kernels": "3", "compiled sources": "b"}, ["mlp"])
+    assert again["stages"]["mlp"]["x"]["found with"] == {"kernels": "1", "compiled sources": "a"}
+    assert again["stages"]["mlp"]["new"]["found with"] == {"kernels": "2", "compiled sources": "a"}
+
+
+def test_a_library_that_the_bench_builds_leaves_its_own_file_usable(importable: None, tmp_path: Path) -> None:
+    of_device = importlib.import_module("gpu_device")
+    about = {"device": "A", "kernels": "1", "cuda library": "not there"}
+    before, after = (of_device.what_lines_depend_on({**about, "cuda library": there}) for there in ("none", "built"))
+    assert before == after
+    assert {"device", "kernels", "compiled sources"} == set(before)
+
+
 def test_a_model_that_is_none_is_refused_before_anything_runs(tmp_path: Path) -> None:
     done = gpu("--model", str(tmp_path))
     assert done.returncode == 1
     assert done.stderr == f"bench/gpu.py --model: {tmp_path} has no config.json: name the folder of a checkpoint\n"
 
 
-# --- tools -----------------------------------------------------------------------------------------------------------
-
-
-def test_what_the_sanitizer_says_is_understood(importable: None) -> None:
-    judged = importlib.import_module("gpu_sanitizer").judged
-    assert judged(0, "========= ERROR SUMMARY: 0 errors\n") == {"outcome": "clean"}
-    hazards = "========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)\n"
-    assert judged(86, hazards)["outcome"] == "2 errors"
-    assert judged(None, "loading") == {"outcome": "too slow", "said": "loading"}
-    # What ends well without having counted has not looked.
-    assert judged(0, "Target application returned an error") == {
-        "outcome": "status 0", "said": "Target application returned an error",
-    }  # fmt: skip
-
-
-def test_what_nsight_compute_says_is_understood(importable: None) -> None:
-    launches = importlib.import_module("gpu_ncu").launches
-    page = [
-        "==PROF== Connected to process 5", "a line of the call",
-        '"ID","Kernel Name","dram__throughput.avg.pct_of_peak_sustained_elapsed","gpu__time_duration.sum","device__id"',
-        '"","","%","us",""', '"0","_gram_kernel","12.5","85.1","0"', '"1","_gram_kernel","","85.3","0"',
-    ]  # fmt: skip
-    assert launches("\n".join(page)) == [
-        {
-            "kernel": "_gram_kernel", "dram__throughput.avg.pct_of_peak_sustained_elapsed": "12.5 %",
-            "gpu__time_duration.sum": "85.1 us",
-        },
-        {"kernel": "_gram_kernel", "gpu__time_duration.sum": "85.3 us"},
-    ]  # fmt: skip
-    assert launches("==ERROR== The user does not have permission") == launches("\n".join(page[:4])) == []
-
-
-def test_small_cases_of_every_kind_are_watched(importable: None) -> None:
-    kind = importlib.import_module("gpu_watched")._kind
-    assert kind("65 float64 points in 16 clusters, k-means++, lloyd") != kind("520 float32 points in 130 clusters")
-    assert kind("cublas, gated, torch.bfloat16, 300 x 768 x 192") == kind(
-        "cublas, gated, torch.float16, 300 x 256 x 192"
-    )
-    assert kind("cublas, gated, torch.bfloat16, 1 x 1 x 1") != kind("cublas, plain, torch.bfloat16, 1 x 1 x 1")
-
-
-def test_a_tool_that_does_not_end_is_ended_with_all_that_it_has_started(
-    importable: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_verdict_is_asked_for_only_where_there_is_time_for_one(
+    command: ModuleType, running: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watched = importlib.import_module("gpu_watched")
-    endless = tmp_path / "endless"
-    endless.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {tmp_path}/child\necho said\nwait\n", encoding="utf-8")
-    endless.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert watched.tool("endless") == str(endless)
-    assert watched.tool("no-such-tool") is None
-    assert watched.watch([str(endless)], "kmeans", 3.0) == (None, "said\n")
-    child = int((tmp_path / "child").read_text(encoding="utf-8"))
-    state, until = Path(f"/proc/{child}/stat"), time.monotonic() + 20
-    # Whoever takes over orphans may leave a zombie.
-    while state.exists() and state.read_text(encoding="utf-8").split()[2] != "Z":
-        assert time.monotonic() < until, "what the tool has started goes on"
+    proofs = importlib.import_module("gpu_proofs")
+    monkeypatch.setattr(proofs.gpu_timing, "DEVICE", "cpu")
+    limits: list[float] = []
+
+    def check(_: Any, limit: float) -> Any:
+        limits.append(limit)
+        return SimpleNamespace(text="proved", why=None, cases=3, seconds=1.0)
+
+    def asked(seconds: float) -> Any:
+        return proofs._verdict(SimpleNamespace(check=check), running.Told({}, {}, time.monotonic() + seconds))
+
+    assert asked(15.0)["skipped"].startswith("not reached: 15 s are left")
+    assert asked(-3.0)["skipped"].startswith("not reached: 0 s are left")
+    assert limits == []
+    assert asked(30.0)["verdict"] == asked(500.0)["verdict"] == "proved"
+    assert limits == pytest.approx([30.0, proofs.MOST_SECONDS], abs=2.0)
+    # The line itself is given up later than that.
+    line_seconds = {stage.name: stage.line_seconds for stage in command.STAGES}
+    assert proofs.LEAST_SECONDS < proofs.MOST_SECONDS < line_seconds["proofs"]
+
+
+# --- times, and what the documentation says ---------------------------------------------------------------------------
+
+
+def test_a_call_is_timed_behind_an_emptied_cache_and_a_busy_device(
+    importable: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timing, done = importlib.import_module("gpu_timing"), []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("event")
+
+        def synchronize(self) -> None:
+            done.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 2.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append(f"sleep {cycles}"))
+    emptied = SimpleNamespace(zero_=lambda: done.append("empty"))
+    assert timing.timed(lambda: done.append("call"), emptied) == 2.5
+    assert done == ["empty", f"sleep {timing.WAIT}", "event", "call", "event", "wait"]
+    # Second-level caches have 50 MiB and more.
+    assert timing.CACHE_BYTES >= 128 << 20
+
+
+def test_the_tests_that_the_page_names_are_there() -> None:
+    page = (ROOT / "docs" / "develop" / "gpu-bring-up.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
+    assert len(named) > 10
+    missing = [(file, test) for file, test in named if f"def {test}(" not in (ROOT / file).read_text(encoding="utf-8")]
+    assert missing == []

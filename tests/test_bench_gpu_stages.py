@@ -51,6 +51,7 @@ def test_kmeans() -> None:
     assert {"default", "lloyd", "given"} < set(modes["inertia"])
     assert set(modes["ms"]) == set(modes["inertia"])
     assert "share of the floor" in found["nearest centroids"]
+    assert set(found["mixtral: whole layer"]["ms"]) == {"default"}
     on_the_cpu = found["bert: on the CPU"]
     assert "skipped" in on_the_cpu or on_the_cpu["inertia, device over CPU"] == pytest.approx(1, rel=1e-5)
 
@@ -62,6 +63,8 @@ def test_blocks_experts_and_tangent_kernels() -> None:
         if "forward" in name or "step" in name:
             assert {"eager", "compile", "torch", "cublas", "epilogue", "epilogue, other tile"} <= set(line["ms"]), name
             assert set(line["times eager"]) == set(line["ms"]) - {"eager"}
+            assert set(line["compile over"]) == {"torch", "cublas", "epilogue", "epilogue, other tile"}
+            assert "; compile over torch " in line["brief"]
         elif "tiles" in name:
             assert {"forward", "backward"} <= set(line)
         else:
@@ -90,6 +93,31 @@ def test_the_device_and_the_whole_product() -> None:
 def test_what_is_compiled_ahead_and_what_tools_watch() -> None:
     found = lines("calls")["calls"]
     families = {name.split(" ")[0] for name in found["ahead"]["calls"]}
+    some = found["ahead"]["calls of"]
+    assert {name.split(" ")[0] for name in some["experts"]} == {"experts"}
+    assert {name.split(" ")[0] for name in some["ncu"]} == {"kmeans", "mlp"}
+    assert some["compile"] == found["ahead"]["calls"]
     proofs = {f"{name}-proof" for name in ("kmeans", "mlp", "experts", "sparse", "hadamard", "ntk")}
     assert families == {"kmeans", "mlp", "experts", "ntk", "whole", *proofs}
     assert {"mlp", "small-mlp", "small-experts", "small-resident", "small-ntk", "small-ntk-cuda"} < set(found)
+    assert {"small-sparse", "small-hadamard", "small-ntk-sums"} < set(found)
+
+
+def test_what_a_round_and_a_seed_wait_for(tmp_path: Path) -> None:
+    """As launched and compiled now: a third of what they waited for at first, and no fence for the whole device."""
+    out = tmp_path / "latency.json"
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = {**clean, "PYTHONPATH": os.pathsep.join(map(str, FOLDERS)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "bench" / "gpu_latency.py"), "--out", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    stored = json.loads((ROOT / "bench" / "results" / "gpu-latency.json").read_text(encoding="utf-8"))
+    for found in (json.loads(out.read_text(encoding="utf-8")), stored):
+        assert found["problem"] == {"points": 3072, "clusters": 768, "dtype": "float32", "capability": 90}
+        steps = found["dependent steps"]
+        assert 3 * steps["now"]["mean"] <= steps["first"]["mean"]
+        assert 3 * steps["now"]["of a seed"] <= steps["first"]["of a seed"]
+        assert len(found["code"]["now"]) == found["launches"]["of a round"] + found["launches"]["of all seeds"] == 6
+        assert all(code["barriers"] > 0 == code["fences"] for code in found["code"]["now"].values())
+        # The blocks that are launched now are those of the stored figures.
+        assert steps["now"]["form"] == stored["dependent steps"]["now"]["form"]

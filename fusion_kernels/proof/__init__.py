@@ -174,7 +174,9 @@ class Proof:
             return self._asked(cache, device)
 
     def _asked(self, cache: Cache, device: torch.device) -> Verdict:
-        tell_once(f"checking GPU kernels, once, about 10 s; {SWITCH}=off skips")
+        tell_once(
+            f"checking GPU kernels, once: seconds, or a minute where they are not compiled yet; {SWITCH}=off skips"
+        )
         return ask(self.cases, device, cache.key, LIMIT)
 
 

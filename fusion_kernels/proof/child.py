@@ -51,11 +51,12 @@ def ask(cases: str, device: torch.device, known_as: str, limit: float) -> Verdic
         return Verdict.of(UNKNOWN, f"no process can be started to check kernels in: {error}", on=name)
     lines = [json.loads(line) for line in out.decode(errors="replace").splitlines() if line.startswith("{")]
     outcome, why, done = _judged(lines, known_as)
+    begun = any("begin" in line for line in lines)
     if outcome is None and late:
-        outcome, why = FAILED, f"{_open_case(lines)} did not end within {limit:.0f} s"
+        # Before a case has begun, no kernel has run: nothing speaks against any.
+        outcome, why = FAILED if begun else UNKNOWN, f"{_open_case(lines)} did not end within {limit:.3g} s"
     elif outcome is None:
         last = (err.decode(errors="replace").strip().splitlines() or ["nothing was said"])[-1]
-        begun = any("begin" in line for line in lines)
         outcome = FAILED if begun and not _passes(last) else UNKNOWN
         why = f"{_open_case(lines)} ended its process (status {process.returncode}): {last}"
     return Verdict.of(outcome, why, done, time.monotonic() - began, name)

@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from fusion_kernels import gpu
 
 PACKAGE = Path(__file__).parents[1]
 #: The files whose bytes make the kernels, how they are launched, and what they are held to.
-KERNELS = ("**/*triton*.py", "**/*heuristics.py", "**/*gpu*.py", "proof/*.py", "**/*_cases.py", "_cuda*")
+KERNELS = ("**/*triton*.py", "**/*heuristics.py", "**/*gpu*.py", "proof/*.py", "**/*_cases.py")
+#: The compiled kernels: a fact of their own, as they come to be there after whoever asks for the others.
+LIBRARY = ("_cuda*",)
 
 
 @functools.cache
@@ -25,7 +28,8 @@ def facts(device: torch.device) -> dict[str, str]:
     """By name, of one device; with an index if there are several."""
     about = {
         "project": _version("mlp-fusion"),
-        "kernels": _digest(PACKAGE),
+        "kernels": digest(PACKAGE, KERNELS),
+        "cuda library": digest(PACKAGE, LIBRARY),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "TRITON_DEFAULT_FP_FUSION": os.environ.get("TRITON_DEFAULT_FP_FUSION", ""),
@@ -74,8 +78,9 @@ def _ptxas() -> str:
     return f"{tool.path} {tool.version}"
 
 
-def _digest(folder: Path) -> str:
-    found = {path for pattern in KERNELS for path in folder.glob(pattern) if path.is_file() and path.suffix != ".pyc"}
+def digest(folder: Path, patterns: Iterable[str]) -> str:
+    """One name for the names and the bytes of the files below the folder that fit one of the patterns."""
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file() and path.suffix != ".pyc"}
     whole = hashlib.sha256()
     for path in sorted(found):
         content = path.read_bytes()

@@ -84,7 +84,9 @@ def file() -> Path:
 def test_a_verdict_is_kept_and_not_found_again(function: str, words: str | None, asked: list[str]) -> None:
     with pytest.warns(RuntimeWarning) as told:
         assert of(function)(CPU) == words
-    assert str(told[0].message) == "checking GPU kernels, once, about 10 s; FUSION_KERNELS_GPU=off skips"
+    assert str(told[0].message) == (
+        "checking GPU kernels, once: seconds, or a minute where they are not compiled yet; FUSION_KERNELS_GPU=off skips"
+    )
     assert [str(w.message) for w in told[1:]] == (
         [] if words is None else [f"GPU kernels are not used: double {function}: {words}"]
     )
@@ -119,6 +121,7 @@ def test_cases_run_in_a_process_of_their_own(function: str, outcome: str, words:
     ("said", "ending", "outcome", "words", "cases"),
     [
         ([{"key": "k"}, {"begin": "a"}], "time.sleep(600)", "failed", "case 'a' did not end within 2 s", 0),
+        ([{"key": "k"}], "time.sleep(600)", "unknown", "the preparation did not end within 2 s", 0),
         (
             [{"key": "k"}, {"begin": "a"}, {"failure": None}, {"begin": "b"}],
             "os.abort()",
@@ -144,6 +147,11 @@ def test_what_the_other_process_comes_to(
     verdict = child.ask("proof_cases:right", CPU, "k", 2.0)
     assert (verdict.outcome, verdict.cases) == (outcome, cases)
     assert str(verdict.why).startswith(words)
+
+
+def test_without_time_for_a_case_nothing_speaks_against_kernels() -> None:
+    verdict = child.ask("proof_cases:right", CPU, key_of(facts(CPU)), 0.2)
+    assert (verdict.outcome, verdict.why) == ("unknown", "the preparation did not end within 0.2 s")
 
 
 @pytest.mark.parametrize(
@@ -227,12 +235,26 @@ def test_where_nothing_can_be_written(asked: list[str], folder: Path) -> None:
 
 def test_the_key_is_of_everything_that_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     about = facts(CPU)
-    assert about.keys() >= {"project", "kernels", "torch", "triton", "ptxas", "TRITON_DEFAULT_FP_FUSION", "device"}
+    names = {"project", "kernels", "cuda library", "torch", "triton", "ptxas", "TRITON_DEFAULT_FP_FUSION", "device"}
+    assert about.keys() >= names
     assert len({key_of(about), *(key_of({**about, name: "another"}) for name in about)}) == len(about) + 1
     (tmp_path / "gpu.py").write_text("1", encoding="utf-8")
-    before = key_module._digest(tmp_path)
+    monkeypatch.setattr(key_module, "PACKAGE", tmp_path)
+
+    def found() -> tuple[str, str]:
+        about = facts.__wrapped__(CPU)
+        return about["kernels"], about["cuda library"]
+
+    first = found()
     (tmp_path / "gpu.py").write_text("2", encoding="utf-8")
-    assert key_module._digest(tmp_path) != before
+    second = found()
+    assert second[0] != first[0]
+    assert second[1] == first[1]
+    # A library that is built later is another fact, and another key.
+    (tmp_path / "_cuda.abi3.so").write_bytes(b"1")
+    third = found()
+    assert third[0] == second[0]
+    assert third[1] != second[1]
 
 
 def test_of_two_processes_one_checks_and_the_other_waits(

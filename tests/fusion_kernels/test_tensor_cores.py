@@ -19,9 +19,15 @@ import tensor_cores
 import torch
 from torch import Tensor
 
+from fusion_kernels.experts import gpu_cases as of_experts
+from fusion_kernels.kmeans import gpu_cases as of_kmeans
 from fusion_kernels.kmeans import triton_assign, triton_points
+from fusion_kernels.mlp import gpu_cases as of_blocks
 from fusion_kernels.mlp import triton_linear, triton_resident
 from fusion_kernels.mlp.triton_tiles import ExpertTiles
+from fusion_kernels.ntk import gpu_cases as of_kernels
+from fusion_kernels.ntk import triton_backend
+from fusion_kernels.proof.cases import Case, poisoned
 
 pytestmark = pytest.mark.slow
 
@@ -120,3 +126,31 @@ def test_experts() -> None:
         assert rms(gradient[e].double() - exact) <= 2 * rms(one - exact)
         exact, torchs = x[rows].double() @ w[e].double(), (x[rows].float() @ w[e].float()).half()
         assert rms(y[rows].double() - exact) <= 2 * rms(torchs.double() - exact)
+
+
+CPU = torch.device("cpu")
+KERNEL = max(of_kernels.EVERY, key=lambda problem: problem.rows)
+#: Of each proof whose kernels multiply on tensor cores, the case of the longest sums, as large as on a device.
+LONGEST = {
+    "kmeans": lambda: of_kmeans._gram(*max(of_kmeans.GRAMS, key=lambda shape: shape[1]), CPU),
+    "mlp": lambda: of_blocks.block_case("epilogue", torch.bfloat16, (300, 768, 192), True, CPU),
+    "experts": lambda: of_experts.experts_case(torch.bfloat16, (256, 192), False, CPU),
+    "ntk": lambda: of_kernels.gram_case(triton_backend.ntk_gram, KERNEL, torch.float32, "tf32x3", CPU),
+    "ntk, sums": lambda: of_kernels.sums_case(triton_backend.ntk_sums, KERNEL, torch.float32, CPU),
+}
+
+
+@pytest.mark.parametrize("name", LONGEST)
+def test_cases_of_proofs_hold(name: str) -> None:
+    """Their bounds leave room for tensor cores: a right kernel that is refused would never be used."""
+    case: Case = LONGEST[name]()
+    with tensor_cores.truncating() as lengths, poisoned():
+        found = case.run()
+    assert lengths
+    assert case.wrong(found) is None
+
+
+def test_the_cases_of_proofs_that_are_tried_are_theirs() -> None:
+    assert (300, 768, 192) in of_blocks.SHAPES[torch.bfloat16]
+    assert (256, 192) in of_experts.SHAPES[torch.bfloat16]
+    assert (torch.float32, "tf32x3") in of_kernels.UNITS

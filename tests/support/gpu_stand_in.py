@@ -30,9 +30,12 @@ import torch  # isort: skip
 
 from fusion_kernels import gpu, library, native
 from fusion_kernels.experts import gpu_cases as of_experts
+from fusion_kernels.hadamard import gpu_cases as of_hadamard
 from fusion_kernels.kmeans import gpu_cases as of_kmeans
 from fusion_kernels.mlp import gpu_cases as of_blocks
 from fusion_kernels.mlp.operators import MLP
+from fusion_kernels.ntk import gpu_cases as of_kernels
+from fusion_kernels.sparse import gpu_cases as of_sparse
 
 
 class Event:
@@ -87,7 +90,8 @@ def _torch() -> None:
         "Event": Event, "Stream": Stream, "CUDAGraph": Graph, "graph": nothing, "stream": nothing,
         "current_stream": Stream, "synchronize": lambda *_: None, "_sleep": lambda *_: None,
         "reset_peak_memory_stats": lambda *_: None, "memory_allocated": lambda *_: 0,
-        "max_memory_allocated": lambda *_: 0, "device_count": lambda: 1, "current_device": lambda: 0,
+        "max_memory_allocated": lambda *_: 0, "mem_get_info": lambda *_: (1 << 30, 1 << 30),
+        "memory_reserved": lambda *_: 0, "device_count": lambda: 1, "current_device": lambda: 0,
         "get_device_properties": lambda *_: properties,
     }  # fmt: skip
     for name, fake in fakes.items():
@@ -128,6 +132,8 @@ def _proofs() -> None:
         [(20, 9, 5)],
     )
     of_blocks.SHAPES = {torch.float16: [(33, 40, 24)]}
+    of_sparse.SHAPES, of_hadamard.TRANSFORMS, of_hadamard.PROJECTIONS = [(5, 7, 9, 2)], ((2, 5),), ((5, 3),)
+    of_kernels.EVERY = [dataclasses.replace(problem, rows=20, others=None) for problem in of_kernels.EVERY]
     of_experts.SHAPES, of_experts.COUNTS = {torch.float16: [(24, 17)]}, (0, 20, 1, 0)
 
 
@@ -139,6 +145,7 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "gpu_kmeans": {
         "SHAPES": {"bert": (12, 3, 5, 2)}, "LARGE": "bert", "ASSIGN": (40, 5, 7), "ITERATIONS": 1, "REPEATS": 1,
+        "LAYER": (12, 3, 5, 2),
     },
     "gpu_experts": {},
     "gpu_ntk": {
@@ -169,8 +176,10 @@ def _benchmark() -> None:
 
 def calls(_: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     """As lines: what is compiled ahead, but for what other tests interpret, and what tools watch."""
-    ahead = importlib.import_module("gpu_compile").calls()
-    yield "ahead", lambda: {"calls": [*ahead]}
+    of = importlib.import_module("gpu_compile").calls
+    ahead = of()
+    some = {stage: [*of(["compile", stage])] for stage in ("experts", "ncu", "compile")}
+    yield "ahead", lambda: {"calls": [*ahead], "calls of": some}
     watched = importlib.import_module("gpu_watched").CALLS
     for name, call in {**ahead, **watched}.items():
         if "proof" not in name and "kmeans" not in name:
