@@ -78,7 +78,7 @@ void multiply(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, bool
   }
   const Tensor to = view(out), left = view(a), right = view(b);
   TORCH_ERROR_CODE_CHECK(add ? aoti_torch_cpu_addmm_out(to.get(), to.get(), left.get(), right.get(), 1.0, 1.0)
-                                    : aoti_torch_cpu_mm_out(to.get(), left.get(), right.get()));
+                             : aoti_torch_cpu_mm_out(to.get(), left.get(), right.get()));
 }
 
 // Call work(begin, count) for pieces of the rows of a tile, on all threads, as many and as large for each.

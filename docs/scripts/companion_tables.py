@@ -73,20 +73,38 @@ def squeezing() -> str:
 
 
 def students() -> str:
-    """Losses for masked tokens on the way, and accuracy after fine-tuning."""
-    rows = []
+    """Losses for masked tokens on the way, and accuracy after fine-tuning: of several seeds, medians."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in results("minialbert-cpu")["rows"]:
-        if "mlm" not in row:
-            continue
-        if "curve" not in row:
-            rows.append([*row["row"].split(), "", f"{row['mlm']:.2f}", f"{row['accuracy']:.1%}", ""])
-            continue
-        teacher, start, *bare, _ = row["row"].split()
-        curve = ", ".join(f"{point['step']}: {point['mlm']:.2f}" for point in row["curve"])
-        adapters = "without" if bare else "with"
-        rows.append([teacher, start, adapters, curve, f"{row['accuracy']:.1%}", f"{row['processor_seconds']:.0f}"])
-    titles = ["teacher", "start", "adapters", "steps: loss for masked tokens", "SST-2", "processor seconds"]
+        if "accuracy" in row:
+            asked = row.get("asked", {}).values()
+            found.setdefault((row["row"], row.get("width"), *asked), []).append(row)
+    rows = [_student(seeds) for seeds in found.values()]
+    titles = [
+        "teacher", "model", "adapters", "parameters", "rate", "weight of masked tokens",
+        "steps: loss for masked tokens", "SST-2", "processor seconds", "seeds",
+    ]  # fmt: skip
     return table(titles, rows)
+
+
+def _student(seeds: list[dict[str, Any]]) -> list[str]:
+    first = seeds[0]
+    teacher, model, *rest = first["row"].split()
+    asked, curves = first.get("asked", {}), [row["curve"] for row in seeds if "curve" in row]
+    steps = {point["step"]: statistics.median(curve[n]["mlm"] for curve in curves)
+             for n, point in enumerate(first.get("curve", []))}  # fmt: skip
+    losses = ", ".join(f"{step}: {loss:.2f}" for step, loss in steps.items())
+    accuracies = sorted(row["accuracy"] for row in seeds)
+    spread = f" ({accuracies[0]:.1%} to {accuracies[-1]:.1%})" if len(seeds) > 1 else ""
+    seconds = [row["processor_seconds"] for row in seeds if "processor_seconds" in row]
+    names = {"fusion": f"FFNs of {first.get('width', 0):g}", "itself": "itself"}
+    return [
+        teacher, names.get(model, f"start: {model}"), ("without" if "bare" in rest else "with") if asked else "",
+        f"{first['classifier_parameters']:,}", f"{asked['rate']:g}" if asked else "",
+        f"{asked['mlm_weight']:g}" if asked else "", losses or (f"{first['mlm']:.2f}" if "mlm" in first else ""),
+        f"{statistics.median(accuracies):.1%}{spread}", f"{statistics.median(seconds):.0f}" if seconds else "",
+        str(len(seeds)),
+    ]  # fmt: skip
 
 
 TABLES: dict[str, Callable[[], str]] = {

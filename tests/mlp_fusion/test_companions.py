@@ -91,6 +91,17 @@ def test_it_trains_after_inference(model: Any, config: Any) -> None:
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("trains", [False, True])
+def test_it_is_compiled_from_cold(config: Any, trains: bool) -> None:
+    """What is found or made once is found while a compiler traces."""
+    made, again = (get_peft_model(classifier(), copy.deepcopy(config)).eval() for _ in range(2))
+    again.load_state_dict(made.state_dict())
+    with torch.set_grad_enabled(trains):
+        found = torch.compile(made, backend="eager")(IDS).logits
+        wanted = again(IDS).logits
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("on_meta_first", [False, True])
 def test_a_stored_one_is_loaded_to_the_same_bits(model: Any, config: Any, on_meta_first: bool, tmp_path: Path) -> None:
     made = attached(model, config)

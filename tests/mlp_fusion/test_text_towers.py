@@ -14,8 +14,9 @@ import checkpoints as ck
 import mlp_fusion
 from mlp_fusion import InputError
 from mlp_fusion.reducing.chosen import find_ffns
-from mlp_fusion.running.drawing import random_batch, text_reaches
+from mlp_fusion.running.drawing import random_text, text_refusal
 from mlp_fusion.running.synthetic import RANDOM_INPUTS, WRITTEN, synthetic_kind
+from mlp_fusion.streaming.layerwise import LayerwiseModel
 
 TOWER = "language_model.*"
 TOKENS = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
@@ -58,8 +59,8 @@ def test_text_reaches_its_own_tower(model: Any) -> None:
     architecture, sites = find_ffns(model)
     reads = [site for site in sites if "language_model" in site.path]
     assert 0 < len(reads) < len(sites)
-    assert text_reaches(model, architecture, reads)
-    assert not text_reaches(model, architecture, sites)
+    assert text_refusal(model, architecture, reads) is None
+    assert "visual.blocks.0.mlp: this FFN did not run" in str(text_refusal(model, architecture, sites))
     assert synthetic_kind(model, architecture, reads) == WRITTEN
     assert synthetic_kind(model, architecture, sites) == RANDOM_INPUTS
 
@@ -85,7 +86,9 @@ def test_its_widths_are_found_streamed(source: Path, text: Path, tmp_path: Path)
 
 
 def test_ffns_that_text_does_not_reach_are_named(source: Path, text: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"not all FFNs .* run on text alone: choose .*layers 'language_model\.\*'"):
+    with pytest.raises(
+        InputError, match=r"text alone does not run the FFNs .*\(model\.visual\.blocks\.0\.mlp: .*\): choose"
+    ):
         mlp_fusion.compress(source, tmp_path / "out", 0.5, calibration=text)
     with pytest.raises(InputError, match=r"visual\.blocks\.0\.mlp does not run on text: leave it out \(layers\)"):
         mlp_fusion.compress(source, tmp_path / "out", 0.5, calibration=text, stream=True)
@@ -97,13 +100,40 @@ def test_it_writes_the_text_that_its_tower_is_calibrated_on(model: Any) -> None:
     assert report.calibration.synthetic == WRITTEN
 
 
-def test_where_images_cannot_be_guessed_text_is_drawn(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unfit(*given: Any, **named: Any) -> Any:
+def test_where_images_cannot_be_guessed_text_serves_its_own_tower(
+    model: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unfit(*_given: Any, **_named: Any) -> Any:
         raise ValueError("images of another size")
 
-    assert "pixel_values" in random_batch(model, seed=0)
-    monkeypatch.setattr(model.model, "get_image_features", unfit)
-    monkeypatch.setattr(model, "get_image_features", unfit)
-    batch = random_batch(model, seed=0)
-    assert batch.keys() == {"input_ids", "attention_mask"}
-    assert not torch.isin(batch["input_ids"], torch.tensor(list(TOKENS.values()))).any()
+    monkeypatch.setattr(transformers.Qwen2VLModel, "get_image_features", unfit)
+    monkeypatch.setattr(transformers.Qwen2VLForConditionalGeneration, "get_image_features", unfit)
+    guess = "what it takes besides input_ids cannot be guessed: give sample"
+    for call in (
+        lambda: mlp_fusion.fuse(model, 0.5),
+        lambda: mlp_fusion.compress(source, tmp_path / "out", 0.5),
+        lambda: mlp_fusion.fuse(model, 0.5, synthetic=64),
+    ):
+        with pytest.raises(InputError, match=f"{guess}|takes nothing that can be drawn: pass calibration"):
+            call()
+    ids = random_text(model, seed=0)["input_ids"]
+    assert ids.shape == (8, 64)
+    assert not torch.isin(ids, torch.tensor(list(TOKENS.values()))).any()
+    mlp_fusion.compress(source, tmp_path / "out", 0.5, TOWER)
+    assert mlp_fusion.verify(tmp_path / "out").passed
+    assert mlp_fusion.fuse(model, 0.5, TOWER).sample == "random token ids"
+
+
+def test_nothing_is_left_of_looking_what_runs(source: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(source)
+    hollow = LayerwiseModel(source, config, torch.float32, torch.device("cpu"))
+    _, sites = find_ffns(transformers.AutoModelForImageTextToText.from_pretrained(source))
+    before = torch.get_rng_state()
+    (stack,) = hollow.stacks(sites, {"input_ids": torch.full((1, 5), 9)}, [len(sites) - 1])
+    assert [layer.path.split(".")[-3:-1] for layer in stack] == [["language_model", "layers"]] * 2
+    assert not any("forward" in vars(module) or module.training for module in hollow.model.modules())
+    assert torch.equal(torch.get_rng_state(), before)
+    # Of the layers none is in memory, be they for text or for images.
+    idle = [name for name, p in hollow.model.named_parameters() if (".blocks." in name or ".layers." in name)]
+    assert len(idle) > 20
+    assert all(hollow.model.get_parameter(name).is_meta for name in idle)

@@ -16,7 +16,7 @@ from mlp_fusion.errors import InputError
 from mlp_fusion.families.inputs import OTHER_INPUTS
 from mlp_fusion.running.batches import Batch, main_input
 from mlp_fusion.running.rows import TEXT_COLUMNS, read_texts
-from mlp_fusion.running.sentences import encode
+from mlp_fusion.running.sentences import encode, most_positions
 from mlp_fusion.store.tokenizers import tokenizer_of
 
 #: Columns of tokens.
@@ -78,7 +78,7 @@ def _tokenized(sentences: list[str], model: Any, source: str) -> list[Batch]:
         raise InputError(
             f"{source}: the model was not loaded from a folder with a tokenizer: pass tokenised batches as calibration"
         )
-    return encode(tokenizer, sentences, getattr(model.config, "max_position_embeddings", None))
+    return encode(tokenizer, sentences, most_positions(model.config))
 
 
 def _single(row: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:

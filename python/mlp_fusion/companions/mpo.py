@@ -192,7 +192,7 @@ class MpoLayer(CompanionLayer):
         alike = made is not None and (made.whole.device, made.whole.dtype) == (left.device, left.dtype)
         if made is None or not alike or not made.still(tensors):
             # What inference has multiplied out serves training as well.
-            with torch.inference_mode(mode=False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 half = left @ central.flatten(1)
                 made = _Made.of(tensors, half, half.reshape(-1, len(right)) @ right)
             self._made[adapter] = made

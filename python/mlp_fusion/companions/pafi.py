@@ -131,7 +131,7 @@ class PafiLayer(CompanionLayer):
         known = self._places.get(adapter)
         if known is None or known[0] is not indices or known[1] != version:
             # Those that inference has found serve training as well.
-            with torch.inference_mode(mode=False):
+            with torch.inference_mode(False):
                 known = self._places[adapter] = indices, version, self._find_places(indices.long())
         return known[2]
 

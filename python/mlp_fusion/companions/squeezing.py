@@ -79,7 +79,9 @@ def squeeze_bonds(chains: Mapping[str, MatrixProductOperator], allowed: int) -> 
     least = sum(curve[-1].parameters for curve in curves.values())
     if least > allowed:
         raise InputError(f"the matrices have {least:,} parameters with all bonds at 1: allow more")
-    steps = [(_price(*pair), name, pair[1]) for name, curve in curves.items() for pair in _steps(_hull(curve))]
+    steps = [
+        (_price(*pair), name, pair[1]) for name, curve in curves.items() for pair in itertools.pairwise(_hull(curve))
+    ]
     left = sum(cut.parameters for cut in chosen.values()) - allowed
     # The steps of one matrix are in order of their prices: its hull is convex.
     for _, name, cut in sorted(steps, key=lambda step: step[0]):
@@ -130,10 +132,6 @@ def _hull(curve: Sequence[Cut]) -> list[Cut]:
             hull.pop()
         hull.append(cut)
     return hull
-
-
-def _steps(hull: Sequence[Cut]) -> Iterator[tuple[Cut, Cut]]:
-    return itertools.pairwise(hull)
 
 
 def _price(now: Cut, then: Cut) -> float:

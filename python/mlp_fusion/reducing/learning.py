@@ -14,13 +14,13 @@ from torch import Tensor
 from mlp_fusion.calibration import FFNStatistics, OutputSensitivity, collect, output_sensitivities
 from mlp_fusion.calibration.sensitivity import warn_unweighed
 from mlp_fusion.calibration.statistics import take_calibration, warn_of_few
-from mlp_fusion.errors import SkippableError
+from mlp_fusion.errors import InputError, SkippableError
 from mlp_fusion.families import FFNSite
 from mlp_fusion.measure.report import CalibrationRecord
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.reducing.chosen import ChosenFFNs
-from mlp_fusion.running.batches import Batch, takes_text, token_mask
-from mlp_fusion.running.drawing import random_batch
+from mlp_fusion.running.batches import Batch, has_other_inputs, token_mask
+from mlp_fusion.running.drawing import random_batch, random_text, text_refusal
 from mlp_fusion.running.excerpts import excerpts
 from mlp_fusion.running.taps import Activations, capture_activations, stream_activations
 from mlp_fusion.settings import FuseSettings
@@ -144,8 +144,13 @@ def _measured_on(
     if shown is None and batches is not None:
         shown, described = list(excerpts(model, batches, 4 * SAMPLE_ROWS)), fitted
     if shown is None:
-        shown = random_batch(model, seed=seed)
-        described = f"random {'token ids' if takes_text(model) else 'inputs'}"
+        try:
+            shown = random_batch(model, seed=seed)
+        except InputError:
+            if text_refusal(model, architecture, sites) is not None:
+                raise
+            shown = random_text(model, seed=seed)
+        described = f"random {'inputs' if has_other_inputs(shown) else 'token ids'}"
     return capture_activations(model, architecture, sites, shown, rows=SAMPLE_ROWS, seed=seed), described
 
 

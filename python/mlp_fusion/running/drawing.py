@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -28,18 +27,15 @@ _FEATURES = {
 def random_batch(model: nn.Module, *, seed: int, batch: int = 8, length: int = 64) -> dict[str, Tensor]:
     """Inputs for `model`, uniformly drawn token ids or normally drawn numbers, for when there is nothing at hand.
 
-    Text is `(batch, length)`, or shorter where the model has fewer positions. Images and sounds are of the size that
-    the config says, few where they are large; the model is run on guesses until it takes one. Where it takes none, it
-    gets text alone, if it runs on that.
+    Text is as of :func:`random_text`. Images and sounds are of the size that the config says, few where they are large;
+    the model is run on guesses until it takes one.
 
     Raises:
         InputError: the model takes none of them.
     """
-    generator = torch.Generator().manual_seed(seed)
-    config: Any = model.config
     if takes_text(model):
-        ids = _tokens(config, generator, batch, text_length(config, length))
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return random_text(model, seed=seed, batch=batch, length=length)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad(), Runner(model, "random inputs") as runner:
         for drawn in _drawn(runner, generator, batch, length):
             try:
@@ -47,28 +43,43 @@ def random_batch(model: nn.Module, *, seed: int, batch: int = 8, length: int = 6
             except InputError:
                 continue  # a guess that the model does not take
             return drawn
-        if main_input(model) == "input_ids":
-            text = config.get_text_config(decoder=True)
-            with contextlib.suppress(InputError):
-                drawn = _text(model, _tokens(text, generator, batch, text_length(text, length)))
-                runner.base(drawn)
-                return drawn
     raise InputError(
         f"{type(model).__name__}: what it takes besides {main_input(model)} cannot be guessed: "
         "give sample, a batch of the model's own processor"
     )
 
 
-def text_reaches(model: nn.Module, architecture: Architecture, sites: Sequence[FFNSite]) -> bool:
-    """Whether text alone runs all of `sites`: those of a model that takes nothing else, or of its part for text."""
-    if takes_text(model) or main_input(model) != "input_ids":
-        return takes_text(model)
+def random_text(model: Any, *, seed: int, batch: int = 8, length: int = 64) -> dict[str, Tensor]:
+    """Uniformly drawn token ids, `(batch, length)`, or shorter where the model has fewer positions.
+
+    Raises:
+        InputError: its config does not say how many tokens there are.
+    """
+    config = model.config if takes_text(model) else model.config.get_text_config(decoder=True)
+    ids = _tokens(config, torch.Generator().manual_seed(seed), batch, text_length(config, length))
+    if not takes_text(model):
+        ids = plain_ids(ids, model.config)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def text_refusal(model: nn.Module, architecture: Architecture, sites: Sequence[FFNSite]) -> str | None:
+    """Why text alone does not run all of `sites`, those of the part for text, say; None where it does.
+
+    A model that seems to take nothing else is taken at its word.
+    """
+    if takes_text(model):
+        return None
+    if main_input(model) != "input_ids":
+        return "the model does not run on text alone: use fuse, with batches of its processor"
     try:
-        text = [_text(model, torch.full((1, 8), 3))]
-        stream_activations(model, architecture, sites, text, lambda _number, _mask, _taps: None)
-    except InputError:
-        return False
-    return True
+        text = random_text(model, seed=0, batch=1, length=8)
+        stream_activations(model, architecture, sites, [text], lambda _number, _mask, _taps: None)
+    except InputError as error:
+        return (
+            f"text alone does not run the FFNs that are to be narrowed ({error}): choose those that it runs (layers), "
+            "or use fuse, with batches of the model's processor"
+        )
+    return None
 
 
 def text_length(config: Any, length: int) -> int:
@@ -127,8 +138,7 @@ def _sound(guess: Mapping[str, Tensor]) -> int:
 def _with_placeholders(runner: Runner, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
     """`drawn`, with as many placeholders before its text as there are features of its images and sounds."""
     model: Any = runner.model
-    special = placeholders(model.config)
-    ids = _plain(drawn["input_ids"], special)
+    ids = plain_ids(drawn["input_ids"], model.config)
     kinds = torch.zeros_like(ids)
     for number, (kind, (method, name)) in enumerate(_FEATURES.items(), 1):
         token = next((t for key in ("id", "index") if (t := getattr(model.config, f"{kind}_token_{key}", None))), None)
@@ -148,13 +158,8 @@ def _with_placeholders(runner: Runner, drawn: dict[str, Tensor]) -> dict[str, Te
     return found
 
 
-def _text(model: Any, ids: Tensor) -> dict[str, Tensor]:
-    """A batch of ids alone, without placeholders for anything else."""
-    plain = _plain(ids, placeholders(model.config))
-    return {"input_ids": plain, "attention_mask": torch.ones_like(plain)}
-
-
-def _plain(ids: Tensor, special: Sequence[int]) -> Tensor:
-    """`ids`, with an ordinary token in the place of special ones."""
+def plain_ids(ids: Tensor, config: Any) -> Tensor:
+    """`ids`, with an ordinary token in the place of each that stands for an image or a sound."""
+    special = placeholders(config)
     plain = next(token for token in range(3, 4 + len(special)) if token not in special)
     return ids.masked_fill(torch.isin(ids, torch.tensor(special, dtype=ids.dtype)), plain)

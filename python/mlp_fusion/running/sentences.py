@@ -27,6 +27,15 @@ def read_sentences(file: Path | None, *, limit: int = 256) -> list[str]:
     return own.splitlines()[:limit]
 
 
+def most_positions(config: Any) -> int | None:
+    """How many positions a model has for text, as its config or the one of its part for text says."""
+    for part in (config, getattr(config, "text_config", None)):
+        known = getattr(part, "max_position_embeddings", None)
+        if known is not None:
+            return int(known)
+    return None
+
+
 def encode(tokenizer: Any, texts: Sequence[str], max_positions: int | None) -> list[Batch]:
     """Batches of the texts, padded behind them; the tokenizer's own padding is changed.
 

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from mlp_fusion.errors import InputError, named
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.running.batches import positions, takes_text
-from mlp_fusion.running.drawing import random_batch, text_length, text_reaches
+from mlp_fusion.running.drawing import plain_ids, random_batch, text_length, text_refusal
 from mlp_fusion.running.runner import UNFIT, evaluating, naming_outputs, placeholders, seeded
 
 #: Tokens of a text that is written, and how many are written side by side, and run side by side afterwards. Many short
@@ -43,7 +43,7 @@ def synthetic_kind(model: Any, architecture: Architecture, sites: Sequence[FFNSi
     """
     able = getattr(model, "can_generate", None)
     writer = able is not None and able() and not model.config.is_encoder_decoder
-    if writer and text_reaches(model, architecture, sites):
+    if writer and text_refusal(model, architecture, sites) is None:
         return WRITTEN
     return RANDOM_TOKENS if takes_text(model) else RANDOM_INPUTS
 
@@ -119,7 +119,7 @@ def _beginnings(model: Any, count: int) -> Tensor:
     first = getattr(config, "bos_token_id", None)
     if type(first) is int and 0 <= first < config.vocab_size:
         return torch.full((count, 1), first)
-    return torch.randint(0, config.vocab_size, (count, 1))
+    return plain_ids(torch.randint(0, config.vocab_size, (count, 1)), model.config)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 from mlp_fusion.errors import InputError, named
 from mlp_fusion.families import building
 from mlp_fusion.running.batches import Batch
-from mlp_fusion.running.drawing import random_batch
+from mlp_fusion.running.drawing import random_batch, random_text
 from mlp_fusion.running.runner import Runner, not_finite, seeded
 from mlp_fusion.store.quantised import forget, quantisation, reading_options
 from mlp_fusion.store.weights import COMPUTING, TensorInfo, widest_dtype
@@ -86,13 +86,24 @@ def experts_options(dtype: torch.dtype) -> dict[str, str]:
     return {"experts_implementation": "eager"} if dtype == torch.float64 else {}
 
 
-def reference_outputs(model: Any, seed: int, *, head: bool) -> dict[str, Tensor]:
+def reference_outputs(model: Any, seed: int, *, head: bool, text: bool = False) -> dict[str, Tensor]:
     """Random inputs of one sample, by the names that :func:`split_reference` knows, and the outputs for them.
+
+    Args:
+        model: it.
+        seed: of the inputs.
+        head: as of :func:`model_outputs`.
+        text: text will do where nothing that the model takes besides can be guessed.
 
     Raises:
         InputError: there is no guess at what it takes, it cannot run on it, or its outputs are not finite.
     """
-    inputs = random_batch(model, seed=seed, batch=1, length=_REFERENCE_TOKENS)
+    try:
+        inputs = random_batch(model, seed=seed, batch=1, length=_REFERENCE_TOKENS)
+    except InputError:
+        if not text:
+            raise
+        inputs = random_text(model, seed=seed, batch=1, length=_REFERENCE_TOKENS)
     if _is_text(inputs):
         inputs = {"input_ids": inputs["input_ids"]}
     outputs = model_outputs(model, inputs, head=head)

@@ -52,7 +52,7 @@ class LayerwiseModel:
     def stacks(self, sites: Sequence[FFNSite], batch: Batch, wanted: Collection[int]) -> list[list[Layer]]:
         """The lists of layers that run, those without an FFN too, in the order in which they stand.
 
-        Everything else is read, but for lists that do not run: those for images, of a model that reads text.
+        Everything else is read, but for layers that do not run: those for images, of a model that reads text.
 
         Args:
             sites: all FFNs of the model.
@@ -63,44 +63,47 @@ class LayerwiseModel:
             InputError: an FFN stands in no list of layers, or one that is wanted does not run.
         """
         found = {layer.path: layer for layer in layers_of(self.model, sites)}
-        lists = {path: self._listed(path.rpartition(".")[0]) for path in found}
-        inside = tuple(f"{path}." for path in lists.values() if path)
+        lists = {path: self._listed(path.rpartition(".")[0], found) for path in found}
+        stacks = {stack[0].path: stack for path in found if (stack := lists[path] or [found[path]])}
+        inside = tuple(f"{layer.path}." for stack in lists.values() for layer in stack)
         self._read([parameter for parameter in self._names if not parameter.startswith(inside)])
-        ran = self._ran(found.values(), batch)
-        for layer in found.values():
-            idle = [site for site in layer.sites if site.index in wanted and layer.path not in ran]
+        running = []
+        for stack, runs in zip(stacks.values(), self._ran([*stacks.values()], batch), strict=True):
+            idle = [site.path for layer in stack for site in layer.sites if site.index in wanted and not runs]
             if idle:
-                raise InputError(f"{idle[0].path} does not run on text: leave it out (layers), or leave out stream")
-            if layer.path in ran and not lists[layer.path]:
+                raise InputError(f"{idle[0]} does not run on text: leave it out (layers), or leave out stream")
+            if runs and not lists.get(stack[0].path, stack):
                 raise InputError(
-                    f"{layer.path} is in no list of layers, that could be run one by one: leave out stream"
+                    f"{stack[0].path} is in no list of layers, that could be run one by one: leave out stream"
                 )
-        return [
-            [
-                found.get(f"{path}.{name}", Layer(f"{path}.{name}", module, ()))
-                for name, module in self.model.get_submodule(path).named_children()
-            ]
-            for path in dict.fromkeys(lists[layer] for layer in found if layer in ran)
-        ]
+            if runs:
+                running.append(stack)
+        return running
 
-    def _listed(self, path: str) -> str:
-        """The path, if a list of layers is there; else nothing."""
-        return path if isinstance(self.model.get_submodule(path), (nn.ModuleList, nn.Sequential)) else ""
+    def _listed(self, path: str, found: Mapping[str, Layer]) -> list[Layer]:
+        """The layers of a list of them, those without an FFN too; none where the path is of something else."""
+        members = self.model.get_submodule(path)
+        if not isinstance(members, (nn.ModuleList, nn.Sequential)):
+            return []
+        paths = {f"{path}.{name}": module for name, module in members.named_children()}
+        return [found.get(path, Layer(path, module, ())) for path, module in paths.items()]
 
-    def _ran(self, layers: Collection[Layer], batch: Batch) -> set[str]:
-        """Paths of those of `layers` that run on a batch; of all, where that cannot be seen while they stand aside."""
-        for handed in (_itself, _in_a_tuple):
-            ran: set[str] = set()
+    def _ran(self, stacks: Sequence[Sequence[Layer]], batch: Batch) -> list[bool]:
+        """Which of the stacks run on a batch; all, where that cannot be seen while layers stand aside."""
+        for handed in (_itself, _in_a_tuple, None):
+            ran: set[int] = set()
             with Runner(self.model, "the calibration text") as runner, ExitStack() as inside:
-                for layer in layers:
-                    entered = functools.partial(ran.add, layer.path)
-                    inside.enter_context(_standing_aside([layer], handed, torch.clone, None, entered))
+                for number, stack in enumerate(stacks):
+                    if handed is None:
+                        inside.enter_context(self.loaded(stack[0]))
+                    entered = functools.partial(ran.add, number)
+                    inside.enter_context(_standing_aside(stack, handed, torch.clone, None, entered))
                 try:
                     runner.base(batch)
                 except InputError:
                     continue  # something else is expected of layers
-            return ran
-        return {layer.path for layer in layers}
+            return [number in ran for number in range(len(stacks))]
+        return [True] * len(stacks)
 
     @contextmanager
     def loaded(self, layer: Layer) -> Iterator[None]:
@@ -139,10 +142,7 @@ class LayerwiseModel:
 
         with ExitStack() as stack:
             for layer in itertools.chain.from_iterable(stacks):
-                # Some modules have a method of their own already.
-                own = vars(layer.module).get("forward")
-                back = (delattr, layer.module, "forward") if own is None else (setattr, layer.module, "forward", own)
-                stack.callback(*back)
+                stack.callback(_put_back, layer.module, vars(layer.module).get("forward"))
                 layer.module.forward = reading(layer, layer.module.forward)
             yield self.model
 
@@ -334,13 +334,19 @@ def _standing_aside(
             hidden = next(left)
         return (hidden, *besides) if handed is None else handed(hidden)
 
-    for layer in stack:
-        layer.module.forward = functools.partial(forward, layer)
-    try:
-        yield
-    finally:
+    with ExitStack() as back:
         for layer in stack:
-            del layer.module.forward
+            back.callback(_put_back, layer.module, vars(layer.module).get("forward"))
+            layer.module.forward = functools.partial(forward, layer)
+        yield
+
+
+def _put_back(module: Any, forward: Any) -> None:
+    """Give a module the method back that it had of its own, as some have, or none."""
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward
 
 
 def _hollow(config: Any, dtype: torch.dtype) -> Any:

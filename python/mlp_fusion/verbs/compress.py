@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mlp_fusion.errors import InputError, named
-from mlp_fusion.families import Architecture, FFNSite
+from mlp_fusion.families import Architecture
 from mlp_fusion.measure import FFNRow, FusionReport
 from mlp_fusion.measure.embeddings import compare_embeddings, embed
 from mlp_fusion.measure.report import CalibrationRecord
@@ -27,9 +27,9 @@ from mlp_fusion.reducing.chosen import check_finite
 from mlp_fusion.reducing.learning import SAMPLE_ROWS
 from mlp_fusion.reducing.pipeline import Progress
 from mlp_fusion.running.batches import Batch, token_mask
-from mlp_fusion.running.drawing import text_reaches
+from mlp_fusion.running.drawing import text_refusal
 from mlp_fusion.running.runner import resolve_device
-from mlp_fusion.running.sentences import read_sentences
+from mlp_fusion.running.sentences import most_positions, read_sentences
 from mlp_fusion.running.synthetic import WRITTEN, synthetic_kind
 from mlp_fusion.selection import Layers, Width
 from mlp_fusion.settings import CompressSettings, make, takes
@@ -113,9 +113,10 @@ def compress(
         if kind == WRITTEN and not source.head:
             raise InputError(f"{run.folder} lacks weights of the head that text is written with: pass calibration")
         # What the end needs is tried before the work.
-        reference_outputs(source.model, settings.seed, head=source.head)
-        batches = _tokenized(source, sites, run.sentences, settings.text)
-        learning = None if learnt is None else _tokenized(source, sites, learnt, settings.calibration)
+        refusal = text_refusal(source.model, source.architecture, sites)
+        reference_outputs(source.model, settings.seed, head=source.head, text=refusal is None)
+        batches = _tokenized(source, refusal, run.sentences, settings.text)
+        learning = None if learnt is None else _tokenized(source, refusal, learnt, settings.calibration)
         originals = None if batches is None else embed(source.model, batches)
         fusing = {**vars(settings.fusing()), "layers": chosen}
         report = fuse(source.model, sample=batches, calibration=learning, progress=progress, **fusing)
@@ -129,7 +130,7 @@ def compress(
         if source.widened and quantisation(source.config) is None:
             changes.update(bytes_before=planned.bytes_before, bytes_after=planned.bytes_after)
         report = dataclasses.replace(report, **changes)
-        reference = reference_outputs(source.model, settings.seed, head=source.head)
+        reference = reference_outputs(source.model, settings.seed, head=source.head, text=refusal is None)
         _write(out, source, chosen, planned, report, reference, replace=settings.force)
     return report
 
@@ -244,7 +245,7 @@ def _stream(run: _Run, held: ExitStack, progress: Progress | None) -> FusionRepo
     config = read_config(folder)
     text = None
     if run.learnt is not None:
-        text = tokenize(folder, run.learnt, getattr(config, "max_position_embeddings", None))
+        text = tokenize(folder, run.learnt, most_positions(config))
         if text is None:
             raise InputError(f"{folder} has no tokenizer to read {settings.calibration} with: add its files")
     stream, planned = _prepared(run, text, held, progress)
@@ -351,17 +352,14 @@ def _open(folder: Path, dtype: str | None, device: torch.device) -> _Source:
 
 
 def _tokenized(
-    source: _Source, sites: Sequence[FFNSite], texts: list[str], file: str | Path | None
-) -> list[Batch] | None:
-    """Batches of the texts in `file`; None where the package's own are meant and `sites` do not run on text."""
-    if not text_reaches(source.model, source.architecture, sites):
+    source: _Source, refusal: str | None, texts: list[str], file: str | Path | None
+) -> list[Batch] | None:  # fmt: skip
+    """Batches of the texts in `file`; None where the package's own are meant and there is a reason against text."""
+    if refusal is not None:
         if file is not None:
-            raise InputError(
-                f"{source.folder}: not all FFNs that are to be narrowed run on text alone: choose those of the part "
-                "for text (layers 'language_model.*'), or use fuse, with batches of the model's processor"
-            )
+            raise InputError(f"{source.folder}: {refusal}")
         return None
-    batches = tokenize(source.folder, texts, getattr(source.config, "max_position_embeddings", None))
+    batches = tokenize(source.folder, texts, most_positions(source.config))
     if batches is None and file is not None:
         raise InputError(f"{source.folder} has no tokenizer to read {file} with: add its files, or leave out the text")
     return batches

@@ -49,8 +49,8 @@ class PlannedFFN:
     bytes_after: int
     divisible_by_128: bool
     divisible_by_256: bool
-    routed: bool = False
     loaded: bool = True
+    routed: bool = False
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ def _dropped(
     size = sum(headers.tensors[name].nbytes for name in ffn.names)
     return PlannedFFN(
         ffn.index, ffn.path, chosen, before, after, counts[0], counts[1], size, size * counts[1] // counts[0],
-        after % 128 == 0, after % 256 == 0, bool(ffn.kind.experts), loaded=False,
+        after % 128 == 0, after % 256 == 0, loaded=False, routed=bool(ffn.kind.experts),
     )  # fmt: skip
 
 
