@@ -3,8 +3,8 @@
     python bench/squeezing.py --data FOLDER [--shares 0.9 0.8 0.7] [--examples 2000] [--epochs 1] [--seeds 3]
     python bench/squeezing.py --summary
 
-all-MiniLM-L6-v2 is fine-tuned first (`full`). From there, `squeeze` cuts bonds of all matrices, embeddings too, a share
-of the parameters a round, and tunes the small tensors before the first and after each; the others go to each share at
+all-MiniLM-L6-v2 is fine-tuned first (`full`). From there, `squeeze` cuts bonds of all matrices but embeddings (`squeeze,
+embeddings too`: of all), a share of the parameters a round, and tunes the small tensors before the first and after each; the others go to each share at
 once and tune all weights for as many steps as squeezing has had by then: `fusion`, the FFNs fused, where 1/32 of their
 width is enough; `svd`, all matrices and the embeddings as two factors, cut where the relative squared error is least
 for each parameter. `fusion, then squeeze` is `squeeze --width`, with the FFNs fused to `--width`.
@@ -166,7 +166,7 @@ def squeeze_row(way: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     report = mlp_fusion.squeeze(
         base(options), out, *data_of(options), task="classification", target_parameters=options.shares[-1],
         round_share=step, epochs=options.epochs, learning_rate=CHAIN_RATE, seed=options.seed,
-        width=options.width if "fusion" in way else None,
+        width=options.width if "fusion" in way else None, embeddings="embeddings" in way,
     )  # fmt: skip
     shutil.rmtree(out)
     keys = ("parameters", "accuracy", "loss", "error")
@@ -176,6 +176,7 @@ def squeeze_row(way: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 ROWS = {
     "full": full_row,
     "squeeze": lambda options: squeeze_row("squeeze", options),
+    "squeeze, embeddings too": lambda options: squeeze_row("squeeze, embeddings too", options),
     "fusion, then squeeze": lambda options: squeeze_row("fusion, then squeeze", options),
     "fusion": lambda options: other_row("fusion", options),
     "svd": lambda options: other_row("svd", options),

@@ -24,7 +24,7 @@ class SqueezeSettings(Settings):
     )  # fmt: skip
     round_share: float = option("Share of the model's parameters that a round takes.", 0.05, above=0.0, below=1.0)
     length: int = option("Tensors of a chain.", 5, least=2)
-    embeddings: bool = option("Cut embeddings too.", True)
+    embeddings: bool = option("Cut embeddings too.", False)
     epochs: float = option("Passes over the data in each round.", 1.0, above=0.0)
     learning_rate: float = option("Learning rate at its peak, in each round.", PEFT_RATES["mpo"], above=0.0)
     batch_size: int = option("Rows per step.", 32, least=1)

@@ -240,7 +240,7 @@ def test_it_ends_where_nothing_is_left_to_cut(source: Path, tmp_path: Path) -> N
     assert all(size == 1 for bonds in report.rounds[-1]["bonds"].values() for size in bonds)
 
 
-@pytest.mark.parametrize(("words", "embeddings"), [([], True), (["--no-embeddings"], False)])
+@pytest.mark.parametrize(("words", "embeddings"), [([], False), (["--embeddings"], True)])
 def test_the_command_line_cuts_embeddings_as_python_does(words: list[str], embeddings: bool) -> None:
     typed = ["model", "out", "--task", "lm", "--train", __file__, "--eval", __file__, *words]
     context = cli.commands["squeeze"].make_context("squeeze", typed)  # type: ignore[attr-defined]

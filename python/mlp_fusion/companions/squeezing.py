@@ -2,9 +2,8 @@
 
 A loss is the relative squared error that :meth:`MatrixProductOperator.error_bound` adds: a cut's discarded squares over
 the squared norm of its matrix. All of it is known from one decomposition, before anything is cut. Cuts are made where a
-parameter that is saved costs least: in a matrix, bond by bond, and among matrices. Where they were made by the loss
-alone, many cheap cuts of small matrices came before few of a large one that save far more: a tenth less of
-all-MiniLM-L6-v2 then took forty times the loss.
+parameter that is saved costs least: in a matrix, bond by bond, and among matrices. By the loss alone, cuts would come
+first that save nothing: of matrices that are smaller whole than as what is left of their chains.
 
 Source: dimension squeezing of MPOP (arXiv 2106.02205), which cuts where the estimated error is least, whatever that
 saves.
