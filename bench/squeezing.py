@@ -7,8 +7,8 @@ all-MiniLM-L6-v2 is fine-tuned first (`full`). From there, `squeeze` cuts bonds 
 (`squeeze, embeddings too`: of all), a share of the parameters a round, and tunes the small tensors before the first and
 after each; the others go to each share at once and tune all weights for as many steps as squeezing has had by then:
 `fusion`, the FFNs fused, where 1/32 of their width is enough; `svd`, all matrices and the embeddings as two factors,
-cut where the relative squared error is least for each parameter. `fusion, then squeeze` is `squeeze --width`, with the FFNs
-fused to `--width`.
+cut where the relative squared error is least for each parameter. `fusion, then squeeze` is `squeeze --width`, with the
+FFNs fused to `--width`.
 
 Every row of a seed is written to `--out` when it is done, and what is there already is not run again.
 """
