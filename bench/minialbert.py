@@ -7,8 +7,8 @@
 Rows `TEACHER START [bare] STEPS` distil a student of all-MiniLM-L6-v2 (`minilm`, which has no head for masked tokens
 that a student could learn from) or of a small BERT that the script trains first (`small`), on SST-2's training texts
 and tiny Shakespeare, for a number of steps. `START` is `random`, as in the paper, or `teacher`; `bare` students have no
-adapters. `--rate`, `--mlm-weight`, `--embedding-size` and `--intermediate-size` make others of them, which are noted as
-rows of their own. The loss for masked tokens is measured on SST-2's development texts; then the student is fine-tuned
+adapters. `--rate`, `--mlm-weight`, `--embedding-size`, `--intermediate-size` and `--tuning-rate` make others of them,
+which are noted as rows of their own. The loss for masked tokens is measured on SST-2's development texts; then the student is fine-tuned
 on `--examples` rows of SST-2. Rows `TEACHER fusion` fine-tune the teacher with its FFNs fused to `--width` instead, and
 `small itself` as it is, after its own loss for masked tokens. `cost`
 times forward and backward of a pass at the shape of BERT-base, its FFN as transformers' layers and by this project's
@@ -49,11 +49,11 @@ SMALL_STEPS, SMALL_RATE = 1000, 1e-3
 #: Blocks of text, and how many are worked on at a time.
 LENGTH, BATCH = 64, 16
 #: Options that make a student's row another one.
-ASKED = ("rate", "mlm_weight", "embedding_size", "intermediate_size")
+ASKED = ("rate", "mlm_weight", "embedding_size", "intermediate_size", "tuning_rate")
 #: A distillation is evaluated so many times.
 PARTS = 4
-#: Weights of fine-tuned students and teachers are trained at these rates.
-STUDENT_RATE, TEACHER_RATE = 3e-4, 1e-4
+#: Weights of fine-tuned teachers are trained at this rate.
+TEACHER_RATE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def student_row(name: str, seed: int, options: argparse.Namespace) -> dict[str, 
         teacher.folder, out, rows, [{"text": row["text"]} for row in first_rows(options.data / "sst2_dev.tsv", None)],
         batch_size=BATCH, learning_rate=options.rate, epochs=PARTS if int(steps) else 1e-6, **known,
     )  # fmt: skip
-    found = tuned(out, seed, STUDENT_RATE, options)
+    found = tuned(out, seed, options.tuning_rate, options)
     final = report.final or {}
     return {
         "parameters": report.parameters, "processor_seconds": time.process_time() - began, **found,
@@ -273,6 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--examples", type=int, help="fine-tune on the first so many rows; all of them by default")
     parser.add_argument("--epochs", type=float, default=1.0, help="of the fine-tuning")
+    parser.add_argument("--tuning-rate", type=float, default=3e-4, help="learning rate of students' fine-tuning")
     parser.add_argument("--repeats", type=int, default=7, help="of `cost`")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model", type=Path, help="folder of another model of BERT's shape than all-MiniLM-L6-v2")
