@@ -8,11 +8,10 @@ Rows `TEACHER START [bare] STEPS` distil a student of all-MiniLM-L6-v2 (`minilm`
 that a student could learn from) or of a small BERT that the script trains first (`small`), on SST-2's training texts
 and tiny Shakespeare, for a number of steps. `START` is `random`, as in the paper, or `teacher`; `bare` students have no
 adapters. `--rate`, `--mlm-weight`, `--embedding-size`, `--intermediate-size` and `--tuning-rate` make others of them,
-which are noted as rows of their own. The loss for masked tokens is measured on SST-2's development texts; then the student is fine-tuned
-on `--examples` rows of SST-2. Rows `TEACHER fusion` fine-tune the teacher with its FFNs fused to `--width` instead, and
-`small itself` as it is, after its own loss for masked tokens. `cost`
-times forward and backward of a pass at the shape of BERT-base, its FFN as transformers' layers and by this project's
-operator.
+which are noted as rows of their own. The loss for masked tokens is measured on SST-2's development texts; then the
+student is fine-tuned on `--examples` rows of SST-2. Rows `TEACHER fusion` fine-tune the teacher with its FFNs fused to
+`--width` instead, and `small itself` as it is, after its own loss for masked tokens. `cost` times forward and backward
+of a pass at the shape of BERT-base, its FFN as transformers' layers and by this project's operator.
 
 Every row is written to `--out` when it is done, and what is there already is not run again.
 """
