@@ -81,7 +81,7 @@ def students() -> str:
             found.setdefault((row["row"], row.get("width"), *asked), []).append(row)
     rows = [_student(seeds) for seeds in found.values()]
     titles = [
-        "teacher", "model", "adapters", "parameters", "rate", "weight of masked tokens",
+        "teacher", "model", "adapters", "parameters", "rate", "weight of masked tokens", "fine-tuned at",
         "steps: loss for masked tokens", "SST-2", "processor seconds", "seeds",
     ]  # fmt: skip
     return table(titles, rows)
@@ -98,12 +98,12 @@ def _student(seeds: list[dict[str, Any]]) -> list[str]:
     spread = f" ({accuracies[0]:.1%} to {accuracies[-1]:.1%})" if len(seeds) > 1 else ""
     seconds = [row["processor_seconds"] for row in seeds if "processor_seconds" in row]
     names = {"fusion": f"FFNs of {first.get('width', 0):g}", "itself": "itself"}
+    adapters = ("without" if "bare" in rest else "with") if asked else ""
+    rates = [f"{asked[name]:g}" if asked else "" for name in ("rate", "mlm_weight", "tuning_rate")]
     return [
-        teacher, names.get(model, f"start: {model}"), ("without" if "bare" in rest else "with") if asked else "",
-        f"{first['classifier_parameters']:,}", f"{asked['rate']:g}" if asked else "",
-        f"{asked['mlm_weight']:g}" if asked else "", losses or (f"{first['mlm']:.2f}" if "mlm" in first else ""),
-        f"{statistics.median(accuracies):.1%}{spread}", f"{statistics.median(seconds):.0f}" if seconds else "",
-        str(len(seeds)),
+        teacher, names.get(model, f"start: {model}"), adapters, f"{first['classifier_parameters']:,}", *rates,
+        losses or (f"{first['mlm']:.2f}" if "mlm" in first else ""), f"{statistics.median(accuracies):.1%}{spread}",
+        f"{statistics.median(seconds):.0f}" if seconds else "", str(len(seeds)),
     ]  # fmt: skip
 
 
