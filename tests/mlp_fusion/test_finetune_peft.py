@@ -216,6 +216,7 @@ for config in (mlp_fusion.PafiConfig(budget=0.05), mlp_fusion.HiWiConfig(paramet
     shared(ids[4 * rank : 4 * rank + 4]).logits.square().mean().backward()
     for p, grad in zip(trained, wanted, strict=True):
         torch.testing.assert_close(p.grad, grad, rtol=1e-3, atol=1e-5 * float(grad.abs().max()) + 1e-9)
+torch.distributed.barrier()  # no process goes while another is at its last sum
 torch.distributed.destroy_process_group()
 print("same")
 """
@@ -229,5 +230,5 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-9000:]
     assert done.stdout.count("same") == 2
