@@ -18,13 +18,14 @@ from mlp_fusion import InputError
 from mlp_fusion.measure import relative_error
 from mlp_fusion.reducing.chosen import find_ffns
 from mlp_fusion.running import synthetic
+from mlp_fusion.running.drawing import text_refusal
 from mlp_fusion.running.synthetic import RANDOM_INPUTS, RANDOM_TOKENS, WRITTEN, synthetic_batches, synthetic_kind
 
 LANGUAGE = {"task": "CausalLM"}
 
 
 def kind_of(model: Any) -> str:
-    return synthetic_kind(model, *find_ffns(model))
+    return synthetic_kind(model, text_refusal(model, *find_ffns(model)))
 
 
 def text_of(model: Any, tokens: int, seed: int = 0) -> Tensor:

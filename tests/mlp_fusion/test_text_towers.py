@@ -61,8 +61,8 @@ def test_text_reaches_its_own_tower(model: Any) -> None:
     assert 0 < len(reads) < len(sites)
     assert text_refusal(model, architecture, reads) is None
     assert "visual.blocks.0.mlp: this FFN did not run" in str(text_refusal(model, architecture, sites))
-    assert synthetic_kind(model, architecture, reads) == WRITTEN
-    assert synthetic_kind(model, architecture, sites) == RANDOM_INPUTS
+    assert synthetic_kind(model, text_refusal(model, architecture, reads)) == WRITTEN
+    assert synthetic_kind(model, text_refusal(model, architecture, sites)) == RANDOM_INPUTS
 
 
 def test_it_is_calibrated_on_text_in_memory_and_streamed(source: Path, text: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ Chrysostomou, Aletras, "Self-calibration for Language Model Quantization and Pru
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from mlp_fusion.errors import InputError, named
-from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.running.batches import positions, takes_text
-from mlp_fusion.running.drawing import plain_ids, random_batch, text_length, text_refusal
+from mlp_fusion.running.drawing import plain_ids, random_batch, text_length
 from mlp_fusion.running.runner import UNFIT, evaluating, naming_outputs, placeholders, seeded
 
 #: Tokens of a text that is written, and how many are written side by side, and run side by side afterwards. Many short
@@ -34,16 +33,20 @@ _REMEDY = "pass calibration (--calibration FILE)"
 WRITTEN, RANDOM_TOKENS, RANDOM_INPUTS = "tokens that the model wrote", "random tokens", "positions of random inputs"
 
 
-def synthetic_kind(model: Any, architecture: Architecture, sites: Sequence[FFNSite]) -> str:
+def synthetic_kind(model: Any, refusal: str | None) -> str:
     """What stands in for text for some FFNs of a model.
 
+    Args:
+        model: it.
+        refusal: of the FFNs, by :func:`mlp_fusion.running.drawing.text_refusal`.
+
     Returns:
-        :data:`WRITTEN` for a model with a language model's head and no encoder that waits for input, if all of `sites`
-        run on text alone; else :data:`RANDOM_TOKENS` if it takes nothing but text, or :data:`RANDOM_INPUTS`.
+        :data:`WRITTEN` for a model with a language model's head and no encoder that waits for input, if text alone runs
+        the FFNs; else :data:`RANDOM_TOKENS` if it takes nothing but text, or :data:`RANDOM_INPUTS`.
     """
     able = getattr(model, "can_generate", None)
     writer = able is not None and able() and not model.config.is_encoder_decoder
-    if writer and text_refusal(model, architecture, sites) is None:
+    if writer and refusal is None:
         return WRITTEN
     return RANDOM_TOKENS if takes_text(model) else RANDOM_INPUTS
 

@@ -109,11 +109,10 @@ def compress(
         source = _open(run.folder, settings.dtype, run.device)
         chosen = [ffn.layer for ffn in planned.ffns if ffn.chosen]
         sites = [site for site in source.architecture.sites(source.model) if site.index in chosen]
-        kind = synthetic_kind(source.model, source.architecture, sites) if settings.synthetic else None
-        if kind == WRITTEN and not source.head:
+        refusal = text_refusal(source.model, source.architecture, sites)
+        if settings.synthetic and not source.head and synthetic_kind(source.model, refusal) == WRITTEN:
             raise InputError(f"{run.folder} lacks weights of the head that text is written with: pass calibration")
         # What the end needs is tried before the work.
-        refusal = text_refusal(source.model, source.architecture, sites)
         reference_outputs(source.model, settings.seed, head=source.head, text=refusal is None)
         batches = _tokenized(source, refusal, run.sentences, settings.text)
         learning = None if learnt is None else _tokenized(source, refusal, learnt, settings.calibration)

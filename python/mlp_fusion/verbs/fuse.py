@@ -21,6 +21,7 @@ from mlp_fusion.reducing.pipeline import Progress
 from mlp_fusion.reducing.rows import fused_rows
 from mlp_fusion.reducing.sequential import check_sequence
 from mlp_fusion.running.batches import Batch
+from mlp_fusion.running.drawing import text_refusal
 from mlp_fusion.running.synthetic import synthetic_batches, synthetic_kind
 from mlp_fusion.selection import Layers, Width
 from mlp_fusion.settings import FuseSettings, make, takes
@@ -130,7 +131,7 @@ def _batches(
     """What is calibrated on, or None, and if it is something that stands in for text, what."""
     model = ffns.model
     if settings.synthetic is not None:
-        kind = synthetic_kind(model, ffns.architecture, ffns.sites)
+        kind = synthetic_kind(model, text_refusal(model, ffns.architecture, ffns.sites))
         return synthetic_batches(model, kind, settings.synthetic, seed=settings.seed), kind
     if calibration is None:
         return None, None
