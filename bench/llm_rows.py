@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 import mlp_fusion
 from mlp_fusion.calibration import collect, refit
-from mlp_fusion.choices import KEEP_WIDTH, METHODS
+from mlp_fusion.choices import AUTOMATIC_STEPS, KEEP_WIDTH, METHODS
 from mlp_fusion.families.exchange import install
 from mlp_fusion.methods import get_method
 from mlp_fusion.methods.fusion import importance
@@ -72,16 +72,15 @@ RECIPES = {
     "flap": Recipe("prune", (PLAIN,), bias=True),
     "flap by layer": Recipe("prune", (PLAIN,), widths="flap", bias=True),
     "prune": Recipe("prune", (PLAIN, REFIT, BOTH)),
-    "prune by flap's widths": Recipe("prune", (REFIT, BOTH), widths="flap"),
-    "prune auto": Recipe("prune", (REFIT, BOTH), widths="auto"),
-    "prune tuned": Recipe("prune", (REFIT, BOTH), {"tune_steps": 200}),
+    "prune by layer": Recipe("prune", (BOTH,), widths="auto"),
+    "prune trained": Recipe("prune", (BOTH,), {"tune_steps": AUTOMATIC_STEPS}),
+    "2ssp by layer": Recipe("twossp", (BOTH,), widths="auto"),
+    "2ssp trained": Recipe("twossp", (BOTH,), {"tune_steps": AUTOMATIC_STEPS}),
     "fasp": Recipe("fasp", (PLAIN, REFIT, SEQUENTIAL, BOTH)),
     "obs": Recipe("obs", (PLAIN, REFIT, SEQUENTIAL, BOTH)),
     "osscar": Recipe("osscar", (PLAIN, REFIT, SEQUENTIAL, BOTH)),
     "select": Recipe("select", (PLAIN, REFIT, SEQUENTIAL, BOTH)),
     "fusion": Recipe("fusion", (PLAIN, REFIT, BOTH)),
-    "fusion auto": Recipe("fusion", (REFIT, BOTH), widths="auto"),
-    "fusion tuned": Recipe("fusion", (REFIT, BOTH), {"tune_steps": 200}),
     "merge": Recipe("merge", (REFIT, BOTH)),
     "auto": Recipe("auto", (BOTH,)),
     "auto tuned": Recipe("auto", (BOTH,), {"tune_steps": 400}),
@@ -159,8 +158,8 @@ def shrink(model: nn.Module, row: Row, calibration: Sequence[Batch]) -> list[int
     # Time and memory are those of the method: what needs no text does not run over it.
     blind = not recipe.text or (not row.refit and METHODS[recipe.method].text == "unused")
     known = None if blind else list(calibration)
-    report = mlp_fusion.fuse(model, method=recipe.method, calibration=known, **width, **options)
-    return [found.neurons_after for found in report.rows]
+    mlp_fusion.fuse(model, method=recipe.method, calibration=known, **width, **options)
+    return _widths(model)
 
 
 def _from_disk(model: Any, method: str, calibration: Sequence[Batch], options: dict[str, Any]) -> list[int]:
@@ -171,11 +170,16 @@ def _from_disk(model: Any, method: str, calibration: Sequence[Batch], options: d
     with tempfile.TemporaryDirectory() as place:
         out, file = Path(place) / "out", Path(place) / "text.jsonl"
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-        report = mlp_fusion.compress(folder, out, method=method, calibration=file, stream=True, **options)
+        mlp_fusion.compress(folder, out, method=method, calibration=file, stream=True, **options)
         made = type(model).from_pretrained(out)
     for name, child in made.named_children():
         setattr(model, name, child)
-    return [found.neurons_after for found in report.rows]
+    return _widths(model)
+
+
+def _widths(model: nn.Module) -> list[int]:
+    """The neurons of every FFN of a model of the Llama shape, also of those that a budget has left whole."""
+    return [p.shape[0] for name, p in model.named_parameters() if name.endswith("up_proj.weight")]
 
 
 def _count(model: Any, share: float) -> int:
