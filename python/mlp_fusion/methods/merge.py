@@ -42,8 +42,8 @@ def merge(
     are held out: the output weights of the choice, fitted without, generalise worse (on SmolLM2 by two percent of
     perplexity for ten of its layers). Those rows are not looked at here.
 
-    Memory: `24 N^2` bytes for N neurons, one FFN at a time. Time, with R rows: `2 R N (N + d + d_out)` operations, and
-    `4 N^2 (N - width)` in float64.
+    Memory: about `30 N^2` bytes for N neurons, one FFN at a time. Time, with R rows: `2 R N (N + d + d_out)`
+    operations, and `4 N^2 (N - width)` in float64.
 
     Raises:
         InputError: activations whose products leave the range of their dtype.

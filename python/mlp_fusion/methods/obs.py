@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlp_fusion.calibration.outer import multiply_outer, subtract_outer
 from mlp_fusion.calibration.statistics import FFNStatistics
 from mlp_fusion.errors import InputError
 from mlp_fusion.methods import Reduction
@@ -40,7 +41,7 @@ _CHUNK, _SHIFT_ROWS = 2048, 256
 def obs(bundle: NeuronBundle, width: int, *, seed: int, statistics: Sequence[FFNStatistics] | None = None) -> Reduction:
     """Keep the `width` neurons that :func:`eliminate` leaves, with the output weights that fit best; no scale.
 
-    Memory: `16 N^2` bytes for N neurons and `8 N (N - width)` of factors, one FFN at a time. Time, with R rows: `2 R N
+    Memory: about `28 N^2` bytes for N neurons, one FFN at a time, LAPACK's copies among them. Time, with R rows: `2 R N
     (N + d + d_out)` operations, and `2 (N - width) N (N - width + d_out)` in float64.
 
     Raises:
@@ -146,26 +147,28 @@ def least_squares(
         gram += hidden.T @ hidden
         cross += hidden.T @ (outputs * each)
         total += (hidden * each).sum(dim=0)
-    gram, cross, mean = gram / T, cross / T, total / T
+    gram /= T
+    cross /= T
+    mean = total / T
     mean_target = (y * by.square()).sum(dim=0, dtype=torch.float64) / T
     square = float((y * by).double().square().sum() / T)
     if centred:
-        gram = gram - torch.outer(mean, mean)
-        cross = cross - torch.outer(mean, mean_target)
+        subtract_outer(gram, mean, mean)
+        subtract_outer(cross, mean, mean_target)
         square -= float(mean_target.square().sum())
     if not bool(gram.isfinite().all() & cross.isfinite().all()) or not math.isfinite(square):
         raise InputError("activations are too large for least squares: use a method that does not fit, such as prune")
     size = gram.diagonal().clamp(min=0.0).sqrt()
     size = torch.where(size > torch.finfo(x.dtype).eps * size.max(), size, 0.0)
     unit = torch.where(size > 0, 1.0 / size.where(size > 0, torch.ones_like(size)), 0.0)
-    normal = gram * torch.outer(unit, unit)
-    normal.diagonal().add_(damping)
+    multiply_outer(gram, unit, unit)
+    gram.diagonal().add_(damping)
     target = cross * unit.unsqueeze(1)
     if anchored:
         anchor = bundle.w_out[0].double() * size.unsqueeze(1)
         target = target + damping * anchor
         square += damping * float(anchor.square().sum())
-    return LeastSquares(normal, target, square, size, mean + shift, mean_target)
+    return LeastSquares(gram, target, square, size, mean + shift, mean_target)
 
 
 def eliminate(problem: LeastSquares, width: int, *, most: int = 1) -> Tensor:

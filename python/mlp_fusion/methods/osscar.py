@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mlp_fusion.calibration.outer import subtract_outer
 from mlp_fusion.calibration.statistics import FFNStatistics
 from mlp_fusion.methods import Reduction
 from mlp_fusion.methods.obs import LeastSquares, eliminate, least_squares
@@ -32,7 +33,7 @@ def osscar(
 ) -> Reduction:
     """Keep the `width` neurons that :func:`exchange` ends with, with the output weights that fit best. No scale.
 
-    Memory: as `obs`, and `48 width (N - width)` bytes of swaps. Time: as `obs`, and per swap `2 width (N - width)
+    Memory: about `40 N^2` bytes for N neurons, one FFN at a time. Time: as `obs`, and per swap `2 width (N - width)
     d_out` operations and a few passes over N^2 numbers.
 
     Raises:
@@ -80,8 +81,8 @@ def _tableau(problem: LeastSquares, inside: Tensor) -> tuple[Tensor, Tensor]:
     """What :func:`_pivot` makes of `normal` and `target` when the neurons `inside (N,)` have entered."""
     mine, others = inside.nonzero().squeeze(1), (~inside).nonzero().squeeze(1)
     table, weights = problem.normal.clone(), problem.target.clone()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(table[mine][:, mine]))
-    across = table[mine][:, others]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(table[mine.unsqueeze(1), mine]))
+    across = table[mine.unsqueeze(1), others]
     links, weights[mine] = inverse @ across, inverse @ weights[mine]
     weights[others] -= across.T @ weights[mine]
     table[others.unsqueeze(1), others] -= across.T @ links
@@ -93,7 +94,7 @@ def _tableau(problem: LeastSquares, inside: Tensor) -> tuple[Tensor, Tensor]:
 
 def _changes(table: Tensor, weights: Tensor, mine: Tensor, others: Tensor) -> Tensor:
     """`(K, N - K)` what each swap adds to the error: what leaving costs, less what entering then saves."""
-    inverse, links, schur = -table[mine, mine], table[mine][:, others], table[others, others]
+    inverse, links, schur = -table[mine, mine], table[mine.unsqueeze(1), others], table[others, others]
     own, residual = weights[mine], weights[others]
     share = links / inverse.unsqueeze(1)
     # The residual of a newcomer r_j once i has left is r_j + share_ij V_i, its remaining variance schur_j + ...
@@ -113,8 +114,8 @@ def _pivot(table: Tensor, weights: Tensor, k: int, *, entering: bool) -> None:
     sign = 1.0 if entering else -1.0
     pivot, row, own = table[k, k].clone(), table[k].clone(), weights[k].clone()
     column = row / pivot
-    table -= torch.outer(column, row)
-    weights -= torch.outer(column, own)
+    subtract_outer(table, column, row)
+    subtract_outer(weights, column, own)
     table[k] = table[:, k] = sign * column
     table[k, k] = -1.0 / pivot
     weights[k] = sign * own / pivot
