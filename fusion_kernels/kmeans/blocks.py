@@ -101,7 +101,7 @@ def _gram(blocks: Sequence[Tensor], w: Tensor) -> tuple[Tensor, Tensor]:
     """Gram matrices (B, n, padded) of the balanced rows about their weighted mean; (B,) bool, which are exact."""
     ops, (b, n, _) = native.operators(), blocks[0].shape
     settled = torch.ones(b, dtype=torch.bool)
-    gram = torch.zeros(b, n, _row_entries(n))
+    gram = torch.zeros(b, n, _row_entries(n), dtype=torch.float32)
     with native.exact_products():
         for block in blocks:
             points = block.contiguous()

@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -452,6 +453,7 @@ def _part() -> None:
 def main() -> None:
     """Run the command line; the entry point of `mlp-fusion`."""
     _hush()
+    warnings.showwarning = _warn
     # A job that is ended by its scheduler, or whose terminal is closed, cleans up like one that is interrupted by hand.
     for number in _ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
@@ -483,6 +485,11 @@ def _interrupt(_number: int, _frame: Any) -> NoReturn:
     for number in _ENDING:
         signal.signal(number, lambda *_: None)
     raise KeyboardInterrupt
+
+
+def _warn(message: Warning | str, *_place: Any, **_more: Any) -> None:
+    """One line, as of an error: where in the program a warning comes from is of no use to its reader."""
+    click.echo(f"mlp-fusion: warning: {' '.join(str(message).split())}", err=True)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 import checkpoints as ck
@@ -227,3 +228,16 @@ def test_damaged_tokenizer(source: Path, tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="tokenizer"):
         mlp_fusion.compress(folder, tmp_path / "out", 16)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_is_said_to_be_one(
+    error: Exception, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: Any, **_options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(compress_module, "write_weights", refuse)
+    message = compress_refused(source, tmp_path / "out")
+    assert message.startswith(str(tmp_path))
+    assert message.endswith("No space left on device: once that is mended, start again")

@@ -12,8 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.utils import parametrizations, prune
 from torch.utils.data import Dataset
-from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 import checkpoints as ck
 from families import FAMILIES, tiny_model, token_batch
@@ -239,3 +246,47 @@ def test_trainer_trains_saves_and_resumes(family: str, layers: str, tmp_path: Pa
     torch.testing.assert_close(logits(resumed.model), logits(straight.model), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits(loaded), logits(straight.model), rtol=1e-4, atol=1e-4)
     assert (checkpoint / ck.SCALE).is_file()
+
+    # The moments beside the weights are of the form with a scale, which a model that is merely loaded does not have.
+    plain = Trainer(model=loaded, args=resumed.args, train_dataset=_Examples())
+    with pytest.raises(InputError, match=r"was trained in a form with a scale.*call mlp_fusion\.restore\(model, "):
+        plain.train(resume_from_checkpoint=str(checkpoint))
+    restore(loaded, checkpoint)
+    plain = Trainer(model=loaded, args=resumed.args, train_dataset=_Examples())
+    plain.train(resume_from_checkpoint=str(checkpoint))
+    torch.testing.assert_close(logits(loaded), logits(straight.model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["fusion", "merge"])
+@pytest.mark.parametrize("kept", [[0, 2], [2, 0], [1], [1, 2]])
+def test_layers_may_be_taken_out_of_an_unevenly_fused_model(method: str, kept: list[int], tmp_path: Path) -> None:
+    model: Any = tiny_model("llama", task="CausalLM")
+    ids = {"input_ids": torch.randint(3, 97, (16, 24), generator=torch.Generator().manual_seed(1))}
+    fuse(model, 16, layers=[0, 2], method=method, calibration=[ids])
+    model.model.layers = torch.nn.ModuleList([model.model.layers[n] for n in kept])
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = number
+    model.config.num_hidden_layers = len(kept)
+    model.save_pretrained(tmp_path / "out")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert [layer.mlp.up_proj.out_features for layer in loaded.model.layers] == [64 if n == 1 else 16 for n in kept]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**BATCH).logits, model(**BATCH).logits, rtol=1e-5, atol=1e-5)
+    if kept != [1] and method == "fusion":
+        restore(loaded, tmp_path / "out")
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(**BATCH).logits, model(**BATCH).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_that_torch_computes_are_to_be_made_permanent_first(tmp_path: Path) -> None:
+    for change in (
+        lambda last: prune.l1_unstructured(last, "weight", 0.5),
+        lambda last: parametrizations.weight_norm(last),
+    ):
+        model: Any = tiny_model("llama")
+        fuse(model, 16, method="fusion", sample=BATCH)
+        change(model.model.layers[0].mlp.down_proj)
+        with pytest.raises(
+            InputError, match=r"down_proj\.weight is not in the state dict: torch\.nn\.utils computes it"
+        ):
+            model.save_pretrained(tmp_path / "out")

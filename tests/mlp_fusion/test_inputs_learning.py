@@ -301,7 +301,7 @@ def test_datasets_with_columns_of_images() -> None:
     torch.testing.assert_close(torch.cat([batch["pixel_values"] for batch in found]), images)
     batches = batches_of("vit")
     assert calibration_batches(batches, tiny("vit")) is batches
-    with pytest.raises(InputError, match="not loaded from a folder with a tokenizer"):
+    with pytest.raises(InputError, match="the model reads no text: pass batches of pixel_values, as its processor"):
         calibration_batches(["a sentence"], tiny("vit"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
+import checkpoints as ck
 from bundles import random_bundle, statistics_of
 from families import FAMILIES, tiny_model, token_batch
 from mlp_fusion import FusionReport, InputError, compress, fuse
@@ -252,3 +254,20 @@ def test_the_command_line_passes_steps_on(tmp_path: Any, monkeypatch: pytest.Mon
     with pytest.raises(InputError, match="tune_steps needs calibration text"):
         compress("m", tmp_path / "out", 16, tune_steps=5)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer than 2 for each")
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_report_knows_what_was_trained(stream: bool, tmp_path: Path) -> None:
+    folder = ck.save_tiny(tmp_path / "source", "llama", task="CausalLM", vocab_size=8)
+    ck.add_tokenizer(folder, pad_token="<pad>")
+    text = tmp_path / "text.txt"
+    for count, trained in ((1, False), (60, True)):
+        text.write_text("a b c d\n" * count, encoding="utf-8")
+        out = tmp_path / str(count)
+        report = compress(folder, out, 16, calibration=text, method="merge", tune_steps=2, stream=stream)
+        assert [row.trained for row in report.rows] == [trained] * 3
+        assert ("tuned for 2 steps" in str(report)) == trained
+        assert ("too few tokens to tune" in str(report)) != trained
+    report = compress(folder, tmp_path / "plain", 16, calibration=text, method="merge", stream=stream)
+    assert [row.trained for row in report.rows] == [None] * 3

@@ -184,6 +184,21 @@ def test_report_table_says_what_was_learnt_from() -> None:
     assert "\ncalibrated on 4,096 random tokens, outputs refitted\n" in _report(**known).table()
 
 
+def test_report_says_what_was_trained() -> None:
+    row = _report().rows[0]
+
+    def said(*trained: bool | None) -> str:
+        settings = FuseSettings(width=0.25, refit=True, tune_steps=80)
+        rows = [FFNRow(**{**row.__dict__, "trained": each}) for each in trained]
+        found = _report(settings=settings, calibration=CalibrationRecord(4096, 1.0), rows=rows).learnt()
+        assert found is not None
+        return found.rpartition("refitted, ")[2]
+
+    assert said(True, True, None) == said(None) == "tuned for 80 steps"  # reports of earlier versions do not know
+    assert said(True, False, None) == "tuned for 80 steps (1 of 2 FFNs)"
+    assert said(False, False) == "too few tokens to tune"
+
+
 def test_report_survives_json() -> None:
     for report in (_report(), _report(embeddings=None, optimizer=None)):
         assert FusionReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report

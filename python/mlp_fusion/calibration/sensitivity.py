@@ -118,7 +118,7 @@ def output_sensitivities(
 
 def warn_unweighed(error: SkippableError) -> None:
     """Say that errors of outputs are not weighed by what they do to the model, and why."""
-    warnings.warn(f"all errors of outputs count alike: {error}", stacklevel=4)
+    warnings.warn(f"all errors of outputs count alike: {error}", stacklevel=5)
 
 
 def output_gradients(
@@ -210,7 +210,7 @@ def _head(runner: Runner, batches: Sequence[Batch]) -> nn.Linear | None:
 def _probe(head: nn.Linear | None, hidden: Tensor, generator: torch.Generator) -> Tensor:
     """u of the module's docstring, for last hidden states `(batch, ..., d)`: drawn on the CPU, whatever the device."""
     if head is None:
-        return torch.randn(hidden.shape, generator=generator).to(hidden)
+        return torch.randn(hidden.shape, generator=generator, dtype=torch.float32).to(hidden)
     probes = hidden.new_empty(hidden.shape)
     for own, rows in zip(probes.flatten(0, -2).split(_LOGITS), hidden.flatten(0, -2).split(_LOGITS), strict=True):
         p = head(rows).softmax(dim=-1, dtype=torch.promote_types(hidden.dtype, torch.float32))

@@ -187,7 +187,7 @@ def warn_of_few(tokens: int, weights: Sequence[Tensor], rows: int | None) -> Non
         warnings.warn(
             f"{rows:,} tokens of calibration text are fewer than {LEAST_ROWS} for each of {inputs:,} inputs: too few "
             "to correct FFNs by, which are not trained on them; give a few hundred sentences, or more synthetic tokens",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -73,7 +73,9 @@ def calibration_batches(
 
 
 def _tokenized(sentences: list[str], model: Any, source: str) -> list[Batch]:
-    tokenizer = tokenizer_of(model)
+    tokenizer, main = tokenizer_of(model), main_input(model)
+    if main != "input_ids":
+        raise InputError(f"{source}: the model reads no text: pass batches of {main}, as its processor returns them")
     if tokenizer is None:
         raise InputError(
             f"{source}: the model was not loaded from a folder with a tokenizer: pass tokenised batches as calibration"

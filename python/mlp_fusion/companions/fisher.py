@@ -64,5 +64,5 @@ def _loss(runner: Runner, batch: Batch, generator: torch.Generator) -> Any:
     parts = []
     for states, mask in runner.counted_states(batch):
         hidden = states[mask.to(states.device)]
-        parts.append((hidden * torch.randn(hidden.shape, generator=generator).to(hidden)).sum())
+        parts.append((hidden * torch.randn(hidden.shape, generator=generator, dtype=torch.float32).to(hidden)).sum())
     return torch.stack(parts).sum()

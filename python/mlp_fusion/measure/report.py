@@ -44,6 +44,8 @@ class FFNRow:
             earlier versions.
         by_weights: numbers of experts that too few tokens of the calibration text have reached to learn from; None
             where there was no text, of dense FFNs, and in reports of earlier versions.
+        trained: whether it was trained locally, which takes two tokens for each input; None where that was not asked
+            for, and in reports of earlier versions.
         clustered_by: the backend that k-means ran on; None for methods without clusters, and in reports of earlier
             versions.
 
@@ -73,6 +75,7 @@ class FFNRow:
     cluster_sizes: list[list[int]] | None = None
     ntk_spectrum: dict[str, dict[str, list[float]]] | None = None
     by_weights: list[int] | None = None
+    trained: bool | None = None
     clustered_by: str | None = None
 
 
@@ -212,10 +215,19 @@ class FusionReport:
         done = [f"calibrated on {self.calibration.tokens:,} {self.calibration.synthetic or 'tokens'}"]
         done += ["layer after layer"] if s.sequential else []
         done += ["outputs refitted"] if s.refit else []
-        done += [f"tuned for {s.tune_steps:,} steps"] if s.tune_steps else []
+        done += [self._tuned(s.tune_steps)] if s.tune_steps else []
         done += [f"{s.match} kernel matched"] if s.match is not None else []
         done += [f"widths for {s.budget:.0%} of the parameters"] if s.budget is not None else []
         return ", ".join(done)
+
+    def _tuned(self, steps: int) -> str:
+        """What came of local training, in words."""
+        asked = [row for row in self.rows if row.trained is not None]
+        trained = sum(bool(row.trained) for row in asked)
+        if asked and not trained:
+            return "too few tokens to tune"
+        some = f" ({trained} of {len(asked)} FFNs)" if trained < len(asked) else ""
+        return f"tuned for {steps:,} steps{some}"
 
     def _totals(self) -> list[str]:
         lines = [

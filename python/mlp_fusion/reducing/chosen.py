@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from mlp_fusion.choices import METHODS
 from mlp_fusion.errors import InputError
@@ -19,6 +21,7 @@ from mlp_fusion.measure.errors import relative_error
 from mlp_fusion.neurons import UNNAMED, NeuronBundle, all_finite
 from mlp_fusion.reducing.pipeline import ReducedFFN, working_precision
 from mlp_fusion.reducing.widths import check_budget
+from mlp_fusion.running.batches import main_input
 from mlp_fusion.running.taps import Activations
 from mlp_fusion.selection import Layers, Width, resolve_layers
 from mlp_fusion.settings import FuseSettings
@@ -112,6 +115,23 @@ class ChosenFFNs:
             install(site, NeuronBundle.stack(stack), settings.parameterization)
         replace_config(self.model, changed)
         know_forms(self.model, self.architecture)
+
+
+def inner_model(model: Any) -> Any:
+    """The Hugging Face model in a module that is called in a way of its own, as a SentenceTransformer is.
+
+    Anything else comes back as it is: a module whose `forward` takes what the model inside takes, or whose config is
+    not that of the one model inside.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, PreTrainedModel):
+        return model
+    inside = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if inside is None or getattr(model, "config", None) is not inside.config:
+        return model
+    others = set(model.modules()) - set(inside.modules())
+    alone = not any(isinstance(module, PreTrainedModel) for module in others)
+    takes_it = main_input(inside) in inspect.signature(model.forward).parameters
+    return inside if alone and not takes_it else model
 
 
 def find_ffns(model: nn.Module) -> tuple[Architecture, list[FFNSite]]:

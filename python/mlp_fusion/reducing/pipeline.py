@@ -78,6 +78,7 @@ class ReducedFFN:
         seconds: wall-clock time of the method; FFNs worked on side by side share theirs equally.
         correction_seconds: of refit, tuning and matching; FFNs tuned side by side share that equally.
         ridge, held_out_error: of the refit, before any tuning; None without.
+        trained: whether it was trained locally; None where that was not asked for.
         by_weights: whether no token was there to learn from, though others had some; None where there was no text.
     """
 
@@ -86,6 +87,7 @@ class ReducedFFN:
     correction_seconds: float = 0.0
     ridge: float | None = None
     held_out_error: float | None = None
+    trained: bool | None = None
     by_weights: bool | None = None
 
     @property
@@ -229,6 +231,7 @@ def _fit(
         return list(ffns)
     fitted: list[Refit] = []
     seconds: list[float] = []
+    trained: list[bool | None] = [None] * len(ffns)
     for ffn, known in zip(ffns, statistics, strict=True):
         started = time.perf_counter()
         fitted.append(refit(ffn.reduction.bundle, known))
@@ -240,6 +243,7 @@ def _fit(
             start, statistics, steps=recipe.tune_steps, seed=recipe.seed, originals=originals, progress=progress
         )
         fitted = [dataclasses.replace(fit, bundle=tuned.bundle.select(n)) for n, fit in enumerate(fitted)]
+        trained = [not each for each in tuned.before.isnan().tolist()]
         shared = (time.perf_counter() - started) / len(ffns)
         seconds = [own + shared for own in seconds]
     return [
@@ -249,8 +253,9 @@ def _fit(
             correction_seconds=own,
             ridge=fit.ridge,
             held_out_error=fit.held_out_error,
+            trained=was,
         )
-        for ffn, fit, own in zip(ffns, fitted, seconds, strict=True)
+        for ffn, fit, own, was in zip(ffns, fitted, seconds, trained, strict=True)
     ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 from xml.etree import ElementTree
@@ -273,7 +274,9 @@ def _log_scale(axis: Any, values: Sequence[float]) -> None:
 def _draw(draw: Callable[[Figure], None], inches: tuple[float, float], name: str, label: str) -> str:
     """Call `draw` on a new figure and return it as an SVG element for a page."""
     # The reader's own matplotlibrc must not show.
-    with matplotlib.style.context(["default", _STYLE]):
+    with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
+        # Of measures only: the page's own fonts draw the text.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=inches, layout="constrained")
         draw(figure)
         buffer = io.BytesIO()

@@ -121,6 +121,8 @@ def take_batches(
 def _tensors(batch: Mapping[str, Any], codebooks: int) -> dict[str, Tensor]:
     """The tensors that are a model's inputs: labels are a head's business, and text columns nobody's."""
     found = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim > 0 and k != "labels"}
+    # Gradients are taken on some: of tensors that inference mode has made, autograd keeps none.
+    found = {k: v.clone() if v.is_inference() else v for k, v in found.items()}
     ids = found.get("input_ids")
     if not has_other_inputs(found):
         # Of text alone, one number per sequence is something to predict; beside images it may be a length.

@@ -216,6 +216,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def ordinary(model: nn.Module) -> Iterator[None]:
+    """Inside, neither autocast nor inference mode holds: both would change what comes out, without a word."""
+    devices = {p.device.type for p in model.parameters()} - {"meta"} if isinstance(model, nn.Module) else ()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for device in sorted({"cpu", *devices}):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Inside, torch's own generators begin at `seed`, for what draws from no other; then they are as they were."""
     # GPUs that nothing has used have no generators yet, and get none by this.

@@ -55,10 +55,7 @@ def fold_state_dict(
         name, weights = f"{site.path}.{site.kind.scale}", folding.weights
         for key in (name, *weights):
             if key not in plain:
-                raise InputError(
-                    f"{key} is not in the state dict: merge adapters first, and pass a state dict with the model's "
-                    "own names"
-                )
+                raise _absent(key, plain)
         for key in (name, *weights, *folding.rescaled()):
             if key in plain and plain[key].is_meta:
                 plain[key] = brought_back(model, key)
@@ -73,6 +70,17 @@ def fold_state_dict(
                 "call its merge_scale() before saving"
             )
     return plain, scales
+
+
+def _absent(key: str, state: Mapping[str, Tensor]) -> InputError:
+    """What to say of a tensor that a fused FFN has to have."""
+    path, _, name = key.rpartition(".")
+    if f"{path}.{name}_orig" in state or any(other.startswith(f"{path}.parametrizations.{name}.") for other in state):
+        remedy = "torch.nn.utils computes it of other tensors: make it permanent first (prune.remove, or "
+        return InputError(f"{key} is not in the state dict: {remedy}parametrize.remove_parametrizations)")
+    return InputError(
+        f"{key} is not in the state dict: merge adapters first, and pass a state dict with the model's own names"
+    )
 
 
 def brought_back(model: nn.Module, key: str) -> Tensor:

@@ -72,7 +72,10 @@ def _saving(save: _Method) -> _Method:
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
         from mlp_fusion.modules import Scaled
         from mlp_fusion.store.folding import save_folded
+        from mlp_fusion.store.record import FUSION_KEY, update_widths
 
+        if getattr(self.config, FUSION_KEY, None) is not None:
+            update_widths(self)
         if any(isinstance(module, Scaled) for module in self.modules()):
             save_folded(self, save, *args, **kwargs)
         else:
@@ -142,6 +145,7 @@ def _resuming(load: _Method) -> _Method:
     def load_from_checkpoint(self: Any, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> Any:
         from mlp_fusion.store import states
 
+        states.check_resumed(self.model, resume_from_checkpoint)
         with states.form_of_folder(resume_from_checkpoint):
             return load(self, resume_from_checkpoint, *args, **kwargs)
 

@@ -149,6 +149,21 @@ def adopt_fused_config(model: nn.Module) -> None:
         return
 
 
+def update_widths(model: Any) -> None:
+    """Make the record say how wide the FFNs of `model` are now: layers may have been taken out or moved."""
+    record = fusion_record(model.config)
+    if record is None or "widths" not in record:
+        return
+    architecture = known_architecture(model.config)
+    sites = [] if architecture is None else architecture.sites(model)
+    if architecture is None or not sites:  # a part of a model, in which FFNs have other names
+        return
+    fused = [site for site in sites if site.neurons < site.kind.width]
+    layers, widths = [site.index for site in fused], {architecture.name(site): site.neurons for site in fused}
+    # Where none is left, there is nothing to record.
+    setattr(model.config, FUSION_KEY, {**record, "fused_layers": layers, "widths": widths} if fused else None)
+
+
 def update_record(model: Any, architecture: Architecture) -> None:
     """Make the record say the parameterization that the fused FFNs of `model` have now."""
     found = [f for site in architecture.sites(model) if (f := architecture.fused(site)) is not None]

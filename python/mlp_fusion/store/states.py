@@ -87,6 +87,19 @@ def form_of_folder(folder: str | os.PathLike[str]) -> AbstractContextManager[Non
     return _plain_folder(place / SCALE_FILE) if known else nullcontext()
 
 
+def check_resumed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Raise InputError where training was in a form with a scale, and is to go on with a model that has none.
+
+    The optimiser's moments in `folder` are of that form's weights.
+    """
+    scaled = any(isinstance(module, Scaled) and module.scale is not None for module in model.modules())
+    if not scaled and (Path(folder) / SCALE_FILE).is_file():
+        raise InputError(
+            f"{folder} was trained in a form with a scale, which the model does not have: call "
+            f"mlp_fusion.restore(model, {str(folder)!r}) before training goes on"
+        )
+
+
 @contextmanager
 def _plain_folder(file: Path) -> Iterator[None]:
     token = _scales.set(read_scale_file(file) if file.is_file() else {})

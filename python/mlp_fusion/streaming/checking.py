@@ -139,7 +139,7 @@ def outputs(found: Checkpoint, source: Checkpoint, seed: int = 0) -> tuple[bool,
         ours = _bundle(found, ffn, piece).to(dtype=torch.float32)
         theirs = _bundle(source, ffn, original).to(dtype=torch.float32)
         generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(_ROWS, theirs.w_in.shape[2], generator=generator)
+        x = torch.randn(_ROWS, theirs.w_in.shape[2], generator=generator, dtype=torch.float32)
         exact, values = theirs.forward(x), ours.forward(x)
         if not all_finite(values) or (bool(exact.any()) and not bool(values.any())):
             return False, f"{ffn.path} puts out nothing, or no numbers, on random inputs"

@@ -6,8 +6,8 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -376,7 +377,7 @@ def _write(
 ) -> None:
     plain, scales = fold_state_dict(source.model, source.architecture, source.model.state_dict())
     fused = _fused_tensors(source, plain, chosen)
-    with appears_when_complete(out, replace=replace) as staging:
+    with _reported(out), appears_when_complete(out, replace=replace) as staging:
         if any(place.converted for place in source.placed.values()):
             save_converted(source.model, plain, staging)
         else:
@@ -388,6 +389,16 @@ def _write(
         metadata = {DTYPE_KEY: str(source.dtype).removeprefix("torch.")}
         save_file(reference, side_path(staging, REFERENCE_FILE), metadata=metadata)
         _write_report(staging, planned, report)
+
+
+@contextmanager
+def _reported(out: Path) -> Iterator[None]:
+    """Raise InputError where a disk fails, a full one among others."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        place, cause = getattr(error, "filename", None) or out.parent, getattr(error, "strerror", None) or named(error)
+        raise InputError(f"{place}: {cause}: once that is mended, start again") from error
 
 
 def _load(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, bool]:

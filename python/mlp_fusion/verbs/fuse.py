@@ -6,7 +6,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from mlp_fusion.calibration.statistics import take_calibration
 from mlp_fusion.calibration.text import Calibration, calibration_batches
 from mlp_fusion.errors import SkippableError
 from mlp_fusion.measure import FusionReport
-from mlp_fusion.reducing.chosen import ChosenFFNs, check_finite, count_parameters
+from mlp_fusion.reducing.chosen import ChosenFFNs, check_finite, count_parameters, inner_model
 from mlp_fusion.reducing.every import reduce_chosen
 from mlp_fusion.reducing.learning import learn
 from mlp_fusion.reducing.pipeline import Progress
@@ -22,6 +22,7 @@ from mlp_fusion.reducing.rows import fused_rows
 from mlp_fusion.reducing.sequential import check_sequence
 from mlp_fusion.running.batches import Batch
 from mlp_fusion.running.drawing import text_refusal
+from mlp_fusion.running.runner import ordinary
 from mlp_fusion.running.synthetic import synthetic_batches, synthetic_kind
 from mlp_fusion.selection import Layers, Width
 from mlp_fusion.settings import FuseSettings, make, takes
@@ -45,8 +46,8 @@ def fuse(
     checkpoint. Build the optimiser after this call: the FFNs' parameters are new.
 
     Args:
-        model: a `PreTrainedModel` in memory, unquantised, without adapters. Its FFNs are found by what they compute,
-            and proved; experts of a Mixture-of-Experts model are FFNs, each by itself.
+        model: a `PreTrainedModel` in memory, unquantised, without adapters, or a module around one. Its FFNs are found
+            by what they compute, and proved; experts of a Mixture-of-Experts model are FFNs, each by itself.
         width: neurons to keep in each FFN: a count (`768`) or a share (`0.25`), the share rounded to a multiple that
             engines can serve; `"auto"` gives each FFN what its errors on the calibration text call for, within
             `budget`.
@@ -81,21 +82,33 @@ def fuse(
         >>> AutoModel.from_pretrained("fused").num_parameters() == report.parameters_after
         True
     """
-    started = time.perf_counter()
     asked = make(
         FuseSettings,
         {"width": width, "layers": layers, "method": method, **options},
         "fuse",
         ("sample", "calibration", "progress"),
     )
+    with ordinary(model):
+        return _fuse(inner_model(model), asked, sample, calibration, progress)
+
+
+def _fuse(
+    model: nn.Module,
+    asked: FuseSettings,
+    sample: Batch | Iterable[Batch] | None,
+    calibration: Calibration | None,
+    progress: Progress | None,
+) -> FusionReport:
+    """As :func:`fuse`, with its options in one."""
+    started = time.perf_counter()
     asked.check(calibrated=calibration is not None)
     calibrated = calibration is not None or asked.synthetic is not None
-    ffns = ChosenFFNs.find(model, layers, asked.only)
+    ffns = ChosenFFNs.find(model, asked.layers, asked.only)
     chosen = sorted({site.index for site in ffns.sites})
     dense = not any(site.is_expert for site in ffns.sites)
     settings = asked.resolved(chosen, calibrated=calibrated, named=ffns.named, dense=dense)
     ffns.check(settings)
-    widths = [] if isinstance(width, str) else ffns.widths(width, settings.multiple)
+    widths = [] if isinstance(asked.width, str) else ffns.widths(cast("Width", asked.width), settings.multiple)
     check_finite(model)
     before = count_parameters(model)
     known, synthetic = _batches(ffns, calibration, settings)
@@ -144,6 +157,6 @@ def _in_sequence(ffns: ChosenFFNs, settings: FuseSettings, batches: Sequence[Bat
     try:
         check_sequence(ffns.model, ffns.architecture, ffns.sites, batches)
     except SkippableError as error:
-        warnings.warn(f"all FFNs are calibrated at once: {error}", stacklevel=3)
+        warnings.warn(f"all FFNs are calibrated at once: {error}", stacklevel=4)
         return dataclasses.replace(settings, sequential=False)
     return settings
