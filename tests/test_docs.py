@@ -22,6 +22,7 @@ import command_page
 import companion_tables
 import draw_accuracy
 import draw_fusion
+import draw_language_model
 import draw_large
 import draw_recovery
 import matplotlib
@@ -379,7 +380,12 @@ def test_pictures_are_as_their_scripts_draw_them(theme: str) -> None:
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize(
     ("name", "draw"),
-    [("accuracy", draw_accuracy.draw), ("large", draw_large.draw), ("recovery", draw_recovery.draw)],
+    [
+        ("accuracy", draw_accuracy.draw),
+        ("language-model", draw_language_model.draw),
+        ("large", draw_large.draw),
+        ("recovery", draw_recovery.draw),
+    ],
 )
 def test_plots_are_those_of_the_results(name: str, draw: Callable[[str], str], theme: str) -> None:
     kept = (DOCS / "images" / f"{name}-{theme}.svg").read_text(encoding="utf-8")

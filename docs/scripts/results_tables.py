@@ -347,9 +347,10 @@ def language_model(share: float, file: str = "llm-cpu", *, text: bool = True) ->
         spent = (
             [f"{statistics.median(row['seconds']['processor'] for row in own):.0f}"] if "seconds" in own[0] else [""]
         )
+        most = [f"{max(row['peak_bytes'] for row in own) / 2**30:.1f}"] if "peak_bytes" in own[0] else [""]
         name = form.removeprefix(f"{share:g} ")
-        lines.append([f"**{name}**" if name.startswith("auto") else name, *cells, *spent, str(len(own))])
-    return table(["", *kinds, "processor seconds", "seeds"], lines)
+        lines.append([f"**{name}**" if name.startswith("auto") else name, *cells, *spent, *most, str(len(own))])
+    return table(["", *kinds, "processor seconds", "GiB at most", "seeds"], lines)
 
 
 def _over_seeds(values: Sequence[float]) -> str:
