@@ -7,6 +7,7 @@ owns parameters; a method says which modules and parameters it takes, and what d
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ _TARGETS = "modules to work in, by the ends of their names or a regular expressi
 
 @dataclass
 class CompanionConfig(PeftConfig):
-    """Options that every companion has; a method adds its own.
+    """Options that every companion has; a method adds its own. A model has a copy, in which its own is filled in.
 
     Attributes:
         target_modules: modules to work in: ends of names, one regular expression, or None for the method's own choice.
@@ -159,6 +160,11 @@ class CompanionModel(BaseTuner):
     @abstractmethod
     def add(self, layer: Any, config: Any, adapter: str, name: str) -> None:
         """Give `layer`, around the module called `name`, what `adapter` has of its own."""
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As peft's own; the config is copied: what is filled in is this model's, and the caller may use it again."""
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         return peft_config

@@ -28,6 +28,7 @@ from mlp_fusion.companions.operators import (
     rebuilding_is_cheaper,
     unfolded,
 )
+from mlp_fusion.companions.ranking import modules_of
 from mlp_fusion.companions.registry import CompanionType, register
 from mlp_fusion.errors import InputError
 
@@ -42,7 +43,8 @@ class MpoConfig(CompanionConfig):
         length: tensors of a chain.
         train_central: train the central tensors too.
         embeddings: work in embeddings too, where `target_modules` names nothing.
-        chains: filled in: module -> shapes of its tensors, so that what is stored loads without the original weights.
+        chains: filled in, in the model's copy: module -> shapes of its tensors, so that what is stored loads without
+            the original weights.
 
     Where `target_modules` is None, it works in all linear layers but the output layer, and in embeddings whose weights
     are not the output layer's.
@@ -177,8 +179,8 @@ class MpoLayer(CompanionLayer):
         # Whoever loads them: they are there when they are numbers.
         if adapter in self._awaited and bool(tensors[0].isnan().all()):
             raise InputError(
-                "the config is of a stored adapter, whose tensors are not loaded: use PeftModel.from_pretrained, or "
-                "a new MpoConfig to begin anew"
+                "the config is another adapter's, whose tensors are not loaded: use PeftModel.from_pretrained, or a "
+                "new MpoConfig to begin anew"
             )
         self._awaited.discard(adapter)
         return tensors
@@ -281,7 +283,7 @@ def chain_targets(model: nn.Module, *, embeddings: bool) -> list[str]:
     """Names of a model's linear layers, and of its embeddings, but for what the output layer multiplies by."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     found = []
-    for name, module in model.named_modules():
+    for name, module in modules_of(model):
         fits = is_projection(module) or (embeddings and type(module) is nn.Embedding)
         if fits and (head is None or module.weight is not head.weight):
             found.append(name)

@@ -45,8 +45,8 @@ class PafiConfig(CompanionConfig):
         biases, norms, embeddings: whether values of biases, of normalising layers and of embeddings may be chosen.
         save_indices: whether which values they are is stored with them. Without, they are chosen again when the values
             are loaded, which needs the very model that they were chosen on; it takes half of the space.
-        counts, base: filled in when it is put into a model: how many values each module has, and, without
-            `save_indices`, a hash of the tensors that they were chosen of.
+        counts, base: filled in, in the model's copy: how many values each module has, and, without `save_indices`,
+            a hash of the tensors that they were chosen of.
 
     Where `target_modules` is None, all modules are chosen from but those in `modules_to_save`, which train whole. Exact
     zeros, the padding's row of embeddings, and tensors that several modules share are never chosen.
@@ -138,8 +138,8 @@ class PafiLayer(CompanionLayer):
     def _find_places(self, indices: Tensor) -> _Places:
         if bool((indices < 0).any()):
             raise InputError(
-                "the config is of a stored adapter, whose indices are not loaded: use PeftModel.from_pretrained, or "
-                "a new PafiConfig to begin anew"
+                "the config is another adapter's, whose indices are not loaded: use PeftModel.from_pretrained, or a "
+                "new PafiConfig to begin anew"
             )
         found: _Places = {}
         begin = 0
