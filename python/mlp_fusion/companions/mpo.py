@@ -82,7 +82,9 @@ class MpoConfig(CompanionConfig):
 class _Rebuild(torch.autograd.Function):
     """`(left @ central) @ right` out of what was multiplied before, with a backward that keeps nothing of its own.
 
-    A layer that runs many times between two steps (a shared one) is then multiplied out once.
+    A layer that runs many times between two steps (a shared one) is then multiplied out once. All of it is in the dtype
+    of the chain, also under autocast, which the backward need not be under: the layer casts the matrix as it would a
+    weight.
     """
 
     @staticmethod
@@ -96,12 +98,13 @@ class _Rebuild(torch.autograd.Function):
         needed = ctx.needs_input_grad
         gradient = gradients[0].reshape(-1, right.shape[1])
         found: list[Tensor | None] = [None, None, None, None, None]
-        if needed[2]:
-            found[2] = half.reshape(-1, len(right)).mT @ gradient
-        if needed[0] or needed[1]:
-            through = (gradient @ right.mT).reshape(len(left), -1)
-            found[0] = through @ central.flatten(1).mT if needed[0] else None
-            found[1] = (left.mT @ through).reshape(central.shape) if needed[1] else None
+        with torch.autocast(left.device.type, enabled=False):
+            if needed[2]:
+                found[2] = half.reshape(-1, len(right)).mT @ gradient
+            if needed[0] or needed[1]:
+                through = (gradient @ right.mT).reshape(len(left), -1)
+                found[0] = through @ central.flatten(1).mT if needed[0] else None
+                found[1] = (left.mT @ through).reshape(central.shape) if needed[1] else None
         return tuple(found)
 
 
@@ -188,17 +191,18 @@ class MpoLayer(CompanionLayer):
     def matrix(self, adapter: str) -> Tensor:
         """The weight that an adapter stands for, `(out, in)` or `(entries, size)`."""
         tensors = self.chain(adapter)
-        left, central, right = chain_sides(tensors)
-        made = self._made.get(adapter)
-        # Autocast multiplies in another dtype.
-        alike = made is not None and (made.whole.device, made.whole.dtype) == (left.device, left.dtype)
-        if made is None or not alike or not made.still(tensors):
-            # What inference has multiplied out serves training as well.
-            with torch.inference_mode(False), torch.no_grad():
-                half = left @ central.flatten(1)
-                made = _Made.of(tensors, half, half.reshape(-1, len(right)) @ right)
-            self._made[adapter] = made
-        whole = _Rebuild.apply(left, central, right, made.half, made.whole)  # type: ignore[no-untyped-call]
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            left, central, right = chain_sides(tensors)
+            made = self._made.get(adapter)
+            # A cast or a move of parameters leaves their versions as they were.
+            alike = made is not None and (made.whole.device, made.whole.dtype) == (left.device, left.dtype)
+            if made is None or not alike or not made.still(tensors):
+                # What inference has multiplied out serves training as well.
+                with torch.inference_mode(False), torch.no_grad():
+                    half = left @ central.flatten(1)
+                    made = _Made.of(tensors, half, half.reshape(-1, len(right)) @ right)
+                self._made[adapter] = made
+            whole = _Rebuild.apply(left, central, right, made.half, made.whole)  # type: ignore[no-untyped-call]
         return unfolded(whole, tensors, self._shape())
 
     def changed(self, adapters: list[str]) -> dict[str, Tensor]:
@@ -221,7 +225,7 @@ class MpoLayer(CompanionLayer):
         tensors = [t.to(x.dtype) for t in self.chain(adapters[0])]
         y = chain_apply(tensors, x.reshape(-1, x.shape[-1]), self._shape()[0]).reshape(*x.shape[:-1], -1)
         bias: Any = self.base_layer.bias
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)
 
     def _through_the_tensors(self, adapter: str, x: Tensor) -> bool:
         """Whether x costs less through the tensors than by the matrix."""
