@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -202,6 +202,24 @@ def refuse_quantised(model: nn.Module) -> None:
             raise InputError(
                 f"{name} is quantised ({parameter.dtype}): companions change weights, load them in 16 or 32 bits"
             )
+
+
+def refuse_another_base(stored: Iterable[str], shapes: Mapping[str, Any] | None, here: Mapping[str, Any]) -> None:
+    """Raise InputError where a stored adapter does not fit the model that it is loaded onto.
+
+    Args:
+        stored: modules that it works in.
+        shapes: of their parameters where it was trained; None where the adapter was stored before these were.
+        here: module -> the same of this model.
+    """
+    for name in stored:
+        if name not in here:
+            cause = f"the stored adapter works in {name}, which this model does not have"
+        elif shapes is not None and shapes.get(name) != here[name]:
+            cause = f"the stored adapter's {name} is {shapes.get(name)}, this model's is {here[name]}"
+        else:
+            continue
+        raise InputError(f"{cause}: load the base that it was trained on")
 
 
 def _own_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from mlp_fusion.companions.ffns import is_plain, is_projection, is_transposed
-from mlp_fusion.companions.frame import CompanionConfig, CompanionLayer, CompanionModel
+from mlp_fusion.companions.frame import CompanionConfig, CompanionLayer, CompanionModel, refuse_another_base
 from mlp_fusion.companions.operators import (
     LENGTH,
     centre,
     chain_apply,
     chain_sides,
+    most_padded,
     mpo_decompose,
     rebuilding_is_cheaper,
     unfolded,
@@ -43,8 +44,8 @@ class MpoConfig(CompanionConfig):
         length: tensors of a chain.
         train_central: train the central tensors too.
         embeddings: work in embeddings too, where `target_modules` names nothing.
-        chains: filled in, in the model's copy: module -> shapes of its tensors, so that what is stored loads without
-            the original weights.
+        chains, shapes: filled in, in the model's copy: module -> shapes of its tensors, so that what is stored loads
+            without the original weights, and that of its matrix. A model with others is refused.
 
     Where `target_modules` is None, it works in all linear layers but the output layer, and in embeddings whose weights
     are not the output layer's.
@@ -71,6 +72,7 @@ class MpoConfig(CompanionConfig):
     train_central: bool = field(default=False, metadata={"help": "train the central tensors too"})
     embeddings: bool = field(default=True, metadata={"help": "work in embeddings too"})
     chains: dict[str, list[list[int]]] | None = field(default=None, metadata={"help": "filled in: shapes of tensors"})
+    shapes: dict[str, list[int]] | None = field(default=None, metadata={"help": "filled in: shapes of matrices"})
 
     def check(self) -> None:
         if self.bonds is not None and (type(self.bonds) is not int or self.bonds < 1):
@@ -258,7 +260,9 @@ class MpoModel(CompanionModel):
         if unknown:
             raise InputError(f"bond_pattern names {unknown[0]}: the model has no such module")
         self._stored = peft_config.chains
-        peft_config.chains = dict(peft_config.chains or {})
+        if self._stored is not None:
+            _check_base(peft_config, model)
+        peft_config.chains, peft_config.shapes = dict(peft_config.chains or {}), dict(peft_config.shapes or {})
 
     def targets(self, model: nn.Module, config: Any) -> list[str]:
         return chain_targets(model, embeddings=config.embeddings)
@@ -280,6 +284,7 @@ class MpoModel(CompanionModel):
             most = (config.bond_pattern or {}).get(name, config.bonds)
             tensors = list((whole if most is None else whole.truncated(most)).tensors)
         config.chains[name] = [list(t.shape) for t in tensors]  # type: ignore[index]
+        config.shapes[name] = list(as_matrix(base).shape)  # type: ignore[index]
         layer.update_layer(adapter, tensors, train_central=config.train_central, awaited=self._stored is not None)
 
 
@@ -292,6 +297,22 @@ def chain_targets(model: nn.Module, *, embeddings: bool) -> list[str]:
         if fits and (head is None or module.weight is not head.weight):
             found.append(name)
     return found
+
+
+def _check_base(config: MpoConfig, model: nn.Module) -> None:
+    """Raise InputError where the stored chains do not stand for matrices of this model."""
+    stored = config.chains or {}
+    fitting = {name: m for name, m in modules_of(model) if is_projection(m) or type(m) is nn.Embedding}
+    here = {name: list(as_matrix(module).shape) for name, module in fitting.items()}
+    refuse_another_base(stored, config.shapes, here)
+    for name, chain in stored.items():
+        # All that is seen of an adapter that was stored without shapes.
+        whole = [math.prod(tensor[axis] for tensor in chain) for axis in (1, 2)]
+        if not all(size <= padded <= most_padded(size) for size, padded in zip(here[name], whole, strict=True)):
+            raise InputError(
+                f"the stored chain of {name} is of {whole[0]} x {whole[1]}, which does not make {here[name][0]} x "
+                f"{here[name][1]}: load the base that it was trained on"
+            )
 
 
 def as_matrix(module: nn.Module) -> Tensor:
