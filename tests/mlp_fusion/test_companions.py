@@ -110,6 +110,29 @@ def test_a_stored_one_is_loaded_to_the_same_bits(model: Any, config: Any, on_met
     assert torch.equal(logits(again), logits(made))
 
 
+def test_one_config_serves_several_models(config: Any, tmp_path: Path) -> None:
+    """Of other weights, and of other widths; each is stored with what loading it needs, after all are made."""
+    bases = [classifier(), classifier(intermediate_size=40), classifier()]
+    torch.nn.init.normal_(bases[2].bert.encoder.layer[0].output.dense.weight)
+    as_given = config.to_dict()
+    made = [attached(base, config) for base in bases]
+    made[0].add_adapter("other", config)
+    kept = {**config.to_dict(), "base_model_name_or_path": as_given["base_model_name_or_path"]}
+    assert kept == as_given
+    for n, (base, one) in enumerate(zip(bases, made, strict=True)):
+        one.save_pretrained(tmp_path / str(n), selected_adapters=["default"])
+        again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / str(n)).eval()
+        assert torch.equal(logits(again), logits(one))
+        # A config that is loaded stands for what is stored, wherever it is handed over, and more than once.
+        loaded = type(config).from_pretrained(tmp_path / str(n))
+        for given in (loaded, copy.deepcopy(loaded), loaded):
+            again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / str(n), config=given).eval()
+            assert torch.equal(logits(again), logits(one))
+        again.load_adapter(tmp_path / str(n), "second")
+        again.set_adapter("second")
+        assert torch.equal(logits(again), logits(one))
+
+
 def test_peft_loads_base_and_companion_by_their_folders(config: Any, tmp_path: Path) -> None:
     base = classifier()
     base.save_pretrained(tmp_path / "base")

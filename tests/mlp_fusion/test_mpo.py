@@ -351,6 +351,51 @@ def test_both_ways_compute_the_same(through: bool, monkeypatch: pytest.MonkeyPat
     assert float((found - logits(model)).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+@pytest.mark.parametrize("way", ["matrix", "tensors", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_it_trains_under_autocast(way: str, inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the backward where trainers call it, outside, as well."""
+    monkeypatch.setattr(mpo, "rebuilding_is_cheaper", lambda *_, **__: way != "tensors")
+    made = get_peft_model(classifier(num_hidden_layers=1), MpoConfig(bonds=6, train_central=True)).eval()
+    made(IDS).logits.square().sum().backward()
+    wanted = {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}
+    whole = layers(made)[-1]._made.get("default")
+    made.zero_grad()
+    run = torch.compile(made, backend="aot_eager") if way == "compiled" else made
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = layers(made)[-1](torch.ones(2, 3, 32))
+        loss = run(IDS).logits.float().square().sum()
+        if inside:
+            loss.backward()
+    if not inside:
+        loss.backward()
+    assert seen.dtype == torch.bfloat16  # as of any linear layer there
+    for name, p in made.named_parameters():
+        if name in wanted:
+            assert p.grad is not None
+            # A key's chain has a small gradient, made of rounding in the end.
+            off = 0.1 * float(wanted[name].norm()) + 1e-3
+            assert float((p.grad - wanted[name]).norm()) < off, name
+    if way == "matrix":
+        # The product is made once, in the chain's own dtype, whether autocast is on or off.
+        assert whole is not None
+        assert whole.whole.dtype == torch.float32
+        assert layers(made)[-1]._made["default"] is whole
+
+
+def test_autocast_does_not_round_the_product_or_its_gradient() -> None:
+    layer = layers(get_peft_model(classifier(), MpoConfig(target_modules=["query"], train_central=True)))[0]
+    central, weights = layer.mpo_2["default"], matrix((32, 32)).float()
+    wanted = layer.matrix("default").detach().clone()
+    [gradient] = torch.autograd.grad((weights * layer.matrix("default")).sum(), [central])
+    layer._made.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer.matrix("default")
+        [own] = torch.autograd.grad((weights * found).sum(), [central])
+    assert torch.equal(found, wanted)
+    assert torch.equal(own, gradient)
+
+
 def test_what_is_stored_loads_without_the_original(tmp_path: Path) -> None:
     made = attached(classifier(), MpoConfig(bonds=6, modules_to_save=["classifier"]))
     made.save_pretrained(tmp_path)

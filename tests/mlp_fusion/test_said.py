@@ -408,6 +408,37 @@ def test_bases_in_other_dtypes(dtype: torch.dtype) -> None:
     assert torch.equal(logits(made.merge_and_unload()), with_it)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("structure_aware", [True, False])
+@pytest.mark.parametrize("way", ["plain", "modules", "transformed"])
+def test_cast_to_16_bits_it_computes_and_trains(
+    way: str, structure_aware: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """theta and lambda as well, as `model.bfloat16()` does it; the sums are those of float32."""
+    config = mlp_fusion.SaidConfig(d=100, structure_aware=structure_aware, published_gradient=way != "plain")
+    made = attached(classifier(), config, size=0.1).to(dtype)
+    wide = copy.deepcopy(made).float()
+    if way == "transformed":
+        monkeypatch.setattr("mlp_fusion.companions.said.transforms.active", lambda: True)
+    elif way == "modules":
+        monkeypatch.setattr("mlp_fusion.companions.said.obstacle", lambda _: "whatever")
+    merged = copy.deepcopy(made).merge_and_unload()
+    assert {p.dtype for p in made.parameters()} == {p.dtype for p in merged.parameters()} == {dtype}
+    found, wanted = (logits(model).float() for model in (made, wide))
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.03)
+    torch.testing.assert_close(logits(merged).float(), found, rtol=0.02, atol=0.03)
+    before = theta_of(made).detach().clone()
+    optimizer = torch.optim.SGD([p for p in made.parameters() if p.requires_grad], lr=0.5)
+    for model in (made, wide):
+        of_logits(model).float().backward()
+    for name in ("said_theta", "said_lambda") if structure_aware else ("said_theta",):
+        own, other = (torch.cat([p.grad.float() for n, p in m.named_parameters() if name in n]) for m in (made, wide))
+        assert float((own - other).norm()) < 0.05 * float(other.norm())
+    optimizer.step()
+    assert not torch.equal(theta_of(made), before)
+    logits(made)
+
+
 def test_under_autocast_projections_run_in_its_dtype() -> None:
     made = attached(classifier(), mlp_fusion.SaidConfig(d=100), size=0.1)
     merged = copy.deepcopy(made).merge_and_unload()

@@ -7,8 +7,9 @@ owns parameters; a method says which modules and parameters it takes, and what d
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ _TARGETS = "modules to work in, by the ends of their names or a regular expressi
 
 @dataclass
 class CompanionConfig(PeftConfig):
-    """Options that every companion has; a method adds its own.
+    """Options that every companion has; a method adds its own. A model has a copy, in which its own is filled in.
 
     Attributes:
         target_modules: modules to work in: ends of names, one regular expression, or None for the method's own choice.
@@ -160,6 +161,11 @@ class CompanionModel(BaseTuner):
     def add(self, layer: Any, config: Any, adapter: str, name: str) -> None:
         """Give `layer`, around the module called `name`, what `adapter` has of its own."""
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As peft's own; the config is copied: what is filled in is this model's, and the caller may use it again."""
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         return peft_config
 
@@ -196,6 +202,24 @@ def refuse_quantised(model: nn.Module) -> None:
             raise InputError(
                 f"{name} is quantised ({parameter.dtype}): companions change weights, load them in 16 or 32 bits"
             )
+
+
+def refuse_another_base(stored: Iterable[str], shapes: Mapping[str, Any] | None, here: Mapping[str, Any]) -> None:
+    """Raise InputError where a stored adapter does not fit the model that it is loaded onto.
+
+    Args:
+        stored: modules that it works in.
+        shapes: of their parameters where it was trained; None where the adapter was stored before these were.
+        here: module -> the same of this model.
+    """
+    for name in stored:
+        if name not in here:
+            cause = f"the stored adapter works in {name}, which this model does not have"
+        elif shapes is not None and shapes.get(name) != here[name]:
+            cause = f"the stored adapter's {name} is {shapes.get(name)}, this model's is {here[name]}"
+        else:
+            continue
+        raise InputError(f"{cause}: load the base that it was trained on")
 
 
 def _own_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -23,7 +23,7 @@ _TASKS = {"classification": TaskType.SEQ_CLS, "lm": TaskType.CAUSAL_LM}
 #: Fields of a config that are not for users to say: what it is, and what is filled in.
 _OWN = {
     "peft_type", "task_type", "inference_mode", "auto_mapping", "peft_version", "revision", "base_model_name_or_path",
-    "counts", "base", "merged", "entries", "runtime_config",
+    "chains", "counts", "shapes", "base", "merged", "entries", "runtime_config",
 }  # fmt: skip
 
 

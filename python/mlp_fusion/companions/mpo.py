@@ -18,16 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from mlp_fusion.companions.ffns import is_plain, is_projection, is_transposed
-from mlp_fusion.companions.frame import CompanionConfig, CompanionLayer, CompanionModel
+from mlp_fusion.companions.frame import CompanionConfig, CompanionLayer, CompanionModel, refuse_another_base
 from mlp_fusion.companions.operators import (
     LENGTH,
     centre,
     chain_apply,
     chain_sides,
+    most_padded,
     mpo_decompose,
     rebuilding_is_cheaper,
     unfolded,
 )
+from mlp_fusion.companions.ranking import modules_of
 from mlp_fusion.companions.registry import CompanionType, register
 from mlp_fusion.errors import InputError
 
@@ -42,7 +44,8 @@ class MpoConfig(CompanionConfig):
         length: tensors of a chain.
         train_central: train the central tensors too.
         embeddings: work in embeddings too, where `target_modules` names nothing.
-        chains: filled in: module -> shapes of its tensors, so that what is stored loads without the original weights.
+        chains, shapes: filled in, in the model's copy: module -> shapes of its tensors, so that what is stored loads
+            without the original weights, and that of its matrix. A model with others is refused.
 
     Where `target_modules` is None, it works in all linear layers but the output layer, and in embeddings whose weights
     are not the output layer's.
@@ -69,6 +72,7 @@ class MpoConfig(CompanionConfig):
     train_central: bool = field(default=False, metadata={"help": "train the central tensors too"})
     embeddings: bool = field(default=True, metadata={"help": "work in embeddings too"})
     chains: dict[str, list[list[int]]] | None = field(default=None, metadata={"help": "filled in: shapes of tensors"})
+    shapes: dict[str, list[int]] | None = field(default=None, metadata={"help": "filled in: shapes of matrices"})
 
     def check(self) -> None:
         if self.bonds is not None and (type(self.bonds) is not int or self.bonds < 1):
@@ -80,7 +84,9 @@ class MpoConfig(CompanionConfig):
 class _Rebuild(torch.autograd.Function):
     """`(left @ central) @ right` out of what was multiplied before, with a backward that keeps nothing of its own.
 
-    A layer that runs many times between two steps (a shared one) is then multiplied out once.
+    A layer that runs many times between two steps (a shared one) is then multiplied out once. All of it is in the dtype
+    of the chain, also under autocast, which the backward need not be under: the layer casts the matrix as it would a
+    weight.
     """
 
     @staticmethod
@@ -94,12 +100,13 @@ class _Rebuild(torch.autograd.Function):
         needed = ctx.needs_input_grad
         gradient = gradients[0].reshape(-1, right.shape[1])
         found: list[Tensor | None] = [None, None, None, None, None]
-        if needed[2]:
-            found[2] = half.reshape(-1, len(right)).mT @ gradient
-        if needed[0] or needed[1]:
-            through = (gradient @ right.mT).reshape(len(left), -1)
-            found[0] = through @ central.flatten(1).mT if needed[0] else None
-            found[1] = (left.mT @ through).reshape(central.shape) if needed[1] else None
+        with torch.autocast(left.device.type, enabled=False):
+            if needed[2]:
+                found[2] = half.reshape(-1, len(right)).mT @ gradient
+            if needed[0] or needed[1]:
+                through = (gradient @ right.mT).reshape(len(left), -1)
+                found[0] = through @ central.flatten(1).mT if needed[0] else None
+                found[1] = (left.mT @ through).reshape(central.shape) if needed[1] else None
         return tuple(found)
 
 
@@ -177,8 +184,8 @@ class MpoLayer(CompanionLayer):
         # Whoever loads them: they are there when they are numbers.
         if adapter in self._awaited and bool(tensors[0].isnan().all()):
             raise InputError(
-                "the config is of a stored adapter, whose tensors are not loaded: use PeftModel.from_pretrained, or "
-                "a new MpoConfig to begin anew"
+                "the config is another adapter's, whose tensors are not loaded: use PeftModel.from_pretrained, or a "
+                "new MpoConfig to begin anew"
             )
         self._awaited.discard(adapter)
         return tensors
@@ -186,17 +193,18 @@ class MpoLayer(CompanionLayer):
     def matrix(self, adapter: str) -> Tensor:
         """The weight that an adapter stands for, `(out, in)` or `(entries, size)`."""
         tensors = self.chain(adapter)
-        left, central, right = chain_sides(tensors)
-        made = self._made.get(adapter)
-        # Autocast multiplies in another dtype.
-        alike = made is not None and (made.whole.device, made.whole.dtype) == (left.device, left.dtype)
-        if made is None or not alike or not made.still(tensors):
-            # What inference has multiplied out serves training as well.
-            with torch.inference_mode(False), torch.no_grad():
-                half = left @ central.flatten(1)
-                made = _Made.of(tensors, half, half.reshape(-1, len(right)) @ right)
-            self._made[adapter] = made
-        whole = _Rebuild.apply(left, central, right, made.half, made.whole)  # type: ignore[no-untyped-call]
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            left, central, right = chain_sides(tensors)
+            made = self._made.get(adapter)
+            # A cast or a move of parameters leaves their versions as they were.
+            alike = made is not None and (made.whole.device, made.whole.dtype) == (left.device, left.dtype)
+            if made is None or not alike or not made.still(tensors):
+                # What inference has multiplied out serves training as well.
+                with torch.inference_mode(False), torch.no_grad():
+                    half = left @ central.flatten(1)
+                    made = _Made.of(tensors, half, half.reshape(-1, len(right)) @ right)
+                self._made[adapter] = made
+            whole = _Rebuild.apply(left, central, right, made.half, made.whole)  # type: ignore[no-untyped-call]
         return unfolded(whole, tensors, self._shape())
 
     def changed(self, adapters: list[str]) -> dict[str, Tensor]:
@@ -219,7 +227,7 @@ class MpoLayer(CompanionLayer):
         tensors = [t.to(x.dtype) for t in self.chain(adapters[0])]
         y = chain_apply(tensors, x.reshape(-1, x.shape[-1]), self._shape()[0]).reshape(*x.shape[:-1], -1)
         bias: Any = self.base_layer.bias
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)
 
     def _through_the_tensors(self, adapter: str, x: Tensor) -> bool:
         """Whether x costs less through the tensors than by the matrix."""
@@ -252,7 +260,9 @@ class MpoModel(CompanionModel):
         if unknown:
             raise InputError(f"bond_pattern names {unknown[0]}: the model has no such module")
         self._stored = peft_config.chains
-        peft_config.chains = dict(peft_config.chains or {})
+        if self._stored is not None:
+            _check_base(peft_config, model)
+        peft_config.chains, peft_config.shapes = dict(peft_config.chains or {}), dict(peft_config.shapes or {})
 
     def targets(self, model: nn.Module, config: Any) -> list[str]:
         return chain_targets(model, embeddings=config.embeddings)
@@ -274,6 +284,7 @@ class MpoModel(CompanionModel):
             most = (config.bond_pattern or {}).get(name, config.bonds)
             tensors = list((whole if most is None else whole.truncated(most)).tensors)
         config.chains[name] = [list(t.shape) for t in tensors]  # type: ignore[index]
+        config.shapes[name] = list(as_matrix(base).shape)  # type: ignore[index]
         layer.update_layer(adapter, tensors, train_central=config.train_central, awaited=self._stored is not None)
 
 
@@ -281,11 +292,27 @@ def chain_targets(model: nn.Module, *, embeddings: bool) -> list[str]:
     """Names of a model's linear layers, and of its embeddings, but for what the output layer multiplies by."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     found = []
-    for name, module in model.named_modules():
+    for name, module in modules_of(model):
         fits = is_projection(module) or (embeddings and type(module) is nn.Embedding)
         if fits and (head is None or module.weight is not head.weight):
             found.append(name)
     return found
+
+
+def _check_base(config: MpoConfig, model: nn.Module) -> None:
+    """Raise InputError where the stored chains do not stand for matrices of this model."""
+    stored = config.chains or {}
+    fitting = {name: m for name, m in modules_of(model) if is_projection(m) or type(m) is nn.Embedding}
+    here = {name: list(as_matrix(module).shape) for name, module in fitting.items()}
+    refuse_another_base(stored, config.shapes, here)
+    for name, chain in stored.items():
+        # All that is seen of an adapter that was stored without shapes.
+        whole = [math.prod(tensor[axis] for tensor in chain) for axis in (1, 2)]
+        if not all(size <= padded <= most_padded(size) for size, padded in zip(here[name], whole, strict=True)):
+            raise InputError(
+                f"the stored chain of {name} is of {whole[0]} x {whole[1]}, which does not make {here[name][0]} x "
+                f"{here[name][1]}: load the base that it was trained on"
+            )
 
 
 def as_matrix(module: nn.Module) -> Tensor:

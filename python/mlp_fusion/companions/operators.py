@@ -414,6 +414,11 @@ def choose_shapes(rows: int, columns: int, *, length: int = LENGTH) -> Shapes:
     return _arranged(even_factors(rows, length)), _arranged(even_factors(columns, length))[::-1]
 
 
+def most_padded(size: int) -> int:
+    """The largest number that :func:`even_factors` may factor in place of `size`."""
+    return size + int(size * _PADDING)
+
+
 def even_factors(size: int, count: int) -> tuple[int, ...]:
     """`count` factors, ascending, of the first number from `size` on that is made of even ones.
 
@@ -421,7 +426,7 @@ def even_factors(size: int, count: int) -> tuple[int, ...]:
     is, those whose sum is least.
     """
     found = [_factors(size, count)]
-    for padded in range(size + 1, size + int(size * _PADDING) + 1):
+    for padded in range(size + 1, most_padded(size) + 1):
         if sum(found[-1]) <= _UNEVEN * count * size ** (1.0 / count):
             return found[-1]
         found.append(_factors(padded, count))

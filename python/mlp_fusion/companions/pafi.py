@@ -23,8 +23,14 @@ from transformers.pytorch_utils import Conv1D
 from fusion_kernels import transforms
 from mlp_fusion.companions import sparse
 from mlp_fusion.companions.fisher import fisher_scores
-from mlp_fusion.companions.frame import CompanionConfig, CompanionLayer, CompanionModel, refuse_quantised
-from mlp_fusion.companions.ranking import CRITERIA, RANKINGS, base_hash, candidates, choose
+from mlp_fusion.companions.frame import (
+    CompanionConfig,
+    CompanionLayer,
+    CompanionModel,
+    refuse_another_base,
+    refuse_quantised,
+)
+from mlp_fusion.companions.ranking import CRITERIA, RANKINGS, base_hash, candidates, choose, modules_of
 from mlp_fusion.companions.registry import CompanionType, register
 from mlp_fusion.errors import InputError
 from mlp_fusion.modules.layouts import obstacle
@@ -45,8 +51,9 @@ class PafiConfig(CompanionConfig):
         biases, norms, embeddings: whether values of biases, of normalising layers and of embeddings may be chosen.
         save_indices: whether which values they are is stored with them. Without, they are chosen again when the values
             are loaded, which needs the very model that they were chosen on; it takes half of the space.
-        counts, base: filled in when it is put into a model: how many values each module has, and, without
-            `save_indices`, a hash of the tensors that they were chosen of.
+        counts, shapes, base: filled in, in the model's copy: how many values each module has, the shapes of its
+            parameters, and, without `save_indices`, a hash of the tensors that they were chosen of. A model with others
+            is refused.
 
     Where `target_modules` is None, all modules are chosen from but those in `modules_to_save`, which train whole. Exact
     zeros, the padding's row of embeddings, and tensors that several modules share are never chosen.
@@ -73,6 +80,9 @@ class PafiConfig(CompanionConfig):
     embeddings: bool = field(default=False, metadata={"help": "choose from embeddings too"})
     save_indices: bool = field(default=True, metadata={"help": "store which values they are"})
     counts: dict[str, int] | None = field(default=None, metadata={"help": "filled in: values by module"})
+    shapes: dict[str, list[list[int]]] | None = field(
+        default=None, metadata={"help": "filled in: shapes of parameters by module"}
+    )
     base: str | None = field(default=None, metadata={"help": "filled in: hash of what they were chosen of"})
 
     def check(self) -> None:
@@ -138,13 +148,19 @@ class PafiLayer(CompanionLayer):
     def _find_places(self, indices: Tensor) -> _Places:
         if bool((indices < 0).any()):
             raise InputError(
-                "the config is of a stored adapter, whose indices are not loaded: use PeftModel.from_pretrained, or "
-                "a new PafiConfig to begin anew"
+                "the config is another adapter's, whose indices are not loaded: use PeftModel.from_pretrained, or a "
+                "new PafiConfig to begin anew"
             )
         found: _Places = {}
         begin = 0
         parameters = list(self.base_layer.named_parameters(recurse=False))
         ends = torch.tensor([parameter.numel() for _, parameter in parameters]).cumsum(0)
+        if bool((indices >= int(ends[-1])).any()):
+            # All that is seen of an adapter that was stored without shapes.
+            raise InputError(
+                f"the stored values are of a module with more than {int(indices.max()):,} values, this one has "
+                f"{int(ends[-1]):,}: load the base that they were trained on"
+            )
         bounds = [0, *torch.searchsorted(indices, ends.to(indices.device)).tolist()]
         for (name, parameter), first, last in zip(parameters, bounds[:-1], bounds[1:], strict=True):
             if last > first:
@@ -264,7 +280,12 @@ class PafiModel(CompanionModel):
         refuse_quantised(model)
         _maybe_include_all_linear_layers(peft_config, model)
         stored = peft_config.counts if peft_config.save_indices else None
+        here = {
+            name: [list(parameter.shape) for parameter in module.parameters(recurse=False)]
+            for name, module in modules_of(model)
+        }
         if stored is not None:
+            refuse_another_base(stored, peft_config.shapes, here)
             # Which ones they are comes with the values.
             self._chosen = {name: torch.full((count,), -1) for name, count in stored.items()}
         else:
@@ -273,6 +294,7 @@ class PafiModel(CompanionModel):
                     module.restore()
             self._chosen = _choose(peft_config, model)
         peft_config.counts = {name: len(indices) for name, indices in self._chosen.items()}
+        peft_config.shapes = {name: here[name] for name in self._chosen}
 
     def _check_target_module_exists(self, peft_config: PafiConfig, key: str) -> bool:  # type: ignore[override]
         return key in self._chosen

@@ -53,7 +53,7 @@ def changed(weight: Tensor, terms: Sequence[Term]) -> Tensor:
 def delta(shape: torch.Size, term: Term) -> Tensor:
     """lambda P theta by operations that torch differentiates and compiles."""
     # The damped part of theta is the same number, whose gradient is left out.
-    theta = term.theta if term.damping == 1.0 else _damped(term.theta, term.damping)
+    theta = _wide(term.theta) if term.damping == 1.0 else _damped(_wide(term.theta), term.damping)
     made = fastfood(theta, shape.numel(), term.seed).view(shape)
     return made if term.scale is None else term.scale * made
 
@@ -164,7 +164,7 @@ def _sum(weight: Tensor, terms: Sequence[Term]) -> Tensor:
     """As :func:`changed`; no more memory than one such tensor and what the projection takes."""
     total = None
     for term in terms:
-        made = fastfood(term.theta.detach(), weight.numel(), term.seed)
+        made = fastfood(_wide(term.theta.detach()), weight.numel(), term.seed)
         if term.scale is not None:
             made *= term.scale
         total = made if total is None else total.add_(made)
@@ -180,12 +180,13 @@ def _gradients(dw: Tensor, terms: Sequence[Term], needed: Sequence[bool]) -> lis
         of_theta, of_scale = needed[4 * i : 4 * i + 2]
         dtheta = dscale = None
         if of_theta or of_scale:
-            back = fastfood_transposed(dw.reshape(-1).to(term.theta.dtype), len(term.theta), term.seed)
+            theta = _wide(term.theta)
+            back = fastfood_transposed(dw.reshape(-1).to(theta.dtype), len(theta), term.seed)
             if of_scale and term.scale is not None:
-                dscale = (back @ term.theta).to(term.scale.dtype)  # <dW, P theta>, without another projection
+                dscale = (back @ theta).to(term.scale.dtype)  # <dW, P theta>, without another projection
             if of_theta:
                 dtheta = back if term.scale is None else back * term.scale
-                dtheta = dtheta if term.damping == 1.0 else dtheta * term.damping
+                dtheta = (dtheta if term.damping == 1.0 else dtheta * term.damping).to(term.theta.dtype)
         found += [dtheta, dscale, None, None]
     return found
 
@@ -253,6 +254,11 @@ class _Linear(torch.autograd.Function):
             dw = inputs.t() @ g if ctx.transposed else g.t() @ inputs
         found = [None] * (4 * len(terms)) if dw is None else _gradients(dw, terms, ctx.needs_input_grad[5:])
         return dx, db, None, None, dw if ctx.needs_input_grad[4] else None, *found
+
+
+def _wide(theta: Tensor) -> Tensor:
+    """theta as the projections take it: a model that is cast to 16 bits has it in these."""
+    return theta.to(torch.promote_types(theta.dtype, torch.float32))
 
 
 def _damped(theta: Tensor, damping: float) -> Tensor:

@@ -44,7 +44,7 @@ class SaidConfig(CompanionConfig):
         published_gradient: divide the gradient of theta by L in each tensor, the least power of two that is not below
             its size, as the authors' code does. Small tensors then decide where theta goes. By default it is the
             gradient of the loss.
-        entries: filled in when it is put into a model: entries of all tensors. Another model is refused.
+        entries: filled in, in the model's copy: entries of all tensors. Another model is refused.
 
     Where `target_modules` is None, all tensors are moved but those of modules in `modules_to_save`, which train whole
     and are not counted. A tensor that several modules share is one.
