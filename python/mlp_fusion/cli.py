@@ -9,6 +9,7 @@ been read: help and mistakes in the options are answered at once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -489,7 +490,8 @@ def _interrupt(_number: int, _frame: Any) -> NoReturn:
 
 def _warn(message: Warning | str, *_place: Any, **_more: Any) -> None:
     """One line, as of an error: where in the program a warning comes from is of no use to its reader."""
-    click.echo(f"mlp-fusion: warning: {' '.join(str(message).split())}", err=True)
+    with contextlib.suppress(OSError):  # nobody reads it: no reason to end
+        click.echo(f"mlp-fusion: warning: {' '.join(str(message).split())}", err=True)
 
 
 def _fail(message: str, code: int) -> NoReturn:

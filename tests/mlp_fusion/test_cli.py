@@ -420,17 +420,6 @@ def test_interrupt(run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.M
     assert os.listdir(tmp_path) == []
 
 
-def test_warnings_are_single_lines() -> None:
-    script = """
-import sys, warnings
-from mlp_fusion import cli
-cli.cli = lambda **_: warnings.warn("few\\ntokens", stacklevel=2)
-cli.main()
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stderr == "mlp-fusion: warning: few tokens\n"
-
-
 def test_what_is_asked_wrongly_is_answered_without_torch() -> None:
     """All in one process, which is slow to start enough: no module that takes long to import is needed."""
     script = """

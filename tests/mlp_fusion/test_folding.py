@@ -224,9 +224,9 @@ class _Examples(Dataset):
     ("family", "layers"), [("roberta", "all"), ("gpt2", "0"), ("distilbert", "0"), ("llama", "1-2")]
 )
 def test_trainer_trains_saves_and_resumes(family: str, layers: str, tmp_path: Path) -> None:
-    def trainer(folder: Path, epochs: int) -> Trainer:
+    def trainer(folder: Path, epochs: int, **options: Any) -> Trainer:
         model = tiny_model(family)
-        fuse(model, 16, layers=layers, sample=BATCH)
+        fuse(model, 16, layers=layers, sample=BATCH, **options)
         arguments = TrainingArguments(
             output_dir=str(folder), num_train_epochs=epochs, per_device_train_batch_size=4, save_strategy="epoch",
             learning_rate=1e-3, lr_scheduler_type="constant", report_to=[], use_cpu=True, disable_tqdm=True,
@@ -249,33 +249,73 @@ def test_trainer_trains_saves_and_resumes(family: str, layers: str, tmp_path: Pa
 
     # The moments beside the weights are of the form with a scale, which a model that is merely loaded does not have.
     plain = Trainer(model=loaded, args=resumed.args, train_dataset=_Examples())
-    with pytest.raises(InputError, match=r"was trained in a form with a scale.*call mlp_fusion\.restore\(model, "):
+    with pytest.raises(InputError, match=r"was trained in the form scaled, the model is folded: load that"):
         plain.train(resume_from_checkpoint=str(checkpoint))
     restore(loaded, checkpoint)
     plain = Trainer(model=loaded, args=resumed.args, train_dataset=_Examples())
     plain.train(resume_from_checkpoint=str(checkpoint))
+    other = trainer(tmp_path / "other", 2, optimizer="sgd")
+    with pytest.raises(InputError, match=r"was trained in the form scaled, the model is split"):
+        other.train(resume_from_checkpoint=str(checkpoint))
+    for moments in checkpoint.glob("optimizer*"):
+        moments.unlink()  # weights alone are of no form
+    other.train(resume_from_checkpoint=str(checkpoint))
     torch.testing.assert_close(logits(loaded), logits(straight.model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.parametrize("layers", [[0, 2], "all"])
 @pytest.mark.parametrize("method", ["fusion", "merge"])
 @pytest.mark.parametrize("kept", [[0, 2], [2, 0], [1], [1, 2]])
-def test_layers_may_be_taken_out_of_an_unevenly_fused_model(method: str, kept: list[int], tmp_path: Path) -> None:
+def test_layers_may_be_taken_out_of_a_fused_model(
+    method: str, kept: list[int], layers: Any, part: bool, tmp_path: Path
+) -> None:
     model: Any = tiny_model("llama", task="CausalLM")
     ids = {"input_ids": torch.randint(3, 97, (16, 24), generator=torch.Generator().manual_seed(1))}
-    fuse(model, 16, layers=[0, 2], method=method, calibration=[ids])
+    fuse(model.model if part else model, 16, layers=layers, method=method, calibration=[ids])
     model.model.layers = torch.nn.ModuleList([model.model.layers[n] for n in kept])
     for number, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = number
-    model.config.num_hidden_layers = len(kept)
+    model.config.num_hidden_layers = model.model.config.num_hidden_layers = len(kept)
     model.save_pretrained(tmp_path / "out")
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert [layer.mlp.up_proj.out_features for layer in loaded.model.layers] == [64 if n == 1 else 16 for n in kept]
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(**BATCH).logits, model(**BATCH).logits, rtol=1e-5, atol=1e-5)
-    if kept != [1] and method == "fusion":
-        restore(loaded, tmp_path / "out")
+    whole = [] if layers == "all" else [1]
+    assert [layer.mlp.up_proj.out_features for layer in loaded.model.layers] == [64 if n in whole else 16 for n in kept]
+    fused = [number for number, n in enumerate(kept) if n not in whole]
+    for again in (False, method == "fusion" and bool(fused)):
+        if again:
+            restore(loaded, tmp_path / "out")
         with torch.no_grad():
             torch.testing.assert_close(loaded(**BATCH).logits, model(**BATCH).logits, rtol=1e-5, atol=1e-5)
+    assert (loaded.config.mlp_fusion or {"fused_layers": []})["fused_layers"] == fused
+
+
+@pytest.mark.parametrize("method", ["fusion", "merge"])
+@pytest.mark.parametrize("how", ["empty", "flat", "packed", "elsewhere"])
+def test_widths_that_parameters_do_not_show_stay_as_they_were_recorded(method: str, how: str, tmp_path: Path) -> None:
+    """What ZeRO-3, FSDP and quantisers leave of parameters, with the state that a trainer has gathered."""
+    model: Any = tiny_model("llama", task="CausalLM")
+    ids = {"input_ids": torch.randint(3, 97, (16, 24), generator=torch.Generator().manual_seed(1))}
+    fuse(model, 16, layers=[0, 2], method=method, calibration=[ids])
+    with torch.no_grad():
+        expected = model(**BATCH).logits
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            projection = getattr(layer.mlp, name)
+            weight = projection.weight
+            if how == "elsewhere":
+                del projection.weight
+                projection.qweight = torch.nn.Parameter(weight.detach())
+                continue
+            shape = {"empty": (0,), "flat": (24,), "packed": (weight.numel() // 2, 1)}[how]
+            weight.data = weight.data.new_zeros(shape)
+    recorded = model.config.mlp_fusion
+    model.save_pretrained(tmp_path / "out", state_dict=state)
+    assert model.config.mlp_fusion == recorded
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**BATCH).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_weights_that_torch_computes_are_to_be_made_permanent_first(tmp_path: Path) -> None:

@@ -172,7 +172,8 @@ def _solve(moments: _Moments, reduced: NeuronBundle, ridge: float) -> Tensor:
     normal, cross = moments.gram[:-1, :-1].clone(), moments.cross[:-1]
     if reduced.b_out is not None:
         # An unpenalised bias is the same as centred columns.
-        subtract_outer(normal, total * mean, mean)
+        sized = total.sqrt() * mean  # twice the same vector: the matrix stays symmetric
+        subtract_outer(normal, sized, sized)
         cross = cross - total * torch.outer(mean, mean_residual)
     deviation = (normal.diagonal() / total).clamp(min=0.0).sqrt()
     alive = deviation > torch.finfo(reduced.w_out.dtype).eps * deviation.max()

@@ -18,6 +18,8 @@ from mlp_fusion.running.positions import by_sequence
 #: What a model raises on inputs that do not suit it.
 UNFIT = (ValueError, IndexError, TypeError, RuntimeError, AttributeError, UnboundLocalError)
 #: Keys of configs for the tokens in whose place images and sounds are put; they may lie beyond the vocabulary.
+#: Devices that there is autocast for.
+_AUTOCASTING = ("cpu", "cuda", "mps", "xpu")
 _PLACEHOLDER = re.compile(r"(.+_)?(image|video|audio|vision|speech).*_token_(id|index)")
 
 
@@ -216,13 +218,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def ordinary(model: nn.Module) -> Iterator[None]:
+def ordinary() -> Iterator[None]:
     """Inside, neither autocast nor inference mode holds: both would change what comes out, without a word."""
-    devices = {p.device.type for p in model.parameters()} - {"meta"} if isinstance(model, nn.Module) else ()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        for device in sorted({"cpu", *devices}):
-            stack.enter_context(torch.autocast(device, enabled=False))
+        for device in _AUTOCASTING:
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 

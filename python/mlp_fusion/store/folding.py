@@ -16,13 +16,7 @@ from torch import Tensor, nn
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture
 from mlp_fusion.modules import Scaled
-from mlp_fusion.store.record import (
-    REFERENCE_FILE,
-    REPORT_FILE,
-    adopt_fused_config,
-    architecture_of,
-    update_record,
-)
+from mlp_fusion.store.record import REFERENCE_FILE, REPORT_FILE, architecture_of, update_record
 from mlp_fusion.store.scale import Rescaling, check_whole, write_scales
 
 
@@ -124,7 +118,6 @@ def save_folded(
         return
     if push_to_hub:
         raise InputError("save_pretrained(push_to_hub=True) would leave the scale behind: use model.push_to_hub(name)")
-    adopt_fused_config(model)
     architecture = architecture_of(model.config)
     state = model.state_dict() if state_dict is None else state_dict
     plain, scales = fold_state_dict(model, architecture, state)

@@ -72,10 +72,10 @@ def _saving(save: _Method) -> _Method:
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
         from mlp_fusion.modules import Scaled
         from mlp_fusion.store.folding import save_folded
-        from mlp_fusion.store.record import FUSION_KEY, update_widths
+        from mlp_fusion.store.record import follow_layers
 
-        if getattr(self.config, FUSION_KEY, None) is not None:
-            update_widths(self)
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            follow_layers(self)
         if any(isinstance(module, Scaled) for module in self.modules()):
             save_folded(self, save, *args, **kwargs)
         else:

@@ -149,19 +149,39 @@ def adopt_fused_config(model: nn.Module) -> None:
         return
 
 
-def update_widths(model: Any) -> None:
-    """Make the record say how wide the FFNs of `model` are now: layers may have been taken out or moved."""
-    record = fusion_record(model.config)
-    if record is None or "widths" not in record:
+def follow_layers(model: Any) -> None:
+    """Make the record of a model that is to be saved say which of its FFNs are fused now, and how wide they are.
+
+    Layers may have been taken out or moved. Where a width cannot be read (parameters that are packed, or elsewhere),
+    the record stays as it is.
+
+    Raises:
+        InputError: as :func:`adopt_fused_config`.
+    """
+    adopt_fused_config(model)
+    if getattr(model.config, FUSION_KEY, None) is None:
         return
-    architecture = known_architecture(model.config)
+    record, architecture = fusion_record(model.config), known_architecture(model.config)
     sites = [] if architecture is None else architecture.sites(model)
-    if architecture is None or not sites:  # a part of a model, in which FFNs have other names
+    widths = [_width(site) for site in sites]
+    if record is None or architecture is None or not sites or None in widths:
         return
-    fused = [site for site in sites if site.neurons < site.kind.width]
-    layers, widths = [site.index for site in fused], {architecture.name(site): site.neurons for site in fused}
+    fused = {site: width for site, width in zip(sites, widths, strict=True) if width != site.kind.width}
+    changed = {**record, "fused_layers": [site.index for site in fused]}
+    if "widths" in record:
+        changed["widths"] = {architecture.name(site): width for site, width in fused.items()}
     # Where none is left, there is nothing to record.
-    setattr(model.config, FUSION_KEY, {**record, "fused_layers": layers, "widths": widths} if fused else None)
+    setattr(model.config, FUSION_KEY, changed if fused else None)
+
+
+def _width(site: FFNSite) -> int | None:
+    """The neurons of an FFN, or None where its parameters do not show it."""
+    try:
+        shown = site.module.get_parameter(site.kind.projection("w_in").parameter)
+        width = site.neurons
+    except AttributeError:
+        return None
+    return width if shown.ndim > 1 and 0 < width <= site.kind.width else None
 
 
 def update_record(model: Any, architecture: Architecture) -> None:

@@ -33,6 +33,8 @@ from mlp_fusion.store.scale import SCALE_FILE, Rescaling, is_sound, read_scale_f
 
 Form = Literal["own", "plain"]
 
+#: What optimisers' states in a checkpoint of `Trainer` are called, of its own and of DeepSpeed.
+_MOMENTS = ("optimizer", "global_step")
 _announced: ContextVar[Form | None] = ContextVar("mlp_fusion_state_form", default=None)
 #: The scales that a folder's plain weights were folded with, by the names of its model.
 _scales: ContextVar[Mapping[str, Tensor]] = ContextVar("mlp_fusion_scales", default={})  # noqa: B039 - never written to
@@ -88,15 +90,23 @@ def form_of_folder(folder: str | os.PathLike[str]) -> AbstractContextManager[Non
 
 
 def check_resumed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Raise InputError where training was in a form with a scale, and is to go on with a model that has none.
-
-    The optimiser's moments in `folder` are of that form's weights.
-    """
-    scaled = any(isinstance(module, Scaled) and module.scale is not None for module in model.modules())
-    if not scaled and (Path(folder) / SCALE_FILE).is_file():
+    """Raise InputError where an optimiser's moments in `folder` are of another form's weights than the model's."""
+    place = Path(folder)
+    if not any(path.name.startswith(_MOMENTS) for path in place.glob("*")):
+        return
+    try:
+        record = json.loads((place / "config.json").read_text(encoding="utf-8")).get(FUSION_KEY)
+    except (OSError, ValueError):
+        return
+    if not isinstance(record, dict):
+        return
+    scaled = (module for module in model.modules() if isinstance(module, Scaled) and module.scale is not None)
+    found = {module.parameterization for module in scaled} or {"folded"}
+    trained = record.get("parameterization") if (place / SCALE_FILE).is_file() else "folded"
+    if found != {trained}:
         raise InputError(
-            f"{folder} was trained in a form with a scale, which the model does not have: call "
-            f"mlp_fusion.restore(model, {str(folder)!r}) before training goes on"
+            f"{place} was trained in the form {trained}, the model is {' and '.join(sorted(found))}: load that "
+            f"checkpoint with from_pretrained, and call mlp_fusion.restore(model, {str(place)!r}), before training goes on"
         )
 
 

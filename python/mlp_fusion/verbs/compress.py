@@ -29,7 +29,7 @@ from mlp_fusion.reducing.learning import SAMPLE_ROWS
 from mlp_fusion.reducing.pipeline import Progress
 from mlp_fusion.running.batches import Batch, token_mask
 from mlp_fusion.running.drawing import text_refusal
-from mlp_fusion.running.runner import resolve_device
+from mlp_fusion.running.runner import ordinary, resolve_device
 from mlp_fusion.running.sentences import most_positions, read_sentences
 from mlp_fusion.running.synthetic import WRITTEN, synthetic_kind
 from mlp_fusion.selection import Layers, Width
@@ -59,6 +59,7 @@ from mlp_fusion.verbs.plan import FusionPlan, plan
 
 
 @takes(CompressSettings)
+@ordinary()
 def compress(
     path: str | Path,
     out: str | Path,
@@ -397,8 +398,8 @@ def _reported(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        place, cause = getattr(error, "filename", None) or out.parent, getattr(error, "strerror", None) or named(error)
-        raise InputError(f"{place}: {cause}: once that is mended, start again") from error
+        cause = getattr(error, "strerror", None) or named(error)
+        raise InputError(f"{out}: {cause}: once that is mended, start again") from error
 
 
 def _load(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, bool]:

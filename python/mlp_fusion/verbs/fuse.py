@@ -26,9 +26,11 @@ from mlp_fusion.running.runner import ordinary
 from mlp_fusion.running.synthetic import synthetic_batches, synthetic_kind
 from mlp_fusion.selection import Layers, Width
 from mlp_fusion.settings import FuseSettings, make, takes
+from mlp_fusion.store.record import replace_config
 
 
 @takes(FuseSettings)
+@ordinary()
 def fuse(
     model: nn.Module,
     width: Width | str,
@@ -82,25 +84,14 @@ def fuse(
         >>> AutoModel.from_pretrained("fused").num_parameters() == report.parameters_after
         True
     """
+    started = time.perf_counter()
+    whole, model = model, inner_model(model)
     asked = make(
         FuseSettings,
         {"width": width, "layers": layers, "method": method, **options},
         "fuse",
         ("sample", "calibration", "progress"),
     )
-    with ordinary(model):
-        return _fuse(inner_model(model), asked, sample, calibration, progress)
-
-
-def _fuse(
-    model: nn.Module,
-    asked: FuseSettings,
-    sample: Batch | Iterable[Batch] | None,
-    calibration: Calibration | None,
-    progress: Progress | None,
-) -> FusionReport:
-    """As :func:`fuse`, with its options in one."""
-    started = time.perf_counter()
     asked.check(calibrated=calibration is not None)
     calibrated = calibration is not None or asked.synthetic is not None
     ffns = ChosenFFNs.find(model, asked.layers, asked.only)
@@ -120,6 +111,8 @@ def _fuse(
     rows = fused_rows(ffns, reduced, learnt.activations, settings.parameterization)
     # Everything that can go wrong has gone right: only now is the model touched.
     ffns.install(reduced, settings)
+    if whole is not model:
+        replace_config(whole, model.config)
     after = count_parameters(model)
     config: Any = model.config
     return FusionReport(
