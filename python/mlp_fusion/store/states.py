@@ -106,7 +106,8 @@ def check_resumed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if found != {trained}:
         raise InputError(
             f"{place} was trained in the form {trained}, the model is {' and '.join(sorted(found))}: load that "
-            f"checkpoint with from_pretrained, and call mlp_fusion.restore(model, {str(place)!r}), before training goes on"
+            f"checkpoint with from_pretrained, and call mlp_fusion.restore(model, {str(place)!r}), before training "
+            "goes on"
         )
 
 
