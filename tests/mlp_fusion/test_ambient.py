@@ -95,7 +95,7 @@ class Around(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return self.model.config if name == "config" else super().__getattr__(name)
 
-    def forward(self, features: dict[str, Tensor]) -> Tensor:
+    def forward(self, features: dict[str, Tensor], **_: Any) -> Tensor:
         return self.model(**features).last_hidden_state.mean(dim=1)  # type: ignore[no-any-return]
 
 

@@ -120,8 +120,8 @@ class ChosenFFNs:
 def inner_model(model: Any) -> Any:
     """The Hugging Face model in a module that is called in a way of its own, as a SentenceTransformer is.
 
-    Anything else comes back as it is: a module whose `forward` takes, or may pass on, what the model inside takes, or
-    whose config is not that of the one model inside.
+    That is one whose `forward` needs something that the model inside does not know, and whose config is that of the one
+    model inside. Anything else comes back as it is.
     """
     if not isinstance(model, nn.Module) or isinstance(model, PreTrainedModel):
         return model
@@ -130,9 +130,10 @@ def inner_model(model: Any) -> Any:
         return model
     others = set(model.modules()) - set(inside.modules())
     alone = not any(isinstance(module, PreTrainedModel) for module in others)
-    arguments = inspect.signature(model.forward).parameters
-    passed_on = any(a.kind in (a.VAR_KEYWORD, a.VAR_POSITIONAL) for a in arguments.values())
-    return inside if alone and not passed_on and main_input(inside) not in arguments else model
+    arguments, known = (inspect.signature(each.forward).parameters for each in (model, inside))
+    named = (a for a in arguments.values() if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD))
+    needs_other = any(a.default is a.empty and a.name not in known for a in named)
+    return inside if alone and needs_other and main_input(inside) not in arguments else model
 
 
 def find_ffns(model: nn.Module) -> tuple[Architecture, list[FFNSite]]:
