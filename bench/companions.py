@@ -82,6 +82,9 @@ METHODS: dict[str, Method] = {
     "hiwi bias": Method("hiwi", {"parameters": "bias", "r": 4}),
     "hiwi weight": Method("hiwi", {"parameters": "weight", "r": 4}),
     "mpo": Method("mpo"),
+    **{f"mpo length={length}": Method("mpo", {"length": length}) for length in (3, 7)},
+    "mpo layers": Method("mpo", {"embeddings": False}),
+    **{f"mpo layers bonds={bonds}": Method("mpo", {"embeddings": False, "bonds": bonds}) for bonds in (128, 64, 32)},
     **{
         f"{name} d={d}": Method("said", {"d": d, "structure_aware": name == "said"})
         for name in ("did", "said")

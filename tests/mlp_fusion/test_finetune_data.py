@@ -114,6 +114,9 @@ def test_classes_are_sorted() -> None:
     assert class_names(Rows("x", [], None, ["no", "10", "9"])) == ["10", "9", "no"]
     with pytest.raises(InputError, match="only one class"):
         class_names(Rows("x", [], None, ["1", "1"]))
+    assert class_names(Rows("x", [], None, ["1.0", "0.0", "v1.5"])) == ["0.0", "1.0", "v1.5"]
+    with pytest.raises(InputError, match=r"x: label 0\.25 is a fraction: this is classification, not regression"):
+        class_names(Rows("x", [], None, ["1.0", "3.75", "0.25"]))
 
 
 @pytest.fixture(scope="module")

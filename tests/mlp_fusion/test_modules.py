@@ -11,11 +11,13 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from bundles import random_bundle
 from fusion_kernels import mlp_backend, native, ntk_gram
 from mlp_fusion import FusedGLU, FusedMLP, InputError
 from mlp_fusion.modules import FusedFFN
+from mlp_fusion.modules.activations import CONFIG_ACTIVATIONS
 
 FORMS = ("folded", "scaled", "split")
 
@@ -97,6 +99,15 @@ def test_from_mlp_copies_and_state_dict_is_plain_plus_scale() -> None:
     plain = FusedMLP.from_mlp(fc1, fc2)
     assert list(plain.state_dict()) == ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"]
     torch.testing.assert_close(plain(x), fc2(torch.nn.functional.gelu(fc1(x))))
+
+
+@pytest.mark.parametrize("name", sorted(CONFIG_ACTIVATIONS))
+def test_activations_by_the_names_of_configs(name: str) -> None:
+    fc1, fc2, x = nn.Linear(5, 7), nn.Linear(7, 3), torch.randn(11, 5)
+    module = FusedMLP.from_mlp(fc1, fc2, activation=name)
+    torch.testing.assert_close(module(x), fc2(ACT2FN[name](fc1(x))))
+    gated = FusedGLU.from_mlp(fc1, nn.Linear(5, 7), fc2, activation=name)
+    torch.testing.assert_close(gated(x), fc2(ACT2FN[name](fc1(x)) * gated.projection("w_in")(x)))
 
 
 def test_glu_from_mlp() -> None:

@@ -19,13 +19,16 @@ def class_names(rows: Rows) -> list[str]:
     """The classes, as the dataset numbers them; or those that occur, in numeric order where all are numbers.
 
     Raises:
-        InputError: there are fewer than two.
+        InputError: there are fewer than two, or they are numbers with fractions.
     """
     if rows.classes is not None and len(rows.classes) > 1:
         return list(rows.classes)
     names = set(rows.labels or ())
     if len(names) < 2:
         raise InputError(f"{rows.source}: only one class ({', '.join(names)}): there is nothing to learn")
+    fraction = next((name for name in sorted(names) if re.fullmatch(r"-?\d*\.\d*[1-9]\d*", name)), None)
+    if fraction is not None:
+        raise InputError(f"{rows.source}: label {fraction} is a fraction: this is classification, not regression")
     numeric = all(re.fullmatch(r"-?\d+", name) for name in names)
     # `1` and `01` are two names of one number: their order must not be that of a set.
     return sorted(names, key=lambda name: (int(name), name)) if numeric else sorted(names)

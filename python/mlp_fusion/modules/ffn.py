@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fusion_kernels import fused_glu_mlp, fused_mlp
 from fusion_kernels.activations import get_activation
 from fusion_kernels.gates import PLAIN, Gate
+from mlp_fusion.modules.activations import CONFIG_ACTIVATIONS
 from mlp_fusion.modules.layouts import make_projection, obstacle, read_bundle, read_projection, weights_of
 from mlp_fusion.modules.scaled import ScaledModule
 from mlp_fusion.neurons import NeuronBundle
@@ -279,7 +280,8 @@ class FusedMLP(FusedFFN):
 
         Args:
             fc1, fc2: projections d -> h and h -> d_out, with or without bias.
-            activation: `gelu` (exact), `gelu_tanh`, `quick_gelu`, `relu`, `relu2` or `silu`.
+            activation: `gelu` (exact), `gelu_tanh`, `quick_gelu`, `relu`, `relu2` or `silu`, or what transformers'
+                configs call them (`gelu_new`, `swish`, ...).
             scale: `(h,)` cluster sizes, integer or floating; None for all ones. A `torch.nn.Parameter` stays one.
             parameterization: how the module stores the scale: `folded`, `scaled` or `split`; the outputs are the same.
             checkpoint_level: what is kept for the backward, see the class.
@@ -380,6 +382,7 @@ def _from_projections(
 ) -> Self_:
     if isinstance(scale, nn.Parameter) and parameterization == "folded":
         raise ValueError("a trainable scale cannot be folded into the weights: use scaled or split")
+    activation = CONFIG_ACTIVATIONS.get(activation, activation)
     bundle = read_bundle(projections, activation, scale, gating=gating)
     module = cls.from_bundle(bundle, parameterization, checkpoint_level=checkpoint_level)
     for role, source in projections.items():
