@@ -2,7 +2,8 @@
 
 The choices of all tokens are sorted by expert, and go through one operator each way (`fusion_kernels::experts`,
 `fusion_kernels::experts_backward`), which takes the tokens as they are: what is kept for the backward has no copy of
-them. Nothing here waits for a GPU to learn how many rows an expert has, unless the `loop` backend has to.
+them. Nothing here waits for a GPU to learn how many rows an expert has, unless the `loop` backend has to. Under
+`torch.compile` the operator is one node, unless torch's grouped products of bfloat16 are the choice: these are inline.
 """
 
 from __future__ import annotations
@@ -17,13 +18,20 @@ from fusion_kernels.experts.operators import EXPERTS, by_expert
 from fusion_kernels.ffn import FFN
 from fusion_kernels.gates import PLAIN, Gate
 from fusion_kernels.mlp.checks import check_options, check_tensors
+from fusion_kernels.mlp.operators import Inlined
 from fusion_kernels.pinning import Pin
 from fusion_kernels.proof import Proof
 
 __all__ = ["experts_backend", "fused_experts"]
 
 EXPERTS.register("loop", loop_backend.forward, loop_backend.backward, ("cpu", "cuda"))
-EXPERTS.register("grouped_mm", grouped_mm_backend.forward, grouped_mm_backend.backward, ("cpu", "cuda"))
+EXPERTS.register(
+    "grouped_mm",
+    grouped_mm_backend.forward,
+    grouped_mm_backend.backward,
+    ("cpu", "cuda"),
+    inlined=Inlined(grouped_mm_backend.composed, grouped_mm_backend.traceable),
+)
 # Behind the others: by name, or where it is proved and measured to be faster.
 _PROOF = Proof("experts triton", "fusion_kernels.experts.gpu_cases:experts")
 EXPERTS.register("triton", triton_backend.forward, triton_backend.backward, ("cuda",), gpu.why_not, proof=_PROOF)

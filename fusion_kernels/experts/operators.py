@@ -3,6 +3,7 @@
 The operator is `BlockOperator` on tensors with an axis of experts before the others; behind x, the tokens as they are,
 it takes the choices sorted by expert and the ends of the experts' rows, see `reference`. Only what is hidden lies in
 that order: who differentiates keeps x and no copy of it, and nothing else has to be put in order before or behind.
+Compilers get the `grouped_mm` backend inline where they know its products.
 """
 
 from __future__ import annotations
@@ -19,12 +20,22 @@ from fusion_kernels.mlp.choice import Choice
 from fusion_kernels.mlp.operators import BlockOperator
 
 
+def aligned(x: Tensor, ffn: FFN) -> bool:
+    """Whether all rows are of whole 16 bytes, as torch's products of all experts at once need them."""
+    return all(size * x.element_size() % 16 == 0 for size in (*ffn.w_in.shape[1:], ffn.w_out.shape[2]))
+
+
+# A compiler takes the answer as a constant, and cannot ask itself.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _one_launch(device: torch.device) -> bool:
+    """Whether torch has one launch for these products: other GPUs may get a loop that waits for the ends of rows."""
+    return capability(device)[0] in (9, 10)
+
+
 def _without_measurements(x: Tensor, ffn: FFN) -> str:
-    # Products of all experts in one launch need rows of whole 16 bytes; everything else goes expert by expert.
-    aligned = all(size * x.element_size() % 16 == 0 for size in (*ffn.w_in.shape[1:], ffn.w_out.shape[2]))
-    # What torch has one launch for; other GPUs may get a loop that waits for the ends of the rows.
-    grouped = capability(x.device)[0] in (9, 10)
-    return "grouped_mm" if grouped and aligned and x.dtype == torch.bfloat16 else "loop"
+    # What torch has no one launch for goes expert by expert.
+    grouped = x.dtype == torch.bfloat16 and aligned(x, ffn) and _one_launch(x.device)
+    return "grouped_mm" if grouped else "loop"
 
 
 #: x (T, d), the choices by expert (S,), the ends of the experts' rows (E,), and the tensors of the blocks.

@@ -1,8 +1,9 @@
 """Feed-forward blocks of few neurons, plain and gated, forward and backward: `fused_mlp` and `fused_glu_mlp`.
 
 After fusion the hidden layer is narrow, and what decides is how often its activations cross the memory. Both functions
-are one operator each way (`fusion_kernels::mlp`, `fusion_kernels::mlp_backward`), one node under `torch.compile`. The
-reference in `fusion_kernels.mlp.reference` specifies what every backend computes and holds the formulas.
+are one operator each way (`fusion_kernels::mlp`, `fusion_kernels::mlp_backward`), one node under `torch.compile` unless
+torch's own operations are the choice. The reference in `fusion_kernels.mlp.reference` specifies what every backend
+computes and holds the formulas.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fusion_kernels.mlp import cpu_backend, gpu_backend, reference_backend, torc
 from fusion_kernels.mlp import reference as reference
 from fusion_kernels.mlp.checks import FLOATS, SCALES, check_options, check_tensors
 from fusion_kernels.mlp.folding import with_one_factor
-from fusion_kernels.mlp.operators import MLP, Stored, without_autocast
+from fusion_kernels.mlp.operators import MLP, Inlined, Stored, without_autocast
 from fusion_kernels.pinning import Pin
 from fusion_kernels.proof import Proof
 
@@ -31,7 +32,9 @@ _composed = without_autocast(reference.mlp)
 MLP.register(
     "cpu", cpu_backend.forward, cpu_backend.backward, ("cpu",), lambda _: native.UNAVAILABLE, output=cpu_backend.output
 )
-MLP.register("torch", reference_backend.forward, torch_backend.backward, ("cpu", "cuda"))
+MLP.register(
+    "torch", reference_backend.forward, torch_backend.backward, ("cpu", "cuda"), inlined=Inlined(reference.mlp)
+)
 MLP.register("reference", reference_backend.forward, reference_backend.backward, ("cpu", "cuda"))
 # Behind the others: by name, or where `choice` has them proved and measured to be faster.
 _PROOF = Proof("mlp triton", "fusion_kernels.mlp.gpu_cases:blocks")

@@ -14,6 +14,7 @@ import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +102,17 @@ class Choice:
             self._learn(known, rows, ffn, level)
         return self._allowed(heuristics.path(known.rows, tokens, default), default, x.device)
 
-    def traced(self, x: Tensor, ffn: FFN, level: int) -> str:
-        """The backend of a call on one block that a compiler traces, by what is known already.
+    def traced(self, rows: tuple[Tensor, ...], ffn: FFN, level: int) -> str:
+        """The backend of a call that a compiler traces, by what is known already.
 
-        The number of tokens is looked at only where the choice depends on it.
+        The number of rows is looked at only where the choice depends on it.
         """
-        default, (h, d), d_out = self.default(x, ffn), ffn.w_in.shape, ffn.w_out.shape[-1]
-        name = self.operator.name
-        rows = _known_rows(name, x.device, x.dtype, d, h, d_out, ffn.gated, level, ffn.activation, default)
-        return heuristics.path(list(rows), x.shape[0], default) if rows else default
+        x, default = rows[0], self.default(rows[0], ffn)
+        # Any of these may be a symbol to a compiler: the choice, which depends on them, is that of their values.
+        *experts, h, d, d_out, level = [index(n) for n in (*ffn.w_in.shape, ffn.w_out.shape[-1], level)]
+        shape = (d, h, d_out, ffn.gated, level, experts[0] if experts else None)
+        known = _known_rows(self.operator.name, x.device, x.dtype, *shape, ffn.activation, default)
+        return heuristics.path(list(known), rows_of_call(rows), default) if known else default
 
     def known_rows(
         self, device: torch.device, dtype: torch.dtype, shape: Shape, activation: str, default: str
@@ -227,11 +230,12 @@ def _known_rows(
     d_out: int,
     gated: bool,
     level: int,
+    experts: int | None,
     activation: str,
     default: str,
 ) -> tuple[tuple[int, str], ...]:
     """`Choice.known_rows`, once per trace: of constants, which is all that a compiler takes."""
-    shape = Shape(0, d, h, d_out, gated, level)
+    shape = Shape(0, d, h, d_out, gated, level, experts)
     return tuple(CHOICES[operator].known_rows(device, dtype, shape, activation, default))
 
 

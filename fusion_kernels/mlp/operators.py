@@ -15,8 +15,7 @@ block's step.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -104,6 +103,18 @@ class Functions(NamedTuple):
     backward: Callable[..., Gradients]
 
 
+class Inlined(NamedTuple):
+    """Differentiable operations that a compiler fuses better than a backend as one node: what it gets instead.
+
+    Attributes:
+        function: (x, *extra, ffn) -> y.
+        fits: (x, ffn) -> whether a compiler takes them; else it gets the node.
+    """
+
+    function: Callable[..., Tensor]
+    fits: Callable[[Tensor, FFN], bool] = lambda x, ffn: True
+
+
 class BlockOperator:
     """The operator `fusion_kernels::<name>`, `fusion_kernels::<name>_backward`, and the backends of both.
 
@@ -119,8 +130,6 @@ class BlockOperator:
         backward: Callable[..., Gradients],
         choice: Choice,
         extra_inputs: tuple[str, ...] = (),
-        *,
-        inlined: Mapping[str, Callable[..., Tensor]] = MappingProxyType({}),
     ) -> None:
         """Declare both operators.
 
@@ -130,11 +139,9 @@ class BlockOperator:
             choice: which backend `"auto"` is on a GPU.
             extra_inputs: names of the tensors between x and the block's, which have no gradient. Where there are any,
                 the first has an entry for every row that is computed, of which there may be more than x has.
-            inlined: by name of a backend, (x, *extra, ffn) -> y of differentiable operations that a compiler fuses
-                better than the backend is as one node: what it gets instead.
         """
         self._specified, self.choice = without_autocast(backward), choice
-        self._inlined = {name: without_autocast(function) for name, function in inlined.items()}
+        self._inlined: dict[str, Inlined] = {}
         self._before = 1 + len(extra_inputs)
         #: How many tensors the forward takes.
         self._inputs = self._before + len(TENSORS)
@@ -171,10 +178,12 @@ class BlockOperator:
         *,
         output: Callable[..., Tensor] | None = None,
         proof: Provable | None = None,
+        inlined: Inlined | None = None,
     ) -> None:
         """Add a backend of both operators; its functions are as in `Functions`.
 
-        `output` is the forward at level 2 with y alone, where that costs less than the forward.
+        `output` is the forward at level 2 with y alone, where that costs less than the forward; `inlined`, what a
+        compiler gets in the place of them all.
 
         They run with autocast off, whatever it was where the operator was called: what they compute in is the dtype of
         x.
@@ -194,6 +203,8 @@ class BlockOperator:
             return packed(rows[0], functions.backward(dy, *rows, ffn, kept, checkpoint_level, needs))
 
         self._functions[name] = functions
+        if inlined is not None:
+            self._inlined[name] = inlined._replace(function=without_autocast(inlined.function))
         self.forward_operator.register(Backend(name, forward_of_schema, device_types, why_not, proof=proof))
         self.backward_operator.register(Backend(name, backward_of_schema, device_types, why_not, proof=proof))
 
@@ -228,9 +239,9 @@ class BlockOperator:
         if not is_direct((x, *extra, *stored)):
             ffn = FFN.of_linears(stored, activation, gating)
             if torch.compiler.is_compiling():
-                backend = self._traced(x, ffn, checkpoint_level, backend)
-                if backend in self._inlined:
-                    return self._inlined[backend](x, *extra, ffn)
+                backend = self._traced((x, *extra), ffn, checkpoint_level, backend)
+                if backend in self._inlined and self._inlined[backend].fits(x, ffn):
+                    return self._inlined[backend].function(x, *extra, ffn)
             options = (*ffn.function, checkpoint_level, backend)
             y: Tensor = self.forward_operator.overload(x, *extra, *ffn.tensors, *options)[0]
             return y
@@ -272,11 +283,11 @@ class BlockOperator:
             return backend
         return self.choice(rows, ffn, checkpoint_level)
 
-    def _traced(self, x: Tensor, ffn: FFN, checkpoint_level: int, backend: str) -> str:
+    def _traced(self, rows: tuple[Tensor, ...], ffn: FFN, checkpoint_level: int, backend: str) -> str:
         """The same while a compiler traces, which then keeps to it."""
-        if backend != "auto" or not x.is_cuda or not self._inlined:
+        if backend != "auto" or not rows[0].is_cuda:
             return backend
-        return self.choice.traced(x, ffn, checkpoint_level)
+        return self.choice.traced(rows, ffn, checkpoint_level)
 
     def _choose_forward(self, *arguments: Any) -> str:
         rows, ffn, checkpoint_level, backend = self._parse_forward(arguments)
@@ -399,9 +410,4 @@ def _of_function(tensors: Sequence[Any], function: Sequence[Any]) -> FFN:
 
 #: On a GPU torch's own operations, unless a kernel was measured to be faster; `resident` saves nothing, and so is for
 #: those who ask by name.
-MLP = BlockOperator(
-    "mlp",
-    reference.mlp_backward,
-    Choice(lambda x, ffn: "torch", ("cublas", "epilogue")),
-    inlined={"torch": reference.mlp},
-)
+MLP = BlockOperator("mlp", reference.mlp_backward, Choice(lambda x, ffn: "torch", ("cublas", "epilogue")))

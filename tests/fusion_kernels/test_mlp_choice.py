@@ -365,8 +365,8 @@ def test_a_trace_goes_by_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(MLP.choice, "known_rows", lambda *about: asked.append(about) or known)
 
-    def choose(x: Tensor, ffn: FFN, level: int, backend: str) -> str:
-        return MLP.choice.traced(x, ffn, level)
+    def choose(rows: tuple[Tensor, ...], ffn: FFN, level: int, backend: str) -> str:
+        return MLP.choice.traced(rows, ffn, level)
 
     assert "ops.fusion_kernels" not in graphs_of(choose)[0]
     assert asked == [(CPU, torch.float32, Shape(0, 12, 9, 7, False, 1), "gelu", "torch")]
