@@ -9,6 +9,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -198,6 +199,12 @@ def test_strided_points_and_gradients() -> None:
     assert not x.is_contiguous()
     assert_same(kmeans(x, 5), kmeans(x.contiguous(), 5))
     assert not kmeans(x.clone().requires_grad_(), 5).centroids.requires_grad
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    x, integer = normal(40, 3), np.int64
+    found = kmeans(x, integer(5), n_init=np.int8(2), max_iter=integer(7), seed=np.uint32(3), tol=np.float32(0.5))
+    assert_same(found, kmeans(x, 5, n_init=2, max_iter=7, seed=3, tol=0.5))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
