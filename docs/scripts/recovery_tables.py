@@ -48,7 +48,10 @@ GROUPS: dict[str, Group] = {
     "taught": ("recovery-long-cpu", "small", 1 / 32, False, True),
     "smollm2": ("recovery-cpu", "smollm2", 0.5, False, False),
     "smollm2-lora": ("recovery-cpu", "smollm2", 0.5, True, False),
+    "smollm2-taught": ("recovery-cpu", "smollm2", 0.5, False, True),
 }
+#: A table that would have one row.
+PLAIN = {("differences", "smollm2-taught")}
 
 
 def students(group: Group, optimizer: str) -> dict[str, list[dict[str, Any]]]:
@@ -115,4 +118,5 @@ TABLES: dict[str, Callable[[], str]] = {
     f"recovery-{kind}-{name}": functools.partial(make, group)
     for name, group in GROUPS.items()
     for kind, make in (("losses", losses), ("differences", differences))
+    if (kind, name) not in PLAIN
 }

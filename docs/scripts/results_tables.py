@@ -481,6 +481,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "language-model-wider": lambda: language_model(0.625),
     "language-model-three-quarters": lambda: language_model(0.75),
     "language-model-final": lambda: language_model(0.5, "llm-final-cpu"),
+    "language-model-final-three-quarters": lambda: language_model(0.75, "llm-final-cpu"),
     "language-model-without-text": lambda: language_model(0.5, text=False),
     "language-model-without-text-final": lambda: language_model(0.5, "llm-final-cpu", text=False),
     "language-model-completions": completions,

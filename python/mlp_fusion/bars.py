@@ -22,7 +22,7 @@ def progress_bar(unit: str = "", *, silent: bool = False) -> Any:
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn())
     # On a pipe, a bar that is drawn once at the end is a blank line in front of the error.
-    hidden = silent or not sys.stderr.isatty()
+    hidden = silent or sys.stderr is None or not sys.stderr.isatty()
     description = TextColumn("{task.description}")
     return Progress(description, *columns, console=Console(stderr=True), transient=True, disable=hidden)
 

@@ -17,7 +17,7 @@ from families import FAMILIES, tiny_model, token_batch
 from fusion_kernels import ntk_gram
 from mlp_fusion import InputError
 from mlp_fusion.calibration import collect, match_ntk, nnls, refit
-from mlp_fusion.calibration.refit import _moments
+from mlp_fusion.calibration.refit import _factor, _moments
 from mlp_fusion.measure import ffn_errors, relative_error
 from mlp_fusion.neurons import NeuronBundle
 from mlp_fusion.running.sampling import RowPlan, RowSample
@@ -241,6 +241,19 @@ def test_refit_leaves_silent_neurons_and_survives_twins() -> None:
     found = refit(bundle, statistics_of(random_bundle(width=20, seed=4), rows(100)))
     torch.testing.assert_close(found.bundle.w_out[0, 3], bundle.w_out[0, 3])
     assert bool(found.bundle.w_out.isfinite().all())
+
+
+def test_what_rounding_has_made_indefinite_gets_a_larger_ridge() -> None:
+    # Correlations of two neurons beyond one, as products in float32 may give them.
+    rounded = torch.tensor([[1.0, 1.003], [1.003, 1.0]], dtype=torch.float64)
+    one = torch.eye(2, dtype=torch.float64)
+    factor = _factor(rounded + 1e-4 * one, 1e-4)
+    torch.testing.assert_close(factor @ factor.T, rounded + 1e-2 * one)
+    # A sound one keeps its own.
+    factor = _factor(one + 1e-4 * one, 1e-4)
+    torch.testing.assert_close(factor @ factor.T, one + 1e-4 * one)
+    with pytest.raises(torch.linalg.LinAlgError):
+        _factor(torch.full((2, 2), math.nan, dtype=torch.float64), 1e-4)
 
 
 def test_refit_in_low_precision_is_near_that_of_float64() -> None:

@@ -182,11 +182,24 @@ def _solve(moments: _Moments, reduced: NeuronBundle, ridge: float) -> Tensor:
     normal /= total
     # The diagonal of a silent neuron is the ridge alone: its change comes out as 0.
     normal.diagonal().add_(ridge)
-    factor = torch.linalg.cholesky(normal)
+    factor = _factor(normal, ridge)
     del normal
     change = torch.cholesky_solve(cross * inverse.unsqueeze(1) / total, factor) * inverse.unsqueeze(1)
     bias = mean_residual - mean @ change if reduced.b_out is not None else torch.zeros_like(mean_residual)
     return torch.cat([change, bias.unsqueeze(0)])
+
+
+def _factor(normal: Tensor, ridge: float) -> Tensor:
+    """Cholesky's factor of a matrix with a ridge on its diagonal of ones; of ten times that, and so on, if it has none.
+
+    The products of activations are rounded: where few directions hold all of them, a small ridge may be less than that.
+    """
+    factor, failed = torch.linalg.cholesky_ex(normal)
+    while bool(failed) and ridge < len(normal):
+        normal.diagonal().add_(9.0 * ridge)
+        ridge *= 10.0
+        factor, failed = torch.linalg.cholesky_ex(normal)
+    return torch.linalg.cholesky(normal) if bool(failed) else factor
 
 
 def _changed(reduced: NeuronBundle, change: Tensor, shift: Tensor) -> NeuronBundle:

@@ -86,9 +86,9 @@ class FusedFFN(ScaledModule):
         """Weight `(out, in)` and bias of every projection, as in `ROLES`, or None where one of them has to be called.
 
         None as well when x has another dtype than the weights, outside autocast: torch then raises a clear error. And
-        None in a trace, which holds torch's own operations.
+        None in a trace and for ONNX, which hold torch's own operations: they run where this package is not.
         """
-        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # type: ignore[attr-defined]
             return None
         found = []
         for role in self.ROLES:

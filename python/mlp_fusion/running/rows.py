@@ -236,7 +236,7 @@ def _from_records(
                 raise InputError(f"{source}, row {number}: no {name!r}")
             if name != label and not isinstance(record[name], (str, int, float)):
                 kind = type(record[name]).__name__
-                raise InputError(f"{source}, row {number}: {name!r} is a {kind}, no text: name the text's column")
+                raise InputError(f"{source}, row {number}: {name!r} is a {kind}, no text: give a column of texts")
     texts, *rest = [[str(record[name]) for record in records] for name in found]
     pairs = rest[0] if rest else None
     if label is None or not labelled:
@@ -259,8 +259,8 @@ def _text_columns(
     found += [present[name] for name in _PAIR_COLUMNS if name in present][:1] if found and labelled else []
     if not found:
         raise InputError(
-            f"{source}: its columns are {', '.join(present.values())}: it needs one of {', '.join(TEXT_COLUMNS)}, or "
-            "say which column holds the text"
+            f"{source}: its columns are {', '.join(present.values())}: it needs one of "
+            f"{', '.join(TEXT_COLUMNS)} for the text"
         )
     return found
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
+from mlp_fusion.modules import Scaled
 from mlp_fusion.running.batches import POOL, Batch, batches_of
 from mlp_fusion.running.expert_taps import experts_tapped
 from mlp_fusion.running.positions import by_sequence
@@ -123,6 +125,8 @@ def tapped(architecture: Architecture, sites: Sequence[FFNSite], visit: Visitor)
         handles.append(w_in.register_forward_pre_hook(taps.before("x", number)))
         handles.append(w_out.register_forward_pre_hook(taps.before("hidden", number)))
         handles.append(w_out.register_forward_hook(taps.after("y", number)))
+        if site.kind.form == "module" and not isinstance(site.module, Scaled):
+            handles.append(site.module.register_forward_hook(taps.whole(number)))
     try:
         with experts_tapped(experts, taps.complete):
             yield taps
@@ -145,6 +149,8 @@ class TapStore:
         self._parts: dict[int, dict[str, list[Tensor]]] = {}
         self._batch: Batch = {}
         self._seen: set[int] = set()
+        #: Numbers of FFNs whose modules give something else than their output projections.
+        self._going_on: set[int] = set()
 
     def start(self, batch: Batch) -> None:
         """Begin a batch."""
@@ -159,6 +165,19 @@ class TapStore:
         # A copy: some models add the residual to an FFN's outputs in place.
         return lambda module, _args, y: self._add(name, number, channels_last(module, y).clone())
 
+    def whole(self, number: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        """Of a module that another one is to take the place of: what comes out has to be what its projection gives."""
+
+        def compare(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            own = self._parts.get(number, {}).get("y", [])[-1:]
+            same = isinstance(output, Tensor) and all(
+                output.numel() == y.numel() and torch.equal(output.reshape(-1).to(y.device), y.reshape(-1)) for y in own
+            )
+            if not same and all(bool(y.isfinite().all()) for y in own):
+                self._going_on.add(number)
+
+        return compare
+
     def complete(self, number: int, x: Tensor, hidden: Tensor, y: Tensor) -> None:
         """All rows of an FFN at once, an expert's: those that were routed to it, `(rows, channels)` each."""
         self._flush(but=number)
@@ -170,9 +189,14 @@ class TapStore:
         """End the batch.
 
         Raises:
-            InputError: an FFN did not run.
+            InputError: an FFN did not run, or does more than is known of it.
         """
         self._flush()
+        for number in sorted(self._going_on):
+            raise InputError(
+                f"{self._sites[number].path}: this FFN's module changes what its output projection gives, by code of "
+                "its own or a hook, which a narrower FFN in its place would lose: leave it out by layers"
+            )
         for number, site in enumerate(self._sites):
             if number in self._seen:
                 continue

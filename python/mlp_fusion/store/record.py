@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite, Kind
@@ -125,11 +126,23 @@ def fused_config(
 
 
 def replace_config(model: nn.Module, config: Any) -> None:
-    """Make `config` the config of `model` and of every submodule that shares its present one."""
-    present = model.config
+    """Make `config`, a changed copy, the config of `model` and of every submodule that shares its present one.
+
+    Parts of a model (a tower, a decoder) that share a config nested in the present one share that in its copy then.
+    """
+    copies = dict(_nested(model.config, config))
     for module in model.modules():
-        if module.__dict__.get("config") is present:
-            module.config = config
+        changed = copies.get(id(module.__dict__.get("config")))
+        if changed is not None:
+            module.config = changed
+
+
+def _nested(present: Any, changed: Any) -> Iterator[tuple[int, Any]]:
+    """The identity of a config, and of all that are nested in it, with what is in its place in a copy."""
+    yield id(present), changed
+    for name, own in vars(present).items():
+        if isinstance(own, PreTrainedConfig):
+            yield from _nested(own, getattr(changed, name))
 
 
 def adopt_fused_config(model: nn.Module) -> None:
