@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from moe_models import moe_model
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -61,6 +62,22 @@ def test_an_ffn_that_goes_on_behind_its_projection_is_refused(change: Any, calib
     assert torch.equal(model(**BATCH).logits, expected)
     fuse(model, 0.5, layers="*.0.mlp")
     assert isinstance(model.model.layers[0].mlp, FusedGLU)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_experts_that_go_on_behind_their_sum_are_refused(calibrated: bool) -> None:
+    model = moe_model("MixtralConfig")
+    experts = model.model.layers[1].mlp.experts
+
+    class More(type(experts)):  # type: ignore[misc]
+        def forward(self, x: Tensor, *routing: Tensor) -> Tensor:
+            return 0.5 * super().forward(x, *routing) + x  # type: ignore[no-any-return]
+
+    own, experts.__class__ = type(experts), More
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.experts: this FFN's module changes what"):
+        fuse(model, 0.5, **({"calibration": [BATCH]} if calibrated else {}))
+    experts.__class__ = own
+    fuse(model, 0.5)
 
 
 def test_a_hook_that_only_looks_is_no_reason_to_refuse() -> None:

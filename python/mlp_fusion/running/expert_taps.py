@@ -17,9 +17,23 @@ from mlp_fusion.errors import InputError
 from mlp_fusion.families import FFNSite
 from mlp_fusion.families.building import eager_experts
 from mlp_fusion.families.trace import Product, Trace
+from mlp_fusion.modules import Scaled
 
 #: Called as `visit(site number, x (n, d), hidden (n, N), y (n, d_out))`.
 ExpertVisitor = Callable[[int, Tensor, Tensor, Tensor], None]
+
+
+#: Tokens on which a stack is compared with the sum over its experts, and the share by which it may differ: rounding in
+#: 16 bits.
+_TOKENS, _OFF = 64, 0.03
+
+
+def going_on(site: FFNSite) -> InputError:
+    """The error of an FFN whose module does more than what is known of it."""
+    return InputError(
+        f"{site.path}: this FFN's module changes what its output projection gives, by code of its own or a hook, which "
+        "a narrower FFN in its place would lose: leave it out by layers"
+    )
 
 
 @contextmanager
@@ -57,12 +71,14 @@ class _StackTap:
     def __init__(self, site: FFNSite, numbers: Mapping[int, int], visit: ExpertVisitor) -> None:
         self._site, self._numbers, self._visit = site, numbers, visit
         self._traces: list[Trace] = []
+        #: Whether another module is to take this one's place, and nothing has been compared with it.
+        self._replaced = site.kind.form == "experts" and not isinstance(site.module, Scaled)
 
     def attach(self) -> list[Any]:
         module = self._site.module
         return [
             module.register_forward_pre_hook(self._enter),
-            module.register_forward_hook(self._leave, always_call=True),
+            module.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
 
     def _enter(self, module: nn.Module, _args: Any) -> None:
@@ -70,11 +86,13 @@ class _StackTap:
         self._traces.append(Trace(owners))
         self._traces[-1].__enter__()
 
-    def _leave(self, module: nn.Module, _args: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         trace = self._traces.pop()
         trace.__exit__(None, None, None)
         if output is None:
             return  # it raised
+        if self._replaced:
+            self._compare(module, args, named, output)
         kind = self._site.kind
         inputs = self._by_expert(trace.products, kind.projection("w_in").parameter)
         outputs = self._by_expert(trace.products, kind.projection("w_out").parameter)
@@ -91,6 +109,24 @@ class _StackTap:
                 routed = x.any(dim=1)
                 x, hidden, y = x[routed], hidden[routed], y[routed]
             self._visit(number, x, hidden, y)
+
+    def _compare(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        """Once, on a few tokens: what comes out has to be the sum of what the experts give.
+
+        Raises:
+            InputError: it is something else.
+        """
+        from mlp_fusion.modules.experts import experts_forward  # imports transformers' experts, which plans do without
+
+        self._replaced = False
+        wanted = experts_forward(
+            module, *(t[:_TOKENS] for t in args), **{name: t[:_TOKENS] for name, t in named.items()}
+        )
+        if not bool(wanted.isfinite().all()):
+            return
+        off = torch.linalg.vector_norm(output[:_TOKENS].float() - wanted.float())
+        if not bool(off <= _OFF * torch.linalg.vector_norm(wanted.float())):
+            raise going_on(self._site)
 
     def _by_expert(self, products: Sequence[Product], parameter: str) -> dict[int, _Passed]:
         """Expert -> what has passed through its product with a parameter."""

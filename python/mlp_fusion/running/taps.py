@@ -14,7 +14,7 @@ from mlp_fusion.errors import InputError
 from mlp_fusion.families import Architecture, FFNSite
 from mlp_fusion.modules import Scaled
 from mlp_fusion.running.batches import POOL, Batch, batches_of
-from mlp_fusion.running.expert_taps import experts_tapped
+from mlp_fusion.running.expert_taps import experts_tapped, going_on
 from mlp_fusion.running.positions import by_sequence
 from mlp_fusion.running.runner import Runner, not_finite
 from mlp_fusion.running.sampling import RowPlan, RowSample
@@ -193,10 +193,7 @@ class TapStore:
         """
         self._flush()
         for number in sorted(self._going_on):
-            raise InputError(
-                f"{self._sites[number].path}: this FFN's module changes what its output projection gives, by code of "
-                "its own or a hook, which a narrower FFN in its place would lose: leave it out by layers"
-            )
+            raise going_on(self._sites[number])
         for number, site in enumerate(self._sites):
             if number in self._seen:
                 continue
