@@ -6,6 +6,7 @@ discovery does.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -13,11 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fusion_kernels import fused_experts
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import FFNSite
 from mlp_fusion.families.building import eager_experts
 from mlp_fusion.families.trace import Product, Trace
 from mlp_fusion.modules import Scaled
+from mlp_fusion.neurons import NeuronBundle
 
 #: Called as `visit(site number, x (n, d), hidden (n, N), y (n, d_out))`.
 ExpertVisitor = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -26,6 +29,8 @@ ExpertVisitor = Callable[[int, Tensor, Tensor, Tensor], None]
 #: Tokens on which a stack is compared with the sum over its experts, and the share by which it may differ: rounding in
 #: 16 bits.
 _TOKENS, _OFF = 64, 0.03
+#: What modules of transformers' experts interface are called with.
+_INPUTS = ("hidden_states", "top_k_index", "top_k_weights")
 
 
 def going_on(site: FFNSite) -> InputError:
@@ -37,7 +42,9 @@ def going_on(site: FFNSite) -> InputError:
 
 
 @contextmanager
-def experts_tapped(sites: Mapping[int, FFNSite], visit: ExpertVisitor) -> Iterator[None]:
+def experts_tapped(
+    sites: Mapping[int, FFNSite], visit: ExpertVisitor, read: Callable[[FFNSite], NeuronBundle]
+) -> Iterator[None]:
     """Show `visit` the rows of every expert, in its turn, whenever its stack has run inside; there may be none.
 
     Inside, experts run eagerly, one product at a time. Where all experts get all rows, those that come to one as zeros
@@ -46,6 +53,7 @@ def experts_tapped(sites: Mapping[int, FFNSite], visit: ExpertVisitor) -> Iterat
     Args:
         sites: number -> an expert.
         visit: sees what belongs to each number.
+        read: what a whole stack computes, as a bundle.
     """
     stacks: dict[str, dict[int, int]] = {}
     for number, site in sites.items():
@@ -56,7 +64,7 @@ def experts_tapped(sites: Mapping[int, FFNSite], visit: ExpertVisitor) -> Iterat
         if sites:
             inside.enter_context(eager_experts(next(iter(sites.values())).root))
         for path, numbers in stacks.items():
-            tap = _StackTap(next(site for site in sites.values() if site.path == path), numbers, visit)
+            tap = _StackTap(next(site for site in sites.values() if site.path == path), numbers, visit, read)
             handles += tap.attach()
         try:
             yield
@@ -68,8 +76,10 @@ def experts_tapped(sites: Mapping[int, FFNSite], visit: ExpertVisitor) -> Iterat
 class _StackTap:
     """Watches one stack of experts."""
 
-    def __init__(self, site: FFNSite, numbers: Mapping[int, int], visit: ExpertVisitor) -> None:
-        self._site, self._numbers, self._visit = site, numbers, visit
+    def __init__(
+        self, site: FFNSite, numbers: Mapping[int, int], visit: ExpertVisitor, read: Callable[[FFNSite], NeuronBundle]
+    ) -> None:
+        self._site, self._numbers, self._visit, self._read = site, numbers, visit, read
         self._traces: list[Trace] = []
         #: Whether another module is to take this one's place, and nothing has been compared with it.
         self._replaced = site.kind.form == "experts" and not isinstance(site.module, Scaled)
@@ -92,7 +102,7 @@ class _StackTap:
         if output is None:
             return  # it raised
         if self._replaced:
-            self._compare(module, args, named, output)
+            self._compare(args, named, output)
         kind = self._site.kind
         inputs = self._by_expert(trace.products, kind.projection("w_in").parameter)
         outputs = self._by_expert(trace.products, kind.projection("w_out").parameter)
@@ -110,22 +120,23 @@ class _StackTap:
                 x, hidden, y = x[routed], hidden[routed], y[routed]
             self._visit(number, x, hidden, y)
 
-    def _compare(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+    def _compare(self, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         """Once, on a few tokens: what comes out has to be the sum of what the experts give.
 
         Raises:
             InputError: it is something else.
         """
-        from mlp_fusion.modules.experts import experts_forward  # imports transformers' experts, which plans do without
-
         self._replaced = False
-        wanted = experts_forward(
-            module, *(t[:_TOKENS] for t in args), **{name: t[:_TOKENS] for name, t in named.items()}
-        )
-        if not bool(wanted.isfinite().all()):
-            return
+        b = self._read(dataclasses.replace(self._site, expert=None))
+        if b.w_in.is_meta:
+            return  # weights that accelerate keeps elsewhere are gone again
+        x, index, weights = (t[:_TOKENS] for t in (*args, *(named[name] for name in _INPUTS[len(args) :])))
+        wanted = fused_experts(
+            x, index, weights, b.w_in, b.w_out.mT, b.w_gate, b_in=b.b_in, b_out=b.b_out, b_gate=b.b_gate,
+            activation=b.activation, gating=b.gating,
+        )  # fmt: skip
         off = torch.linalg.vector_norm(output[:_TOKENS].float() - wanted.float())
-        if not bool(off <= _OFF * torch.linalg.vector_norm(wanted.float())):
+        if bool(wanted.isfinite().all()) and not bool(off <= _OFF * torch.linalg.vector_norm(wanted.float())):
             raise going_on(self._site)
 
     def _by_expert(self, products: Sequence[Product], parameter: str) -> dict[int, _Passed]:

@@ -128,7 +128,7 @@ def tapped(architecture: Architecture, sites: Sequence[FFNSite], visit: Visitor)
         if site.kind.form == "module" and not isinstance(site.module, Scaled):
             handles.append(site.module.register_forward_hook(taps.whole(number)))
     try:
-        with experts_tapped(experts, taps.complete):
+        with experts_tapped(experts, taps.complete, architecture.read):
             yield taps
     finally:
         for handle in handles:
