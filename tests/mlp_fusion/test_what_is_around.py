@@ -80,6 +80,14 @@ def test_experts_that_go_on_behind_their_sum_are_refused(calibrated: bool) -> No
     fuse(model, 0.5)
 
 
+def test_experts_whose_activation_is_a_plain_function_are_none_of_these() -> None:
+    model = moe_model("MixtralConfig")
+    for layer in model.model.layers:
+        del layer.mlp.experts.act_fn
+        layer.mlp.experts.act_fn = torch.nn.functional.silu
+    fuse(model, 0.5)
+
+
 def test_a_hook_that_only_looks_is_no_reason_to_refuse() -> None:
     model, seen = tiny_model("llama", task="CausalLM"), []
     model.model.layers[1].mlp.register_forward_hook(lambda _module, _args, y: seen.append(y.shape))
