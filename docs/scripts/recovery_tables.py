@@ -50,8 +50,8 @@ GROUPS: dict[str, Group] = {
     "smollm2-lora": ("recovery-cpu", "smollm2", 0.5, True, False),
     "smollm2-taught": ("recovery-cpu", "smollm2", 0.5, False, True),
 }
-#: A table that would have one row.
-PLAIN = {("differences", "smollm2-taught")}
+#: Tables that would have one row, which the page says in words.
+OF_ONE_ROW = {("differences", "smollm2-taught")}
 
 
 def students(group: Group, optimizer: str) -> dict[str, list[dict[str, Any]]]:
@@ -118,5 +118,5 @@ TABLES: dict[str, Callable[[], str]] = {
     f"recovery-{kind}-{name}": functools.partial(make, group)
     for name, group in GROUPS.items()
     for kind, make in (("losses", losses), ("differences", differences))
-    if (kind, name) not in PLAIN
+    if (kind, name) not in OF_ONE_ROW
 }

@@ -320,13 +320,13 @@ def _check_options(
         ("seed", seed, 0),
         ("workspace_bytes", 1 if workspace_bytes is None else workspace_bytes, 1),
     ):
-        if not isinstance(value, (int, Integral)):
+        if not isinstance(value, Integral):
             raise TypeError(f"{name} is {type(value).__name__}: pass an int")
         if value < least:
             raise ValueError(f"{name} is {value}: pass at least {least}")
     if seed >= 2**63:
         raise ValueError(f"seed is {seed}: pass less than 2**63")
-    if not isinstance(tol, (float, Real)):
+    if not isinstance(tol, Real):
         raise TypeError(f"tol is {type(tol).__name__}: pass a float")
     if not 0.0 <= tol < math.inf:
         raise ValueError(f"tol is {tol}: pass 0 or a positive finite number")

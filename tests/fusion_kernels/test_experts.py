@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from ffn_blocks import ACTIVATIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding import assert_rounding
 from routed import (
-    ACTIVATIONS,
     bounds_of,
     expert_by_expert,
     layer,

@@ -8,22 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from ffn_blocks import ACTIVATIONS
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn import functional as F
 
 from bundles import bundles, random_bundle, tie
 from mlp_fusion.neurons import NeuronBundle, all_finite
-
-_NAIVE = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
-    "relu": F.relu,
-    "relu2": lambda z: F.relu(z) ** 2,
-    "silu": F.silu,
-}
 
 
 def naive_forward(bundle: NeuronBundle, x: Tensor) -> Tensor:
@@ -35,10 +26,10 @@ def naive_forward(bundle: NeuronBundle, x: Tensor) -> Tensor:
         for j in range(bundle.width):
             z = x @ bundle.w_in[b, j] + (0 if bundle.b_in is None else bundle.b_in[b, j])
             if bundle.w_gate is None:
-                hidden = _NAIVE[bundle.activation](z)
+                hidden = ACTIVATIONS[bundle.activation](z)
             else:
                 gate = x @ bundle.w_gate[b, j] + (0 if bundle.b_gate is None else bundle.b_gate[b, j])
-                hidden = _NAIVE[bundle.activation](gate) * z
+                hidden = ACTIVATIONS[bundle.activation](gate) * z
             p = 1.0 if bundle.scale is None else bundle.scale[b, j]
             y[b] += torch.outer(hidden * p, bundle.w_out[b, j])
     return y

@@ -6,18 +6,10 @@ from typing import Any
 
 import torch
 from blocks import MLPCall
+from ffn_blocks import ACTIVATIONS
 from rounding import Arithmetic, Rounded
 from torch import Tensor
 from torch.nn import functional as F
-
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
-    "relu": F.relu,
-    "relu2": lambda z: F.relu(z) ** 2,
-    "silu": F.silu,
-}
 
 
 def layer(

@@ -193,6 +193,9 @@ def _factor(normal: Tensor, ridge: float) -> Tensor:
     """Cholesky's factor of a matrix with a ridge on its diagonal of ones; of ten times that, and so on, if it has none.
 
     The products of activations are rounded: where few directions hold all of them, a small ridge may be less than that.
+
+    Raises:
+        LinAlgError: no ridge helps, as with NaN.
     """
     factor, failed = torch.linalg.cholesky_ex(normal)
     while bool(failed) and ridge < len(normal):

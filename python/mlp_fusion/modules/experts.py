@@ -98,7 +98,11 @@ def _gate_and_up(stored: Tensor, layout: str) -> tuple[Tensor, Tensor]:
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """`"fused"` of transformers' experts interface: hidden_states (T, d), top_k_index and top_k_weights (T, k)."""
-    b = read_experts(self)
+    return stack_forward(read_experts(self), hidden_states, top_k_index, top_k_weights)
+
+
+def stack_forward(b: NeuronBundle, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The same of a stack that was read, without a scale."""
     return fused_experts(
         hidden_states, top_k_index, top_k_weights, b.w_in, b.w_out.mT, b.w_gate, b_in=b.b_in, b_out=b.b_out,
         b_gate=b.b_gate, activation=b.activation, gating=b.gating,

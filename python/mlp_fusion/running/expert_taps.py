@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusion_kernels import fused_experts
 from mlp_fusion.errors import InputError
 from mlp_fusion.families import FFNSite
 from mlp_fusion.families.building import eager_experts
@@ -29,8 +28,6 @@ ExpertVisitor = Callable[[int, Tensor, Tensor, Tensor], None]
 #: Tokens on which a stack is compared with the sum over its experts, and the share by which it may differ: rounding in
 #: 16 bits.
 _TOKENS, _OFF = 64, 0.03
-#: What modules of transformers' experts interface are called with.
-_INPUTS = ("hidden_states", "top_k_index", "top_k_weights")
 
 
 def going_on(site: FFNSite) -> InputError:
@@ -126,15 +123,13 @@ class _StackTap:
         Raises:
             InputError: it is something else.
         """
+        from mlp_fusion.modules.experts import stack_forward  # imports transformers' experts, which plans do without
+
         self._replaced = False
         b = self._read(dataclasses.replace(self._site, expert=None))
         if b.w_in.is_meta:
             return  # weights that accelerate keeps elsewhere are gone again
-        x, index, weights = (t[:_TOKENS] for t in (*args, *(named[name] for name in _INPUTS[len(args) :])))
-        wanted = fused_experts(
-            x, index, weights, b.w_in, b.w_out.mT, b.w_gate, b_in=b.b_in, b_out=b.b_out, b_gate=b.b_gate,
-            activation=b.activation, gating=b.gating,
-        )  # fmt: skip
+        wanted = stack_forward(b, *(t[:_TOKENS] for t in args), **{name: t[:_TOKENS] for name, t in named.items()})
         off = torch.linalg.vector_norm(output[:_TOKENS].float() - wanted.float())
         if bool(wanted.isfinite().all()) and not bool(off <= _OFF * torch.linalg.vector_norm(wanted.float())):
             raise going_on(self._site)

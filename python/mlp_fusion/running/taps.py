@@ -192,8 +192,8 @@ class TapStore:
             InputError: an FFN did not run, or does more than is known of it.
         """
         self._flush()
-        for number in sorted(self._going_on):
-            raise going_on(self._sites[number])
+        if self._going_on:
+            raise going_on(self._sites[min(self._going_on)])
         for number, site in enumerate(self._sites):
             if number in self._seen:
                 continue
